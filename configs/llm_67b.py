@@ -1,0 +1,47 @@
+r"""DeepSeek LLM 67B: the released shape and the pre-training recipe.
+
+Paper: DeepSeek LLM (arXiv:2401.02954), sections 2.2 and 2.3, table 2. Dense, grouped-query
+attention with 8 key-value heads. 2T tokens in batches of 4,608 sequences of 4,096; learning rate
+3.2e-4 to 80% of the tokens, 31.6% of it to 90%, 10% to the end. `micro_batch_size` is our choice.
+
+Command: python tools/train.py configs/llm_67b.py --workdir runs/llm_67b \
+    --set data.files='text/*.parquet' data.tokenizer=deepseek-llm/tokenizer.json
+Hardware: weights, gradients and moments are 1.1 TB, so 32 GPUs of 80 GB or more. Not run by us.
+Cost: 300.6K H800-hours per trillion tokens (DeepSeek-V2 paper, section 3.2.3).
+Expected: not run.
+"""
+
+from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+
+config = Config(
+    name="llm_67b",
+    model=ModelConfig(
+        vocab_size=102400,
+        dim=8192,
+        n_layers=95,
+        n_dense_layers=95,
+        n_heads=64,
+        inter_dim=22016,
+        norm_eps=1e-6,
+        init_std=0.006,
+        max_seq_len=4096,
+        attention="gqa",
+        n_kv_heads=8,
+        head_dim=128,
+        rope_theta=10000.0,
+    ),
+    data=DataConfig(sequence_length=4096, fim_rate=0.0),
+    train=TrainConfig(steps=105_964, batch_size=4608, micro_batch_size=256),
+    optim=OptimConfig(
+        learning_rate=3.2e-4,
+        schedule="multistep",
+        warmup_steps=2000,
+        decay_points=(0.8, 0.9),
+        decay_ratios=(0.316, 0.1),
+        weight_decay=0.1,
+        beta1=0.9,
+        beta2=0.95,
+        clip_norm=1.0,
+    ),
+    mesh=MeshConfig(data=1, fsdp=-1),
+)

@@ -1,0 +1,64 @@
+r"""DeepSeekMoE 145B (22.2B activated): the preliminary model of the paper.
+
+Paper: DeepSeekMoE (arXiv:2401.06066), section 7 and appendix A. Sequences of 4,096 in batches of
+4.5K, constant learning rate, expert- and device-level balance losses. Never released: the widths
+are inferred (an expert is 1/8 of 2.75 * dim, the dense first layer 16 of them, as many as a token
+uses), and give the paper's 144.6B and 22.2B. `n_balance_devices`, the number of devices that the
+device-level loss counts over, `micro_batch_size` and the length (245B tokens) are our choices.
+
+Command: python tools/train.py configs/moe_145b.py --workdir runs/moe_145b \
+    --set data.files='text/*.parquet' data.tokenizer=deepseek-moe/tokenizer.json
+Hardware: weights, gradients and moments are 2.3 TB, so 64 GPUs of 80 GB or more. Not run by us.
+Cost: not published.
+Expected: not run; the paper counts 144.6B parameters, 22.2B activated.
+"""
+
+from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+
+config = Config(
+    name="moe_145b",
+    model=ModelConfig(
+        vocab_size=102400,
+        dim=4096,
+        n_layers=62,
+        n_dense_layers=1,
+        n_heads=32,
+        inter_dim=22528,
+        norm_eps=1e-6,
+        init_std=0.006,
+        max_seq_len=4096,
+        attention="gqa",
+        n_kv_heads=32,
+        head_dim=128,
+        rope_theta=10000.0,
+        n_routed_experts=128,
+        n_shared_experts=4,
+        n_activated_experts=12,
+        moe_inter_dim=1408,
+        score_func="softmax",
+        group_score="max",
+        norm_topk=False,
+        route_scale=1.0,
+    ),
+    data=DataConfig(sequence_length=4096, fim_rate=0.0),
+    train=TrainConfig(
+        steps=13_000,
+        batch_size=4608,
+        micro_batch_size=512,
+        bias_update_speed=0.0,
+        sequence_balance=0.0,
+        expert_balance=0.003,
+        device_balance=0.05,
+        n_balance_devices=4,
+    ),
+    optim=OptimConfig(
+        learning_rate=3.0e-4,
+        schedule="constant",
+        warmup_steps=2000,
+        weight_decay=0.1,
+        beta1=0.9,
+        beta2=0.95,
+        clip_norm=1.0,
+    ),
+    mesh=MeshConfig(data=1, fsdp=-1),
+)

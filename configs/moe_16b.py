@@ -1,0 +1,64 @@
+r"""DeepSeekMoE 16B (2.8B activated): the released shape and the pre-training recipe.
+
+Paper: DeepSeekMoE (arXiv:2401.06066), section 5 and appendix A. 2T tokens in 106,449 steps,
+learning rate times 0.316 at 80% and at 90%, expert-level balance loss only (all experts of a layer
+on one device). Multi-head attention; fine-grained experts of a quarter of a standard feed-forward,
+2 of them shared. `micro_batch_size` is our choice; the batch is printed as 4.5K sequences, 4,608
+here.
+
+Command: python tools/train.py configs/moe_16b.py --workdir runs/moe_16b \
+    --set data.files='text/*.parquet' data.tokenizer=deepseek-moe/tokenizer.json
+Hardware: weights, gradients and moments are 262 GB, so 8 GPUs of 80 GB or more. Not run by us.
+Cost: not published.
+Expected: not run; the paper counts 16.4B parameters, 2.8B activated.
+"""
+
+from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+
+config = Config(
+    name="moe_16b",
+    model=ModelConfig(
+        vocab_size=102400,
+        dim=2048,
+        n_layers=28,
+        n_dense_layers=1,
+        n_heads=16,
+        inter_dim=10944,
+        norm_eps=1e-6,
+        init_std=0.006,
+        max_seq_len=4096,
+        attention="gqa",
+        n_kv_heads=16,
+        head_dim=128,
+        rope_theta=10000.0,
+        n_routed_experts=64,
+        n_shared_experts=2,
+        n_activated_experts=6,
+        moe_inter_dim=1408,
+        score_func="softmax",
+        group_score="max",
+        norm_topk=False,
+        route_scale=1.0,
+    ),
+    data=DataConfig(sequence_length=4096, fim_rate=0.0),
+    train=TrainConfig(
+        steps=106_449,
+        batch_size=4608,
+        micro_batch_size=512,
+        bias_update_speed=0.0,
+        sequence_balance=0.0,
+        expert_balance=0.001,
+    ),
+    optim=OptimConfig(
+        learning_rate=4.2e-4,
+        schedule="multistep",
+        warmup_steps=2000,
+        decay_points=(0.8, 0.9),
+        decay_ratios=(0.316, 0.316**2),
+        weight_decay=0.1,
+        beta1=0.9,
+        beta2=0.95,
+        clip_norm=1.0,
+    ),
+    mesh=MeshConfig(data=1, fsdp=-1),
+)

@@ -1,0 +1,64 @@
+"""DeepSeekMoE 2B (0.3B activated): the validation model of the paper.
+
+Paper: DeepSeekMoE (arXiv:2401.06066), section 4 and appendix A. 100B tokens in sequences of 2,048
+and batches of 2K, learning rate times 0.316 at 80% and at 90%, expert-level balance loss. All 9
+layers are MoE, with 1 shared expert and 7 of 63 routed ones a token. Not released: the expert width
+of 880 is inferred (a quarter of 2.75 * dim, the ratio that gives the sizes of the 16B and the
+145B), and so is the 8K vocabulary as 8,192. `inter_dim` is not used, there being no dense layer.
+
+Command: python tools/train.py configs/moe_2b.py --workdir runs/moe_2b --set
+  data.files='text/*.parquet'
+Hardware: weights, gradients and moments are 32 GB: one GPU of 80 GB. Not run by us.
+Cost: not published.
+Expected: not run; the paper counts 2.0B parameters, 0.3B activated.
+"""
+
+from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+
+config = Config(
+    name="moe_2b",
+    model=ModelConfig(
+        vocab_size=8192,
+        dim=1280,
+        n_layers=9,
+        n_dense_layers=0,
+        n_heads=10,
+        inter_dim=3520,
+        norm_eps=1e-6,
+        init_std=0.006,
+        max_seq_len=2048,
+        attention="gqa",
+        n_kv_heads=10,
+        head_dim=128,
+        rope_theta=10000.0,
+        n_routed_experts=63,
+        n_shared_experts=1,
+        n_activated_experts=7,
+        moe_inter_dim=880,
+        score_func="softmax",
+        group_score="max",
+        norm_topk=False,
+        route_scale=1.0,
+    ),
+    data=DataConfig(sequence_length=2048, fim_rate=0.0),
+    train=TrainConfig(
+        steps=23_842,
+        batch_size=2048,
+        micro_batch_size=32,
+        bias_update_speed=0.0,
+        sequence_balance=0.0,
+        expert_balance=0.01,
+    ),
+    optim=OptimConfig(
+        learning_rate=1.08e-3,
+        schedule="multistep",
+        warmup_steps=2000,
+        decay_points=(0.8, 0.9),
+        decay_ratios=(0.316, 0.316**2),
+        weight_decay=0.1,
+        beta1=0.9,
+        beta2=0.95,
+        clip_norm=1.0,
+    ),
+    mesh=MeshConfig(data=1, fsdp=-1),
+)

@@ -1,0 +1,86 @@
+r"""DeepSeek-V2, 236B: the released shape and the pre-training recipe.
+
+Paper: DeepSeek-V2 (arXiv:2405.04434), sections 2 and 3.1. 8.1T tokens, learning rate times 0.316 at
+60% and at 90%, batch of 2,304 sequences growing to 9,216 over the first 225B tokens (the ramp
+fraction is that in steps). Expert-, device- and communication-level balance losses with the paper's
+factors; no bias, no MTP. Where we depart: no token is dropped (the paper drops by capacity per
+device in training).
+
+The published configs disagree about YaRN: this model's carry mscale = mscale_all_dim = 0.707, those
+of Coder-V2 and V2.5 (same shape) 1.0, and DeepSeek's own inference config omits the field. The
+values here are the first; a converted checkpoint keeps its own. Pre-training at 4,096 tokens ran
+without YaRN: add `--set model.rope_scaling=none`. `micro_batch_size` is our choice, and so is the
+plain fsdp layout.
+
+Command: python tools/train.py configs/v2_236b.py --workdir runs/v2 --set model.rope_scaling=none \
+    data.files='text/*.parquet' data.tokenizer=deepseek-v2/tokenizer.json
+Hardware: the paper used H800 clusters; weights, gradients and moments alone are 3.8 TB. Not run by
+  us.
+Cost: 172.8K H800-hours per trillion tokens (paper, section 3.2.3).
+Expected: not run.
+"""
+
+from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+
+config = Config(
+    name="v2_236b",
+    model=ModelConfig(
+        vocab_size=102400,
+        dim=5120,
+        n_layers=60,
+        n_dense_layers=1,
+        n_heads=128,
+        inter_dim=12288,
+        norm_eps=1e-6,
+        init_std=0.006,
+        max_seq_len=163840,
+        q_lora_rank=1536,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        rope_theta=10000.0,
+        rope_scaling="yarn",
+        rope_factor=40.0,
+        original_seq_len=4096,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        mscale=0.707,
+        mscale_all_dim=0.707,
+        n_routed_experts=160,
+        n_shared_experts=2,
+        n_activated_experts=6,
+        moe_inter_dim=1536,
+        n_expert_groups=8,
+        n_limited_groups=3,
+        score_func="softmax",
+        group_score="max",
+        norm_topk=False,
+        route_scale=16.0,
+    ),
+    data=DataConfig(sequence_length=4096, fim_rate=0.0),
+    train=TrainConfig(
+        steps=218_154,
+        batch_size=9216,
+        batch_size_start=2304,
+        batch_ramp_fraction=0.0437,
+        micro_batch_size=1152,
+        bias_update_speed=0.0,
+        sequence_balance=0.0,
+        expert_balance=0.003,
+        device_balance=0.05,
+        communication_balance=0.02,
+    ),
+    optim=OptimConfig(
+        learning_rate=2.4e-4,
+        schedule="multistep",
+        warmup_steps=2000,
+        decay_points=(0.6, 0.9),
+        decay_ratios=(0.316, 0.316**2),
+        weight_decay=0.1,
+        beta1=0.9,
+        beta2=0.95,
+        clip_norm=1.0,
+    ),
+    mesh=MeshConfig(data=1, fsdp=-1),
+)

@@ -1,0 +1,131 @@
+"""What every command shares: arguments, exit codes, and one clear message when something fails.
+
+A tool parses before it imports anything heavy, so that `--help` and wrong usage answer at once:
+
+    def execute(arguments):
+        from dsjax.train import loop
+        loop.train(command.load(arguments), ...)
+
+    if __name__ == "__main__":
+        parser = command.make_parser(__doc__)
+        command.add_config(parser)
+        sys.exit(command.run(parser, execute))
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from dsjax import settings
+from dsjax.config import Config
+
+SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Returns a parser with `--debug`; `description` (a tool's docstring, with its examples) is
+    printed as it stands.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--debug", action="store_true", help="on failure, print the traceback too")
+    return parser
+
+
+def add_config(parser: argparse.ArgumentParser, default: str | Path | None = None) -> None:
+    """Adds CONFIG (optional if there is a default) and `--set`; `load` reads both."""
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        nargs="?" if default else None,
+        default=default,
+        help="config file, config.json of a run, or folder of a run"
+        + (" (default: %(default)s)" if default else ""),
+    )
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="change keys of the config, e.g. train.steps=300 optim.learning_rate=1e-3; repeatable",
+    )
+
+
+def load(arguments: argparse.Namespace) -> Config:
+    """Returns the config that the arguments of `add_config` describe."""
+    return settings.override(settings.load_config(arguments.config), arguments.set)
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    execute: Callable[[argparse.Namespace], int | None],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parses the arguments, executes, and returns the exit code: 0, 1 on a failure (printed), 130
+    on Ctrl-C.
+
+    Wrong usage leaves through argparse's SystemExit (2), and a SystemExit of `execute` passes
+    through.
+    """
+    arguments = parser.parse_args(argv)
+    try:
+        return execute(arguments) or SUCCESS
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (head, less) has closed it; keep the interpreter from complaining
+        # at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except Exception as error:
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"{parser.prog}: {describe(error)}", file=sys.stderr)
+        return FAILURE
+
+
+def describe(error: Exception) -> str:
+    """Returns one message for a failure: what is wrong, where, and what to do."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left on device" in str(error):  # TensorStore reports a full disk as text
+        where = (
+            f" writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
+        )
+        detail = "" if full else f" ({error})"
+        return f"error: no space left on device{where}{detail}; free some, or choose another place"
+    if isinstance(error, OSError) and error.strerror:
+        return (
+            f"error: {error.strerror}: {error.filename}"
+            if error.filename
+            else f"error: {error.strerror}"
+        )
+    if isinstance(error, (ValueError, OSError)):
+        return f"error: {error}"
+    return (
+        f"internal error: {type(error).__name__}: {error}; run again with --debug for the traceback"
+    )
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Gives an OSError of the block the path that it concerns: the system names it on open, but not
+    on write.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise

@@ -1,0 +1,430 @@
+"""Documents split into train and held-out, tokenized once, and mapped from a cache ever after.
+
+A cache entry is a folder named by a fingerprint of all that decides its content: the files (by
+content if they are small, else by size and time), the split, the tokenizer, the format. It is
+written under another name and renamed when it is whole, so an interrupted preparation leaves no
+entry, and processes that race make the same one twice and keep one.
+
+  <cache_dir>/<fingerprint>/
+    meta.json                  sizes, element type, fingerprints, names of the held-out documents
+    tokenizer(_config).json    only if the tokenizer was trained here
+    {train,heldout}.tokens     uint16, or uint32 if the vocabulary needs it; no begin, no end
+    {train,heldout}.offsets    int64 [documents + 1]
+    {train,heldout}.bytes      int64 [documents], UTF-8 bytes of each document's text
+    heldout.text               the held-out documents, UTF-8, end to end
+
+The split goes by a hash of each document's name, so that documents added later move none of the
+others. Neither side is ever empty. The files are read once to learn their size, once to train a
+tokenizer, and once to tokenize.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from dsjax.data import documents, tokenizer
+from dsjax.data.documents import Document, Source
+from dsjax.data.tokenizer import Tokenizer
+
+_FORMAT = 1
+_HASH_CONTENT_BELOW = 64 << 20  # bytes of all files together, read at every start
+_TOKENIZER_BYTES = 256 << 20  # more text does not change a vocabulary much
+_BATCH_BYTES = 4 << 20
+_BATCH_DOCUMENTS = 2048
+_STALE_SECONDS = 24 * 3600
+_WHOLE = 1 << 64  # document positions lie below
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedDocuments:
+    """Documents as token ids, end to end, usually mapped from the cache.
+
+    tokens: uint16 or uint32 [n]; offsets: int64 [documents + 1]; byte_counts: int64 [documents], of
+    the UTF-8 text;
+    fingerprint: of the tokens and the tokenizer.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    byte_counts: np.ndarray
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int64."""
+        return np.diff(self.offsets)
+
+    @property
+    def total_tokens(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def total_bytes(self) -> int:
+        return int(self.byte_counts.sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """What `prepare_corpus` makes."""
+
+    tokenizer: Tokenizer
+    train: TokenizedDocuments
+    heldout: TokenizedDocuments
+    heldout_names: tuple[str, ...]
+    folder: str  # the cache entry
+
+    def heldout_texts(self) -> Iterator[tuple[str, str]]:
+        """Names and texts of the held-out documents, in order: for baselines that compress text."""
+        with open(os.path.join(self.folder, "heldout.text"), "rb") as stream:
+            sizes = self.heldout.byte_counts.tolist()
+            for name, size in zip(self.heldout_names, sizes, strict=True):
+                yield name, stream.read(size).decode("utf-8")
+
+
+def prepare_corpus(
+    *,
+    files: str = "",
+    heldout_files: str = "",
+    heldout_fraction: float = 0.05,
+    text_field: str = "text",
+    tokenizer_path: str = "",
+    vocab_size: int,
+    cache_dir: str = "",
+    progress: Progress | None = None,
+) -> Corpus:
+    """Tokenizes the corpus, or maps what an earlier call has cached.
+
+    Args:
+      files, heldout_files: globs (see documents.py). Empty `files` is the embedded default; empty
+        `heldout_files` holds out `heldout_fraction` of the documents. A file that both match is
+        held out.
+      tokenizer_path: a tokenizer.json; empty trains one of `vocab_size` on the train documents.
+      vocab_size: ids that the model can embed.
+      cache_dir: empty is $XDG_CACHE_HOME/dsjax, else ~/.cache/dsjax.
+      progress: called with bytes done and bytes in all, never if the cache has the corpus.
+
+    Raises:
+      ValueError: files, split or tokenizer are not usable; the message says which and what to do.
+      OSError: the cache cannot be written.
+    """
+    sources = documents.find_sources(files) if files else documents.embedded_sources()
+    heldout_sources: list[Source] = []
+    if heldout_files:
+        heldout_sources = documents.find_sources(heldout_files, key="data.heldout_files")
+        taken = {source.path for source in heldout_sources}
+        sources = [source for source in sources if source.path not in taken]
+        if not sources:
+            raise ValueError(
+                f"data.heldout_files={heldout_files!r} takes every file of data.files={files!r}; "
+                "name other files"
+            )
+    loaded = tokenizer.load_tokenizer(tokenizer_path) if tokenizer_path else None
+    if loaded is not None:
+        tokenizer.check_vocab(loaded, vocab_size)
+    training = [vocab_size, *tokenizer.PATTERNS, *tokenizer.SPECIAL_TOKENS]
+    recipe = {
+        "format": _FORMAT,
+        "files": _identity(sources),
+        "split": _identity(heldout_sources) or heldout_fraction,
+        "text_field": text_field,
+        "tokenizer": loaded.fingerprint if loaded else training,
+    }
+    key = hashlib.blake2b(json.dumps(recipe).encode(), digest_size=16).hexdigest()
+    root = os.path.join(_cache_root(cache_dir), "corpus")
+    folder = os.path.join(root, key)
+    corpus = _open(folder, loaded)
+    if corpus is None:
+        job = _Preparation(sources, heldout_sources, heldout_fraction, text_field, progress)
+        with _write_failures(root), _temporary_folder(root) as temporary:
+            job.write(temporary, loaded, vocab_size)
+            _publish(temporary, folder, loaded)
+        corpus = _open(folder, loaded)
+        if corpus is None:
+            message = "the token cache lost what was just written; run again"
+            raise OSError(errno.ENOENT, message, folder)
+    return corpus
+
+
+def _cache_root(cache_dir: str) -> str:
+    if cache_dir:
+        return os.path.abspath(os.path.expanduser(cache_dir))
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(home, "dsjax")
+
+
+def _identity(sources: Sequence[Source]) -> list[list[object]]:
+    """What tells one state of the files from another; the folder they lie in does not count."""
+    by_content = sum(source.size for source in sources) <= _HASH_CONTENT_BELOW
+    identity: list[list[object]] = []
+    for source in sources:
+        state: object = source.mtime_ns
+        if by_content:
+            state = hashlib.blake2b(documents.read_bytes(source), digest_size=16).hexdigest()
+        identity.append([source.name, source.kind, source.size, state])
+    return identity
+
+
+class _Preparation:
+    """One tokenization, from the files to a folder."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        heldout_sources: Sequence[Source],
+        heldout_fraction: float,
+        text_field: str,
+        progress: Progress | None,
+    ) -> None:
+        self._sources = [*sources, *heldout_sources]
+        self._heldout_paths = {source.path for source in heldout_sources}
+        self._text_field = text_field
+        self._progress = progress or (lambda done, total: None)
+        self._done = 0
+        self._threshold = int(heldout_fraction * _WHOLE)
+        self._train_bytes = 0
+        self._total_bytes = 0
+
+    def write(self, folder: str, loaded: Tokenizer | None, vocab_size: int) -> None:
+        self._scan()
+        self._work = self._total_bytes if loaded else self._total_bytes + self._train_bytes
+        if loaded is None:
+            used = tokenizer.train_tokenizer(self._training_texts(), vocab_size=vocab_size)
+            used.save(folder)
+        else:
+            used = loaded
+        self._tokenize(folder, used)
+        documents.check_unchanged(self._sources)
+
+    def _read(self) -> Iterator[tuple[Document, int]]:
+        for document in documents.read_documents(self._sources, text_field=self._text_field):
+            yield document, len(document.text.encode("utf-8"))
+
+    def _is_heldout(self, document: Document) -> bool:
+        if self._heldout_paths:
+            return document.source.path in self._heldout_paths
+        return document.position < self._threshold
+
+    def _scan(self) -> None:
+        """Reads everything once: finds what is broken before hours of work, settles the split."""
+        count, heldout, heldout_bytes, lowest, highest = 0, 0, 0, (_WHOLE, 0), (-1, 0)
+        for document, size in self._read():
+            count += 1
+            self._total_bytes += size
+            if self._is_heldout(document):
+                heldout += 1
+                heldout_bytes += size
+            if not self._heldout_paths:
+                lowest = min(lowest, (document.position, size))
+                highest = max(highest, (document.position, size))
+        if self._heldout_paths:
+            for side, found in (("data.heldout_files", heldout), ("data.files", count - heldout)):
+                if not found:
+                    raise ValueError(f"the files of {side} hold no text; check what they match")
+        elif count < 2:
+            raise ValueError(
+                f"the corpus has {count} document(s) in {len(self._sources)} file(s), and needs 2 "
+                "to hold one out; add files, cut the text into several, or set data.heldout_files"
+            )
+        elif not heldout:
+            self._threshold, heldout_bytes = lowest[0] + 1, lowest[1]
+        elif heldout == count:
+            self._threshold, heldout_bytes = highest[0], self._total_bytes - highest[1]
+        self._train_bytes = self._total_bytes - heldout_bytes
+
+    def _training_texts(self) -> Iterator[str]:
+        """The train documents, or an even share of them if they are many."""
+        share = min(1.0, _TOKENIZER_BYTES / self._train_bytes)
+        seen = taken = 0
+        for document, size in self._read():
+            if self._is_heldout(document):
+                continue
+            if taken <= share * seen:
+                taken += size
+                yield document.text
+            seen += size
+            self._advance(size)
+
+    def _tokenize(self, folder: str, used: Tokenizer) -> None:
+        dtype = np.dtype(np.uint16 if used.vocab_size <= 65536 else np.uint32)
+        names: list[str] = []
+        with contextlib.ExitStack() as stack:
+            sides = [_Writer(folder, name, dtype, used) for name in ("train", "heldout")]
+            writers = [stack.enter_context(side) for side in sides]
+            heldout_text = stack.enter_context(open(os.path.join(folder, "heldout.text"), "wb"))
+            for batch in self._batches():
+                encoded = used.encode_batch([document.text for document, _ in batch])
+                for (document, size), ids in zip(batch, encoded, strict=True):
+                    is_heldout = self._is_heldout(document)
+                    writers[is_heldout].add(ids, size)
+                    if is_heldout:
+                        names.append(document.name)
+                        heldout_text.write(document.text.encode("utf-8"))
+                self._advance(sum(size for _, size in batch))
+        meta = {
+            "dtype": dtype.name,
+            "heldout_names": names,
+            "heldout_text": os.path.getsize(os.path.join(folder, "heldout.text")),
+            **{writer.name: writer.summary() for writer in writers},
+        }
+        for writer in writers:
+            if not writer.tokens:
+                raise ValueError(
+                    f"the tokenizer makes no token of the {writer.name} text; choose another "
+                    "data.tokenizer"
+                )
+        with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8") as stream:
+            json.dump(meta, stream)
+
+    def _batches(self) -> Iterator[list[tuple[Document, int]]]:
+        batch: list[tuple[Document, int]] = []
+        size_of_batch = 0
+        for document, size in self._read():
+            batch.append((document, size))
+            size_of_batch += size
+            if size_of_batch >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
+                yield batch
+                batch, size_of_batch = [], 0
+        if batch:
+            yield batch
+
+    def _advance(self, size: int) -> None:
+        self._done += size
+        self._progress(self._done, self._work)
+
+
+class _Writer:
+    """Writes the three files of one side of the split."""
+
+    def __init__(self, folder: str, name: str, dtype: np.dtype, used: Tokenizer) -> None:
+        self.name = name
+        self._dtype = dtype
+        paths = [os.path.join(folder, f"{name}.{part}") for part in ("tokens", "offsets", "bytes")]
+        self._files = [open(path, "wb") for path in paths]
+        self._files[1].write(np.int64(0).tobytes())
+        self._digest = hashlib.blake2b(used.fingerprint.encode(), digest_size=16)
+        self.tokens = 0
+        self._documents = 0
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for stream in self._files:
+            stream.close()
+
+    def add(self, ids: np.ndarray, size: int) -> None:
+        self.tokens += len(ids)
+        self._documents += 1
+        tokens, end = ids.astype(self._dtype).tobytes(), np.int64(self.tokens).tobytes()
+        for stream, data in zip(self._files, (tokens, end, np.int64(size).tobytes()), strict=True):
+            stream.write(data)
+        self._digest.update(tokens)
+        self._digest.update(end)
+
+    def summary(self) -> dict[str, object]:
+        return {
+            "tokens": self.tokens,
+            "documents": self._documents,
+            "fingerprint": self._digest.hexdigest(),
+        }
+
+
+def _open(folder: str, loaded: Tokenizer | None) -> Corpus | None:
+    """The entry in `folder`; None if there is none, or one that has lost a part."""
+    try:
+        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as stream:
+            meta: dict[str, Any] = json.load(stream)
+        if os.path.getsize(os.path.join(folder, "heldout.text")) != meta["heldout_text"]:
+            return None
+        sides = [_map(folder, name, meta) for name in ("train", "heldout")]
+        used = loaded or tokenizer.load_tokenizer(folder)
+    except (OSError, ValueError, KeyError):
+        return None
+    return Corpus(used, sides[0], sides[1], tuple(meta["heldout_names"]), folder)
+
+
+def _map(folder: str, name: str, meta: dict[str, Any]) -> TokenizedDocuments:
+    side = meta[name]
+    parts = {
+        "tokens": (meta["dtype"], side["tokens"]),
+        "offsets": ("int64", side["documents"] + 1),
+        "bytes": ("int64", side["documents"]),
+    }
+    arrays = []
+    for part, (dtype, length) in parts.items():
+        path = os.path.join(folder, f"{name}.{part}")
+        if os.path.getsize(path) != length * np.dtype(dtype).itemsize:
+            raise ValueError(f"{path} has lost a part")
+        # A plain view: numpy's memmap class makes every slice several times slower.
+        arrays.append(np.memmap(path, dtype, "r", shape=(length,)).view(np.ndarray))
+    return TokenizedDocuments(*arrays, fingerprint=side["fingerprint"])
+
+
+@contextlib.contextmanager
+def _temporary_folder(root: str) -> Iterator[str]:
+    os.makedirs(root, exist_ok=True)
+    _sweep(root)
+    folder = os.path.join(root, f".writing-{uuid.uuid4().hex}")
+    os.mkdir(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(root: str) -> None:
+    """Removes what killed preparations left, once nothing has been written there for a day."""
+    for name in os.listdir(root):
+        folder = os.path.join(root, name)
+        if not name.startswith(".writing-"):
+            continue
+        with contextlib.suppress(OSError):
+            newest = max(entry.stat().st_mtime for entry in [*os.scandir(folder)])
+            if time.time() - newest > _STALE_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(temporary: str, folder: str, loaded: Tokenizer | None) -> None:
+    """Renames `temporary` to `folder`; where another process was faster, its entry stays."""
+    for entry in os.scandir(temporary):
+        # A rename can reach the disk before the content does.
+        with open(entry.path, "rb") as stream:
+            os.fsync(stream.fileno())
+    if os.path.isdir(folder) and _open(folder, loaded) is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if not os.path.isdir(folder):
+            raise
+
+
+@contextlib.contextmanager
+def _write_failures(root: str) -> Iterator[None]:
+    """Gives failures to write the cache (disk full, no permission) a message with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        message = f"cannot write the token cache ({reason}); make room there or set data.cache_dir"
+        raise OSError(error.errno, message, root) from error

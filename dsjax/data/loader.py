@@ -1,0 +1,149 @@
+"""Batches of training rows, read ahead by grain's threads.
+
+Rows have global numbers, and an optimizer step takes the next n of them. With P processes, process
+p takes rows [start + p*n/P, start + (p+1)*n/P): the global batch is the same rows however many
+processes there are, and so is the state. grain keeps the coming rows ready; it is told which they
+are on the assumption that n stays, and started anew when n changes (a batch-size ramp), which costs
+no more than the first batch did. No worker processes: a row is a few copies from mapped memory, and
+killed parents leave grain's workers behind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dsjax.data.packing import PackedSequences, stack
+
+_STATE_VERSION = 1
+_REMEDIES = {
+    "version": "the checkpoint is of another version of dsjax",
+    "fingerprint": "the text, the split or the tokenizer has changed",
+    "seed": "set data.seed back",
+    "sequence_length": "set data.sequence_length back",
+    "fim_rate": "set data.fim_rate back",
+}
+
+
+class Loader:
+    """Hands out this process's share of the rows, in order, from `state()["next_row"]` on.
+
+    Args:
+      rows: the same on all processes.
+      process_index, process_count: which share.
+      threads: readers; they keep two batches ready.
+
+    Raises:
+      ValueError: process_index is not below process_count.
+    """
+
+    def __init__(
+        self,
+        rows: PackedSequences,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+        threads: int = 2,
+    ) -> None:
+        if not 0 <= process_index < process_count:
+            raise ValueError(
+                f"process_index={process_index} must be at least 0 and below "
+                f"process_count={process_count}"
+            )
+        self._rows = rows
+        self._process_index = process_index
+        self._process_count = process_count
+        self._threads = threads
+        self._next_row = 0
+        self._batch_size = 0
+        self._reader: Any = None
+
+    def take(self, n: int) -> dict[str, np.ndarray]:
+        """Takes the next `n` rows, and returns this process's share of them, stacked:
+        {"tokens", "segment_ids"}, int32 [n / process_count, T+1].
+
+        Raises:
+          ValueError: n is not a positive multiple of process_count.
+        """
+        if n <= 0 or n % self._process_count:
+            raise ValueError(
+                f"a batch of {n} rows does not divide over {self._process_count} process(es); "
+                f"take a positive multiple of {self._process_count}"
+            )
+        if self._reader is None or n != self._batch_size:
+            self.close()
+            self._batch_size = n
+            self._reader = self._read_ahead()
+        try:
+            batch = stack([next(self._reader) for _ in range(n // self._process_count)])
+        except BaseException:
+            self.close()  # an interrupt may have come between two rows
+            raise
+        self._next_row += n
+        return batch
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """One row of each process: the next without a batch dim."""
+        return {name: array[0] for name, array in self.take(self._process_count).items()}
+
+    def state(self) -> dict[str, int | float | str]:
+        """What `restore` needs: JSON, the same on all processes. Rows read ahead do not count."""
+        return {"version": _STATE_VERSION, "next_row": self._next_row, **self._rows.identity}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes to where `state` was taken, from whatever number of processes.
+
+        Raises:
+          ValueError: the state belongs to other rows; the message lists all that differs.
+        """
+        own = self.state()
+        differing = [key for key in own if key != "next_row" and state.get(key) != own[key]]
+        if differing:
+            lines = [
+                f"{key} was {state.get(key)}, is {own[key]} ({_REMEDIES[key]})" for key in differing
+            ]
+            raise ValueError("the data is not that of the checkpoint: " + "; ".join(lines))
+        next_row = state.get("next_row")
+        if not isinstance(next_row, int) or next_row < 0:
+            raise ValueError(
+                f"the checkpoint's data state has next_row={next_row!r}, which is no row number; "
+                "the checkpoint is damaged: go back to an earlier one"
+            )
+        self.close()
+        self._next_row = next_row
+
+    def close(self) -> None:
+        """Stops reading ahead. The loader can go on: the next `take` starts it again."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _read_ahead(self) -> Any:
+        import grain  # a second to import
+
+        size = self._batch_size // self._process_count
+        first = self._next_row + self._process_index * size
+        share = _Share(self._rows, first, size, self._batch_size)
+        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=2 * size)
+        return iter(grain.MapDataset.source(share).to_iter_dataset(options))
+
+
+class _Share:
+    """One process's rows if every step takes `batch_size`, for grain to read by index."""
+
+    def __init__(self, rows: PackedSequences, first: int, size: int, batch_size: int) -> None:
+        self._rows = rows
+        self._first = first
+        self._size = size
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return 1 << 62  # rows do not end, but grain wants a length
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        step, row = divmod(index, self._size)
+        return self._rows[self._first + step * self._batch_size + row]

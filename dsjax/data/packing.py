@@ -1,0 +1,285 @@
+"""Rows of one length from documents of any length: shuffle, fill-in-the-middle, pack; evaluation.
+
+Training. In every epoch the documents come in a new random order, each as [begin] tokens [end],
+laid end to end; the epochs follow one another, and row i holds the positions i*T to i*T+T of that
+endless stream, T+1 tokens of which T are predicted. So each token is predicted once an epoch, no
+token is padding, and an epoch's tail flows into the next one. A row knows nothing of batches or
+processes: the data of a run is a function of the row numbers alone, and resuming is remembering one
+number.
+
+Fill in the middle (V3 section 4.1). A share `fim_rate` of the documents of an epoch is cut at two
+random tokens and becomes
+  [begin] <fim_begin> prefix <fim_hole> suffix <fim_end> middle [end]
+The share is exact over the epochs, not only on average: epoch e takes floor(rate * n * (e+1)) -
+floor(rate * n * e) of n documents. Hence the length of all epochs is known in closed form, and
+finding row i reads nothing before it. Departure: cuts fall between tokens, not between characters,
+so that a document is tokenized once.
+
+All randomness is SplitMix64 of (seed, epoch, document), written out here, since numpy's generators
+may change between versions and a run must not. Only epochs in use are laid out, 17 bytes a
+document.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import threading
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from dsjax.data.corpus import TokenizedDocuments
+from dsjax.data.tokenizer import FIM_BEGIN, SpecialTokens
+
+_FIM_TOKENS = 3
+
+
+class PackedSequences:
+    """Training rows by number, without end.
+
+    `rows[i]` is {"tokens": int32 [T+1], "segment_ids": int32 [T+1]}; segment ids number the
+    documents inside the row from 1. Safe to read from several threads.
+
+    Raises:
+      ValueError: an epoch holds less than one row, or fill-in-the-middle is asked of a tokenizer
+        without its tokens.
+    """
+
+    def __init__(
+        self,
+        documents: TokenizedDocuments,
+        special: SpecialTokens,
+        *,
+        sequence_length: int,
+        seed: int = 0,
+        fim_rate: float = 0.0,
+    ) -> None:
+        if fim_rate and special.fim is None:
+            raise ValueError(
+                f"data.fim_rate={fim_rate} needs the token {FIM_BEGIN!r} and its two companions, "
+                "which the tokenizer does not have; set data.fim_rate=0"
+            )
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.fim_rate = fim_rate
+        self._documents = documents
+        self._special = special
+        self._plain_lengths = documents.lengths + 2
+        self._plain_epoch = int(self._plain_lengths.sum())
+        if self._plain_epoch < sequence_length + 1:
+            raise ValueError(
+                f"the {len(documents)} train documents have {self._plain_epoch} tokens, one "
+                f"sequence of data.sequence_length={sequence_length} needs {sequence_length + 1}; "
+                "add text or lower data.sequence_length"
+            )
+        self._layouts: dict[int, _Layout] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Tokens of the first epoch, with all added ones; the others differ by 3 at most."""
+        return self._epoch_start(1)
+
+    @property
+    def identity(self) -> dict[str, int | float | str]:
+        """What decides every row; two with the same identity are the same."""
+        return {
+            "fingerprint": self._documents.fingerprint,
+            "seed": self.seed,
+            "sequence_length": self.sequence_length,
+            "fim_rate": self.fim_rate,
+        }
+
+    def epoch_of(self, row: int) -> int:
+        """The epoch that row's first token belongs to."""
+        position = row * self.sequence_length
+        mean_length = self._plain_epoch + _FIM_TOKENS * self.fim_rate * len(self._documents)
+        epoch = int(position / mean_length)
+        while self._epoch_start(epoch) > position:
+            epoch -= 1
+        while self._epoch_start(epoch + 1) <= position:
+            epoch += 1
+        return epoch
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        if row < 0:
+            raise IndexError(f"row {row} is negative")
+        tokens = np.empty(self.sequence_length + 1, np.int32)
+        segment_ids = np.empty(self.sequence_length + 1, np.int32)
+        epoch = self.epoch_of(row)
+        position = row * self.sequence_length - self._epoch_start(epoch)
+        place = self._layout(epoch).place_of(position)
+        filled, segment = 0, 0
+        while filled < len(tokens):
+            layout = self._layout(epoch)
+            if place == len(layout.order):
+                epoch, place, position = epoch + 1, 0, 0
+                continue
+            pieces = self._render(epoch, int(layout.order[place]), bool(layout.fim[place]))
+            inside = position - int(layout.starts[place])
+            written = _copy(pieces, inside, tokens[filled:])
+            segment += 1
+            segment_ids[filled : filled + written] = segment
+            filled += written
+            place += 1
+            position = int(layout.starts[place])
+        return {"tokens": tokens, "segment_ids": segment_ids}
+
+    def _fim_before(self, epoch: int) -> int:
+        """Documents rearranged in all epochs before this one."""
+        return int(self.fim_rate * len(self._documents) * epoch)
+
+    def _epoch_start(self, epoch: int) -> int:
+        return epoch * self._plain_epoch + _FIM_TOKENS * self._fim_before(epoch)
+
+    def _layout(self, epoch: int) -> _Layout:
+        with self._lock:
+            if epoch not in self._layouts:
+                self._layouts[epoch] = self._make_layout(epoch)
+                while len(self._layouts) > 2:
+                    del self._layouts[next(iter(self._layouts))]
+            return self._layouts[epoch]
+
+    def _make_layout(self, epoch: int) -> _Layout:
+        count = len(self._documents)
+        numbers = np.arange(count, dtype=np.uint64)
+        order = np.argsort(_mix(_key("order", self.seed, epoch), numbers), kind="stable")
+        chosen = np.zeros(count, bool)
+        n_fim = self._fim_before(epoch + 1) - self._fim_before(epoch)
+        if n_fim:
+            ranks = _mix(_key("fim", self.seed, epoch), numbers)
+            chosen[np.argsort(ranks, kind="stable")[:n_fim]] = True
+        fim = chosen[order]
+        starts = np.zeros(count + 1, np.int64)
+        np.cumsum(self._plain_lengths[order] + _FIM_TOKENS * fim, out=starts[1:])
+        return _Layout(order, fim, starts)
+
+    def _render(self, epoch: int, document: int, fim: bool) -> list[np.ndarray]:
+        """The document as pieces to lay end to end; slices of mapped memory, not yet read."""
+        tokens = self._documents[document]
+        if not fim:
+            return [_one(self._special.bos), tokens, _one(self._special.eos)]
+        assert self._special.fim is not None
+        number = np.array([document], np.uint64)
+        cuts = (int(_mix(_key(side, self.seed, epoch), number)[0]) for side in ("left", "right"))
+        left, right = sorted(cut % (len(tokens) + 1) for cut in cuts)
+        begin, hole, end = map(_one, self._special.fim)
+        body = [begin, tokens[:left], hole, tokens[right:], end, tokens[left:right]]
+        return [_one(self._special.bos), *body, _one(self._special.eos)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """One epoch: the document at each place, whether it is rearranged, where it starts."""
+
+    order: np.ndarray
+    fim: np.ndarray
+    starts: np.ndarray  # one more than places: the last is the epoch's length
+
+    def place_of(self, position: int) -> int:
+        return int(np.searchsorted(self.starts, position, side="right")) - 1
+
+
+def _one(token: int) -> np.ndarray:
+    return np.array([token], np.int32)
+
+
+def _copy(pieces: Sequence[np.ndarray], skip: int, out: np.ndarray) -> int:
+    """Fills `out` with `pieces` end to end, less their first `skip` elements; returns how many."""
+    written = 0
+    for piece in pieces:
+        if skip >= len(piece):
+            skip -= len(piece)
+            continue
+        part = piece[skip : skip + len(out) - written]
+        out[written : written + len(part)] = part
+        written += len(part)
+        skip = 0
+        if written == len(out):
+            break
+    return written
+
+
+def _key(purpose: Literal["order", "fim", "left", "right"], seed: int, epoch: int) -> int:
+    """A 64-bit start for `_mix`, unrelated between purposes, seeds and epochs."""
+    digest = hashlib.blake2b(f"{purpose} {seed} {epoch}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _mix(key: int, numbers: np.ndarray) -> np.ndarray:
+    """SplitMix64 started at `key`, its outputs `numbers` (uint64); no two of them are equal."""
+    state = (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldoutSequences:
+    """Evaluation rows by number; `rows[i]` is shaped as a training row.
+
+    A row holds one window of one document: T tokens to predict and the one before them, padded with
+    segment id 0. Every token after a document's begin, its end included, is predicted in exactly
+    one row, so that
+      bits per byte = summed loss in nats / ln 2 / summed row_bytes
+    is exact over all rows. A window's share of its document's bytes goes by its share of the
+    tokens.
+    """
+
+    documents: TokenizedDocuments
+    special: SpecialTokens
+    sequence_length: int
+    row_documents: np.ndarray  # int64 [rows]
+    row_starts: np.ndarray  # int64 [rows], the window's first token in [begin] tokens [end]
+    row_bytes: np.ndarray  # float64 [rows]
+
+    def __len__(self) -> int:
+        return len(self.row_documents)
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        tokens = np.full(self.sequence_length + 1, self.special.pad, np.int32)
+        segment_ids = np.zeros(self.sequence_length + 1, np.int32)
+        body = self.documents[int(self.row_documents[row])]
+        pieces = [_one(self.special.bos), body, _one(self.special.eos)]
+        written = _copy(pieces, int(self.row_starts[row]), tokens)
+        segment_ids[:written] = 1
+        return {"tokens": tokens, "segment_ids": segment_ids}
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all held-out text."""
+        return self.documents.total_bytes
+
+    def spread(self, count: int) -> list[int]:
+        """At most `count` row numbers, evenly spaced: the same sample of the text every time."""
+        count = min(count, len(self))
+        return [index * len(self) // count for index in range(count)]
+
+    def batch(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """Some rows, stacked."""
+        return stack([self[row] for row in rows])
+
+
+def heldout_sequences(
+    documents: TokenizedDocuments, special: SpecialTokens, *, sequence_length: int
+) -> HeldoutSequences:
+    """Cuts held-out documents into evaluation rows of `sequence_length` predicted tokens."""
+    predicted = documents.lengths + 1
+    windows = -(-predicted // sequence_length)
+    row_documents = np.repeat(np.arange(len(documents)), windows)
+    first_rows = np.cumsum(windows) - windows
+    row_starts = (np.arange(len(row_documents)) - first_rows[row_documents]) * sequence_length
+    in_row = np.minimum(predicted[row_documents] - row_starts, sequence_length)
+    row_bytes = documents.byte_counts[row_documents] * (in_row / predicted[row_documents])
+    return HeldoutSequences(
+        documents, special, sequence_length, row_documents, row_starts, row_bytes
+    )
+
+
+def stack(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Rows to a batch: each array gets a leading dim."""
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

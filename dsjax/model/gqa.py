@@ -1,0 +1,67 @@
+"""Grouped-query attention, multi-head attention included: the dense family, the distills and DeepSeekMoE.
+
+Paper: DeepSeek LLM (arXiv:2401.02954) section 2.2; shapes of Llama and Qwen2.
+"""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from dsjax.config import ModelConfig
+from dsjax.kernels.attention import causal_attention
+from dsjax.model import rope
+from dsjax.model.layers import Constant, Normal, declare
+from dsjax.precision.matmul import linear
+from dsjax.precision.policy import Policy
+
+
+class GQA(nnx.Module):
+    def __init__(self, config: ModelConfig, policy: Policy):
+        init = Normal(config.init_std)
+        D, query_width = config.dim, config.n_heads * config.qk_head_dim
+        kv_width = config.kv_heads * config.qk_head_dim
+        self.wq = declare((D, query_width), ("embed", "heads"), init)
+        self.wk = declare((D, kv_width), ("embed", "heads"), init)
+        self.wv = declare((D, kv_width), ("embed", "heads"), init)
+        self.wo = declare((query_width, D), ("heads", "embed"), init)
+        if config.qkv_bias:
+            self.bq = declare((query_width,), ("heads",), Constant(0.0))
+            self.bk = declare((kv_width,), ("heads",), Constant(0.0))
+            self.bv = declare((kv_width,), ("heads",), Constant(0.0))
+        self.config = config
+        self.policy = policy
+
+    def _project(self, x_BTD: jax.Array, name: str) -> jax.Array:
+        """[B, T, heads, H] of queries, keys or values (name q, k or v)."""
+        out = linear(x_BTD, getattr(self, f"w{name}")[...], self.policy)
+        if self.config.qkv_bias:
+            out = out + getattr(self, f"b{name}")[...].astype(out.dtype)[None, None]
+        return out.reshape(*x_BTD.shape[:2], -1, self.config.qk_head_dim)
+
+    def queries(self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return rope.rotate_halves(self._project(x_BTD, "q"), *angles)
+
+    def keys_values(
+        self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        """What decoding caches: rotated keys and values, [B, T, P, H] each."""
+        return rope.rotate_halves(self._project(x_BTD, "k"), *angles), self._project(x_BTD, "v")
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        segment_ids_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        k_BTPH, v_BTPH = self.keys_values(x_BTD, angles)
+        out_BTNH = causal_attention(
+            self.queries(x_BTD, angles),
+            k_BTPH,
+            v_BTPH,
+            scale=rope.attention_scale(self.config),
+            segment_ids_BT=segment_ids_BT,
+        )
+        out_BTX = checkpoint_name(out_BTNH.reshape(*x_BTD.shape[:2], -1), "attention")
+        return linear(out_BTX, self.wo[...], self.policy)

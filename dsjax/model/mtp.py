@@ -1,0 +1,56 @@
+"""Multi-token prediction (MTP): module k predicts the token k + 1 places ahead.
+
+At position i, module k joins the normed embedding of token i + k with the normed hidden state of module k - 1 (the main
+model's for k = 1), projects the pair to the model width and runs one transformer layer. Embedding and output
+head are the main model's; the norm before the head is the module's own.
+
+Paper: V3 (arXiv:2412.19437) section 2.2, equations 21 to 25. Departures:
+
+1. The embedding comes first in the joined pair, as in the released `eh_proj`; the paper writes the hidden state first.
+2. The first module reads the main model's state after the final norm (`mtp_after_final_norm`), which the paper leaves
+   open and public loaders decide differently; deeper modules read the layer output of the one before.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsjax.config import ModelConfig
+from dsjax.model.balance import BalanceWeights
+from dsjax.model.layers import Normal, RMSNorm, declare
+from dsjax.model.moe import RoutingStatistics
+from dsjax.precision.matmul import linear
+from dsjax.precision.policy import Policy
+
+if TYPE_CHECKING:
+    from dsjax.model.transformer import Block, Context
+
+
+def shift_left(tokens_BT: jax.Array) -> jax.Array:
+    """Each position takes its right neighbour; the last one takes id 0, which no valid prediction depends on."""
+    return jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
+
+
+class MTP(nnx.Module):
+    def __init__(self, config: ModelConfig, policy: Policy, layer: Block):
+        self.enorm = RMSNorm(config.dim, config.norm_eps)
+        self.hnorm = RMSNorm(config.dim, config.norm_eps)
+        self.eh_proj = declare((2 * config.dim, config.dim), ("latent", "embed"), Normal(config.init_std))
+        self.layer = layer
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.policy = policy
+
+    def __call__(
+        self,
+        embedding_BTD: jax.Array,
+        hidden_BTD: jax.Array,
+        context: Context,
+        balance: BalanceWeights | None,
+    ) -> tuple[jax.Array, RoutingStatistics | None]:
+        """Advances the hidden state one token further ahead, given that token's embedding."""
+        pair = jnp.concatenate([self.enorm(embedding_BTD), self.hnorm(hidden_BTD)], axis=-1)
+        return self.layer(linear(pair, self.eh_proj[...], self.policy), context, balance)

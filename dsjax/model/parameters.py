@@ -1,0 +1,89 @@
+"""What follows from the parameters' declarations: initial values, shardings, a table and counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from dsjax.parallel.sharding import partition_spec
+
+AnyModule = TypeVar("AnyModule", bound=nnx.Module)
+
+
+@dataclasses.dataclass(frozen=True)
+class Declaration:
+    """One parameter as its module declared it."""
+
+    path: str  # dotted, as in a checkpoint
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: tuple[str, ...]
+    kind: type[nnx.Variable]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+
+def _is_variable(leaf: object) -> bool:
+    return isinstance(leaf, nnx.Variable)
+
+
+def _path(keys: tuple[Any, ...]) -> str:
+    return ".".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in keys)
+
+
+def declarations(model: nnx.Module) -> list[Declaration]:
+    """Lists the parameters of a declared or an initialised model, in tree order."""
+    leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_variable)
+    return [
+        Declaration(
+            _path(keys), tuple(leaf.get_value().shape), leaf.get_value().dtype, leaf.get_metadata()["axes"], type(leaf)
+        )
+        for keys, leaf in leaves
+    ]
+
+
+def initialize(model: AnyModule, key: jax.Array) -> AnyModule:
+    """Gives a declared model its initial values; each depends on the key and the parameter's own path alone."""
+
+    def make(keys: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
+        metadata = variable.get_metadata()
+        declared = variable.get_value()
+        own_key = jax.random.fold_in(key, zlib.crc32(_path(keys).encode()) & 0x7FFFFFFF)
+        return variable.copy(metadata["init"](own_key, declared.shape, declared.dtype))
+
+    return jax.tree_util.tree_map_with_path(make, model, is_leaf=_is_variable)
+
+
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """The tree with a NamedSharding for each array: declared variables by their axes, anything else replicated.
+
+    Args:
+      tree: a model, or a pytree that holds declared variables, such as an optimizer's moments.
+
+    Raises:
+      ValueError: dimensions that do not divide over the mesh, all listed together.
+    """
+    problems: list[str] = []
+
+    def place(keys: tuple[Any, ...], leaf: Any) -> Any:
+        if not _is_variable(leaf):
+            return NamedSharding(mesh, PartitionSpec())
+        try:
+            spec = partition_spec(leaf.get_metadata()["axes"], leaf.get_value().shape, mesh, _path(keys))
+        except ValueError as error:
+            problems.append(str(error))
+            return leaf
+        return leaf.copy(NamedSharding(mesh, spec))
+
+    placed = jax.tree_util.tree_map_with_path(place, tree, is_leaf=_is_variable)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return placed

@@ -1,0 +1,99 @@
+"""The router: which experts a token goes to, and how much each counts.
+
+One function serves every generation:
+
+* DeepSeekMoE and V2-Lite: softmax scores, the best K of all experts.
+* V2: softmax scores; experts lie in groups, a group is worth its best expert, only the best groups are eligible.
+* V3 and R1: sigmoid scores; a bias per expert is added for the choice and never for the weights; a group
+  is worth its two best biased scores; the chosen experts' scores are normalised to sum to `route_scale`.
+
+Scores are computed in float32 from float32 weights on every platform. Experts outside the kept groups are masked with
+minus infinity, as in DeepSeek's own code: biased scores may be negative, so the 0 that the Hugging Face port fills
+in would let a masked expert win.
+
+Papers: DeepSeekMoE (arXiv:2401.06066) section 3; V2 (arXiv:2405.04434) section 2.2; V3 (arXiv:2412.19437) section 2.1.2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsjax.config import ModelConfig
+from dsjax.model.layers import Constant, Normal, RouterState, declare
+from dsjax.precision.matmul import float32_matmul
+
+
+class Routing(NamedTuple):
+    """The router's decision for M tokens."""
+
+    experts_MK: jax.Array  # int32, order within a row unspecified
+    weights_MK: jax.Array  # float32
+    scores_ME: jax.Array  # float32, unbiased
+
+
+def scores(logits_ME: jax.Array, score_func: str) -> jax.Array:
+    """Affinity of each token to each expert, in (0, 1)."""
+    return jax.nn.sigmoid(logits_ME) if score_func == "sigmoid" else jax.nn.softmax(logits_ME, axis=-1)
+
+
+def _mask_groups(choice_ME: jax.Array, n_groups: int, n_kept: int, group_score: str) -> jax.Array:
+    """Sets experts outside each token's best groups to minus infinity."""
+    grouped_MGX = choice_ME.reshape(choice_ME.shape[0], n_groups, -1)
+    if group_score == "top2":
+        worth_MG = jax.lax.top_k(grouped_MGX, 2)[0].sum(axis=-1)
+    else:
+        worth_MG = grouped_MGX.max(axis=-1)
+    kept = jax.lax.top_k(worth_MG, n_kept)[1]
+    kept_MG = jax.nn.one_hot(kept, n_groups, dtype=jnp.bool_).any(axis=1)
+    return jnp.where(kept_MG[:, :, None], grouped_MGX, -jnp.inf).reshape(choice_ME.shape)
+
+
+def select(scores_ME: jax.Array, bias_E: jax.Array | None, config: ModelConfig) -> jax.Array:
+    """Chooses K experts for each token: int32 [M, K]."""
+    choice_ME = scores_ME if bias_E is None else scores_ME + bias_E[None]
+    if config.n_limited_groups < config.n_expert_groups:
+        choice_ME = _mask_groups(choice_ME, config.n_expert_groups, config.n_limited_groups, config.group_score)
+    return jax.lax.top_k(choice_ME, config.n_activated_experts)[1]
+
+
+def weigh(scores_ME: jax.Array, experts_MK: jax.Array, config: ModelConfig) -> jax.Array:
+    """The chosen experts' weights, from unbiased scores: float32 [M, K]."""
+    weights_MK = jnp.take_along_axis(scores_ME, experts_MK, axis=-1)
+    if config.norm_topk:
+        weights_MK = weights_MK / (weights_MK.sum(axis=-1, keepdims=True) + 1e-20)
+    return weights_MK * config.route_scale
+
+
+def route(
+    logits_ME: jax.Array,
+    bias_E: jax.Array | None,
+    config: ModelConfig,
+    experts_MK: jax.Array | None = None,
+) -> Routing:
+    """Chooses experts and their weights.
+
+    Args:
+      logits_ME: float32.
+      bias_E: float32 selection bias, or None.
+      experts_MK: a choice made elsewhere, to be replayed; weights still come from these logits, with gradients.
+    """
+    scores_ME = scores(logits_ME, config.score_func)
+    if experts_MK is None:
+        experts_MK = select(jax.lax.stop_gradient(scores_ME), bias_E, config)
+    return Routing(experts_MK, weigh(scores_ME, experts_MK, config), scores_ME)
+
+
+class Router(nnx.Module):
+    def __init__(self, config: ModelConfig):
+        self.weight = declare((config.dim, config.n_routed_experts), ("embed", "norm"), Normal(config.init_std))
+        if config.router_bias:
+            self.bias = declare((config.n_routed_experts,), ("norm",), Constant(0.0), RouterState)
+        self.config = config
+
+    def __call__(self, x_MD: jax.Array, experts_MK: jax.Array | None = None) -> Routing:
+        bias_E = self.bias[...] if self.config.router_bias else None
+        return route(float32_matmul(x_MD, self.weight[...]), bias_E, self.config, experts_MK)

@@ -1,0 +1,171 @@
+"""The whole model: embedding, dense layers, mixture-of-experts layers, final norm, output head and MTP modules.
+
+Dense prefix, MoE body and MTP modules are three stacks, each one set of parameters with a leading layer dimension that
+`lax.scan` walks, so program size and compile time do not grow with depth. The forward pass changes nothing: routing
+statistics and balance losses come out as values.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsjax.config import ModelConfig
+from dsjax.model import rope
+from dsjax.model.balance import BalanceWeights
+from dsjax.model.gqa import GQA
+from dsjax.model.layers import Embedding, FeedForward, Head, RMSNorm, stack
+from dsjax.model.mla import MLA
+from dsjax.model.moe import MoE, RoutingStatistics
+from dsjax.model.mtp import MTP, shift_left
+from dsjax.parallel.sharding import constrain
+from dsjax.precision.matmul import vocabulary_logits
+from dsjax.precision.policy import Policy
+
+_REMAT_POLICIES = {
+    # V3 section 3.2.3: norms, MLA up-projections and the SwiGLU product are computed again; so is the attention core.
+    "selective": jax.checkpoint_policies.save_only_these_names("latent", "attention", "swiglu_input"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Context(NamedTuple):
+    """What every layer needs besides the hidden state."""
+
+    angles: tuple[jax.Array, jax.Array]  # rope cosine and sine, float32 [B, T, R/2]
+    segment_ids_BT: jax.Array | None  # attention stays inside a segment; None: it does not care
+    documents_BT: jax.Array  # int32, sequences of the balance loss; 0 is padding
+
+
+class Hidden(NamedTuple):
+    """Everything training needs of a forward pass."""
+
+    main_BTD: jax.Array  # after the final norm
+    mtp_DBTD: jax.Array | None  # depth first, each after its own norm
+    routing: RoutingStatistics | None  # stacked over MoE layers, then MTP modules
+
+
+class Block(nnx.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: ModelConfig, policy: Policy, *, moe: bool):
+        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attn = MLA(config, policy) if config.attention == "mla" else GQA(config, policy)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn = MoE(config, policy) if moe else FeedForward(config.dim, config.inter_dim, config.init_std, policy)
+        self.moe = moe
+
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, balance: BalanceWeights | None
+    ) -> tuple[jax.Array, RoutingStatistics | None]:
+        x_BTD = constrain(x_BTD, "batch", "length", "width")
+        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), context.angles, context.segment_ids_BT)
+        normed_BTD = self.ffn_norm(x_BTD)
+        if not self.moe:
+            return x_BTD + self.ffn(normed_BTD), None
+        y_BTD, statistics = self.ffn(normed_BTD, context.documents_BT, balance)
+        return x_BTD + y_BTD, statistics
+
+
+class Transformer(nnx.Module):
+    """A DeepSeek model. The constructor declares the parameters; `dsjax.model.parameters.initialize` fills them."""
+
+    def __init__(self, config: ModelConfig, policy: Policy):
+        self.embed = Embedding(config.vocab_size, config.dim, config.init_std, policy)
+        if config.n_dense_layers:
+            self.dense_layers = stack(Block(config, policy, moe=False), config.n_dense_layers)
+        if config.n_moe_layers:
+            self.moe_layers = stack(Block(config, policy, moe=True), config.n_moe_layers)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        if not config.tie_embed:
+            self.head = Head(config.dim, config.vocab_size, config.init_std)
+        if config.n_mtp:
+            layer = Block(config, policy, moe=config.n_moe_layers > 0)
+            self.mtp = stack(MTP(config, policy, layer), config.n_mtp)
+        self.config = config
+        self.policy = policy
+
+    def __call__(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
+        """Predicts each next token.
+
+        Args:
+          tokens_BT: int32 ids below `vocab_size`; an id outside gives NaN logits.
+          segment_ids_BT: int32; documents packed into a row, kept apart from one another.
+
+        Returns:
+          logits, float32 [B, T, V].
+        """
+        return self.logits(self.hidden(tokens_BT, segment_ids_BT, mtp=False).main_BTD)
+
+    def head_weight(self) -> jax.Array:
+        """[D, V]; the embedding's transpose where they are tied."""
+        return self.embed.weight[...].T if self.config.tie_embed else self.head.weight[...]
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """float32 [B, T, V] of a normed hidden state, the main model's or an MTP module's."""
+        return vocabulary_logits(hidden_BTD, self.head_weight(), self.policy)
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array | None = None,
+        *,
+        isolate: bool = True,
+        mtp: bool = True,
+        balance: BalanceWeights | None = None,
+        remat: str = "none",
+    ) -> Hidden:
+        """Runs the model up to the states that the output head reads.
+
+        Args:
+          segment_ids_BT: int32 document of each token, 0 for padding; None: one document a row.
+          isolate: whether attention, positions and balance losses stay inside a document.
+          mtp: whether to run the MTP modules.
+          balance: weights of the balance losses; None leaves them out.
+          remat: what a layer's backward pass computes again: "none", "selective" or "full".
+        """
+        context = self._context(tokens_BT, segment_ids_BT, isolate)
+
+        def layer(x_BTD: jax.Array, block: Block):
+            return block(x_BTD, context, balance)
+
+        def mtp_module(carry: tuple[jax.Array, jax.Array], module: MTP):
+            hidden_BTD, tokens_BT = carry
+            tokens_BT = shift_left(tokens_BT)
+            hidden_BTD, statistics = module(self.embed(tokens_BT), hidden_BTD, context, balance)
+            return (hidden_BTD, tokens_BT), (module.norm(hidden_BTD), statistics)
+
+        if remat != "none":
+            layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[remat])
+            mtp_module = jax.checkpoint(mtp_module, policy=_REMAT_POLICIES[remat])
+
+        x_BTD = self.embed(tokens_BT)
+        statistics: list[RoutingStatistics] = []
+        if self.config.n_dense_layers:
+            x_BTD, _ = jax.lax.scan(layer, x_BTD, self.dense_layers)
+        if self.config.n_moe_layers:
+            x_BTD, body_statistics = jax.lax.scan(layer, x_BTD, self.moe_layers)
+            statistics.append(body_statistics)
+        main_BTD = self.norm(x_BTD)
+        mtp_DBTD = None
+        if mtp and self.config.n_mtp:
+            first = main_BTD if self.config.mtp_after_final_norm else x_BTD
+            _, (mtp_DBTD, mtp_statistics) = jax.lax.scan(mtp_module, (first, tokens_BT), self.mtp)
+            if self.config.n_moe_layers:
+                statistics.append(mtp_statistics)
+        routing = jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *statistics) if statistics else None
+        return Hidden(main_BTD, mtp_DBTD, routing)
+
+    def _context(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None, isolate: bool) -> Context:
+        if segment_ids_BT is None:
+            isolate, segment_ids_BT = False, jnp.ones_like(tokens_BT)
+        if isolate:
+            positions_BT, documents_BT = rope.positions_in_segments(segment_ids_BT), segment_ids_BT
+        else:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+            documents_BT = (segment_ids_BT > 0).astype(jnp.int32)
+        angles = rope.angles(positions_BT, self.config)
+        return Context(angles, segment_ids_BT if isolate else None, documents_BT)

@@ -1,0 +1,38 @@
+"""The device mesh."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(sizes: Mapping[str, int], n_devices: int | None = None) -> Mesh:
+    """Lays the devices out along the named axes, in `AXES` order.
+
+    Args:
+      sizes: devices along each axis; one may be -1 and takes what the others leave.
+      n_devices: devices to use, all by default.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    n_devices = jax.device_count() if n_devices is None else n_devices
+    given = math.prod(size for size in sizes.values() if size != -1)
+    resolved = {axis: sizes.get(axis, 1) for axis in AXES}
+    for axis, size in resolved.items():
+        if size == -1:
+            resolved[axis] = max(n_devices // given, 1)
+    if math.prod(resolved.values()) != n_devices:
+        described = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise ValueError(
+            f"mesh {described} does not fill the {n_devices} devices here; "
+            f"set mesh.* so that the sizes multiply to {n_devices} (one axis may be -1)"
+        )
+    return jax.make_mesh(
+        tuple(resolved.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:n_devices]
+    )

@@ -1,0 +1,125 @@
+"""A model on paper: what a config declares, how big it is, what it costs and where it lies.
+
+Everything comes from the declared shapes; no device is touched, so 671B shows in a second.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from rich import box
+from rich.columns import Columns
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dsjax import settings
+from dsjax.config import Config
+from dsjax.model import flops
+from dsjax.model.parameters import declarations
+from dsjax.model.transformer import Transformer
+from dsjax.parallel.sharding import AXIS_TABLE
+from dsjax.precision.policy import Policy
+
+
+def summarize(config: Config) -> dict[str, Any]:
+    """Returns all that is shown, as JSON holds it. FLOPs are for `data.sequence_length`."""
+    model, length = config.model, config.data.sequence_length
+    # The shapes are the same everywhere; a named platform keeps jax from starting a backend to ask.
+    policy = Policy(compute=jnp.dtype(config.precision.compute), platform="cpu")
+    declared = declarations(Transformer(model, policy))
+    counts = flops.count_parameters(declared, model)
+    train = {
+        "causal": flops.train_flops_per_token(model, length, mtp=False),
+        "full_square": flops.train_flops_per_token(model, length, causal=False, mtp=False),
+        "causal_with_mtp": flops.train_flops_per_token(model, length),
+    }
+    return {
+        "name": config.name,
+        "config": settings.to_dict(config),
+        "total_params": counts.total,
+        "activated_params": counts.activated,
+        "mtp_params": counts.mtp,
+        "sequence_length": length,
+        "train_flops_per_token": train,
+        "forward_flops_per_token": flops.forward_flops_per_token(model, length),
+        "kv_cache_bytes_per_token": flops.cache_bytes_per_token(model),
+        "parameters": [
+            {
+                "path": parameter.path,
+                "shape": list(parameter.shape),
+                "dtype": jnp.dtype(parameter.dtype).name,
+                "count": parameter.count,
+                "axes": list(parameter.axes),
+            }
+            for parameter in declared
+        ],
+        "sharding": {
+            parameter.path: [_mesh_axes(config, axis) for axis in parameter.axes]
+            for parameter in declared
+        },
+    }
+
+
+def _mesh_axes(config: Config, logical_axis: str) -> list[str]:
+    """Returns the mesh axes that may split a logical dim; one of size 1 splits nothing."""
+    return [axis for axis in AXIS_TABLE[logical_axis] if getattr(config.mesh, axis) != 1]
+
+
+def print_summary(summary: dict[str, Any], console: Console) -> None:
+    """Prints the resolved config, the parameters with their sharding, and the totals."""
+    groups = summary["config"]
+    for group in (name for name, values in groups.items() if isinstance(values, dict)):
+        console.rule(f"{summary['name']}: {group}", align="left")
+        pairs = [Text(f"{key}={value}") for key, value in groups[group].items()]
+        console.print(Columns(pairs, column_first=True, padding=(0, 3)))
+    console.print(_parameter_table(summary))
+    console.print(_totals_table(summary))
+
+
+def _parameter_table(summary: dict[str, Any]) -> Table:
+    table = Table(title=Text("parameters (weights are [in, out])"), box=box.SIMPLE_HEAD)
+    table.add_column("parameter", no_wrap=True)
+    table.add_column("shape", no_wrap=True)
+    table.add_column("count", justify="right")
+    table.add_column("logical axes -> mesh axes")
+    for parameter in summary["parameters"]:
+        placed = zip(parameter["axes"], summary["sharding"][parameter["path"]], strict=True)
+        table.add_row(
+            parameter["path"],
+            " x ".join(map(str, parameter["shape"])),
+            f"{parameter['count']:,}",
+            ", ".join(f"{axis}->{'+'.join(mesh)}" if mesh else axis for axis, mesh in placed),
+        )
+    return table
+
+
+def _totals_table(summary: dict[str, Any]) -> Table:
+    length, train = summary["sequence_length"], summary["train_flops_per_token"]
+    rows = {
+        "total_params (main model)": f"{summary['total_params']:,}",
+        "activated_params (a token; embedding and head included)": (
+            f"{summary['activated_params']:,}"
+        ),
+        "mtp_params (MTP modules, besides the shared embedding and head)": (
+            f"{summary['mtp_params']:,}"
+        ),
+        f"training FLOPs a token at {length:,}, causal, no MTP": _giga(train["causal"]),
+        f"training FLOPs a token at {length:,}, full square, no MTP": _giga(train["full_square"]),
+        f"training FLOPs a token at {length:,}, causal, with MTP": _giga(train["causal_with_mtp"]),
+        f"forward FLOPs a token at {length:,}, causal, no MTP": _giga(
+            summary["forward_flops_per_token"]
+        ),
+        "KV-cache bytes a token, bfloat16": f"{summary['kv_cache_bytes_per_token']:,}",
+    }
+    table = Table(title="totals", box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    for what, value in rows.items():
+        table.add_row(what, value)
+    return table
+
+
+def _giga(operations: int) -> str:
+    return f"{operations / 1e9:,.2f} G" if operations >= 1e8 else f"{operations / 1e6:,.2f} M"

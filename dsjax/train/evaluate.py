@@ -1,0 +1,73 @@
+"""Held-out loss, and bits per byte: the one figure that does not depend on the tokenizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dsjax.config import Config
+from dsjax.data.packing import HeldoutSequences
+from dsjax.train.loss import cross_entropy, target_mask
+from dsjax.train.step import TrainState, restored_model
+
+
+class Evaluation(NamedTuple):
+    """Mean loss in nats a predicted token, and bits a byte of the text that those tokens stand for."""
+
+    loss: float
+    bits_per_byte: float
+
+
+def scorer(config: Config) -> Callable[[TrainState, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:
+    """Builds (state, batch) -> (summed loss of the targets in nats, number of targets), to be jitted.
+
+    The batch is `tokens` and `segment_ids`, int32 [B, T + 1]. The main model alone, without MTP and balance losses.
+    """
+
+    def score(state: TrainState, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        model = restored_model(config, state)
+        tokens, segment_ids = batch["tokens"], batch["segment_ids"]
+        isolate = config.data.isolate_documents
+        hidden = model.hidden(tokens[:, :-1], segment_ids[:, :-1], isolate=isolate, mtp=False)
+        mask_BT = target_mask(segment_ids, 1, isolate)
+        nats = cross_entropy(
+            hidden.main_BTD, model.head_weight(), tokens[:, 1:], mask_BT, model.policy, config.train.loss_chunk
+        )
+        return nats, mask_BT.sum()
+
+    return score
+
+
+def evaluate(
+    score: Callable[[dict[str, np.ndarray]], tuple[Any, Any]],
+    heldout: HeldoutSequences,
+    rows: Sequence[int],
+    *,
+    batch_size: int,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Scores some held-out rows.
+
+    Args:
+      score: takes a batch of `batch_size` rows, gives the summed loss of its targets (nats) and their number.
+      rows: row numbers; the last batch is filled up with padding, so that one compiled program does them all.
+      interrupted: asked before each batch; True ends the evaluation, whose result is then None.
+    """
+    nats = targets = 0.0
+    for first in range(0, len(rows), batch_size):
+        if interrupted():
+            return None
+        batch = heldout.batch(rows[first : first + batch_size])
+        batch_nats, batch_targets = score({name: _fill(array, batch_size) for name, array in batch.items()})
+        nats += float(batch_nats)
+        targets += float(batch_targets)
+    return Evaluation(nats / targets, nats / math.log(2) / float(heldout.row_bytes[list(rows)].sum()))
+
+
+def _fill(array: np.ndarray, batch_size: int) -> np.ndarray:
+    """Adds rows of zeros: segment id 0, so nothing there is predicted."""
+    return np.pad(array, ((0, batch_size - len(array)), (0, 0)))

@@ -1,0 +1,105 @@
+"""AdamW as DeepSeek trains with it: global-norm clipping, moments in float32 or bfloat16, decoupled decay.
+
+Paper: DeepSeek-V3 (arXiv:2412.19437), sections 3.3.3 (moments in bfloat16) and 4.2. The pieces are optax's; what is
+added is the rounding of both moments when they are stored, the choice of what decays, and a learning rate that
+comes in at each update, so that a schedule never compiles anything again.
+
+Departures: the paper does not say what decays; here it is every matrix, and no norm or bias.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from dsjax.config import OptimConfig
+
+LAYERS = "layers"  # logical axis of a stack of layers: it does not make a norm a matrix
+
+
+class Optimizer(NamedTuple):
+    """`init(params) -> state` and `update(grads, state, params, learning_rate) -> (params, state, grad_norm)`."""
+
+    init: Any
+    update: Any
+
+
+def adamw(config: OptimConfig) -> Optimizer:
+    """Builds the optimizer of a run.
+
+    `update` takes gradients shaped as the parameters (float32) and a float32 scalar learning rate; `grad_norm` is the
+    global norm before clipping.
+    """
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    chain = optax.named_chain(  # named, so that a checkpoint says optimizer.adam.mu.head.weight
+        ("clip", clip),
+        (
+            "adam",
+            scale_by_adam(
+                config.beta1, config.beta2, epsilon=config.epsilon, moment_dtype=jnp.dtype(config.moment_dtype)
+            ),
+        ),
+        ("decay", optax.add_decayed_weights(config.weight_decay, mask=decay_mask)),
+    )
+
+    def update(
+        grads: Any, state: optax.OptState, params: Any, learning_rate: jax.Array
+    ) -> tuple[Any, optax.OptState, jax.Array]:
+        grad_norm = optax.tree.norm(grads)
+        updates, state = chain.update(grads, state, params)
+        params = jax.tree.map(lambda param, change: param - learning_rate * change, params, updates)
+        return params, state, grad_norm
+
+    return Optimizer(chain.init, update)
+
+
+def scale_by_adam(
+    beta1: float, beta2: float, *, epsilon: float, moment_dtype: jnp.dtype
+) -> optax.GradientTransformation:
+    """Makes optax's Adam keep both moments in `moment_dtype`.
+
+    The arithmetic is float32; a moment is rounded (to nearest) only when it is stored, and the update of this
+    step uses it unrounded. optax's own `mu_dtype` rounds the first moment alone.
+    """
+    adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=epsilon)
+
+    def cast_moments(state: Any, dtype: jnp.dtype) -> Any:
+        return state._replace(mu=optax.tree.cast(state.mu, dtype), nu=optax.tree.cast(state.nu, dtype))
+
+    def init(params: Any) -> optax.OptState:
+        return cast_moments(adam.init(params), moment_dtype)
+
+    def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to its int32 count
+            updates, state = adam.update(updates, cast_moments(state, jnp.dtype("float32")), params)
+        return updates, cast_moments(state, moment_dtype)
+
+    return optax.GradientTransformation(init, cast(optax.TransformUpdateFn, update))
+
+
+def decay_mask(params: Any) -> Any:
+    """Marks the parameters that decay: those with two dims or more, the stack of layers not counted.
+
+    Args:
+      params: nnx variables whose metadata `axes` names each dim.
+
+    Raises:
+      ValueError: a parameter declares no axes.
+    """
+
+    def decays(path: Any, variable: nnx.Variable) -> bool:
+        axes = variable.get_metadata("axes", None) if isinstance(variable, nnx.Variable) else None
+        if axes is None:
+            raise ValueError(
+                f"parameter {jax.tree_util.keystr(path)} has no metadata 'axes', which decides whether it decays; "
+                "declare it with its logical axes"
+            )
+        return sum(axis != LAYERS for axis in axes) >= 2
+
+    return jax.tree_util.tree_map_with_path(
+        decays, params, is_leaf=lambda node: isinstance(node, nnx.Variable)
+    )

@@ -1,0 +1,108 @@
+"""What changes along a run, as pure functions of its step: batch size, learning rate, loss weights.
+
+Paper: DeepSeek-V3 (arXiv:2412.19437), section 4.2. The paper gives its points in tokens; here they are shares of
+the run's tokens, so that one schedule fits a run of any length. The learning rate warms up in steps, as in the paper.
+No jax here: the numbers are made on the host and given to the compiled step, which never compiles again for them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+
+from dsjax.config import Config, OptimConfig, TrainConfig
+
+RAMP_STAGES = 4  # batch sizes on the way up; each is one more compilation, so they are few
+
+
+def batch_size(train: TrainConfig, step: int) -> int:
+    """Sequences of optimizer step `step` (counted from 0)."""
+    for first_step, sequences in reversed(batch_stages(train)):
+        if step >= first_step:
+            return sequences
+    raise AssertionError("the first stage starts at step 0")
+
+
+def batch_stages(train: TrainConfig) -> list[tuple[int, int]]:
+    """(first step, sequences) of each stage of the batch ramp, ascending; one stage when there is no ramp.
+
+    The ramp is cut into at most RAMP_STAGES equal stages, and grows by whole micro-batches.
+    """
+    ramp_steps = round(train.batch_ramp_fraction * train.steps)
+    if not train.batch_size_start or not ramp_steps:
+        return [(0, train.batch_size)]
+    first = train.batch_size_start // train.micro_batch_size
+    last = train.batch_size // train.micro_batch_size
+    n_stages = min(RAMP_STAGES, last - first, ramp_steps)
+    stages = [
+        (ramp_steps * i // n_stages, (first + (last - first) * i // n_stages) * train.micro_batch_size)
+        for i in range(n_stages)
+    ]
+    return [*stages, (ramp_steps if n_stages else 0, train.batch_size)]
+
+
+def sequences_before(train: TrainConfig, step: int) -> int:
+    """Sequences that optimizer steps 0 to `step` - 1 consume."""
+    stages = batch_stages(train)
+    ends = [first_step for first_step, _ in stages[1:]] + [step]
+    return sum(
+        max(0, min(end, step) - first_step) * sequences
+        for (first_step, sequences), end in zip(stages, ends, strict=True)
+    )
+
+
+def tokens_before(config: Config, step: int) -> int:
+    """Tokens that optimizer steps 0 to `step` - 1 train on."""
+    return sequences_before(config.train, step) * config.data.sequence_length
+
+
+def progress(config: Config, step: int) -> float:
+    """Share of the run's tokens seen before `step`, between 0 and 1."""
+    return sequences_before(config.train, step) / sequences_before(config.train, config.train.steps)
+
+
+def learning_rate(optim: OptimConfig, step: int, share: float) -> float:
+    """Learning rate of `step`, `share` of the run's tokens having been seen before it."""
+    if step < optim.warmup_steps:
+        # The first step learns too: rates are 1/n, 2/n, ... of the highest.
+        return optim.learning_rate * (step + 1) / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.learning_rate
+    if optim.schedule == "v3":
+        return optim.learning_rate * _v3_ratio(optim, share)
+    ratios = (1.0, *optim.decay_ratios)
+    return optim.learning_rate * ratios[bisect.bisect_right(optim.decay_points, share)]
+
+
+def _v3_ratio(optim: OptimConfig, share: float) -> float:
+    """Constant, a cosine from the first point to the second, then two constant tails."""
+    cosine_start, cosine_end, last_tail = optim.decay_points
+    first_ratio, last_ratio = optim.decay_ratios
+    if share < cosine_start:
+        return 1.0
+    if share >= last_tail:
+        return last_ratio
+    if share >= cosine_end:
+        return first_ratio
+    phase = (share - cosine_start) / (cosine_end - cosine_start)
+    return first_ratio + (1.0 - first_ratio) * 0.5 * (1.0 + math.cos(math.pi * phase))
+
+
+def mtp_weight(train: TrainConfig, share: float) -> float:
+    """Weight of the multi-token prediction loss, lambda of equation 25."""
+    return train.mtp_weight if share < train.mtp_switch else train.mtp_weight_final
+
+
+def bias_update_speed(train: TrainConfig, share: float) -> float:
+    """Step of the router bias, gamma of section 2.1.2; 0 in the last part of the run."""
+    return train.bias_update_speed if share < train.bias_update_until else 0.0
+
+
+def knobs(config: Config, step: int) -> dict[str, float]:
+    """All that the compiled step takes from the schedule at `step` (counted from 0)."""
+    share = progress(config, step)
+    return {
+        "learning_rate": learning_rate(config.optim, step, share),
+        "mtp_weight": mtp_weight(config.train, share),
+        "bias_update_speed": bias_update_speed(config.train, share),
+    }

@@ -1,0 +1,168 @@
+"""Everything that a run needs before its first step: data, mesh, state (new or restored) and compiled programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from dsjax.checkpoint import store
+from dsjax.config import Config
+from dsjax.data.corpus import Corpus, prepare_corpus
+from dsjax.data.loader import Loader
+from dsjax.data.packing import HeldoutSequences, PackedSequences, heldout_sequences
+from dsjax.model.flops import train_flops_per_token
+from dsjax.parallel.mesh import make_mesh
+from dsjax.parallel.sharding import partition_spec
+from dsjax.train import workdir
+from dsjax.train.compilation import Compiled
+from dsjax.train.evaluate import scorer
+from dsjax.train.report import Display, Metrics
+from dsjax.train.signals import StopRequest
+from dsjax.train.step import TrainState, abstract_state, initial_state, train_step
+from dsjax.train.throughput import Meter, Peak, peak_flops
+
+
+@dataclasses.dataclass
+class Run:
+    """A run under way."""
+
+    config: Config
+    folder: Path
+    display: Display
+    stop: StopRequest
+    corpus: Corpus
+    loader: Loader
+    heldout: HeldoutSequences
+    mesh: Mesh
+    state: TrainState
+    step: int  # optimizer steps done
+    seconds_before: float  # of earlier sessions
+    train_step: Compiled
+    score: Compiled
+    checkpoints: store.Store
+    metrics: Metrics
+    meter: Meter
+    peak: Peak
+    started: float = dataclasses.field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the whole run, earlier sessions included."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Sequences of one forward pass."""
+        return self.config.train.micro_batch_size or self.config.train.batch_size
+
+    def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Puts a batch [..., sequences, T+1] on the devices, its sequences split over them."""
+
+        def put(array: np.ndarray) -> jax.Array:
+            axes = ("length",) * (array.ndim - 2) + ("batch", "length")
+            spec = partition_spec(axes, array.shape, self.mesh, "a batch of train.micro_batch_size or batch_size")
+            return jax.device_put(array, NamedSharding(self.mesh, spec))
+
+        return {name: put(array) for name, array in batch.items()}
+
+
+def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -> Run:
+    """Sets a run up, or takes it up again where its newest checkpoint is.
+
+    Raises:
+      ValueError: config, data, mesh, workdir or checkpoint do not fit; says what to do.
+      OSError: a file cannot be read or written.
+    """
+    started = time.monotonic()
+    corpus = _prepare_corpus(config, display)
+    rows = PackedSequences(
+        corpus.train,
+        corpus.tokenizer.special,
+        sequence_length=config.data.sequence_length,
+        seed=config.data.seed,
+        fim_rate=config.data.fim_rate,
+    )
+    loader = Loader(rows)
+    heldout = heldout_sequences(
+        corpus.heldout, corpus.tokenizer.special, sequence_length=config.data.sequence_length
+    )
+    corpus.tokenizer.save(str(folder))
+    mesh = make_mesh(dataclasses.asdict(config.mesh))
+    abstract = abstract_state(config, mesh)
+    placement = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    checkpoints = store.Store(folder / "checkpoints", keep=config.train.keep)
+    for broken in checkpoints.set_aside:
+        display.say(f"{broken.parent} held an incomplete checkpoint, now called {broken.name}")
+    state, record = _restore_or_make(config, folder, mesh, abstract, display)
+    if record:
+        loader.restore(record["data"])
+    peak = peak_flops(list(mesh.devices.flat))
+    length = config.data.sequence_length
+    return Run(
+        config=config,
+        folder=folder,
+        display=display,
+        stop=stop,
+        corpus=corpus,
+        loader=loader,
+        heldout=heldout,
+        mesh=mesh,
+        state=state,
+        step=record.get("step", 0),
+        seconds_before=record.get("seconds", 0.0),
+        train_step=_compiled_step(config, placement, display),
+        score=Compiled(jax.jit(scorer(config))),
+        checkpoints=checkpoints,
+        metrics=Metrics(folder, config, first_step=record.get("step", 0)),
+        meter=Meter(flops_per_token=train_flops_per_token(config.model, length), peak=peak),
+        peak=peak,
+        started=started,
+    )
+
+
+def _prepare_corpus(config: Config, display: Display) -> Corpus:
+    data = config.data
+    corpus = prepare_corpus(
+        files=data.files,
+        heldout_files=data.heldout_files,
+        heldout_fraction=data.heldout_fraction,
+        text_field=data.text_field,
+        tokenizer_path=data.tokenizer,
+        vocab_size=config.model.vocab_size,
+        cache_dir=data.cache_dir,
+        progress=display.counting("preparing the text"),
+    )
+    display.say(
+        f"text: {corpus.train.total_tokens:,} tokens in {len(corpus.train):,} documents, "
+        f"{corpus.heldout.total_tokens:,} in {len(corpus.heldout):,} held out"
+    )
+    return corpus
+
+
+def _restore_or_make(
+    config: Config, folder: Path, mesh: Mesh, abstract: TrainState, display: Display
+) -> tuple[TrainState, dict[str, Any]]:
+    """The newest checkpoint's state and record, or a new state and an empty record."""
+    directory = folder / "checkpoints"
+    step = store.latest(directory)
+    if step is None:
+        return initial_state(config, mesh), {}
+    record = store.read_record(directory, step)
+    state = store.restore(directory, step, abstract)
+    display.say(f"resuming {folder} after step {step} of {config.train.steps}")
+    changed = workdir.changed_versions(record["versions"])
+    if changed:
+        display.say(f"since then changed: {', '.join(changed)}; the run goes on, perhaps not bit for bit")
+    return state, record
+
+
+def _compiled_step(config: Config, placement: TrainState, display: Display) -> Compiled:
+    # Without out_shardings the compiler may place the new state elsewhere, where the next step would not take it.
+    step = jax.jit(train_step(config), donate_argnums=0, out_shardings=(placement, None))
+    return Compiled(step, announce=lambda: display.say("compiling the training step"))

@@ -1,0 +1,78 @@
+"""Ctrl-C and SIGTERM: the first lets the step finish and the run be saved, the second leaves at once.
+
+Python runs signal handlers between its own instructions, so a handler alone would wait for a long step or compilation.
+The kernel therefore also writes each signal's number to a pipe, and a thread that reads it does the urgent part.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Context in which signals ask the training loop to stop instead of killing it.
+
+    Until `defer` is called there is nothing to save, and the first signal raises SystemExit. Outside the main thread,
+    where Python allows no handlers, signals keep their usual meaning.
+    """
+
+    def __init__(self) -> None:
+        self._received: list[int] = []
+        self._deferred = False
+
+    @property
+    def exit_code(self) -> int | None:
+        """128 + the signal that asked for a stop (130, 143); None while nobody has."""
+        return 128 + self._received[0] if self._received else None
+
+    def defer(self) -> None:
+        """From here on the loop looks at `exit_code` after each step."""
+        self._deferred = True
+        if self.exit_code is not None:
+            raise SystemExit(self.exit_code)
+
+    def __enter__(self) -> StopRequest:
+        self._installed = threading.current_thread() is threading.main_thread()
+        if self._installed:
+            self._read_end, self._write_end = os.pipe()
+            os.set_blocking(self._write_end, False)
+            self._old_wakeup = signal.set_wakeup_fd(self._write_end)
+            self._old_handlers = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
+            self._watcher.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._installed:
+            for number, handler in self._old_handlers.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._old_wakeup)
+            os.close(self._write_end)  # the watcher reads the end of the pipe and ends
+            self._watcher.join()
+            os.close(self._read_end)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Runs in the main thread, when Python gets to it."""
+        if not self._deferred:
+            raise SystemExit(128 + number)
+
+    def _watch(self) -> None:
+        """Runs in its own thread, as soon as a signal arrives."""
+        while received := os.read(self._read_end, 64):
+            for number in received:
+                if number not in _SIGNALS:
+                    continue
+                if self._received:
+                    os._exit(128 + number)
+                self._received.append(number)
+                name = signal.Signals(number).name
+                what = "finishing this step, then saving" if self._deferred else "stopping"
+                print(f"\n{name} received: {what}; once more to leave at once", file=sys.stderr, flush=True)

@@ -1,0 +1,166 @@
+"""One optimizer step: gradients over the micro-batches, AdamW, and the router's bias update.
+
+The step is a pure function of state, batch and the knobs that a schedule turns. The batch may come as several
+micro-batches; their sums are added before anything is divided, so the result is that of the whole batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+
+from dsjax.config import Config
+from dsjax.model.balance import max_violation, update_bias
+from dsjax.model.layers import RouterState
+from dsjax.model.parameters import initialize, shardings
+from dsjax.model.transformer import Transformer
+from dsjax.precision.policy import Policy
+from dsjax.train import optimizer
+from dsjax.train.loss import Losses, losses, target_mask
+
+Batch = dict[str, jax.Array]  # tokens and segment_ids, int32 [micro-batches, sequences, T + 1]
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All arrays that a step reads and writes."""
+
+    params: nnx.State  # float32 masters
+    router: nnx.State  # selection biases, float32
+    optimizer: Any
+
+
+def declared_model(config: Config, platform: str | None = None) -> Transformer:
+    """The config's model without values, for the platform that JAX runs on or for another one."""
+    compute = jnp.dtype(config.precision.compute)
+    return Transformer(config.model, Policy(compute, platform) if platform else Policy(compute))
+
+
+def split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:
+    """Takes a model apart into its structure, its trained parameters and its router state."""
+    return nnx.split(model, nnx.Param, RouterState)
+
+
+def _make_state(model: Transformer, config: Config, key: jax.Array) -> TrainState:
+    _, params, router = split(initialize(model, key))
+    return TrainState(params, router, optimizer.adamw(config.optim).init(params))
+
+
+def abstract_state(config: Config, mesh: Mesh | AbstractMesh, platform: str | None = None) -> TrainState:
+    """The state's shapes, dtypes and shardings, to restore a checkpoint into or to compile for.
+
+    Raises:
+      ValueError: parameters that do not divide over the mesh.
+    """
+    model = declared_model(config, platform)
+    shapes = jax.eval_shape(lambda key: _make_state(model, config, key), jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings(shapes, mesh),
+    )
+
+
+def initial_state(config: Config, mesh: Mesh) -> TrainState:
+    """Makes the state of step 0, each device its own part; values depend on `train.seed` alone."""
+    model = declared_model(config)
+    placement = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    make = jax.jit(lambda key: _make_state(model, config, key), out_shardings=placement)
+    return make(jax.random.key(config.train.seed))
+
+
+def restored_model(config: Config, state: TrainState) -> Transformer:
+    """The model with a state's values."""
+    structure, *_ = split(declared_model(config))
+    return nnx.merge(structure, state.params, state.router)
+
+
+def train_step(
+    config: Config, platform: str | None = None
+) -> Callable[[TrainState, Batch, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """Builds the step: (state, batch, knobs) -> (state, metrics), to be jitted with the state donated.
+
+    Knobs are float32 scalars: `learning_rate`, `mtp_weight`, `bias_update_speed`. Metrics are scalars, but for
+    `expert_load` [MoE layers and MTP modules, E], each expert's share of its layer's assignments.
+    """
+    structure, *_ = split(declared_model(config, platform))
+    adamw = optimizer.adamw(config.optim)
+    mtp_depths = max(config.model.n_mtp, 1)
+
+    def weighted(params, router, micro_batch, mtp_weight, n_targets):
+        """A micro-batch's part of the whole batch's loss."""
+        sums = losses(nnx.merge(structure, params, router), micro_batch, config)
+        total = sums.main + mtp_weight / mtp_depths * sums.mtp + sums.balance * sums.main_targets
+        return total / n_targets, sums
+
+    gradient = jax.value_and_grad(weighted, has_aux=True)
+
+    def step(state: TrainState, batch: Batch, knobs: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        n_targets = _count_targets(batch, config)
+
+        def micro_step(micro_batch: Batch) -> tuple[nnx.State, Losses]:
+            (_, sums), grads = gradient(state.params, state.router, micro_batch, knobs["mtp_weight"], n_targets)
+            return grads, sums._replace(balance=sums.balance * sums.main_targets / n_targets)
+
+        grads, sums = _sum_over_micro_batches(micro_step, batch)
+        params, optimizer_state, grad_norm = adamw.update(
+            grads, state.optimizer, state.params, knobs["learning_rate"]
+        )
+        router = state.router
+        metrics = _metrics(sums, grad_norm)
+        if sums.counts_LE is not None and config.model.router_bias:
+            router = _update_router(router, sums.counts_LE, knobs["bias_update_speed"], config)
+        return TrainState(params, router, optimizer_state), metrics
+
+    return step
+
+
+def _count_targets(batch: Batch, config: Config) -> jax.Array:
+    """Targets of the main model in the whole batch."""
+    segment_ids = batch["segment_ids"]
+    rows = segment_ids.reshape(-1, segment_ids.shape[-1])
+    return jnp.maximum(target_mask(rows, 1, config.data.isolate_documents).sum(), 1).astype(jnp.float32)
+
+
+def _sum_over_micro_batches(function: Callable[[Batch], Any], batch: Batch) -> Any:
+    """Adds up a function's values over the leading dimension, one micro-batch at a time."""
+    first = jax.tree.map(lambda x: x[0], batch)
+    if batch["tokens"].shape[0] == 1:
+        return function(first)
+    zeros = jax.tree.map(lambda value: jnp.zeros(value.shape, value.dtype), jax.eval_shape(function, first))
+    return jax.lax.scan(
+        lambda total, micro_batch: (jax.tree.map(jnp.add, total, function(micro_batch)), None), zeros, batch
+    )[0]
+
+
+def _metrics(sums: Losses, grad_norm: jax.Array) -> Metrics:
+    metrics = {
+        "loss": sums.main / jnp.maximum(sums.main_targets, 1.0),
+        "mtp_loss": sums.mtp / jnp.maximum(sums.mtp_targets, 1.0),
+        "balance_loss": sums.balance,
+        "grad_norm": grad_norm,
+        "dropped_tokens": sums.dropped_tokens,
+        "max_violation": jnp.float32(0),
+    }
+    if sums.counts_LE is not None:
+        counts_LE = sums.counts_LE.astype(jnp.float32)
+        metrics["max_violation"] = max_violation(sums.counts_LE).mean()
+        metrics["expert_load"] = counts_LE / jnp.maximum(counts_LE.sum(axis=-1, keepdims=True), 1.0)
+    return metrics
+
+
+def _update_router(router: nnx.State, counts_LE: jax.Array, speed: jax.Array, config: Config) -> nnx.State:
+    """Moves every layer's bias; counts list the main stack's layers first, then the MTP modules."""
+    n_main = config.model.n_moe_layers
+    stacks = {"moe_layers": counts_LE[:n_main], "mtp": counts_LE[n_main:]}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, bias_LE: update_bias(bias_LE, stacks[path[0].key], speed), router
+    )

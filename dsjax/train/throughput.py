@@ -1,0 +1,118 @@
+"""How fast a run goes, and against what: tokens a second, seconds a step, share of the hardware's peak (MFU).
+
+MFU = training FLOPs that the model needs (dsjax.model.flops: causal attention, MTP included, recomputation not) /
+(seconds * peak of all devices). The peak is the vendor's dense bfloat16 figure; for a device
+that is not in the table, such as a CPU, it is the rate of a large matrix product, measured at the start.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Dense bfloat16 FLOP/s of a device, by the beginning of jax's device_kind; the first that matches counts.
+_PEAKS = (
+    ("TPU7x", 2307e12 / 2),  # jax shows each of a chip's two cores as a device
+    ("TPU v6", 918e12),
+    ("TPU v5p", 459e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v4", 275e12),
+    ("NVIDIA B200", 2250e12),
+    ("NVIDIA H200", 989.5e12),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H100", 989.5e12),
+    ("NVIDIA A100", 312e12),
+)
+
+
+class Peak(NamedTuple):
+    """FLOP/s of all devices together, and where the number comes from."""
+
+    flops: float
+    source: str
+
+
+class Rates(NamedTuple):
+    """Rates over a stretch of steps."""
+
+    tokens_per_second: float
+    step_seconds: float
+    mfu: float
+
+
+def peak_flops(devices: Sequence[jax.Device]) -> Peak:
+    """The most that `devices` can do together, in FLOP/s."""
+    kind = devices[0].device_kind
+    for prefix, flops in _PEAKS:
+        if kind.startswith(prefix):
+            return Peak(flops * len(devices), f"{len(devices)} x {kind}, dense bfloat16, as published")
+    measured = measure_matmul_flops()
+    if devices[0].platform == "cpu":  # CPU devices share the cores
+        return Peak(measured, f"float32 matrix product measured on this CPU, {measured / 1e9:.0f} GFLOP/s")
+    return Peak(measured * len(devices), f"{len(devices)} x {kind}, float32 matrix product measured")
+
+
+def measure_matmul_flops(size: int = 1536) -> float:
+    """FLOP/s of a square float32 matrix product on the default device: the best of five."""
+    x = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+class Meter:
+    """Times steps from the end of one to the end of the next; compilation, evaluation and saving are left out.
+
+    `start` marks the beginning of a stretch of back-to-back steps, `step` the end of each of them.
+    """
+
+    def __init__(self, *, flops_per_token: float, peak: Peak):
+        self._flops_per_token = flops_per_token
+        self._peak = peak
+        self._seconds: list[float] = []
+        self._tokens: list[int] = []
+        self._taken = 0
+        self._last = time.perf_counter()
+
+    def start(self) -> None:
+        self._last = time.perf_counter()
+
+    def step(self, tokens: int) -> None:
+        """Counts a finished step of `tokens` tokens."""
+        now = time.perf_counter()
+        self._seconds.append(now - self._last)
+        self._tokens.append(tokens)
+        self._last = now
+
+    def take(self) -> Rates:
+        """Mean rates of the steps since the last call."""
+        rates = self._rates(self._taken)
+        self._taken = len(self._seconds)
+        return rates
+
+    def whole(self) -> Rates | None:
+        """Rates of all steps, `step_seconds` being the median; None before the first step."""
+        if not self._seconds:
+            return None
+        return self._rates(0)._replace(step_seconds=statistics.median(self._seconds))
+
+    def _rates(self, first: int) -> Rates:
+        seconds = sum(self._seconds[first:])
+        tokens_per_second = sum(self._tokens[first:]) / seconds
+        return Rates(
+            tokens_per_second=tokens_per_second,
+            step_seconds=seconds / len(self._seconds[first:]),
+            mfu=tokens_per_second * self._flops_per_token / self._peak.flops,
+        )

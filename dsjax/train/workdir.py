@@ -1,0 +1,123 @@
+"""The folder of a run: whose it is, what it was made with, and whether it may go on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dsjax import settings
+from dsjax.config import Config
+
+# Keys that a resumed run may change, because what has been trained so far stays what it was.
+_FREE = (
+    "data.cache_dir", "train.remat", "train.loss_chunk", "train.log_every", "train.eval_every", "train.eval_sequences",
+    "train.checkpoint_every", "train.keep", "train.sample_tokens", "train.tensorboard", "train.wandb_project",
+    "mesh.",
+)  # fmt: skip
+_PACKAGES = ("dsjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def claim(workdir: Path, config: Config) -> None:
+    """Makes `workdir` the folder of this config's run, or checks that it is already.
+
+    Writes config.json and versions.json.
+
+    Raises:
+      ValueError: the folder holds a run of another config, or checkpoints of an unknown one.
+      OSError: the folder cannot be made or written.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "config.json"
+    wanted = settings.to_dict(config)
+    if path.is_file():
+        _check_same_run(path, wanted)
+    elif (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
+        raise ValueError(
+            f"{workdir} holds checkpoints but no config.json, so nobody knows what they are; use another --workdir"
+        )
+    write_json(path, wanted)
+    write_json(workdir / "versions.json", versions())
+
+
+def _check_same_run(path: Path, wanted: dict[str, Any]) -> None:
+    try:
+        stored = flatten(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not the config of a run ({error}); use another --workdir") from error
+    asked = flatten(wanted)
+    differences = {
+        key: (stored.get(key, "absent"), asked.get(key, "absent"))
+        for key in [*stored, *(asked.keys() - stored.keys())]
+        if stored.get(key, "absent") != asked.get(key, "absent") and not key.startswith(_FREE)
+    }
+    if "train.steps" in differences and not asked["train.batch_size_start"]:
+        # More steps stretch the schedule from here on. With a batch ramp they would also change the steps behind us.
+        before, now = differences["train.steps"]
+        if now >= before:
+            del differences["train.steps"]
+    if differences:
+        listed = "; ".join(f"{key} was {was!r} and is now {now!r}" for key, (was, now) in differences.items())
+        raise ValueError(
+            f"{path.parent} holds a run of another config: {listed}. Use another --workdir, or set these keys back"
+        )
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"steps": 3}} -> {"train.steps": 3}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def versions() -> dict[str, Any]:
+    """What decides the bits of a run besides its config: versions, cores, flags, devices, commit."""
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+        "nproc": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "platform": jax.default_backend(),
+        "device_kind": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "commit": git_commit(Path(__file__).parent),
+    }
+
+
+def changed_versions(then: dict[str, Any]) -> list[str]:
+    """What differs now from `then`: the bits of a resumed run may differ with it."""
+    return [f"{key} {then.get(key)} -> {now}" for key, now in versions().items() if then.get(key) != now]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None  # dsjax runs from a checkout that is not installed
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit checked out around `folder`, "-dirty" added when files differ from it; None outside git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes `values` so that a reader finds the old file or the new one, never half of one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,139 @@
+"""Checkpoints: exact, atomic, the newest few kept, and clear about what does not fit."""
+
+import resource
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dsjax.checkpoint import store
+from dsjax.config import OptimConfig
+from dsjax.train.optimizer import adamw
+
+
+def make_state(seed: int = 0):
+    rng = np.random.default_rng(seed)
+    params = nnx.State(
+        {
+            "embed": {"weight": nnx.Param(jnp.asarray(rng.normal(size=(16, 8)), jnp.float32), axes=("vocab", "embed"))},
+            "norm": {"weight": nnx.Param(jnp.asarray(rng.normal(size=8), jnp.float32), axes=("embed",))},
+        }
+    )
+    return {"params": params, "optimizer": adamw(OptimConfig(moment_dtype="bfloat16")).init(params)}
+
+
+def abstract(state):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+
+
+def assert_identical(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert left.dtype == right.dtype and left.sharding == right.sharding
+        np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with a checkpoint of step 4, and its state."""
+    directory, state = tmp_path_factory.mktemp("saved"), make_state()
+    checkpoints = store.Store(directory, keep=2)
+    checkpoints.save(4, state, {"step": 4, "progress": 0.1, "data": {"rows": [1, 2]}, "note": None})
+    checkpoints.close()
+    return directory, state
+
+
+def test_store_restores_bitwise(saved):
+    directory, state = saved
+    assert store.latest(directory) == 4
+    assert_identical(store.restore(directory, 4, abstract(state)), state)
+    assert store.read_record(directory, 4) == {"step": 4, "progress": 0.1, "data": {"rows": [1, 2]}, "note": None}
+
+
+def test_store_saves_values_of_the_moment_although_buffers_are_donated(tmp_path):
+    """The step donates the state it is given, so what is saved asynchronously must be a copy."""
+    step = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
+    state = {"weight": jnp.zeros((512, 512)), "count": jnp.int32(0)}
+    checkpoints = store.Store(tmp_path, keep=2)
+    for number in range(1, 5):
+        state = step(state)
+        checkpoints.save(number, state, {"step": number})
+    state = step(state)
+    checkpoints.close()
+    assert store.steps(tmp_path) == [3, 4]
+    for number in (3, 4):
+        restored = store.restore(tmp_path, number, abstract(state))
+        np.testing.assert_array_equal(restored["weight"], np.full((512, 512), number))
+        assert restored["count"] == number
+
+
+def test_store_restores_to_another_sharding(saved):
+    directory, state = saved
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+    def placed(leaf):
+        spec = PartitionSpec("fsdp") if leaf.ndim == 2 else PartitionSpec()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    restored = store.restore(directory, 4, jax.tree.map(placed, state))
+    weight = restored["params"]["embed"]["weight"].get_value()
+    assert weight.sharding == NamedSharding(mesh, PartitionSpec("fsdp"))
+    for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
+def test_store_lists_every_array_that_does_not_fit(saved):
+    directory, state = saved
+    wrong = abstract(state)
+    wrong["params"]["embed"]["weight"].set_value(jax.ShapeDtypeStruct((16, 9), jnp.float32))
+    wrong["params"]["head"] = wrong["params"].pop("norm")
+    with pytest.raises(ValueError, match="does not fit this config in 3 arrays") as error:
+        store.restore(directory, 4, wrong)
+    assert "missing params.head.weight float32[8]" in str(error.value)
+    assert "extra params.norm.weight float32[8]" in str(error.value)
+    assert "params.embed.weight is float32[16, 8], wanted float32[16, 9]" in str(error.value)
+
+
+def test_store_takes_no_broken_folder_for_a_checkpoint(saved, tmp_path):
+    """An empty folder, and a copy that lost its last file: both newer than the whole checkpoint."""
+    directory, state = saved
+    shutil.copytree(directory / "4", tmp_path / "4")
+    shutil.copytree(directory / "4", tmp_path / "8")
+    (tmp_path / "8" / "commit_success.txt").unlink()
+    (tmp_path / "9").mkdir()
+    (tmp_path / "12.orbax-checkpoint-tmp").mkdir()
+    assert store.steps(tmp_path) == [4]
+
+    checkpoints = store.Store(tmp_path, keep=2)
+    assert sorted(path.name for path in checkpoints.set_aside) == ["8.incomplete", "9.incomplete"]
+    checkpoints.save(8, state, {"step": 8})
+    checkpoints.close()
+    assert store.steps(tmp_path) == [4, 8]
+
+
+def test_store_reports_a_full_disk(tmp_path):
+    """A file size limit makes the kernel refuse to write, as a full disk does."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    checkpoints = store.Store(tmp_path / "run", keep=2)
+    big = {"weight": jnp.asarray(np.random.default_rng(0).normal(size=(512, 512)), jnp.float32)}
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        with pytest.raises(OSError, match=r"checkpoint.*run.*free space there or make it writable"):
+            checkpoints.save(1, big, {"step": 1})
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert store.latest(tmp_path / "run") is None
+
+
+def test_store_reports_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot open the checkpoint folder .*file/checkpoints"):
+        store.Store(tmp_path / "file" / "checkpoints", keep=1)

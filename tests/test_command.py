@@ -1,0 +1,148 @@
+"""Exit codes and messages that all tools share."""
+
+import argparse
+import errno
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dsjax import command
+from dsjax.config import Config, ModelConfig
+
+MODEL = ModelConfig(
+    vocab_size=64, dim=16, n_layers=2, n_dense_layers=2, n_heads=2, inter_dim=32, attention="gqa"
+)
+
+
+def parser():
+    return command.make_parser("Example.")
+
+
+def raiser(error):
+    def execute(arguments):
+        raise error
+
+    return execute
+
+
+def test_run_returns_success_or_the_code_given():
+    assert command.run(parser(), lambda arguments: None, []) == 0
+    assert command.run(parser(), lambda arguments: 3, []) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("a=1 must be 2"), "error: a=1 must be 2"),
+        (FileNotFoundError("there is no config x.py"), "error: there is no config x.py"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "x.txt"),
+            "error: No such file or directory: x.txt",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl"),
+            "error: no space left on device writing run/metrics.jsonl; free some",
+        ),
+        (
+            ValueError("RESOURCE_EXHAUSTED: /run/ckpt: No space left on device"),
+            "error: no space left on device (RESOURCE_EXHAUSTED: /run/ckpt",
+        ),
+        (KeyError("x"), "internal error: KeyError: 'x'; run again with --debug"),
+    ],
+)
+def test_run_prints_one_message_and_returns_failure(capsys, error, message):
+    assert command.run(parser(), raiser(error), []) == 1
+    printed = capsys.readouterr().err
+    assert message in printed and "Traceback" not in printed
+
+
+def test_run_with_debug_prints_traceback(capsys):
+    assert command.run(parser(), raiser(ValueError("bad")), ["--debug"]) == 1
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed and "error: bad" in printed
+
+
+def test_run_returns_130_on_interrupt(capsys):
+    assert command.run(parser(), raiser(KeyboardInterrupt()), []) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_run_lets_system_exit_pass():
+    with pytest.raises(SystemExit) as exit_info:
+        command.run(parser(), raiser(SystemExit(143)), [])
+    assert exit_info.value.code == 143
+
+
+def test_run_exits_2_on_wrong_usage(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        command.run(parser(), lambda arguments: None, ["--nonsense"])
+    assert exit_info.value.code == 2
+    assert "--nonsense" in capsys.readouterr().err
+
+
+def test_run_stays_quiet_when_the_reader_closes_the_pipe():
+    code = "import sys\nfrom dsjax import command\n"
+    code += "def execute(arguments):\n    for i in range(100000): print(i)\n"
+    code += "sys.exit(command.run(command.make_parser('x'), execute, []))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout and process.stderr
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1
+
+
+def test_load_applies_every_set(tmp_path):
+    path = tmp_path / "example.py"
+    path.write_text(
+        "from dsjax.config import Config, ModelConfig\n"
+        "config = Config(name='example', model=ModelConfig(vocab_size=64, dim=16, n_layers=2,"
+        " n_dense_layers=2, n_heads=2, inter_dim=32, attention='gqa'))\n"
+    )
+    example = parser()
+    command.add_config(example)
+    arguments = example.parse_args(
+        [str(path), "--set", "train.steps=3", "train.seed=1", "--set", "name=x"]
+    )
+    config = command.load(arguments)
+    assert (config.train.steps, config.train.seed, config.name) == (3, 1, "x")
+    assert config.model == MODEL and isinstance(config, Config)
+
+
+def test_config_argument_is_optional_only_with_default():
+    with_default, without = parser(), parser()
+    command.add_config(with_default, default="configs/tiny.py")
+    command.add_config(without)
+    assert with_default.parse_args([]).config == "configs/tiny.py"
+    with pytest.raises(SystemExit):
+        without.parse_args([])
+
+
+def test_writing_names_the_path_of_a_full_disk(tmp_path):
+    path = tmp_path / "out"
+    with pytest.raises(OSError) as error_info, command.writing(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert error_info.value.filename == str(path)
+    with pytest.raises(FileNotFoundError) as error_info, command.writing("elsewhere"):
+        open(path)
+    assert error_info.value.filename == str(path)
+
+
+def test_help_answers_before_heavy_imports():
+    code = "import sys\nfrom dsjax import command\n"
+    code += "heavy = {'jax', 'flax', 'orbax', 'grain', 'numpy', 'rich'} & set(sys.modules)\n"
+    code += "sys.exit(f'imports {heavy}' if heavy else 0)"
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - start < 5  # a tenth of a second on a free machine
+
+
+def test_parser_prints_description_as_it_stands():
+    text = command.make_parser("First.\n\n  python tools/x.py --y\n").format_help()
+    assert "First.\n\n  python tools/x.py --y\n" in text
+    assert isinstance(parser(), argparse.ArgumentParser)

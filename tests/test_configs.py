@@ -1,0 +1,80 @@
+"""Every shipped experiment resolves, documents itself, and keeps what its docstring says."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from dsjax import settings
+
+ROOT = Path(__file__).parents[1]
+PATHS = sorted((ROOT / "configs").glob("*.py"))
+NAMES = [path.stem for path in PATHS]
+RELEASED = {
+    "llm_7b", "llm_67b", "moe_2b", "moe_16b", "moe_145b", "v2_lite", "v2_236b", "v3_671b",
+    "r1_distill_qwen_1p5b", "r1_distill_qwen_7b", "r1_distill_qwen_14b", "r1_distill_qwen_32b",
+    "r1_distill_llama_8b", "r1_distill_llama_70b",
+}  # fmt: skip
+
+
+def test_configs_cover_the_family():
+    assert set(NAMES) >= RELEASED | {"tiny", "small"}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_config_resolves_under_its_own_name(path):
+    config = settings.load_config(path)
+    assert config.name == path.stem
+    assert settings.from_dict(settings.to_dict(config)) == config
+
+
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_config_docstring_has_command_hardware_cost_expected(path):
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    headings = [
+        line.partition(":")[0] for line in text.splitlines() if re.match(r"[A-Z]\w+:", line)
+    ]
+    wanted = ["Command", "Hardware", "Cost", "Expected"]
+    assert [heading for heading in headings if heading in wanted] == wanted
+
+
+@pytest.mark.parametrize("path", PATHS, ids=NAMES)
+def test_config_command_is_runnable(path):
+    """The command names this file, and its overrides are keys of the config with fitting values."""
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    match = re.search(r"Command: (.*?)\nHardware:", text, re.DOTALL)
+    assert match
+    words = match.group(1).replace("\\\n", " ").split()
+    assert words[:3] == ["python", "tools/train.py", f"configs/{path.name}"]
+    assert words[3:5] == ["--workdir", words[4]] and words[4].startswith("runs/")
+    assert words[5:6] in ([], ["--set"])
+    settings.override(settings.load_config(path), words[6:])
+
+
+@pytest.mark.parametrize("name", sorted(RELEASED - {"moe_2b"}))
+def test_config_length_gives_the_published_tokens(name):
+    """Steps times batch times sequence, with the ramp, to one percent."""
+    tokens = {
+        "llm_7b": 2e12, "llm_67b": 2e12, "moe_16b": 2e12, "moe_145b": 245e9, "v2_lite": 5.7e12,
+        "v2_236b": 8.1e12, "v3_671b": 14.8e12,
+    }.get(name, 2 * 804_745 * 5_355)  # fmt: skip
+    config = settings.load_config(ROOT / f"configs/{name}.py")
+    train = config.train
+    ramp = train.steps * train.batch_ramp_fraction
+    sequences = (train.steps - ramp) * train.batch_size
+    sequences += ramp * (train.batch_size + train.batch_size_start) / 2
+    assert sequences * config.data.sequence_length == pytest.approx(tokens, rel=0.01)
+
+
+def test_tiny_and_small_have_every_v3_mechanism():
+    for name in ("tiny", "small"):
+        config = settings.load_config(ROOT / f"configs/{name}.py")
+        model = config.model
+        assert model.attention == "mla" and model.q_lora_rank > 0
+        assert 0 < model.n_dense_layers < model.n_layers
+        assert model.n_shared_experts and model.router_bias and model.norm_topk and model.n_mtp
+        assert (model.score_func, model.group_score, model.route_scale) == ("sigmoid", "top2", 2.5)
+        assert 1 < model.n_limited_groups < model.n_expert_groups
+        assert config.train.bias_update_speed > 0 and config.train.sequence_balance > 0
+        assert config.optim.schedule == "v3" and config.data.fim_rate > 0

@@ -1,0 +1,106 @@
+"""Imports point down: a module uses only floors below its own, and what is heavy stays off the
+ground floor.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {
+    "config": 0.0,
+    "settings": 0.1,
+    "command": 0.2,
+    "kernels": 1,
+    "data": 1,
+    "precision": 2,
+    "parallel": 3,
+    "model": 4,
+    "checkpoint": 5,
+    "infer": 5,
+    "show": 6,
+    "train": 6,
+    "posttrain": 7,
+    "plan": 7,
+}
+# the floors below take explicit arguments, so that they can be read and tested alone
+CONFIG_FROM = 4
+MODULES = sorted(path for path in (ROOT / "dsjax").rglob("*.py") if path.parent.name != "dsjax")
+MODULES += [path for path in (ROOT / "dsjax").glob("*.py") if path.name != "__init__.py"]
+NAMES = [str(path.relative_to(ROOT)) for path in MODULES]
+
+
+def imports(tree):
+    """Yields (module, relative level) of every import below a syntax tree, function bodies
+    included.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, 0) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if module == "dsjax":
+                yield from ((f"dsjax.{alias.name}", node.level) for alias in node.names)
+            else:
+                yield module, node.level
+
+
+def unit(path):
+    return path.relative_to(ROOT / "dsjax").parts[0].removesuffix(".py")
+
+
+def violations(path, text):
+    own = unit(path)
+    for module, level in imports(ast.parse(text)):
+        if level:
+            yield f"relative import of {module!r}"
+        parts = module.split(".")
+        if parts[0] != "dsjax" or len(parts) < 2 or parts[1] == own:
+            continue
+        if parts[1] == "__version__":
+            continue
+        if FLOORS[parts[1]] >= FLOORS[own]:
+            yield f"{own} (floor {FLOORS[own]}) imports {module} (floor {FLOORS[parts[1]]})"
+        if parts[1] in ("config", "settings") and 1 <= FLOORS[own] < CONFIG_FROM:
+            yield f"{own} (floor {FLOORS[own]}) imports {module}; pass explicit arguments"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=NAMES)
+def test_imports_are_absolute_and_point_down(path):
+    assert list(violations(path, path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from dsjax.train import loop", "model (floor 4) imports dsjax.train (floor 6)"),
+        ("def f():\n    import dsjax.infer.sampling", "imports dsjax.infer.sampling"),
+        ("from . import rope", "relative import"),
+        ("from dsjax import train", "imports dsjax.train"),
+    ],
+)
+def test_violations_are_found(source, found):
+    assert found in " ".join(violations(ROOT / "dsjax/model/x.py", source))
+
+
+def test_config_is_refused_to_the_low_floors():
+    found = list(violations(ROOT / "dsjax/parallel/x.py", "from dsjax.config import Config"))
+    assert found == ["parallel (floor 3) imports dsjax.config; pass explicit arguments"]
+
+
+@pytest.mark.parametrize("name", ["config", "settings", "command"])
+def test_ground_floor_needs_only_the_standard_library(name):
+    tree = ast.parse((ROOT / f"dsjax/{name}.py").read_text())
+    tops = {module.split(".")[0] for module, _ in imports(tree)}
+    assert tops <= sys.stdlib_module_names | {"dsjax"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.name)
+def test_tools_import_only_light_modules_at_the_top(path):
+    body = ast.parse(path.read_text()).body
+    top = ast.Module([node for node in body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+    for module, _ in imports(top):
+        light = module.split(".")[0] in sys.stdlib_module_names
+        assert light or module in ("dsjax.config", "dsjax.settings", "dsjax.command"), module

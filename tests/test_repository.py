@@ -1,0 +1,135 @@
+"""Ratchets that hold the code base in shape: sizes, names, mirrored tests, frozen interfaces."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = sorted((ROOT / "dsjax").rglob("*.py"))
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
+SOURCES = PACKAGE + TOOLS + sorted((ROOT / "configs").glob("*.py"))
+EVERYTHING = SOURCES + sorted((ROOT / "tests").rglob("*.py"))
+
+MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS, MAX_TOOL = 600, 80, 10, 80
+BANNED = {"utils", "util", "common", "helpers", "helper", "misc", "manager", "base", "lib"}
+
+# What scripts and people type. Adding is free; removing breaks them and needs a line in
+# CHANGELOG.md.
+FLAGS = {
+    "show.py": {"--debug", "--help", "--json", "--set"},
+    "train.py": {"--debug", "--help", "--set", "--workdir"},
+}
+PUBLIC_NAMES = {"__version__"}
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def functions(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def parameters(node):
+    arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    return [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
+
+
+def test_files_are_short():
+    long = [name(path) for path in EVERYTHING if len(path.read_text().splitlines()) > MAX_FILE]
+    assert long == []
+
+
+def test_functions_are_short():
+    long = [
+        f"{name(path)}: {node.name}"
+        for path in SOURCES
+        for node in functions(path)
+        if (node.end_lineno or 0) - node.lineno + 1 > MAX_FUNCTION
+    ]
+    assert long == []
+
+
+def test_functions_take_few_parameters():
+    many = [
+        f"{name(path)}: {node.name}"
+        for path in SOURCES
+        for node in functions(path)
+        if len(parameters(node)) > MAX_PARAMETERS
+    ]
+    assert many == []
+
+
+def test_tools_are_short():
+    assert [name(path) for path in TOOLS if len(path.read_text().splitlines()) > MAX_TOOL] == []
+
+
+def test_file_names_say_what_is_inside():
+    vague = [name(path) for path in EVERYTHING if BANNED & set(path.stem.split("_"))]
+    assert vague == []
+
+
+def test_every_module_has_its_test_file():
+    missing = []
+    for path in PACKAGE:
+        inside = path.relative_to(ROOT / "dsjax")
+        test = ROOT / "tests" / inside.parent / f"test_{inside.name}"
+        if path.name != "__init__.py" and not test.is_file():
+            missing.append(name(test))
+    assert missing == []
+
+
+def test_sources_are_ascii_without_leftovers():
+    mark = re.compile(r"\b(" + "TO" + "DO|FIX" + "ME|X" + "XX)" + r"\b")
+    for path in EVERYTHING:
+        text = path.read_text(encoding="utf-8")
+        assert text.isascii(), name(path)
+        assert not mark.search(text), f"{name(path)}: {mark.search(text)}"
+
+
+def test_tools_have_frozen_flags():
+    assert {path.name for path in TOOLS} == set(FLAGS)
+    for path in TOOLS:
+        done = subprocess.run(
+            [sys.executable, str(path), "--help"],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        assert done.returncode == 0, done.stderr
+        options = done.stdout.partition("\noptions:\n")[2]
+        flags = {
+            flag
+            for line in options.splitlines()
+            for flag in re.findall(r"^ +(?:-h, )?(--[\w-]+)", line)
+        }
+        assert flags == FLAGS[path.name], path.name
+        assert "example" in done.stdout.lower(), f"{path.name} --help shows no examples"
+
+
+def test_package_has_frozen_public_names():
+    code = "import types, dsjax; print(*(k for k, v in vars(dsjax).items()"
+    code += " if not isinstance(v, types.ModuleType) and (k == '__version__' or k[0] != '_')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert set(done.stdout.split()) == PUBLIC_NAMES, done.stderr
+
+
+def test_readme_names_files_that_exist():
+    text = (ROOT / "README.md").read_text()
+    paths = set(re.findall(r"(?<![\w/])(?:dsjax|tools|configs|tests)/[\w/]+\.(?:py|npz)", text))
+    assert paths and [path for path in sorted(paths) if not (ROOT / path).is_file()] == []
+
+
+@pytest.mark.parametrize(
+    "path", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", ".ci/run"]
+)
+def test_repository_has(path):
+    assert (ROOT / path).read_text().strip()
+    assert path != ".ci/run" or os.access(ROOT / path, os.X_OK)

@@ -1,0 +1,219 @@
+"""Config files, overrides and the JSON form: values come back typed, and mistakes are named."""
+
+import json
+
+import pytest
+
+from dsjax import settings
+from dsjax.config import Config, DataConfig, ModelConfig, TrainConfig
+
+DENSE = ModelConfig(
+    vocab_size=64, dim=16, n_layers=2, n_dense_layers=2, n_heads=2, inter_dim=32, attention="gqa"
+)
+CONFIG = Config(name="example", model=DENSE, data=DataConfig(sequence_length=64))
+
+
+def write(tmp_path, text):
+    path = tmp_path / "example.py"
+    path.write_text(text)
+    return path
+
+
+SOURCE = """
+from dsjax.config import Config, ModelConfig
+
+config = Config(
+    name="example",
+    model=ModelConfig(
+        vocab_size=64, dim=16, n_layers={n_layers}, n_dense_layers=2, n_heads=2, inter_dim=32,
+        attention={attention},
+    ),
+)
+"""
+
+
+def test_load_config_reads_python_file(tmp_path):
+    config = settings.load_config(write(tmp_path, SOURCE.format(n_layers=2, attention="'gqa'")))
+    assert config == Config(name="example", model=DENSE)
+
+
+def test_load_config_reads_json_and_run_folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(settings.to_dict(CONFIG)))
+    assert settings.load_config(tmp_path / "config.json") == CONFIG
+    assert settings.load_config(str(tmp_path)) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("x = 1\n", r"example\.py assigns no `config`; a config file ends with `config = Config"),
+        ("config = 3\n", r"example\.py assigns a int to `config`"),
+        ("x = 1\nconfig = (\n", r"example\.py line 2: syntax error: '\(' was never closed"),
+        ("\nimport nowhere_to_be_found\n", r"example\.py line 2: ModuleNotFoundError: No module"),
+        (
+            SOURCE.format(n_layers=1, attention="'gqa'"),
+            r"example\.py line 6: model\.n_dense_layers=2 exceeds model\.n_layers=1",
+        ),
+        (
+            SOURCE.format(n_layers=2, attention="'gqq'"),
+            r"example\.py.*model\.attention='gqq' must be one of mla, gqa",
+        ),
+        (
+            SOURCE.format(n_layers=2.0, attention="'gqa'"),
+            r"example\.py.*model\.n_layers=2\.0 must be a whole number",
+        ),
+    ],
+)
+def test_load_config_names_file_and_line(tmp_path, source, message):
+    with pytest.raises(ValueError, match=message):
+        settings.load_config(write(tmp_path, source))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{\n"name": }', r"config\.json line 2: not JSON"),
+        ("[1]", r"config\.json: holds a list, not the object"),
+        ('"\xff"', r"config\.json: not UTF-8 text"),
+    ],
+)
+def test_load_config_refuses_broken_json(tmp_path, text, message):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=message):
+        settings.load_config(tmp_path / "config.json")
+
+
+def test_load_config_names_missing_file_and_nearest(tmp_path):
+    path = write(tmp_path, "")
+    with pytest.raises(FileNotFoundError, match=r"no config .*exampel\.py; did you mean .*example"):
+        settings.load_config(tmp_path / "exampel.py")
+    with pytest.raises(
+        FileNotFoundError, match=r"no config .*/example; did you mean .*example\.py"
+    ):
+        settings.load_config(tmp_path / "example")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty is a folder without a config\.json"):
+        settings.load_config(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"example\.yaml is not a config: name a \.py file"):
+        settings.load_config(path.rename(tmp_path / "example.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("train.steps=300", 300),
+        ("train.steps=1_000", 1000),
+        ("train.steps=1e6", 1_000_000),
+        ("train.seed=9007199254740993", 9007199254740993),  # not a float in between
+        ("optim.learning_rate=3e-4", 3e-4),
+        ("optim.learning_rate=1", 1.0),
+        ("model.tie_embed=on", True),
+        ("model.tie_embed=False", False),
+        ("model.rope_scaling=linear", "linear"),
+        ("data.files=a=b/*.txt", "a=b/*.txt"),
+        ("data.files=", ""),
+        ("optim.decay_points=0.1, 0.2,0.3", (0.1, 0.2, 0.3)),
+        ("name=other", "other"),
+    ],
+)
+def test_override_reads_value_of_the_keys_type(assignment, value):
+    changed = settings.override(CONFIG, [assignment])
+    for part in assignment.partition("=")[0].split("."):
+        changed = getattr(changed, part)
+    assert changed == value and type(changed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        (
+            "model.n_layer=3",
+            r"^model\.n_layer is not a config key; did you mean model\.n_layers\?$",
+        ),
+        ("steps=3", r"steps is not a config key; did you mean train\.steps\?"),
+        ("train.sequence_length=3", r"did you mean data\.sequence_length\?"),
+        ("seed=3", r"did you mean data\.seed or train\.seed\?"),
+        ("model=3", r"model is not a config key but a group of keys such as model\.vocab_size"),
+        ("zzz.qqq=3", r"zzz\.qqq is not a config key; tools/show\.py prints all keys"),
+        ("train.steps", r"--set takes KEY=VALUE, not 'train\.steps'"),
+        ("train.steps=many", r"train\.steps='many' must be a whole number"),
+        ("train.steps=1.5", r"train\.steps='1\.5' must be a whole number"),
+        ("train.steps=on", r"train\.steps='on' must be a whole number"),
+        ("train.steps=1e400", r"must be a whole number"),
+        ("optim.learning_rate=nan", r"optim\.learning_rate='nan' must be a finite number"),
+        ("optim.decay_points=0.1,x", r"optim\.decay_points='0\.1,x' must be a finite number"),
+        ("model.tie_embed=2", r"model\.tie_embed='2' must be on or off"),
+        ("model.rope_scaling=yarm", r"must be one of none, linear, yarn, llama3"),
+        ("train.steps=0", r"train\.steps=0 must be greater than 0"),
+    ],
+)
+def test_override_refuses(assignment, message):
+    with pytest.raises(ValueError, match=message):
+        settings.override(CONFIG, [assignment])
+
+
+def test_override_names_every_bad_assignment():
+    with pytest.raises(ValueError, match=r"(?s)model\.n_layer is.*train\.step is"):
+        settings.override(CONFIG, ["model.n_layer=3", "train.step=2"])
+
+
+def test_override_checks_only_the_result():
+    """Each of the two alone would break a rule."""
+    changed = settings.override(CONFIG, ["model.n_layers=3", "model.n_dense_layers=3"])
+    assert (changed.model.n_layers, changed.model.n_dense_layers) == (3, 3)
+    changed = settings.override(CONFIG, ["data.sequence_length=8192", "model.max_seq_len=8192"])
+    assert changed.data.sequence_length == 8192
+    with pytest.raises(ValueError, match=r"sequence_length=8192 exceeds model\.max_seq_len=4096"):
+        settings.override(CONFIG, ["data.sequence_length=8192"])
+
+
+def test_override_keeps_later_value():
+    assert settings.override(CONFIG, ["train.steps=1", "train.steps=2"]).train.steps == 2
+
+
+def test_dict_round_trip_survives_json():
+    values = json.loads(json.dumps(settings.to_dict(CONFIG)))
+    assert settings.from_dict(values) == CONFIG
+    assert isinstance(settings.from_dict(values).optim.decay_points, tuple)
+
+
+def test_from_dict_names_unknown_and_missing_keys():
+    values = settings.to_dict(CONFIG)
+    values["model"]["n_layer"] = values["model"].pop("n_layers")
+    del values["train"]["steps"]
+    with pytest.raises(
+        ValueError, match=r"^run: model\.n_layer is not.*n_layers.*train\.steps is missing"
+    ):
+        settings.from_dict(values, "run")
+    with pytest.raises(ValueError, match=r"train must be an object of keys, not 3"):
+        settings.from_dict(settings.to_dict(CONFIG) | {"train": 3})
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "value"),
+    [
+        ("train", "steps", True),
+        ("train", "steps", 1.0),
+        ("train", "steps", None),
+        ("optim", "learning_rate", "1e-3"),
+        ("optim", "learning_rate", float("inf")),
+        ("optim", "learning_rate", 10**400),
+        ("optim", "decay_points", 0.5),
+        ("model", "tie_embed", 1),
+        ("model", "score_func", ["sigmoid"]),
+        ("data", "files", 3),
+    ],
+)
+def test_from_dict_refuses_wrong_type(group, key, value):
+    values = settings.to_dict(CONFIG)
+    values[group][key] = value
+    with pytest.raises(ValueError, match=rf"{group}\.{key}=.* must be "):
+        settings.from_dict(values)
+
+
+def test_content_hash_depends_on_every_value():
+    same = Config(name="example", model=DENSE, data=DataConfig(sequence_length=64))
+    assert settings.content_hash(CONFIG) == settings.content_hash(same)
+    other = Config(name="example", model=DENSE, data=CONFIG.data, train=TrainConfig(seed=1))
+    assert settings.content_hash(CONFIG) != settings.content_hash(other)
+    assert len(settings.content_hash(CONFIG)) == 64

@@ -1,0 +1,83 @@
+"""What tools/show.py says, and that it needs no device to say it."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dsjax import settings, show
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def v3():
+    return show.summarize(settings.load_config(ROOT / "configs/v3_671b.py"))
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "tools/show.py", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_summary_of_v3_has_the_published_figures(v3):
+    assert v3["total_params"] == 671_026_419_200
+    assert v3["activated_params"] == 37_552_297_472
+    assert v3["mtp_params"] == 11_610_068_224
+    assert v3["kv_cache_bytes_per_token"] == 70_272
+    assert v3["train_flops_per_token"]["causal_with_mtp"] == pytest.approx(260.6e9, rel=3e-4)
+
+
+def test_summary_lists_every_parameter_once(v3):
+    paths = [parameter["path"] for parameter in v3["parameters"]]
+    assert len(set(paths)) == len(paths) and set(paths) == set(v3["sharding"])
+    total = sum(parameter["count"] for parameter in v3["parameters"])
+    assert total == v3["total_params"] + v3["mtp_params"]
+
+
+def test_sharding_follows_the_mesh_of_the_config(v3):
+    assert v3["sharding"]["head.weight"] == [["fsdp"], []]
+    config = settings.load_config(ROOT / "configs/v3_671b.py")
+    both = show.summarize(settings.override(config, ["mesh.tensor=8"]))
+    assert both["sharding"]["head.weight"] == [["fsdp"], ["tensor"]]
+    one = show.summarize(settings.override(config, ["mesh.fsdp=1"]))
+    assert one["sharding"]["head.weight"] == [[], []]
+
+
+def test_command_prints_json_without_any_device():
+    done = run("configs/v3_671b.py", "--json", JAX_PLATFORMS="no_such_platform")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["total_params"] == 671_026_419_200
+
+
+def test_printed_summary_names_totals_and_parameters(v3):
+    console = Console(width=140, record=True, file=io.StringIO())
+    show.print_summary(v3, console)
+    text = console.export_text()
+    for expected in (
+        "671,026,419,200",
+        "weights are [in, out]",
+        "moe_layers.ffn.experts.w_gate",
+        "58 x 256 x 7168 x 2048",
+        "embed->fsdp",
+        "260.64 G",
+        "decay_points=[0.6756756756756757,",
+        "rope_scaling=yarn",
+    ):
+        assert expected in text, expected
+
+
+def test_command_names_nearest_config_on_failure():
+    done = run("configs/v3_671.py")
+    assert done.returncode == 1 and done.stdout == ""
+    assert "did you mean configs/v3_671b.py?" in done.stderr

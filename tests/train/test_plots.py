@@ -1,0 +1,33 @@
+"""The pictures are drawn, also from little."""
+
+import numpy as np
+import pytest
+
+from dsjax.train import plots
+
+LINES = [
+    {"step": 1, "tokens": 10, "loss": 3.0, "mtp_loss": 3.1, "max_violation": 0.9},
+    {"step": 2, "tokens": 20, "loss": 2.5, "mtp_loss": 2.8, "max_violation": 0.4},
+    {"step": 2, "tokens": 20, "eval_loss": 2.6, "bits_per_byte": 2.0},
+]
+
+
+@pytest.mark.parametrize("lines", [LINES, LINES[:1], []])
+def test_plots_are_png(tmp_path, lines):
+    plots.draw_loss(tmp_path / "loss.png", lines, "tiny")
+    plots.draw_expert_load(tmp_path / "load.png", lines, np.full((3, 4), 0.25), "tiny")
+    for name in ("loss.png", "load.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_loss_plot_shows_every_curve(monkeypatch, tmp_path):
+    figures = []
+    make = plots._figure
+    monkeypatch.setattr(plots, "_figure", lambda *size: figures.append(make(*size)) or figures[0])
+    plots.draw_loss(tmp_path / "loss.png", LINES, "tiny")
+    curves = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].get_lines()}
+    assert curves == {
+        "training": [[10, 3.0], [20, 2.5]],
+        "MTP": [[10, 3.1], [20, 2.8]],
+        "held-out": [[20, 2.6]],
+    }

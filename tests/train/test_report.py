@@ -1,0 +1,98 @@
+"""The files and the lines of a run's report."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from dsjax.config import Config, DataConfig, ModelConfig, TrainConfig
+from dsjax.train import report
+
+CONFIG = Config(
+    name="report",
+    model=ModelConfig(
+        vocab_size=64, dim=16, n_layers=1, n_heads=2, n_dense_layers=1, inter_dim=32, attention="gqa", max_seq_len=8
+    ),
+    data=DataConfig(sequence_length=8),
+    train=TrainConfig(steps=8, tensorboard=False),
+)
+LINE = {
+    "step": 4,
+    "tokens": 128,
+    "loss": 2.5,
+    "mtp_loss": 2.75,
+    "balance_loss": 1e-4,
+    "grad_norm": 1.0,
+    "learning_rate": 1e-3,
+    "tokens_per_second": 4096.0,
+    "step_seconds": 2.0,
+    "mfu": 0.25,
+    "max_violation": 0.5,
+    "dropped_tokens": 0,
+}
+
+
+def test_metrics_drops_lines_after_the_resumed_step_and_half_lines(tmp_path):
+    lines = [{"step": 2, "loss": 3.0}, {"step": 4, "loss": 2.5}, {"step": 4, "eval_loss": 2.4}, {"step": 6, "loss": 2.0}]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 8, "lo'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    metrics = report.Metrics(tmp_path, CONFIG, first_step=4)
+    metrics.write({"step": 6, "loss": 2.0})
+    assert metrics.lines() == lines
+    metrics.close()
+
+
+def test_metrics_writes_tensorboard(tmp_path):
+    config = dataclasses.replace(CONFIG, train=TrainConfig(steps=8))
+    metrics = report.Metrics(tmp_path, config, first_step=0)
+    metrics.write(LINE)
+    metrics.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"train/loss" in events.read_bytes() and b"speed/mfu" in events.read_bytes()
+
+
+def test_metrics_says_how_to_get_wandb(tmp_path, monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(report.importlib, "import_module", missing)
+    config = dataclasses.replace(CONFIG, train=TrainConfig(tensorboard=False, wandb_project="deep"))
+    with pytest.raises(ValueError, match="train.wandb_project=deep needs the package wandb; install it"):
+        report.Metrics(tmp_path, config, first_step=0)
+
+
+def test_display_logs_one_plain_line_without_a_terminal():
+    output = io.StringIO()
+    with report.Display(Console(file=output, width=200), total_steps=8) as display:
+        display.start_steps(0)
+        display.log(LINE)
+    assert output.getvalue().split("\n") == [
+        "step 4/8  loss 2.5000  mtp 2.7500  grad_norm 1.000  lr 0.001  max_violation 0.50  4,096 tokens/s  mfu 25.0%  eta 0:08",
+        "",
+    ]
+
+
+def test_display_shows_a_bar_on_a_terminal():
+    output = io.StringIO()
+    console = Console(file=output, width=120, force_terminal=True)
+    with report.Display(console, total_steps=8) as display:
+        display.start_steps(2)
+        display.step(4)
+        display.log(LINE)
+    assert "4/8" in output.getvalue() and "loss 2.500  4,096 tokens/s" in output.getvalue()
+
+
+def test_display_counts_in_quarters_without_a_terminal():
+    output = io.StringIO()
+    with report.Display(Console(file=output), total_steps=8) as display:
+        show = display.counting("tokenizing")
+        for done in range(0, 101, 5):
+            show(done, 100)
+    assert output.getvalue().split() == [word for n in (0, 25, 50, 75, 100) for word in ("tokenizing:", f"{n}%")]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(3725.0, "1:02:05"), (59.6, "1:00"), (5, "0:05")])
+def test_duration_reads_as_a_clock(seconds, text):
+    assert report.duration(seconds) == text

@@ -1,0 +1,86 @@
+"""Whose folder it is, and which keys a resumed run may change."""
+
+import dataclasses
+import json
+
+import pytest
+
+from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from dsjax.train import workdir
+
+CONFIG = Config(
+    name="mine",
+    model=ModelConfig(
+        vocab_size=64, dim=16, n_layers=1, n_heads=2, n_dense_layers=1, inter_dim=32, attention="gqa", max_seq_len=8
+    ),
+    data=DataConfig(sequence_length=8),
+    train=TrainConfig(steps=10),
+)
+
+
+def change(config, **groups):
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **values) for name, values in groups.items()}
+    )
+
+
+def test_claim_writes_config_and_versions(tmp_path):
+    workdir.claim(tmp_path / "new" / "run", CONFIG)
+    stored = json.loads((tmp_path / "new" / "run" / "config.json").read_text())
+    assert stored["train"]["steps"] == 10 and stored["model"]["dim"] == 16
+    versions = json.loads((tmp_path / "new" / "run" / "versions.json").read_text())
+    assert {"jax", "flax", "nproc", "commit", "device_kind"} <= versions.keys()
+
+
+def test_claim_lists_every_key_of_another_config(tmp_path):
+    workdir.claim(tmp_path, CONFIG)
+    other = change(CONFIG, model={"dim": 32}, optim={"learning_rate": 0.1}, train={"steps": 9})
+    with pytest.raises(ValueError, match=r"holds a run of another config.*Use another --workdir") as error:
+        workdir.claim(tmp_path, other)
+    for part in ("model.dim was 16 and is now 32", "optim.learning_rate was 0.00022 and is now 0.1", "train.steps was 10 and is now 9"):
+        assert part in str(error.value)
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["dim"] == 16
+
+
+def test_claim_lets_bookkeeping_mesh_and_length_change(tmp_path):
+    workdir.claim(tmp_path, CONFIG)
+    longer = change(CONFIG, train={"steps": 20, "eval_every": 0, "keep": 9, "log_every": 3})
+    workdir.claim(tmp_path, dataclasses.replace(longer, mesh=MeshConfig(data=1, fsdp=4)))
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 20
+
+
+def test_claim_keeps_the_length_of_a_ramped_run(tmp_path):
+    """A ramp is a share of the steps, so more of them would change the batches that are behind."""
+    ramped = change(CONFIG, train={"batch_size_start": 4, "micro_batch_size": 4, "batch_ramp_fraction": 0.5})
+    workdir.claim(tmp_path, ramped)
+    with pytest.raises(ValueError, match="train.steps was 10 and is now 20"):
+        workdir.claim(tmp_path, change(ramped, train={"steps": 20}))
+
+
+def test_claim_refuses_checkpoints_without_a_config(tmp_path):
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"holds checkpoints but no config\.json"):
+        workdir.claim(tmp_path, CONFIG)
+
+
+def test_claim_refuses_a_broken_config(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is not the config of a run"):
+        workdir.claim(tmp_path, CONFIG)
+
+
+def test_changed_versions_names_what_differs():
+    then = workdir.versions() | {"nproc": 0}
+    assert workdir.changed_versions(then) == [f"nproc 0 -> {workdir.versions()['nproc']}"]
+
+
+def test_git_commit_is_none_outside_a_repository(tmp_path):
+    assert workdir.git_commit(tmp_path) is None
+
+
+def test_optim_keys_are_not_free():
+    """The list of free keys is of prefixes: none may swallow a key that changes the training."""
+    keys = workdir.flatten(dataclasses.asdict(CONFIG))
+    free = {key for key in keys if key.startswith(workdir._FREE)}
+    assert free == {*workdir._FREE} - {"mesh."} | {"mesh.data", "mesh.fsdp", "mesh.tensor"}
+    assert OptimConfig.__dataclass_fields__.keys().isdisjoint(key.split(".")[1] for key in free)

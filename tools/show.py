@@ -1,0 +1,42 @@
+"""Print what a config means: its keys, parameters, counts, FLOPs, cache and sharding.
+
+No device is used: 671B shows in seconds on any machine.
+
+examples:
+  python tools/show.py configs/tiny.py
+  python tools/show.py configs/v3_671b.py --set data.sequence_length=8192 mesh.tensor=8
+  python tools/show.py configs/v2_lite.py --json
+"""
+
+import argparse
+import json
+import sys
+
+from dsjax import command
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = command.make_parser(__doc__)
+    command.add_config(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    return parser
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    config = command.load(arguments)
+    from rich.console import Console
+
+    from dsjax import show
+
+    summary = show.summarize(config)
+    if arguments.json:
+        print(json.dumps(summary, indent=2))
+        return
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # room for the table in a file or a pipe
+    show.print_summary(summary, console)
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(make_parser(), execute))

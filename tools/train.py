@@ -1,0 +1,42 @@
+"""Trains a model, or takes a stopped run up again.
+
+  python tools/train.py                                         the tiny model on the embedded text, in runs/tiny
+  python tools/train.py configs/tiny.py --set train.steps=300 train.seed=1 --workdir runs/seed1
+  python tools/train.py configs/small.py --workdir runs/small --set data.files='books/*.jsonl.gz'
+  python tools/train.py runs/small --workdir runs/small         take the run up again with its own config
+
+The same command again resumes from the newest checkpoint. Ctrl-C or SIGTERM finishes the step, saves and stops; a second
+one stops at once. Exit code: 0 finished, 1 failed, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from dsjax import command
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    config = command.load(arguments)
+    folder = arguments.workdir or Path("runs") / config.name
+    # Imported here, so that --help and wrong usage need not wait for jax.
+    from dsjax.train import compilation, loop
+
+    compilation.use_persistent_cache(config.data.cache_dir)
+    return loop.train(config, folder, command=shlex.join(["python", *sys.argv]))
+
+
+def parser() -> argparse.ArgumentParser:
+    result = command.make_parser(__doc__)
+    command.add_config(result, default="configs/tiny.py")
+    result.add_argument(
+        "--workdir", type=Path, metavar="DIR", help="folder of the run (default: runs/<name of the config>)"
+    )
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(parser(), execute))
