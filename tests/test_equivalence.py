@@ -1,8 +1,9 @@
 """The model computes what the published models compute.
 
-Against outputs of Hugging Face transformers (`tests/golden`), and against the float64 oracles for what transformers does not
-have: DeepSeekMoE, multi-token prediction, balance losses, the bias update. That these tests can fail is shown by
-`test_mutations.py`; the same comparisons run live against transformers in `tests/reference`.
+Against outputs of Hugging Face transformers (`tests/golden`), and against the float64 oracles for
+what transformers does not have: DeepSeekMoE, multi-token prediction, balance losses, the bias
+update. That these tests can fail is shown by `test_mutations.py`; the same comparisons run live
+against transformers in `tests/reference`.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ def test_deepseek_moe_equals_oracle(isolated):
 def test_mtp_equals_oracle(isolated, after_norm):
     change = {"mtp_after_final_norm": after_norm}
     compare.against_oracle("v3_mtp", isolated, after_norm, change=change)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_training_losses_equal_oracle(isolated):
+    compare.against_loss_oracle(isolated)
 
 
 @pytest.mark.parametrize("isolated", [False, True])

@@ -1,11 +1,13 @@
 """Each known mistake, made on purpose: the equivalence checks must fail on every one.
 
-A row breaks one thing, by patching a function, by altering the config (`change`) or by altering the weights as a wrong conversion
-or a wrong reading would (`edit`), and names the check that has to notice. `rule` is the mistake's family:
+A row breaks one thing, by patching a function, by altering the config (`change`) or by altering the
+weights as a wrong conversion or a wrong reading would (`edit`), and names the check that has to
+notice. `rule` is the mistake's family:
 
-1 rotary layout; 2 attention scale and frequencies; 3 the bias only selects; 4 the bias is float32; 5 expert groups; 6 router in
-float32; 7 order, scale and epsilon; 8 bias update and loads; 9 balance losses; 10 multi-token prediction; 14 no token dropped.
-Rule 18, losses lost on the way out of a scan, is at the end of this file.
+1 rotary layout; 2 attention scale and frequencies; 3 the bias only selects; 4 the bias is float32;
+5 expert groups; 6 router in float32; 7 order, scale and epsilon; 8 bias update and loads; 9 balance
+losses; 10 multi-token prediction; 14 no token dropped. Rule 18, losses lost on the way out of a
+scan, is at the end of this file.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import pytest
 
 from dsjax.model import balance, gqa, layers, mla, moe, rope, router, transformer
 from dsjax.parallel import expert
+from dsjax.train import loss
 from tests.golden import checkpoint, compare, ours
 from tests.golden.cases import ORACLE_CASES
 from tests.oracles import losses
@@ -55,6 +58,7 @@ SEQUENCE_LOSS = Check(compare.against_balance_oracle, ("sequence", True))
 EXPERT_LOSS = Check(compare.against_balance_oracle, ("expert", True))
 BIAS_UPDATE = Check(compare.against_bias_oracle)
 TINY_SCORES = Check(compare.against_tiny_scores)
+LOSS_ISOLATED = Check(compare.against_loss_oracle, (True,))
 CROWDED = Check(compare.against_crowded_oracle)
 
 
@@ -169,7 +173,8 @@ def _all_one_document(self, tokens_BT, segments_BT, isolate):
 
 def _positions_of_the_row(segments_BT):
     index = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)[None]
-    # Rotation is relative, so a mere offset would not show: positions count backwards in the second document on.
+    # Rotation is relative, so a mere offset would not show: positions count backwards in the second
+    # document on.
     return jnp.where(segments_BT > 1, segments_BT.shape[1] - index, index)
 
 
@@ -236,14 +241,19 @@ MUTATIONS = [
     Mutation(1, "MLA rotates halves", V3_ATTENTION, rope, "rotate_pairs", rope.rotate_halves),
     Mutation(1, "GQA rotates pairs", LLAMA_ATTENTION, rope, "rotate_halves", rope.rotate_pairs),
     Mutation(1, "rope channels first in a head", V3_ATTENTION, edit=_rope_channels_first),
-    Mutation(2, "no mscale in the scale", V3_ATTENTION, rope, "attention_scale", _scale_with_power(0)),
+    Mutation(2, "no mscale in the scale", V3_ATTENTION, rope, "attention_scale",
+             _scale_with_power(0)),
     Mutation(2, "mscale not squared", V3_ATTENTION, rope, "attention_scale", _scale_with_power(1)),
-    Mutation(2, "cos, sin scaled too", V3_ATTENTION, rope, "_rotation_scale", lambda c: _temperature(c, 1)),
-    Mutation(2, "cos, sin not scaled", NEGATIVE_ATTENTION, rope, "_rotation_scale", lambda config: 1.0),
+    Mutation(2, "cos, sin scaled too", V3_ATTENTION, rope, "_rotation_scale",
+             lambda c: _temperature(c, 1)),
+    Mutation(2, "cos, sin not scaled", NEGATIVE_ATTENTION, rope, "_rotation_scale",
+             lambda config: 1.0),
     Mutation(2, "no YaRN frequencies", V3_ATTENTION, rope, "_yarn", lambda plain, config: plain),
-    Mutation(2, "all frequencies divided", V3_ATTENTION, rope, "_yarn", lambda plain, config: plain / 40),
+    Mutation(2, "all frequencies divided", V3_ATTENTION, rope, "_yarn", lambda plain,
+             config: plain / 40),
     Mutation(2, "beta_fast ignored", V3_ATTENTION, change={"beta_fast": 2.0}),
-    Mutation(2, "no Llama-3 scaling", LLAMA_ATTENTION, rope, "_llama3", lambda plain, config: plain),
+    Mutation(2, "no Llama-3 scaling", LLAMA_ATTENTION, rope, "_llama3", lambda plain,
+             config: plain),
     Mutation(2, "no linear scaling", LINEAR_ATTENTION, change={"rope_factor": 1.0}),
     Mutation(2, "another theta", QWEN2_ATTENTION, change={"rope_theta": 10000.0}),
     Mutation(3, "bias weighs", V3_ROUTER, router, "route", _route_by_biased_weights),
@@ -251,13 +261,15 @@ MUTATIONS = [
     Mutation(3, "bias of the wrong sign", V3_ROUTER, edit=_edit_gate_bias(np.negative)),
     Mutation(4, "bias in bfloat16", V3_ROUTER, edit=_edit_gate_bias(_bfloat16)),
     Mutation(4, "bias updated in bfloat16", BIAS_UPDATE, balance, "update_bias",
-             lambda b, c, s, right=balance.update_bias: right(b, c, s).astype(jnp.bfloat16).astype(jnp.float32)),
+             lambda b, c, s, right=balance.update_bias: right(b, c,
+             s).astype(jnp.bfloat16).astype(jnp.float32)),
     Mutation(5, "masked groups at 0", NEGATIVE_ROUTER, router, "_mask_groups", _mask_with_zero),
     Mutation(5, "V3 groups by their best", V3_ROUTER, change={"group_score": "max"}),
     Mutation(5, "V2 groups by their two best", V2_ROUTER, change={"group_score": "top2"}),
     Mutation(5, "groups not limited", V3_ROUTER, change={"n_limited_groups": 8}),
     Mutation(5, "one group too many", V2_ROUTER, change={"n_limited_groups": 4}),
-    Mutation(6, "router product in bfloat16", V2_LITE_ROUTER, router, "float32_matmul", _bfloat16_matmul),
+    Mutation(6, "router product in bfloat16", V2_LITE_ROUTER, router, "float32_matmul",
+             _bfloat16_matmul),
     Mutation(6, "router scores in bfloat16", V3_ROUTER, router, "scores", _bfloat16_scores),
     Mutation(7, "V3 weights not normalised", V3_ROUTER, change={"norm_topk": False}),
     Mutation(7, "V2 weights normalised", V2_ROUTER, change={"norm_topk": True}),
@@ -271,24 +283,35 @@ MUTATIONS = [
     Mutation(7, "no shared expert", V3_MOE, edit=_edit_shared(0.0)),
     Mutation(7, "expert gate and up swapped", V3_MOE,
              edit=_swap("moe_layers", ("ffn", "experts"), "w_gate", "w_up")),
-    Mutation(7, "gate and up swapped", V3_DENSE, edit=_swap("dense_layers", ("ffn",), "w_gate", "w_up")),
+    Mutation(7, "gate and up swapped", V3_DENSE, edit=_swap("dense_layers", ("ffn",), "w_gate",
+             "w_up")),
     Mutation(7, "norm epsilon", V3_NORM, change={"norm_eps": 1e-5}),
     Mutation(7, "norm adds 1 to its weight", V3_NORM, layers, "rms_norm",
              lambda x, weight, eps: RIGHT_NORM(x, weight + 1, eps)),
     Mutation(7, "latent norm without weight", V3_ATTENTION, edit=_flat_kv_norm),
-    Mutation(7, "norms of a layer swapped", LLAMA_LOGITS, edit=_swap("dense_layers", (), "attn_norm", "ffn_norm")),
+    Mutation(7, "latent norm's epsilon", NEGATIVE_ATTENTION, mla, "LATENT_NORM_EPS", 1e-3),
+    Mutation(7, "norms of a layer swapped", LLAMA_LOGITS, edit=_swap("dense_layers", (),
+             "attn_norm", "ffn_norm")),
     Mutation(7, "no key bias", QWEN2_ATTENTION, edit=_no_key_bias),
-    Mutation(7, "key heads tiled, not repeated", LLAMA_ATTENTION, gqa, "causal_attention", _tile_key_heads),
-    Mutation(7, "one later token visible", V3_ATTENTION, mla, "causal_attention", _attend_to_one_later),
+    Mutation(7, "key heads tiled, not repeated", LLAMA_ATTENTION, gqa, "causal_attention",
+             _tile_key_heads),
+    Mutation(7, "one later token visible", V3_ATTENTION, mla, "causal_attention",
+             _attend_to_one_later),
     Mutation(8, "bias update of the wrong sign", BIAS_UPDATE, balance, "update_bias",
              lambda b, c, s, right=balance.update_bias: right(b, c, -s)),
     Mutation(8, "bias update by the difference", BIAS_UPDATE, balance, "update_bias",
-             lambda b, c, s: b + s * (c.astype(jnp.float32).mean(-1, keepdims=True) - c.astype(jnp.float32))),
-    Mutation(8, "padding counted in the load", MOE_ISOLATED, transformer.Transformer, "_context", _count_padding),
-    Mutation(9, "sequence loss of biased choice", SEQUENCE_LOSS, balance, "_chosen", _choose_with_bias),
-    Mutation(9, "expert loss of free choice", EXPERT_LOSS, balance, "_chosen", _choose_without_groups),
-    Mutation(9, "packed documents as one", SEQUENCE_LOSS, balance, "_frequency_times_share", _one_document_a_row),
-    Mutation(9, "padding as a document", SEQUENCE_LOSS, balance, "_frequency_times_share", _padding_is_a_document),
+             lambda b, c, s: b + s * (c.astype(jnp.float32).mean(-1,
+             keepdims=True) - c.astype(jnp.float32))),
+    Mutation(8, "padding counted in the load", MOE_ISOLATED, transformer.Transformer, "_context",
+             _count_padding),
+    Mutation(9, "sequence loss of biased choice", SEQUENCE_LOSS, balance, "_chosen",
+             _choose_with_bias),
+    Mutation(9, "expert loss of free choice", EXPERT_LOSS, balance, "_chosen",
+             _choose_without_groups),
+    Mutation(9, "packed documents as one", SEQUENCE_LOSS, balance, "_frequency_times_share",
+             _one_document_a_row),
+    Mutation(9, "padding as a document", SEQUENCE_LOSS, balance, "_frequency_times_share",
+             _padding_is_a_document),
     Mutation(9, "documents weigh the same", EXPERT_LOSS, balance, "_frequency_times_share",
              _documents_weigh_the_same),
     Mutation(10, "hidden state first", MTP, edit=_hidden_state_first),
@@ -298,9 +321,15 @@ MUTATIONS = [
     Mutation(10, "no shift", MTP, transformer, "shift_left", lambda tokens_BT: tokens_BT),
     Mutation(10, "shift by two", MTP, transformer, "shift_left",
              lambda tokens_BT, right=transformer.shift_left: right(right(tokens_BT))),
-    Mutation(10, "documents not isolated", MTP_ISOLATED, transformer.Transformer, "_context", _all_one_document),
+    Mutation(10, "documents not isolated", MTP_ISOLATED, transformer.Transformer, "_context",
+             _all_one_document),
     Mutation(10, "positions of the wrong order", MTP_ISOLATED, rope, "positions_in_segments",
              _positions_of_the_row),
+    Mutation(10, "targets across documents", LOSS_ISOLATED, loss, "target_mask",
+             lambda segments, ahead, isolate, right=loss.target_mask: right(segments, ahead,
+             ahead == 1)),
+    Mutation(10, "as many targets as the main model", LOSS_ISOLATED, loss, "target_mask",
+             lambda segments, ahead, isolate, right=loss.target_mask: right(segments, 1, isolate)),
     Mutation(14, "capacity factor of two", CROWDED, expert, "combine", _drop_beyond_capacity),
 ]  # fmt: skip
 
@@ -325,7 +354,8 @@ LENGTH = 48
 
 
 def balance_gradient() -> tuple[float, float]:
-    """Change of the summed balance loss along a random direction of all routers: ours, and the oracle's.
+    """Change of the summed balance loss along a random direction of all routers: ours, and the
+    oracle's.
 
     Ours runs as in training: stacks scanned, layers rematerialised, reverse mode.
     """

@@ -33,7 +33,10 @@ def parser() -> argparse.ArgumentParser:
     result = command.make_parser(__doc__)
     command.add_config(result, default="configs/tiny.py")
     result.add_argument(
-        "--workdir", type=Path, metavar="DIR", help="folder of the run (default: runs/<name of the config>)"
+        "--workdir",
+        type=Path,
+        metavar="DIR",
+        help="folder of the run (default: runs/<name of the config>)",
     )
     return result
 

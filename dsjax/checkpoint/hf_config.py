@@ -1,11 +1,15 @@
-"""Hugging Face's config.json -> ModelConfig. Every field is honoured, known to leave the mathematics alone, or refused by name.
+"""Hugging Face's config.json -> ModelConfig. Every field is honoured, known to leave the
+mathematics alone, or refused by name.
 
-Nothing is guessed from a model's name: V2's two published mscale values, for one, differ between checkpoints of the same shape.
+Nothing is guessed from a model's name: V2's two published mscale values, for one, differ between
+checkpoints of the same shape.
 
 Where loaders disagree about a field the config is refused rather than read one way:
-1. V2 with `norm_topk_prob`: DeepSeek's code then drops `routed_scaling_factor`, transformers ignores the switch.
+1. V2 with `norm_topk_prob`: DeepSeek's code then drops `routed_scaling_factor`, transformers
+   ignores the switch.
 2. YaRN with only one of `mscale` and `mscale_all_dim`: the missing one has two published defaults.
-3. YaRN without `original_max_position_embeddings`: 4096 in DeepSeek's code, `max_position_embeddings` in transformers.
+3. YaRN without `original_max_position_embeddings`: 4096 in DeepSeek's code,
+   `max_position_embeddings` in transformers.
 """
 
 from __future__ import annotations
@@ -19,19 +23,21 @@ from dsjax.config import ModelConfig
 
 _REQUIRED = object()
 
-# Fields that do not change what the model computes: bookkeeping, text generation, training-only losses, storage.
+# Fields that do not change what the model computes: bookkeeping, text generation, training-only
+# losses, storage.
 _NEUTRAL = frozenset(
     """
-    _attn_implementation _name_or_path architectures auto_map aux_loss_alpha bad_words_ids begin_suppress_tokens
-    bos_token_id chunk_size_feed_forward diversity_penalty do_sample dtype early_stopping
-    encoder_no_repeat_ngram_size eos_token_id ep_size exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id id2label initializer_range is_decoder is_encoder_decoder label2id
-    length_penalty max_length max_window_layers min_length model_type no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences output_attentions output_hidden_states output_router_logits output_scores pad_token_id
-    prefix pretraining_tp problem_type quantization_config remove_invalid_values repetition_penalty return_dict
-    return_dict_in_generate router_aux_loss_coef sep_token_id seq_aux suppress_tokens task_specific_params
-    temperature tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p unsloth_version
-    use_cache
+    _attn_implementation _name_or_path architectures auto_map aux_loss_alpha bad_words_ids
+    begin_suppress_tokens bos_token_id chunk_size_feed_forward diversity_penalty do_sample dtype
+    early_stopping encoder_no_repeat_ngram_size eos_token_id ep_size
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    id2label initializer_range is_decoder is_encoder_decoder label2id length_penalty max_length
+    max_window_layers min_length model_type no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_attentions output_hidden_states output_router_logits output_scores
+    pad_token_id prefix pretraining_tp problem_type quantization_config remove_invalid_values
+    repetition_penalty return_dict return_dict_in_generate router_aux_loss_coef sep_token_id seq_aux
+    suppress_tokens task_specific_params temperature tokenizer_class top_k top_p torch_dtype
+    torchscript transformers_version typical_p unsloth_version use_cache
     """.split()
 )
 # head_dim and qk_head_dim are derived from the three MLA widths, whatever the file says.
@@ -55,7 +61,9 @@ class _Fields:
             return None
         return default
 
-    def _typed(self, name: str, default: Any, kinds: tuple[type, ...], wanted: str, blank: Any) -> Any:
+    def _typed(
+        self, name: str, default: Any, kinds: tuple[type, ...], wanted: str, blank: Any
+    ) -> Any:
         value = self._read(name, default)
         if value is None:
             return blank
@@ -84,16 +92,21 @@ class _Fields:
         """Accepts a field only if it is absent, null or one of `supported`."""
         value = self._read(name, None)
         if value is not None and value not in supported:
-            wanted = ", only " + " or ".join(repr(choice) for choice in supported) if supported else ""
+            wanted = (
+                ", only " + " or ".join(repr(choice) for choice in supported) if supported else ""
+            )
             self.problems.append(f"{self.place}.{name}={value!r} is not supported{wanted}")
 
     def refuse_rest(self, ignored: frozenset[str] = frozenset()) -> None:
         unknown = sorted(
-            name for name, value in self.values.items() if name not in self.seen | ignored and value is not None
+            name
+            for name, value in self.values.items()
+            if name not in self.seen | ignored and value is not None
         )
         if unknown:
             self.problems.append(
-                f"{self.place} has {', '.join(unknown)}, unknown here, which may change what the model computes"
+                f"{self.place} has {', '.join(unknown)}, unknown here, which may change what the "
+                "model computes"
             )
 
 
@@ -105,7 +118,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
-        raise ValueError(f"config.json: model_type={model_type!r} is not supported, only {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"config.json: model_type={model_type!r} is not supported, only {', '.join(FAMILIES)}"
+        )
     return model_type
 
 
@@ -113,7 +128,8 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """Reads the contents of a config.json.
 
     Raises:
-      ValueError: a field is missing, has the wrong type, or asks for mathematics that this package does not have;
+      ValueError: a field is missing, has the wrong type, or asks for mathematics that this package
+      does not have;
         all such fields are named together.
     """
     family = family_of(config)
@@ -143,7 +159,9 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     fields.refuse_rest(_NEUTRAL | _NEUTRAL_MLA if mla else _NEUTRAL)
     if problems:
         raise ValueError(
-            "config.json cannot be honoured: " + "; ".join(problems) + ". Remove or correct these fields if the "
+            "config.json cannot be honoured: "
+            + "; ".join(problems)
+            + ". Remove or correct these fields if the "
             "checkpoint does not need them; otherwise this model is outside what dsjax computes."
         )
     return ModelConfig(**shape)
@@ -164,16 +182,16 @@ def _mla(fields: _Fields, heads: int) -> dict[str, Any]:
 
 def _gqa(fields: _Fields, family: Family, shape: Mapping[str, Any]) -> dict[str, Any]:
     heads = shape["n_heads"]
-    head_dim = fields.integer("head_dim", 0)
-    kv_heads = fields.integer("num_key_value_heads", 0)
     fields.fixed("use_sliding_window", False)
     if not fields.values.get("use_sliding_window"):
-        fields.seen.add("sliding_window")  # published Qwen2 configs carry a width that the switch above turns off
+        fields.seen.add(
+            "sliding_window"
+        )  # published Qwen2 configs carry a width that the switch above turns off
     fields.fixed("layer_types", ["full_attention"] * shape["n_layers"])
     return {
         "attention": "gqa",
-        "n_kv_heads": 0 if kv_heads == heads else kv_heads,
-        "head_dim": 0 if head_dim * heads == shape["dim"] else head_dim,
+        "n_kv_heads": fields.integer("num_key_value_heads", heads),
+        "head_dim": fields.integer("head_dim", shape["dim"] // max(heads, 1)),
         "qkv_bias": family == "qwen2",
     }
 
@@ -192,11 +210,15 @@ def _experts(fields: _Fields, family: Family, layers: int) -> dict[str, Any]:
         "group_score": "top2" if v3 else "max",
         "router_bias": v3,
         "norm_topk": fields.flag("norm_topk_prob"),
-        "route_scale": fields.number("routed_scaling_factor", 1.0 if family == "deepseek" else _REQUIRED),
+        "route_scale": fields.number(
+            "routed_scaling_factor", 1.0 if family == "deepseek" else _REQUIRED
+        ),
     }
     if v3:
         fields.fixed("topk_method", "noaux_tc")
-        spelling = "num_mtp_layers" if "num_mtp_layers" in fields.values else "num_nextn_predict_layers"
+        spelling = (
+            "num_mtp_layers" if "num_mtp_layers" in fields.values else "num_nextn_predict_layers"
+        )
         experts["n_mtp"] = fields.integer(spelling, 0)
     elif family == "deepseek_v2":
         fields.fixed("norm_topk_prob", False)
@@ -215,7 +237,8 @@ def _experts(fields: _Fields, family: Family, layers: int) -> dict[str, Any]:
 
 
 def _rope(fields: _Fields, mla: bool) -> dict[str, Any]:
-    """Reads the rope settings in either spelling: `rope_scaling` with `rope_theta`, or `rope_parameters`."""
+    """Reads the rope settings in either spelling: `rope_scaling` with `rope_theta`, or
+    `rope_parameters`."""
     fields.seen |= {"rope_scaling", "rope_parameters"}
     spellings = {}
     for place in ("rope_scaling", "rope_parameters"):
@@ -227,12 +250,18 @@ def _rope(fields: _Fields, mla: bool) -> dict[str, Any]:
             kind = settings.pop("type", "default")
             spellings[place] = settings | {"rope_type": settings.get("rope_type", kind)}
     theta = fields.number("rope_theta", 0.0)
-    thetas = {float(s["rope_theta"]) for s in spellings.values() if s.get("rope_theta")} | ({theta} if theta else set())
+    thetas = {float(s["rope_theta"]) for s in spellings.values() if s.get("rope_theta")} | (
+        {theta} if theta else set()
+    )
     without_theta = [{k: v for k, v in s.items() if k != "rope_theta"} for s in spellings.values()]
     if len(thetas) > 1 or (len(without_theta) == 2 and without_theta[0] != without_theta[1]):
-        fields.problems.append("config.json gives its rope settings more than once, with different values")
+        fields.problems.append(
+            "config.json gives its rope settings more than once, with different values"
+        )
     place = next(iter(spellings), "rope_scaling")
-    inner = _Fields(spellings.get(place, {"rope_type": "default"}), f"config.json.{place}", fields.problems)
+    inner = _Fields(
+        spellings.get(place, {"rope_type": "default"}), f"config.json.{place}", fields.problems
+    )
     inner.seen.add("rope_theta")
     return {"rope_theta": max(thetas, default=10000.0)} | _scaling(inner, mla)
 
@@ -240,7 +269,9 @@ def _rope(fields: _Fields, mla: bool) -> dict[str, Any]:
 def _scaling(inner: _Fields, mla: bool) -> dict[str, Any]:
     kind = inner.text("rope_type")
     if kind not in _ROPE_KINDS:
-        inner.problems.append(f"{inner.place}.rope_type={kind!r} is not supported, only {', '.join(_ROPE_KINDS)}")
+        inner.problems.append(
+            f"{inner.place}.rope_type={kind!r} is not supported, only {', '.join(_ROPE_KINDS)}"
+        )
         return {}
     inner.fixed("partial_rotary_factor", 1, 1.0)
     scaling: dict[str, Any] = {"rope_scaling": "none" if kind == "default" else kind}
@@ -252,7 +283,10 @@ def _scaling(inner: _Fields, mla: bool) -> dict[str, Any]:
         scaling["low_freq_factor"] = inner.number("low_freq_factor")
         scaling["high_freq_factor"] = inner.number("high_freq_factor")
     if kind == "yarn":
-        scaling |= {"beta_fast": inner.number("beta_fast", 32.0), "beta_slow": inner.number("beta_slow", 1.0)}
+        scaling |= {
+            "beta_fast": inner.number("beta_fast", 32.0),
+            "beta_slow": inner.number("beta_slow", 1.0),
+        }
         scaling |= _temperature(inner, mla)
         inner.fixed("attention_factor")
         inner.fixed("truncate", True)
@@ -261,12 +295,18 @@ def _scaling(inner: _Fields, mla: bool) -> dict[str, Any]:
 
 
 def _temperature(inner: _Fields, mla: bool) -> dict[str, float]:
-    """YaRN's attention temperature; without the two fields cos and sin carry it (mscale_all_dim = 0)."""
+    """YaRN's attention temperature; without the two fields cos and sin carry it (mscale_all_dim =
+    0)."""
     given = {name: inner.number(name, 0.0) for name in ("mscale", "mscale_all_dim")}
     if not any(given.values()):
         return {"mscale": 1.0, "mscale_all_dim": 0.0}
     if not all(given.values()):
-        inner.problems.append(f"{inner.place} has only one of mscale and mscale_all_dim, whose default is not agreed on")
+        inner.problems.append(
+            f"{inner.place} has only one of mscale and mscale_all_dim, and their defaults differ "
+            "between loaders"
+        )
     if not mla:
-        inner.problems.append(f"{inner.place}: mscale and mscale_all_dim are read by the MLA families only")
+        inner.problems.append(
+            f"{inner.place}: mscale and mscale_all_dim are read by the MLA families only"
+        )
     return given

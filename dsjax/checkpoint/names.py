@@ -1,17 +1,23 @@
-"""One two-way name table per family: Hugging Face's tensors on one side, the leaves of our parameter tree on the other.
+"""One two-way name table per family: Hugging Face's tensors on one side, the leaves of our
+parameter tree on the other.
 
-A `Rule` gives the name of a tensor inside a layer and the leaf it fills; `tensors(config, family)` writes out the table for a
-config: every tensor a published checkpoint of that shape holds, once. Both directions of a conversion read the same rows, so that
-what one renames the other cannot fail to name back.
+A `Rule` gives the name of a tensor inside a layer and the leaf it fills; `tensors(config, family)`
+writes out the table for a config: every tensor a published checkpoint of that shape holds, once.
+Both directions of a conversion read the same rows, so that what one renames the other cannot fail
+to name back.
 
 What differs between the two sides:
-1. Hugging Face stores projections [out, in] and computes `x @ w.T`; ours are [in, out]. `transpose` marks the rows concerned.
-2. Hugging Face keeps one tensor a layer and expert; ours stack them, so a row is one index of a leaf [L, ...] or [L, E, ...].
-3. A multi-token prediction module is published as one more layer after the last (V3: `model.layers.61`), with copies of the embedding
-   and the head beside its own tensors. Ours reads the main ones: a copy is checked on the way in and written again on the way out.
+1. Hugging Face stores projections [out, in] and computes `x @ w.T`; ours are [in, out]. `transpose`
+   marks the rows concerned.
+2. Hugging Face keeps one tensor a layer and expert; ours stack them, so a row is one index of a
+   leaf [L, ...] or [L, E, ...].
+3. A multi-token prediction module is published as one more layer after the last (V3:
+   `model.layers.61`), with copies of the embedding and the head beside its own tensors. Ours reads
+   the main ones: a copy is checked on the way in and written again on the way out.
 
-No channel is permuted. MLA's rope channels are published as adjacent pairs and `model/mla.py` rotates adjacent pairs; the llama-like
-families are published for a half-split rotation and `model/gqa.py` rotates halves.
+No channel is permuted. MLA's rope channels are published as adjacent pairs and `model/mla.py`
+rotates adjacent pairs; the llama-like families are published for a half-split rotation and
+`model/gqa.py` rotates halves.
 """
 
 from __future__ import annotations
@@ -72,7 +78,9 @@ def tensors(config: ModelConfig, family: Family) -> Iterator[Tensor]:
         if layer >= config.n_dense_layers:
             stack, index = "moe_layers", layer - config.n_dense_layers
         rules = _layer_rules(config, moe=stack == "moe_layers")
-        yield from _expand(rules, f"model.layers.{layer}.", (stack,), index, config.n_routed_experts)
+        yield from _expand(
+            rules, f"model.layers.{layer}.", (stack,), index, config.n_routed_experts
+        )
     yield Tensor("model.norm.weight", ("norm", "weight"), (), (config.dim,), False)
     if not config.tie_embed:
         yield Tensor("lm_head.weight", ("head", "weight"), (), vocabulary, True)
@@ -86,14 +94,16 @@ def _check_family(config: ModelConfig, family: Family) -> None:
     holds = {
         "deepseek": config.attention == "gqa" and not config.qkv_bias and not config.router_bias,
         "deepseek_v2": config.attention == "mla" and not config.router_bias,
-        "deepseek_v3": config.attention == "mla" and (config.router_bias or not config.n_routed_experts),
+        "deepseek_v3": config.attention == "mla"
+        and (config.router_bias or not config.n_routed_experts),
         "llama": config.attention == "gqa" and not config.qkv_bias and not config.n_routed_experts,
         "qwen2": config.attention == "gqa" and config.qkv_bias and not config.n_routed_experts,
     }
     if not holds[family] or (config.n_mtp and family != "deepseek_v3"):
         raise ValueError(
-            f"family {family} has no names for model.attention={config.attention}, qkv_bias={config.qkv_bias}, "
-            f"n_routed_experts={config.n_routed_experts}, router_bias={config.router_bias}, n_mtp={config.n_mtp}; "
+            f"family {family} has no names for model.attention={config.attention}, "
+            f"qkv_bias={config.qkv_bias}, n_routed_experts={config.n_routed_experts}, "
+            f"router_bias={config.router_bias}, n_mtp={config.n_mtp}; "
             f"choose another of {', '.join(FAMILIES)}"
         )
 
@@ -115,7 +125,11 @@ def _mla_rules(config: ModelConfig) -> list[Rule]:
     if config.q_lora_rank:
         query = [
             Rule("self_attn.q_a_proj.weight", ("attn", "wq_a"), (config.q_lora_rank, dim)),
-            Rule("self_attn.q_a_layernorm.weight", ("attn", "q_norm", "weight"), (config.q_lora_rank,)),
+            Rule(
+                "self_attn.q_a_layernorm.weight",
+                ("attn", "q_norm", "weight"),
+                (config.q_lora_rank,),
+            ),
             Rule("self_attn.q_b_proj.weight", ("attn", "wq_b"), (queries, config.q_lora_rank)),
         ]
     else:
@@ -123,7 +137,11 @@ def _mla_rules(config: ModelConfig) -> list[Rule]:
     expanded = heads * (config.qk_nope_head_dim + config.v_head_dim)
     return [
         *query,
-        Rule("self_attn.kv_a_proj_with_mqa.weight", ("attn", "wkv_a"), (latent + config.qk_rope_head_dim, dim)),
+        Rule(
+            "self_attn.kv_a_proj_with_mqa.weight",
+            ("attn", "wkv_a"),
+            (latent + config.qk_rope_head_dim, dim),
+        ),
         Rule("self_attn.kv_a_layernorm.weight", ("attn", "kv_norm", "weight"), (latent,)),
         Rule("self_attn.kv_b_proj.weight", ("attn", "wkv_b"), (expanded, latent)),
         Rule("self_attn.o_proj.weight", ("attn", "wo"), (dim, heads * config.v_head_dim)),
@@ -141,7 +159,9 @@ def _gqa_rules(config: ModelConfig) -> list[Rule]:
     return [*rules, Rule("self_attn.o_proj.weight", ("attn", "wo"), (dim, queries))]
 
 
-def _ffn_rules(prefix: str, path: tuple[str, ...], dim: int, hidden: int, *, expert: bool = False) -> list[Rule]:
+def _ffn_rules(
+    prefix: str, path: tuple[str, ...], dim: int, hidden: int, *, expert: bool = False
+) -> list[Rule]:
     return [
         Rule(f"{prefix}gate_proj.weight", (*path, "w_gate"), (hidden, dim), expert),
         Rule(f"{prefix}up_proj.weight", (*path, "w_up"), (hidden, dim), expert),
@@ -163,19 +183,27 @@ def _moe_rules(config: ModelConfig) -> list[Rule]:
 
 
 def _mtp(config: ModelConfig, depth: int) -> Iterator[Tensor]:
-    """Yields the tensors of one multi-token prediction module, published as layer n_layers + depth."""
+    """Yields the tensors of one multi-token prediction module, published as layer n_layers +
+    depth."""
     dim, index = config.dim, (depth,)
     prefix = f"model.layers.{config.n_layers + depth}."
     vocabulary = (config.vocab_size, dim)
-    yield Tensor(prefix + "embed_tokens.weight", ("embed", "weight"), (), vocabulary, False, is_copy=True)
+    yield Tensor(
+        prefix + "embed_tokens.weight", ("embed", "weight"), (), vocabulary, False, is_copy=True
+    )
     yield Tensor(prefix + "enorm.weight", ("mtp", "enorm", "weight"), index, (dim,), False)
     yield Tensor(prefix + "hnorm.weight", ("mtp", "hnorm", "weight"), index, (dim,), False)
-    # Input columns: the embedding first, then the hidden state (the paper's bracket lists them the other way round).
+    # Input columns: the embedding first, then the hidden state (the paper's bracket lists them the
+    # other way round).
     yield Tensor(prefix + "eh_proj.weight", ("mtp", "eh_proj"), index, (dim, 2 * dim), True)
     rules = _layer_rules(config, moe=config.n_moe_layers > 0)
     yield from _expand(rules, prefix, ("mtp", "layer"), depth, config.n_routed_experts)
-    yield Tensor(prefix + "shared_head.norm.weight", ("mtp", "norm", "weight"), index, (dim,), False)
-    head, transpose = (("embed", "weight"), False) if config.tie_embed else (("head", "weight"), True)
+    yield Tensor(
+        prefix + "shared_head.norm.weight", ("mtp", "norm", "weight"), index, (dim,), False
+    )
+    head, transpose = (
+        (("embed", "weight"), False) if config.tie_embed else (("head", "weight"), True)
+    )
     yield Tensor(prefix + "shared_head.head.weight", head, (), vocabulary, transpose, is_copy=True)
 
 
@@ -185,7 +213,11 @@ def _expand(
     for rule in rules:
         name, path = prefix + rule.name, stack + rule.path
         if not rule.expert:
-            yield Tensor(name, path, (index,), rule.shape, rule.transpose, keep_float32=rule.keep_float32)
+            yield Tensor(
+                name, path, (index,), rule.shape, rule.transpose, keep_float32=rule.keep_float32
+            )
             continue
         for expert in range(experts):
-            yield Tensor(name.format(expert=expert), path, (index, expert), rule.shape, rule.transpose)
+            yield Tensor(
+                name.format(expert=expert), path, (index, expert), rule.shape, rule.transpose
+            )

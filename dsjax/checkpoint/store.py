@@ -47,10 +47,14 @@ class Store:
         with _reporting_failure(f"cannot open the checkpoint folder {self._directory}"):
             self._directory.mkdir(parents=True, exist_ok=True)
             # Orbax counts any folder with a number for a name as a checkpoint, and the newest of them as the latest.
-            self.set_aside = [_set_aside(folder) for folder in _numbered(self._directory) if not _is_whole(folder)]
+            self.set_aside = [
+                _set_aside(folder) for folder in _numbered(self._directory) if not _is_whole(folder)
+            ]
             self._manager = ocp.CheckpointManager(
                 self._directory,
-                options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep, cleanup_tmp_directories=True
+                ),
             )
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
@@ -122,10 +126,17 @@ def restore(directory: Path, step: int, abstract_state: Any) -> Any:
 
 
 def _check_matches(folder: Path, stored_tree: Any, wanted: list[tuple[Any, Any]]) -> None:
-    stored = {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(stored_tree)[0]}
+    stored = {
+        _name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(stored_tree)[0]
+    }
     asked = {_name(path): leaf for path, leaf in wanted}
-    problems = [f"missing {'.'.join(name)} {_describe(asked[name])}" for name in asked.keys() - stored.keys()]
-    problems += [f"extra {'.'.join(name)} {_describe(stored[name])}" for name in stored.keys() - asked.keys()]
+    problems = [
+        f"missing {'.'.join(name)} {_describe(asked[name])}"
+        for name in asked.keys() - stored.keys()
+    ]
+    problems += [
+        f"extra {'.'.join(name)} {_describe(stored[name])}" for name in stored.keys() - asked.keys()
+    ]
     problems += [
         f"{'.'.join(name)} is {_describe(stored[name])}, wanted {_describe(asked[name])}"
         for name in asked.keys() & stored.keys()
@@ -144,7 +155,9 @@ def _describe(leaf: Any) -> str:
 
 def _name(path: tuple[Any, ...]) -> tuple[str, ...]:
     """The name of a leaf: its keys, without the `.value` that stands between an nnx variable and its array."""
-    keys = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]
+    keys = [
+        str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path
+    ]
     return tuple(keys[:-1] if keys[-1:] == ["value"] else keys)
 
 

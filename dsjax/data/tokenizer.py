@@ -101,7 +101,9 @@ class Tokenizer:
 
     def save(self, folder: str) -> None:
         """Writes tokenizer.json and tokenizer_config.json, which `load_tokenizer` reads."""
-        self.inner.save(os.path.join(folder, "tokenizer.json"))
+        # Not the library's own save: its failures are bare Exceptions, a full disk is an OSError.
+        with open(os.path.join(folder, "tokenizer.json"), "w", encoding="utf-8") as stream:
+            stream.write(self.inner.to_str(pretty=True))
         special = self.special
         ids = {"bos_token": special.bos, "eos_token": special.eos, "pad_token": special.pad}
         config = {key: self.inner.id_to_token(i) for key, i in ids.items()}

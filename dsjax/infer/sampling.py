@@ -40,7 +40,9 @@ def sample(
       ValueError: temperature is negative, or top_p lies outside (0, 1].
     """
     if temperature < 0:
-        raise ValueError(f"temperature={temperature} must not be negative; 0 takes the likeliest token")
+        raise ValueError(
+            f"temperature={temperature} must not be negative; 0 takes the likeliest token"
+        )
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must lie in (0, 1]; 1 keeps every token")
     if temperature == 0:
@@ -70,10 +72,14 @@ def complete(
       ValueError: the prompt is empty.
     """
     if not prompt:
-        raise ValueError("an empty prompt has no next token; start with the beginning-of-sequence token")
+        raise ValueError(
+            "an empty prompt has no next token; start with the beginning-of-sequence token"
+        )
 
     @jax.jit
-    def next_token(model: Callable, window_1T: jax.Array, last: jax.Array, key: jax.Array) -> jax.Array:
+    def next_token(
+        model: Callable, window_1T: jax.Array, last: jax.Array, key: jax.Array
+    ) -> jax.Array:
         logits_1V = jax.lax.dynamic_index_in_dim(model(window_1T), last, axis=1, keepdims=False)
         return sample(key, logits_1V, temperature=temperature, top_p=top_p)[0]
 

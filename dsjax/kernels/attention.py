@@ -35,13 +35,21 @@ def causal_attention(
     length = q_BTNH.shape[1]
     chunk = max(_CHUNK, -(-length // _MAX_CHUNKS))
     if length <= chunk:
-        return reference_attention(q_BTNH, k_BTPH, v_BTPW, scale=scale, segment_ids_BT=segment_ids_BT)
+        return reference_attention(
+            q_BTNH, k_BTPH, v_BTPW, scale=scale, segment_ids_BT=segment_ids_BT
+        )
     attend = jax.checkpoint(functools.partial(_attend, scale=scale), static_argnums=(5,))
     outputs = []
     for start in range(0, length, chunk):
         end = min(start + chunk, length)
-        segments = (None, None) if segment_ids_BT is None else (segment_ids_BT[:, start:end], segment_ids_BT[:, :end])
-        outputs.append(attend(q_BTNH[:, start:end], k_BTPH[:, :end], v_BTPW[:, :end], *segments, start))
+        segments = (
+            (None, None)
+            if segment_ids_BT is None
+            else (segment_ids_BT[:, start:end], segment_ids_BT[:, :end])
+        )
+        outputs.append(
+            attend(q_BTNH[:, start:end], k_BTPH[:, :end], v_BTPW[:, :end], *segments, start)
+        )
     return jnp.concatenate(outputs, axis=1)
 
 
@@ -57,16 +65,22 @@ def reference_attention(
     return _attend(q_BTNH, k_BTPH, v_BTPW, segment_ids_BT, segment_ids_BT, 0, scale=scale)
 
 
-def _attend(q_BTNH, k_BSPH, v_BSPW, q_segments_BT, k_segments_BS, start: int, *, scale: float) -> jax.Array:
+def _attend(
+    q_BTNH, k_BSPH, v_BSPW, q_segments_BT, k_segments_BS, start: int, *, scale: float
+) -> jax.Array:
     """Queries at positions start, start + 1, ... against keys at 0 ... S - 1."""
     B, T, N, H = q_BTNH.shape
     S, P = k_BSPH.shape[1:3]
     q_BTPGH = q_BTNH.reshape(B, T, P, N // P, H)
-    scores = jnp.einsum("BTPGH,BSPH->BPGTS", q_BTPGH, k_BSPH, preferred_element_type=jnp.float32) * scale
+    scores = (
+        jnp.einsum("BTPGH,BSPH->BPGTS", q_BTPGH, k_BSPH, preferred_element_type=jnp.float32) * scale
+    )
     visible = (jnp.arange(S)[None] <= jnp.arange(start, start + T)[:, None])[None, None, None]
     if q_segments_BT is not None:
         same = q_segments_BT[:, :, None] == k_segments_BS[:, None, :]
         visible = visible & same[:, None, None]
-    probabilities = jax.nn.softmax(jnp.where(visible, scores, _MASKED), axis=-1).astype(v_BSPW.dtype)
+    probabilities = jax.nn.softmax(jnp.where(visible, scores, _MASKED), axis=-1).astype(
+        v_BSPW.dtype
+    )
     out = jnp.einsum("BPGTS,BSPW->BTPGW", probabilities, v_BSPW, preferred_element_type=jnp.float32)
     return out.reshape(B, T, N, v_BSPW.shape[-1]).astype(q_BTNH.dtype)

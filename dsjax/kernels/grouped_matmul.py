@@ -25,7 +25,9 @@ from jax import lax
 _MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 32, 256
 
 
-def grouped_matmul(x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, platform: str) -> jax.Array:
+def grouped_matmul(
+    x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, platform: str
+) -> jax.Array:
     """Multiplies each group's rows with its matrix.
 
     Args:
@@ -49,7 +51,9 @@ def grouped_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array, platform
 def reference_matmul(x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """The definition, one gathered matrix a row: the slow reference of `grouped_matmul`."""
     group_A = _group_of_row(x_AD.shape[0], sizes_E)
-    return jnp.einsum("AD,ADF->AF", x_AD, w_EDF[group_A], preferred_element_type=jnp.float32).astype(x_AD.dtype)
+    return jnp.einsum(
+        "AD,ADF->AF", x_AD, w_EDF[group_A], preferred_element_type=jnp.float32
+    ).astype(x_AD.dtype)
 
 
 def reference_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -60,7 +64,9 @@ def reference_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax
 
 
 def _group_of_row(rows: int, sizes_E: jax.Array) -> jax.Array:
-    return jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(rows, dtype=sizes_E.dtype), side="right")
+    return jnp.searchsorted(
+        jnp.cumsum(sizes_E), jnp.arange(rows, dtype=sizes_E.dtype), side="right"
+    )
 
 
 def _block_rows(rows: int, groups: int) -> int:
@@ -119,7 +125,9 @@ def _ragged_matmul(x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax
 
 def _ragged_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     numbers = lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+        dot_dimension_numbers=(((0,), (0,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[],
     )
     return lax.ragged_dot_general(x_AD, y_AF, sizes_E, numbers, preferred_element_type=jnp.float32)
 
@@ -130,7 +138,10 @@ def _megablox_matmul(x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> j
     rows = x_AD.shape[0]
     x_AD, tile = _pad_rows(x_AD)
     tiling = (tile, min(512, w_EDF.shape[1]), min(512, w_EDF.shape[2]))
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # the kernel's own code needs it
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):  # the kernel's own code needs it
         return gmm(x_AD, w_EDF, sizes_E, preferred_element_type=x_AD.dtype, tiling=tiling)[:rows]
 
 
@@ -140,7 +151,10 @@ def _megablox_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax
     x_AD, tile = _pad_rows(x_AD)
     y_AF, _ = _pad_rows(y_AF)
     tiling = (tile, min(512, x_AD.shape[1]), min(512, y_AF.shape[1]))
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # the kernel's own code needs it
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):  # the kernel's own code needs it
         out = tgmm(x_AD.T, y_AF, sizes_E, preferred_element_type=jnp.float32, tiling=tiling)
     # The kernel leaves the matrix of an empty group unwritten.
     return jnp.where((sizes_E > 0)[:, None, None], out, jnp.zeros_like(out))

@@ -73,20 +73,30 @@ def _chosen(experts_MK: jax.Array, n_experts: int) -> jax.Array:
 def _document_sums(x_BTX: jax.Array, documents_BT: jax.Array) -> jax.Array:
     """Sum over a token's document up to that token: at a document's last token, the document's sum."""
     index = jnp.arange(documents_BT.shape[1], dtype=jnp.int32)[None]
-    first = jnp.pad(documents_BT[:, 1:] != documents_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    first = jnp.pad(
+        documents_BT[:, 1:] != documents_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True
+    )
     start_BT = jax.lax.cummax(jnp.where(first, index, 0), axis=1)
     running = jnp.cumsum(x_BTX, axis=1)
     before = jnp.take_along_axis(running - x_BTX, start_BT[:, :, None], axis=1)
     return running - before
 
 
-def _frequency_times_share(f_BTX: jax.Array, share_BTX: jax.Array, documents_BT: jax.Array) -> jax.Array:
+def _frequency_times_share(
+    f_BTX: jax.Array, share_BTX: jax.Array, documents_BT: jax.Array
+) -> jax.Array:
     """Mean over documents, weighted by length, of sum_i mean_t(f) * mean_t(share). Scalar."""
     valid_BT = documents_BT > 0
-    last_BT = jnp.pad(documents_BT[:, 1:] != documents_BT[:, :-1], ((0, 0), (0, 1)), constant_values=True) & valid_BT
+    last_BT = (
+        jnp.pad(documents_BT[:, 1:] != documents_BT[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+        & valid_BT
+    )
     valid = valid_BT.astype(jnp.float32)[:, :, None]
     length_BT = _document_sums(valid, documents_BT)[:, :, 0]
-    product_BT = (_document_sums(f_BTX * valid, documents_BT) * _document_sums(share_BTX * valid, documents_BT)).sum(-1)
+    product_BT = (
+        _document_sums(f_BTX * valid, documents_BT)
+        * _document_sums(share_BTX * valid, documents_BT)
+    ).sum(-1)
     # length * (sum / length) * (sum / length)
     per_document = jnp.where(last_BT, product_BT / jnp.maximum(length_BT, 1.0), 0.0)
     return per_document.sum() / jnp.maximum(valid.sum(), 1.0)
@@ -115,7 +125,9 @@ def balance_loss(
         total += weights.sequence * _frequency_times_share(f_BTE, share_BTE, documents_BT)
     chosen_BTE = _chosen(routing.experts_MK, E).reshape(B, T, E)
     if weights.expert:
-        total += weights.expert * _frequency_times_share(chosen_BTE * (E / K), share_BTE, documents_BT)
+        total += weights.expert * _frequency_times_share(
+            chosen_BTE * (E / K), share_BTE, documents_BT
+        )
     share_BTD = share_BTE.reshape(B, T, D, E // D).sum(axis=-1)
     chosen_BTDX = chosen_BTE.reshape(B, T, D, E // D)
     if weights.device:

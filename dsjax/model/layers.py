@@ -66,7 +66,9 @@ def stack(module: AnyModule, count: int) -> AnyModule:
     def widen(variable: nnx.Variable) -> nnx.Variable:
         metadata = variable.get_metadata()
         shape = variable.get_value().shape
-        return declare((count, *shape), ("layers", *metadata["axes"]), metadata["init"], type(variable))
+        return declare(
+            (count, *shape), ("layers", *metadata["axes"]), metadata["init"], type(variable)
+        )
 
     return jax.tree.map(widen, module, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
@@ -102,8 +104,12 @@ class FeedForward(nnx.Module):
         self.policy = policy
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = jax.ad_checkpoint.checkpoint_name(linear(x, self.w_gate[...], self.policy), "swiglu_input")
-        up = jax.ad_checkpoint.checkpoint_name(linear(x, self.w_up[...], self.policy), "swiglu_input")
+        gate = jax.ad_checkpoint.checkpoint_name(
+            linear(x, self.w_gate[...], self.policy), "swiglu_input"
+        )
+        up = jax.ad_checkpoint.checkpoint_name(
+            linear(x, self.w_up[...], self.policy), "swiglu_input"
+        )
         return linear(swiglu(gate, up), self.w_down[...], self.policy)
 
 

@@ -21,6 +21,9 @@ from dsjax.model.layers import Normal, RMSNorm, declare
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
 
+# DeepSeek's code and transformers give the latents' norms this epsilon, whatever `norm_eps` says.
+LATENT_NORM_EPS = 1e-6
+
 
 def expand_keys_values(
     latent_BSNX: jax.Array, k_rope_BS1R: jax.Array, nope_dim: int
@@ -45,12 +48,12 @@ class MLA(nnx.Module):
         query_width = N * config.qk_head_dim
         if config.q_lora_rank:
             self.wq_a = declare((D, config.q_lora_rank), ("embed", "latent"), init)
-            self.q_norm = RMSNorm(config.q_lora_rank, config.norm_eps)
+            self.q_norm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
             self.wq_b = declare((config.q_lora_rank, query_width), ("latent", "heads"), init)
         else:
             self.wq = declare((D, query_width), ("embed", "heads"), init)
         self.wkv_a = declare((D, C + config.qk_rope_head_dim), ("embed", "latent"), init)
-        self.kv_norm = RMSNorm(C, config.norm_eps)
+        self.kv_norm = RMSNorm(C, LATENT_NORM_EPS)
         kv_width = N * (config.qk_nope_head_dim + config.v_head_dim)
         self.wkv_b = declare((C, kv_width), ("latent", "heads"), init)
         self.wo = declare((N * config.v_head_dim, D), ("heads", "embed"), init)
@@ -69,7 +72,9 @@ class MLA(nnx.Module):
         q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
         return jnp.concatenate([q_nope, rope.rotate_pairs(q_rope, *angles)], axis=-1)
 
-    def latents(self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def latents(
+        self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
         """What decoding caches: the normed latent [B, T, C] and the rotated shared key [B, T, R]."""
         kv = checkpoint_name(linear(x_BTD, self.wkv_a[...], self.policy), "latent")
         c_BTC, k_rope_BTR = jnp.split(kv, [self.config.kv_lora_rank], axis=-1)
@@ -85,10 +90,18 @@ class MLA(nnx.Module):
         config = self.config
         q_BTNH = self.queries(x_BTD, angles)
         c_BTC, k_rope_BTR = self.latents(x_BTD, angles)
-        expanded = linear(c_BTC, self.wkv_b[...], self.policy).reshape(*x_BTD.shape[:2], config.n_heads, -1)
-        k_BTNH, v_BTNW = expand_keys_values(expanded, k_rope_BTR[:, :, None], config.qk_nope_head_dim)
+        expanded = linear(c_BTC, self.wkv_b[...], self.policy).reshape(
+            *x_BTD.shape[:2], config.n_heads, -1
+        )
+        k_BTNH, v_BTNW = expand_keys_values(
+            expanded, k_rope_BTR[:, :, None], config.qk_nope_head_dim
+        )
         out_BTNW = causal_attention(
-            q_BTNH, k_BTNH, v_BTNW, scale=rope.attention_scale(config), segment_ids_BT=segment_ids_BT
+            q_BTNH,
+            k_BTNH,
+            v_BTNW,
+            scale=rope.attention_scale(config),
+            segment_ids_BT=segment_ids_BT,
         )
         out_BTX = checkpoint_name(out_BTNW.reshape(*x_BTD.shape[:2], -1), "attention")
         return linear(out_BTX, self.wo[...], self.policy)

@@ -42,8 +42,12 @@ class Experts(nnx.Module):
 
     def __call__(self, x_AD: jax.Array, sizes_E: jax.Array) -> jax.Array:
         """Rows sorted by expert, `sizes_E` rows each: [A, D] -> [A, D]."""
-        gate = checkpoint_name(grouped_linear(x_AD, self.w_gate[...], sizes_E, self.policy), "swiglu_input")
-        up = checkpoint_name(grouped_linear(x_AD, self.w_up[...], sizes_E, self.policy), "swiglu_input")
+        gate = checkpoint_name(
+            grouped_linear(x_AD, self.w_gate[...], sizes_E, self.policy), "swiglu_input"
+        )
+        up = checkpoint_name(
+            grouped_linear(x_AD, self.w_up[...], sizes_E, self.policy), "swiglu_input"
+        )
         return grouped_linear(swiglu(gate, up), self.w_down[...], sizes_E, self.policy)
 
 
@@ -67,10 +71,14 @@ class MoE(nnx.Module):
         y_BTD = expert.combine(y_AD, routing.weights_MK, plan).reshape(x_BTD.shape)
         if config.n_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
-        counted = jnp.where(documents_BT.reshape(-1, 1) > 0, routing.experts_MK, config.n_routed_experts)
+        counted = jnp.where(
+            documents_BT.reshape(-1, 1) > 0, routing.experts_MK, config.n_routed_experts
+        )
         statistics = RoutingStatistics(
             # One bin more than experts takes the padding.
-            jnp.bincount(counted.reshape(-1), length=config.n_routed_experts + 1)[:-1].astype(jnp.int32),
+            jnp.bincount(counted.reshape(-1), length=config.n_routed_experts + 1)[:-1].astype(
+                jnp.int32
+            ),
             balance_loss(routing, documents_BT, balance, config) if balance else jnp.float32(0),
             routing.experts_MK.size - plan.sizes_E.sum(),
         )

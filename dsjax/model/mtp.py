@@ -39,7 +39,9 @@ class MTP(nnx.Module):
     def __init__(self, config: ModelConfig, policy: Policy, layer: Block):
         self.enorm = RMSNorm(config.dim, config.norm_eps)
         self.hnorm = RMSNorm(config.dim, config.norm_eps)
-        self.eh_proj = declare((2 * config.dim, config.dim), ("latent", "embed"), Normal(config.init_std))
+        self.eh_proj = declare(
+            (2 * config.dim, config.dim), ("latent", "embed"), Normal(config.init_std)
+        )
         self.layer = layer
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.policy = policy

@@ -36,7 +36,9 @@ def _is_variable(leaf: object) -> bool:
 
 
 def _path(keys: tuple[Any, ...]) -> str:
-    return ".".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in keys)
+    return ".".join(
+        str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in keys
+    )
 
 
 def declarations(model: nnx.Module) -> list[Declaration]:
@@ -44,7 +46,11 @@ def declarations(model: nnx.Module) -> list[Declaration]:
     leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_variable)
     return [
         Declaration(
-            _path(keys), tuple(leaf.get_value().shape), leaf.get_value().dtype, leaf.get_metadata()["axes"], type(leaf)
+            _path(keys),
+            tuple(leaf.get_value().shape),
+            leaf.get_value().dtype,
+            leaf.get_metadata()["axes"],
+            type(leaf),
         )
         for keys, leaf in leaves
     ]
@@ -77,7 +83,9 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
         if not _is_variable(leaf):
             return NamedSharding(mesh, PartitionSpec())
         try:
-            spec = partition_spec(leaf.get_metadata()["axes"], leaf.get_value().shape, mesh, _path(keys))
+            spec = partition_spec(
+                leaf.get_metadata()["axes"], leaf.get_value().shape, mesh, _path(keys)
+            )
         except ValueError as error:
             problems.append(str(error))
             return leaf

@@ -37,7 +37,9 @@ def _yarn(plain: np.ndarray, config: ModelConfig) -> np.ndarray:
     def channel_turning(rotations: float) -> float:
         """The channel that turns so many times over the original length."""
         return (
-            dim * math.log(config.original_seq_len / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+            dim
+            * math.log(config.original_seq_len / (rotations * 2 * math.pi))
+            / (2 * math.log(config.rope_theta))
         )
 
     low = max(math.floor(channel_turning(config.beta_fast)), 0)
@@ -101,5 +103,7 @@ def rotate_halves(x_BTNR: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> 
 def positions_in_segments(segment_ids_BT: jax.Array) -> jax.Array:
     """Position of each token within its own run of equal segment ids: int32 [B, T]."""
     index = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None]
-    starts = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    starts = jnp.pad(
+        segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True
+    )
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)

@@ -37,7 +37,9 @@ class Routing(NamedTuple):
 
 def scores(logits_ME: jax.Array, score_func: str) -> jax.Array:
     """Affinity of each token to each expert, in (0, 1)."""
-    return jax.nn.sigmoid(logits_ME) if score_func == "sigmoid" else jax.nn.softmax(logits_ME, axis=-1)
+    return (
+        jax.nn.sigmoid(logits_ME) if score_func == "sigmoid" else jax.nn.softmax(logits_ME, axis=-1)
+    )
 
 
 def _mask_groups(choice_ME: jax.Array, n_groups: int, n_kept: int, group_score: str) -> jax.Array:
@@ -56,7 +58,9 @@ def select(scores_ME: jax.Array, bias_E: jax.Array | None, config: ModelConfig) 
     """Chooses K experts for each token: int32 [M, K]."""
     choice_ME = scores_ME if bias_E is None else scores_ME + bias_E[None]
     if config.n_limited_groups < config.n_expert_groups:
-        choice_ME = _mask_groups(choice_ME, config.n_expert_groups, config.n_limited_groups, config.group_score)
+        choice_ME = _mask_groups(
+            choice_ME, config.n_expert_groups, config.n_limited_groups, config.group_score
+        )
     return jax.lax.top_k(choice_ME, config.n_activated_experts)[1]
 
 
@@ -89,7 +93,9 @@ def route(
 
 class Router(nnx.Module):
     def __init__(self, config: ModelConfig):
-        self.weight = declare((config.dim, config.n_routed_experts), ("embed", "norm"), Normal(config.init_std))
+        self.weight = declare(
+            (config.dim, config.n_routed_experts), ("embed", "norm"), Normal(config.init_std)
+        )
         if config.router_bias:
             self.bias = declare((config.n_routed_experts,), ("norm",), Constant(0.0), RouterState)
         self.config = config

@@ -27,7 +27,9 @@ from dsjax.precision.policy import Policy
 
 _REMAT_POLICIES = {
     # V3 section 3.2.3: norms, MLA up-projections and the SwiGLU product are computed again; so is the attention core.
-    "selective": jax.checkpoint_policies.save_only_these_names("latent", "attention", "swiglu_input"),
+    "selective": jax.checkpoint_policies.save_only_these_names(
+        "latent", "attention", "swiglu_input"
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -55,7 +57,11 @@ class Block(nnx.Module):
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
         self.attn = MLA(config, policy) if config.attention == "mla" else GQA(config, policy)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn = MoE(config, policy) if moe else FeedForward(config.dim, config.inter_dim, config.init_std, policy)
+        self.ffn = (
+            MoE(config, policy)
+            if moe
+            else FeedForward(config.dim, config.inter_dim, config.init_std, policy)
+        )
         self.moe = moe
 
     def __call__(
@@ -156,16 +162,24 @@ class Transformer(nnx.Module):
             _, (mtp_DBTD, mtp_statistics) = jax.lax.scan(mtp_module, (first, tokens_BT), self.mtp)
             if self.config.n_moe_layers:
                 statistics.append(mtp_statistics)
-        routing = jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *statistics) if statistics else None
+        routing = (
+            jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *statistics)
+            if statistics
+            else None
+        )
         return Hidden(main_BTD, mtp_DBTD, routing)
 
-    def _context(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None, isolate: bool) -> Context:
+    def _context(
+        self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None, isolate: bool
+    ) -> Context:
         if segment_ids_BT is None:
             isolate, segment_ids_BT = False, jnp.ones_like(tokens_BT)
         if isolate:
             positions_BT, documents_BT = rope.positions_in_segments(segment_ids_BT), segment_ids_BT
         else:
-            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+            positions_BT = jnp.broadcast_to(
+                jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape
+            )
             documents_BT = (segment_ids_BT > 0).astype(jnp.int32)
         angles = rope.angles(positions_BT, self.config)
         return Context(angles, segment_ids_BT if isolate else None, documents_BT)

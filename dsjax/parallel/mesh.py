@@ -34,5 +34,8 @@ def make_mesh(sizes: Mapping[str, int], n_devices: int | None = None) -> Mesh:
             f"set mesh.* so that the sizes multiply to {n_devices} (one axis may be -1)"
         )
     return jax.make_mesh(
-        tuple(resolved.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:n_devices]
+        tuple(resolved.values()),
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
+        devices=jax.devices()[:n_devices],
     )

@@ -48,10 +48,14 @@ def partition_spec(
     used: set[str] = set()
     for axis, size in zip(axes, shape, strict=True):
         if axis not in AXIS_TABLE:
-            raise ValueError(f"{path}: unknown logical axis {axis!r}; known: {', '.join(AXIS_TABLE)}")
+            raise ValueError(
+                f"{path}: unknown logical axis {axis!r}; known: {', '.join(AXIS_TABLE)}"
+            )
         mesh_axes = tuple(name for name in AXIS_TABLE[axis] if mesh.shape[name] > 1)
         if used & set(mesh_axes):
-            raise ValueError(f"{path}: mesh axis {mesh_axes} is used twice for logical axes {tuple(axes)}")
+            raise ValueError(
+                f"{path}: mesh axis {mesh_axes} is used twice for logical axes {tuple(axes)}"
+            )
         used |= set(mesh_axes)
         parts = math.prod(mesh.shape[name] for name in mesh_axes)
         if size % parts:
@@ -69,4 +73,6 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes, x.shape, mesh, "activation")))
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(mesh, partition_spec(axes, x.shape, mesh, "activation"))
+    )

@@ -33,7 +33,9 @@ def _linear_backward(policy, residuals, dy):
     dy = dy.astype(compute)
     dx = jnp.matmul(dy, w_DF.astype(compute).T, preferred_element_type=compute).astype(x.dtype)
     leading = tuple(range(x.ndim - 1))
-    dw_DF = jnp.tensordot(x.astype(compute), dy, (leading, leading), preferred_element_type=jnp.float32)
+    dw_DF = jnp.tensordot(
+        x.astype(compute), dy, (leading, leading), preferred_element_type=jnp.float32
+    )
     return dx, dw_DF.astype(w_DF.dtype)
 
 
@@ -41,7 +43,9 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_linear(x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, policy: Policy) -> jax.Array:
+def grouped_linear(
+    x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, policy: Policy
+) -> jax.Array:
     """`linear` for rows sorted by expert: [A, D] with weights [E, D, F] -> [A, F] in the compute type."""
     compute = policy.compute
     return grouped_matmul(x_AD.astype(compute), w_EDF.astype(compute), sizes_E, policy.platform)
@@ -65,7 +69,9 @@ grouped_linear.defvjp(_grouped_forward, _grouped_backward)
 
 def float32_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     """A true float32 product on every platform (a TPU would otherwise round the operands to bfloat16): the router's."""
-    return jnp.matmul(x.astype(jnp.float32), w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(
+        x.astype(jnp.float32), w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
 
 
 def vocabulary_logits(x: jax.Array, w_DV: jax.Array, policy: Policy) -> jax.Array:

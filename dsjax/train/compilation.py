@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 
 def use_persistent_cache(cache_dir: str) -> None:
@@ -31,22 +32,31 @@ class Compiled:
       seconds: time spent compiling so far.
     """
 
-    def __init__(self, function: Any, *, announce: Callable[[], None] = lambda: None):
-        """`announce` is called when a compilation starts."""
+    def __init__(self, function: Any, mesh: Mesh, *, announce: Callable[[], None] = lambda: None):
+        """`announce` is called when a compilation, for the devices of `mesh`, starts."""
         self._function = function
+        self._mesh = mesh
         self._announce = announce
         self._programs: dict[Any, Any] = {}
         self.seconds = 0.0
 
     def __call__(self, state: Any, batch: Any, *rest: Any) -> Any:
-        return self.prepare(state, batch, *rest)(state, batch, *rest)
+        if not self.is_compiled(batch):
+            self.compile(state, batch, *rest)
+        return self._programs[_shapes(batch)](state, batch, *rest)
 
-    def prepare(self, state: Any, batch: Any, *rest: Any) -> Any:
-        """The program for these arguments, compiled now if it is the first of its shape."""
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
-        if shapes not in self._programs:
-            self._announce()
-            start = time.perf_counter()
-            self._programs[shapes] = self._function.lower(state, batch, *rest).compile()
-            self.seconds += time.perf_counter() - start
-        return self._programs[shapes]
+    def is_compiled(self, batch: Any) -> bool:
+        """Whether there is a program for this shape of batch."""
+        return _shapes(batch) in self._programs
+
+    def compile(self, state: Any, batch: Any, *rest: Any) -> None:
+        """Compiles the program for these arguments, without running it."""
+        self._announce()
+        start = time.perf_counter()
+        with jax.set_mesh(self._mesh):
+            self._programs[_shapes(batch)] = self._function.lower(state, batch, *rest).compile()
+        self.seconds += time.perf_counter() - start
+
+
+def _shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(leaf.shape for leaf in jax.tree.leaves(batch))

@@ -22,7 +22,9 @@ class Evaluation(NamedTuple):
     bits_per_byte: float
 
 
-def scorer(config: Config) -> Callable[[TrainState, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:
+def scorer(
+    config: Config,
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:
     """Builds (state, batch) -> (summed loss of the targets in nats, number of targets), to be jitted.
 
     The batch is `tokens` and `segment_ids`, int32 [B, T + 1]. The main model alone, without MTP and balance losses.
@@ -35,7 +37,12 @@ def scorer(config: Config) -> Callable[[TrainState, dict[str, jax.Array]], tuple
         hidden = model.hidden(tokens[:, :-1], segment_ids[:, :-1], isolate=isolate, mtp=False)
         mask_BT = target_mask(segment_ids, 1, isolate)
         nats = cross_entropy(
-            hidden.main_BTD, model.head_weight(), tokens[:, 1:], mask_BT, model.policy, config.train.loss_chunk
+            hidden.main_BTD,
+            model.head_weight(),
+            tokens[:, 1:],
+            mask_BT,
+            model.policy,
+            config.train.loss_chunk,
         )
         return nats, mask_BT.sum()
 
@@ -62,10 +69,14 @@ def evaluate(
         if interrupted():
             return None
         batch = heldout.batch(rows[first : first + batch_size])
-        batch_nats, batch_targets = score({name: _fill(array, batch_size) for name, array in batch.items()})
+        batch_nats, batch_targets = score(
+            {name: _fill(array, batch_size) for name, array in batch.items()}
+        )
         nats += float(batch_nats)
         targets += float(batch_targets)
-    return Evaluation(nats / targets, nats / math.log(2) / float(heldout.row_bytes[list(rows)].sum()))
+    return Evaluation(
+        nats / targets, nats / math.log(2) / float(heldout.row_bytes[list(rows)].sum())
+    )
 
 
 def _fill(array: np.ndarray, batch_size: int) -> np.ndarray:

@@ -53,24 +53,25 @@ def train(config: Config, folder: Path, *, command: str, console: Console | None
     console = console or Console()
     workdir.claim(folder, config)
     if _is_finished(config, folder):
-        console.print(f"{folder} is finished: see summary.json, or raise train.steps to go on", highlight=False)
+        console.print(
+            f"{folder} is finished: see summary.json, or raise train.steps to go on",
+            highlight=False,
+        )
         return 0
     (folder / "summary.json").unlink(missing_ok=True)
     with StopRequest() as stop, Display(console, total_steps=config.train.steps) as display:
         run = prepare(config, folder, display, stop)
-        with jax.set_mesh(run.mesh):
-            try:
-                _run_steps(run)
-                if stop.exit_code is None:
-                    summary = _finish(run)
-            finally:
-                run.loader.close()
-                run.metrics.close()
-                run.checkpoints.close()
-        if stop.exit_code is not None:
+        try:
+            _run_steps(run)
+            summary = _finish(run) if stop.exit_code is None else None
+        finally:
+            run.loader.close()
+            run.metrics.close()
+            run.checkpoints.close()
+        if summary is None:
             display.stop()
             display.say(f"saved after step {run.step}; to resume: {command}")
-            return stop.exit_code
+            return stop.exit_code or 0
     print_summary(console, summary)
     return 0
 
@@ -83,14 +84,15 @@ def _is_finished(config: Config, folder: Path) -> bool:
 def _run_steps(run: Run) -> None:
     """Steps until the end of the run or a signal; the last step is saved either way."""
     train = run.config.train
-    if run.step == train.steps:
-        return
-    on_the_way: collections.deque[tuple[int, Any]] = collections.deque()
+    on_the_way: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
     for index in range(run.step, train.steps):
         batch = _take_batch(run, index)
-        knobs = {name: np.float32(value) for name, value in schedule.knobs(run.config, index).items()}
-        if index == run.step:
-            run.train_step.prepare(run.state, batch, knobs)
+        knobs = {
+            name: np.float32(value) for name, value in schedule.knobs(run.config, index).items()
+        }
+        if not run.train_step.is_compiled(batch):
+            _settle(run, on_the_way, leave=0)
+            run.train_step.compile(run.state, batch, knobs)
             run.stop.defer()
             run.display.start_steps(run.step)
             run.meter.start()
@@ -99,18 +101,18 @@ def _run_steps(run: Run) -> None:
         done = index + 1
         evaluates, saves = _due(train.eval_every, done), _due(train.checkpoint_every, done)
         stops = done == train.steps or run.stop.exit_code is not None
-        while len(on_the_way) > (0 if evaluates or saves or stops else 1):
-            _settle(run, *on_the_way.popleft())
+        _settle(run, on_the_way, leave=0 if evaluates or saves or stops else 1)
         if evaluates and done < train.steps:
-            _log_evaluation(run, _evaluate_some(run))
-        if stops and done == train.steps:
-            _draw(run, metrics)
+            _log_evaluation(run, _evaluate(run, run.heldout.spread(train.eval_sequences)))
+        if done == train.steps:
+            _draw_expert_load(run, metrics)
         if saves or stops:
             _save(run)
         if stops:
             return
         if evaluates or saves:
             run.meter.start()
+    run.stop.defer()  # all steps were done before
 
 
 def _due(every: int, done: int) -> bool:
@@ -124,57 +126,61 @@ def _take_batch(run: Run, index: int) -> dict[str, jax.Array]:
     return run.place({name: array.reshape(shape) for name, array in rows.items()})
 
 
-def _settle(run: Run, index: int, metrics: dict[str, jax.Array]) -> None:
-    """Waits for a step, checks its numbers, and logs them where they are due."""
-    loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-    train, done = run.config.train, index + 1
-    tokens = schedule.batch_size(train, index) * run.config.data.sequence_length
-    run.meter.step(tokens)
-    run.step = done
-    run.display.step(done)
+def _settle(
+    run: Run, on_the_way: collections.deque[tuple[int, dict[str, jax.Array]]], *, leave: int
+) -> None:
+    """Waits for the oldest steps on the way until `leave` are left; checks their numbers, logs what is due."""
+    while len(on_the_way) > leave:
+        index, metrics = on_the_way.popleft()
+        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        run.step = index + 1
+        run.meter.step(
+            schedule.batch_size(run.config.train, index) * run.config.data.sequence_length
+        )
+        run.display.step(run.step)
+        _check_finite(run, loss, grad_norm)
+        if _due(run.config.train.log_every, run.step) or run.step in (1, run.config.train.steps):
+            _log(run, loss, grad_norm, metrics)
+
+
+def _check_finite(run: Run, loss: float, grad_norm: float) -> None:
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         saved = store.latest(run.folder / "checkpoints")
-        since = f"the newest checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
+        since = (
+            f"the newest checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
+        )
         raise ValueError(
-            f"step {done}: loss is {loss} and grad_norm {grad_norm}, which no further step can mend; nothing of it was saved, "
+            f"step {run.step}: loss is {loss} and grad_norm {grad_norm}, which no further step can mend; nothing of it was saved, "
             f"{since}. Try a lower optim.learning_rate or a longer optim.warmup_steps in another --workdir"
         )
-    if _due(train.log_every, done) or done in (1, train.steps):
-        rates = run.meter.take()
-        line = {
-            "step": done,
-            "tokens": schedule.tokens_before(run.config, done),
-            "loss": loss,
-            "mtp_loss": float(metrics["mtp_loss"]),
-            "balance_loss": float(metrics["balance_loss"]),
-            "grad_norm": grad_norm,
-            "learning_rate": schedule.knobs(run.config, index)["learning_rate"],
-            **rates._asdict(),
-            "max_violation": float(metrics["max_violation"]),
-            "dropped_tokens": int(metrics["dropped_tokens"]),
-        }
-        run.metrics.write(line)
-        run.display.log(line)
 
 
-def _evaluate_some(run: Run) -> Evaluation:
-    return _evaluate(run, run.heldout.spread(run.config.train.eval_sequences), interruptible=False)
+def _log(run: Run, loss: float, grad_norm: float, metrics: dict[str, jax.Array]) -> None:
+    line = {
+        "step": run.step,
+        "tokens": schedule.tokens_before(run.config, run.step),
+        "loss": loss,
+        "mtp_loss": float(metrics["mtp_loss"]),
+        "balance_loss": float(metrics["balance_loss"]),
+        "grad_norm": grad_norm,
+        "learning_rate": schedule.knobs(run.config, run.step - 1)["learning_rate"],
+        **run.meter.take()._asdict(),
+        "max_violation": float(metrics["max_violation"]),
+        "dropped_tokens": int(metrics["dropped_tokens"]),
+    }
+    run.metrics.write(line)
+    run.display.log(line)
 
 
-def _evaluate(run: Run, rows: list[int], *, interruptible: bool) -> Evaluation:
-    result = evaluate(
-        lambda batch: run.score(run.state, run.place(batch)),
-        run.heldout,
-        rows,
-        batch_size=run.rows_per_pass,
-        interrupted=lambda: interruptible and run.stop.exit_code is not None,
-    )
-    if result is None:
-        raise SystemExit(run.stop.exit_code)
-    return result
+def _evaluate(run: Run, rows: list[int], **options: Any) -> Evaluation | None:
+    def score(batch: dict[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
+        return run.score(run.state, run.place(batch))
+
+    return evaluate(score, run.heldout, rows, batch_size=run.rows_per_pass, **options)
 
 
-def _log_evaluation(run: Run, result: Evaluation) -> None:
+def _log_evaluation(run: Run, result: Evaluation | None) -> None:
+    assert result is not None
     line = {
         "step": run.step,
         "tokens": schedule.tokens_before(run.config, run.step),
@@ -182,7 +188,9 @@ def _log_evaluation(run: Run, result: Evaluation) -> None:
         "bits_per_byte": result.bits_per_byte,
     }
     run.metrics.write(line)
-    run.display.say(f"held-out after step {run.step}: loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte")
+    run.display.say(
+        f"held-out after step {run.step}: loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte"
+    )
 
 
 def _save(run: Run) -> None:
@@ -198,20 +206,29 @@ def _save(run: Run) -> None:
     run.checkpoints.save(run.step, run.state, record)
 
 
-def _draw(run: Run, metrics: dict[str, jax.Array]) -> None:
+def _draw_expert_load(run: Run, metrics: dict[str, jax.Array]) -> None:
     """Draws the experts' load, before the last checkpoint makes the last step a thing of the past."""
     if "expert_load" in metrics:
         load_LE = np.asarray(metrics["expert_load"])
-        plots.draw_expert_load(run.folder / "expert_load.png", run.metrics.lines(), load_LE, run.config.name)
+        plots.draw_expert_load(
+            run.folder / "expert_load.png", run.metrics.lines(), load_LE, run.config.name
+        )
 
 
-def _finish(run: Run) -> dict[str, Any]:
-    """Evaluates on all held-out text, writes a sample, draws the loss and writes summary.json."""
-    run.stop.defer()
+def _finish(run: Run) -> dict[str, Any] | None:
+    """Evaluates on all held-out text, writes a sample, draws the loss and writes summary.json.
+
+    Returns:
+      what summary.json holds; None if a signal came: the same command finishes later.
+    """
     run.display.stop()
     run.checkpoints.wait()
     run.display.say(f"scoring all {len(run.heldout):,} held-out sequences")
-    result = _evaluate(run, list(range(len(run.heldout))), interruptible=True)
+    result = _evaluate(
+        run, range(len(run.heldout)), interrupted=lambda: run.stop.exit_code is not None
+    )
+    if result is None:
+        return None
     if run.metrics.lines()[-1].get("eval_loss") is None:
         _log_evaluation(run, result)
     lines = run.metrics.lines()

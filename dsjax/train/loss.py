@@ -84,7 +84,9 @@ def _cross_entropy(hidden_BTD, w_DV, targets_BT, mask_BT, policy, width):
         _, nll_Bt, _ = _chunk_nll(weight, *chunk)
         return total + nll_Bt.sum(), None
 
-    return jax.lax.scan(step, jnp.float32(0), _chunks(hidden_BTD, targets_BT, mask_BT, policy, width))[0]
+    return jax.lax.scan(
+        step, jnp.float32(0), _chunks(hidden_BTD, targets_BT, mask_BT, policy, width)
+    )[0]
 
 
 def _cross_entropy_forward(hidden_BTD, w_DV, targets_BT, mask_BT, policy, width):
@@ -98,14 +100,18 @@ def _cross_entropy_forward(hidden_BTD, w_DV, targets_BT, mask_BT, policy, width)
         dlogits = jnp.exp(logits - normalizer[..., None]) - hit.astype(jnp.float32)
         dlogits = jnp.where(mask[..., None], dlogits, 0.0).astype(policy.compute)
         dhidden = jnp.matmul(dlogits, weight.T, preferred_element_type=policy.compute)
-        dw_DV += jnp.tensordot(hidden, dlogits, ((0, 1), (0, 1)), preferred_element_type=jnp.float32)
+        dw_DV += jnp.tensordot(
+            hidden, dlogits, ((0, 1), (0, 1)), preferred_element_type=jnp.float32
+        )
         return (total + nll_Bt.sum(), dw_DV), dhidden
 
     start = (jnp.float32(0), jnp.zeros(w_DV.shape, jnp.float32))
     chunks = _chunks(hidden_BTD, targets_BT, mask_BT, policy, width)
     (total, dw_DV), dhidden = jax.lax.scan(step, start, chunks)
     batch, length, dim = hidden_BTD.shape
-    dhidden_BTD = dhidden.swapaxes(0, 1).reshape(batch, -1, dim)[:, :length].astype(hidden_BTD.dtype)
+    dhidden_BTD = (
+        dhidden.swapaxes(0, 1).reshape(batch, -1, dim)[:, :length].astype(hidden_BTD.dtype)
+    )
     return total, (dhidden_BTD, dw_DV)
 
 

@@ -40,7 +40,10 @@ def adamw(config: OptimConfig) -> Optimizer:
         (
             "adam",
             scale_by_adam(
-                config.beta1, config.beta2, epsilon=config.epsilon, moment_dtype=jnp.dtype(config.moment_dtype)
+                config.beta1,
+                config.beta2,
+                epsilon=config.epsilon,
+                moment_dtype=jnp.dtype(config.moment_dtype),
             ),
         ),
         ("decay", optax.add_decayed_weights(config.weight_decay, mask=decay_mask)),
@@ -68,12 +71,16 @@ def scale_by_adam(
     adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=epsilon)
 
     def cast_moments(state: Any, dtype: jnp.dtype) -> Any:
-        return state._replace(mu=optax.tree.cast(state.mu, dtype), nu=optax.tree.cast(state.nu, dtype))
+        return state._replace(
+            mu=optax.tree.cast(state.mu, dtype), nu=optax.tree.cast(state.nu, dtype)
+        )
 
     def init(params: Any) -> optax.OptState:
         return cast_moments(adam.init(params), moment_dtype)
 
-    def update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
+    def update(
+        updates: Any, state: optax.OptState, params: Any = None
+    ) -> tuple[Any, optax.OptState]:
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to its int32 count
             updates, state = adam.update(updates, cast_moments(state, jnp.dtype("float32")), params)
         return updates, cast_moments(state, moment_dtype)

@@ -42,7 +42,9 @@ def draw_loss(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> Non
     figure.savefig(path, dpi=120)
 
 
-def draw_expert_load(path: Path, lines: Sequence[Mapping[str, Any]], load_LE: np.ndarray, title: str) -> None:
+def draw_expert_load(
+    path: Path, lines: Sequence[Mapping[str, Any]], load_LE: np.ndarray, title: str
+) -> None:
     """Draws the worst overload over the run, and each expert's load at its end.
 
     Args:
@@ -58,7 +60,9 @@ def draw_expert_load(path: Path, lines: Sequence[Mapping[str, Any]], load_LE: np
     over_time.set_ylim(bottom=0)
     over_time.grid(alpha=0.3)
     relative = load_LE * load_LE.shape[1]
-    image = final.imshow(relative, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
+    image = final.imshow(
+        relative, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest"
+    )
     final.set(xlabel="expert", ylabel="MoE layer (MTP last)", title="load / mean load, last step")
     final.set_yticks(range(len(relative)))
     figure.colorbar(image, ax=final)

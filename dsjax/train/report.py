@@ -10,7 +10,14 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from dsjax import settings
 from dsjax.config import Config
@@ -31,7 +38,9 @@ class Metrics:
         """
         self.path = workdir / "metrics.jsonl"
         self._keep_until(first_step)
-        self._tensorboard = _open_tensorboard(workdir, first_step) if config.train.tensorboard else None
+        self._tensorboard = (
+            _open_tensorboard(workdir, first_step) if config.train.tensorboard else None
+        )
         self._wandb = _open_wandb(workdir, config) if config.train.wandb_project else None
         self._file = self.path.open("a", encoding="utf-8")
 
@@ -44,7 +53,9 @@ class Metrics:
             for key, value in values.items():
                 self._tensorboard.add_scalar(f"{_group(key)}/{key}", value, line["step"])
         if self._wandb is not None:
-            self._wandb.log({f"{_group(key)}/{key}": value for key, value in values.items()}, step=line["step"])
+            self._wandb.log(
+                {f"{_group(key)}/{key}": value for key, value in values.items()}, step=line["step"]
+            )
 
     def lines(self) -> list[dict[str, Any]]:
         """All objects written so far, also before a resume."""
@@ -85,7 +96,9 @@ def _group(key: str) -> str:
 def _open_tensorboard(workdir: Path, first_step: int) -> Any:
     from tensorboardX import SummaryWriter
 
-    return SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+    return SummaryWriter(
+        str(workdir / "tensorboard"), purge_step=first_step + 1 if first_step else None
+    )
 
 
 def _open_wandb(workdir: Path, config: Config) -> Any:
@@ -118,16 +131,19 @@ class Display:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.stop()
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def start_steps(self, done: int) -> None:
-        """Begins the display of steps, of which `done` are behind."""
-        if not self._console.is_terminal:
+        """Begins the display of steps, of which `done` are behind; a second call changes nothing."""
+        if not self._console.is_terminal or self._progress is not None:
             return
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
@@ -162,7 +178,13 @@ class Display:
         """A callback (done, total) that shows how far `what` has come."""
         if not self._console.is_terminal:
             return self._counting_in_lines(what)
-        progress = Progress(TextColumn(what), BarColumn(), TimeRemainingColumn(), console=self._console, transient=True)
+        progress = Progress(
+            TextColumn(what),
+            BarColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        )
         task = progress.add_task(what)
 
         def show(done: int, total: int) -> None:

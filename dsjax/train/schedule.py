@@ -35,7 +35,10 @@ def batch_stages(train: TrainConfig) -> list[tuple[int, int]]:
     last = train.batch_size // train.micro_batch_size
     n_stages = min(RAMP_STAGES, last - first, ramp_steps)
     stages = [
-        (ramp_steps * i // n_stages, (first + (last - first) * i // n_stages) * train.micro_batch_size)
+        (
+            ramp_steps * i // n_stages,
+            (first + (last - first) * i // n_stages) * train.micro_batch_size,
+        )
         for i in range(n_stages)
     ]
     return [*stages, (ramp_steps if n_stages else 0, train.batch_size)]

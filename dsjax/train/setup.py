@@ -66,7 +66,9 @@ class Run:
 
         def put(array: np.ndarray) -> jax.Array:
             axes = ("length",) * (array.ndim - 2) + ("batch", "length")
-            spec = partition_spec(axes, array.shape, self.mesh, "a batch of train.micro_batch_size or batch_size")
+            spec = partition_spec(
+                axes, array.shape, self.mesh, "a batch of train.micro_batch_size or batch_size"
+            )
             return jax.device_put(array, NamedSharding(self.mesh, spec))
 
         return {name: put(array) for name, array in batch.items()}
@@ -116,8 +118,8 @@ def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -
         state=state,
         step=record.get("step", 0),
         seconds_before=record.get("seconds", 0.0),
-        train_step=_compiled_step(config, placement, display),
-        score=Compiled(jax.jit(scorer(config))),
+        train_step=_compiled_step(config, mesh, placement, display),
+        score=Compiled(jax.jit(scorer(config)), mesh),
         checkpoints=checkpoints,
         metrics=Metrics(folder, config, first_step=record.get("step", 0)),
         meter=Meter(flops_per_token=train_flops_per_token(config.model, length), peak=peak),
@@ -158,11 +160,13 @@ def _restore_or_make(
     display.say(f"resuming {folder} after step {step} of {config.train.steps}")
     changed = workdir.changed_versions(record["versions"])
     if changed:
-        display.say(f"since then changed: {', '.join(changed)}; the run goes on, perhaps not bit for bit")
+        display.say(
+            f"since then changed: {', '.join(changed)}; the run goes on, perhaps not bit for bit"
+        )
     return state, record
 
 
-def _compiled_step(config: Config, placement: TrainState, display: Display) -> Compiled:
+def _compiled_step(config: Config, mesh: Mesh, placement: TrainState, display: Display) -> Compiled:
     # Without out_shardings the compiler may place the new state elsewhere, where the next step would not take it.
     step = jax.jit(train_step(config), donate_argnums=0, out_shardings=(placement, None))
-    return Compiled(step, announce=lambda: display.say("compiling the training step"))
+    return Compiled(step, mesh, announce=lambda: display.say("compiling the training step"))

@@ -33,9 +33,9 @@ class StopRequest:
 
     def defer(self) -> None:
         """From here on the loop looks at `exit_code` after each step."""
-        self._deferred = True
-        if self.exit_code is not None:
+        if not self._deferred and self.exit_code is not None:
             raise SystemExit(self.exit_code)
+        self._deferred = True
 
     def __enter__(self) -> StopRequest:
         self._installed = threading.current_thread() is threading.main_thread()
@@ -43,13 +43,18 @@ class StopRequest:
             self._read_end, self._write_end = os.pipe()
             os.set_blocking(self._write_end, False)
             self._old_wakeup = signal.set_wakeup_fd(self._write_end)
-            self._old_handlers = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            self._old_handlers = {
+                number: signal.signal(number, self._handle) for number in _SIGNALS
+            }
             self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
             self._watcher.start()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._installed:
             for number, handler in self._old_handlers.items():
@@ -75,4 +80,8 @@ class StopRequest:
                 self._received.append(number)
                 name = signal.Signals(number).name
                 what = "finishing this step, then saving" if self._deferred else "stopping"
-                print(f"\n{name} received: {what}; once more to leave at once", file=sys.stderr, flush=True)
+                print(
+                    f"\n{name} received: {what}; once more to leave at once",
+                    file=sys.stderr,
+                    flush=True,
+                )

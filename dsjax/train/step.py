@@ -54,7 +54,9 @@ def _make_state(model: Transformer, config: Config, key: jax.Array) -> TrainStat
     return TrainState(params, router, optimizer.adamw(config.optim).init(params))
 
 
-def abstract_state(config: Config, mesh: Mesh | AbstractMesh, platform: str | None = None) -> TrainState:
+def abstract_state(
+    config: Config, mesh: Mesh | AbstractMesh, platform: str | None = None
+) -> TrainState:
     """The state's shapes, dtypes and shardings, to restore a checkpoint into or to compile for.
 
     Raises:
@@ -103,11 +105,15 @@ def train_step(
 
     gradient = jax.value_and_grad(weighted, has_aux=True)
 
-    def step(state: TrainState, batch: Batch, knobs: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Batch, knobs: dict[str, jax.Array]
+    ) -> tuple[TrainState, Metrics]:
         n_targets = _count_targets(batch, config)
 
         def micro_step(micro_batch: Batch) -> tuple[nnx.State, Losses]:
-            (_, sums), grads = gradient(state.params, state.router, micro_batch, knobs["mtp_weight"], n_targets)
+            (_, sums), grads = gradient(
+                state.params, state.router, micro_batch, knobs["mtp_weight"], n_targets
+            )
             return grads, sums._replace(balance=sums.balance * sums.main_targets / n_targets)
 
         grads, sums = _sum_over_micro_batches(micro_step, batch)
@@ -127,7 +133,9 @@ def _count_targets(batch: Batch, config: Config) -> jax.Array:
     """Targets of the main model in the whole batch."""
     segment_ids = batch["segment_ids"]
     rows = segment_ids.reshape(-1, segment_ids.shape[-1])
-    return jnp.maximum(target_mask(rows, 1, config.data.isolate_documents).sum(), 1).astype(jnp.float32)
+    return jnp.maximum(target_mask(rows, 1, config.data.isolate_documents).sum(), 1).astype(
+        jnp.float32
+    )
 
 
 def _sum_over_micro_batches(function: Callable[[Batch], Any], batch: Batch) -> Any:
@@ -135,9 +143,13 @@ def _sum_over_micro_batches(function: Callable[[Batch], Any], batch: Batch) -> A
     first = jax.tree.map(lambda x: x[0], batch)
     if batch["tokens"].shape[0] == 1:
         return function(first)
-    zeros = jax.tree.map(lambda value: jnp.zeros(value.shape, value.dtype), jax.eval_shape(function, first))
+    zeros = jax.tree.map(
+        lambda value: jnp.zeros(value.shape, value.dtype), jax.eval_shape(function, first)
+    )
     return jax.lax.scan(
-        lambda total, micro_batch: (jax.tree.map(jnp.add, total, function(micro_batch)), None), zeros, batch
+        lambda total, micro_batch: (jax.tree.map(jnp.add, total, function(micro_batch)), None),
+        zeros,
+        batch,
     )[0]
 
 
@@ -157,7 +169,9 @@ def _metrics(sums: Losses, grad_norm: jax.Array) -> Metrics:
     return metrics
 
 
-def _update_router(router: nnx.State, counts_LE: jax.Array, speed: jax.Array, config: Config) -> nnx.State:
+def _update_router(
+    router: nnx.State, counts_LE: jax.Array, speed: jax.Array, config: Config
+) -> nnx.State:
     """Moves every layer's bias; counts list the main stack's layers first, then the MTP modules."""
     n_main = config.model.n_moe_layers
     stacks = {"moe_layers": counts_LE[:n_main], "mtp": counts_LE[n_main:]}

@@ -43,7 +43,9 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     sample = summary.get("sample")
     if sample:
         console.print("Sample of its writing, after the prompt", highlight=False)
-        console.print(f"{sample['prompt']}[...]{sample['completion']}", markup=False, highlight=False)
+        console.print(
+            f"{sample['prompt']}[...]{sample['completion']}", markup=False, highlight=False
+        )
 
 
 def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -51,14 +53,23 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         return f"{summary[key]:.3f}"
 
     rows = [("held-out loss", f"{summary['eval_loss']:.4f} nats a token")]
-    against = [f"{name} {rate(f'{name}_bits_per_byte')}" for name in ("gzip", "xz") if f"{name}_bits_per_byte" in summary]
+    against = [
+        f"{name} {rate(f'{name}_bits_per_byte')}"
+        for name in ("gzip", "xz")
+        if f"{name}_bits_per_byte" in summary
+    ]
     compared = f"  ({', '.join(against)}, on the same text)" if against else ""
     rows.append(("held-out bits per byte", rate("bits_per_byte") + compared))
     rows.append(("training loss", f"{summary['loss']:.4f}, MTP {summary['mtp_loss']:.4f}"))
     first, last = summary["max_violation_first"], summary["max_violation_last"]
     rows.append(("max violation", f"{first:.2f} -> {last:.2f}"))
     rows.append(("tokens", f"{summary['tokens']:,}"))
-    rows.append(("wall time", f"{duration(summary['wall_seconds'])}, of it compiling {summary['compile_seconds']:.0f} s"))
+    rows.append(
+        (
+            "wall time",
+            f"{duration(summary['wall_seconds'])}, of it compiling {summary['compile_seconds']:.0f} s",
+        )
+    )
     if summary["tokens_per_second"] is not None:
         rows.append(("median step", f"{summary['median_step_seconds']:.3f} s"))
         rows.append(("tokens per second", f"{summary['tokens_per_second']:,.0f}"))

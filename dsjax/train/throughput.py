@@ -52,11 +52,17 @@ def peak_flops(devices: Sequence[jax.Device]) -> Peak:
     kind = devices[0].device_kind
     for prefix, flops in _PEAKS:
         if kind.startswith(prefix):
-            return Peak(flops * len(devices), f"{len(devices)} x {kind}, dense bfloat16, as published")
+            return Peak(
+                flops * len(devices), f"{len(devices)} x {kind}, dense bfloat16, as published"
+            )
     measured = measure_matmul_flops()
     if devices[0].platform == "cpu":  # CPU devices share the cores
-        return Peak(measured, f"float32 matrix product measured on this CPU, {measured / 1e9:.0f} GFLOP/s")
-    return Peak(measured * len(devices), f"{len(devices)} x {kind}, float32 matrix product measured")
+        return Peak(
+            measured, f"float32 matrix product measured on this CPU, {measured / 1e9:.0f} GFLOP/s"
+        )
+    return Peak(
+        measured * len(devices), f"{len(devices)} x {kind}, float32 matrix product measured"
+    )
 
 
 def measure_matmul_flops(size: int = 1536) -> float:

@@ -50,7 +50,9 @@ def _check_same_run(path: Path, wanted: dict[str, Any]) -> None:
     try:
         stored = flatten(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not the config of a run ({error}); use another --workdir") from error
+        raise ValueError(
+            f"{path} is not the config of a run ({error}); use another --workdir"
+        ) from error
     asked = flatten(wanted)
     differences = {
         key: (stored.get(key, "absent"), asked.get(key, "absent"))
@@ -63,7 +65,9 @@ def _check_same_run(path: Path, wanted: dict[str, Any]) -> None:
         if now >= before:
             del differences["train.steps"]
     if differences:
-        listed = "; ".join(f"{key} was {was!r} and is now {now!r}" for key, (was, now) in differences.items())
+        listed = "; ".join(
+            f"{key} was {was!r} and is now {now!r}" for key, (was, now) in differences.items()
+        )
         raise ValueError(
             f"{path.parent} holds a run of another config: {listed}. Use another --workdir, or set these keys back"
         )
@@ -73,7 +77,11 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"train": {"steps": 3}} -> {"train.steps": 3}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+        flat.update(
+            flatten(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 
@@ -82,7 +90,9 @@ def versions() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
-        "nproc": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "nproc": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "platform": jax.default_backend(),
         "device_kind": jax.devices()[0].device_kind,
@@ -93,7 +103,9 @@ def versions() -> dict[str, Any]:
 
 def changed_versions(then: dict[str, Any]) -> list[str]:
     """What differs now from `then`: the bits of a resumed run may differ with it."""
-    return [f"{key} {then.get(key)} -> {now}" for key, now in versions().items() if then.get(key) != now]
+    return [
+        f"{key} {then.get(key)} -> {now}" for key, now in versions().items() if then.get(key) != now
+    ]
 
 
 def _version(package: str) -> str | None:
@@ -108,7 +120,9 @@ def git_commit(folder: Path) -> str | None:
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")

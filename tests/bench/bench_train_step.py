@@ -51,7 +51,9 @@ MODEL = ModelConfig(
 
 
 def _tokens() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, MODEL.vocab_size, (BATCH, LENGTH + 1), dtype=np.int32)
+    return np.random.default_rng(0).integers(
+        0, MODEL.vocab_size, (BATCH, LENGTH + 1), dtype=np.int32
+    )
 
 
 def dsjax_step() -> Callable[[], float]:
@@ -69,7 +71,11 @@ def dsjax_step() -> Callable[[], float]:
     step = jax.jit(train_step(config), donate_argnums=0)
     tokens = jnp.asarray(_tokens())[None]
     batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens)}
-    knobs = {"learning_rate": jnp.float32(1e-4), "mtp_weight": jnp.float32(0), "bias_update_speed": jnp.float32(1e-3)}
+    knobs = {
+        "learning_rate": jnp.float32(1e-4),
+        "mtp_weight": jnp.float32(0),
+        "bias_update_speed": jnp.float32(1e-3),
+    }
 
     def run() -> float:
         nonlocal state
@@ -115,7 +121,9 @@ def transformers_step() -> Callable[[], float]:
     def run() -> float:
         adamw.zero_grad(set_to_none=True)
         logits = model(tokens[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), tokens[:, 1:].flatten()
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adamw.step()
@@ -149,7 +157,9 @@ def bench_train_step_against_transformers(capsys: pytest.CaptureFixture[str]) ->
         times["transformers"].append(_seconds(theirs))
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
     with capsys.disabled():
-        print(f"\ndsjax: first step (with compilation) {compile_seconds:.1f} s; matmul {matmul_rate() / 1e9:.0f} GFLOP/s")
+        print(
+            f"\ndsjax: first step (with compilation) {compile_seconds:.1f} s; matmul {matmul_rate() / 1e9:.0f} GFLOP/s"
+        )
         for name, seconds in median.items():
             print(f"{name:13} {seconds:.3f} s a step, {BATCH * LENGTH / seconds:.0f} tokens/s")
         print(f"dsjax / transformers: {median['transformers'] / median['dsjax']:.2f}x the tokens/s")

@@ -20,15 +20,23 @@ def make_state(seed: int = 0):
     rng = np.random.default_rng(seed)
     params = nnx.State(
         {
-            "embed": {"weight": nnx.Param(jnp.asarray(rng.normal(size=(16, 8)), jnp.float32), axes=("vocab", "embed"))},
-            "norm": {"weight": nnx.Param(jnp.asarray(rng.normal(size=8), jnp.float32), axes=("embed",))},
+            "embed": {
+                "weight": nnx.Param(
+                    jnp.asarray(rng.normal(size=(16, 8)), jnp.float32), axes=("vocab", "embed")
+                )
+            },
+            "norm": {
+                "weight": nnx.Param(jnp.asarray(rng.normal(size=8), jnp.float32), axes=("embed",))
+            },
         }
     )
     return {"params": params, "optimizer": adamw(OptimConfig(moment_dtype="bfloat16")).init(params)}
 
 
 def abstract(state):
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+    )
 
 
 def assert_identical(got, want):
@@ -52,7 +60,12 @@ def test_store_restores_bitwise(saved):
     directory, state = saved
     assert store.latest(directory) == 4
     assert_identical(store.restore(directory, 4, abstract(state)), state)
-    assert store.read_record(directory, 4) == {"step": 4, "progress": 0.1, "data": {"rows": [1, 2]}, "note": None}
+    assert store.read_record(directory, 4) == {
+        "step": 4,
+        "progress": 0.1,
+        "data": {"rows": [1, 2]},
+        "note": None,
+    }
 
 
 def test_store_saves_values_of_the_moment_although_buffers_are_donated(tmp_path):

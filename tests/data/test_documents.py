@@ -112,7 +112,7 @@ def test_embedded_sources_are_this_pythons_library():
 
 def test_embedded_reading_follows_declared_encodings_and_skips_broken_ones(tmp_path, monkeypatch):
     write(tmp_path / "latin.py", b"# coding: latin-1\n# \xfc\n")
-    write(tmp_path / "broken.py", b"# \xfc\n")
+    write(tmp_path / "broken.py", b"1\n2\n# \xfc\n")
     write(tmp_path / "unknown.py", b"# coding: no-such\n")
     monkeypatch.setattr(documents.sysconfig, "get_path", lambda name: str(tmp_path))
     found = list(read_documents(embedded_sources()))

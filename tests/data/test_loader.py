@@ -1,4 +1,4 @@
-"""Batches are the same rows for any number of processes, and a restored loader goes on bit-equal."""
+"""Batches are the same rows for any number of processes; a restored loader goes on bit-equal."""
 
 import json
 import subprocess

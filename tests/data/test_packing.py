@@ -1,5 +1,7 @@
 """Packing loses and doubles nothing, fill-in-the-middle can be undone, evaluation counts once."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,27 +23,29 @@ def make_documents(lengths, first=10) -> TokenizedDocuments:
 
 
 def stream_of(rows, count):
-    """The endless stream that the first `count` rows are windows of, checking that they overlap by one token."""
+    """What the first `count` rows are windows of, which overlap by one token."""
     parts = [rows[i]["tokens"] for i in range(count)]
-    for left, right in zip(parts, parts[1:], strict=False):
+    for left, right in itertools.pairwise(parts):
         assert left[-1] == right[0]
     return np.concatenate([parts[0][:1], *(part[1:] for part in parts)])
 
 
 def split_documents(stream):
-    """The documents of a stream, without begin and end; the last one may be cut off and is left out."""
+    """The documents of a stream, without begin and end; the last, which may be cut, is left out."""
     bounds = np.flatnonzero(stream == SPECIAL.bos)
-    pieces = [stream[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces = [stream[a:b] for a, b in itertools.pairwise(bounds)]
     assert all(piece[-1] == SPECIAL.eos for piece in pieces)
     return [piece[1:-1].tolist() for piece in pieces]
 
 
 def undo_fim(body):
+    """The document that was rearranged: prefix, middle, suffix."""
     if body[0] != SPECIAL.fim[0]:
         assert not set(SPECIAL.fim) & set(body)
         return body
     hole, end = body.index(SPECIAL.fim[1]), body.index(SPECIAL.fim[2])
-    return body[1:hole] + body[end + 1 :] + body[hole + 1 : end]
+    prefix, suffix, middle = body[1:hole], body[hole + 1 : end], body[end + 1 :]
+    return prefix + middle + suffix
 
 
 @settings(max_examples=150, deadline=None)
@@ -57,22 +61,11 @@ def test_packing_holds_every_document_once_an_epoch(lengths, length, rate, seed)
     want = sorted(documents[i].tolist() for i in range(len(documents)))
     for epoch in range(epochs):
         part = found[epoch * len(lengths) : (epoch + 1) * len(lengths)]
-        # prefix and suffix and middle come back as prefix, middle and suffix only if the tokens are sorted
-        assert sorted(sorted(undo_fim(body)) for body in part) == want
-        assert all(sorted(undo_fim(body)) == _restore(body) for body in part)
-
-
-def _restore(body):
-    """The document of a rearranged body by its definition: prefix, middle, suffix."""
-    if body[0] != SPECIAL.fim[0]:
-        return body
-    hole, end = body.index(SPECIAL.fim[1]), body.index(SPECIAL.fim[2])
-    prefix, suffix, middle = body[1:hole], body[hole + 1 : end], body[end + 1 :]
-    return prefix + middle + suffix
+        assert sorted(undo_fim(body) for body in part) == want
 
 
 def test_fim_rate_is_exact_over_the_epochs():
-    rows = PackedSequences(make_documents([5] * 7), SPECIAL, sequence_length=49, fim_rate=0.1)
+    rows = PackedSequences(make_documents([5] * 7), SPECIAL, sequence_length=48, fim_rate=0.1)
     stream = stream_of(rows, 110)
     found = split_documents(stream)[:700]
     chosen = [body[0] == SPECIAL.fim[0] for body in found]
@@ -81,8 +74,8 @@ def test_fim_rate_is_exact_over_the_epochs():
 
 
 def test_fim_chooses_and_cuts_evenly():
-    rows = PackedSequences(make_documents([9] * 50), SPECIAL, sequence_length=800, fim_rate=0.3)
-    bodies = split_documents(stream_of(rows, 200))
+    rows = PackedSequences(make_documents([9] * 50), SPECIAL, sequence_length=500, fim_rate=0.3)
+    bodies = split_documents(stream_of(rows, 300))
     bodies = [body for body in bodies if body[0] == SPECIAL.fim[0]]
     documents = [(min(set(body) - set(SPECIAL.fim)) - 10) // 9 for body in bodies]
     counts = np.bincount(documents, minlength=50)
@@ -90,7 +83,7 @@ def test_fim_chooses_and_cuts_evenly():
     prefix = np.bincount([body.index(SPECIAL.fim[1]) - 1 for body in bodies], minlength=10)
     # The smaller of two uniform numbers on 0..9 is k with probability (19 - 2k) / 100.
     want = (19 - 2 * np.arange(10)) / 100
-    np.testing.assert_allclose(prefix / len(bodies), want, atol=0.03)
+    np.testing.assert_allclose(prefix / len(bodies), want, atol=0.015)
 
 
 def test_segments_number_the_documents_of_a_row():
@@ -117,9 +110,9 @@ def test_order_is_new_each_epoch_and_fixed_by_the_seed():
 
 
 def test_rows_are_frozen():
-    """A run that is resumed with a later version must see the same data: this row was written down once."""
+    """A run that a later version resumes must see the same data; this row was written down once."""
     rows = PackedSequences(make_documents([4, 7, 2]), SPECIAL, sequence_length=12, fim_rate=0.5)
-    assert rows[7]["tokens"].tolist() == FROZEN
+    assert rows[7]["tokens"].tolist() == [1, 0, 3, 4, 11, 12, 13, 5, 10, 1, 0, 21, 22]
 
 
 def test_rows_come_in_any_order_from_any_thread():
@@ -196,7 +189,10 @@ def test_evaluation_predicts_every_token_once(lengths, length):
 
 def test_evaluation_windows_carry_their_context():
     rows = heldout_sequences(make_documents([5]), SPECIAL, sequence_length=4)
-    assert [rows[i]["tokens"].tolist() for i in range(2)] == [[0, 10, 11, 12, 13], [13, 14, 1, 2, 2]]
+    assert [rows[i]["tokens"].tolist() for i in range(2)] == [
+        [0, 10, 11, 12, 13],
+        [13, 14, 1, 2, 2],
+    ]
     assert rows.row_bytes.tolist() == [10.0, 5.0]
 
 

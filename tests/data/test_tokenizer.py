@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from dsjax.data import tokenizer
 from dsjax.data.tokenizer import check_vocab, load_tokenizer, train_tokenizer
 
-CODE = "def add(left, right):\n    if left is None:\n        return 12345\n    return left + right\n"
+CODE = (
+    "def add(left, right):\n    if left is None:\n        return 12345\n    return left + right\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +117,11 @@ def test_loading_prefers_deepseeks_names(trained, tmp_path):
     assert load_tokenizer(str(tmp_path)).special == trained.special
 
 
-def test_loading_turns_truncation_and_padding_off(trained, tmp_path):
+def test_loaded_tokenizer_encodes_the_text_alone_and_whole(trained, tmp_path):
     inner = tokenizers.Tokenizer.from_str(trained.inner.to_str())
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{tokenizer.BOS} $A", special_tokens=[(tokenizer.BOS, 0)]
+    )
     inner.enable_truncation(3)
     inner.enable_padding(length=1000)
     inner.save(str(tmp_path / "tokenizer.json"))

@@ -1,4 +1,5 @@
-"""Random checkpoints that need no storing: each tensor is drawn from a generator keyed by the seed and its published name.
+"""Random checkpoints that need no storing: each tensor is drawn from a generator keyed by the seed
+and its published name.
 
 Numbers come from the raw 64-bit stream of Philox, which NumPy promises never to change.
 """
@@ -23,7 +24,9 @@ SMALL = 0.01
 
 def uniform(seed: int, name: str, shape: tuple[int, ...], low: float, high: float) -> np.ndarray:
     """Float32 in [low, high), the same on every machine for the same seed and name."""
-    key = int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest(), "little")
+    key = int.from_bytes(
+        hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest(), "little"
+    )
     raw = np.random.Philox(key=key).random_raw(math.prod(shape))
     fraction = (raw >> np.uint64(40)).astype(np.float64) / 2**24
     return (low + (high - low) * fraction).astype(np.float32).reshape(shape)
@@ -51,7 +54,10 @@ def published(case: Case) -> dict[str, np.ndarray]:
     """The checkpoint as Hugging Face stores it."""
     rows = list(names.tensors(from_hf(case.config), family_of(case.config)))
     source = {row.path: row.name for row in rows if not row.is_copy}
-    return {row.name: weight(case, source[row.path] if row.is_copy else row.name, row.shape) for row in rows}
+    return {
+        row.name: weight(case, source[row.path] if row.is_copy else row.name, row.shape)
+        for row in rows
+    }
 
 
 def parameters(case: Case) -> tuple[ModelConfig, dict[str, Any]]:
@@ -86,7 +92,9 @@ def replaced(config: ModelConfig, **changes: Any) -> ModelConfig:
 
 def tokens(case: Case, length: int, seed: int = 0) -> np.ndarray:
     """Random token ids [length]."""
-    return np.floor(uniform(case.seed, f"tokens {seed}", (length,), 0, case.config["vocab_size"])).astype(np.int32)
+    return np.floor(
+        uniform(case.seed, f"tokens {seed}", (length,), 0, case.config["vocab_size"])
+    ).astype(np.int32)
 
 
 def inputs(case: Case, length: int) -> np.ndarray:

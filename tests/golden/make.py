@@ -1,7 +1,8 @@
 """Makes the golden files anew.
 
 Run: python -m tests.golden.make    (needs the extra `reference`; a minute on two cores)
-Expected: one .npz a case beside this file, below 300 KB each; the same numbers to float32 rounding on any machine.
+Expected: one .npz a case beside this file, below 300 KB each; the same numbers to float32 rounding
+on any machine.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ def main() -> None:
     versions = np.array(f"transformers {transformers.__version__}, torch {torch.__version__}")
     for name, case in CASES.items():
         outputs = transformers_reference.run(case, LENGTH)
-        # The router's outputs are small and every token's choice matters; of the others every ninth row is kept.
-        kept = {key: value if key.startswith("router") else value[STORED] for key, value in outputs.items()}
+        # The router's outputs are small and every token's choice matters; of the others every ninth
+        # row is kept.
+        kept = {
+            key: value if key.startswith("router") else value[STORED]
+            for key, value in outputs.items()
+        }
         path = FOLDER / f"{name}.npz"
         np.savez_compressed(path, versions=versions, **kept)
         print(f"{path.name}: {path.stat().st_size / 1e3:.0f} KB")

@@ -1,4 +1,5 @@
-"""Our model with a reference checkpoint in it, and the same outputs of it that the golden files hold."""
+"""Our model with a reference checkpoint in it, and the same outputs of it that the golden files
+hold."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def place(config: ModelConfig, tree: dict[str, Any]) -> Transformer:
         return variable.copy(jnp.asarray(value))
 
     model = jax.tree_util.tree_map_with_path(
-        fill, Transformer(config, Policy(jnp.float32)), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+        fill,
+        Transformer(config, Policy(jnp.float32)),
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
     )
     assert not left, f"the model has no {sorted(left)}"
     return model
@@ -48,7 +51,9 @@ def last_layer(stack: Block) -> Block:
     return jax.tree.map(lambda leaf: leaf[-1], stack)
 
 
-def module_outputs(model: Transformer, x_TD: jax.Array, wanted: Collection[str]) -> dict[str, jax.Array]:
+def module_outputs(
+    model: Transformer, x_TD: jax.Array, wanted: Collection[str]
+) -> dict[str, jax.Array]:
     """What single modules make of one sequence of hidden states."""
     config, x_BTD = model.config, x_TD[None]
     block = last_layer(model.moe_layers if config.n_moe_layers else model.dense_layers)
@@ -65,7 +70,10 @@ def module_outputs(model: Transformer, x_TD: jax.Array, wanted: Collection[str])
         outputs["moe"] = block.ffn(x_BTD, jnp.ones(x_BTD.shape[:2], jnp.int32), None)[0][0]
     if "router" in wanted and config.n_moe_layers:
         routing = block.ffn.gate(x_TD)
-        outputs["router_experts"], outputs["router_weights"] = routing.experts_MK, routing.weights_MK
+        outputs["router_experts"], outputs["router_weights"] = (
+            routing.experts_MK,
+            routing.weights_MK,
+        )
     return outputs
 
 
@@ -76,7 +84,8 @@ def run(
     change: Mapping[str, Any] = MappingProxyType({}),
     edit: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, np.ndarray]:
-    """The outputs that `transformers_reference.run` gives; `change` and `edit` alter config and parameters first."""
+    """The outputs that `transformers_reference.run` gives; `change` and `edit` alter config and
+    parameters first."""
     model = altered(case, change, edit)
 
     def forward(model, tokens_T, x_TD):
@@ -112,7 +121,8 @@ def run_hidden(
     change: Mapping[str, Any] = MappingProxyType({}),
     edit: Callable[[dict[str, Any]], None] | None = None,
 ) -> Hidden:
-    """Logits of the main model and the MTP modules on one row of documents, and each expert's tokens."""
+    """Logits of the main model and the MTP modules on one row of documents, and each expert's
+    tokens."""
 
     @jax.jit
     def forward(model, tokens_BT, segments_BT):

@@ -1,7 +1,9 @@
-"""Hugging Face transformers as a reference: float32, eager attention, its own loading of a published checkpoint.
+"""Hugging Face transformers as a reference: float32, eager attention and experts, its own loading
+of a published checkpoint.
 
-Departures from the published files: none. The router of DeepSeek-V3 in transformers once filled masked groups with 0.0,
-where DeepSeek's code has minus infinity; the releases since have it too, and `run` refuses an older one.
+Departures from the published files: none. The router of DeepSeek-V3 in transformers once filled
+masked groups with 0.0, where DeepSeek's code has minus infinity; the releases since have it too,
+and `run` refuses an older one.
 """
 
 from __future__ import annotations
@@ -24,10 +26,16 @@ def load(case: Case) -> transformers.PreTrainedModel:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder)
         (path / "config.json").write_text(json.dumps(case.config))
-        tensors = {name: np.ascontiguousarray(value) for name, value in checkpoint.published(case).items()}
+        tensors = {
+            name: np.ascontiguousarray(value) for name, value in checkpoint.published(case).items()
+        }
         safetensors.numpy.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+            path,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            output_loading_info=True,
         )
     assert not report["missing_keys"], f"transformers did not find {report['missing_keys']}"
     assert not report["mismatched_keys"], f"transformers cannot use {report['mismatched_keys']}"
@@ -66,6 +74,6 @@ def _refuse_zero_mask(gate: torch.nn.Module, experts: torch.Tensor) -> None:
         groups = experts // (gate.num_experts // gate.num_group)
         most = max(len(set(row)) for row in groups.tolist())
         assert most <= gate.topk_group, (
-            f"transformers {transformers.__version__} chose experts from {most} groups where {gate.topk_group} are "
-            "kept: it fills masked groups with 0.0; use a newer release"
+            f"transformers {transformers.__version__} chose experts from {most} groups where "
+            f"{gate.topk_group} are kept: it fills masked groups with 0.0; use a newer release"
         )

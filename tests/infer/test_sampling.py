@@ -30,7 +30,10 @@ def test_sample_temperature_sharpens():
     np.testing.assert_allclose(share, np.square([0.5, 0.3, 0.15, 0.05]) / 0.365, atol=0.015)
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [(0.01, [0]), (0.49, [0]), (0.6, [0, 1]), (0.9, [0, 1, 2]), (1.0, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [(0.01, [0]), (0.49, [0]), (0.6, [0, 1]), (0.9, [0, 1, 2]), (1.0, [0, 1, 2, 3])],
+)
 def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p, kept):
     masked = np.asarray(sampling.keep_top_p(LOGITS, top_p))
     assert np.flatnonzero(np.isfinite(masked[0])).tolist() == kept
@@ -40,7 +43,10 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p, kept):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"temperature": -1.0}, "temperature=-1.0 must not be negative"), ({"top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]")],
+    [
+        ({"temperature": -1.0}, "temperature=-1.0 must not be negative"),
+        ({"top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
+    ],
 )
 def test_sample_rejects_what_it_cannot_do(options, message):
     with pytest.raises(ValueError, match=message):

@@ -95,6 +95,7 @@ def test_matmul_parameters_equal_declared_matrices(name):
         ("v3_671b", 4096, True, False, 250.4),
         ("v3_671b", 4096, False, False, 281.2),
         ("v3_671b", 4096, True, True, 260.6),
+        ("v2_236b", 4096, True, False, 155.3),
         ("v2_lite", 2048, True, False, 15.56),
         ("v2_lite", 4096, True, False, 16.41),
     ],

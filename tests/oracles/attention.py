@@ -1,4 +1,5 @@
-"""One sequence through an attention block, head by head: MLA (V2 section 2.1, equations 9-19) and grouped queries."""
+"""One sequence through an attention block, head by head: MLA (V2 section 2.1, equations 9-19) and
+grouped queries."""
 
 from __future__ import annotations
 
@@ -33,20 +34,26 @@ def positions(segments_T: np.ndarray) -> np.ndarray:
     return places
 
 
-def attention(x_TD: np.ndarray, params: dict, config: ModelConfig, segments_T: np.ndarray) -> np.ndarray:
+def attention(
+    x_TD: np.ndarray, params: dict, config: ModelConfig, segments_T: np.ndarray
+) -> np.ndarray:
     block = mla if config.attention == "mla" else gqa
     return block(x_TD, params, config, segments_T)
 
 
 def mla(x_TD: np.ndarray, params: dict, config: ModelConfig, segments_T: np.ndarray) -> np.ndarray:
+    """The latents' norms have an epsilon of their own, as in DeepSeek's code."""
     places, mask = positions(segments_T), visible(segments_T)
     nope, latent = config.qk_nope_head_dim, config.kv_lora_rank
     if config.q_lora_rank:
-        query = rms_norm(x_TD @ params["wq_a"], params["q_norm"]["weight"], config.norm_eps) @ params["wq_b"]
+        query = (
+            rms_norm(x_TD @ params["wq_a"], params["q_norm"]["weight"], config.norm_eps)
+            @ params["wq_b"]
+        )
     else:
         query = x_TD @ params["wq"]
     compressed = x_TD @ params["wkv_a"]
-    c_TC = rms_norm(compressed[:, :latent], params["kv_norm"]["weight"], config.norm_eps)
+    c_TC = rms_norm(compressed[:, :latent], params["kv_norm"]["weight"], 1e-6)
     k_rope_TR = rope.rotate_pairs(compressed[:, latent:], places, config)  # one key for all heads
     outputs = []
     for head in range(config.n_heads):
@@ -63,12 +70,16 @@ def gqa(x_TD: np.ndarray, params: dict, config: ModelConfig, segments_T: np.ndar
     places, mask, width = positions(segments_T), visible(segments_T), config.qk_head_dim
     projected = {}
     for letter in "qkv":
-        projected[letter] = x_TD @ params[f"w{letter}"] + (params[f"b{letter}"] if config.qkv_bias else 0.0)
+        projected[letter] = x_TD @ params[f"w{letter}"] + (
+            params[f"b{letter}"] if config.qkv_bias else 0.0
+        )
     outputs = []
     for head in range(config.n_heads):
         group = head // (config.n_heads // config.kv_heads)
         q = rope.rotate_halves(projected["q"][:, head * width : (head + 1) * width], places, config)
-        k = rope.rotate_halves(projected["k"][:, group * width : (group + 1) * width], places, config)
+        k = rope.rotate_halves(
+            projected["k"][:, group * width : (group + 1) * width], places, config
+        )
         v = projected["v"][:, group * width : (group + 1) * width]
         outputs.append(attend(q, k, v, mask, rope.softmax_scale(config)))
     return np.concatenate(outputs, axis=1) @ params["wo"]

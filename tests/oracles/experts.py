@@ -1,4 +1,5 @@
-"""Routing and mixture of experts, token by token: DeepSeekMoE (equations 9-11), V2 section 2.2, V3 equations 12-16."""
+"""Routing and mixture of experts, token by token: DeepSeekMoE (equations 9-11), V2 section 2.2, V3
+equations 12-16."""
 
 from __future__ import annotations
 
@@ -61,7 +62,9 @@ def moe(x_TD: np.ndarray, params: dict, config: ModelConfig) -> tuple[np.ndarray
         choice = route(x_D @ params["gate"]["weight"], params["gate"].get("bias"), config)
         output = np.zeros_like(x_D)
         for expert, weight in zip(choice.experts, choice.weights, strict=True):
-            output += weight * ffn(x_D, *(experts[name][expert] for name in ("w_gate", "w_up", "w_down")))
+            output += weight * ffn(
+                x_D, *(experts[name][expert] for name in ("w_gate", "w_up", "w_down"))
+            )
         if config.n_shared_experts:
             output += dense(x_D, params["shared"])
         choices.append(choice)

@@ -1,7 +1,9 @@
-"""Losses and balancing: next-token and multi-token cross-entropy, V3's and V2's balance losses, the bias update.
+"""Losses and balancing: next-token and multi-token cross-entropy, V3's and V2's balance losses, the
+bias update.
 
-V3 equations 17-20 and 24-25; V2 equations 23-31; auxiliary-loss-free balancing (arXiv:2408.15664) algorithm 1.
-A "sequence" below is what the papers sum over: scores_TE and the chosen experts of its tokens.
+V3 equations 17-20 and 24-25; V2 equations 23-31; auxiliary-loss-free balancing (arXiv:2408.15664)
+algorithm 1. A "sequence" below is what the papers sum over: scores_TE and the chosen experts of its
+tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ def token_losses(logits_TV: np.ndarray, targets_T: np.ndarray) -> np.ndarray:
     return np.array(losses)
 
 
-def cross_entropy(logits_TV: np.ndarray, targets_T: np.ndarray, counted_T: np.ndarray | None = None) -> float:
+def cross_entropy(
+    logits_TV: np.ndarray, targets_T: np.ndarray, counted_T: np.ndarray | None = None
+) -> float:
     """Mean over the positions that count; 0 if none does."""
     losses = token_losses(logits_TV, targets_T)
     counted = np.ones(len(losses), dtype=bool) if counted_T is None else counted_T
@@ -27,9 +31,11 @@ def cross_entropy(logits_TV: np.ndarray, targets_T: np.ndarray, counted_T: np.nd
 
 
 def mtp_loss(mtp_logits: list[np.ndarray], tokens: np.ndarray, length: int) -> float:
-    """V3 equations 24-25 without lambda: mean over depths of -1/T sum log P_k[t_i], T - k terms but divided by T.
+    """V3 equations 24-25 without lambda: mean over depths of -1/T sum log P_k[t_i], T - k terms but
+    divided by T.
 
-    `tokens` are t_1 .. t_{T+1}; `mtp_logits[k - 1]` has T - k rows, row i (from 1) predicting t_{i+k+1}.
+    `tokens` are t_1 .. t_{T+1}; `mtp_logits[k - 1]` has T - k rows, row i (from 1) predicting
+    t_{i+k+1}.
     """
     depths = []
     for depth, logits in enumerate(mtp_logits, start=1):
@@ -41,7 +47,8 @@ def mtp_loss(mtp_logits: list[np.ndarray], tokens: np.ndarray, length: int) -> f
 
 
 def sequence_balance(scores_TE: np.ndarray, top_k: int) -> float:
-    """V3 equations 17-20 for one sequence without alpha: sum f_i P_i, f counted on the unbiased scores."""
+    """V3 equations 17-20 for one sequence without alpha: sum f_i P_i, f counted on the unbiased
+    scores."""
     length, experts = scores_TE.shape
     chosen = np.zeros(experts)
     share = np.zeros(experts)
@@ -52,7 +59,9 @@ def sequence_balance(scores_TE: np.ndarray, top_k: int) -> float:
     return float((chosen * share).sum())
 
 
-def load_and_share(scores_TE: np.ndarray, chosen_TK: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+def load_and_share(
+    scores_TE: np.ndarray, chosen_TK: list[list[int]]
+) -> tuple[np.ndarray, np.ndarray]:
     """V2 equations 24-25: f_i from the experts really chosen, P_i the mean score."""
     length, experts = scores_TE.shape
     load = np.zeros(experts)
@@ -69,12 +78,17 @@ def expert_balance(scores_TE: np.ndarray, chosen_TK: list[list[int]]) -> float:
 
 
 def device_balance(scores_TE: np.ndarray, chosen_TK: list[list[int]], devices: int) -> float:
-    """V2 equations 26-28 without alpha 2: a device's load is the mean of its experts', its share their sum."""
+    """V2 equations 26-28 without alpha 2: a device's load is the mean of its experts', its share
+    their sum."""
     load, share = load_and_share(scores_TE, chosen_TK)
-    return float((load.reshape(devices, -1).mean(axis=1) * share.reshape(devices, -1).sum(axis=1)).sum())
+    return float(
+        (load.reshape(devices, -1).mean(axis=1) * share.reshape(devices, -1).sum(axis=1)).sum()
+    )
 
 
-def communication_balance(scores_TE: np.ndarray, chosen_TK: list[list[int]], devices: int, limit: int) -> float:
+def communication_balance(
+    scores_TE: np.ndarray, chosen_TK: list[list[int]], devices: int, limit: int
+) -> float:
     """V2 equations 29-31 without alpha 3: f counts the tokens sent to a device, times D / (M T)."""
     length, experts = scores_TE.shape
     sent = np.zeros(devices)
@@ -86,7 +100,8 @@ def communication_balance(scores_TE: np.ndarray, chosen_TK: list[list[int]], dev
 
 
 def over_documents(loss, segments_T: np.ndarray, *per_token) -> float:
-    """Applies a sequence loss to each document of a packed row; the mean is weighted by tokens, padding (0) left out."""
+    """Applies a sequence loss to each document of a packed row; the mean is weighted by tokens,
+    padding (0) left out."""
     total, tokens = 0.0, 0
     for segment in sorted(set(segments_T.tolist()) - {0}):
         inside = np.flatnonzero(segments_T == segment)
@@ -96,7 +111,8 @@ def over_documents(loss, segments_T: np.ndarray, *per_token) -> float:
 
 
 def bias_update(bias_E: np.ndarray, counts_E: np.ndarray, speed: float) -> np.ndarray:
-    """Overloaded experts lose `speed`, underloaded ones gain it; counts are those of the whole global batch."""
+    """Overloaded experts lose `speed`, underloaded ones gain it; counts are those of the whole
+    global batch."""
     return bias_E + speed * np.sign(counts_E.mean() - counts_E)
 
 

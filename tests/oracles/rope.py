@@ -1,4 +1,5 @@
-"""Rotary position embedding: RoFormer (arXiv:2104.09864), YaRN (2309.00071), Llama 3.1's and linear scaling."""
+"""Rotary position embedding: RoFormer (arXiv:2104.09864), YaRN (2309.00071), Llama 3.1's and linear
+scaling."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ def frequencies(config: ModelConfig) -> np.ndarray:
     """Angle per position of each rotated pair [rope_dim / 2]."""
     dim = config.rope_dim
     plain = [config.rope_theta ** (-2 * pair / dim) for pair in range(dim // 2)]
-    rule = {"none": _plain, "linear": _linear, "yarn": _yarn, "llama3": _llama3}[config.rope_scaling](config)
+    rule = {"none": _plain, "linear": _linear, "yarn": _yarn, "llama3": _llama3}[
+        config.rope_scaling
+    ](config)
     return np.array([rule(pair, frequency) for pair, frequency in enumerate(plain)])
 
 
@@ -26,7 +29,8 @@ def _linear(config: ModelConfig):
 
 
 def _yarn(config: ModelConfig):
-    """Pairs that turn often in the original length keep their frequency, those that turn less than once are stretched."""
+    """Pairs that turn often in the original length keep their frequency, those that turn less than
+    once are stretched."""
     dim, theta, length = config.rope_dim, config.rope_theta, config.original_seq_len
 
     def pair_turning(rotations: float) -> float:
@@ -52,7 +56,9 @@ def _llama3(config: ModelConfig):
             return frequency
         if turns < config.low_freq_factor:
             return frequency / config.rope_factor
-        smooth = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
+        smooth = (turns - config.low_freq_factor) / (
+            config.high_freq_factor - config.low_freq_factor
+        )
         return (1 - smooth) * frequency / config.rope_factor + smooth * frequency
 
     return rule

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from dsjax.parallel.mesh import make_mesh
 from dsjax.train import compilation
 
 
@@ -14,7 +15,8 @@ def test_compiled_compiles_once_for_each_batch_shape():
         traces.append(batch["tokens"].shape)
         return state + batch["tokens"].sum()
 
-    program = compilation.Compiled(jax.jit(step), announce=lambda: announced.append(True))
+    mesh = make_mesh({"data": -1})
+    program = compilation.Compiled(jax.jit(step), mesh, announce=lambda: announced.append(True))
     state = jax.numpy.int32(0)
     for rows in (2, 2, 4, 2, 4):
         state = program(state, {"tokens": np.ones((rows, 3), np.int32)})

@@ -44,4 +44,13 @@ def test_evaluation_of_some_rows_uses_their_own_bytes(heldout):
 
 def test_evaluation_ends_when_interrupted(heldout):
     asked = []
-    assert evaluate(score, heldout, range(6), batch_size=4, interrupted=lambda: bool(asked) or asked.append(1)) is None
+    assert (
+        evaluate(
+            score,
+            heldout,
+            range(6),
+            batch_size=4,
+            interrupted=lambda: bool(asked) or asked.append(1),
+        )
+        is None
+    )

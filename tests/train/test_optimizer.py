@@ -25,7 +25,9 @@ def tree(seed: int, scale: float = 1.0) -> nnx.State:
     rng = np.random.default_rng(seed)
     return nnx.State(
         {
-            name: nnx.Param(jnp.asarray(scale * rng.normal(size=shape), jnp.float32), axes=AXES[name])
+            name: nnx.Param(
+                jnp.asarray(scale * rng.normal(size=shape), jnp.float32), axes=AXES[name]
+            )
             for name, shape in SHAPES.items()
         }
     )
@@ -47,10 +49,14 @@ def numpy_adamw(params, grads_by_step, config: OptimConfig, rate: float, rounded
             g = grads[name] * clip
             m = config.beta1 * mu[name] + (1 - config.beta1) * g
             v = config.beta2 * nu[name] + (1 - config.beta2) * g**2
-            step = (m / (1 - config.beta1**t)) / (np.sqrt(v / (1 - config.beta2**t)) + config.epsilon)
+            step = (m / (1 - config.beta1**t)) / (
+                np.sqrt(v / (1 - config.beta2**t)) + config.epsilon
+            )
             decay = config.weight_decay * p if name in DECAYED else 0.0
             params[name] = p - rate * (step + decay)
-            mu[name], nu[name] = (x.astype(ml_dtypes.bfloat16).astype(np.float64) if rounded else x for x in (m, v))
+            mu[name], nu[name] = (
+                x.astype(ml_dtypes.bfloat16).astype(np.float64) if rounded else x for x in (m, v)
+            )
     return params, norms
 
 
@@ -61,7 +67,9 @@ def test_adamw_equals_numpy(moment_dtype, clip_norm):
     config = OptimConfig(moment_dtype=moment_dtype, clip_norm=clip_norm, weight_decay=0.1)
     optimizer = adamw(config)
     params, grads = tree(0), [tree(seed, scale=0.2 * seed) for seed in range(1, 6)]
-    want, norms = numpy_adamw(arrays(params), map(arrays, grads), config, 0.01, moment_dtype == "bfloat16")
+    want, norms = numpy_adamw(
+        arrays(params), map(arrays, grads), config, 0.01, moment_dtype == "bfloat16"
+    )
 
     state, got_norms = optimizer.init(params), []
     update = jax.jit(optimizer.update)
@@ -92,5 +100,7 @@ def test_decay_mask_takes_matrices_and_leaves_norms_and_biases():
 
 
 def test_decay_mask_refuses_parameter_without_axes():
-    with pytest.raises(ValueError, match=r"parameter \['stray'\] has no metadata 'axes'.*declare it"):
+    with pytest.raises(
+        ValueError, match=r"parameter \['stray'\] has no metadata 'axes'.*declare it"
+    ):
         decay_mask(nnx.State({"stray": nnx.Param(jnp.zeros(3))}))

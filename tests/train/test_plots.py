@@ -25,7 +25,9 @@ def test_loss_plot_shows_every_curve(monkeypatch, tmp_path):
     make = plots._figure
     monkeypatch.setattr(plots, "_figure", lambda *size: figures.append(make(*size)) or figures[0])
     plots.draw_loss(tmp_path / "loss.png", LINES, "tiny")
-    curves = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].get_lines()}
+    curves = {
+        line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].get_lines()
+    }
     assert curves == {
         "training": [[10, 3.0], [20, 2.5]],
         "MTP": [[10, 3.1], [20, 2.8]],

@@ -13,7 +13,14 @@ from dsjax.train import report
 CONFIG = Config(
     name="report",
     model=ModelConfig(
-        vocab_size=64, dim=16, n_layers=1, n_heads=2, n_dense_layers=1, inter_dim=32, attention="gqa", max_seq_len=8
+        vocab_size=64,
+        dim=16,
+        n_layers=1,
+        n_heads=2,
+        n_dense_layers=1,
+        inter_dim=32,
+        attention="gqa",
+        max_seq_len=8,
     ),
     data=DataConfig(sequence_length=8),
     train=TrainConfig(steps=8, tensorboard=False),
@@ -35,7 +42,12 @@ LINE = {
 
 
 def test_metrics_drops_lines_after_the_resumed_step_and_half_lines(tmp_path):
-    lines = [{"step": 2, "loss": 3.0}, {"step": 4, "loss": 2.5}, {"step": 4, "eval_loss": 2.4}, {"step": 6, "loss": 2.0}]
+    lines = [
+        {"step": 2, "loss": 3.0},
+        {"step": 4, "loss": 2.5},
+        {"step": 4, "eval_loss": 2.4},
+        {"step": 6, "loss": 2.0},
+    ]
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 8, "lo'
     (tmp_path / "metrics.jsonl").write_text(text)
     metrics = report.Metrics(tmp_path, CONFIG, first_step=4)
@@ -59,7 +71,9 @@ def test_metrics_says_how_to_get_wandb(tmp_path, monkeypatch):
 
     monkeypatch.setattr(report.importlib, "import_module", missing)
     config = dataclasses.replace(CONFIG, train=TrainConfig(tensorboard=False, wandb_project="deep"))
-    with pytest.raises(ValueError, match="train.wandb_project=deep needs the package wandb; install it"):
+    with pytest.raises(
+        ValueError, match="train.wandb_project=deep needs the package wandb; install it"
+    ):
         report.Metrics(tmp_path, config, first_step=0)
 
 
@@ -90,7 +104,9 @@ def test_display_counts_in_quarters_without_a_terminal():
         show = display.counting("tokenizing")
         for done in range(0, 101, 5):
             show(done, 100)
-    assert output.getvalue().split() == [word for n in (0, 25, 50, 75, 100) for word in ("tokenizing:", f"{n}%")]
+    assert output.getvalue().split() == [
+        word for n in (0, 25, 50, 75, 100) for word in ("tokenizing:", f"{n}%")
+    ]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(3725.0, "1:02:05"), (59.6, "1:00"), (5, "0:05")])

@@ -9,7 +9,14 @@ from dsjax.train import schedule
 
 V3_TOKENS = 14.8e12
 MODEL = ModelConfig(
-    vocab_size=64, dim=16, n_layers=1, n_heads=2, n_dense_layers=1, inter_dim=32, attention="gqa", max_seq_len=8
+    vocab_size=64,
+    dim=16,
+    n_layers=1,
+    n_heads=2,
+    n_dense_layers=1,
+    inter_dim=32,
+    attention="gqa",
+    max_seq_len=8,
 )
 
 
@@ -25,7 +32,14 @@ def config(optim: OptimConfig | None = None, **train) -> Config:
 
 @pytest.mark.parametrize(
     ("tokens", "rate"),
-    [(0.5e12, 2.2e-4), (9.99e12, 2.2e-4), (12.15e12, 1.21e-4), (14.3e12, 2.2e-5), (14.6e12, 2.2e-5), (14.7e12, 7.3e-6)],
+    [
+        (0.5e12, 2.2e-4),
+        (9.99e12, 2.2e-4),
+        (12.15e12, 1.21e-4),
+        (14.3e12, 2.2e-5),
+        (14.6e12, 2.2e-5),
+        (14.7e12, 7.3e-6),
+    ],
 )
 def test_learning_rate_v3_published_points(tokens, rate):
     got = schedule.learning_rate(OptimConfig(), step=100_000, share=tokens / V3_TOKENS)
@@ -40,9 +54,15 @@ def test_learning_rate_warms_up_linearly_in_steps():
 
 def test_learning_rate_multistep_holds_given_ratios():
     optim = OptimConfig(
-        learning_rate=4.2e-4, schedule="multistep", warmup_steps=0, decay_points=(0.8, 0.9), decay_ratios=(0.316, 0.1)
+        learning_rate=4.2e-4,
+        schedule="multistep",
+        warmup_steps=0,
+        decay_points=(0.8, 0.9),
+        decay_ratios=(0.316, 0.1),
     )
-    rates = [schedule.learning_rate(optim, step=9, share=share) for share in (0.79, 0.8, 0.89, 0.9, 1.0)]
+    rates = [
+        schedule.learning_rate(optim, step=9, share=share) for share in (0.79, 0.8, 0.89, 0.9, 1.0)
+    ]
     assert rates == pytest.approx([4.2e-4, 4.2e-4 * 0.316, 4.2e-4 * 0.316, 4.2e-5, 4.2e-5])
 
 
@@ -54,19 +74,33 @@ def test_learning_rate_constant_ignores_decay_points():
 def test_batch_ramp_grows_by_micro_batches_in_equal_stages():
     """V3's ramp, 3072 to 15360 sequences, in micro-batches of 1024 over the first 40 steps."""
     train = TrainConfig(
-        steps=100, batch_size=15360, batch_size_start=3072, micro_batch_size=1024, batch_ramp_fraction=0.4
+        steps=100,
+        batch_size=15360,
+        batch_size_start=3072,
+        micro_batch_size=1024,
+        batch_ramp_fraction=0.4,
     )
-    assert schedule.batch_stages(train) == [(0, 3072), (10, 6144), (20, 9216), (30, 12288), (40, 15360)]
+    assert schedule.batch_stages(train) == [
+        (0, 3072),
+        (10, 6144),
+        (20, 9216),
+        (30, 12288),
+        (40, 15360),
+    ]
 
 
 def test_batch_ramp_without_room_has_one_stage():
-    same = TrainConfig(steps=100, batch_size=8, batch_size_start=8, micro_batch_size=4, batch_ramp_fraction=0.4)
+    same = TrainConfig(
+        steps=100, batch_size=8, batch_size_start=8, micro_batch_size=4, batch_ramp_fraction=0.4
+    )
     assert schedule.batch_stages(same) == [(0, 8)]
     assert schedule.batch_stages(TrainConfig(batch_size=8)) == [(0, 8)]
 
 
 def test_tokens_before_equals_sum_of_batches():
-    run = config(steps=50, batch_size=28, batch_size_start=4, micro_batch_size=4, batch_ramp_fraction=0.5)
+    run = config(
+        steps=50, batch_size=28, batch_size_start=4, micro_batch_size=4, batch_ramp_fraction=0.5
+    )
     sizes = [schedule.batch_size(run.train, step) for step in range(50)]
     assert sizes[0] == 4 and sizes[-1] == 28 and sorted(sizes) == sizes
     for step in range(51):
@@ -101,4 +135,7 @@ def test_knobs_reach_last_tail():
     run = config(steps=1000)
     assert schedule.knobs(run, 999)["learning_rate"] == pytest.approx(7.3e-6)
     assert schedule.knobs(run, 999)["bias_update_speed"] == 0.0
-    assert schedule.knobs(dataclasses.replace(run, optim=OptimConfig()), 999)["learning_rate"] == 1.1e-4
+    assert (
+        schedule.knobs(dataclasses.replace(run, optim=OptimConfig()), 999)["learning_rate"]
+        == 1.1e-4
+    )

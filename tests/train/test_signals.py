@@ -62,6 +62,11 @@ def test_second_signal_leaves_at_once_from_code_that_python_cannot_interrupt():
             hashlib.pbkdf2_hmac("sha256", b"password", b"salt", 50_000_000)
     """
     start = time.monotonic()
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
     assert result.returncode == 143 and time.monotonic() - start < 10
-    assert "SIGTERM received: finishing this step, then saving; once more to leave at once" in result.stderr
+    assert (
+        "SIGTERM received: finishing this step, then saving; once more to leave at once"
+        in result.stderr
+    )

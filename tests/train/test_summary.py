@@ -36,8 +36,12 @@ def test_compressors_are_applied_as_named():
     raw = [text.encode() for text in texts]
     size = sum(map(len, raw))
     got = summary.compressed_bits_per_byte(texts)
-    assert got["gzip_bits_per_byte"] == pytest.approx(8 * sum(len(gzip.compress(r, 9)) for r in raw) / size)
-    assert got["xz_bits_per_byte"] == pytest.approx(8 * len(lzma.compress(b"".join(raw), preset=9)) / size)
+    assert got["gzip_bits_per_byte"] == pytest.approx(
+        8 * sum(len(gzip.compress(r, 9)) for r in raw) / size
+    )
+    assert got["xz_bits_per_byte"] == pytest.approx(
+        8 * len(lzma.compress(b"".join(raw), preset=9)) / size
+    )
 
 
 def test_compressors_skip_what_is_too_large(monkeypatch):
@@ -49,12 +53,24 @@ def test_compressors_skip_what_is_too_large(monkeypatch):
 def test_table_shows_the_result_beside_the_compressors():
     output = io.StringIO()
     summary.print_summary(Console(file=output, width=120), SUMMARY)
-    for part in ("1.765  (gzip 2.100, xz 1.600, on the same text)", "2.2345 nats a token", "2.00 -> 0.40", "3,277", "31.0 %", "def f([...]x): [red]"):
+    for part in (
+        "1.765  (gzip 2.100, xz 1.600, on the same text)",
+        "2.2345 nats a token",
+        "2.00 -> 0.40",
+        "3,277",
+        "31.0 %",
+        "def f([...]x): [red]",
+    ):
         assert part in output.getvalue()
 
 
 def test_table_of_a_run_that_had_nothing_left_to_do_has_no_rates():
     output = io.StringIO()
-    idle = SUMMARY | {"tokens_per_second": None, "mfu": None, "median_step_seconds": None, "sample": None}
+    idle = SUMMARY | {
+        "tokens_per_second": None,
+        "mfu": None,
+        "median_step_seconds": None,
+        "sample": None,
+    }
     summary.print_summary(Console(file=output, width=120), idle)
     assert "tokens per second" not in output.getvalue() and "Sample" not in output.getvalue()

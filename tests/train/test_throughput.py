@@ -15,7 +15,12 @@ def device(kind, platform="tpu"):
 
 @pytest.mark.parametrize(
     ("kind", "flops"),
-    [("TPU v5p", 459e12), ("TPU v5 lite", 197e12), ("TPU v6 lite", 918e12), ("NVIDIA H200", 989.5e12)],
+    [
+        ("TPU v5p", 459e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA H200", 989.5e12),
+    ],
 )
 def test_peak_of_known_devices_is_published(kind, flops):
     assert peak_flops([device(kind)] * 4).flops == 4 * flops

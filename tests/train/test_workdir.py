@@ -11,7 +11,14 @@ from dsjax.train import workdir
 CONFIG = Config(
     name="mine",
     model=ModelConfig(
-        vocab_size=64, dim=16, n_layers=1, n_heads=2, n_dense_layers=1, inter_dim=32, attention="gqa", max_seq_len=8
+        vocab_size=64,
+        dim=16,
+        n_layers=1,
+        n_heads=2,
+        n_dense_layers=1,
+        inter_dim=32,
+        attention="gqa",
+        max_seq_len=8,
     ),
     data=DataConfig(sequence_length=8),
     train=TrainConfig(steps=10),
@@ -20,7 +27,11 @@ CONFIG = Config(
 
 def change(config, **groups):
     return dataclasses.replace(
-        config, **{name: dataclasses.replace(getattr(config, name), **values) for name, values in groups.items()}
+        config,
+        **{
+            name: dataclasses.replace(getattr(config, name), **values)
+            for name, values in groups.items()
+        },
     )
 
 
@@ -35,9 +46,15 @@ def test_claim_writes_config_and_versions(tmp_path):
 def test_claim_lists_every_key_of_another_config(tmp_path):
     workdir.claim(tmp_path, CONFIG)
     other = change(CONFIG, model={"dim": 32}, optim={"learning_rate": 0.1}, train={"steps": 9})
-    with pytest.raises(ValueError, match=r"holds a run of another config.*Use another --workdir") as error:
+    with pytest.raises(
+        ValueError, match=r"holds a run of another config.*Use another --workdir"
+    ) as error:
         workdir.claim(tmp_path, other)
-    for part in ("model.dim was 16 and is now 32", "optim.learning_rate was 0.00022 and is now 0.1", "train.steps was 10 and is now 9"):
+    for part in (
+        "model.dim was 16 and is now 32",
+        "optim.learning_rate was 0.00022 and is now 0.1",
+        "train.steps was 10 and is now 9",
+    ):
         assert part in str(error.value)
     assert json.loads((tmp_path / "config.json").read_text())["model"]["dim"] == 16
 
@@ -51,7 +68,9 @@ def test_claim_lets_bookkeeping_mesh_and_length_change(tmp_path):
 
 def test_claim_keeps_the_length_of_a_ramped_run(tmp_path):
     """A ramp is a share of the steps, so more of them would change the batches that are behind."""
-    ramped = change(CONFIG, train={"batch_size_start": 4, "micro_batch_size": 4, "batch_ramp_fraction": 0.5})
+    ramped = change(
+        CONFIG, train={"batch_size_start": 4, "micro_batch_size": 4, "batch_ramp_fraction": 0.5}
+    )
     workdir.claim(tmp_path, ramped)
     with pytest.raises(ValueError, match="train.steps was 10 and is now 20"):
         workdir.claim(tmp_path, change(ramped, train={"steps": 20}))

@@ -1,0 +1,68 @@
+"""Chunked attention against the whole score matrix, and what causality and isolation mean."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsjax.kernels.attention import causal_attention, reference_attention
+from tests.closeness import F32, assert_close
+
+
+def _inputs(length, heads=4, key_heads=2, width=16, value_width=8):
+    rng = np.random.default_rng(length)
+    shapes = [
+        (2, length, heads, width),
+        (2, length, key_heads, width),
+        (2, length, key_heads, value_width),
+    ]
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def _segments(length):
+    return jnp.asarray(np.repeat(np.arange(length) // 170 + 1, 2).reshape(length, 2).T, jnp.int32)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_chunked_attention_equals_reference_in_value_and_gradient(isolated):
+    q, k, v = _inputs(1100)
+    segments = _segments(1100) if isolated else None
+
+    def total(attention, q, k, v):
+        out = attention(q, k, v, scale=0.3, segment_ids_BT=segments)
+        return (out * jnp.cos(jnp.arange(out.size, dtype=out.dtype).reshape(out.shape))).sum(), out
+
+    def run(attention):
+        return jax.jit(jax.grad(functools.partial(total, attention), (0, 1, 2), has_aux=True))(
+            q, k, v
+        )
+
+    for name, got, want in zip(
+        ("dq", "dk", "dv", "out"),
+        jax.tree.leaves(run(causal_attention)),
+        jax.tree.leaves(run(reference_attention)),
+        strict=True,
+    ):
+        assert_close(got, want, F32, name)
+
+
+def test_attention_sees_no_later_token_and_no_other_document():
+    length, at = 600, 400
+    q, k, v = _inputs(length)
+    segments = _segments(length)
+
+    def influence(v):
+        return causal_attention(q, k, v, scale=0.3, segment_ids_BT=segments)[:, at].sum()
+
+    reached = np.abs(np.asarray(jax.grad(influence)(v))).sum(axis=(0, 2, 3)) > 0
+    want = (np.arange(length) <= at) & (np.asarray(segments[0]) == segments[0, at])
+    np.testing.assert_array_equal(reached, want)
+
+
+def test_query_heads_share_keys_in_consecutive_groups():
+    q, k, v = _inputs(64)
+    repeated = [jnp.repeat(x, 2, axis=2) for x in (k, v)]
+    got = causal_attention(q, k, v, scale=0.3)
+    assert_close(got, causal_attention(q, *repeated, scale=0.3), F32, "grouped heads")

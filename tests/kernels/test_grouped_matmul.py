@@ -1,0 +1,75 @@
+"""Every backend of the grouped product against its one-matrix-a-row definition."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+
+from dsjax.kernels import grouped_matmul as kernel
+from tests.closeness import BF16, F32, assert_close
+
+
+def _operands(sizes, dim=24, width=40, dtype=jnp.float32):
+    rng = np.random.default_rng(len(sizes))
+    rows = int(sum(sizes))
+    x_AD = jnp.asarray(rng.normal(size=(rows, dim)), dtype)
+    w_EDF = jnp.asarray(rng.normal(size=(len(sizes), dim, width)), dtype)
+    y_AF = jnp.asarray(rng.normal(size=(rows, width)), dtype)
+    return x_AD, w_EDF, y_AF, jnp.asarray(sizes, jnp.int32)
+
+
+# Groups that end inside a block, empty ones at either end and in the middle, all rows in one group.
+SIZES = [[5, 70, 33, 20], [0, 0, 128, 0], [64, 0, 1, 0, 63], [0, 3, 0]]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_grouped_matmul_equals_definition(platform, sizes):
+    x_AD, w_EDF, y_AF, sizes_E = _operands(sizes)
+    got = jax.jit(functools.partial(kernel.grouped_matmul, platform=platform))(x_AD, w_EDF, sizes_E)
+    assert_close(got, kernel.reference_matmul(x_AD, w_EDF, sizes_E), F32, "product")
+    got = jax.jit(functools.partial(kernel.grouped_outer, platform=platform))(x_AD, y_AF, sizes_E)
+    assert_close(got, kernel.reference_outer(x_AD, y_AF, sizes_E), F32, "outer product")
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(0, 90), min_size=3, max_size=3))
+def test_blocked_matmul_equals_definition_for_any_sizes(cuts):
+    x_AD, w_EDF, y_AF, sizes_E = _operands(np.diff([0, *sorted(cuts), 90]))
+    assert_close(
+        kernel.grouped_matmul(x_AD, w_EDF, sizes_E, "cpu"),
+        kernel.reference_matmul(x_AD, w_EDF, sizes_E),
+        F32,
+        "product",
+    )
+    assert_close(
+        kernel.grouped_outer(x_AD, y_AF, sizes_E, "cpu"),
+        kernel.reference_outer(x_AD, y_AF, sizes_E),
+        F32,
+        "outer product",
+    )
+
+
+def test_megablox_equals_definition_under_the_interpreter():
+    x_AD, w_EDF, y_AF, sizes_E = _operands([130, 0, 200, 54], dim=128, width=128)
+    with pltpu.force_tpu_interpret_mode():
+        product = kernel.grouped_matmul(x_AD, w_EDF, sizes_E, "tpu")
+        outer = kernel.grouped_outer(x_AD, y_AF, sizes_E, "tpu")
+    assert_close(product, kernel.reference_matmul(x_AD, w_EDF, sizes_E), F32, "product")
+    assert_close(outer, kernel.reference_outer(x_AD, y_AF, sizes_E), F32, "outer product")
+
+
+def test_bfloat16_rows_accumulate_in_float32():
+    x_AD, w_EDF, y_AF, sizes_E = _operands([700, 900], dtype=jnp.bfloat16)
+    exact = [jnp.asarray(a, jnp.float32) for a in (x_AD, w_EDF, y_AF)]
+    outer = kernel.grouped_outer(x_AD, y_AF, sizes_E, "cpu")
+    assert outer.dtype == jnp.float32
+    assert_close(outer, kernel.reference_outer(exact[0], exact[2], sizes_E), F32, "outer product")
+    product = kernel.grouped_matmul(x_AD, w_EDF, sizes_E, "cpu")
+    assert product.dtype == jnp.bfloat16
+    assert_close(product, kernel.reference_matmul(exact[0], exact[1], sizes_E), BF16, "product")

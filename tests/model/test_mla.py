@@ -1,0 +1,69 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsjax.model import rope
+from dsjax.model.mla import MLA, expand_keys_values
+from dsjax.model.parameters import declarations, initialize
+from dsjax.precision.policy import Policy
+from tests.closeness import BF16, F32, assert_close
+from tests.golden.compare import float64
+from tests.model.tiny import TINY
+from tests.oracles.attention import mla as oracle_mla
+
+
+def _module(config, compute=jnp.float32):
+    module = initialize(MLA(config, Policy(compute)), jax.random.key(0))
+    # Norm weights away from one, so that leaving one out shows.
+    scale = jnp.linspace(0.5, 1.5, config.kv_lora_rank)
+    module.kv_norm.weight.set_value(scale)
+    return module
+
+
+def _tree(module):
+    tree: dict = {}
+    for declared, value in zip(declarations(module), jax.tree.leaves(module), strict=True):
+        *parents, name = declared.path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = np.asarray(value)
+    return float64(tree)
+
+
+@pytest.mark.parametrize("q_lora_rank", [0, 16])
+@pytest.mark.parametrize(("compute", "level"), [(jnp.float32, F32), (jnp.bfloat16, BF16)])
+def test_mla_equals_oracle(q_lora_rank, compute, level):
+    config = dataclasses.replace(TINY, q_lora_rank=q_lora_rank)
+    module = _module(config, compute)
+    x = np.random.default_rng(0).normal(size=(40, config.dim))
+    angles = rope.angles(jnp.arange(40, dtype=jnp.int32)[None], config)
+    got = module(jnp.asarray(x, compute)[None], angles)[0]
+    want = oracle_mla(
+        np.asarray(jnp.asarray(x, compute), np.float64), _tree(module), config, np.ones(40)
+    )
+    assert_close(got, want, level, "attention")
+
+
+def test_latents_are_the_normed_latent_and_one_rotated_key():
+    module = _module(TINY)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, TINY.dim)), jnp.float32)
+    angles = rope.angles(jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), (2, 9)), TINY)
+    latent, key = module.latents(x, angles)
+    assert latent.shape[-1] + key.shape[-1] == TINY.cache_values_per_token
+    raw = x @ module.wkv_a[...]
+    assert_close(latent, module.kv_norm(raw[..., : TINY.kv_lora_rank]), F32, "latent")
+    assert_close(key[:, 0], raw[:, 0, TINY.kv_lora_rank :], F32, "key at position 0")
+
+
+def test_expanded_keys_end_with_the_shared_rope_key():
+    latent = jnp.arange(2 * 3 * 2 * 5, dtype=jnp.float32).reshape(2, 3, 2, 5)
+    shared = -jnp.ones((2, 3, 1, 4))
+    keys, values = expand_keys_values(latent, shared, 3)
+    assert keys.shape == (2, 3, 2, 7) and values.shape == (2, 3, 2, 2)
+    assert (np.asarray(keys[..., 3:]) == -1).all()
+    np.testing.assert_array_equal(keys[..., :3], latent[..., :3])
+    np.testing.assert_array_equal(values, latent[..., 3:])

@@ -1,0 +1,45 @@
+"""One very small model with every V3 mechanism on, for the tests that need any model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsjax.config import ModelConfig
+from dsjax.model.parameters import initialize
+from dsjax.model.transformer import Transformer
+from dsjax.precision.policy import Policy
+
+TINY = ModelConfig(
+    vocab_size=96,
+    dim=32,
+    n_layers=3,
+    n_dense_layers=1,
+    n_heads=4,
+    inter_dim=48,
+    q_lora_rank=16,
+    kv_lora_rank=8,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    n_routed_experts=8,
+    n_shared_experts=1,
+    n_activated_experts=2,
+    moe_inter_dim=16,
+    n_expert_groups=4,
+    n_limited_groups=2,
+    router_bias=True,
+    norm_topk=True,
+    route_scale=2.5,
+    n_mtp=2,
+    init_std=0.1,
+)
+
+
+def tiny_model(config: ModelConfig = TINY, seed: int = 0, compute=jnp.float32) -> Transformer:
+    return initialize(Transformer(config, Policy(compute)), jax.random.key(seed))
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(
+        np.random.default_rng(seed).integers(0, TINY.vocab_size, (batch, length)), jnp.int32
+    )

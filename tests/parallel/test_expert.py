@@ -1,0 +1,60 @@
+"""Dispatch and combine: nothing lost, whatever the imbalance, and gradients that are the transpose."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsjax.parallel import expert
+from tests.closeness import F32, assert_close
+
+TOKENS, EXPERTS, K, D = 37, 8, 3, 5
+
+
+def _choice(kind):
+    rng = np.random.default_rng(0)
+    if kind == "even":
+        return np.stack([rng.permutation(EXPERTS)[:K] for _ in range(TOKENS)]).astype(np.int32)
+    return np.tile(
+        np.arange(K, dtype=np.int32), (TOKENS, 1)
+    )  # the same few experts for every token
+
+
+@pytest.mark.parametrize("kind", ["even", "crowded"])
+def test_dispatch_brings_each_token_to_each_of_its_experts(kind):
+    choice = _choice(kind)
+    plan = expert.plan(jnp.asarray(choice), EXPERTS)
+    assert int(plan.sizes_E.sum()) == TOKENS * K
+    rows = np.asarray(expert.dispatch(jnp.arange(TOKENS, dtype=jnp.float32)[:, None], plan))[:, 0]
+    ends = np.cumsum(plan.sizes_E)
+    for e, (start, end) in enumerate(zip(ends - plan.sizes_E, ends, strict=True)):
+        np.testing.assert_array_equal(rows[start:end], np.flatnonzero((choice == e).any(axis=1)))
+
+
+@pytest.mark.parametrize("kind", ["even", "crowded"])
+def test_combine_weighs_what_each_expert_said(kind):
+    rng = np.random.default_rng(1)
+    choice, weights = _choice(kind), rng.normal(size=(TOKENS, K)).astype(np.float32)
+    x_MD = rng.normal(size=(TOKENS, D)).astype(np.float32)
+    gain_E = np.arange(1, EXPERTS + 1, dtype=np.float32)
+    plan = expert.plan(jnp.asarray(choice), EXPERTS)
+
+    def through(x_MD, weights):
+        rows = expert.dispatch(x_MD, plan)
+        return expert.combine(
+            rows * jnp.repeat(gain_E, plan.sizes_E, total_repeat_length=TOKENS * K)[:, None],
+            weights,
+            plan,
+        )
+
+    def dense(x_MD, weights):
+        return x_MD * (weights * gain_E[choice]).sum(axis=1, keepdims=True)
+
+    got, backward = jax.vjp(through, jnp.asarray(x_MD), jnp.asarray(weights))
+    want, want_backward = jax.vjp(dense, jnp.asarray(x_MD), jnp.asarray(weights))
+    assert_close(got, want, F32, "combined")
+    cotangent = jnp.asarray(rng.normal(size=(TOKENS, D)), jnp.float32)
+    for name, g, w in zip(
+        ("dx", "dweights"), backward(cotangent), want_backward(cotangent), strict=True
+    ):
+        assert_close(g, w, F32, name)

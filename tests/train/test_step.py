@@ -1,0 +1,130 @@
+"""The optimizer step: the same numbers however the batch is cut and spread, and a bias that balances."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsjax.config import Config, DataConfig, PrecisionConfig, TrainConfig
+from dsjax.model.parameters import declarations
+from dsjax.parallel.mesh import make_mesh
+from dsjax.train.step import (
+    abstract_state,
+    declared_model,
+    initial_state,
+    restored_model,
+    train_step,
+)
+from tests.closeness import F32, assert_close
+from tests.model.tiny import TINY, tokens
+
+KNOBS = {"learning_rate": 1e-3, "mtp_weight": 0.3, "bias_update_speed": 1e-3}
+BATCH, LENGTH = 16, 32
+
+
+def _config(**train):
+    return Config(
+        name="x",
+        model=TINY,
+        data=DataConfig(sequence_length=LENGTH),
+        train=TrainConfig(batch_size=BATCH, loss_chunk=128, **train),
+        precision=PrecisionConfig(compute="float32"),
+    )
+
+
+def _run(sizes, micro_batch=BATCH, steps=2, **train):
+    config, mesh = _config(**train), make_mesh(sizes)
+    rows = tokens(BATCH, LENGTH + 1)
+    segments = jnp.where(jnp.arange(LENGTH + 1)[None] < 20, 1, 2) * jnp.ones_like(rows)
+    segments = segments.at[0, 25:].set(0)  # some padding, in one micro-batch only
+    batch = {"tokens": rows, "segment_ids": segments}
+    batch = {name: x.reshape(-1, micro_batch, LENGTH + 1) for name, x in batch.items()}
+    with jax.set_mesh(mesh):
+        state = initial_state(config, mesh)
+        spec = jax.sharding.PartitionSpec(None, ("data", "fsdp"), None)
+        batch = jax.device_put(batch, jax.sharding.NamedSharding(mesh, spec))
+        step = jax.jit(train_step(config), donate_argnums=0)
+        history = []
+        for _ in range(steps):
+            state, metrics = step(state, batch, {k: jnp.float32(v) for k, v in KNOBS.items()})
+            history.append(jax.device_get(metrics))
+    return state, history
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return _run({"data": 8})
+
+
+def _assert_same_run(got, want):
+    for got_metrics, want_metrics in zip(got[1], want[1], strict=True):
+        assert got_metrics.keys() == want_metrics.keys()
+        for name in want_metrics:
+            assert_close(got_metrics[name], want_metrics[name], F32._replace(bound=5e-5), name)
+    for got_leaf, want_leaf in zip(
+        jax.tree.leaves(got[0].params), jax.tree.leaves(want[0].params), strict=True
+    ):
+        # Adam divides by the gradient's size, which magnifies rounding where gradients nearly vanish.
+        assert_close(got_leaf, want_leaf, F32._replace(bound=1e-4), "parameters")
+    for got_leaf, want_leaf in zip(
+        jax.tree.leaves(got[0].router), jax.tree.leaves(want[0].router), strict=True
+    ):
+        np.testing.assert_array_equal(got_leaf, want_leaf)
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_step_is_the_same_on_every_mesh(one_device, sizes):
+    _assert_same_run(_run(sizes), one_device)
+
+
+def test_accumulated_micro_batches_equal_one_batch(one_device):
+    _assert_same_run(_run({"data": 4, "fsdp": 2}, micro_batch=8), one_device)
+
+
+def test_router_bias_is_equal_on_every_device(one_device):
+    for bias in jax.tree.leaves(one_device[0].router):
+        copies = [np.asarray(shard.data) for shard in bias.addressable_shards]
+        assert len(copies) == 8 and np.abs(copies[0]).max() > 0
+        for copy in copies[1:]:
+            np.testing.assert_array_equal(copy, copies[0])
+
+
+def test_same_seed_gives_the_same_bits_and_another_seed_does_not(one_device):
+    again, other = _run({"data": 8}), _run({"data": 8}, seed=1)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(one_device), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert float(other[1][0]["loss"]) != float(one_device[1][0]["loss"])
+
+
+def test_metrics_say_what_routing_did(one_device):
+    metrics = one_device[1][0]
+    assert metrics["expert_load"].shape == (TINY.n_moe_layers + TINY.n_mtp, TINY.n_routed_experts)
+    np.testing.assert_allclose(metrics["expert_load"].sum(axis=1), 1.0, rtol=1e-6)
+    violation = (metrics["expert_load"].max(axis=1) * TINY.n_routed_experts - 1).mean()
+    np.testing.assert_allclose(metrics["max_violation"], violation, rtol=1e-5)
+    assert metrics["dropped_tokens"] == 0
+    assert np.log(TINY.vocab_size) * 0.8 < metrics["loss"] < np.log(TINY.vocab_size) * 1.5
+
+
+def test_abstract_state_is_the_initial_state_without_memory():
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    for optim in ("float32", "bfloat16"):
+        config = _config()
+        config = dataclasses.replace(
+            config, optim=dataclasses.replace(config.optim, moment_dtype=optim)
+        )
+        abstract, state = abstract_state(config, mesh), initial_state(config, mesh)
+        assert jax.tree.structure(abstract) == jax.tree.structure(state)
+        for a, b in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
+            assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
+
+
+def test_restored_model_has_the_state_s_values(one_device):
+    model = restored_model(_config(), one_device[0])
+    paths = [d.path for d in declarations(model)]
+    assert paths == [d.path for d in declarations(declared_model(_config()))]
+    np.testing.assert_array_equal(
+        model.embed.weight[...], one_device[0].params["embed"]["weight"][...]
+    )
