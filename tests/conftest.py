@@ -1,12 +1,18 @@
 """Every test runs on eight fake CPU devices, with the strictest numerics that jax offers."""
 
 import os
+import tempfile
 
 # jax reads these when it starts, so they come before its import.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     flags = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+
+# Many tests, and the commands that some start, compile the same program: once a session is enough.
+_COMPILED = tempfile.TemporaryDirectory(prefix="dsjax-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
 

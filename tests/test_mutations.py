@@ -73,12 +73,24 @@ class Mutation(NamedTuple):
     edit: Callable[[dict[str, Any]], None] | None = None
 
 
-def _temperature(config, power: int) -> float:
-    return (0.1 * config.mscale_all_dim * math.log(config.rope_factor) + 1) ** power
+def _temperature(config) -> float:
+    return 0.1 * config.mscale_all_dim * math.log(config.rope_factor) + 1
 
 
 def _scale_with_power(power: int):
-    return lambda config: config.qk_head_dim**-0.5 * _temperature(config, power)
+    return lambda config: config.qk_head_dim**-0.5 * _temperature(config) ** power
+
+
+def _no_scale(config) -> float:
+    return 1.0
+
+
+def _plain_frequencies(plain, config):
+    return plain
+
+
+def _divided_frequencies(plain, config):
+    return plain / config.rope_factor
 
 
 def _rope_channels_first(tree) -> None:
@@ -201,12 +213,42 @@ def _padding_is_a_document(f_BTX, share_BTX, documents_BT):
 
 
 def _documents_weigh_the_same(f_BTX, share_BTX, documents_BT):
-    per_document = []
-    for row in range(documents_BT.shape[0]):
-        for document in range(1, int(documents_BT[row].max()) + 1):
-            inside = jnp.flatnonzero(documents_BT[row] == document)
-            per_document.append((f_BTX[row, inside].mean(0) * share_BTX[row, inside].mean(0)).sum())
-    return jnp.stack(per_document).mean()
+    f_BTX, share_BTX, documents_BT = map(np.asarray, (f_BTX, share_BTX, documents_BT))
+    losses_of_documents = []
+    for f_TX, share_TX, documents_T in zip(f_BTX, share_BTX, documents_BT, strict=True):
+        for document in set(documents_T[documents_T > 0].tolist()):
+            inside = documents_T == document
+            losses_of_documents.append((f_TX[inside].mean(0) * share_TX[inside].mean(0)).sum())
+    return jnp.float32(np.mean(losses_of_documents))
+
+
+def _update_rounded(bias_LE, counts_LE, speed):
+    return RIGHT_UPDATE(bias_LE, counts_LE, speed).astype(jnp.bfloat16).astype(jnp.float32)
+
+
+def _update_backwards(bias_LE, counts_LE, speed):
+    return RIGHT_UPDATE(bias_LE, counts_LE, -speed)
+
+
+def _update_in_proportion(bias_LE, counts_LE, speed):
+    counts_LE = counts_LE.astype(jnp.float32)
+    return bias_LE + speed * (counts_LE.mean(axis=-1, keepdims=True) - counts_LE)
+
+
+def _norm_plus_one(x, weight, eps):
+    return RIGHT_NORM(x, weight + 1, eps)
+
+
+def _shift_twice(tokens_BT):
+    return RIGHT_SHIFT(RIGHT_SHIFT(tokens_BT))
+
+
+def _targets_across_documents(segment_ids_BX, ahead, isolate):
+    return RIGHT_MASK_OF_TARGETS(segment_ids_BX, ahead, isolate and ahead == 1)
+
+
+def _targets_of_the_main_model(segment_ids_BX, ahead, isolate):
+    return RIGHT_MASK_OF_TARGETS(segment_ids_BX, 1, isolate)
 
 
 def _drop_beyond_capacity(y_AD, weights_MK, plan):
@@ -225,7 +267,8 @@ RIGHT_PRODUCT, RIGHT_COMBINE, RIGHT_NORM = (
     expert.combine,
     layers.rms_norm,
 )
-RIGHT_ATTENTION = mla.causal_attention
+RIGHT_ATTENTION, RIGHT_UPDATE = mla.causal_attention, balance.update_bias
+RIGHT_SHIFT, RIGHT_MASK_OF_TARGETS = transformer.shift_left, loss.target_mask
 
 
 def _attend_to_one_later(q_BTNH, k_BTPH, v_BTPW, **settings):
@@ -241,28 +284,21 @@ MUTATIONS = [
     Mutation(1, "MLA rotates halves", V3_ATTENTION, rope, "rotate_pairs", rope.rotate_halves),
     Mutation(1, "GQA rotates pairs", LLAMA_ATTENTION, rope, "rotate_halves", rope.rotate_pairs),
     Mutation(1, "rope channels first in a head", V3_ATTENTION, edit=_rope_channels_first),
-    Mutation(2, "no mscale in the scale", V3_ATTENTION, rope, "attention_scale",
-             _scale_with_power(0)),
+    Mutation(2, "no mscale", V3_ATTENTION, rope, "attention_scale", _scale_with_power(0)),
     Mutation(2, "mscale not squared", V3_ATTENTION, rope, "attention_scale", _scale_with_power(1)),
-    Mutation(2, "cos, sin scaled too", V3_ATTENTION, rope, "_rotation_scale",
-             lambda c: _temperature(c, 1)),
-    Mutation(2, "cos, sin not scaled", NEGATIVE_ATTENTION, rope, "_rotation_scale",
-             lambda config: 1.0),
-    Mutation(2, "no YaRN frequencies", V3_ATTENTION, rope, "_yarn", lambda plain, config: plain),
-    Mutation(2, "all frequencies divided", V3_ATTENTION, rope, "_yarn", lambda plain,
-             config: plain / 40),
+    Mutation(2, "cos, sin scaled too", V3_ATTENTION, rope, "_rotation_scale", _temperature),
+    Mutation(2, "cos, sin not scaled", NEGATIVE_ATTENTION, rope, "_rotation_scale", _no_scale),
+    Mutation(2, "no YaRN frequencies", V3_ATTENTION, rope, "_yarn", _plain_frequencies),
+    Mutation(2, "all frequencies divided", V3_ATTENTION, rope, "_yarn", _divided_frequencies),
     Mutation(2, "beta_fast ignored", V3_ATTENTION, change={"beta_fast": 2.0}),
-    Mutation(2, "no Llama-3 scaling", LLAMA_ATTENTION, rope, "_llama3", lambda plain,
-             config: plain),
+    Mutation(2, "no Llama-3 scaling", LLAMA_ATTENTION, rope, "_llama3", _plain_frequencies),
     Mutation(2, "no linear scaling", LINEAR_ATTENTION, change={"rope_factor": 1.0}),
     Mutation(2, "another theta", QWEN2_ATTENTION, change={"rope_theta": 10000.0}),
     Mutation(3, "bias weighs", V3_ROUTER, router, "route", _route_by_biased_weights),
     Mutation(3, "bias does not select", V3_ROUTER, edit=_edit_gate_bias(np.zeros_like)),
     Mutation(3, "bias of the wrong sign", V3_ROUTER, edit=_edit_gate_bias(np.negative)),
     Mutation(4, "bias in bfloat16", V3_ROUTER, edit=_edit_gate_bias(_bfloat16)),
-    Mutation(4, "bias updated in bfloat16", BIAS_UPDATE, balance, "update_bias",
-             lambda b, c, s, right=balance.update_bias: right(b, c,
-             s).astype(jnp.bfloat16).astype(jnp.float32)),
+    Mutation(4, "bias kept in bfloat16", BIAS_UPDATE, balance, "update_bias", _update_rounded),
     Mutation(5, "masked groups at 0", NEGATIVE_ROUTER, router, "_mask_groups", _mask_with_zero),
     Mutation(5, "V3 groups by their best", V3_ROUTER, change={"group_score": "max"}),
     Mutation(5, "V2 groups by their two best", V2_ROUTER, change={"group_score": "top2"}),
@@ -283,25 +319,22 @@ MUTATIONS = [
     Mutation(7, "no shared expert", V3_MOE, edit=_edit_shared(0.0)),
     Mutation(7, "expert gate and up swapped", V3_MOE,
              edit=_swap("moe_layers", ("ffn", "experts"), "w_gate", "w_up")),
-    Mutation(7, "gate and up swapped", V3_DENSE, edit=_swap("dense_layers", ("ffn",), "w_gate",
-             "w_up")),
+    Mutation(7, "gate and up swapped", V3_DENSE,
+             edit=_swap("dense_layers", ("ffn",), "w_gate", "w_up")),
     Mutation(7, "norm epsilon", V3_NORM, change={"norm_eps": 1e-5}),
-    Mutation(7, "norm adds 1 to its weight", V3_NORM, layers, "rms_norm",
-             lambda x, weight, eps: RIGHT_NORM(x, weight + 1, eps)),
+    Mutation(7, "norm adds 1 to its weight", V3_NORM, layers, "rms_norm", _norm_plus_one),
     Mutation(7, "latent norm without weight", V3_ATTENTION, edit=_flat_kv_norm),
     Mutation(7, "latent norm's epsilon", NEGATIVE_ATTENTION, mla, "LATENT_NORM_EPS", 1e-3),
-    Mutation(7, "norms of a layer swapped", LLAMA_LOGITS, edit=_swap("dense_layers", (),
-             "attn_norm", "ffn_norm")),
+    Mutation(7, "norms of a layer swapped", LLAMA_LOGITS,
+             edit=_swap("dense_layers", (), "attn_norm", "ffn_norm")),
     Mutation(7, "no key bias", QWEN2_ATTENTION, edit=_no_key_bias),
     Mutation(7, "key heads tiled, not repeated", LLAMA_ATTENTION, gqa, "causal_attention",
              _tile_key_heads),
     Mutation(7, "one later token visible", V3_ATTENTION, mla, "causal_attention",
              _attend_to_one_later),
-    Mutation(8, "bias update of the wrong sign", BIAS_UPDATE, balance, "update_bias",
-             lambda b, c, s, right=balance.update_bias: right(b, c, -s)),
-    Mutation(8, "bias update by the difference", BIAS_UPDATE, balance, "update_bias",
-             lambda b, c, s: b + s * (c.astype(jnp.float32).mean(-1,
-             keepdims=True) - c.astype(jnp.float32))),
+    Mutation(8, "wrong sign", BIAS_UPDATE, balance, "update_bias", _update_backwards),
+    Mutation(8, "step by the difference", BIAS_UPDATE, balance, "update_bias",
+             _update_in_proportion),
     Mutation(8, "padding counted in the load", MOE_ISOLATED, transformer.Transformer, "_context",
              _count_padding),
     Mutation(9, "sequence loss of biased choice", SEQUENCE_LOSS, balance, "_chosen",
@@ -319,17 +352,15 @@ MUTATIONS = [
     Mutation(10, "enorm and hnorm swapped", MTP, edit=_swap("mtp", (), "enorm", "hnorm")),
     Mutation(10, "the main model's norm", MTP, edit=_main_norm_for_modules),
     Mutation(10, "no shift", MTP, transformer, "shift_left", lambda tokens_BT: tokens_BT),
-    Mutation(10, "shift by two", MTP, transformer, "shift_left",
-             lambda tokens_BT, right=transformer.shift_left: right(right(tokens_BT))),
+    Mutation(10, "shift by two", MTP, transformer, "shift_left", _shift_twice),
     Mutation(10, "documents not isolated", MTP_ISOLATED, transformer.Transformer, "_context",
              _all_one_document),
     Mutation(10, "positions of the wrong order", MTP_ISOLATED, rope, "positions_in_segments",
              _positions_of_the_row),
     Mutation(10, "targets across documents", LOSS_ISOLATED, loss, "target_mask",
-             lambda segments, ahead, isolate, right=loss.target_mask: right(segments, ahead,
-             ahead == 1)),
+             _targets_across_documents),
     Mutation(10, "as many targets as the main model", LOSS_ISOLATED, loss, "target_mask",
-             lambda segments, ahead, isolate, right=loss.target_mask: right(segments, 1, isolate)),
+             _targets_of_the_main_model),
     Mutation(14, "capacity factor of two", CROWDED, expert, "combine", _drop_beyond_capacity),
 ]  # fmt: skip
 
@@ -365,12 +396,13 @@ def balance_gradient() -> tuple[float, float]:
     gate = tree["moe_layers"]["ffn"]["gate"]["weight"]
     direction = checkpoint.normal_like(0, "direction", gate.shape)
 
-    def loss(model):
+    def total(model):
         return model.hidden(
             tokens_T[None], balance=BALANCE, remat="full"
         ).routing.balance_loss.sum()
 
-    gradient = jax.jit(jax.grad(loss))(model).moe_layers.ffn.gate.weight.get_value()
+    gradients = jax.jit(jax.grad(total), compiler_options=ours.QUICK)(model)
+    gradient = gradients.moe_layers.ffn.gate.weight.get_value()
     sides = []
     for step in (1e-6, -1e-6):
         params = compare.float64(tree)

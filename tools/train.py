@@ -1,12 +1,17 @@
 """Trains a model, or takes a stopped run up again.
 
-  python tools/train.py                                         the tiny model on the embedded text, in runs/tiny
+  # the tiny model on the embedded text, in runs/tiny
+  python tools/train.py
+  # a shorter run with another seed, in a folder of its own
   python tools/train.py configs/tiny.py --set train.steps=300 train.seed=1 --workdir runs/seed1
-  python tools/train.py configs/small.py --workdir runs/small --set data.files='books/*.jsonl.gz'
-  python tools/train.py runs/small --workdir runs/small         take the run up again with its own config
+  # your own text
+  python tools/train.py configs/small.py --workdir runs/books --set data.files='books/*.jsonl.gz'
+  # take a stopped run up again with the config that it keeps
+  python tools/train.py runs/books --workdir runs/books
 
-The same command again resumes from the newest checkpoint. Ctrl-C or SIGTERM finishes the step, saves and stops; a second
-one stops at once. Exit code: 0 finished, 1 failed, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM.
+The same command again resumes from the newest checkpoint. Ctrl-C or SIGTERM finishes the step,
+saves and stops; a second one stops at once. Exit codes: 0 finished, 1 failed, 2 wrong usage,
+130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ to name back.
 What differs between the two sides:
 1. Hugging Face stores projections [out, in] and computes `x @ w.T`; ours are [in, out]. `transpose`
    marks the rows concerned.
-2. Hugging Face keeps one tensor a layer and expert; ours stack them, so a row is one index of a
+2. Hugging Face keeps one tensor a layer and expert; ours stack them, so a row is one slot of a
    leaf [L, ...] or [L, E, ...].
 3. A multi-token prediction module is published as one more layer after the last (V3:
    `model.layers.61`), with copies of the embedding and the head beside its own tensors. Ours reads
@@ -37,7 +37,7 @@ class Tensor(NamedTuple):
 
     name: str
     path: tuple[str, ...]  # of the leaf
-    index: tuple[int, ...]  # of the tensor in the leaf: (), (layer,) or (layer, expert)
+    slot: tuple[int, ...]  # of the tensor in the leaf: (), (layer,) or (layer, expert)
     shape: tuple[int, ...]  # as published
     transpose: bool  # published [out, in], ours [in, out]
     is_copy: bool = False  # a second copy of a leaf that another row fills

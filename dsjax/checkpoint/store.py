@@ -1,12 +1,13 @@
-"""Checkpoints of a run: the arrays of its state and a small JSON record, written by Orbax while training goes on.
+"""Checkpoints of a run: the arrays of its state and a JSON record, written while it goes on.
 
 The only module that knows Orbax. A checkpoint is a folder named after its step,
 
-    <directory>/<step>/state    every array, under its plain dotted name (params.embed.weight, optimizer.adam.mu...)
+    <directory>/<step>/state    every array under its name: params.embed.weight, ...
     <directory>/<step>/record   JSON: step, data position, versions, ...
 
-which Orbax writes under another name and renames when it is complete, so that a crash leaves either a whole checkpoint
-or none. A folder that is not whole all the same (an interrupted copy, an empty folder) is never taken for a checkpoint.
+which Orbax writes under another name and renames when it is complete, so that a crash leaves either
+a whole checkpoint or none. A folder that is not whole all the same (an interrupted copy, an empty
+folder) is never taken for a checkpoint.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Store:
     """The checkpoints of one run, open for writing.
 
     Attributes:
-      set_aside: folders that were named like a checkpoint and were not whole; they are renamed `<step>.incomplete`.
+      set_aside: folders named like a checkpoint but not whole, now called `<step>.incomplete`.
     """
 
     def __init__(self, directory: Path, *, keep: int):
@@ -46,7 +47,7 @@ class Store:
         self._directory = directory.absolute()
         with _reporting_failure(f"cannot open the checkpoint folder {self._directory}"):
             self._directory.mkdir(parents=True, exist_ok=True)
-            # Orbax counts any folder with a number for a name as a checkpoint, and the newest of them as the latest.
+            # Orbax takes any folder with a number for a name for a checkpoint.
             self.set_aside = [
                 _set_aside(folder) for folder in _numbered(self._directory) if not _is_whole(folder)
             ]
@@ -58,7 +59,7 @@ class Store:
             )
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        """Starts to save `state` (a pytree of arrays) and `record` (JSON values), and returns while it is written.
+        """Starts to save `state` (arrays) and `record` (JSON), and returns while it is written.
 
         The arrays are copied before this returns: the next step may overwrite their buffers.
 
@@ -111,8 +112,8 @@ def restore(directory: Path, step: int, abstract_state: Any) -> Any:
     """Reads the arrays of `step`, bit for bit, into the shape of `abstract_state`.
 
     Args:
-      abstract_state: pytree of jax.ShapeDtypeStruct, each with its sharding, which may differ from the one the
-        arrays were saved from.
+      abstract_state: pytree of jax.ShapeDtypeStruct, each with its sharding, which may differ from
+        the one the arrays were saved from.
 
     Raises:
       ValueError: names, shapes or dtypes differ from the checkpoint's; all of them are listed.
@@ -154,7 +155,7 @@ def _describe(leaf: Any) -> str:
 
 
 def _name(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """The name of a leaf: its keys, without the `.value` that stands between an nnx variable and its array."""
+    """The name of a leaf: its keys, without the `.value` between an nnx variable and its array."""
     keys = [
         str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path
     ]
@@ -162,7 +163,7 @@ def _name(path: tuple[Any, ...]) -> tuple[str, ...]:
 
 
 def _plain(tree: Any) -> dict[str, Any]:
-    """Nested dicts with the leaves of `tree` under their names, so that a checkpoint needs none of our classes."""
+    """Nested dicts of the leaves, so that a checkpoint needs none of our classes."""
     plain: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         *groups, last = _name(path)
@@ -206,6 +207,6 @@ def _reporting_failure(what: str) -> Iterator[None]:
     except Exception as error:
         cause = " ".join(str(error).split())[:300] or type(error).__name__
         raise OSError(
-            f"{what}: {cause}; free space there or make it writable, then run the same command again: "
-            "it resumes from the newest whole checkpoint"
+            f"{what}: {cause}; free space there or make it writable, then run the same command "
+            "again: it resumes from the newest whole checkpoint"
         ) from error

@@ -1,7 +1,7 @@
 """Choosing the next token, and a plain way to continue a text.
 
-`complete` runs the whole window again for each token. That suits the sample at the end of a training run, where
-a compiled cache would cost more than it saves.
+`complete` runs the whole window again for each token. That suits the sample at the end of a
+training run, where a compiled cache would cost more than it saves.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def greedy(logits_BV: jax.Array) -> jax.Array:
 
 
 def keep_top_p(logits_BV: jax.Array, top_p: float) -> jax.Array:
-    """Sets to -inf all but the fewest tokens whose probabilities together reach `top_p`; the likeliest always stays."""
+    """Sets to -inf all but the fewest tokens whose probabilities together reach `top_p`."""
     order_BV = jnp.argsort(-logits_BV, axis=-1)
     sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
     probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
@@ -66,7 +66,7 @@ def complete(
     """Continues `prompt` by `n_tokens` tokens, each from the last `window` tokens before it.
 
     Args:
-      model: a pytree that maps tokens int32 [1, window] to logits float32 [1, window, V]; compiled once.
+      model: a pytree that maps tokens int32 [1, window] to logits float32 [1, window, V].
 
     Raises:
       ValueError: the prompt is empty.

@@ -138,11 +138,18 @@ class Transformer(nnx.Module):
         def layer(x_BTD: jax.Array, block: Block):
             return block(x_BTD, context, balance)
 
-        def mtp_module(carry: tuple[jax.Array, jax.Array], module: MTP):
-            hidden_BTD, tokens_BT = carry
-            tokens_BT = shift_left(tokens_BT)
-            hidden_BTD, statistics = module(self.embed(tokens_BT), hidden_BTD, context, balance)
-            return (hidden_BTD, tokens_BT), (module.norm(hidden_BTD), statistics)
+        def mtp_module(carry: tuple[jax.Array, jax.Array, jax.Array], module: MTP):
+            hidden_BTD, tokens_BT, ahead_BT = carry
+            tokens_BT, ahead_BT = shift_left(tokens_BT), shift_left(ahead_BT)
+            # Where the token that is read lies in no document, or in another, there is no sequence to balance.
+            documents_BT = jnp.where(ahead_BT == context.documents_BT, ahead_BT, 0)
+            hidden_BTD, statistics = module(
+                self.embed(tokens_BT),
+                hidden_BTD,
+                context._replace(documents_BT=documents_BT),
+                balance,
+            )
+            return (hidden_BTD, tokens_BT, ahead_BT), (module.norm(hidden_BTD), statistics)
 
         if remat != "none":
             layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[remat])
@@ -159,7 +166,8 @@ class Transformer(nnx.Module):
         mtp_DBTD = None
         if mtp and self.config.n_mtp:
             first = main_BTD if self.config.mtp_after_final_norm else x_BTD
-            _, (mtp_DBTD, mtp_statistics) = jax.lax.scan(mtp_module, (first, tokens_BT), self.mtp)
+            start = (first, tokens_BT, context.documents_BT)
+            _, (mtp_DBTD, mtp_statistics) = jax.lax.scan(mtp_module, start, self.mtp)
             if self.config.n_moe_layers:
                 statistics.append(mtp_statistics)
         routing = (

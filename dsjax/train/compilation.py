@@ -18,7 +18,7 @@ def use_persistent_cache(cache_dir: str) -> None:
     Args:
       cache_dir: data.cache_dir; empty is $XDG_CACHE_HOME/dsjax, else ~/.cache/dsjax.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     root = Path(cache_dir).expanduser() if cache_dir else Path(home) / "dsjax"
@@ -26,7 +26,7 @@ def use_persistent_cache(cache_dir: str) -> None:
 
 
 class Compiled:
-    """A jitted function of a state and a batch, compiled ahead of the first call for each shape of batch.
+    """A jitted function of state and batch, compiled before the first call for each batch shape.
 
     Attributes:
       seconds: time spent compiling so far.

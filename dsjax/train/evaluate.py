@@ -16,7 +16,7 @@ from dsjax.train.step import TrainState, restored_model
 
 
 class Evaluation(NamedTuple):
-    """Mean loss in nats a predicted token, and bits a byte of the text that those tokens stand for."""
+    """Mean loss in nats a predicted token, and bits a byte of the text those tokens stand for."""
 
     loss: float
     bits_per_byte: float
@@ -25,9 +25,10 @@ class Evaluation(NamedTuple):
 def scorer(
     config: Config,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:
-    """Builds (state, batch) -> (summed loss of the targets in nats, number of targets), to be jitted.
+    """Builds (state, batch) -> (summed loss in nats, number of targets), to be jitted.
 
-    The batch is `tokens` and `segment_ids`, int32 [B, T + 1]. The main model alone, without MTP and balance losses.
+    The batch is `tokens` and `segment_ids`, int32 [B, T + 1]. The main model alone, without MTP and
+    balance losses.
     """
 
     def score(state: TrainState, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -60,8 +61,10 @@ def evaluate(
     """Scores some held-out rows.
 
     Args:
-      score: takes a batch of `batch_size` rows, gives the summed loss of its targets (nats) and their number.
-      rows: row numbers; the last batch is filled up with padding, so that one compiled program does them all.
+      score: takes a batch of `batch_size` rows, gives the summed loss of its targets (nats) and
+        their number.
+      rows: row numbers; the last batch is filled up with padding, so that one compiled program does
+        them all.
       interrupted: asked before each batch; True ends the evaluation, whose result is then None.
     """
     nats = targets = 0.0

@@ -1,20 +1,23 @@
 """A training run from start to end: prepare or resume, step, log, evaluate, save, and sum up.
 
-Steps are dispatched one ahead: while the device computes one, the host prepares and dispatches the next, and reads
-the numbers of the one before. Before evaluating, saving or stopping, the steps on the way are waited for.
+Steps are dispatched one ahead: while the device computes one, the host prepares and dispatches the
+next, and reads the numbers of the one before. Before evaluating, saving or stopping, the steps on
+the way are waited for.
 
 How a run resumes:
 1. workdir.claim: the folder must hold this config's run, up to keys that do not matter.
-2. setup: the newest whole checkpoint gives the state, the position in the data and the number of steps done.
+2. setup: the newest whole checkpoint gives the state, the position in the data and the number of
+   steps done.
 3. Metrics: lines of later steps are dropped, since those steps will be done again.
-4. The schedule is a function of the step alone, so nothing else is remembered. On a CPU with the same versions
-   and cores the resumed run gives the same bits as one that was never stopped.
+4. The schedule is a function of the step alone, so nothing else is remembered. On a CPU with the
+   same versions and cores the resumed run gives the same bits as one that was never stopped.
 """
 
 from __future__ import annotations
 
 import collections
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +50,7 @@ def train(config: Config, folder: Path, *, command: str, console: Console | None
       exit code: 0; 130 or 143 after SIGINT or SIGTERM, the run having been saved.
 
     Raises:
-      ValueError: config, data, folder or checkpoint do not fit together, or the loss is no longer finite.
+      ValueError: config, data, folder or checkpoint do not fit, or the loss is not finite.
       OSError: a file cannot be read or written.
     """
     console = console or Console()
@@ -129,7 +132,7 @@ def _take_batch(run: Run, index: int) -> dict[str, jax.Array]:
 def _settle(
     run: Run, on_the_way: collections.deque[tuple[int, dict[str, jax.Array]]], *, leave: int
 ) -> None:
-    """Waits for the oldest steps on the way until `leave` are left; checks their numbers, logs what is due."""
+    """Waits for the oldest steps until `leave` are left; checks their numbers, logs what is due."""
     while len(on_the_way) > leave:
         index, metrics = on_the_way.popleft()
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
@@ -145,13 +148,15 @@ def _settle(
 
 def _check_finite(run: Run, loss: float, grad_norm: float) -> None:
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        run.checkpoints.wait()
         saved = store.latest(run.folder / "checkpoints")
         since = (
             f"the newest checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
         )
         raise ValueError(
-            f"step {run.step}: loss is {loss} and grad_norm {grad_norm}, which no further step can mend; nothing of it was saved, "
-            f"{since}. Try a lower optim.learning_rate or a longer optim.warmup_steps in another --workdir"
+            f"step {run.step}: loss is {loss} and grad_norm {grad_norm}, which no more steps "
+            f"can mend; nothing of it was saved, {since}. Try a lower optim.learning_rate or a "
+            "longer optim.warmup_steps in another --workdir"
         )
 
 
@@ -172,7 +177,7 @@ def _log(run: Run, loss: float, grad_norm: float, metrics: dict[str, jax.Array])
     run.display.log(line)
 
 
-def _evaluate(run: Run, rows: list[int], **options: Any) -> Evaluation | None:
+def _evaluate(run: Run, rows: Sequence[int], **options: Any) -> Evaluation | None:
     def score(batch: dict[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
         return run.score(run.state, run.place(batch))
 
@@ -189,7 +194,8 @@ def _log_evaluation(run: Run, result: Evaluation | None) -> None:
     }
     run.metrics.write(line)
     run.display.say(
-        f"held-out after step {run.step}: loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte"
+        f"held-out after step {run.step}: loss {result.loss:.4f}, "
+        f"{result.bits_per_byte:.4f} bits per byte"
     )
 
 
@@ -207,7 +213,7 @@ def _save(run: Run) -> None:
 
 
 def _draw_expert_load(run: Run, metrics: dict[str, jax.Array]) -> None:
-    """Draws the experts' load, before the last checkpoint makes the last step a thing of the past."""
+    """Draws the experts' load, before the last checkpoint puts the last step out of reach."""
     if "expert_load" in metrics:
         load_LE = np.asarray(metrics["expert_load"])
         plots.draw_expert_load(

@@ -1,8 +1,9 @@
-"""AdamW as DeepSeek trains with it: global-norm clipping, moments in float32 or bfloat16, decoupled decay.
+"""AdamW as DeepSeek trains with it: global-norm clipping, float32 or bfloat16 moments, decay.
 
-Paper: DeepSeek-V3 (arXiv:2412.19437), sections 3.3.3 (moments in bfloat16) and 4.2. The pieces are optax's; what is
-added is the rounding of both moments when they are stored, the choice of what decays, and a learning rate that
-comes in at each update, so that a schedule never compiles anything again.
+Paper: DeepSeek-V3 (arXiv:2412.19437), sections 3.3.3 (moments in bfloat16) and 4.2. The pieces are
+optax's; what is added is the rounding of both moments when they are stored, the choice of what
+decays, and a learning rate that comes in at each update, so that a schedule never compiles anything
+again.
 
 Departures: the paper does not say what decays; here it is every matrix, and no norm or bias.
 """
@@ -22,7 +23,9 @@ LAYERS = "layers"  # logical axis of a stack of layers: it does not make a norm 
 
 
 class Optimizer(NamedTuple):
-    """`init(params) -> state` and `update(grads, state, params, learning_rate) -> (params, state, grad_norm)`."""
+    """`init(params)` gives the state; `update(grads, state, params, learning_rate)` gives new
+    params, state and the norm of the gradients.
+    """
 
     init: Any
     update: Any
@@ -31,8 +34,8 @@ class Optimizer(NamedTuple):
 def adamw(config: OptimConfig) -> Optimizer:
     """Builds the optimizer of a run.
 
-    `update` takes gradients shaped as the parameters (float32) and a float32 scalar learning rate; `grad_norm` is the
-    global norm before clipping.
+    `update` takes gradients shaped as the parameters (float32) and a float32 scalar learning rate;
+    `grad_norm` is the global norm before clipping.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     chain = optax.named_chain(  # named, so that a checkpoint says optimizer.adam.mu.head.weight
@@ -65,8 +68,8 @@ def scale_by_adam(
 ) -> optax.GradientTransformation:
     """Makes optax's Adam keep both moments in `moment_dtype`.
 
-    The arithmetic is float32; a moment is rounded (to nearest) only when it is stored, and the update of this
-    step uses it unrounded. optax's own `mu_dtype` rounds the first moment alone.
+    The arithmetic is float32; a moment is rounded (to nearest) only when it is stored, and the
+    update of this step uses it unrounded. optax's own `mu_dtype` rounds the first moment alone.
     """
     adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=epsilon)
 
@@ -89,7 +92,7 @@ def scale_by_adam(
 
 
 def decay_mask(params: Any) -> Any:
-    """Marks the parameters that decay: those with two dims or more, the stack of layers not counted.
+    """Marks the parameters that decay: those of two dims or more, the stack of layers not counted.
 
     Args:
       params: nnx variables whose metadata `axes` names each dim.
@@ -102,8 +105,8 @@ def decay_mask(params: Any) -> Any:
         axes = variable.get_metadata("axes", None) if isinstance(variable, nnx.Variable) else None
         if axes is None:
             raise ValueError(
-                f"parameter {jax.tree_util.keystr(path)} has no metadata 'axes', which decides whether it decays; "
-                "declare it with its logical axes"
+                f"parameter {jax.tree_util.keystr(path)} has no metadata 'axes', which "
+                "decides whether it decays; declare it with its logical axes"
             )
         return sum(axis != LAYERS for axis in axes) >= 2
 

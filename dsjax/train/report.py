@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, TensorBoard and W&B for later, a progress display for now."""
+"""What a run tells: metrics.jsonl, TensorBoard and W&B for later, a progress display for now."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from dsjax.config import Config
 
 
 class Metrics:
-    """Sinks of the logged numbers. metrics.jsonl is the one that counts: the pictures and the summary come from it."""
+    """Sinks of the logged numbers; pictures and summary come from one of them, metrics.jsonl."""
 
     def __init__(self, workdir: Path, config: Config, *, first_step: int):
         """Opens the sinks of a run that continues after `first_step` steps.
 
-        Lines of later steps, which a run left that was stopped after its last checkpoint, are dropped: they will be
-        written again.
+        Lines of later steps, left by a run that ended after its last checkpoint, are dropped: they
+        will be written again.
 
         Raises:
           ValueError: wandb is asked for and not installed.
@@ -142,7 +142,7 @@ class Display:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def start_steps(self, done: int) -> None:
-        """Begins the display of steps, of which `done` are behind; a second call changes nothing."""
+        """Begins the display of steps, `done` of them behind; a second call changes nothing."""
         if not self._console.is_terminal or self._progress is not None:
             return
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
@@ -163,10 +163,11 @@ class Display:
             return
         left = (self._total - line["step"]) * line["step_seconds"]
         self.say(
-            f"step {line['step']}/{self._total}  loss {line['loss']:.4f}  mtp {line['mtp_loss']:.4f}  "
-            f"grad_norm {line['grad_norm']:.3f}  lr {line['learning_rate']:.3g}  "
-            f"max_violation {line['max_violation']:.2f}  {line['tokens_per_second']:,.0f} tokens/s  "
-            f"mfu {100 * line['mfu']:.1f}%  eta {duration(left)}"
+            f"step {line['step']}/{self._total}  loss {line['loss']:.4f}  "
+            f"mtp {line['mtp_loss']:.4f}  grad_norm {line['grad_norm']:.3f}  "
+            f"lr {line['learning_rate']:.3g}  max_violation {line['max_violation']:.2f}  "
+            f"{line['tokens_per_second']:,.0f} tokens/s  mfu {100 * line['mfu']:.1f}%  "
+            f"eta {duration(left)}"
         )
 
     def stop(self) -> None:

@@ -1,8 +1,9 @@
 """What changes along a run, as pure functions of its step: batch size, learning rate, loss weights.
 
-Paper: DeepSeek-V3 (arXiv:2412.19437), section 4.2. The paper gives its points in tokens; here they are shares of
-the run's tokens, so that one schedule fits a run of any length. The learning rate warms up in steps, as in the paper.
-No jax here: the numbers are made on the host and given to the compiled step, which never compiles again for them.
+Paper: DeepSeek-V3 (arXiv:2412.19437), section 4.2. The paper gives its points in tokens; here they
+are shares of the run's tokens, so that one schedule fits a run of any length. The learning rate
+warms up in steps, as in the paper. No jax here: the numbers are made on the host and given to the
+compiled step, which never compiles again for them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def batch_size(train: TrainConfig, step: int) -> int:
 
 
 def batch_stages(train: TrainConfig) -> list[tuple[int, int]]:
-    """(first step, sequences) of each stage of the batch ramp, ascending; one stage when there is no ramp.
+    """(first step, sequences) of each stage of the batch ramp, ascending; one without a ramp.
 
     The ramp is cut into at most RAMP_STAGES equal stages, and grows by whole micro-batches.
     """

@@ -1,4 +1,4 @@
-"""Everything that a run needs before its first step: data, mesh, state (new or restored) and compiled programs."""
+"""What a run needs before its first step: data, mesh, new or restored state, programs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Run:
     @property
     def rows_per_pass(self) -> int:
         """Sequences of one forward pass."""
-        return self.config.train.micro_batch_size or self.config.train.batch_size
+        return rows_per_pass(self.config)
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Puts a batch [..., sequences, T+1] on the devices, its sequences split over them."""
@@ -74,6 +74,18 @@ class Run:
         return {name: put(array) for name, array in batch.items()}
 
 
+def rows_per_pass(config: Config) -> int:
+    return config.train.micro_batch_size or config.train.batch_size
+
+
+def _batch_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    axes = ("length",) * (len(shape) - 2) + ("batch", "length")
+    spec = partition_spec(
+        axes, shape, mesh, "sequences of train.micro_batch_size (0: train.batch_size)"
+    )
+    return NamedSharding(mesh, spec)
+
+
 def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -> Run:
     """Sets a run up, or takes it up again where its newest checkpoint is.
 
@@ -82,22 +94,22 @@ def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -
       OSError: a file cannot be read or written.
     """
     started = time.monotonic()
+    mesh = make_mesh(dataclasses.asdict(config.mesh))
+    length = config.data.sequence_length
+    _batch_sharding((rows_per_pass(config), length + 1), mesh)  # refuses before anything is made
+    abstract = abstract_state(config, mesh)
+    placement = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     corpus = _prepare_corpus(config, display)
     rows = PackedSequences(
         corpus.train,
         corpus.tokenizer.special,
-        sequence_length=config.data.sequence_length,
+        sequence_length=length,
         seed=config.data.seed,
         fim_rate=config.data.fim_rate,
     )
     loader = Loader(rows)
-    heldout = heldout_sequences(
-        corpus.heldout, corpus.tokenizer.special, sequence_length=config.data.sequence_length
-    )
+    heldout = heldout_sequences(corpus.heldout, corpus.tokenizer.special, sequence_length=length)
     corpus.tokenizer.save(str(folder))
-    mesh = make_mesh(dataclasses.asdict(config.mesh))
-    abstract = abstract_state(config, mesh)
-    placement = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     checkpoints = store.Store(folder / "checkpoints", keep=config.train.keep)
     for broken in checkpoints.set_aside:
         display.say(f"{broken.parent} held an incomplete checkpoint, now called {broken.name}")
@@ -105,7 +117,6 @@ def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -
     if record:
         loader.restore(record["data"])
     peak = peak_flops(list(mesh.devices.flat))
-    length = config.data.sequence_length
     return Run(
         config=config,
         folder=folder,
@@ -167,6 +178,6 @@ def _restore_or_make(
 
 
 def _compiled_step(config: Config, mesh: Mesh, placement: TrainState, display: Display) -> Compiled:
-    # Without out_shardings the compiler may place the new state elsewhere, where the next step would not take it.
+    # Without out_shardings the compiler may place the new state where the next step cannot take it.
     step = jax.jit(train_step(config), donate_argnums=0, out_shardings=(placement, None))
     return Compiled(step, mesh, announce=lambda: display.say("compiling the training step"))

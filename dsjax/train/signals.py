@@ -1,25 +1,29 @@
-"""Ctrl-C and SIGTERM: the first lets the step finish and the run be saved, the second leaves at once.
+"""Ctrl-C and SIGTERM: the first lets the step finish and the run be saved, the second does not.
 
-Python runs signal handlers between its own instructions, so a handler alone would wait for a long step or compilation.
-The kernel therefore also writes each signal's number to a pipe, and a thread that reads it does the urgent part.
+Python runs signal handlers between its own instructions, so a handler alone would wait for a long
+step or compilation. The kernel therefore also writes each signal's number to a pipe, and a thread
+that reads it does the urgent part.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
 from types import FrameType, TracebackType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_GRACE_SECONDS = 2.0  # for the main thread to leave by itself where there is nothing to save
 
 
 class StopRequest:
     """Context in which signals ask the training loop to stop instead of killing it.
 
-    Until `defer` is called there is nothing to save, and the first signal raises SystemExit. Outside the main thread,
-    where Python allows no handlers, signals keep their usual meaning.
+    Until `defer` is called there is nothing to save: the first signal raises SystemExit, and ends
+    the process where a compilation keeps Python from raising it. Outside the main thread, where
+    Python allows no handlers, signals keep their usual meaning.
     """
 
     def __init__(self) -> None:
@@ -66,20 +70,29 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Runs in the main thread, when Python gets to it."""
-        if not self._deferred:
+        # Raised inside jax's callback of the garbage collector it is lost; `_watch` leaves then.
+        if not self._deferred and not (frame and frame.f_code.co_name.endswith("gc_callback")):
             raise SystemExit(128 + number)
 
     def _watch(self) -> None:
         """Runs in its own thread, as soon as a signal arrives."""
-        while received := os.read(self._read_end, 64):
+        patience = None
+        while True:
+            ready, _, _ = select.select([self._read_end], [], [], patience)
+            if not ready:
+                os._exit(self.exit_code or 1)
+            received = os.read(self._read_end, 64)
+            if not received:
+                return
             for number in received:
                 if number not in _SIGNALS:
                     continue
                 if self._received:
                     os._exit(128 + number)
                 self._received.append(number)
-                name = signal.Signals(number).name
+                patience = None if self._deferred else _GRACE_SECONDS
                 what = "finishing this step, then saving" if self._deferred else "stopping"
+                name = signal.Signals(number).name
                 print(
                     f"\n{name} received: {what}; once more to leave at once",
                     file=sys.stderr,

@@ -49,29 +49,26 @@ def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
 
 
 def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    def rate(key: str) -> str:
-        return f"{summary[key]:.3f}"
-
-    rows = [("held-out loss", f"{summary['eval_loss']:.4f} nats a token")]
     against = [
-        f"{name} {rate(f'{name}_bits_per_byte')}"
+        f"{name} {summary[f'{name}_bits_per_byte']:.3f}"
         for name in ("gzip", "xz")
         if f"{name}_bits_per_byte" in summary
     ]
     compared = f"  ({', '.join(against)}, on the same text)" if against else ""
-    rows.append(("held-out bits per byte", rate("bits_per_byte") + compared))
-    rows.append(("training loss", f"{summary['loss']:.4f}, MTP {summary['mtp_loss']:.4f}"))
-    first, last = summary["max_violation_first"], summary["max_violation_last"]
-    rows.append(("max violation", f"{first:.2f} -> {last:.2f}"))
-    rows.append(("tokens", f"{summary['tokens']:,}"))
-    rows.append(
-        (
-            "wall time",
-            f"{duration(summary['wall_seconds'])}, of it compiling {summary['compile_seconds']:.0f} s",
-        )
-    )
-    if summary["tokens_per_second"] is not None:
-        rows.append(("median step", f"{summary['median_step_seconds']:.3f} s"))
-        rows.append(("tokens per second", f"{summary['tokens_per_second']:,.0f}"))
-        rows.append(("MFU", f"{100 * summary['mfu']:.1f} % of {summary['peak']}"))
+    violation = [f"{summary[f'max_violation_{when}']:.2f}" for when in ("first", "last")]
+    compiling = f"of it compiling {summary['compile_seconds']:.0f} s"
+    rows = [
+        ("held-out loss", f"{summary['eval_loss']:.4f} nats a token"),
+        ("held-out bits per byte", f"{summary['bits_per_byte']:.3f}{compared}"),
+        ("training loss", f"{summary['loss']:.4f}, MTP {summary['mtp_loss']:.4f}"),
+        ("max violation", " -> ".join(violation)),
+        ("tokens", f"{summary['tokens']:,}"),
+        ("wall time", f"{duration(summary['wall_seconds'])}, {compiling}"),
+    ]
+    if summary["tokens_per_second"] is not None:  # None: this session had no step to do
+        rows += [
+            ("median step", f"{summary['median_step_seconds']:.3f} s"),
+            ("tokens per second", f"{summary['tokens_per_second']:,.0f}"),
+            ("MFU", f"{100 * summary['mfu']:.1f} % of {summary['peak']}"),
+        ]
     return rows

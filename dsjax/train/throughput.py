@@ -1,8 +1,9 @@
-"""How fast a run goes, and against what: tokens a second, seconds a step, share of the hardware's peak (MFU).
+"""How fast a run goes: tokens a second, seconds a step, share of the hardware's peak (MFU).
 
-MFU = training FLOPs that the model needs (dsjax.model.flops: causal attention, MTP included, recomputation not) /
-(seconds * peak of all devices). The peak is the vendor's dense bfloat16 figure; for a device
-that is not in the table, such as a CPU, it is the rate of a large matrix product, measured at the start.
+MFU = training FLOPs that the model needs (dsjax.model.flops: causal attention, MTP included,
+recomputation not) / (seconds * peak of all devices). The peak is the vendor's dense bfloat16
+figure; for a device that is not in the table, such as a CPU, it is the rate of a large matrix
+product, measured at the start.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 FLOP/s of a device, by the beginning of jax's device_kind; the first that matches counts.
+# Dense bfloat16 FLOP/s of a device, by the beginning of its device_kind; the first match counts.
 _PEAKS = (
     ("TPU7x", 2307e12 / 2),  # jax shows each of a chip's two cores as a device
     ("TPU v6", 918e12),
@@ -47,8 +48,8 @@ class Rates(NamedTuple):
     mfu: float
 
 
-def peak_flops(devices: Sequence[jax.Device]) -> Peak:
-    """The most that `devices` can do together, in FLOP/s."""
+def peak_flops(devices: Sequence[Any]) -> Peak:
+    """The most that `devices` (of jax) can do together, in FLOP/s."""
     kind = devices[0].device_kind
     for prefix, flops in _PEAKS:
         if kind.startswith(prefix):
@@ -79,7 +80,7 @@ def measure_matmul_flops(size: int = 1536) -> float:
 
 
 class Meter:
-    """Times steps from the end of one to the end of the next; compilation, evaluation and saving are left out.
+    """Times steps, each from the end of the one before; compiling, evaluating, saving left out.
 
     `start` marks the beginning of a stretch of back-to-back steps, `step` the end of each of them.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -17,9 +18,9 @@ from dsjax.config import Config
 
 # Keys that a resumed run may change, because what has been trained so far stays what it was.
 _FREE = (
-    "data.cache_dir", "train.remat", "train.loss_chunk", "train.log_every", "train.eval_every", "train.eval_sequences",
-    "train.checkpoint_every", "train.keep", "train.sample_tokens", "train.tensorboard", "train.wandb_project",
-    "mesh.",
+    "data.cache_dir", "train.remat", "train.loss_chunk", "train.log_every", "train.eval_every",
+    "train.eval_sequences", "train.checkpoint_every", "train.keep", "train.sample_tokens",
+    "train.tensorboard", "train.wandb_project", "mesh.",
 )  # fmt: skip
 _PACKAGES = ("dsjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -40,7 +41,8 @@ def claim(workdir: Path, config: Config) -> None:
         _check_same_run(path, wanted)
     elif (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
         raise ValueError(
-            f"{workdir} holds checkpoints but no config.json, so nobody knows what they are; use another --workdir"
+            f"{workdir} holds checkpoints but no config.json, so nobody knows what they are; "
+            "use another --workdir"
         )
     write_json(path, wanted)
     write_json(workdir / "versions.json", versions())
@@ -60,7 +62,8 @@ def _check_same_run(path: Path, wanted: dict[str, Any]) -> None:
         if stored.get(key, "absent") != asked.get(key, "absent") and not key.startswith(_FREE)
     }
     if "train.steps" in differences and not asked["train.batch_size_start"]:
-        # More steps stretch the schedule from here on. With a batch ramp they would also change the steps behind us.
+        # More steps stretch the schedule from here on. With a batch ramp they would also change the
+        # steps behind us.
         before, now = differences["train.steps"]
         if now >= before:
             del differences["train.steps"]
@@ -69,7 +72,8 @@ def _check_same_run(path: Path, wanted: dict[str, Any]) -> None:
             f"{key} was {was!r} and is now {now!r}" for key, (was, now) in differences.items()
         )
         raise ValueError(
-            f"{path.parent} holds a run of another config: {listed}. Use another --workdir, or set these keys back"
+            f"{path.parent} holds a run of another config: {listed}. "
+            "Use another --workdir, or set these keys back"
         )
 
 
@@ -86,7 +90,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def versions() -> dict[str, Any]:
-    """What decides the bits of a run besides its config: versions, cores, flags, devices, commit."""
+    """What decides a run's bits besides its config: versions, cores, flags, devices, commit."""
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
@@ -115,8 +119,9 @@ def _version(package: str) -> str | None:
         return None  # dsjax runs from a checkout that is not installed
 
 
+@functools.cache  # the code that runs is the one that was there at the start
 def git_commit(folder: Path) -> str | None:
-    """The commit checked out around `folder`, "-dirty" added when files differ from it; None outside git."""
+    """The commit around `folder`, "-dirty" added when files differ from it; None outside git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]

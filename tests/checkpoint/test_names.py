@@ -35,10 +35,10 @@ def test_table_fills_every_parameter_once(name):
     indices: dict[tuple[str, ...], set[tuple[int, ...]]] = {}
     for row in rows:
         shape = wanted[row.path]
-        assert shape[len(row.index) :] == row.target_shape, row
+        assert shape[len(row.slot) :] == row.target_shape, row
         if not row.is_copy:
-            assert row.index not in indices.setdefault(row.path, set()), row
-            indices[row.path].add(row.index)
+            assert row.slot not in indices.setdefault(row.path, set()), row
+            indices[row.path].add(row.slot)
     assert indices.keys() == wanted.keys()
     for path, filled in indices.items():
         stack = wanted[path][: len(next(iter(filled)))]
@@ -77,17 +77,17 @@ def test_table_of_v3_has_as_many_rows_as_published():
 def test_table_of_v3_names_what_is_special():
     rows = {row.name: row for row in names.tensors(PUBLISHED_V3, "deepseek_v3")}
     bias = rows["model.layers.3.mlp.gate.e_score_correction_bias"]
-    assert (bias.path, bias.index) == (("moe_layers", "ffn", "gate", "bias"), (0,))
+    assert (bias.path, bias.slot) == (("moe_layers", "ffn", "gate", "bias"), (0,))
     assert (bias.shape, bias.transpose, bias.keep_float32) == ((256,), False, True)
     assert [row.name for row in rows.values() if row.is_copy] == [
         "model.layers.61.embed_tokens.weight",
         "model.layers.61.shared_head.head.weight",
     ]
     projection = rows["model.layers.61.eh_proj.weight"]
-    assert (projection.path, projection.index) == (("mtp", "eh_proj"), (0,))
+    assert (projection.path, projection.slot) == (("mtp", "eh_proj"), (0,))
     assert (projection.shape, projection.target_shape) == ((7168, 14336), (14336, 7168))
     expert = rows["model.layers.60.mlp.experts.255.down_proj.weight"]
-    assert (expert.path[-2:], expert.index, expert.shape) == (
+    assert (expert.path[-2:], expert.slot, expert.shape) == (
         ("experts", "w_down"),
         (57, 255),
         (7168, 2048),

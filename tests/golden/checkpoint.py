@@ -67,7 +67,7 @@ def parameters(case: Case) -> tuple[ModelConfig, dict[str, Any]]:
     for row in names.tensors(config, family_of(case.config)):
         if not row.is_copy:
             tensor = weight(case, row.name, row.shape)
-            leaves.setdefault(row.path, {})[row.index] = tensor.T if row.transpose else tensor
+            leaves.setdefault(row.path, {})[row.slot] = tensor.T if row.transpose else tensor
     tree: dict[str, Any] = {}
     for path, parts in leaves.items():
         node = tree

@@ -122,14 +122,15 @@ def against_loss_oracle(isolated: bool) -> None:
         name="losses",
         model=config,
         data=DataConfig(sequence_length=ROW, isolate_documents=isolated),
-        train=TrainConfig(loss_chunk=64),
+        train=TrainConfig(loss_chunk=64, remat="none"),
     )
     tokens = checkpoint.tokens(case, ROW + 1)
     segments = np.append(SEGMENTS, SEGMENTS[-1])
     batch = {"tokens": jnp.asarray(tokens)[None], "segment_ids": jnp.asarray(segments)[None]}
-    got = jax.jit(lambda model, batch: loss.losses(model, batch, experiment))(
-        ours.place(config, tree), batch
+    total = jax.jit(
+        lambda model, batch: loss.losses(model, batch, experiment), compiler_options=ours.QUICK
     )
+    got = total(ours.place(config, tree), batch)
     inputs, inner = tokens[:ROW], SEGMENTS if isolated else None
     forward = transformer.forward(inputs, float64(tree), config, inner)
     sums, counts = [], []

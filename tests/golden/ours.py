@@ -20,6 +20,8 @@ from dsjax.precision.policy import Policy
 from tests.golden import checkpoint
 from tests.golden.cases import Case
 
+# A test runs its program once: compiling it well takes longer than running it badly.
+QUICK = {"xla_backend_optimization_level": 0}
 OUTPUTS = ("logits", "norm", "dense", "attention", "moe", "router")
 
 
@@ -92,8 +94,8 @@ def run(
         outputs = module_outputs(model, x_TD, wanted)
         return {"logits": model(tokens_T[None])[0], **outputs} if "logits" in wanted else outputs
 
-    # A module alone takes less time than its compilation.
-    forward = jax.jit(forward) if "logits" in wanted else forward
+    options = None if "logits" in wanted else QUICK
+    forward = jax.jit(forward, compiler_options=options)
     inputs = jnp.asarray(checkpoint.inputs(case, length))
     outputs = forward(model, jnp.asarray(checkpoint.tokens(case, length)), inputs)
     return {name: np.asarray(value) for name, value in outputs.items()}
@@ -124,15 +126,13 @@ def run_hidden(
     """Logits of the main model and the MTP modules on one row of documents, and each expert's
     tokens."""
 
-    @jax.jit
     def forward(model, tokens_BT, segments_BT):
         hidden = model.hidden(tokens_BT, segments_BT)
         mtp = [] if hidden.mtp_DBTD is None else [model.logits(h)[0] for h in hidden.mtp_DBTD]
         counts = hidden.routing and hidden.routing.counts_E
         return Hidden(model.logits(hidden.main_BTD)[0], mtp, counts)
 
+    model, tokens_BT = altered(case, change, edit), checkpoint.tokens(case, length)[None]
     segments_BT = None if segments_T is None else segments_T[None]
-    return jax.tree.map(
-        np.asarray,
-        forward(altered(case, change, edit), checkpoint.tokens(case, length)[None], segments_BT),
-    )
+    outputs = jax.jit(forward, compiler_options=QUICK)(model, tokens_BT, segments_BT)
+    return jax.tree.map(np.asarray, outputs)

@@ -54,7 +54,9 @@ def test_sample_rejects_what_it_cannot_do(options, message):
 
 
 def test_complete_sees_the_last_window_and_compiles_once():
-    """The toy model wants the sum of all tokens up to a position, modulo 11, so any lost or leaked token shows."""
+    """The toy model wants the sum of all tokens up to a position, modulo 11, so any lost or leaked
+    token shows.
+    """
     traces = []
 
     def model(tokens_BT):

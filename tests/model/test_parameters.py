@@ -5,47 +5,54 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.model.layers import RouterState
+from dsjax.model.layers import Embedding, RouterState
+from dsjax.model.moe import MoE
 from dsjax.model.parameters import declarations, initialize, shardings
 from dsjax.model.transformer import Transformer
 from dsjax.parallel.mesh import make_mesh
 from dsjax.precision.policy import Policy
 from tests.closeness import EXACT, assert_close
-from tests.model.tiny import TINY, tiny_model
+from tests.model.tiny import TINY
+
+
+POLICY = Policy(jnp.float32)
 
 
 def _by_path(model):
     return dict(zip((d.path for d in declarations(model)), jax.tree.leaves(model), strict=True))
 
 
+def _moe(seed=0, config=TINY):
+    return initialize(MoE(config, POLICY), jax.random.key(seed))
+
+
 def test_initial_values_depend_on_key_and_path_alone():
-    model, more = tiny_model(), tiny_model(dataclasses.replace(TINY, n_mtp=0))
-    for path, value in _by_path(more).items():
-        assert_close(_by_path(model)[path], value, EXACT, path)
-    assert not np.array_equal(tiny_model(seed=1).embed.weight[...], model.embed.weight[...])
-    leaves = _by_path(model)
-    assert not np.array_equal(leaves["dense_layers.ffn.w_gate"], leaves["dense_layers.ffn.w_up"])
+    want = _by_path(_moe())
+    fewer = _by_path(_moe(config=dataclasses.replace(TINY, n_shared_experts=0)))
+    for path, value in fewer.items():
+        assert_close(value, want[path], EXACT, path)
+    assert not np.array_equal(want["experts.w_gate"], want["experts.w_up"])
+    assert not np.array_equal(want["experts.w_gate"], _by_path(_moe(seed=1))["experts.w_gate"])
 
 
 def test_initial_weights_have_the_configured_spread():
-    weight = np.asarray(tiny_model(dataclasses.replace(TINY, vocab_size=4096)).embed.weight[...])
-    assert abs(weight.std() / TINY.init_std - 1) < 0.01 and abs(weight.mean()) < 0.001
+    weight = initialize(Embedding(4096, 32, TINY.init_std, POLICY), jax.random.key(0)).weight[...]
+    assert abs(np.std(weight) / TINY.init_std - 1) < 0.01 and abs(np.mean(weight)) < 0.001
 
 
-def test_initialize_is_the_same_under_jit_and_split_over_devices():
-    declared = Transformer(TINY, Policy(jnp.float32))
+def test_initialize_is_the_same_split_over_devices():
+    declared = MoE(TINY, POLICY)
     placement = shardings(declared, make_mesh({"fsdp": 4, "tensor": 2}))
-    split = jax.jit(lambda key: initialize(declared, key), out_shardings=placement)(
-        jax.random.key(0)
-    )
-    for path, value in _by_path(tiny_model()).items():
+    make = jax.jit(lambda key: initialize(declared, key), out_shardings=placement)
+    split = make(jax.random.key(0))
+    for path, value in _by_path(_moe()).items():
         np.testing.assert_allclose(_by_path(split)[path], value, rtol=1e-6, err_msg=path)
-    weight = split.moe_layers.ffn.experts.w_up[...]
-    assert weight.sharding.shard_shape(weight.shape) == (2, 8, 32 // 4, 16 // 2)
+    weight = split.experts.w_up[...]
+    assert weight.sharding.shard_shape(weight.shape) == (8, 32 // 4, 16 // 2)
 
 
 def test_router_bias_is_declared_apart_from_the_parameters():
-    kinds = {d.path: d.kind for d in declarations(tiny_model())}
+    kinds = {d.path: d.kind for d in declarations(Transformer(TINY, POLICY))}
     biases = {path for path, kind in kinds.items() if kind is RouterState}
     assert biases == {"moe_layers.ffn.gate.bias", "mtp.layer.ffn.gate.bias"}
 

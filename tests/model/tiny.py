@@ -1,11 +1,14 @@
 """One very small model with every V3 mechanism on, for the tests that need any model."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from dsjax.config import ModelConfig
-from dsjax.model.parameters import initialize
+from dsjax.model.layers import Constant
 from dsjax.model.transformer import Transformer
 from dsjax.precision.policy import Policy
 
@@ -35,8 +38,19 @@ TINY = ModelConfig(
 )
 
 
+@functools.cache
 def tiny_model(config: ModelConfig = TINY, seed: int = 0, compute=jnp.float32) -> Transformer:
-    return initialize(Transformer(config, Policy(compute)), jax.random.key(seed))
+    """A model with values from NumPy, which need no compilation; norms are away from 1, biases from 0."""
+    rng = np.random.default_rng(seed)
+
+    def fill(variable: nnx.Variable) -> nnx.Variable:
+        shape, init = variable.get_value().shape, variable.get_metadata()["init"]
+        if isinstance(init, Constant):
+            return variable.copy(jnp.asarray(init.value + rng.uniform(-0.5, 0.5, shape), jnp.float32))
+        return variable.copy(jnp.asarray(rng.normal(0.0, init.std, shape), jnp.float32))
+
+    declared = Transformer(config, Policy(compute))
+    return jax.tree.map(fill, declared, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> jax.Array:

@@ -1,4 +1,6 @@
-"""Whole runs of a very small model: what they write, that they resume to the bit, and how they fail."""
+"""Whole runs of a very small model: what they write, that they resume to the bit, and how they
+fail.
+"""
 
 import dataclasses
 import functools
@@ -21,8 +23,7 @@ from dsjax.train.step import abstract_state
 MODEL = ModelConfig(
     vocab_size=300,
     dim=16,
-    n_layers=2,
-    n_dense_layers=1,
+    n_layers=1,
     n_heads=2,
     inter_dim=32,
     kv_lora_rank=8,
@@ -40,8 +41,8 @@ MODEL = ModelConfig(
     init_std=0.05,
 )
 LINE_KEYS = set(
-    "step tokens loss mtp_loss balance_loss grad_norm learning_rate tokens_per_second step_seconds mfu max_violation "
-    "dropped_tokens".split()
+    "step tokens loss mtp_loss balance_loss grad_norm learning_rate tokens_per_second "
+    "step_seconds mfu max_violation dropped_tokens".split()
 )
 TIMINGS = {"tokens_per_second", "step_seconds", "mfu"}
 
@@ -58,7 +59,10 @@ def small(tmp_path_factory):
         name="small",
         model=MODEL,
         data=DataConfig(
-            files=f"{root}/*.txt", heldout_fraction=0.2, sequence_length=16, cache_dir=str(root / "cache")
+            files=f"{root}/*.txt",
+            heldout_fraction=0.2,
+            sequence_length=16,
+            cache_dir=str(root / "cache"),
         ),
         train=TrainConfig(
             steps=6,
@@ -127,7 +131,10 @@ def checkpoint(config, folder, step):
     abstract = abstract_state(config, make_mesh({}, n_devices=1))
     state = store.restore(folder / "checkpoints", step, abstract)
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    arrays = {jax.tree_util.keystr(path): (leaf.dtype.name, np.asarray(leaf).tobytes()) for path, leaf in leaves}
+    arrays = {
+        jax.tree_util.keystr(path): (leaf.dtype.name, np.asarray(leaf).tobytes())
+        for path, leaf in leaves
+    }
     return arrays, store.read_record(folder / "checkpoints", step)["data"]
 
 
@@ -143,8 +150,8 @@ def test_run_writes_its_files(finished):
     folder, output = finished
     names = {path.name for path in folder.iterdir()}
     assert names >= {
-        "config.json", "versions.json", "metrics.jsonl", "summary.json", "loss.png", "expert_load.png", "checkpoints",
-        "tokenizer.json", "tokenizer_config.json",
+        "config.json", "versions.json", "metrics.jsonl", "summary.json", "loss.png",
+        "expert_load.png", "checkpoints", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert store.steps(folder / "checkpoints") == [3, 6]
     summary = json.loads((folder / "summary.json").read_text())
@@ -202,12 +209,13 @@ def test_stopped_and_resumed_run_is_identical(small, finished, tmp_path, monkeyp
 
     def exit_code(request):
         seen.append(request)
-        return 143 if len(seen) == 5 else None
+        return 143 if len(seen) >= 5 else None  # asked once before the first step
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(StopRequest, "exit_code", property(exit_code))
-        run(small, folder)
+        code, output = run(small, folder)
+    assert code == 143 and "saved after step 4; to resume: python tools/train.py" in output
     assert store.latest(folder / "checkpoints") == 4 and not (folder / "summary.json").exists()
     with (folder / "metrics.jsonl").open("a") as stream:
         stream.write(json.dumps({"step": 5, "loss": 0.0}) + "\n")  # of a step that a crash undid
@@ -215,12 +223,6 @@ def test_stopped_and_resumed_run_is_identical(small, finished, tmp_path, monkeyp
     assert code == 0 and "after step 4 of 6" in output
     assert untimed(folder) == untimed(finished[0])
     assert checkpoint(small, folder, 6) == checkpoint(small, finished[0], 6)
-
-
-def test_other_seed_is_another_run(small, finished, tmp_path):
-    other = change(small, train={"seed": 1, "steps": 1, "sample_tokens": 0})
-    run(other, tmp_path)
-    assert untimed(tmp_path)[0]["loss"] != untimed(finished[0])[0]["loss"]
 
 
 def test_run_whose_last_evaluation_was_cut_short_gets_it(small, finished, tmp_path):
@@ -238,9 +240,22 @@ def test_run_whose_last_evaluation_was_cut_short_gets_it(small, finished, tmp_pa
 def test_batch_ramp_changes_the_batch_under_way(small, tmp_path):
     """4, 4, 8, 8 sequences a step, on a dense model, whose two programs are soon compiled."""
     dense = ModelConfig(
-        vocab_size=300, dim=16, n_layers=1, n_heads=2, n_dense_layers=1, inter_dim=32, attention="gqa", max_seq_len=16
+        vocab_size=300,
+        dim=16,
+        n_layers=1,
+        n_heads=2,
+        n_dense_layers=1,
+        inter_dim=32,
+        attention="gqa",
+        max_seq_len=16,
     )
-    ramp = {"steps": 4, "batch_size_start": 4, "batch_ramp_fraction": 0.5, "log_every": 1, "eval_every": 0}
+    ramp = {
+        "steps": 4,
+        "batch_size_start": 4,
+        "batch_ramp_fraction": 0.5,
+        "log_every": 1,
+        "eval_every": 0,
+    }
     ramped = dataclasses.replace(change(small, train={**ramp, "sample_tokens": 0}), model=dense)
     run(ramped, tmp_path)
     assert [line["tokens"] for line in lines(tmp_path) if "loss" in line] == [64, 128, 256, 384]
@@ -250,19 +265,22 @@ def test_batch_ramp_changes_the_batch_under_way(small, tmp_path):
 
 def test_run_stops_at_a_loss_that_is_not_finite(small, tmp_path):
     """A rate of 1e38 gives weights that overflow within a few steps; no checkpoint holds them."""
-    wild = change(small, optim={"learning_rate": 1e38, "warmup_steps": 0}, train={"checkpoint_every": 1, "keep": 9})
-    with pytest.raises(ValueError, match=r"step 2: loss is .*nothing of it was saved.*checkpoint is of step 1\. Try a lower"):
+    wild = change(
+        small,
+        optim={"learning_rate": 1e38, "warmup_steps": 0},
+        train={"checkpoint_every": 1, "keep": 9},
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"step 2: loss is .*nothing of it was saved.*checkpoint is of step 1\. Try a lower",
+    ):
         run(wild, tmp_path)
     assert "nan" not in (tmp_path / "metrics.jsonl").read_text().lower()
     assert store.steps(tmp_path / "checkpoints") == [1]
 
 
 def test_workdir_of_another_config_is_refused(small, finished):
-    with pytest.raises(ValueError, match=r"optim\.learning_rate was 0\.01 and is now 0\.02.*Use another --workdir"):
+    with pytest.raises(
+        ValueError, match=r"optim\.learning_rate was 0\.01 and is now 0\.02.*Use another --workdir"
+    ):
         run(change(small, optim={"learning_rate": 0.02}), finished[0])
-
-
-def test_batch_that_does_not_divide_over_the_mesh_is_refused(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(setup, "make_mesh", make_mesh)
-    with pytest.raises(ValueError, match=r"micro_batch_size.*batch=4.*does not divide over mesh\.data=8"):
-        run(small, tmp_path)

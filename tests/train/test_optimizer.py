@@ -38,7 +38,9 @@ def arrays(state) -> dict[str, np.ndarray]:
 
 
 def numpy_adamw(params, grads_by_step, config: OptimConfig, rate: float, rounded: bool):
-    """Loshchilov and Hutter's AdamW with clipping, in float64; moments go through bfloat16 when `rounded`."""
+    """Loshchilov and Hutter's AdamW with clipping, in float64; moments go through bfloat16 when
+    `rounded`.
+    """
     mu = {name: np.zeros_like(p) for name, p in params.items()}
     nu = {name: np.zeros_like(p) for name, p in params.items()}
     norms = []
@@ -79,7 +81,8 @@ def test_adamw_equals_numpy(moment_dtype, clip_norm):
 
     np.testing.assert_allclose(got_norms, norms, rtol=1e-6)
     assert max(norms) > 1 and min(norms) > 0
-    # bfloat16: a moment on a rounding edge may go the other way in float32, one part in 256 of one step of rate 0.01.
+    # bfloat16: a moment on a rounding edge may go the other way in float32, one part in 256 of one
+    # step of rate 0.01.
     atol = 1e-6 if moment_dtype == "float32" else 5e-5
     for name, value in arrays(params).items():
         np.testing.assert_allclose(value, want[name], rtol=0, atol=atol, err_msg=name)

@@ -72,7 +72,7 @@ def test_metrics_says_how_to_get_wandb(tmp_path, monkeypatch):
     monkeypatch.setattr(report.importlib, "import_module", missing)
     config = dataclasses.replace(CONFIG, train=TrainConfig(tensorboard=False, wandb_project="deep"))
     with pytest.raises(
-        ValueError, match="train.wandb_project=deep needs the package wandb; install it"
+        ValueError, match=r"train\.wandb_project=deep needs the package wandb; install it"
     ):
         report.Metrics(tmp_path, config, first_step=0)
 
@@ -83,7 +83,8 @@ def test_display_logs_one_plain_line_without_a_terminal():
         display.start_steps(0)
         display.log(LINE)
     assert output.getvalue().split("\n") == [
-        "step 4/8  loss 2.5000  mtp 2.7500  grad_norm 1.000  lr 0.001  max_violation 0.50  4,096 tokens/s  mfu 25.0%  eta 0:08",
+        "step 4/8  loss 2.5000  mtp 2.7500  grad_norm 1.000  lr 0.001  max_violation 0.50  "
+        "4,096 tokens/s  mfu 25.0%  eta 0:08",
         "",
     ]
 

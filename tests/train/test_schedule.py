@@ -109,7 +109,9 @@ def test_tokens_before_equals_sum_of_batches():
 
 
 def test_knobs_follow_tokens_and_not_steps():
-    """Half the steps of a ramp carry less than half the tokens, so the switches come later than half-way."""
+    """Half the steps of a ramp carry less than half the tokens, so the switches come later than
+    half-way.
+    """
     run = config(
         OptimConfig(warmup_steps=0),
         steps=100,

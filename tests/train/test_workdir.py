@@ -72,7 +72,7 @@ def test_claim_keeps_the_length_of_a_ramped_run(tmp_path):
         CONFIG, train={"batch_size_start": 4, "micro_batch_size": 4, "batch_ramp_fraction": 0.5}
     )
     workdir.claim(tmp_path, ramped)
-    with pytest.raises(ValueError, match="train.steps was 10 and is now 20"):
+    with pytest.raises(ValueError, match=r"train\.steps was 10 and is now 20"):
         workdir.claim(tmp_path, change(ramped, train={"steps": 20}))
 
 
