@@ -1,8 +1,11 @@
-"""Causal attention over expanded keys and values, any number of query heads a key head, values of any width.
+"""Causal attention over expanded keys and values: any number of query heads a key head, values of any width.
 
-`causal_attention` is exact attention that never holds the whole score matrix of a long sequence: queries come in
-chunks, a chunk only meets the keys up to its own end (so half of the causal square is never computed), and the
-backward pass computes a chunk's scores again. Scores and softmax are float32.
+`causal_attention` is exact and never holds a score matrix: queries come in chunks, and a chunk meets
+only the keys up to its own end, so half of the causal square is never computed. The backward pass is
+written down (FlashAttention, arXiv:2205.14135, appendix B): it keeps one number a query and computes
+a chunk's probabilities again. Scores and softmax are float32.
+
+`reference_attention` is the definition, with the whole score matrix and autodiff.
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-_CHUNK, _MAX_CHUNKS = 512, 16
-_MASKED = -1e30  # finite, so that a row of padding gives numbers and not NaN
+# Small chunks stay in cache and skip more of the square; the loop over them is unrolled, so they are few.
+_MIN_CHUNK, _MAX_CHUNKS = 128, 16
+_MASKED = -1e30
 
 
 def causal_attention(
@@ -24,7 +28,7 @@ def causal_attention(
     scale: float,
     segment_ids_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """Attends causally, N query heads sharing P key heads (N a multiple of P).
+    """Attends causally, N query heads sharing P key heads in consecutive groups (N a multiple of P).
 
     Args:
       segment_ids_BT: int32; a query only sees keys of its own segment. None: all earlier ones.
@@ -32,25 +36,8 @@ def causal_attention(
     Returns:
       [B, T, N, W] in q's dtype.
     """
-    length = q_BTNH.shape[1]
-    chunk = max(_CHUNK, -(-length // _MAX_CHUNKS))
-    if length <= chunk:
-        return reference_attention(
-            q_BTNH, k_BTPH, v_BTPW, scale=scale, segment_ids_BT=segment_ids_BT
-        )
-    attend = jax.checkpoint(functools.partial(_attend, scale=scale), static_argnums=(5,))
-    outputs = []
-    for start in range(0, length, chunk):
-        end = min(start + chunk, length)
-        segments = (
-            (None, None)
-            if segment_ids_BT is None
-            else (segment_ids_BT[:, start:end], segment_ids_BT[:, :end])
-        )
-        outputs.append(
-            attend(q_BTNH[:, start:end], k_BTPH[:, :end], v_BTPW[:, :end], *segments, start)
-        )
-    return jnp.concatenate(outputs, axis=1)
+    grouped = _group_heads(q_BTNH, k_BTPH, v_BTPW)
+    return _ungroup_heads(_attention(*grouped, segment_ids_BT, scale))
 
 
 def reference_attention(
@@ -61,26 +48,87 @@ def reference_attention(
     scale: float,
     segment_ids_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """The same with the whole score matrix at once."""
-    return _attend(q_BTNH, k_BTPH, v_BTPW, segment_ids_BT, segment_ids_BT, 0, scale=scale)
+    """The same, with the whole score matrix at once."""
+    q_BPGTH, k_BPTH, v_BPTW = _group_heads(q_BTNH, k_BTPH, v_BTPW)
+    scores = _scores(q_BPGTH, k_BPTH, segment_ids_BT, 0, scale)
+    out = jnp.einsum("BPGTS,BPSW->BPGTW", jax.nn.softmax(scores, axis=-1).astype(v_BPTW.dtype), v_BPTW)
+    return _ungroup_heads(out.astype(q_BTNH.dtype))
 
 
-def _attend(
-    q_BTNH, k_BSPH, v_BSPW, q_segments_BT, k_segments_BS, start: int, *, scale: float
-) -> jax.Array:
-    """Queries at positions start, start + 1, ... against keys at 0 ... S - 1."""
+def _group_heads(q_BTNH, k_BTPH, v_BTPW):
+    """Heads lead and queries fall into the group of their key head: the layout of a batched product."""
     B, T, N, H = q_BTNH.shape
-    S, P = k_BSPH.shape[1:3]
-    q_BTPGH = q_BTNH.reshape(B, T, P, N // P, H)
-    scores = (
-        jnp.einsum("BTPGH,BSPH->BPGTS", q_BTPGH, k_BSPH, preferred_element_type=jnp.float32) * scale
-    )
+    P = k_BTPH.shape[2]
+    q_BPGTH = q_BTNH.reshape(B, T, P, N // P, H).transpose(0, 2, 3, 1, 4)
+    return q_BPGTH, k_BTPH.swapaxes(1, 2), v_BTPW.swapaxes(1, 2)
+
+
+def _ungroup_heads(out_BPGTW):
+    B, P, G, T, W = out_BPGTW.shape
+    return out_BPGTW.transpose(0, 3, 1, 2, 4).reshape(B, T, P * G, W)
+
+
+def _scores(q_BPGTH, k_BPSH, segment_ids_BS, start: int, scale: float) -> jax.Array:
+    """Masked float32 scores of queries at start, start + 1, ... against keys at 0 ... S - 1."""
+    T, S = q_BPGTH.shape[3], k_BPSH.shape[2]
+    scores = jnp.einsum("BPGTH,BPSH->BPGTS", q_BPGTH, k_BPSH, preferred_element_type=jnp.float32)
     visible = (jnp.arange(S)[None] <= jnp.arange(start, start + T)[:, None])[None, None, None]
-    if q_segments_BT is not None:
-        same = q_segments_BT[:, :, None] == k_segments_BS[:, None, :]
-        visible = visible & same[:, None, None]
-    probabilities = jax.nn.softmax(jnp.where(visible, scores, _MASKED), axis=-1).astype(
-        v_BSPW.dtype
-    )
-    out = jnp.einsum("BPGTS,BSPW->BTPGW", probabilities, v_BSPW, preferred_element_type=jnp.float32)
-    return out.reshape(B, T, N, v_BSPW.shape[-1]).astype(q_BTNH.dtype)
+    if segment_ids_BS is not None:
+        same_BTS = segment_ids_BS[:, start : start + T, None] == segment_ids_BS[:, None, :S]
+        visible = visible & same_BTS[:, None, None]
+    return jnp.where(visible, scores * scale, _MASKED)
+
+
+def _chunks(length: int) -> list[tuple[int, int]]:
+    """(start, end) of each chunk of queries."""
+    size = max(_MIN_CHUNK, -(-length // _MAX_CHUNKS))
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(q_BPGTH, k_BPTH, v_BPTW, segment_ids_BT, scale):
+    return _attention_forward(q_BPGTH, k_BPTH, v_BPTW, segment_ids_BT, scale)[0]
+
+
+def _attention_forward(q_BPGTH, k_BPTH, v_BPTW, segment_ids_BT, scale):
+    outputs, log_sums = [], []
+    for start, end in _chunks(q_BPGTH.shape[3]):
+        scores = _scores(q_BPGTH[:, :, :, start:end], k_BPTH[:, :, :end], segment_ids_BT, start, scale)
+        highest = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - highest)
+        total = weights.sum(axis=-1, keepdims=True)
+        out = jnp.einsum(
+            "BPGTS,BPSW->BPGTW",
+            weights.astype(v_BPTW.dtype),
+            v_BPTW[:, :, :end],
+            preferred_element_type=jnp.float32,
+        )
+        outputs.append((out / total).astype(q_BPGTH.dtype))
+        log_sums.append(highest + jnp.log(total))
+    out_BPGTW, log_sum_BPGT1 = jnp.concatenate(outputs, axis=3), jnp.concatenate(log_sums, axis=3)
+    return out_BPGTW, (q_BPGTH, k_BPTH, v_BPTW, segment_ids_BT, out_BPGTW, log_sum_BPGT1)
+
+
+def _attention_backward(scale, residuals, dout_BPGTW):
+    q_BPGTH, k_BPTH, v_BPTW, segment_ids_BT, out_BPGTW, log_sum_BPGT1 = residuals
+    compute = q_BPGTH.dtype
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    # sum over keys of probability times its gradient
+    mean_BPGT1 = product("BPGTW,BPGTW->BPGT", dout_BPGTW, out_BPGTW)[..., None]
+    dq = []
+    dk_BPTH, dv_BPTW = (jnp.zeros(x.shape, jnp.float32) for x in (k_BPTH, v_BPTW))
+    for start, end in _chunks(q_BPGTH.shape[3]):
+        q, dout = q_BPGTH[:, :, :, start:end], dout_BPGTW[:, :, :, start:end]
+        k, v = k_BPTH[:, :, :end], v_BPTW[:, :, :end]
+        scores = _scores(q, k, segment_ids_BT, start, scale)
+        probabilities = jnp.exp(scores - log_sum_BPGT1[:, :, :, start:end])
+        dprobabilities = product("BPGTW,BPSW->BPGTS", dout, v)
+        dscores = probabilities * (dprobabilities - mean_BPGT1[:, :, :, start:end]) * scale
+        dscores, probabilities = dscores.astype(compute), probabilities.astype(compute)
+        dq.append(product("BPGTS,BPSH->BPGTH", dscores, k).astype(compute))
+        dk_BPTH = dk_BPTH.at[:, :, :end].add(product("BPGTS,BPGTH->BPSH", dscores, q))
+        dv_BPTW = dv_BPTW.at[:, :, :end].add(product("BPGTS,BPGTW->BPSW", probabilities, dout))
+    return jnp.concatenate(dq, axis=3), dk_BPTH.astype(k_BPTH.dtype), dv_BPTW.astype(v_BPTW.dtype), None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)

@@ -59,7 +59,8 @@ def _grouped_backward(policy, residuals, dy_AF):
     x_AD, w_EDF, sizes_E = residuals
     compute = policy.compute
     dy_AF = dy_AF.astype(compute)
-    dx_AD = grouped_matmul(dy_AF, w_EDF.astype(compute).swapaxes(1, 2), sizes_E, policy.platform)
+    weight = w_EDF.astype(compute)
+    dx_AD = grouped_matmul(dy_AF, weight, sizes_E, policy.platform, transpose_w=True)
     dw_EDF = grouped_outer(x_AD.astype(compute), dy_AF, sizes_E, policy.platform)
     return dx_AD.astype(x_AD.dtype), dw_EDF.astype(w_EDF.dtype), None
 

@@ -75,7 +75,9 @@ def initial_state(config: Config, mesh: Mesh) -> TrainState:
     """Makes the state of step 0, each device its own part; values depend on `train.seed` alone."""
     model = declared_model(config)
     placement = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    make = jax.jit(lambda key: _make_state(model, config, key), out_shardings=placement)
+    # It runs once, and an optimised random generator per parameter takes the CPU's compiler longer than it saves.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    make = jax.jit(lambda key: _make_state(model, config, key), out_shardings=placement, compiler_options=options)
     return make(jax.random.key(config.train.seed))
 
 
