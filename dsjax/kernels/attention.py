@@ -1,9 +1,9 @@
-"""Causal attention over expanded keys and values: any number of query heads a key head, values of any width.
+"""Causal attention over expanded keys and values; query heads may share a key head.
 
-`causal_attention` is exact and never holds a score matrix: queries come in chunks, and a chunk meets
-only the keys up to its own end, so half of the causal square is never computed. The backward pass is
-written down (FlashAttention, arXiv:2205.14135, appendix B): it keeps one number a query and computes
-a chunk's probabilities again. Scores and softmax are float32.
+`causal_attention` is exact and never holds a score matrix: queries come in chunks, and a chunk
+meets only the keys up to its own end, so half of the causal square is never computed. The backward
+pass is written down (FlashAttention, arXiv:2205.14135, appendix B): it keeps one number a query and
+computes a chunk's probabilities again. Scores and softmax are float32.
 
 `reference_attention` is the definition, with the whole score matrix and autodiff.
 """
@@ -15,7 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-# Small chunks stay in cache and skip more of the square; the loop over them is unrolled, so they are few.
+# Small chunks stay in cache and skip more of the square; their loop is unrolled, so they are few.
 _MIN_CHUNK, _MAX_CHUNKS = 128, 16
 _MASKED = -1e30
 
@@ -28,7 +28,7 @@ def causal_attention(
     scale: float,
     segment_ids_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """Attends causally, N query heads sharing P key heads in consecutive groups (N a multiple of P).
+    """Attends causally; each of P key heads serves N / P consecutive query heads.
 
     Args:
       segment_ids_BT: int32; a query only sees keys of its own segment. None: all earlier ones.
@@ -51,12 +51,14 @@ def reference_attention(
     """The same, with the whole score matrix at once."""
     q_BPGTH, k_BPTH, v_BPTW = _group_heads(q_BTNH, k_BTPH, v_BTPW)
     scores = _scores(q_BPGTH, k_BPTH, segment_ids_BT, 0, scale)
-    out = jnp.einsum("BPGTS,BPSW->BPGTW", jax.nn.softmax(scores, axis=-1).astype(v_BPTW.dtype), v_BPTW)
+    out = jnp.einsum(
+        "BPGTS,BPSW->BPGTW", jax.nn.softmax(scores, axis=-1).astype(v_BPTW.dtype), v_BPTW
+    )
     return _ungroup_heads(out.astype(q_BTNH.dtype))
 
 
 def _group_heads(q_BTNH, k_BTPH, v_BTPW):
-    """Heads lead and queries fall into the group of their key head: the layout of a batched product."""
+    """Brings heads to the front, queries grouped by their key head: a batched product's layout."""
     B, T, N, H = q_BTNH.shape
     P = k_BTPH.shape[2]
     q_BPGTH = q_BTNH.reshape(B, T, P, N // P, H).transpose(0, 2, 3, 1, 4)
@@ -93,7 +95,9 @@ def _attention(q_BPGTH, k_BPTH, v_BPTW, segment_ids_BT, scale):
 def _attention_forward(q_BPGTH, k_BPTH, v_BPTW, segment_ids_BT, scale):
     outputs, log_sums = [], []
     for start, end in _chunks(q_BPGTH.shape[3]):
-        scores = _scores(q_BPGTH[:, :, :, start:end], k_BPTH[:, :, :end], segment_ids_BT, start, scale)
+        scores = _scores(
+            q_BPGTH[:, :, :, start:end], k_BPTH[:, :, :end], segment_ids_BT, start, scale
+        )
         highest = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - highest)
         total = weights.sum(axis=-1, keepdims=True)
@@ -128,7 +132,12 @@ def _attention_backward(scale, residuals, dout_BPGTW):
         dq.append(product("BPGTS,BPSH->BPGTH", dscores, k).astype(compute))
         dk_BPTH = dk_BPTH.at[:, :, :end].add(product("BPGTS,BPGTH->BPSH", dscores, q))
         dv_BPTW = dv_BPTW.at[:, :, :end].add(product("BPGTS,BPGTW->BPSW", probabilities, dout))
-    return jnp.concatenate(dq, axis=3), dk_BPTH.astype(k_BPTH.dtype), dv_BPTW.astype(v_BPTW.dtype), None
+    return (
+        jnp.concatenate(dq, axis=3),
+        dk_BPTH.astype(k_BPTH.dtype),
+        dv_BPTW.astype(v_BPTW.dtype),
+        None,
+    )
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -9,8 +9,8 @@ Three ways, the same numbers, chosen by `platform`, the kind of machine the prog
 
 * tpu: the Mosaic kernel that ships with JAX (megablox). `lax.ragged_dot` turns into a dense masked
   product on v5e, v6e and tpu7x, E times the useful work.
-* cpu: plain XLA, blocks of rows inside a loop over groups. Large blocks keep the product fast, small
-  ones finish a group, so at most a small block a group is wasted; each weight is read once.
+* cpu: plain XLA, blocks of rows inside a loop over groups. Large blocks keep the product fast,
+  small ones finish a group, so at most a small block a group is wasted; each weight is read once.
 * gpu: `lax.ragged_dot`.
 
 On the CPU groups are walked in order and a block may run past the end of its group: the rows there
@@ -53,9 +53,7 @@ def grouped_matmul(
     return matmul(x_AD, w_EDF, sizes_E, transpose_w)
 
 
-def grouped_outer(
-    x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array, platform: str
-) -> jax.Array:
+def grouped_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array, platform: str) -> jax.Array:
     """Sums x^T y over each group's rows: [A, D], [A, F] -> [E, D, F] float32."""
     outer = {"cpu": _blocked_outer, "gpu": _ragged_outer, "tpu": _megablox_outer}[platform]
     return outer(x_AD, y_AF, sizes_E)
@@ -83,7 +81,7 @@ def _group_of_row(rows: int, sizes_E: jax.Array) -> jax.Array:
 
 
 def _for_each_block(size: jax.Array, body: Callable[[Any, jax.Array, int], Any], start: Any) -> Any:
-    """Folds body(carry, first row, rows) over a group of `size` rows; the last block may overhang."""
+    """Folds body(carry, first row, rows) over a group's rows; the last block may overhang."""
     n_large = size // _LARGE_BLOCK
     done = n_large * _LARGE_BLOCK
     n_small = -((done - size) // _SMALL_BLOCK)
@@ -94,12 +92,14 @@ def _for_each_block(size: jax.Array, body: Callable[[Any, jax.Array, int], Any],
 
 
 def _with_overhang(x_AD: jax.Array) -> jax.Array:
-    """Room for the last group's overhang, and for a large block even if there are never so many rows."""
+    """Adds room for the last group's overhang, and for a large block where rows are few."""
     rows = x_AD.shape[0]
     return jnp.pad(x_AD, ((0, max(_SMALL_BLOCK, _LARGE_BLOCK - rows)), (0, 0)))
 
 
-def _blocked_matmul(x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose_w: bool) -> jax.Array:
+def _blocked_matmul(
+    x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose_w: bool
+) -> jax.Array:
     padded_x = _with_overhang(x_AD)
     starts_E = jnp.cumsum(sizes_E) - sizes_E
 
@@ -140,7 +140,9 @@ def _blocked_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.
     return lax.scan(group, None, (starts_E, sizes_E))[1]
 
 
-def _ragged_matmul(x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose_w: bool) -> jax.Array:
+def _ragged_matmul(
+    x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose_w: bool
+) -> jax.Array:
     w_EDF = w_EDF.swapaxes(1, 2) if transpose_w else w_EDF
     out = lax.ragged_dot(x_AD, w_EDF, sizes_E, preferred_element_type=jnp.float32)
     return out.astype(x_AD.dtype)
@@ -155,7 +157,9 @@ def _ragged_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.A
     return lax.ragged_dot_general(x_AD, y_AF, sizes_E, numbers, preferred_element_type=jnp.float32)
 
 
-def _megablox_matmul(x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose_w: bool) -> jax.Array:
+def _megablox_matmul(
+    x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose_w: bool
+) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
     dim, width = w_EDF.shape[1:][::-1] if transpose_w else w_EDF.shape[1:]

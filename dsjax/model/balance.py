@@ -1,18 +1,23 @@
 """Keeping experts evenly used: the bias update and the balance losses.
 
-Every loss has the form sum over i of f_i * P_i for one sequence: f_i is how often i is chosen, scaled so that an even
-load gives 1 each, and P_i is the mean score share of i, through which the gradient flows. An even load and
-uniform scores give exactly 1. They differ in what i is and what counts as chosen:
+Every loss has the form sum over i of f_i * P_i for one sequence: f_i is how often i is chosen,
+scaled so that an even load gives 1 each, and P_i is the mean score share of i, through which the
+gradient flows. An even load and uniform scores give exactly 1. They differ in what i is and what
+counts as chosen:
 
-* sequence-wise (V3, equations 17 to 20): i an expert, chosen when among the K best *unbiased* scores of all experts;
+* sequence-wise (V3, equations 17 to 20): i an expert, chosen when among the K best *unbiased*
+  scores of all experts;
 * expert-level (V1; V2 equations 23 to 25): i an expert, chosen as the router did;
-* device-level (V1; V2 equations 26 to 28): i a group of experts, f the mean and P the sum over the group;
-* communication (V2 equations 29 to 31): i a group, chosen when the token is sent to at least one of its experts.
+* device-level (V1; V2 equations 26 to 28): i a group of experts, f the mean and P the sum over the
+  group;
+* communication (V2 equations 29 to 31): i a group, chosen when the token is sent to at least one of
+  its experts.
 
-A sequence is a row; when documents are isolated it is a document, and documents are averaged by their length, so that
-packing does not change the loss. Padding counts nowhere.
+A sequence is a row; when documents are isolated it is a document, and documents are averaged by
+their length, so that packing does not change the loss. Padding counts nowhere.
 
-Papers: DeepSeekMoE arXiv:2401.06066 section 3.3; V2 arXiv:2405.04434 section 2.2.3; V3 arXiv:2412.19437 section 2.1.2.
+Papers: DeepSeekMoE arXiv:2401.06066 section 3.3; V2 arXiv:2405.04434 section 2.2.3; V3
+arXiv:2412.19437 section 2.1.2.
 """
 
 from __future__ import annotations
@@ -59,7 +64,7 @@ def update_bias(bias_LE: jax.Array, counts_LE: jax.Array, speed: jax.Array | flo
 
 
 def max_violation(counts_LE: jax.Array) -> jax.Array:
-    """(highest load - mean load) / mean load of each layer: float32 [L] (arXiv:2408.15664 section 4.1)."""
+    """(highest load - mean load) / mean load, float32 [L]; arXiv:2408.15664 section 4.1."""
     counts_LE = counts_LE.astype(jnp.float32)
     mean_L = jnp.maximum(counts_LE.mean(axis=-1), 1.0)
     return counts_LE.max(axis=-1) / mean_L - 1.0
@@ -71,7 +76,7 @@ def _chosen(experts_MK: jax.Array, n_experts: int) -> jax.Array:
 
 
 def _document_sums(x_BTX: jax.Array, documents_BT: jax.Array) -> jax.Array:
-    """Sum over a token's document up to that token: at a document's last token, the document's sum."""
+    """Running sums that restart with each document: [B, T, X]."""
     index = jnp.arange(documents_BT.shape[1], dtype=jnp.int32)[None]
     first = jnp.pad(
         documents_BT[:, 1:] != documents_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True
@@ -108,7 +113,8 @@ def balance_loss(
     """Adds up one layer's weighted balance losses.
 
     Args:
-      documents_BT: int32 id of each token's document (row-wide when documents are not isolated); 0 is padding.
+      documents_BT: int32 id of each token's document (row-wide when documents are not isolated); 0
+        is padding.
 
     Returns:
       float32 scalar.

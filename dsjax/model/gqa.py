@@ -1,4 +1,4 @@
-"""Grouped-query attention, multi-head attention included: the dense family, the distills and DeepSeekMoE.
+"""Grouped-query attention, multi-head included: dense family, distills and DeepSeekMoE.
 
 Paper: DeepSeek LLM (arXiv:2401.02954) section 2.2; shapes of Llama and Qwen2.
 """

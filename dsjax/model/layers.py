@@ -1,13 +1,14 @@
-"""What every part of the model is made of: parameter declaration, layer stacks, RMSNorm, SwiGLU, embedding and head.
+"""What every part of the model is made of: parameter declaration, stacks, and the small layers.
 
-A module's constructor declares its parameters without making them: each holds a `jax.ShapeDtypeStruct` plus the names
-of its dimensions and its initialiser. From that one declaration follow the abstract tree, the parameter
-count, the shardings and the initial values (`dsjax.model.parameters`).
+A module's constructor declares its parameters without making them: each holds a
+`jax.ShapeDtypeStruct` plus the names of its dimensions and its initialiser. From that one
+declaration follow the abstract tree, the parameter count, the shardings and the initial values
+(`dsjax.model.parameters`).
 
-Dimension letters, for the whole package: B batch, T query tokens, S key positions, M tokens (B*T), D model width,
-V vocabulary, L layers, N heads, P key-value heads, H query/key head width, R rope width, W value head
-width, Q query latent, C key-value latent, F feed-forward width, E routed experts, K experts a token, G expert groups,
-A assignments (M*K).
+Dimension letters, for the whole package: B batch, T query tokens, S key positions, M tokens (B*T),
+D model width, V vocabulary, L layers, N heads, P key-value heads, H query/key head width, R rope
+width, W value head width, Q query latent, C key-value latent, F feed-forward width, E routed
+experts, K experts a token, G expert groups, A assignments (M*K).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
@@ -44,7 +46,7 @@ class Constant:
 
 
 class RouterState(nnx.Variable):
-    """State of a router that no gradient reaches: the selection bias. Always float32, outside the optimizer."""
+    """A router's selection bias: float32 always, outside gradients and optimizer."""
 
 
 def declare(
@@ -53,7 +55,7 @@ def declare(
     init: Normal | Constant,
     kind: type[nnx.Variable] = nnx.Param,
 ) -> nnx.Variable:
-    """Declares one float32 parameter: its shape, the logical name of each dimension and its initial values."""
+    """Declares one float32 parameter: shape, logical name of each dimension, initial values."""
     return kind(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes, init=init)
 
 
@@ -61,7 +63,7 @@ AnyModule = TypeVar("AnyModule", bound=nnx.Module)
 
 
 def stack(module: AnyModule, count: int) -> AnyModule:
-    """Turns a declared module into `count` of them along a leading `layers` dimension, to be scanned over."""
+    """Turns a declared module into `count` of them along a leading dimension, to scan over."""
 
     def widen(variable: nnx.Variable) -> nnx.Variable:
         metadata = variable.get_metadata()
@@ -104,12 +106,8 @@ class FeedForward(nnx.Module):
         self.policy = policy
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = jax.ad_checkpoint.checkpoint_name(
-            linear(x, self.w_gate[...], self.policy), "swiglu_input"
-        )
-        up = jax.ad_checkpoint.checkpoint_name(
-            linear(x, self.w_up[...], self.policy), "swiglu_input"
-        )
+        gate = checkpoint_name(linear(x, self.w_gate[...], self.policy), "swiglu_input")
+        up = checkpoint_name(linear(x, self.w_up[...], self.policy), "swiglu_input")
         return linear(swiglu(gate, up), self.w_down[...], self.policy)
 
 
@@ -119,12 +117,14 @@ class Embedding(nnx.Module):
         self.policy = policy
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """int32 [...] -> [..., D] in the compute type; an id outside the vocabulary gives NaN, never another row."""
+        """int32 [...] -> [..., D] in the compute type; an id outside the vocabulary gives NaN."""
         return jnp.take(self.weight[...], tokens, axis=0).astype(self.policy.compute)
 
 
 class Head(nnx.Module):
-    """Projection onto the vocabulary; never low precision beyond the compute type, logits in float32."""
+    """Projection onto the vocabulary; never low precision beyond the compute type, logits in
+    float32.
+    """
 
     def __init__(self, dim: int, vocab_size: int, init_std: float):
         self.weight = declare((dim, vocab_size), ("embed", "vocab"), Normal(init_std))

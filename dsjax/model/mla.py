@@ -1,10 +1,11 @@
 """Multi-head latent attention (MLA).
 
-Keys and values are projected up, per head, from one normed latent a token; one rotated key is shared by all heads.
-Decoding then keeps only the latent and that key. Queries come from a latent of their own, or straight from
-the hidden state (V2-Lite).
+Keys and values are projected up, per head, from one normed latent a token; one rotated key is
+shared by all heads. Decoding then keeps only the latent and that key. Queries come from a latent of
+their own, or straight from the hidden state (V2-Lite).
 
-Paper: DeepSeek-V2 (arXiv:2405.04434) section 2.1, equations 9 to 19; V3 (arXiv:2412.19437) section 2.1.1.
+Paper: DeepSeek-V2 (arXiv:2405.04434) section 2.1, equations 9 to 19; V3 (arXiv:2412.19437) section
+2.1.1.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ LATENT_NORM_EPS = 1e-6
 def expand_keys_values(
     latent_BSNX: jax.Array, k_rope_BS1R: jax.Array, nope_dim: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Splits the up-projected latent into values and keys, and appends the shared rotated key to every head's.
+    """Splits the up-projected latent into values and keys, and appends the shared rotated key to
+    every head's.
 
     Args:
       latent_BSNX: [B, S, N, nope_dim + W].
@@ -75,7 +77,7 @@ class MLA(nnx.Module):
     def latents(
         self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        """What decoding caches: the normed latent [B, T, C] and the rotated shared key [B, T, R]."""
+        """What decoding caches: normed latent [B, T, C] and rotated shared key [B, T, R]."""
         kv = checkpoint_name(linear(x_BTD, self.wkv_a[...], self.policy), "latent")
         c_BTC, k_rope_BTR = jnp.split(kv, [self.config.kv_lora_rank], axis=-1)
         k_rope_BTR = rope.rotate_pairs(k_rope_BTR[:, :, None], *angles)[:, :, 0]

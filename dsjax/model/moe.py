@@ -1,4 +1,5 @@
-"""DeepSeekMoE: shared experts that see every token, and routed experts that a router chooses. No token is dropped.
+"""DeepSeekMoE: shared experts that see every token, and routed experts that a router chooses. No
+token is dropped.
 
 Paper: DeepSeekMoE (arXiv:2401.06066) section 3; V3 (arXiv:2412.19437) section 2.1.2.
 """

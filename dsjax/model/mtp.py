@@ -1,14 +1,17 @@
 """Multi-token prediction (MTP): module k predicts the token k + 1 places ahead.
 
-At position i, module k joins the normed embedding of token i + k with the normed hidden state of module k - 1 (the main
-model's for k = 1), projects the pair to the model width and runs one transformer layer. Embedding and output
-head are the main model's; the norm before the head is the module's own.
+At position i, module k joins the normed embedding of token i + k with the normed hidden state of
+module k - 1 (the main model's for k = 1), projects the pair to the model width and runs one
+transformer layer. Embedding and output head are the main model's; the norm before the head is the
+module's own.
 
 Paper: V3 (arXiv:2412.19437) section 2.2, equations 21 to 25. Departures:
 
-1. The embedding comes first in the joined pair, as in the released `eh_proj`; the paper writes the hidden state first.
-2. The first module reads the main model's state after the final norm (`mtp_after_final_norm`), which the paper leaves
-   open and public loaders decide differently; deeper modules read the layer output of the one before.
+1. The embedding comes first in the joined pair, as in the released `eh_proj`; the paper writes the
+   hidden state first.
+2. The first module reads the main model's state after the final norm (`mtp_after_final_norm`),
+   which the paper leaves open and public loaders decide differently; deeper modules read the layer
+   output of the one before.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def shift_left(tokens_BT: jax.Array) -> jax.Array:
-    """Each position takes its right neighbour; the last one takes id 0, which no valid prediction depends on."""
+    """Each position takes its right neighbour; the last one, which predicts nothing, takes 0."""
     return jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
 
 

@@ -57,7 +57,7 @@ def declarations(model: nnx.Module) -> list[Declaration]:
 
 
 def initialize(model: AnyModule, key: jax.Array) -> AnyModule:
-    """Gives a declared model its initial values; each depends on the key and the parameter's own path alone."""
+    """Gives a declared model its initial values, each from the key and its own path alone."""
 
     def make(keys: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
         metadata = variable.get_metadata()
@@ -69,7 +69,7 @@ def initialize(model: AnyModule, key: jax.Array) -> AnyModule:
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """The tree with a NamedSharding for each array: declared variables by their axes, anything else replicated.
+    """Gives each array its NamedSharding: declared variables by their axes, others replicated.
 
     Args:
       tree: a model, or a pytree that holds declared variables, such as an optimizer's moments.

@@ -1,9 +1,10 @@
 """Rotary position embedding: frequencies (plain, linear, YaRN, Llama 3) and the two rotations.
 
-MLA rotates adjacent pairs (channels 0 and 1, 2 and 3, ...), as the released weights expect; the dense family rotates
-channel i with channel i + R/2. Angles and rotation are float32.
+MLA rotates adjacent pairs (channels 0 and 1, 2 and 3, ...), as the released weights expect; the
+dense family rotates channel i with channel i + R/2. Angles and rotation are float32.
 
-Papers: RoPE arXiv:2104.09864; YaRN arXiv:2309.00071, as used in DeepSeek-V2 section 3.1.4 and V3 section 4.3.
+Papers: RoPE arXiv:2104.09864; YaRN arXiv:2309.00071, as used in DeepSeek-V2 section 3.1.4 and V3
+section 4.3.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def attention_scale(config: ModelConfig) -> float:
 
 
 def _rotation_scale(config: ModelConfig) -> float:
-    """What cos and sin are multiplied by under YaRN: 1 where the two mscales agree, as in every released model."""
+    """YaRN's factor on cos and sin: 1 where the two mscales agree, as in every released model."""
     if config.rope_scaling != "yarn":
         return 1.0
     temperature = _yarn_temperature(config.rope_factor, config.mscale)

@@ -3,15 +3,18 @@
 One function serves every generation:
 
 * DeepSeekMoE and V2-Lite: softmax scores, the best K of all experts.
-* V2: softmax scores; experts lie in groups, a group is worth its best expert, only the best groups are eligible.
-* V3 and R1: sigmoid scores; a bias per expert is added for the choice and never for the weights; a group
-  is worth its two best biased scores; the chosen experts' scores are normalised to sum to `route_scale`.
+* V2: softmax scores; experts lie in groups, a group is worth its best expert, only the best groups
+  are eligible.
+* V3 and R1: sigmoid scores; a bias per expert is added for the choice and never for the weights; a
+  group is worth its two best biased scores; the chosen experts' scores are normalised to sum to
+  `route_scale`.
 
-Scores are computed in float32 from float32 weights on every platform. Experts outside the kept groups are masked with
-minus infinity, as in DeepSeek's own code: biased scores may be negative, so the 0 that the Hugging Face port fills
-in would let a masked expert win.
+Scores are computed in float32 from float32 weights on every platform. Experts outside the kept
+groups are masked with minus infinity, as in DeepSeek's own code: biased scores may be negative, so
+the 0 that the Hugging Face port fills in would let a masked expert win.
 
-Papers: DeepSeekMoE (arXiv:2401.06066) section 3; V2 (arXiv:2405.04434) section 2.2; V3 (arXiv:2412.19437) section 2.1.2.
+Papers: DeepSeekMoE (arXiv:2401.06066) section 3; V2 (arXiv:2405.04434) section 2.2; V3
+(arXiv:2412.19437) section 2.1.2.
 """
 
 from __future__ import annotations
@@ -83,7 +86,8 @@ def route(
     Args:
       logits_ME: float32.
       bias_E: float32 selection bias, or None.
-      experts_MK: a choice made elsewhere, to be replayed; weights still come from these logits, with gradients.
+      experts_MK: a choice made elsewhere, to be replayed; weights still come from these logits,
+        with gradients.
     """
     scores_ME = scores(logits_ME, config.score_func)
     if experts_MK is None:

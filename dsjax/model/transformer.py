@@ -1,8 +1,9 @@
-"""The whole model: embedding, dense layers, mixture-of-experts layers, final norm, output head and MTP modules.
+"""The whole model: embedding, dense layers, mixture-of-experts layers, final norm, output head and
+MTP modules.
 
-Dense prefix, MoE body and MTP modules are three stacks, each one set of parameters with a leading layer dimension that
-`lax.scan` walks, so program size and compile time do not grow with depth. The forward pass changes nothing: routing
-statistics and balance losses come out as values.
+Dense prefix, MoE body and MTP modules are three stacks, each one set of parameters with a leading
+layer dimension that `lax.scan` walks, so program size and compile time do not grow with depth. The
+forward pass changes nothing: routing statistics and balance losses come out as values.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from dsjax.precision.matmul import vocabulary_logits
 from dsjax.precision.policy import Policy
 
 _REMAT_POLICIES = {
-    # V3 section 3.2.3: norms, MLA up-projections and the SwiGLU product are computed again; so is the attention core.
+    # V3 section 3.2.3: norms, MLA up-projections and the SwiGLU product are computed again; so is
+    # the attention core.
     "selective": jax.checkpoint_policies.save_only_these_names(
         "latent", "attention", "swiglu_input"
     ),
@@ -62,7 +64,6 @@ class Block(nnx.Module):
             if moe
             else FeedForward(config.dim, config.inter_dim, config.init_std, policy)
         )
-        self.moe = moe
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, balance: BalanceWeights | None
@@ -70,14 +71,14 @@ class Block(nnx.Module):
         x_BTD = constrain(x_BTD, "batch", "length", "width")
         x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), context.angles, context.segment_ids_BT)
         normed_BTD = self.ffn_norm(x_BTD)
-        if not self.moe:
+        if isinstance(self.ffn, FeedForward):
             return x_BTD + self.ffn(normed_BTD), None
         y_BTD, statistics = self.ffn(normed_BTD, context.documents_BT, balance)
         return x_BTD + y_BTD, statistics
 
 
 class Transformer(nnx.Module):
-    """A DeepSeek model. The constructor declares the parameters; `dsjax.model.parameters.initialize` fills them."""
+    """A DeepSeek model, declared; `dsjax.model.parameters.initialize` gives it values."""
 
     def __init__(self, config: ModelConfig, policy: Policy):
         self.embed = Embedding(config.vocab_size, config.dim, config.init_std, policy)
@@ -141,7 +142,8 @@ class Transformer(nnx.Module):
         def mtp_module(carry: tuple[jax.Array, jax.Array, jax.Array], module: MTP):
             hidden_BTD, tokens_BT, ahead_BT = carry
             tokens_BT, ahead_BT = shift_left(tokens_BT), shift_left(ahead_BT)
-            # Where the token that is read lies in no document, or in another, there is no sequence to balance.
+            # Where the token that is read lies in no document, or in another, there is no sequence
+            # to balance.
             documents_BT = jnp.where(ahead_BT == context.documents_BT, ahead_BT, 0)
             hidden_BTD, statistics = module(
                 self.embed(tokens_BT),
@@ -156,7 +158,7 @@ class Transformer(nnx.Module):
             mtp_module = jax.checkpoint(mtp_module, policy=_REMAT_POLICIES[remat])
 
         x_BTD = self.embed(tokens_BT)
-        statistics: list[RoutingStatistics] = []
+        statistics: list[RoutingStatistics | None] = []
         if self.config.n_dense_layers:
             x_BTD, _ = jax.lax.scan(layer, x_BTD, self.dense_layers)
         if self.config.n_moe_layers:

@@ -1,7 +1,8 @@
 """Bringing tokens to their experts and back, without ever dropping one.
 
-`dispatch` sorts the M*K assignments by expert, so that each expert's rows lie together; `combine` undoes the order.
-Both are permutations, and so are their gradients: gathers both ways, no scatter, bit-reproducible.
+`dispatch` sorts the M*K assignments by expert, so that each expert's rows lie together; `combine`
+undoes the order. Both are permutations, and so are their gradients: gathers both ways, no scatter,
+bit-reproducible.
 """
 
 from __future__ import annotations
@@ -56,6 +57,6 @@ _unsort.defvjp(lambda y_AD, plan: (_unsort(y_AD, plan), plan), _unsort_backward)
 
 
 def combine(y_AD: jax.Array, weights_MK: jax.Array, plan: Plan) -> jax.Array:
-    """Sums each token's expert outputs by their weights, in float32: [A, D] -> [M, D] in y's dtype."""
+    """Sums each token's expert outputs by weight, in float32: [A, D] -> [M, D] in y's dtype."""
     y_MKD = _unsort(y_AD, plan).astype(jnp.float32)
     return jnp.einsum("MKD,MK->MD", y_MKD, weights_MK).astype(y_AD.dtype)

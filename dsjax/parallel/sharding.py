@@ -1,7 +1,7 @@
 """The axis table: which mesh axes hold which logical dimension, for parameters and activations.
 
-A parameter names its dimensions where it is declared; an activation names them at block borders through `constrain`.
-Both are looked up here and nowhere else.
+A parameter names its dimensions where it is declared; an activation names them at block borders
+through `constrain`. Both are looked up here and nowhere else.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-# Logical dimension -> mesh axes. Parameters are split over fsdp along the model width, which is gathered at use,
-# and over tensor along heads, feed-forward width and vocabulary, whose products stay split.
+# Logical dimension -> mesh axes. Parameters are split over fsdp along the model width, which is
+# gathered at use, and over tensor along heads, feed-forward width and vocabulary, whose products
+# stay split.
 AXIS_TABLE: dict[str, tuple[str, ...]] = {
     # parameters
     "layers": (),
@@ -40,7 +41,8 @@ def partition_spec(
       path: the array's name, for the errors.
 
     Raises:
-      ValueError: an unknown logical axis, one mesh axis used twice, or a dimension that does not divide.
+      ValueError: an unknown logical axis, one mesh axis used twice, or a dimension that does not
+        divide.
     """
     if len(axes) != len(shape):
         raise ValueError(f"{path}: {len(axes)} logical axes {tuple(axes)} for shape {tuple(shape)}")

@@ -13,9 +13,9 @@ from jax.typing import DTypeLike
 class Policy:
     """Element types of a run and the platform whose kernels it uses.
 
-    Master weights, gradients, router, norm statistics, softmax, rope angles and the loss are float32 always;
-    `compute` is what activations, and weights at use, are. `platform` is "cpu", "gpu" or "tpu": the default is where
-    JAX runs; a program compiled here for elsewhere names it.
+    Master weights, gradients, router, norm statistics, softmax, rope angles and the loss are
+    float32 always; `compute` is what activations, and weights at use, are. `platform` is "cpu",
+    "gpu" or "tpu": the default is where JAX runs; a program compiled here for elsewhere names it.
     """
 
     compute: DTypeLike = jnp.bfloat16

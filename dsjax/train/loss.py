@@ -1,11 +1,13 @@
 """The training loss: next-token cross-entropy, multi-token prediction and balance.
 
-The logits of a batch never exist at once. `cross_entropy` walks over chunks of positions; since the loss is a plain
-sum, each chunk's gradient is known as soon as its logits are, so the forward pass makes it there and then and the
-backward pass only scales it: three vocabulary-sized products a chunk, none of them twice.
+The logits of a batch never exist at once. `cross_entropy` walks over chunks of positions; since the
+loss is a plain sum, each chunk's gradient is known as soon as its logits are, so the forward pass
+makes it there and then and the backward pass only scales it: three vocabulary-sized products a
+chunk, none of them twice.
 
-Paper: V3 (arXiv:2412.19437), equations 23 to 25. An MTP module has fewer targets than the main model (the last k
-positions have none) and yet is divided by the main model's count, as the paper writes it.
+Paper: V3 (arXiv:2412.19437), equations 23 to 25. An MTP module has fewer targets than the main
+model (the last k positions have none) and yet is divided by the main model's count, as the paper
+writes it.
 """
 
 from __future__ import annotations
@@ -124,7 +126,7 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def _chunks(hidden_BTD, targets_BT, mask_BT, policy, width):
-    """Cuts [B, T, ...] into [chunks, B, width, ...], the last one filled up with masked positions."""
+    """Cuts [B, T, ...] into [chunks, B, width, ...]; masked positions fill the last one up."""
     filling = -targets_BT.shape[1] % width
 
     def cut(x):
@@ -167,8 +169,9 @@ def losses(model: Transformer, batch: dict[str, jax.Array], config: Config) -> L
 
     main, main_targets = nll(hidden.main_BTD, 1)
     mtp = mtp_targets = jnp.float32(0)
-    for depth in range(config.model.n_mtp):
-        depth_nll, depth_targets = nll(hidden.mtp_DBTD[depth], depth + 2)
+    modules = [] if hidden.mtp_DBTD is None else hidden.mtp_DBTD
+    for depth, hidden_BTD in enumerate(modules, start=1):
+        depth_nll, depth_targets = nll(hidden_BTD, depth + 1)
         mtp, mtp_targets = mtp + depth_nll, mtp_targets + depth_targets
     routing = hidden.routing
     return Losses(

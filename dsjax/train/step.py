@@ -1,7 +1,8 @@
 """One optimizer step: gradients over the micro-batches, AdamW, and the router's bias update.
 
-The step is a pure function of state, batch and the knobs that a schedule turns. The batch may come as several
-micro-batches; their sums are added before anything is divided, so the result is that of the whole batch.
+The step is a pure function of state, batch and the knobs that a schedule turns. The batch may come
+as several micro-batches; their sums are added before anything is divided, so the result is that of
+the whole batch.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def declared_model(config: Config, platform: str | None = None) -> Transformer:
 
 def split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:
     """Takes a model apart into its structure, its trained parameters and its router state."""
-    return nnx.split(model, nnx.Param, RouterState)
+    structure, params, router = nnx.split(model, nnx.Param, RouterState)
+    return structure, params, router
 
 
 def _make_state(model: Transformer, config: Config, key: jax.Array) -> TrainState:
@@ -75,9 +77,14 @@ def initial_state(config: Config, mesh: Mesh) -> TrainState:
     """Makes the state of step 0, each device its own part; values depend on `train.seed` alone."""
     model = declared_model(config)
     placement = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    # It runs once, and an optimised random generator per parameter takes the CPU's compiler longer than it saves.
+    # It runs once, and an optimised random generator per parameter takes the CPU's compiler longer
+    # than it saves.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    make = jax.jit(lambda key: _make_state(model, config, key), out_shardings=placement, compiler_options=options)
+    make = jax.jit(
+        lambda key: _make_state(model, config, key),
+        out_shardings=placement,
+        compiler_options=options,
+    )
     return make(jax.random.key(config.train.seed))
 
 
@@ -90,10 +97,12 @@ def restored_model(config: Config, state: TrainState) -> Transformer:
 def train_step(
     config: Config, platform: str | None = None
 ) -> Callable[[TrainState, Batch, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
-    """Builds the step: (state, batch, knobs) -> (state, metrics), to be jitted with the state donated.
+    """Builds the step: (state, batch, knobs) -> (state, metrics), to be jitted with the state
+    donated.
 
-    Knobs are float32 scalars: `learning_rate`, `mtp_weight`, `bias_update_speed`. Metrics are scalars, but for
-    `expert_load` [MoE layers and MTP modules, E], each expert's share of its layer's assignments.
+    Knobs are float32 scalars: `learning_rate`, `mtp_weight`, `bias_update_speed`. Metrics are
+    scalars, but for `expert_load` [MoE layers and MTP modules, E], each expert's share of its
+    layer's assignments.
     """
     structure, *_ = split(declared_model(config, platform))
     adamw = optimizer.adamw(config.optim)

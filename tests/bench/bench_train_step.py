@@ -1,9 +1,11 @@
-"""Train step of the V3 architecture against Hugging Face transformers, same shapes, same machine, in one run.
+"""Train step of the V3 architecture against Hugging Face transformers, same shapes, same machine,
+in one run.
 
-80M parameters (width 512, 6 layers of which 1 dense, 32 experts top-4 in 4 groups keeping 2), batch 4 x 512, AdamW,
-float32, no MTP, dropless on both sides, natural routing of an untrained model, random tokens. The sides take turns, so that
-a noisy neighbour hits both; the ratio of medians is printed. The limit is what the largest matrix product of this
-machine would need for the model's FLOPs.
+80M parameters (width 512, 6 layers of which 1 dense, 32 experts top-4 in 4 groups keeping 2), batch
+4 x 512, AdamW, float32, no MTP, dropless on both sides, natural routing of an untrained model,
+random tokens. The sides take turns, so that a noisy neighbour hits both; the ratio of medians is
+printed. The limit is what the largest matrix product of this machine would need for the model's
+FLOPs.
 
 Run: make bench   (needs the extra `reference` for the Hugging Face side)
 """
@@ -158,7 +160,8 @@ def bench_train_step_against_transformers(capsys: pytest.CaptureFixture[str]) ->
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
     with capsys.disabled():
         print(
-            f"\ndsjax: first step (with compilation) {compile_seconds:.1f} s; matmul {matmul_rate() / 1e9:.0f} GFLOP/s"
+            f"\ndsjax: first step (with compilation) {compile_seconds:.1f} s; matmul "
+            f"{matmul_rate() / 1e9:.0f} GFLOP/s"
         )
         for name, seconds in median.items():
             print(f"{name:13} {seconds:.3f} s a step, {BATCH * LENGTH / seconds:.0f} tokens/s")

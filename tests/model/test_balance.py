@@ -1,4 +1,6 @@
-"""Balance losses on worked examples and in closed form; the oracle's comparison is in test_equivalence."""
+"""Balance losses on worked examples and in closed form; the oracle's comparison is in
+test_equivalence.
+"""
 
 import dataclasses
 
@@ -93,7 +95,9 @@ def test_bias_update_lifts_the_idle_and_lowers_the_busy():
 
 
 def test_a_hundred_small_steps_add_up_in_float32():
-    """Released biases lie near 6, where bfloat16 steps are thirty times gamma: there these steps would vanish."""
+    """Released biases lie near 6, where bfloat16 steps are thirty times gamma: there these steps
+    would vanish.
+    """
     bias = jnp.full((1, 2), 6.0)
     for _ in range(100):
         bias = update_bias(bias, jnp.asarray([[3, 1]]), 0.001)

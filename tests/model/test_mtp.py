@@ -11,7 +11,7 @@ def test_shift_left_takes_the_right_neighbour():
 
 
 def test_module_k_sees_k_tokens_further_and_no_more():
-    """Prediction k at position i depends on the tokens up to i + k: shown by embedding gradients."""
+    """Prediction k at position i reads the tokens up to i + k: embedding gradients show it."""
     row, at = jnp.arange(20, dtype=jnp.int32)[None], 8  # every token once
 
     @jax.jit

@@ -14,7 +14,6 @@ from dsjax.precision.policy import Policy
 from tests.closeness import EXACT, assert_close
 from tests.model.tiny import TINY
 
-
 POLICY = Policy(jnp.float32)
 
 

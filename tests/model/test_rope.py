@@ -29,7 +29,9 @@ SCALINGS = {
 
 
 def test_yarn_of_v3_gives_the_published_numbers():
-    """The worked vector of the facts sheet: 192-wide heads, 64 rotated, factor 40 over 4,096 positions."""
+    """The worked vector of the facts sheet: 192-wide heads, 64 rotated, factor 40 over 4,096
+    positions.
+    """
     frequencies = rope.inverse_frequencies(V3)
     want = {
         10: 0.0562341,

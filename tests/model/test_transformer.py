@@ -1,4 +1,6 @@
-"""Properties of the whole model; its numbers against transformers and the oracles are in test_equivalence."""
+"""Properties of the whole model; its numbers against transformers and the oracles are in
+test_equivalence.
+"""
 
 import dataclasses
 
@@ -92,7 +94,8 @@ def test_bfloat16_model_stays_near_float32():
     want = logits(tiny_model(config), row)
     got = logits(tiny_model(config, compute=jnp.bfloat16), row)
     assert got.dtype == jnp.float32
-    # A token whose two best experts nearly tie may choose otherwise, so the typical row is what is compared.
+    # A token whose two best experts nearly tie may choose otherwise, so the typical row is what is
+    # compared.
     errors = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
     assert np.median(errors) < 2 * BF16.bound
 

@@ -40,13 +40,17 @@ TINY = ModelConfig(
 
 @functools.cache
 def tiny_model(config: ModelConfig = TINY, seed: int = 0, compute=jnp.float32) -> Transformer:
-    """A model with values from NumPy, which need no compilation; norms are away from 1, biases from 0."""
+    """A model with values from NumPy, which need no compilation; norms are away from 1, biases from
+    0.
+    """
     rng = np.random.default_rng(seed)
 
     def fill(variable: nnx.Variable) -> nnx.Variable:
         shape, init = variable.get_value().shape, variable.get_metadata()["init"]
         if isinstance(init, Constant):
-            return variable.copy(jnp.asarray(init.value + rng.uniform(-0.5, 0.5, shape), jnp.float32))
+            return variable.copy(
+                jnp.asarray(init.value + rng.uniform(-0.5, 0.5, shape), jnp.float32)
+            )
         return variable.copy(jnp.asarray(rng.normal(0.0, init.std, shape), jnp.float32))
 
     declared = Transformer(config, Policy(compute))

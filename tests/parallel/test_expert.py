@@ -1,4 +1,4 @@
-"""Dispatch and combine: nothing lost, whatever the imbalance, and gradients that are the transpose."""
+"""Dispatch and combine: nothing lost, whatever the imbalance; gradients are the transpose."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,6 @@
-"""The chunked loss against whole logits and autodiff; document borders. Oracles of the papers are in test_equivalence."""
+"""The chunked loss against whole logits and autodiff; document borders. Oracles of the papers are
+in test_equivalence.
+"""
 
 import dataclasses
 
@@ -52,7 +54,7 @@ def test_chunked_loss_equals_whole_logits_in_value_and_gradient(chunk, compute, 
 
 
 def test_logits_of_the_whole_batch_never_exist():
-    """A vocabulary so wide that the batch's logits would dwarf everything else the program holds."""
+    """The vocabulary is so wide that the batch's logits would dwarf all the program holds."""
     batch, length, dim, vocab, chunk = 4, 256, 8, 8192, 64
     hidden = jax.ShapeDtypeStruct((batch, length, dim), jnp.float32)
     weight = jax.ShapeDtypeStruct((dim, vocab), jnp.float32)

@@ -1,4 +1,6 @@
-"""The optimizer step: the same numbers however the batch is cut and spread, and a bias that balances."""
+"""The optimizer step: the same numbers however the batch is cut and spread, and a bias that
+balances.
+"""
 
 import dataclasses
 
@@ -41,7 +43,9 @@ def _state(config, mesh):
     """A state with values from NumPy, laid out on the mesh."""
     _, params, router = split(tiny_model(config.model, config.train.seed))
     made = TrainState(params, router, adamw(config.optim).init(params))
-    return jax.tree.map(lambda x, a: jax.device_put(np.asarray(x), a.sharding), made, abstract_state(config, mesh))
+    return jax.tree.map(
+        lambda x, a: jax.device_put(np.asarray(x), a.sharding), made, abstract_state(config, mesh)
+    )
 
 
 def _run(sizes, micro_batch=BATCH, steps=2, **train):
@@ -76,7 +80,8 @@ def _assert_same_run(got, want):
     for got_leaf, want_leaf in zip(
         jax.tree.leaves(got[0].params), jax.tree.leaves(want[0].params), strict=True
     ):
-        # Adam divides by the gradient's size, which magnifies rounding where gradients nearly vanish.
+        # Adam divides by the gradient's size, which magnifies rounding where gradients nearly
+        # vanish.
         assert_close(got_leaf, want_leaf, F32._replace(bound=1e-4), "parameters")
     for got_leaf, want_leaf in zip(
         jax.tree.leaves(got[0].router), jax.tree.leaves(want[0].router), strict=True
