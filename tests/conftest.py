@@ -5,9 +5,10 @@ import tempfile
 
 # jax reads these when it starts, so they come before its import.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Programs here run once or twice on small inputs, so quick compilation beats quick code.
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    flags = os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"
-    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
 # Many tests, and the commands that some start, compile the same program: once a session is enough.
 _COMPILED = tempfile.TemporaryDirectory(prefix="dsjax-tests-")

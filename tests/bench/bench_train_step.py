@@ -64,7 +64,7 @@ def dsjax_step() -> Callable[[], float]:
         name="bench",
         model=MODEL,
         data=DataConfig(sequence_length=LENGTH),
-        train=TrainConfig(batch_size=BATCH, sequence_balance=0.0, remat="none"),
+        train=TrainConfig(batch_size=BATCH, sequence_balance=0.0),
         optim=OptimConfig(learning_rate=1e-4),
         precision=PrecisionConfig(compute="float32"),
     )
