@@ -63,15 +63,10 @@ class Run:
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Puts a batch [..., sequences, T+1] on the devices, its sequences split over them."""
-
-        def put(array: np.ndarray) -> jax.Array:
-            axes = ("length",) * (array.ndim - 2) + ("batch", "length")
-            spec = partition_spec(
-                axes, array.shape, self.mesh, "a batch of train.micro_batch_size or batch_size"
-            )
-            return jax.device_put(array, NamedSharding(self.mesh, spec))
-
-        return {name: put(array) for name, array in batch.items()}
+        return {
+            name: jax.device_put(array, _batch_sharding(array.shape, self.mesh))
+            for name, array in batch.items()
+        }
 
 
 def rows_per_pass(config: Config) -> int:

@@ -28,7 +28,8 @@ _PACKAGES = ("dsjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gra
 def claim(workdir: Path, config: Config) -> None:
     """Makes `workdir` the folder of this config's run, or checks that it is already.
 
-    Writes config.json and versions.json.
+    A folder in which no step has been done yet is anybody's: a run that was refused, say for its
+    data, can be mended and started again there. Writes config.json and versions.json.
 
     Raises:
       ValueError: the folder holds a run of another config, or checkpoints of an unknown one.
@@ -37,9 +38,12 @@ def claim(workdir: Path, config: Config) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
     wanted = settings.to_dict(config)
-    if path.is_file():
+    checkpoints, metrics = workdir / "checkpoints", workdir / "metrics.jsonl"
+    has_checkpoints = checkpoints.is_dir() and any(checkpoints.iterdir())
+    has_steps = has_checkpoints or (metrics.is_file() and metrics.stat().st_size > 0)
+    if path.is_file() and has_steps:
         _check_same_run(path, wanted)
-    elif (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
+    elif has_checkpoints:
         raise ValueError(
             f"{workdir} holds checkpoints but no config.json, so nobody knows what they are; "
             "use another --workdir"

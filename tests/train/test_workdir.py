@@ -35,6 +35,12 @@ def change(config, **groups):
     )
 
 
+def begin(folder, config):
+    """A run that has done its first step."""
+    workdir.claim(folder, config)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+
+
 def test_claim_writes_config_and_versions(tmp_path):
     workdir.claim(tmp_path / "new" / "run", CONFIG)
     stored = json.loads((tmp_path / "new" / "run" / "config.json").read_text())
@@ -44,7 +50,7 @@ def test_claim_writes_config_and_versions(tmp_path):
 
 
 def test_claim_lists_every_key_of_another_config(tmp_path):
-    workdir.claim(tmp_path, CONFIG)
+    begin(tmp_path, CONFIG)
     other = change(CONFIG, model={"dim": 32}, optim={"learning_rate": 0.1}, train={"steps": 9})
     with pytest.raises(
         ValueError, match=r"holds a run of another config.*Use another --workdir"
@@ -59,8 +65,14 @@ def test_claim_lists_every_key_of_another_config(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model"]["dim"] == 16
 
 
-def test_claim_lets_bookkeeping_mesh_and_length_change(tmp_path):
+def test_claim_takes_a_folder_in_which_no_step_was_done(tmp_path):
     workdir.claim(tmp_path, CONFIG)
+    workdir.claim(tmp_path, change(CONFIG, optim={"learning_rate": 0.1}))
+    assert json.loads((tmp_path / "config.json").read_text())["optim"]["learning_rate"] == 0.1
+
+
+def test_claim_lets_bookkeeping_mesh_and_length_change(tmp_path):
+    begin(tmp_path, CONFIG)
     longer = change(CONFIG, train={"steps": 20, "eval_every": 0, "keep": 9, "log_every": 3})
     workdir.claim(tmp_path, dataclasses.replace(longer, mesh=MeshConfig(data=1, fsdp=4)))
     assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 20
@@ -71,7 +83,7 @@ def test_claim_keeps_the_length_of_a_ramped_run(tmp_path):
     ramped = change(
         CONFIG, train={"batch_size_start": 4, "micro_batch_size": 4, "batch_ramp_fraction": 0.5}
     )
-    workdir.claim(tmp_path, ramped)
+    begin(tmp_path, ramped)
     with pytest.raises(ValueError, match=r"train\.steps was 10 and is now 20"):
         workdir.claim(tmp_path, change(ramped, train={"steps": 20}))
 
@@ -84,6 +96,7 @@ def test_claim_refuses_checkpoints_without_a_config(tmp_path):
 
 def test_claim_refuses_a_broken_config(tmp_path):
     (tmp_path / "config.json").write_text("{")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ValueError, match=r"config\.json is not the config of a run"):
         workdir.claim(tmp_path, CONFIG)
 
