@@ -18,7 +18,7 @@ train: setup
 	$(BIN)/python tools/train.py $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check
@@ -26,4 +26,4 @@ lint: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: setup
-	$(BIN)/python -m pytest -o python_files='bench_*.py' tests/bench --benchmark-only $(ARGS)
+	$(BIN)/python -m pytest -q -o python_files='bench_*.py' -o python_functions='bench_*' tests/bench $(ARGS)

@@ -13,6 +13,7 @@ folder) is never taken for a checkpoint.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ _WHOLE = (  # what Orbax leaves in each complete checkpoint, its commit marks la
     "record/commit_success.txt",
     "commit_success.txt",
 )
+
+
+# Orbax warns that `state` alone, read as a checkpoint, lacks a file of the step's folder.
+logging.getLogger("absl").addFilter(lambda line: "_CHECKPOINT_METADATA" not in line.getMessage())
 
 
 class Store:

@@ -56,7 +56,7 @@ def test_attention_sees_no_later_token_and_no_other_document():
     def influence(v):
         return causal_attention(q, k, v, scale=0.3, segment_ids_BT=segments)[:, at].sum()
 
-    reached = np.abs(np.asarray(jax.grad(influence)(v))).sum(axis=(0, 2, 3)) > 0
+    reached = np.abs(np.asarray(jax.jit(jax.grad(influence))(v))).sum(axis=(0, 2, 3)) > 0
     want = (np.arange(length) <= at) & (np.asarray(segments[0]) == segments[0, at])
     np.testing.assert_array_equal(reached, want)
 

@@ -1,9 +1,11 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dsjax.model.mtp import shift_left
-from tests.model.tiny import tiny_model, tokens
+from tests.model.tiny import TINY, tiny_model, tokens
 
 
 def test_shift_left_takes_the_right_neighbour():
@@ -12,6 +14,7 @@ def test_shift_left_takes_the_right_neighbour():
 
 def test_module_k_sees_k_tokens_further_and_no_more():
     """Prediction k at position i reads the tokens up to i + k: embedding gradients show it."""
+    dense = dataclasses.replace(TINY, n_layers=1, n_dense_layers=1, n_routed_experts=0)
     row, at = jnp.arange(20, dtype=jnp.int32)[None], 8  # every token once
 
     @jax.jit
@@ -20,7 +23,7 @@ def test_module_k_sees_k_tokens_further_and_no_more():
         hidden = model.hidden(row)
         return jnp.concatenate([hidden.main_BTD[None], hidden.mtp_DBTD])[:, 0, at].sum(axis=-1)
 
-    by_depth = np.abs(sensitivity(tiny_model()).embed.weight[...]).sum(axis=-1)
+    by_depth = np.abs(sensitivity(tiny_model(dense)).embed.weight[...]).sum(axis=-1)
     for depth in range(3):
         np.testing.assert_array_equal(np.flatnonzero(by_depth[depth]), np.arange(at + depth + 1))
 

@@ -3,6 +3,7 @@ balances.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def _state(config, mesh):
 
 
 def _run(sizes, micro_batch=BATCH, steps=2, **train):
-    config, mesh = _config(**train), make_mesh(sizes)
+    config, mesh = _config(**train), make_mesh(sizes, math.prod(sizes.values()))
     rows = tokens(BATCH, LENGTH + 1)
     segments = jnp.where(jnp.arange(LENGTH + 1)[None] < 20, 1, 2) * jnp.ones_like(rows)
     segments = segments.at[0, 25:].set(0)  # some padding, in one micro-batch only
@@ -68,7 +69,7 @@ def _run(sizes, micro_batch=BATCH, steps=2, **train):
 
 
 @pytest.fixture(scope="module")
-def one_device():
+def eight_devices():
     return _run({"data": 8})
 
 
@@ -89,31 +90,24 @@ def _assert_same_run(got, want):
         np.testing.assert_array_equal(got_leaf, want_leaf)
 
 
-def test_step_is_the_same_on_every_mesh(one_device):
-    _assert_same_run(_run({"data": 2, "fsdp": 2, "tensor": 2}), one_device)
+def test_step_is_the_same_on_every_mesh(eight_devices):
+    _assert_same_run(_run({"data": 2, "fsdp": 2, "tensor": 2}), eight_devices)
 
 
-def test_accumulated_micro_batches_equal_one_batch(one_device):
-    _assert_same_run(_run({"data": 4, "fsdp": 2}, micro_batch=8), one_device)
+def test_accumulated_micro_batches_on_one_device_equal_one_batch_on_eight(eight_devices):
+    _assert_same_run(_run({"data": 1}, micro_batch=8), eight_devices)
 
 
-def test_router_bias_is_equal_on_every_device(one_device):
-    for bias in jax.tree.leaves(one_device[0].router):
+def test_router_bias_is_equal_on_every_device(eight_devices):
+    for bias in jax.tree.leaves(eight_devices[0].router):
         copies = [np.asarray(shard.data) for shard in bias.addressable_shards]
         assert len(copies) == 8 and np.abs(copies[0]).max() > 0
         for copy in copies[1:]:
             np.testing.assert_array_equal(copy, copies[0])
 
 
-def test_same_seed_gives_the_same_bits_and_another_seed_does_not(one_device):
-    again, other = _run({"data": 8}), _run({"data": 8}, seed=1)
-    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(one_device), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert float(other[1][0]["loss"]) != float(one_device[1][0]["loss"])
-
-
-def test_metrics_say_what_routing_did(one_device):
-    metrics = one_device[1][0]
+def test_metrics_say_what_routing_did(eight_devices):
+    metrics = eight_devices[1][0]
     assert metrics["expert_load"].shape == (TINY.n_moe_layers + TINY.n_mtp, TINY.n_routed_experts)
     np.testing.assert_allclose(metrics["expert_load"].sum(axis=1), 1.0, rtol=1e-6)
     violation = (metrics["expert_load"].max(axis=1) * TINY.n_routed_experts - 1).mean()
@@ -131,10 +125,10 @@ def test_abstract_state_is_the_initial_state_without_memory():
         assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
 
 
-def test_restored_model_has_the_state_s_values(one_device):
-    model = restored_model(_config(), one_device[0])
+def test_restored_model_has_the_state_s_values(eight_devices):
+    model = restored_model(_config(), eight_devices[0])
     paths = [d.path for d in declarations(model)]
     assert paths == [d.path for d in declarations(declared_model(_config()))]
     np.testing.assert_array_equal(
-        model.embed.weight[...], one_device[0].params["embed"]["weight"][...]
+        model.embed.weight[...], eight_devices[0].params["embed"]["weight"][...]
     )
