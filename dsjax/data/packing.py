@@ -1,11 +1,12 @@
 """Rows of one length from documents of any length: shuffle, fill-in-the-middle, pack; evaluation.
 
 Training. In every epoch the documents come in a new random order, each as [begin] tokens [end],
-laid end to end; the epochs follow one another, and row i holds the positions i*T to i*T+T of that
+laid end to end; the epochs follow one another, and window i is the positions i*T to i*T+T of that
 endless stream, T+1 tokens of which T are predicted. So each token is predicted once an epoch, no
-token is padding, and an epoch's tail flows into the next one. A row knows nothing of batches or
-processes: the data of a run is a function of the row numbers alone, and resuming is remembering one
-number.
+token is padding, and an epoch's tail flows into the next one. Rows are the windows with those that
+begin in the same epoch shuffled: neighbours in a batch are of different documents. A row knows
+nothing of batches or processes: the data of a run is a function of the row numbers alone, and
+resuming is remembering one number.
 
 Fill in the middle (V3 section 4.1). A share `fim_rate` of the documents of an epoch is cut at two
 random tokens and becomes
@@ -93,7 +94,7 @@ class PackedSequences:
         }
 
     def epoch_of(self, row: int) -> int:
-        """The epoch that row's first token belongs to."""
+        """The epoch of a row, which is that of its window's first token."""
         position = row * self.sequence_length
         mean_length = self._plain_epoch + _FIM_TOKENS * self.fim_rate * len(self._documents)
         epoch = int(position / mean_length)
@@ -106,10 +107,20 @@ class PackedSequences:
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         if row < 0:
             raise IndexError(f"row {row} is negative")
+        return self.window(self.window_of(row))
+
+    def window_of(self, row: int) -> int:
+        """The window that a row holds."""
+        epoch = self.epoch_of(row)
+        first, end = (-(-self._epoch_start(e) // self.sequence_length) for e in (epoch, epoch + 1))
+        return first + _permute(row - first, end - first, _key("rows", self.seed, epoch))
+
+    def window(self, index: int) -> dict[str, np.ndarray]:
+        """Window `index` of the stream, before the shuffle of rows."""
         tokens = np.empty(self.sequence_length + 1, np.int32)
         segment_ids = np.empty(self.sequence_length + 1, np.int32)
-        epoch = self.epoch_of(row)
-        position = row * self.sequence_length - self._epoch_start(epoch)
+        epoch = self.epoch_of(index)
+        position = index * self.sequence_length - self._epoch_start(epoch)
         place = self._layout(epoch).place_of(position)
         filled, segment = 0, 0
         while filled < len(tokens):
@@ -202,7 +213,7 @@ def _copy(pieces: Sequence[np.ndarray], skip: int, out: np.ndarray) -> int:
     return written
 
 
-def _key(purpose: Literal["order", "fim", "left", "right"], seed: int, epoch: int) -> int:
+def _key(purpose: Literal["order", "rows", "fim", "left", "right"], seed: int, epoch: int) -> int:
     """A 64-bit start for `_mix`, unrelated between purposes, seeds and epochs."""
     digest = hashlib.blake2b(f"{purpose} {seed} {epoch}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
@@ -214,6 +225,23 @@ def _mix(key: int, numbers: np.ndarray) -> np.ndarray:
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))
+
+
+def _permute(index: int, count: int, key: int) -> int:
+    """Where a pseudo-random permutation of range(count) takes `index`, without listing it.
+
+    A Feistel network over the next power of four, walked until it comes back into the range.
+    """
+    half = max((count - 1).bit_length() + 1, 2) // 2
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for turn in range(4):
+            number = np.array([right * 4 + turn], np.uint64)
+            left, right = right, left ^ (int(_mix(key, number)[0]) & mask)
+        index = left << half | right
+        if index < count:
+            return index
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,8 @@ def make_documents(lengths, first=10) -> TokenizedDocuments:
 
 
 def stream_of(rows, count):
-    """What the first `count` rows are windows of, which overlap by one token."""
-    parts = [rows[i]["tokens"] for i in range(count)]
+    """What the first `count` windows show, which overlap by one token."""
+    parts = [rows.window(i)["tokens"] for i in range(count)]
     for left, right in itertools.pairwise(parts):
         assert left[-1] == right[0]
     return np.concatenate([parts[0][:1], *(part[1:] for part in parts)])
@@ -112,7 +112,30 @@ def test_order_is_new_each_epoch_and_fixed_by_the_seed():
 def test_rows_are_frozen():
     """A run that a later version resumes must see the same data; this row was written down once."""
     rows = PackedSequences(make_documents([4, 7, 2]), SPECIAL, sequence_length=12, fim_rate=0.5)
-    assert rows[7]["tokens"].tolist() == [1, 0, 3, 4, 11, 12, 13, 5, 10, 1, 0, 21, 22]
+    assert rows.window(7)["tokens"].tolist() == [1, 0, 3, 4, 11, 12, 13, 5, 10, 1, 0, 21, 22]
+    rows = PackedSequences(make_documents([9] * 9), SPECIAL, sequence_length=12)
+    assert [rows.window_of(row) for row in range(9)] == [6, 4, 7, 0, 3, 2, 1, 8, 5]
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(1, 30), st.sampled_from([0.0, 0.3]))
+def test_rows_are_the_windows_of_their_epoch_shuffled(lengths, length, rate):
+    if sum(lengths) + 2 * len(lengths) <= length:
+        return
+    rows = PackedSequences(make_documents(lengths), SPECIAL, sequence_length=length, fim_rate=rate)
+    for _, group in itertools.groupby(range(60), rows.epoch_of):
+        epoch = list(group)
+        if epoch[-1] < 59:  # whole
+            assert sorted(map(rows.window_of, epoch)) == epoch
+
+
+def test_neighbouring_rows_are_of_different_documents():
+    """A batch of windows that follow one another would be of one document."""
+    rows = PackedSequences(make_documents([600] * 20), SPECIAL, sequence_length=20)
+    batch = [rows[row]["tokens"].max() // 600 for row in range(16)]
+    assert len(set(batch)) >= 9
+    again = PackedSequences(make_documents([600] * 20), SPECIAL, sequence_length=20, seed=1)
+    assert [again.window_of(row) for row in range(16)] != [rows.window_of(row) for row in range(16)]
 
 
 def test_rows_come_in_any_order_from_any_thread():
