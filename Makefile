@@ -26,4 +26,4 @@ lint: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: setup
-	$(BIN)/python -m pytest -q -o python_files='bench_*.py' -o python_functions='bench_*' tests/bench $(ARGS)
+	$(BIN)/python -m tests.bench.bench_train_step

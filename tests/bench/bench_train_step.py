@@ -6,11 +6,13 @@ random tokens. The sides take turns, so that a noisy neighbour hits both; the ra
 printed. The limit is the time that this machine's rate of large matrix products would need for the
 model's FLOPs.
 
-Run: make bench   (needs the extra `reference` for the Hugging Face side)
+Run: make bench, after `pip install -e '.[reference]'` for the Hugging Face side. It runs outside
+pytest, whose configuration here trades speed for quick compilation.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +20,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from dsjax.config import Config, DataConfig, ModelConfig, OptimConfig, PrecisionConfig, TrainConfig
 from dsjax.model.flops import train_flops_per_token
@@ -90,8 +91,9 @@ def dsjax_step() -> Callable[[], float]:
 
 def transformers_step() -> Callable[[], float]:
     """The same step by transformers' DeepseekV3ForCausalLM and torch's AdamW."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     config = transformers.DeepseekV3Config(
         vocab_size=MODEL.vocab_size,
         hidden_size=MODEL.dim,
@@ -141,7 +143,7 @@ def _seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def bench_train_step_against_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+def main() -> None:
     ours, theirs = dsjax_step(), transformers_step()
     compile_seconds = _seconds(ours)
     theirs()
@@ -151,9 +153,12 @@ def bench_train_step_against_transformers(capsys: pytest.CaptureFixture[str]) ->
         times["transformers"].append(_seconds(theirs))
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
     limit = train_flops_per_token(MODEL, LENGTH) * BATCH * LENGTH / measure_matmul_flops(4096)
-    with capsys.disabled():
-        print(f"\ndsjax: first step, with compilation, {compile_seconds:.1f} s")
-        for name, seconds in [*median.items(), ("limit", limit)]:
-            print(f"{name:13} {seconds:.3f} s a step, {BATCH * LENGTH / seconds:.0f} tokens/s")
-        ratio = median["transformers"] / median["dsjax"]
-        print(f"dsjax / transformers: {ratio:.2f}x the tokens/s")
+    print(f"jax {jax.__version__} on {jax.default_backend()}, {os.cpu_count()} cores")
+    print(f"dsjax: first step, with compilation, {compile_seconds:.1f} s")
+    for name, seconds in [*median.items(), ("limit", limit)]:
+        print(f"{name:13} {seconds:.3f} s a step, {BATCH * LENGTH / seconds:.0f} tokens/s")
+    print(f"dsjax / transformers: {median['transformers'] / median['dsjax']:.2f}x the tokens/s")
+
+
+if __name__ == "__main__":
+    main()
