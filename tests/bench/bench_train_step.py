@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -91,8 +92,11 @@ def dsjax_step() -> Callable[[], float]:
 
 def transformers_step() -> Callable[[], float]:
     """The same step by transformers' DeepseekV3ForCausalLM and torch's AdamW."""
-    import torch
-    import transformers
+    try:
+        import torch
+        import transformers
+    except ModuleNotFoundError as error:
+        sys.exit(f"{error.name} is not installed; first: pip install -e '.[reference]'")
 
     config = transformers.DeepseekV3Config(
         vocab_size=MODEL.vocab_size,
@@ -144,7 +148,7 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    ours, theirs = dsjax_step(), transformers_step()
+    theirs, ours = transformers_step(), dsjax_step()
     compile_seconds = _seconds(ours)
     theirs()
     times: dict[str, list[float]] = {"dsjax": [], "transformers": []}
