@@ -39,10 +39,9 @@ class TrainState:
     optimizer: Any
 
 
-def declared_model(config: Config, platform: str | None = None) -> Transformer:
-    """The config's model without values, for the platform that JAX runs on or for another one."""
-    compute = jnp.dtype(config.precision.compute)
-    return Transformer(config.model, Policy(compute, platform) if platform else Policy(compute))
+def declared_model(config: Config) -> Transformer:
+    """The config's model without values."""
+    return Transformer(config.model, Policy(jnp.dtype(config.precision.compute)))
 
 
 def split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:
@@ -56,15 +55,13 @@ def _make_state(model: Transformer, config: Config, key: jax.Array) -> TrainStat
     return TrainState(params, router, optimizer.adamw(config.optim).init(params))
 
 
-def abstract_state(
-    config: Config, mesh: Mesh | AbstractMesh, platform: str | None = None
-) -> TrainState:
+def abstract_state(config: Config, mesh: Mesh | AbstractMesh) -> TrainState:
     """The state's shapes, dtypes and shardings, to restore a checkpoint into or to compile for.
 
     Raises:
       ValueError: parameters that do not divide over the mesh.
     """
-    model = declared_model(config, platform)
+    model = declared_model(config)
     shapes = jax.eval_shape(lambda key: _make_state(model, config, key), jax.random.key(0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -95,7 +92,7 @@ def restored_model(config: Config, state: TrainState) -> Transformer:
 
 
 def train_step(
-    config: Config, platform: str | None = None
+    config: Config,
 ) -> Callable[[TrainState, Batch, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """Builds the step: (state, batch, knobs) -> (state, metrics), to be jitted with the state
     donated.
@@ -104,7 +101,7 @@ def train_step(
     scalars, but for `expert_load` [MoE layers and MTP modules, E], each expert's share of its
     layer's assignments.
     """
-    structure, *_ = split(declared_model(config, platform))
+    structure, *_ = split(declared_model(config))
     adamw = optimizer.adamw(config.optim)
     mtp_depths = max(config.model.n_mtp, 1)
 
