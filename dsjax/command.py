@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import os
 import sys
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dsjax import settings
-from dsjax.config import Config
+from dsjax.config import Config, MeshConfig
 
 SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -65,6 +66,59 @@ def add_config(parser: argparse.ArgumentParser, default: str | Path | None = Non
 def load(arguments: argparse.Namespace) -> Config:
     """Returns the config that the arguments of `add_config` describe."""
     return settings.override(settings.load_config(arguments.config), arguments.set)
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Adds CKPT (`arguments.checkpoint`, a Path), `--dtype` (None: the checkpoint's) and `--mesh`
+    (axis -> size, what `parallel.mesh.submesh` takes).
+    """
+    parser.add_argument(
+        "checkpoint",
+        metavar="CKPT",
+        type=Path,
+        help="Hugging Face folder, converted folder, or folder of a run (its newest checkpoint)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="element type of weights and computation (default: the checkpoint's)",
+    )
+    parser.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        type=mesh_sizes,
+        default={},
+        help="devices along the axes data, fsdp and tensor, e.g. data=2,tensor=4; one may be -1 "
+        "for what is left (default: one device)",
+    )
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """Reads `data=2,tensor=4`.
+
+    Raises:
+      argparse.ArgumentTypeError: an unknown axis, one named twice, or a size that is none.
+    """
+    axes = [field.name for field in dataclasses.fields(MeshConfig)]
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = (piece.strip() for piece in part.partition("="))
+        if axis not in axes or axis in sizes:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} of {text!r} does not set one of the axes {', '.join(axes)} once; "
+                "write e.g. data=2,tensor=4"
+            )
+        if size != "-1" and not (size.isdecimal() and int(size) > 0):
+            raise argparse.ArgumentTypeError(
+                f"{part!r}: the size of a mesh axis is a whole number above 0, or -1 for what is "
+                "left"
+            )
+        sizes[axis] = int(size)
+    try:
+        MeshConfig(**{"data": 1} | sizes)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return sizes
 
 
 def run(

@@ -365,6 +365,10 @@ class PrecisionConfig:
 
     compute: Literal["bfloat16", "float32"] = "bfloat16"
     params: Literal["float32"] = "float32"  # master weights and gradients
+    fp8: Literal["on", "off"] = "off"  # linear layers and experts multiply in E4M3
+    fp8_scale: Literal["fp32", "pow2"] = (
+        "fp32"  # the report's, or powers of two: cheaper to emulate
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

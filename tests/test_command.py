@@ -5,6 +5,7 @@ import errno
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -146,3 +147,34 @@ def test_parser_prints_description_as_it_stands():
     text = command.make_parser("First.\n\n  python tools/x.py --y\n").format_help()
     assert "First.\n\n  python tools/x.py --y\n" in text
     assert isinstance(parser(), argparse.ArgumentParser)
+
+
+def checkpoint_arguments(*argv):
+    example = parser()
+    command.add_checkpoint(example)
+    return example.parse_args(argv)
+
+
+def test_checkpoint_arguments_are_read():
+    arguments = checkpoint_arguments("ckpt", "--dtype", "bfloat16", "--mesh", "data=2, tensor=-1")
+    assert arguments.checkpoint == Path("ckpt") and arguments.dtype == "bfloat16"
+    assert arguments.mesh == {"data": 2, "tensor": -1}
+    arguments = checkpoint_arguments("ckpt")
+    assert arguments.dtype is None and arguments.mesh == {}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("pipe=2", "'pipe=2' of 'pipe=2' does not set one of the axes data, fsdp, tensor once"),
+        ("data=2,data=2", "does not set one of the axes data, fsdp, tensor once"),
+        ("data", "'data': the size of a mesh axis is a whole number above 0, or -1"),
+        ("tensor=0", "'tensor=0': the size of a mesh axis"),
+        ("data=-1,tensor=-1", "only one mesh axis may be -1, not data and tensor"),
+    ],
+)
+def test_checkpoint_mesh_is_checked(mesh, message, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        checkpoint_arguments("ckpt", "--mesh", mesh)
+    assert exit_info.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -19,7 +19,7 @@ FLOORS = {
     "parallel": 3,
     "model": 4,
     "checkpoint": 5,
-    "infer": 5,
+    "infer": 5.5,
     "show": 6,
     "train": 6,
     "posttrain": 7,

@@ -21,10 +21,45 @@ BANNED = {"utils", "util", "common", "helpers", "helper", "misc", "manager", "ba
 # What scripts and people type. Adding is free; removing breaks them and needs a line in
 # CHANGELOG.md.
 FLAGS = {
+    "convert.py": {"--debug", "--help"},
+    "convert.py export": {"--dtype", "--help"},
+    "convert.py import": {"--dtype", "--help"},
+    "convert.py inspect": {"--expect", "--help", "--json"},
+    "generate.py": {
+        "--debug",
+        "--dtype",
+        "--help",
+        "--max-new-tokens",
+        "--mesh",
+        "--min-p",
+        "--out",
+        "--prompt",
+        "--raw",
+        "--seed",
+        "--speculative",
+        "--stop",
+        "--temperature",
+        "--thinking",
+        "--tokens",
+        "--top-k",
+        "--top-p",
+    },
+    "score.py": {
+        "--debug",
+        "--dtype",
+        "--help",
+        "--json",
+        "--logits",
+        "--mesh",
+        "--mtp-logits",
+        "--sequence-length",
+        "--text",
+        "--tokens",
+    },
     "show.py": {"--debug", "--help", "--json", "--set"},
     "train.py": {"--debug", "--help", "--set", "--workdir"},
 }
-PUBLIC_NAMES = {"__version__"}
+PUBLIC_NAMES = {"__version__", "load"}
 
 
 def name(path):
@@ -94,24 +129,34 @@ def test_sources_are_ascii_without_leftovers():
         assert not mark.search(text), f"{name(path)}: {mark.search(text)}"
 
 
-def test_tools_have_frozen_flags():
-    assert {path.name for path in TOOLS} == set(FLAGS)
+def usage(command):
+    """What `command --help` prints; `command` is a tool, or one of its commands."""
+    tool, *words = command.split()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / tool), *words, "--help"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_tool_has_frozen_flags(command):
+    arguments, _, options = usage(command).partition("\noptions:\n")
+    flags = set(re.findall(r"^ +(?:-h, )?(--[\w-]+)", options, re.M))
+    assert flags == FLAGS[command]
+    listed = arguments.partition("\n  COMMAND\n")[2]
+    commands = set(re.findall(r"^    (\w+)", listed, re.M))
+    below = {other.split()[1] for other in FLAGS if other.startswith(f"{command} ")}
+    assert commands == below
+
+
+def test_every_tool_shows_an_example():
+    assert {path.name for path in TOOLS} == {command.split()[0] for command in FLAGS}
     for path in TOOLS:
-        done = subprocess.run(
-            [sys.executable, str(path), "--help"],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-        assert done.returncode == 0, done.stderr
-        options = done.stdout.partition("\noptions:\n")[2]
-        flags = {
-            flag
-            for line in options.splitlines()
-            for flag in re.findall(r"^ +(?:-h, )?(--[\w-]+)", line)
-        }
-        assert flags == FLAGS[path.name], path.name
-        assert f"  python tools/{path.name} " in done.stdout, f"{path.name}: no example in --help"
+        assert f"  python tools/{path.name} " in usage(path.name), path.name
 
 
 def test_package_has_frozen_public_names():

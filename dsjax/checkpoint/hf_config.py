@@ -1,4 +1,4 @@
-"""Hugging Face's config.json -> ModelConfig. Every field is honoured, known to leave the
+"""Hugging Face's config.json <-> ModelConfig. Every field is honoured, known to leave the
 mathematics alone, or refused by name.
 
 Nothing is guessed from a model's name: V2's two published mscale values, for one, differ between
@@ -10,10 +10,15 @@ Where loaders disagree about a field the config is refused rather than read one 
 2. YaRN with only one of `mscale` and `mscale_all_dim`: the missing one has two published defaults.
 3. YaRN without `original_max_position_embeddings`: 4096 in DeepSeek's code,
    `max_position_embeddings` in transformers.
+
+What is written is read again before it is handed out, so that a model that the format cannot
+describe is refused and not changed. `init_std` goes out as `initializer_range` and does not come
+back: V3 publishes 0.02 and was trained from 0.006.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +27,8 @@ from dsjax.checkpoint.names import FAMILIES, Family
 from dsjax.config import ModelConfig
 
 _REQUIRED = object()
+_MOST = 2**31 - 1  # of any integer: what shapes are made of
+_MOST_TENSORS = 1_000_000  # of a checkpoint; V3 has 92,000
 
 # Fields that do not change what the model computes: bookkeeping, text generation, training-only
 # losses, storage.
@@ -43,6 +50,13 @@ _NEUTRAL = frozenset(
 # head_dim and qk_head_dim are derived from the three MLA widths, whatever the file says.
 _NEUTRAL_MLA = frozenset({"head_dim", "qk_head_dim"})
 _ROPE_KINDS = ("default", "linear", "yarn", "llama3")
+_ARCHITECTURES = {
+    "deepseek": "DeepseekForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
 
 
 class _Fields:
@@ -73,7 +87,11 @@ class _Fields:
         return value
 
     def integer(self, name: str, default: Any = _REQUIRED) -> int:
-        return self._typed(name, default, (int,), "an integer", 0)
+        value = self._typed(name, default, (int,), "an integer", 0)
+        if not 0 <= value <= _MOST:
+            self.problems.append(f"{self.place}.{name}={value} is not between 0 and {_MOST:,}")
+            return 0
+        return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
         value = self._typed(name, default, (int, float), "a number", 0.0)
@@ -87,6 +105,13 @@ class _Fields:
 
     def text(self, name: str, default: Any = _REQUIRED) -> str:
         return self._typed(name, default, (str,), "a string", "")
+
+    def block(self, name: str) -> tuple[int, int]:
+        value = self._typed(name, _REQUIRED, (list, tuple), "two integers greater than 0", (1, 1))
+        if len(value) != 2 or not all(type(size) is int and 0 < size <= _MOST for size in value):
+            self.problems.append(f"{self.place}.{name}={value!r} is not two integers above 0")
+            return 1, 1
+        return value[0], value[1]
 
     def fixed(self, name: str, *supported: Any) -> None:
         """Accepts a field only if it is absent, null or one of `supported`."""
@@ -157,6 +182,11 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     else:
         shape |= _experts(fields, family, shape["n_layers"])
     fields.refuse_rest(_NEUTRAL | _NEUTRAL_MLA if mla else _NEUTRAL)
+    layers = shape["n_layers"] + shape.get("n_mtp", 0)
+    if layers * (3 * shape.get("n_routed_experts", 0) + 7) > _MOST_TENSORS:
+        problems.append(
+            f"config.json describes more than {_MOST_TENSORS:,} tensors, beyond any published model"
+        )
     if problems:
         raise ValueError(
             "config.json cannot be honoured: "
@@ -165,6 +195,38 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
             "checkpoint does not need them; otherwise this model is outside what dsjax computes."
         )
     return ModelConfig(**shape)
+
+
+def weight_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of a weight that share a scale; None without `quantization_config`.
+
+    Raises:
+      ValueError: the weights are quantized in another way than DeepSeek's, FP8 E4M3 in blocks.
+    """
+    values = config.get("quantization_config")
+    if values is None:
+        return None
+    place = "config.json.quantization_config"
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{place}={values!r} is not an object")
+    problems: list[str] = []
+    fields = _Fields(values, place, problems)
+    fields.fixed("quant_method", "fp8")
+    if not problems:
+        fields.fixed("fmt", "e4m3")
+        fields.fixed("activation_scheme", "dynamic")
+        fields.fixed("scale_fmt", "float", "ue8m0")  # of activations; a weight's scale is stored
+        fields.fixed("dequantize", False)
+        fields.fixed("expert_dtype", "fp8")
+        block = fields.block("weight_block_size")
+        # Which modules are in FP8 is seen from the tensors themselves.
+        fields.refuse_rest(frozenset({"modules_to_not_convert", "modules_to_convert"}))
+        if not problems:
+            return block
+    raise ValueError(
+        "; ".join(problems) + ". Only FP8 as DeepSeek publishes it (quant_method fp8, e4m3, "
+        "weight_block_size, dynamic activations) can be read; take the original checkpoint"
+    )
 
 
 def _mla(fields: _Fields, heads: int) -> dict[str, Any]:
@@ -187,7 +249,11 @@ def _gqa(fields: _Fields, family: Family, shape: Mapping[str, Any]) -> dict[str,
         fields.seen.add(
             "sliding_window"
         )  # published Qwen2 configs carry a width that the switch above turns off
-    fields.fixed("layer_types", ["full_attention"] * shape["n_layers"])
+    kinds = fields.values.get("layer_types")
+    if isinstance(kinds, list) and len(kinds) == shape["n_layers"]:
+        fields.fixed("layer_types", ["full_attention"] * len(kinds))
+    else:
+        fields.fixed("layer_types")
     return {
         "attention": "gqa",
         "n_kv_heads": fields.integer("num_key_value_heads", heads),
@@ -310,3 +376,193 @@ def _temperature(inner: _Fields, mla: bool) -> dict[str, float]:
             f"{inner.place}: mscale and mscale_all_dim are read by the MLA families only"
         )
     return given
+
+
+def family_for(config: ModelConfig) -> Family:
+    """The family to publish a model as, by its attention and router."""
+    if config.attention == "mla":
+        return "deepseek_v3" if config.router_bias or config.n_mtp else "deepseek_v2"
+    if config.n_routed_experts:
+        return "deepseek"
+    return "qwen2" if config.qkv_bias else "llama"
+
+
+def to_hf(
+    config: ModelConfig,
+    family: Family,
+    *,
+    dtype: str = "bfloat16",
+    block: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """Writes the contents of a config.json that transformers, vLLM and llama.cpp's converter read.
+
+    The ids of special tokens are the tokenizer's business: the caller adds them.
+
+    Args:
+      dtype: of the weights; with FP8 of those that are not.
+      block: rows and columns that share a scale, if the weights are in FP8.
+
+    Raises:
+      ValueError: the family's config.json cannot describe this model; names the fields.
+    """
+    gqa = config.attention == "gqa"
+    values = {
+        "architectures": [_ARCHITECTURES[family]],
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "intermediate_size": config.inter_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.kv_heads if gqa else config.n_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embed,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "torch_dtype": dtype,
+        **_rope_fields(config),
+        **(_gqa_fields(config, family) if gqa else _mla_fields(config)),
+    }
+    if family not in ("llama", "qwen2"):
+        values |= _expert_fields(config, family)
+    if block:
+        values["quantization_config"] = quantization_config(block)
+    _check_reads_back(values, config, family)
+    return values
+
+
+def quantization_config(block: tuple[int, int]) -> dict[str, Any]:
+    """What config.json says of weights in FP8, `block` rows and columns of which share a scale."""
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(block),
+    }
+
+
+def _rope_fields(config: ModelConfig) -> dict[str, Any]:
+    """The settings as published: `rope_theta` and `rope_scaling`, which every loader knows."""
+    kind = config.rope_scaling
+    if kind == "none":
+        return {"rope_theta": config.rope_theta, "rope_scaling": None}
+    # DeepSeek's own code and older loaders read `type`, newer ones `rope_type`.
+    scaling: dict[str, Any] = {"type": kind, "rope_type": kind, "factor": config.rope_factor}
+    if kind != "linear":
+        scaling["original_max_position_embeddings"] = config.original_seq_len
+    if kind == "llama3":
+        scaling |= {
+            "low_freq_factor": config.low_freq_factor,
+            "high_freq_factor": config.high_freq_factor,
+        }
+    if kind == "yarn":
+        scaling |= {"beta_fast": config.beta_fast, "beta_slow": config.beta_slow}
+        if (config.mscale, config.mscale_all_dim) != (1.0, 0.0):
+            scaling |= {"mscale": config.mscale, "mscale_all_dim": config.mscale_all_dim}
+    return {"rope_theta": config.rope_theta, "rope_scaling": scaling}
+
+
+def _mla_fields(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "attention_bias": False,
+        "q_lora_rank": config.q_lora_rank or None,
+        "kv_lora_rank": config.kv_lora_rank,
+        "qk_nope_head_dim": config.qk_nope_head_dim,
+        "qk_rope_head_dim": config.qk_rope_head_dim,
+        "v_head_dim": config.v_head_dim,
+    }
+
+
+def _gqa_fields(config: ModelConfig, family: Family) -> dict[str, Any]:
+    if family == "qwen2":
+        fields: dict[str, Any] = {"use_sliding_window": False}
+    else:
+        fields = {"attention_bias": False}
+    if family == "llama":
+        fields["mlp_bias"] = False
+    if config.qk_head_dim * config.n_heads != config.dim:
+        if family == "deepseek":
+            raise ValueError(
+                f"family deepseek has heads of dim / n_heads values: model.head_dim="
+                f"{config.qk_head_dim} for model.dim={config.dim}, model.n_heads={config.n_heads} "
+                "cannot be written"
+            )
+        fields["head_dim"] = config.qk_head_dim
+    return fields
+
+
+def _expert_fields(config: ModelConfig, family: Family) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "first_k_dense_replace": config.n_dense_layers,
+        "moe_layer_freq": 1,
+        "moe_intermediate_size": config.moe_inter_dim,
+        "n_routed_experts": config.n_routed_experts,
+        "n_shared_experts": config.n_shared_experts,
+        "num_experts_per_tok": config.n_activated_experts,
+        "norm_topk_prob": config.norm_topk,
+        "scoring_func": config.score_func,
+        "routed_scaling_factor": config.route_scale,
+    }
+    if not config.n_routed_experts:  # the router's settings are required and read by nobody
+        fields |= {"scoring_func": "sigmoid" if family == "deepseek_v3" else "softmax"}
+        fields |= {"norm_topk_prob": False}
+    if family == "deepseek":
+        return fields
+    fields |= {"n_group": config.n_expert_groups, "topk_group": config.n_limited_groups}
+    if family == "deepseek_v2":
+        method = "greedy" if config.n_expert_groups == 1 else "group_limited_greedy"
+        return fields | {"topk_method": method}
+    return fields | {"topk_method": "noaux_tc", "num_nextn_predict_layers": config.n_mtp}
+
+
+def _check_reads_back(values: Mapping[str, Any], config: ModelConfig, family: Family) -> None:
+    try:
+        read = from_hf(values)
+    except ValueError as error:
+        raise ValueError(f"family {family} cannot hold this model: {error}") from None
+    wanted, got = _in_use(config), _in_use(read)
+    lost = [
+        f"model.{name}={value!r} (it reads as {got[name]!r})"
+        for name, value in wanted.items()
+        if got[name] != value
+    ]
+    if lost:
+        raise ValueError(
+            f"the config.json of family {family} cannot say {', '.join(lost)}; no loader of "
+            "that family would compute this model"
+        )
+
+
+def _in_use(config: ModelConfig) -> dict[str, Any]:
+    """The fields that this model's mathematics depends on, defaults written out."""
+    fields = dataclasses.asdict(config)
+    unused = {"init_std"}
+    if config.attention == "mla":
+        unused |= {"n_kv_heads", "head_dim", "qkv_bias"}
+    else:
+        fields |= {"n_kv_heads": config.kv_heads, "head_dim": config.qk_head_dim}
+        unused |= {
+            "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
+        }  # fmt: skip
+    if config.rope_scaling == "none":
+        unused |= {"rope_factor"}
+    if config.rope_scaling not in ("yarn", "llama3"):
+        unused |= {"original_seq_len"}
+    if config.rope_scaling != "yarn":
+        unused |= {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
+    if config.rope_scaling != "llama3":
+        unused |= {"low_freq_factor", "high_freq_factor"}
+    if not config.n_routed_experts:
+        unused |= {
+            "n_shared_experts", "n_activated_experts", "moe_inter_dim", "n_expert_groups",
+            "n_limited_groups", "score_func", "group_score", "router_bias", "norm_topk",
+            "route_scale",
+        }  # fmt: skip
+    elif config.n_expert_groups == 1:
+        unused |= {"group_score"}
+    if not config.n_mtp:
+        unused |= {"mtp_after_final_norm"}
+    return {name: value for name, value in fields.items() if name not in unused}

@@ -42,6 +42,7 @@ class Tensor(NamedTuple):
     transpose: bool  # published [out, in], ours [in, out]
     is_copy: bool = False  # a second copy of a leaf that another row fills
     keep_float32: bool = False  # never stored narrower: the router's bias
+    quantized: bool = False  # an FP8 checkpoint stores it in FP8, with a `_scale_inv` beside it
 
     @property
     def target_shape(self) -> tuple[int, ...]:
@@ -62,6 +63,11 @@ class Rule:
     @property
     def transpose(self) -> bool:
         return len(self.shape) == 2
+
+    @property
+    def quantized(self) -> bool:
+        """Every projection; of a layer's other matrices there is only the router's gate."""
+        return self.name.endswith("_proj.weight") or "_proj_with_mqa." in self.name
 
 
 def tensors(config: ModelConfig, family: Family) -> Iterator[Tensor]:
@@ -211,13 +217,13 @@ def _expand(
     rules: list[Rule], prefix: str, stack: tuple[str, ...], index: int, experts: int
 ) -> Iterator[Tensor]:
     for rule in rules:
-        name, path = prefix + rule.name, stack + rule.path
-        if not rule.expert:
+        for expert in range(experts) if rule.expert else (None,):
             yield Tensor(
-                name, path, (index,), rule.shape, rule.transpose, keep_float32=rule.keep_float32
-            )
-            continue
-        for expert in range(experts):
-            yield Tensor(
-                name.format(expert=expert), path, (index, expert), rule.shape, rule.transpose
+                prefix + rule.name.format(expert=expert),
+                stack + rule.path,
+                (index,) if expert is None else (index, expert),
+                rule.shape,
+                rule.transpose,
+                keep_float32=rule.keep_float32,
+                quantized=rule.quantized,
             )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ _WHOLE = (  # what Orbax leaves in each complete checkpoint, its commit marks la
     "commit_success.txt",
 )
 
+# A larger array is stored matrix by matrix, in chunks of at most this size, so that a part of it
+# can be read without the whole.
+CHUNK_BYTES = 256 << 20
 
 # Orbax warns that `state` alone, read as a checkpoint, lacks a file of the step's folder.
 logging.getLogger("absl").addFilter(lambda line: "_CHECKPOINT_METADATA" not in line.getMessage())
@@ -73,8 +77,12 @@ class Store:
         """
         if step in self._manager.all_steps():
             return
+        arrays = _plain(state)
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(_plain(state)),  # pyright: ignore[reportCallIssue]
+            state=ocp.args.StandardSave(  # pyright: ignore[reportCallIssue]
+                arrays,
+                save_args=jax.tree.map(_chunks, arrays),  # pyright: ignore[reportCallIssue]
+            ),
             record=ocp.args.JsonSave(record),  # pyright: ignore[reportCallIssue]
         )
         with _reporting_failure(f"cannot write the checkpoint of step {step} in {self._directory}"):
@@ -177,6 +185,13 @@ def _plain(tree: Any) -> dict[str, Any]:
             node = node.setdefault(group, {})
         node[last] = leaf
     return plain
+
+
+def _chunks(array: jax.Array) -> ocp.SaveArgs:
+    if math.prod(array.shape) * array.dtype.itemsize <= CHUNK_BYTES:
+        return ocp.SaveArgs()
+    matrices = tuple(range(array.ndim - 2))  # the dimensions in front of them
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=matrices)
 
 
 def _lookup(tree: Any, name: tuple[str, ...]) -> Any:

@@ -77,8 +77,9 @@ class Document(NamedTuple):
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
-def find_sources(files: str, *, key: str = "data.files") -> list[Source]:
-    """Finds the files that a comma-separated list of globs matches, sorted by path, each once.
+def find_sources(files: str | Sequence[str], *, key: str = "data.files") -> list[Source]:
+    """Finds the files that globs match, separated by commas or in a sequence; sorted by path, each
+    once.
 
     `~` is the home folder and `**` any depth of folders. An existing file is taken by its name even
     when that holds glob characters.
@@ -88,7 +89,8 @@ def find_sources(files: str, *, key: str = "data.files") -> list[Source]:
       message.
     """
     sources: dict[str, Source] = {}
-    for pattern in (part.strip() for part in files.split(",")):
+    patterns = files.split(",") if isinstance(files, str) else files
+    for pattern in (part.strip() for part in patterns):
         if not pattern:
             continue
         expanded = os.path.expanduser(pattern)

@@ -10,8 +10,10 @@ punctuation together with the line breaks after them. Departures:
   3. Ids 0 to 5 are begin, end, pad and the three fill-in-the-middle tokens, in DeepSeek's spelling.
 
 Special tokens written out in a text are encoded as the characters they are: a document cannot end
-itself. Truncation and padding that a tokenizer.json asks for are turned off, since both would
-change documents silently.
+itself, nor a user's message begin a reply. That holds for all control tokens, among which the
+library counts only those that the file calls special: the releases say `"special": false` of
+<think> and of the roles' tokens. Truncation and padding that a tokenizer.json asks for are turned
+off, since both would change documents silently.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -63,19 +67,23 @@ class SpecialTokens:
     fim: tuple[int, int, int] | None = None  # begin, hole, end
 
 
-class Tokenizer:
-    """A `tokenizers.Tokenizer` with the ids of its special tokens and a fingerprint."""
+class Coder:
+    """Turns text into ids and back, by a `tokenizers.Tokenizer`."""
 
-    def __init__(self, inner: tokenizers.Tokenizer, special: SpecialTokens) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
         inner.no_truncation()
         inner.no_padding()
         inner.encode_special_tokens = True
         self.inner = inner
-        self.special = special
         # Ids may have holes, so the size is not the number of entries.
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
-        content = f"{inner.to_str()}\0{special}"
-        self.fingerprint = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        added = inner.get_added_tokens_decoder()
+        control = {token.content: i for i, token in added.items() if _is_control(token)}
+        self.control = control  # control tokens by name
+        self._control = _any_of(control)
+        self._control_at = re.compile(f"(?={self._control.pattern})(.)", re.DOTALL)
+        parsed = _any_of(name for name in control if not added[control[name]].special)
+        self._parsed_at = re.compile(f"(?={parsed.pattern})")
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without begin and end."""
@@ -87,7 +95,7 @@ class Tokenizer:
         A text of more than two million characters is cut before a line that starts with no space,
         where tokens of the trained tokenizer end anyway.
         """
-        pieces = [list(_pieces(text)) for text in texts]
+        pieces = [[part for piece in _pieces(text) for part in self._cut(piece)] for text in texts]
         with _library_failures("cannot encode a text"):
             encodings = self.inner.encode_batch_fast(
                 [piece for text in pieces for piece in text], add_special_tokens=False
@@ -95,9 +103,36 @@ class Tokenizer:
         ids = iter([np.asarray(encoding.ids, np.uint32) for encoding in encodings])
         return [np.concatenate([next(ids) for _ in text]) for text in pieces]
 
+    def encode_control(self, text: str) -> list[int]:
+        """Ids of a text whose control tokens are meant, as in a rendered chat template."""
+        ids, end = [], 0
+        for match in self._control.finditer(text):
+            ids += [*self.encode(text[end : match.start()]), self.control[match.group()]]
+            end = match.end()
+        return ids + self.encode(text[end:])
+
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special: bool = True) -> str:
         """Text of ids; bytes that are no UTF-8 (a character cut in half) become U+FFFD."""
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def break_control(self, text: str, mark: str) -> str:
+        """The text with `mark` inside every control token that is written out in it."""
+        return self._control_at.sub(lambda match: match.group() + mark, text)
+
+    def _cut(self, text: str) -> list[str]:
+        """The text in parts none of which holds a control token that the library would parse."""
+        cuts = [match.start() + 1 for match in self._parsed_at.finditer(text)]
+        return [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
+
+
+class Tokenizer(Coder):
+    """A coder with the ids that packing adds, and a fingerprint."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, special: SpecialTokens) -> None:
+        super().__init__(inner)
+        self.special = special
+        content = f"{inner.to_str()}\0{special}"
+        self.fingerprint = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
     def save(self, folder: str) -> None:
         """Writes tokenizer.json and tokenizer_config.json, which `load_tokenizer` reads."""
@@ -128,11 +163,21 @@ def load_tokenizer(path: str) -> Tokenizer:
             f"data.tokenizer={path!r} is not a file; give a tokenizer.json, or leave it empty to "
             "train one"
         )
-    with _library_failures(f"data.tokenizer={path!r} is not a tokenizer.json that can be read"):
+    inner = read_file(path, name=f"data.tokenizer={path!r}")
+    return Tokenizer(inner, _find_special(inner, path))
+
+
+def read_file(path: str, *, name: str) -> tokenizers.Tokenizer:
+    """Reads a tokenizer.json; messages begin with `name`.
+
+    Raises:
+      ValueError: not a tokenizer, or one without tokens.
+    """
+    with _library_failures(f"{name} is not a tokenizer.json that can be read"):
         inner = tokenizers.Tokenizer.from_file(path)
     if not inner.get_vocab_size():
-        raise ValueError(f"data.tokenizer={path!r} has an empty vocabulary")
-    return Tokenizer(inner, _find_special(inner, path))
+        raise ValueError(f"{name} has an empty vocabulary")
+    return inner
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
@@ -216,6 +261,16 @@ def _read_config(path: str) -> dict[str, Any]:
         raise ValueError(f"{path} holds no JSON object; repair it or remove it")
     unwrapped = {key: value["content"] for key, value in config.items() if _is_wrapped(value)}
     return {**config, **unwrapped}
+
+
+def _is_control(token: tokenizers.AddedToken) -> bool:
+    return token.special or (token.content.startswith("<") and len(token.content) > 1)
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Matches one of the names, the longest that fits; nothing where there are none."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def _is_wrapped(value: object) -> bool:

@@ -1,94 +1,194 @@
-"""Choosing the next token, and a plain way to continue a text.
+"""Choosing the next token: temperature, top-k, top-p and min-p, each row with settings of its own.
 
-`complete` runs the whole window again for each token. That suits the sample at the end of a
-training run, where a compiled cache would cost more than it saves.
+The filters come in the order of Hugging Face transformers: the logits are divided by the
+temperature; top-k keeps the k likeliest; top-p keeps the fewest of those whose probabilities,
+renormalised, together reach p; min-p keeps what is at least min_p times as likely as the likeliest.
+Among equal logits the lower ids stay. Each filter keeps a beginning of the sorted row, so all of
+them together come down to one number a row, how many tokens stay, and only values are sorted.
+
+A draw depends on its row's seed and position alone: not on the batch, its order or its neighbours.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+_COLDEST = float(np.finfo(np.float32).tiny)  # what lies below counts as zero on some machines
+_RANDOM = "threefry2x32"  # named, since the default of the process can be another
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How one request draws its tokens; temperature 0 takes the likeliest.
+
+    Raises:
+      ValueError: a setting is out of its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0  # 0 keeps every token
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature={self.temperature} must be finite and not negative; 0 takes the "
+                "likeliest token"
+            )
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must not be negative; 0 keeps every token")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]; 1 keeps every token")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p} must lie in [0, 1]; 0 keeps every token")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed={self.seed} must lie in [0, 2**32)")
+
+
+class Knobs(NamedTuple):
+    """The settings of a batch as arrays, so that one compiled program serves them all."""
+
+    temperature_B: jax.Array  # float32
+    top_k_B: jax.Array  # int32
+    top_p_B: jax.Array  # float32
+    min_p_B: jax.Array  # float32
+    keys_B: jax.Array  # random keys
+
+
+def knobs(samplings: Sequence[Sampling]) -> Knobs:
+    """Returns the settings of the rows of a batch as arrays."""
+    seeds_B2 = np.asarray([[0, sampling.seed] for sampling in samplings], np.uint32)
+    temperature_B = [s.temperature if s.temperature >= _COLDEST else 0.0 for s in samplings]
+    top_k_B = [min(sampling.top_k, np.iinfo(np.int32).max) for sampling in samplings]
+    return Knobs(
+        temperature_B=jnp.asarray(temperature_B, jnp.float32),
+        top_k_B=jnp.asarray(top_k_B, jnp.int32),
+        top_p_B=jnp.asarray([sampling.top_p for sampling in samplings], jnp.float32),
+        min_p_B=jnp.asarray([sampling.min_p for sampling in samplings], jnp.float32),
+        keys_B=jax.random.wrap_key_data(jnp.asarray(seeds_B2), impl=_RANDOM),
+    )
+
 
 def greedy(logits_BV: jax.Array) -> jax.Array:
-    """The likeliest token of each row, int32 [B]."""
+    """The likeliest token of each row, int32 [B]; the lowest id of several."""
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
 
-def keep_top_p(logits_BV: jax.Array, top_p: float) -> jax.Array:
-    """Sets to -inf all but the fewest tokens whose probabilities together reach `top_p`."""
-    order_BV = jnp.argsort(-logits_BV, axis=-1)
-    sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
-    probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
-    before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-    kept_BV = jnp.where(before_BV < top_p, sorted_BV, -jnp.inf).at[:, 0].set(sorted_BV[:, 0])
-    return jnp.take_along_axis(kept_BV, jnp.argsort(order_BV, axis=-1), axis=-1)
-
-
-def sample(
-    key: jax.Array, logits_BV: jax.Array, *, temperature: float = 1.0, top_p: float = 1.0
-) -> jax.Array:
-    """Draws a token for each row, int32 [B]; temperature 0 is greedy.
+def probabilities(logits_BV: jax.Array, knobs: Knobs) -> jax.Array:
+    """The distribution that each row draws from, float32 [B, V]: filtered, renormalised, and one
+    at the likeliest token where the temperature is 0.
 
     Args:
       logits_BV: float32.
-
-    Raises:
-      ValueError: temperature is negative, or top_p lies outside (0, 1].
     """
-    if temperature < 0:
-        raise ValueError(
-            f"temperature={temperature} must not be negative; 0 takes the likeliest token"
-        )
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must lie in (0, 1]; 1 keeps every token")
-    if temperature == 0:
-        return greedy(logits_BV)
-    logits_BV = logits_BV / temperature
-    if top_p < 1:
-        logits_BV = keep_top_p(logits_BV, top_p)
-    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
+    drawn_BV = jax.nn.softmax(_filtered(logits_BV, knobs), axis=-1)
+    likeliest_BV = jax.nn.one_hot(greedy(logits_BV), logits_BV.shape[-1], dtype=jnp.float32)
+    return jnp.where(knobs.temperature_B[:, None] > 0, drawn_BV, likeliest_BV)
 
 
-def complete(
-    model: Callable[[jax.Array], jax.Array],
-    prompt: Sequence[int],
-    *,
-    n_tokens: int,
-    window: int,
-    seed: int = 0,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-) -> list[int]:
-    """Continues `prompt` by `n_tokens` tokens, each from the last `window` tokens before it.
+def sample(logits_BV: jax.Array, knobs: Knobs, positions_B: jax.Array) -> jax.Array:
+    """Draws a token for each row, int32 [B].
 
     Args:
-      model: a pytree that maps tokens int32 [1, window] to logits float32 [1, window, V].
-
-    Raises:
-      ValueError: the prompt is empty.
+      logits_BV: float32.
+      positions_B: int32, where each token will stand; a row draws anew at each position.
     """
-    if not prompt:
-        raise ValueError(
-            "an empty prompt has no next token; start with the beginning-of-sequence token"
+
+    def draw() -> jax.Array:
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[-1:], jnp.float32))(
+            jax.vmap(jax.random.fold_in)(knobs.keys_B, positions_B)
         )
+        drawn_B = greedy(_filtered(logits_BV, knobs) + noise_BV)
+        return jnp.where(knobs.temperature_B > 0, drawn_B, greedy(logits_BV))
 
-    @jax.jit
-    def next_token(
-        model: Callable, window_1T: jax.Array, last: jax.Array, key: jax.Array
-    ) -> jax.Array:
-        logits_1V = jax.lax.dynamic_index_in_dim(model(window_1T), last, axis=1, keepdims=False)
-        return sample(key, logits_1V, temperature=temperature, top_p=top_p)[0]
+    return jax.lax.cond(jnp.any(knobs.temperature_B > 0), draw, lambda: greedy(logits_BV))
 
-    tokens = list(prompt)
-    key = jax.random.key(seed)
-    for index in range(n_tokens):
-        recent = tokens[-window:]
-        padded = np.zeros((1, window), np.int32)
-        padded[0, : len(recent)] = recent  # what follows a position does not reach it
-        last = jnp.int32(len(recent) - 1)
-        tokens.append(int(next_token(model, padded, last, jax.random.fold_in(key, index))))
-    return tokens[len(prompt) :]
+
+def _filtered(logits_BV: jax.Array, knobs: Knobs) -> jax.Array:
+    """Logits over temperature, those that a filter drops at -inf; the greatest of a row is 0."""
+    drawn_B = knobs.temperature_B > 0
+    temperature_B = jnp.where(drawn_B, knobs.temperature_B, 1.0)
+    behind_BV = jnp.max(logits_BV, axis=-1, keepdims=True) - logits_BV
+    behind_BV = behind_BV / temperature_B[:, None]
+    narrow_B = (knobs.top_k_B > 0) | (knobs.top_p_B < 1) | (knobs.min_p_B > 0)
+    kept_BV = jax.lax.cond(
+        jnp.any(drawn_B & narrow_B),
+        lambda: _kept(behind_BV, knobs),
+        lambda: jnp.ones(behind_BV.shape, bool),
+    )
+    return jnp.where(kept_BV, -behind_BV, -jnp.inf)
+
+
+def _kept(behind_BV: jax.Array, knobs: Knobs) -> jax.Array:
+    """What top-k, top-p and min-p keep, bool [B, V].
+
+    Args:
+      behind_BV: float32, how far each logit lies below its row's greatest.
+    """
+    everything_BV = jnp.ones(behind_BV.shape, bool)
+    weight_BV = jnp.exp(-behind_BV)  # relative to the likeliest token
+
+    def top_k() -> jax.Array:
+        n_tokens_B = jnp.where(knobs.top_k_B > 0, knobs.top_k_B, behind_BV.shape[-1])
+        return _shortest_beginning(behind_BV, everything_BV.astype(jnp.int32), n_tokens_B)
+
+    def top_p() -> jax.Array:
+        among_BV = jnp.where(kept_BV, weight_BV, 0.0)
+        enough_B = knobs.top_p_B * jnp.sum(among_BV, axis=-1)
+        # No sum, however rounded, reaches infinity.
+        enough_B = jnp.where(knobs.top_p_B < 1, enough_B, jnp.inf)
+        return _shortest_beginning(behind_BV, among_BV, enough_B)
+
+    kept_BV = jax.lax.cond(jnp.any(knobs.top_k_B > 0), top_k, lambda: everything_BV)
+    kept_BV &= jax.lax.cond(jnp.any(knobs.top_p_B < 1), top_p, lambda: everything_BV)
+    return kept_BV & (weight_BV >= knobs.min_p_B[:, None])
+
+
+def _shortest_beginning(
+    behind_BV: jax.Array, amount_BV: jax.Array, enough_B: jax.Array
+) -> jax.Array:
+    """The fewest tokens, from the likeliest on and among equals from the lowest id on, whose
+    amounts add up to `enough_B`; all where they do not. bool [B, V].
+    """
+    # The bits of floats that are not negative have the order of the floats.
+    rank_BV = jax.lax.bitcast_convert_type(behind_BV, jnp.int32)
+    ids_1V = jnp.arange(behind_BV.shape[-1], dtype=jnp.int32)[None, :]
+
+    def up_to(rank_B: jax.Array, id_B: jax.Array) -> jax.Array:
+        before_BV = rank_BV < rank_B[:, None]
+        return before_BV | ((rank_BV == rank_B[:, None]) & (ids_1V <= id_B[:, None]))
+
+    def enough(chosen_BV: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(chosen_BV, amount_BV, 0), axis=-1) >= enough_B
+
+    last_B = jnp.full(enough_B.shape, ids_1V.shape[-1] - 1, jnp.int32)
+    infinity_B = jnp.full(enough_B.shape, np.float32(np.inf).view(np.int32), jnp.int32)
+    rank_B = _smallest(lambda rank_B: enough(up_to(rank_B, last_B)), infinity_B)
+    id_B = _smallest(lambda id_B: enough(up_to(rank_B, id_B)), last_B)
+    return up_to(rank_B, id_B)
+
+
+def _smallest(holds: Callable[[jax.Array], jax.Array], greatest_B: jax.Array) -> jax.Array:
+    """The smallest of 0 ... greatest_B for which `holds`, which holds for all above it too;
+    greatest_B if there is none. int32 [B].
+    """
+
+    def halve(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low_B, high_B = bounds
+        middle_B = low_B + (high_B - low_B) // 2
+        holds_B = holds(middle_B)
+        return jnp.where(holds_B, low_B, middle_B + 1), jnp.where(holds_B, middle_B, high_B)
+
+    def open_(bounds: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return jnp.any(bounds[0] < bounds[1])
+
+    return jax.lax.while_loop(open_, halve, (jnp.zeros_like(greatest_B), greatest_B))[1]

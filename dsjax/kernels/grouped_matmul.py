@@ -20,12 +20,14 @@ are rewritten when their own group's turn comes. That is why no padding between 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 _LARGE_BLOCK, _SMALL_BLOCK = 256, 32
 _MEGABLOX_TILE = 512
@@ -38,6 +40,7 @@ def grouped_matmul(
     platform: str,
     *,
     transpose_w: bool = False,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Multiplies each group's rows with its matrix.
 
@@ -45,18 +48,46 @@ def grouped_matmul(
       x_AD: rows sorted by group, any float dtype.
       w_EDF: one matrix a group, same dtype as x; [E, F, D] with `transpose_w`.
       sizes_E: int32 rows in each group, summing to A.
+      dtype: the result's, x's unless given.
 
     Returns:
-      [A, F] in x's dtype, accumulated in float32.
+      [A, F], accumulated in float32.
     """
     matmul = {"cpu": _blocked_matmul, "gpu": _ragged_matmul, "tpu": _megablox_matmul}[platform]
-    return matmul(x_AD, w_EDF, sizes_E, transpose_w)
+    return matmul(x_AD, w_EDF, sizes_E, transpose_w, dtype or x_AD.dtype)
 
 
 def grouped_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array, platform: str) -> jax.Array:
-    """Sums x^T y over each group's rows: [A, D], [A, F] -> [E, D, F] float32."""
+    """Sums x^T y over each group's rows: [A, D], [A, F] -> [E, D, F] float32.
+
+    Rows after the last group's are left out.
+    """
     outer = {"cpu": _blocked_outer, "gpu": _ragged_outer, "tpu": _megablox_outer}[platform]
     return outer(x_AD, y_AF, sizes_E)
+
+
+def align_groups(
+    rows: tuple[jax.Array, ...], sizes_E: jax.Array, tile: int
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Moves each group to a row that is a multiple of `tile`, zeros filling the gaps, so that no
+    tile of rows holds two groups.
+
+    Args:
+      rows: arrays [A, ...] of rows sorted by group.
+
+    Returns:
+      The arrays with (A // tile + E) * tile rows, and int32 [E] the groups' sizes with their gaps;
+      the rows after the last group are zeros.
+    """
+    count = (rows[0].shape[0] // tile + sizes_E.shape[0]) * tile
+    aligned_E = -(-sizes_E // tile) * tile
+    starts_E, aligned_starts_E = jnp.cumsum(sizes_E) - sizes_E, jnp.cumsum(aligned_E) - aligned_E
+    row = jnp.arange(count, dtype=sizes_E.dtype)
+    group = jnp.minimum(_group_of_row(count, aligned_E), sizes_E.shape[0] - 1)
+    offset = row - aligned_starts_E[group]
+    source = jnp.where(offset < sizes_E[group], starts_E[group] + offset, rows[0].shape[0])
+    gather = functools.partial(jnp.take, indices=source, axis=0, mode="fill", fill_value=0)
+    return tuple(gather(array) for array in rows), aligned_E
 
 
 def reference_matmul(x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -98,7 +129,7 @@ def _with_overhang(x_AD: jax.Array) -> jax.Array:
 
 
 def _blocked_matmul(
-    x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose_w: bool
+    x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose_w: bool, dtype: DTypeLike
 ) -> jax.Array:
     padded_x = _with_overhang(x_AD)
     starts_E = jnp.cumsum(sizes_E) - sizes_E
@@ -115,7 +146,7 @@ def _blocked_matmul(
         return _for_each_block(size, block, out), None
 
     width = w_EDF.shape[1 if transpose_w else 2]
-    out = jnp.zeros((padded_x.shape[0], width), x_AD.dtype)
+    out = jnp.zeros((padded_x.shape[0], width), dtype)
     return lax.scan(group, out, (w_EDF, starts_E, sizes_E))[0][: x_AD.shape[0]]
 
 
@@ -141,11 +172,11 @@ def _blocked_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.
 
 
 def _ragged_matmul(
-    x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose_w: bool
+    x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose_w: bool, dtype: DTypeLike
 ) -> jax.Array:
     w_EDF = w_EDF.swapaxes(1, 2) if transpose_w else w_EDF
     out = lax.ragged_dot(x_AD, w_EDF, sizes_E, preferred_element_type=jnp.float32)
-    return out.astype(x_AD.dtype)
+    return out.astype(dtype)
 
 
 def _ragged_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -158,7 +189,7 @@ def _ragged_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.A
 
 
 def _megablox_matmul(
-    x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose_w: bool
+    x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose_w: bool, dtype: DTypeLike
 ) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
@@ -168,7 +199,7 @@ def _megablox_matmul(
             _fill_tiles(x_AD),
             w_EDF,
             sizes_E,
-            preferred_element_type=x_AD.dtype,
+            preferred_element_type=jnp.dtype(dtype),
             tiling=_tiling(dim, width),
             transpose_rhs=transpose_w,
         )

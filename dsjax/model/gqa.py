@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import jax
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from dsjax.config import ModelConfig
+from dsjax.kernels import cached_attention
 from dsjax.kernels.attention import causal_attention
 from dsjax.model import rope
+from dsjax.model.cache import LayerCache
 from dsjax.model.layers import Constant, Normal, declare
+from dsjax.precision.activations import attention_linear
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
 
@@ -63,5 +65,34 @@ class GQA(nnx.Module):
             scale=rope.attention_scale(self.config),
             segment_ids_BT=segment_ids_BT,
         )
-        out_BTX = checkpoint_name(out_BTNH.reshape(*x_BTD.shape[:2], -1), "attention")
-        return linear(out_BTX, self.wo[...], self.policy)
+        out_BTX = out_BTNH.reshape(*x_BTD.shape[:2], -1)
+        return attention_linear(out_BTX, self.wo[...], self.policy)
+
+    def extend(
+        self,
+        x_BTD: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        cache: LayerCache,
+        positions_BT: jax.Array,
+        *,
+        absorbed: bool,
+    ) -> tuple[jax.Array, LayerCache]:
+        """Attends from tokens at consecutive positions to the cache, to which it adds them.
+
+        Args:
+          absorbed: as for MLA; makes no difference here.
+        """
+        cache = cache.append(positions_BT[:, 0], *self.keys_values(x_BTD, angles))
+
+        def block(start: jax.Array | int, size: int) -> cached_attention.Block:
+            k_BPSH, v_BPSH = cache.read(start, size)
+            return cached_attention.Block((k_BPSH,), v_BPSH)
+
+        out_BTNH = cached_attention.cached_attention(
+            (self.queries(x_BTD, angles),),
+            block,
+            cache.length,
+            positions_BT,
+            scale=rope.attention_scale(self.config),
+        )
+        return linear(out_BTNH.reshape(*x_BTD.shape[:2], -1), self.wo[...], self.policy), cache

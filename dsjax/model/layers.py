@@ -19,8 +19,8 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
+from dsjax.precision.activations import swiglu_linear
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
 
@@ -79,7 +79,8 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square normalisation over the last dimension, in float32; returns x's dtype."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (normed * jnp.broadcast_to(weight, x.shape)).astype(x.dtype)
+    weight = jnp.broadcast_to(weight.astype(jnp.float32), x.shape)
+    return (normed * weight).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -89,10 +90,6 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.weight[...], self.eps)
-
-
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    return jax.nn.silu(gate) * up
 
 
 class FeedForward(nnx.Module):
@@ -106,9 +103,8 @@ class FeedForward(nnx.Module):
         self.policy = policy
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = checkpoint_name(linear(x, self.w_gate[...], self.policy), "swiglu_input")
-        up = checkpoint_name(linear(x, self.w_up[...], self.policy), "swiglu_input")
-        return linear(swiglu(gate, up), self.w_down[...], self.policy)
+        gate, up = (linear(x, w[...], self.policy) for w in (self.w_gate, self.w_up))
+        return swiglu_linear(gate, up, self.w_down[...], self.policy)
 
 
 class Embedding(nnx.Module):

@@ -4,6 +4,13 @@ Keys and values are projected up, per head, from one normed latent a token; one 
 shared by all heads. Decoding then keeps only the latent and that key. Queries come from a latent of
 their own, or straight from the hidden state (V2-Lite).
 
+`extend` attends to a cache in one of two ways that differ in cost alone. Expanded: keys and values
+of the cached latents are computed, as in training. Absorbed (V2 section 2.1.2): the projection of
+the keys moves to the queries and that of the values to the output, so that the heads share one key
+and one value a position, the latent itself: (C + R + C) multiplications a head, query and position
+where expanded keys take H + R + W, and nothing to compute for each position. For a few queries
+absorbed is cheaper, for many expanded.
+
 Paper: DeepSeek-V2 (arXiv:2405.04434) section 2.1, equations 9 to 19; V3 (arXiv:2412.19437) section
 2.1.1.
 """
@@ -16,9 +23,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dsjax.config import ModelConfig
+from dsjax.kernels import cached_attention
 from dsjax.kernels.attention import causal_attention
 from dsjax.model import rope
+from dsjax.model.cache import LayerCache
 from dsjax.model.layers import Normal, RMSNorm, declare
+from dsjax.precision.activations import attention_linear
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
 
@@ -105,5 +115,61 @@ class MLA(nnx.Module):
             scale=rope.attention_scale(config),
             segment_ids_BT=segment_ids_BT,
         )
-        out_BTX = checkpoint_name(out_BTNW.reshape(*x_BTD.shape[:2], -1), "attention")
-        return linear(out_BTX, self.wo[...], self.policy)
+        out_BTX = out_BTNW.reshape(*x_BTD.shape[:2], -1)
+        return attention_linear(out_BTX, self.wo[...], self.policy)
+
+    def extend(
+        self,
+        x_BTD: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        cache: LayerCache,
+        positions_BT: jax.Array,
+        *,
+        absorbed: bool,
+    ) -> tuple[jax.Array, LayerCache]:
+        """Attends from tokens at consecutive positions to the cache, to which it adds them."""
+        config = self.config
+        q_nope, q_rope = jnp.split(self.queries(x_BTD, angles), [config.qk_nope_head_dim], axis=-1)
+        c_BTC, k_rope_BTR = self.latents(x_BTD, angles)
+        cache = cache.append(positions_BT[:, 0], c_BTC[:, :, None], k_rope_BTR[:, :, None])
+        weight_NCX = jnp.reshape(
+            self.wkv_b[...].astype(q_nope.dtype), (config.kv_lora_rank, config.n_heads, -1)
+        ).swapaxes(0, 1)
+
+        def latent_block(start: jax.Array | int, size: int) -> cached_attention.Block:
+            c_B1SC, k_B1SR = cache.read(start, size)
+            return cached_attention.Block((c_B1SC, k_B1SR), c_B1SC)
+
+        def expanded_block(start: jax.Array | int, size: int) -> cached_attention.Block:
+            c_B1SC, k_B1SR = cache.read(start, size)
+            expanded = linear(c_B1SC[:, 0], self.wkv_b[...], self.policy)
+            expanded = expanded.reshape(*expanded.shape[:2], config.n_heads, -1).swapaxes(1, 2)
+            k_BNSH, v_BNSW = jnp.split(expanded, [config.qk_nope_head_dim], axis=-1)
+            return cached_attention.Block((k_BNSH, k_B1SR), v_BNSW)
+
+        if absorbed:
+            # Zeros where the weight holds values: to take it apart would cost more than they do.
+            q_BTNX = jnp.pad(q_nope, ((0, 0), (0, 0), (0, 0), (0, config.v_head_dim)))
+            q_nope = _per_head(q_BTNX, weight_NCX, 2)
+        out = cached_attention.cached_attention(
+            (q_nope, q_rope),
+            latent_block if absorbed else expanded_block,
+            cache.length,
+            positions_BT,
+            scale=rope.attention_scale(config),
+        )
+        if absorbed:
+            out = _per_head(out, weight_NCX, 1)[..., config.qk_nope_head_dim :]
+        return linear(out.reshape(*x_BTD.shape[:2], -1), self.wo[...], self.policy), cache
+
+
+def _per_head(x_BTNY: jax.Array, w_NXY: jax.Array, summed: int) -> jax.Array:
+    """Multiplies each head with a matrix of its own, along the matrix's dimension `summed`.
+
+    The matrices stay as they are: a product that wants them transposed copies them first, which at
+    decode takes longer than the product.
+    """
+    B, T, N, Y = x_BTNY.shape
+    x_NMY = x_BTNY.reshape(B * T, N, Y).swapaxes(0, 1)
+    out_NMX = jax.lax.dot_general(x_NMY, w_NXY, (((2,), (summed,)), ((0,), (0,))))
+    return out_NMX.swapaxes(0, 1).reshape(B, T, N, -1)

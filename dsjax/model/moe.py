@@ -11,15 +11,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from dsjax.config import ModelConfig
+from dsjax.kernels.expert_rows import expert_rows
 from dsjax.model.balance import BalanceWeights, balance_loss
-from dsjax.model.layers import FeedForward, Normal, declare, swiglu
-from dsjax.model.router import Router
+from dsjax.model.layers import FeedForward, Normal, declare
+from dsjax.model.router import Router, Routing
 from dsjax.parallel import expert
+from dsjax.precision.activations import swiglu_grouped_linear
 from dsjax.precision.matmul import grouped_linear
 from dsjax.precision.policy import Policy
+
+_FEW_TOKENS = 16
 
 
 class RoutingStatistics(NamedTuple):
@@ -43,13 +46,28 @@ class Experts(nnx.Module):
 
     def __call__(self, x_AD: jax.Array, sizes_E: jax.Array) -> jax.Array:
         """Rows sorted by expert, `sizes_E` rows each: [A, D] -> [A, D]."""
-        gate = checkpoint_name(
-            grouped_linear(x_AD, self.w_gate[...], sizes_E, self.policy), "swiglu_input"
+        gate, up = (
+            grouped_linear(x_AD, w[...], sizes_E, self.policy) for w in (self.w_gate, self.w_up)
         )
-        up = checkpoint_name(
-            grouped_linear(x_AD, self.w_up[...], sizes_E, self.policy), "swiglu_input"
+        return swiglu_grouped_linear(gate, up, self.w_down[...], sizes_E, self.policy)
+
+    def few(self, x_MD: jax.Array, routing: Routing, layer: jax.Array) -> jax.Array:
+        """Dispatch, experts and combine for a few tokens of one layer, this being the stack of all
+        layers: [M, D] -> [M, D]. To slice the layer out would read all its experts.
+        """
+        n_layers, E = self.w_gate.shape[:2]
+
+        def flat(variable: nnx.Variable) -> jax.Array:
+            return variable[...].reshape(n_layers * E, *variable.shape[2:])
+
+        return expert_rows(
+            x_MD,
+            flat(self.w_gate),
+            flat(self.w_up),
+            flat(self.w_down),
+            routing.experts_MK + layer * E,
+            routing.weights_MK,
         )
-        return grouped_linear(swiglu(gate, up), self.w_down[...], sizes_E, self.policy)
 
 
 class MoE(nnx.Module):
@@ -84,3 +102,17 @@ class MoE(nnx.Module):
             routing.experts_MK.size - plan.sizes_E.sum(),
         )
         return y_BTD, statistics
+
+    def extend(self, x_BTD: jax.Array, stack: Experts, layer: jax.Array) -> jax.Array:
+        """The output alone, for tokens that are added to a cache.
+
+        Args:
+          stack: the experts of all layers, of which this is number `layer`.
+        """
+        few = x_BTD.shape[0] * x_BTD.shape[1] <= _FEW_TOKENS
+        if not few or stack.policy.platform != "cpu" or stack.policy.fp8:
+            documents_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
+            return self(x_BTD, documents_BT, None)[0]
+        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        y_BTD = stack.few(x_MD, self.gate(x_MD), layer).reshape(x_BTD.shape)
+        return y_BTD + self.shared(x_BTD) if self.config.n_shared_experts else y_BTD

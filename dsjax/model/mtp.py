@@ -16,6 +16,7 @@ Paper: V3 (arXiv:2412.19437) section 2.2, equations 21 to 25. Departures:
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import jax
@@ -47,7 +48,8 @@ class MTP(nnx.Module):
         )
         self.layer = layer
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.policy = policy
+        # Not among the layers that train in FP8: the published FP8 checkpoint has it in bfloat16.
+        self.policy = dataclasses.replace(policy, fp8=None)
 
     def __call__(
         self,
@@ -57,5 +59,9 @@ class MTP(nnx.Module):
         balance: BalanceWeights | None,
     ) -> tuple[jax.Array, RoutingStatistics | None]:
         """Advances the hidden state one token further ahead, given that token's embedding."""
+        return self.layer(self.join(embedding_BTD, hidden_BTD), context, balance)
+
+    def join(self, embedding_BTD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
+        """What the module's layer reads: the pair, projected to the model width."""
         pair = jnp.concatenate([self.enorm(embedding_BTD), self.hnorm(hidden_BTD)], axis=-1)
-        return self.layer(linear(pair, self.eh_proj[...], self.policy), context, balance)
+        return linear(pair, self.eh_proj[...], self.policy)

@@ -17,10 +17,11 @@ from flax import nnx
 from dsjax.config import ModelConfig
 from dsjax.model import rope
 from dsjax.model.balance import BalanceWeights
+from dsjax.model.cache import Cache, Entries, LayerCache
 from dsjax.model.gqa import GQA
 from dsjax.model.layers import Embedding, FeedForward, Head, RMSNorm, stack
 from dsjax.model.mla import MLA
-from dsjax.model.moe import MoE, RoutingStatistics
+from dsjax.model.moe import Experts, MoE, RoutingStatistics
 from dsjax.model.mtp import MTP, shift_left
 from dsjax.parallel.sharding import constrain
 from dsjax.precision.matmul import vocabulary_logits
@@ -52,6 +53,22 @@ class Hidden(NamedTuple):
     routing: RoutingStatistics | None  # stacked over MoE layers, then MTP modules
 
 
+class Extension(NamedTuple):
+    """What every layer needs besides the hidden state when tokens are added to a cache."""
+
+    positions_BT: jax.Array  # int32, consecutive in a row
+    angles: tuple[jax.Array, jax.Array]  # rope cosine and sine, float32 [B, T, R/2]
+    absorbed: bool  # how MLA attends to the cache
+
+
+class Extended(NamedTuple):
+    """What the added tokens give, and the cache that holds them."""
+
+    main_BTD: jax.Array  # after the final norm
+    mtp_input_BTD: jax.Array  # what the first MTP module reads
+    cache: Cache
+
+
 class Block(nnx.Module):
     """One pre-norm transformer layer."""
 
@@ -75,6 +92,33 @@ class Block(nnx.Module):
             return x_BTD + self.ffn(normed_BTD), None
         y_BTD, statistics = self.ffn(normed_BTD, context.documents_BT, balance)
         return x_BTD + y_BTD, statistics
+
+    def extend(
+        self,
+        x_BTD: jax.Array,
+        cache: LayerCache,
+        extension: Extension,
+        experts: Experts | None,
+    ) -> tuple[jax.Array, LayerCache]:
+        """Adds tokens to the layer's cache.
+
+        Args:
+          experts: those of the whole stack, of which this is layer `cache.layer`; None if dense.
+        """
+        x_BTD = constrain(x_BTD, "batch", "length", "width")
+        y_BTD, cache = self.attn.extend(
+            self.attn_norm(x_BTD),
+            extension.angles,
+            cache,
+            extension.positions_BT,
+            absorbed=extension.absorbed,
+        )
+        x_BTD = x_BTD + y_BTD
+        normed_BTD = self.ffn_norm(x_BTD)
+        if isinstance(self.ffn, FeedForward):
+            return x_BTD + self.ffn(normed_BTD), cache
+        assert experts is not None
+        return x_BTD + self.ffn.extend(normed_BTD, experts, cache.layer), cache
 
 
 class Transformer(nnx.Module):
@@ -179,6 +223,66 @@ class Transformer(nnx.Module):
         )
         return Hidden(main_BTD, mtp_DBTD, routing)
 
+    def extend(
+        self, tokens_BT: jax.Array, starts_B: jax.Array, cache: Cache, *, absorbed: bool
+    ) -> Extended:
+        """Runs tokens whose predecessors are in the cache, and adds them to it.
+
+        Args:
+          tokens_BT: int32; row b's stand at positions starts_B[b], starts_B[b] + 1, ... A row may
+            end in padding: what that leaves in the cache, tokens written there later replace before
+            anyone sees it.
+          starts_B: int32; starts_B + T must not exceed the cache's length.
+          absorbed: how MLA attends (see `dsjax.model.mla`): the same values, cheaper for few
+            tokens.
+        """
+        extension = self._extension(tokens_BT, starts_B, absorbed)
+        x_BTD = self.embed(tokens_BT)
+        dense, moe = cache.dense, cache.moe
+        if dense is not None:
+            x_BTD, dense = _extend_layers(self.dense_layers, x_BTD, dense, extension)
+        if moe is not None:
+            x_BTD, moe = _extend_layers(self.moe_layers, x_BTD, moe, extension)
+        main_BTD = self.norm(x_BTD)
+        mtp_input_BTD = main_BTD if self.config.mtp_after_final_norm else x_BTD
+        return Extended(main_BTD, mtp_input_BTD, cache._replace(dense=dense, moe=moe))
+
+    def extend_mtp(
+        self,
+        depth: int,
+        tokens_BT: jax.Array,
+        hidden_BTD: jax.Array,
+        starts_B: jax.Array,
+        cache: Cache,
+        *,
+        absorbed: bool = True,
+    ) -> tuple[jax.Array, jax.Array, Cache]:
+        """Runs one MTP module on positions starts_B, starts_B + 1, ... and adds them to its cache.
+
+        Args:
+          depth: which module; 0 is the first.
+          tokens_BT: int32; for position p the token at p + depth + 1, whose successor is predicted.
+          hidden_BTD: the states at these positions: `mtp_input_BTD` of `extend` for the first
+            module, what this function returned for the module before otherwise.
+          cache: made with `mtp=True`; every earlier position has run through this module.
+
+        Returns:
+          the hidden state for the next module, the normed one for the output head, and the cache.
+        """
+        assert cache.mtp is not None, "the cache has no room for the MTP modules"
+        extension = self._extension(tokens_BT, starts_B, absorbed)
+        module = jax.tree.map(lambda stack: stack[depth], self.mtp)
+        pair_BTD = module.join(self.embed(tokens_BT), hidden_BTD)
+        hidden_BTD, layer_cache = module.layer.extend(
+            pair_BTD, LayerCache(cache.mtp, jnp.int32(depth)), extension, _experts(self.mtp.layer)
+        )
+        return hidden_BTD, module.norm(hidden_BTD), cache._replace(mtp=layer_cache.entries)
+
+    def _extension(self, tokens_BT: jax.Array, starts_B: jax.Array, absorbed: bool) -> Extension:
+        steps_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+        positions_BT = starts_B[:, None] + steps_T[None]
+        return Extension(positions_BT, rope.angles(positions_BT, self.config), absorbed)
+
     def _context(
         self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None, isolate: bool
     ) -> Context:
@@ -193,3 +297,23 @@ class Transformer(nnx.Module):
             documents_BT = (segment_ids_BT > 0).astype(jnp.int32)
         angles = rope.angles(positions_BT, self.config)
         return Context(angles, segment_ids_BT if isolate else None, documents_BT)
+
+
+def _extend_layers(
+    layers: Block, x_BTD: jax.Array, entries: Entries, extension: Extension
+) -> tuple[jax.Array, Entries]:
+    """Walks a stack of layers. The entries are carried whole: scanned over layer by layer they
+    would be copied out and in again.
+    """
+
+    def layer(carry: tuple[jax.Array, Entries, jax.Array], block: Block):
+        x_BTD, entries, index = carry
+        x_BTD, cache = block.extend(x_BTD, LayerCache(entries, index), extension, _experts(layers))
+        return (x_BTD, cache.entries, index + 1), None
+
+    (x_BTD, entries, _), _ = jax.lax.scan(layer, (x_BTD, entries, jnp.int32(0)), layers)
+    return x_BTD, entries
+
+
+def _experts(layers: Block) -> Experts | None:
+    return layers.ffn.experts if isinstance(layers.ffn, MoE) else None

@@ -39,3 +39,24 @@ def make_mesh(sizes: Mapping[str, int], n_devices: int | None = None) -> Mesh:
         axis_types=(AxisType.Auto,) * len(AXES),
         devices=jax.devices()[:n_devices],
     )
+
+
+def submesh(sizes: Mapping[str, int]) -> Mesh | None:
+    """Lays out as many of the devices as the sizes multiply to, all of them where one size is -1.
+
+    Returns:
+      None for no sizes: the default device, without a mesh.
+
+    Raises:
+      ValueError: there are not as many devices.
+    """
+    if not sizes:
+        return None
+    wanted = jax.device_count() if -1 in sizes.values() else math.prod(sizes.values())
+    if wanted > jax.device_count():
+        described = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise ValueError(
+            f"mesh {described} needs {wanted} devices, there are {jax.device_count()}; lower the "
+            "sizes"
+        )
+    return make_mesh(sizes, wanted)

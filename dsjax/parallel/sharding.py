@@ -70,6 +70,11 @@ def partition_spec(
     return PartitionSpec(*entries)
 
 
+def parts(axis: str, mesh: Mesh | AbstractMesh) -> int:
+    """How many parts of a logical dimension the mesh holds."""
+    return math.prod(mesh.shape[name] for name in AXIS_TABLE[axis])
+
+
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
     """Pins an activation's layout under the current mesh; without one it is left alone."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -4,14 +4,32 @@ A `linear` has three products: forward, input gradient and weight gradient. Auto
 the latter two in whatever types the cast left behind; here each is written down: operands in the
 policy's compute type, accumulation in float32, activations back in the compute type, weight
 gradients straight in float32.
+
+With `policy.fp8` the operands are block-scaled E4M3 instead (`dsjax.precision.fp8` says why these
+blocks), quantised from the activation as it is and from the float32 master:
+
+| product         | operands                  | blocks             |
+|-----------------|---------------------------|--------------------|
+| forward         | x, w                      | 1 x 128, 128 x 128 |
+| input gradient  | dy, w                     | 1 x 128, 128 x 128 |
+| weight gradient | x^T, dy (K runs over rows)| 128 x 1, 128 x 1   |
+
+The product is emulated: operands are dequantised into the multiplier's type, and the multiplier
+accumulates in float32. An E4M3 number has 4 significant bits and a bfloat16 has 8 with float32's
+range, so with power-of-two scales the bfloat16 operand is the quantised number itself, the product
+of two of them is exact in float32, and only the order of summation differs from the definition
+(`dsjax.kernels.fp8_gemm.reference_matmul`). Float32 scales take float32 operands, each rounded once
+to 24 bits.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from dsjax.kernels.grouped_matmul import grouped_matmul, grouped_outer
+from dsjax.kernels.grouped_matmul import align_groups, grouped_matmul, grouped_outer
+from dsjax.precision.fp8 import CHANNEL_TILE, TOKEN_TILE, WEIGHT_BLOCK, quantize_block
 from dsjax.precision.policy import Policy
 
 
@@ -20,23 +38,37 @@ def linear(x: jax.Array, w_DF: jax.Array, policy: Policy) -> jax.Array:
     return _linear(x, w_DF, policy)
 
 
-def _linear_product(x: jax.Array, w_DF: jax.Array, policy: Policy) -> jax.Array:
-    compute = policy.compute
-    return jnp.matmul(x.astype(compute), w_DF.astype(compute), preferred_element_type=compute)
+def _operand(x: jax.Array, block: tuple[int, int], policy: Policy) -> jax.Array:
+    """What the multiplier gets to see of an operand."""
+    if policy.fp8 is None:
+        return x.astype(policy.compute)
+    exact = jnp.bfloat16 if policy.fp8 == "pow2" else jnp.float32
+    return quantize_block(x, block, policy.fp8).dequantize(exact)
 
 
-def _linear_backward(policy: Policy, residuals, dy):
+def _matmul(x: jax.Array, y: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """x @ y accumulated in float32, as `dtype`."""
+    wide = jnp.float32 if x.dtype == jnp.float32 else dtype
+    return jnp.matmul(x, y, preferred_element_type=wide).astype(dtype)
+
+
+def linear_forward(x: jax.Array, w_DF: jax.Array, policy: Policy) -> jax.Array:
+    x, w_DF = _operand(x, CHANNEL_TILE, policy), _operand(w_DF, WEIGHT_BLOCK, policy)
+    return _matmul(x, w_DF, policy.compute)
+
+
+def linear_backward(policy: Policy, residuals, dy):
     x, w_DF = residuals
-    compute = policy.compute
-    dy = dy.astype(compute)
-    dx = jnp.matmul(dy, w_DF.astype(compute).T, preferred_element_type=compute)
-    rows = tuple(range(x.ndim - 1))
-    dw_DF = jnp.tensordot(x.astype(compute), dy, (rows, rows), preferred_element_type=jnp.float32)
+    weight = _operand(w_DF, WEIGHT_BLOCK, policy)
+    dx = _matmul(_operand(dy, CHANNEL_TILE, policy), weight.T, policy.compute)
+    x_MD, dy_MF = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    x_MD, dy_MF = _operand(x_MD, TOKEN_TILE, policy), _operand(dy_MF, TOKEN_TILE, policy)
+    dw_DF = _matmul(x_MD.T, dy_MF, jnp.float32)
     return dx.astype(x.dtype), dw_DF.astype(w_DF.dtype)
 
 
-_linear = jax.custom_vjp(_linear_product, nondiff_argnums=(2,))
-_linear.defvjp(lambda x, w, policy: (_linear_product(x, w, policy), (x, w)), _linear_backward)
+_linear = jax.custom_vjp(linear_forward, nondiff_argnums=(2,))
+_linear.defvjp(lambda x, w, policy: (linear_forward(x, w, policy), (x, w)), linear_backward)
 
 
 def grouped_linear(
@@ -46,26 +78,37 @@ def grouped_linear(
     return _grouped(x_AD, w_EDF, sizes_E, policy)
 
 
-def _grouped_product(
+def grouped_forward(
     x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, policy: Policy
 ) -> jax.Array:
-    compute = policy.compute
-    return grouped_matmul(x_AD.astype(compute), w_EDF.astype(compute), sizes_E, policy.platform)
+    x_AD, w_EDF = _operand(x_AD, CHANNEL_TILE, policy), _operand(w_EDF, WEIGHT_BLOCK, policy)
+    return grouped_matmul(x_AD, w_EDF, sizes_E, policy.platform, dtype=policy.compute)
 
 
-def _grouped_backward(policy: Policy, residuals, dy_AF):
+def grouped_backward(policy: Policy, residuals, dy_AF):
     x_AD, w_EDF, sizes_E = residuals
-    compute, platform = policy.compute, policy.platform
-    dy_AF, weight = dy_AF.astype(compute), w_EDF.astype(compute)
-    dx_AD = grouped_matmul(dy_AF, weight, sizes_E, platform, transpose_w=True)
-    dw_EDF = grouped_outer(x_AD.astype(compute), dy_AF, sizes_E, platform)
+    dx_AD = grouped_matmul(
+        _operand(dy_AF, CHANNEL_TILE, policy),
+        _operand(w_EDF, WEIGHT_BLOCK, policy),
+        sizes_E,
+        policy.platform,
+        transpose_w=True,
+        dtype=policy.compute,
+    )
+    x, dy, sizes = x_AD, dy_AF, sizes_E
+    if policy.fp8:
+        # A tile's rows share a scale, so they must belong to one expert.
+        (x, dy), sizes = align_groups((x_AD, dy_AF), sizes_E, TOKEN_TILE[0])
+    dw_EDF = grouped_outer(
+        _operand(x, TOKEN_TILE, policy), _operand(dy, TOKEN_TILE, policy), sizes, policy.platform
+    )
     return dx_AD.astype(x_AD.dtype), dw_EDF.astype(w_EDF.dtype), None
 
 
-_grouped = jax.custom_vjp(_grouped_product, nondiff_argnums=(3,))
+_grouped = jax.custom_vjp(grouped_forward, nondiff_argnums=(3,))
 _grouped.defvjp(
-    lambda x, w, sizes, policy: (_grouped_product(x, w, sizes, policy), (x, w, sizes)),
-    _grouped_backward,
+    lambda x, w, sizes, policy: (grouped_forward(x, w, sizes, policy), (x, w, sizes)),
+    grouped_backward,
 )
 
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from dsjax.precision.fp8 import Scale
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -16,7 +18,10 @@ class Policy:
     Master weights, gradients, router, norm statistics, softmax, rope angles and the loss are
     float32 always; `compute` is what activations, and weights at use, are. `platform` is "cpu",
     "gpu" or "tpu": the default is where JAX runs; a program compiled here for elsewhere names it.
+    `fp8` is the kind of scale with which linear layers quantise their operands, None for not at
+    all.
     """
 
     compute: DTypeLike = jnp.bfloat16
     platform: str = dataclasses.field(default_factory=jax.default_backend)
+    fp8: Scale | None = None

@@ -28,7 +28,8 @@ from rich.console import Console
 from dsjax import settings
 from dsjax.checkpoint import store
 from dsjax.config import Config
-from dsjax.infer.sampling import complete
+from dsjax.infer.engine import Engine, Request
+from dsjax.infer.sampling import Sampling
 from dsjax.train import plots, schedule, workdir
 from dsjax.train.evaluate import Evaluation, evaluate
 from dsjax.train.report import Display
@@ -267,18 +268,18 @@ def _finish(run: Run) -> dict[str, Any] | None:
 
 def _sample(run: Run) -> dict[str, str] | None:
     """Lets the model continue the beginning of the first held-out document."""
-    n_tokens = run.config.train.sample_tokens
+    n_tokens, most = run.config.train.sample_tokens, run.config.model.max_seq_len
     if not n_tokens:
         return None
     tokenizer = run.corpus.tokenizer
     prompt = [tokenizer.special.bos, *run.corpus.heldout[0][:_PROMPT_TOKENS].tolist()]
-    completion = complete(
-        restored_model(run.config, run.state),
-        prompt,
-        n_tokens=n_tokens,
-        window=min(run.config.data.sequence_length, len(prompt) + n_tokens),
-        seed=run.config.train.seed,
-        temperature=0.7,
-        top_p=0.95,
+    prompt = prompt[: most // 2]
+    request = Request(
+        tuple(prompt),
+        min(n_tokens, most - len(prompt)),
+        Sampling(temperature=0.7, top_p=0.95, seed=run.config.train.seed % 2**32),
     )
+    completion: list[int] = []
+    for (new,) in Engine(restored_model(run.config, run.state)).generate([request]):
+        completion += new
     return {"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(completion)}

@@ -41,7 +41,9 @@ class TrainState:
 
 def declared_model(config: Config) -> Transformer:
     """The config's model without values."""
-    return Transformer(config.model, Policy(jnp.dtype(config.precision.compute)))
+    precision = config.precision
+    fp8 = precision.fp8_scale if precision.fp8 == "on" else None
+    return Transformer(config.model, Policy(jnp.dtype(precision.compute), fp8=fp8))
 
 
 def split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:

@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,8 +91,8 @@ def dsjax_step() -> Callable[[], float]:
     return run
 
 
-def transformers_step() -> Callable[[], float]:
-    """The same step by transformers' DeepseekV3ForCausalLM and torch's AdamW."""
+def transformers_model(**options: Any) -> Any:
+    """transformers' DeepseekV3ForCausalLM of the same shapes, float32, random weights."""
     try:
         import torch
         import transformers
@@ -120,10 +121,17 @@ def transformers_step() -> Callable[[], float]:
         qk_rope_head_dim=MODEL.qk_rope_head_dim,
         v_head_dim=MODEL.v_head_dim,
         max_position_embeddings=LENGTH,
-        use_cache=False,
+        **options,
     )
     torch.manual_seed(0)
-    model = transformers.DeepseekV3ForCausalLM(config).float().train()
+    return transformers.DeepseekV3ForCausalLM(config).float()
+
+
+def transformers_step() -> Callable[[], float]:
+    """The same step by transformers and torch's AdamW."""
+    model = transformers_model(use_cache=False).train()
+    import torch
+
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
     tokens = torch.from_numpy(_tokens()).long()
 

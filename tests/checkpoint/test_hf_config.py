@@ -1,11 +1,14 @@
 import dataclasses
+import json
 import pathlib
 
 import pytest
 
-from dsjax.checkpoint.hf_config import family_of, from_hf
+from dsjax.checkpoint.hf_config import family_for, family_of, from_hf, to_hf, weight_block
+from dsjax.config import ModelConfig
 from dsjax.settings import load_config
-from tests.golden.cases import CASES, DEEPSEEK_MOE, LLAMA, QWEN2, V2, V2_LITE, V3
+from tests.golden.cases import CASES, DEEPSEEK_MOE, LLAMA, ORACLE_CASES, QWEN2, V2, V2_LITE, V3
+from tests.model.tiny import TINY
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 YARN = V3["rope_scaling"] | {"original_max_position_embeddings": 4096}
@@ -236,3 +239,163 @@ def test_unknown_family_is_refused(model_type):
         ValueError, match=f"model_type={model_type!r} is not supported, only deepseek, deepseek_v2"
     ):
         family_of({"model_type": model_type})
+
+
+@pytest.mark.parametrize("size", [-1, 2**31, 2**63])
+def test_integers_are_bounded(size):
+    with pytest.raises(ValueError, match=rf"hidden_size={size} is not between 0 and 2,147,483,647"):
+        from_hf(V3 | {"hidden_size": size})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_hidden_layers": 2**30}, {"n_routed_experts": 2**30}, {"num_mtp_layers": 10**6}],
+)
+def test_number_of_tensors_is_bounded(change):
+    with pytest.raises(ValueError, match=r"describes more than 1,000,000 tensors"):
+        from_hf(V3 | change)
+
+
+def test_layer_types_need_one_entry_a_layer():
+    full = ["full_attention"]
+    assert from_hf(QWEN2 | {"layer_types": full * 3}) == from_hf(QWEN2)
+    with pytest.raises(ValueError, match=r"layer_types=\['full_attention'\] is not supported"):
+        from_hf(QWEN2 | {"layer_types": full})
+
+
+FP8 = PUBLISHED["v3_671b"]["quantization_config"]
+
+
+def test_weight_block_is_read_from_the_config():
+    assert weight_block(V3) is None and weight_block(V3 | {"quantization_config": None}) is None
+    for more in ({}, {"activation_scheme": "dynamic"}, {"scale_fmt": "ue8m0"}):
+        assert weight_block({"quantization_config": FP8 | more}) == (128, 128)
+    assert weight_block({"quantization_config": FP8 | {"weight_block_size": [64, 32]}}) == (64, 32)
+    by_transformers = {
+        "quant_method": "fp8", "modules_to_not_convert": None, "modules_to_convert": None,
+        "activation_scheme": "dynamic", "weight_block_size": [128, 128], "dequantize": False,
+        "scale_fmt": "float", "expert_dtype": "fp8",
+    }  # fmt: skip
+    assert weight_block({"quantization_config": by_transformers}) == (128, 128)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"quant_method='bitsandbytes' is"),
+        ({"quant_method": "gptq", "bits": 4}, r"quant_method='gptq' is not supported, only 'fp8'"),
+        ({"quant_method": "awq"}, r"quant_method='awq'"),
+        ({"quant_method": "compressed-tensors"}, r"quant_method='compressed-tensors'"),
+        ({"quant_method": "fp8"}, r"quantization_config lacks weight_block_size"),
+        (FP8 | {"fmt": "e5m2"}, r"fmt='e5m2' is not supported, only 'e4m3'"),
+        (FP8 | {"activation_scheme": "static"}, r"activation_scheme='static' is not supported"),
+        (FP8 | {"weight_block_size": [128]}, r"weight_block_size=\[128\] is not two integers"),
+        (FP8 | {"weight_block_size": [128, 0]}, r"weight_block_size=\[128, 0\] is not two"),
+        (FP8 | {"weight_block_size": [128, 1.5]}, r"weight_block_size=\[128, 1\.5\] is not two"),
+        (FP8 | {"weight_block_size": 128}, r"weight_block_size=128 is not two integers"),
+        (FP8 | {"kv_cache_quant_algo": "x"}, r"has kv_cache_quant_algo, unknown here"),
+        ("fp8", r"quantization_config='fp8' is not an object"),
+    ],
+)  # fmt: skip
+def test_other_quantization_is_refused_by_name(quantization, message):
+    with pytest.raises(ValueError, match=message):
+        weight_block({"quantization_config": quantization})
+
+
+SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.py"))
+
+
+def without_init(config: ModelConfig) -> ModelConfig:
+    """Only the spread of initial values is not read back: see the module."""
+    return dataclasses.replace(config, init_std=1.0)
+
+
+@pytest.mark.parametrize("name", [*SHIPPED, "TINY"])
+def test_written_config_reads_back(name):
+    ours = TINY if name == "TINY" else load_config(CONFIGS / f"{name}.py").model
+    family = family_for(ours)
+    written = json.loads(json.dumps(to_hf(ours, family)))
+    assert family_of(written) == family
+    assert without_init(from_hf(written)) == without_init(ours)
+    assert written["initializer_range"] == ours.init_std
+
+
+@pytest.mark.parametrize("case", [*CASES, *ORACLE_CASES])
+def test_written_config_is_that_of_the_family(case):
+    published = (CASES | ORACLE_CASES)[case].config
+    ours = from_hf(published)
+    assert family_for(ours) == family_of(published)
+    written = to_hf(ours, family_for(ours))
+    assert from_hf(written) == ours
+    for name in ("architectures", "topk_method", "scoring_func", "q_lora_rank", "rope_theta"):
+        assert written.get(name) == published.get(name), name
+
+
+def test_written_rope_has_both_names_of_its_kind():
+    written = to_hf(from_hf(V3), "deepseek_v3")["rope_scaling"]
+    assert written.pop("rope_type") == "yarn"
+    assert written == V3["rope_scaling"]
+    without = {name: value for name, value in V3["rope_scaling"].items() if "mscale" not in name}
+    written = to_hf(from_hf(V3 | {"rope_scaling": without}), "deepseek_v3")["rope_scaling"]
+    assert {"mscale", "mscale_all_dim"}.isdisjoint(written)
+
+
+def test_written_config_names_the_dtypes():
+    written = to_hf(TINY, "deepseek_v3", dtype="float32")
+    assert written["torch_dtype"] == "float32" and "quantization_config" not in written
+    written = to_hf(TINY, "deepseek_v3", block=(128, 64))
+    assert written["torch_dtype"] == "bfloat16" and weight_block(written) == (128, 64)
+
+
+def test_fields_out_of_use_do_not_matter():
+    ours = dataclasses.replace(
+        TINY, n_kv_heads=2, head_dim=7, mscale=0.5, rope_factor=3.0, low_freq_factor=2.0
+    )
+    assert to_hf(ours, "deepseek_v3") == to_hf(TINY, "deepseek_v3")
+    dense = ModelConfig(
+        vocab_size=9, dim=8, n_layers=2, n_dense_layers=2, n_heads=2, inter_dim=8, attention="gqa",
+        kv_lora_rank=3, route_scale=9.0, score_func="softmax", mtp_after_final_norm=False,
+    )  # fmt: skip
+    back = from_hf(to_hf(dense, "llama"))
+    assert (back.n_kv_heads, back.head_dim) == (2, 4)
+    mla = dataclasses.replace(TINY, n_dense_layers=3, n_routed_experts=0, n_mtp=0, norm_topk=True)
+    for family in ("deepseek_v2", "deepseek_v3"):
+        assert from_hf(to_hf(mla, family)).n_routed_experts == 0
+
+
+GQA = ModelConfig(
+    vocab_size=9, dim=8, n_layers=2, n_dense_layers=2, n_heads=2, inter_dim=8, attention="gqa"
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "family", "change", "message"),
+    [
+        (TINY, "deepseek_v3", {"mtp_after_final_norm": False}, r"cannot say model\.mtp_after_fin"),
+        (TINY, "deepseek_v3", {"score_func": "softmax"}, r"scoring_func='softmax' is not supp"),
+        (TINY, "deepseek_v3", {"group_score": "max"}, r"group_score='max' \(it reads as 'top2'\)"),
+        (TINY, "deepseek_v3", {"router_bias": False}, r"model\.router_bias=False"),
+        (TINY, "deepseek_v2", {"score_func": "softmax"}, r"norm_topk_prob=True is not supported"),
+        (TINY, "llama", {}, r"family llama cannot hold this model: .* has kv_lora_rank, q_lora"),
+        (GQA, "llama", {"qkv_bias": True}, r"cannot say model\.qkv_bias=True"),
+        (GQA, "qwen2", {}, r"cannot say model\.qkv_bias=False"),
+        (GQA, "deepseek", {"head_dim": 6}, r"model\.head_dim=6 for model\.dim=8"),
+        (
+            GQA, "llama", {"rope_scaling": "yarn"},
+            r"mscale and mscale_all_dim are read by the MLA families only",
+        ),
+        (
+            TINY, "deepseek_v3", {"rope_scaling": "yarn", "mscale_all_dim": 0.0, "mscale": 0.7},
+            r"family deepseek_v3 cannot hold this model: .*only one of mscale and mscale_all_dim",
+        ),
+    ],
+)  # fmt: skip
+def test_model_that_a_family_cannot_describe_is_refused(config, family, change, message):
+    with pytest.raises(ValueError, match=message):
+        to_hf(dataclasses.replace(config, **change), family)
+
+
+def test_head_of_another_width_is_written():
+    ours = dataclasses.replace(GQA, head_dim=6, n_kv_heads=1)
+    assert from_hf(to_hf(ours, "llama")) == ours
+    assert "head_dim" not in to_hf(GQA, "llama")

@@ -70,8 +70,22 @@ def test_table_holds_all_parameters_of_a_config(config, family):
 def test_table_of_v3_has_as_many_rows_as_published():
     """The published index lists 91,991 tensors: these and a scale for each FP8 weight."""
     rows = list(names.tensors(PUBLISHED_V3, "deepseek_v3"))
-    in_fp8 = [row for row in rows if "_proj" in row.name and "eh_proj" not in row.name]
-    assert len(rows) + len(in_fp8) == 91_991
+    assert len(rows) + sum(row.quantized for row in rows) == 91_991
+
+
+def test_every_projection_of_a_layer_is_quantized():
+    """The Hub counts 680,571,043,840 values of deepseek-ai/DeepSeek-V3 in FP8."""
+    rows = list(names.tensors(PUBLISHED_V3, "deepseek_v3"))
+    in_fp8 = {row.name for row in rows if row.quantized}
+    assert in_fp8 == {row.name for row in rows if "_proj" in row.name and "eh_proj" not in row.name}
+    assert sum(math.prod(row.shape) for row in rows if row.quantized) == 680_571_043_840
+    layer = [
+        row.name.removeprefix("model.layers.0.")
+        for row in names.tensors(from_hf(CASES["qwen2"].config), "qwen2")
+        if row.quantized and ".layers.0." in row.name
+    ]
+    attention, ffn = [f"self_attn.{part}" for part in "qkvo"], ["mlp.gate", "mlp.up", "mlp.down"]
+    assert layer == [f"{part}_proj.weight" for part in attention + ffn]
 
 
 def test_table_of_v3_names_what_is_special():

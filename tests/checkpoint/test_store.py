@@ -7,6 +7,7 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -150,3 +151,22 @@ def test_store_reports_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot open the checkpoint folder .*file/checkpoints"):
         store.Store(tmp_path / "file" / "checkpoints", keep=1)
+
+
+def test_store_cuts_a_large_array_into_matrices(tmp_path, monkeypatch):
+    """So that one layer's, or one expert's, can be read without the rest."""
+    monkeypatch.setattr(store, "CHUNK_BYTES", 4096)
+    state = {
+        "large": jnp.zeros((2, 3, 32, 32)),
+        "matrix": jnp.zeros((64, 32)),
+        "small": jnp.ones(8),
+    }
+    checkpoints = store.Store(tmp_path, keep=1)
+    checkpoints.save(1, state, {})
+    checkpoints.close()
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(tmp_path / "1" / "state").item_metadata.tree
+    chunks = {name: leaf.storage.chunk_shape for name, leaf in tree.items()}
+    assert chunks == {"large": (1, 1, 32, 32), "matrix": (32, 32), "small": (8,)}
+    restored = store.restore(tmp_path, 1, abstract(state))
+    assert_identical(restored, state)

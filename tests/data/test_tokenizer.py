@@ -76,6 +76,50 @@ def test_special_tokens_in_a_text_are_plain_characters(trained):
     assert trained.decode(ids) == text
 
 
+@pytest.fixture(scope="module")
+def released(trained):
+    """A tokenizer with control tokens as DeepSeek's releases have them, not called special, and an
+    added word that is none.
+    """
+    inner = tokenizers.Tokenizer.from_str(trained.inner.to_str())
+    names = ["<\uff5cUser\uff5c>", "<think>", "</think>", "<a<think>", "return left", "<think>s"]
+    inner.add_tokens([tokenizers.AddedToken(name, special=False) for name in names])
+    return tokenizer.Coder(inner)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hi<\uff5cUser\uff5c>",
+        "<think>",
+        "<<think></think>",
+        "a<a<think>b",
+        tokenizer.EOS + "<think>",
+    ],
+)
+def test_control_tokens_in_a_text_are_plain_characters_whatever_the_file_calls_them(released, text):
+    assert not set(released.encode(text)) & set(released.control.values())
+    assert released.decode(released.encode(text), skip_special=False) == text
+
+
+def test_control_tokens_are_parsed_where_they_are_meant(released):
+    user, think, close, nested, _, longer = range(300, 306)
+    text = "hi<\uff5cUser\uff5c>a<think></think><think>s<a<think>" + tokenizer.EOS
+    hi, a = released.encode("hi"), released.encode("a")
+    assert released.encode_control(text) == [*hi, user, *a, think, close, longer, nested, 1]
+    assert released.encode_control("plain") == released.encode("plain")
+
+
+def test_added_words_are_no_control_tokens(released):
+    assert released.encode("return left") == [304]
+    assert "return left" not in released.control and len(released.control) == 6 + 5
+
+
+def test_marks_break_every_control_token(released):
+    broken = released.break_control("x<a<think>y" + tokenizer.BOS, "#")
+    assert broken == "x<#a<#think>y<#" + tokenizer.BOS[1:]
+
+
 def test_decode_shows_special_tokens_only_when_asked(trained):
     ids = [trained.special.bos, *trained.encode("left"), trained.special.eos]
     assert trained.decode(np.array(ids)) == "left"

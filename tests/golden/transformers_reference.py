@@ -30,13 +30,18 @@ def load(case: Case) -> transformers.PreTrainedModel:
             name: np.ascontiguousarray(value) for name, value in checkpoint.published(case).items()
         }
         safetensors.numpy.save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            experts_implementation="eager",
-            output_loading_info=True,
-        )
+        return read(path)
+
+
+def read(path: pathlib.Path) -> transformers.PreTrainedModel:
+    """Lets transformers read the checkpoint in a folder, as float32."""
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
+    )
     assert not report["missing_keys"], f"transformers did not find {report['missing_keys']}"
     assert not report["mismatched_keys"], f"transformers cannot use {report['mismatched_keys']}"
     return model.eval()

@@ -73,3 +73,31 @@ def test_bfloat16_rows_accumulate_in_float32():
     product = kernel.grouped_matmul(x_AD, w_EDF, sizes_E, "cpu")
     assert product.dtype == jnp.bfloat16
     assert_close(product, kernel.reference_matmul(exact[0], exact[1], sizes_E), BF16, "product")
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_aligned_groups_keep_their_rows_and_share_no_tile(sizes):
+    x_AD, _, y_AF, sizes_E = _operands(sizes)
+    (x_aligned, y_aligned), aligned_E = kernel.align_groups((x_AD, y_AF), sizes_E, 16)
+    assert np.all(aligned_E % 16 == 0) and np.all(aligned_E - sizes_E < 16)
+    starts = np.cumsum(sizes) - sizes
+    aligned_starts = np.cumsum(aligned_E) - aligned_E
+    want = np.zeros(x_aligned.shape, np.float32)
+    for start, aligned, size in zip(starts, aligned_starts, sizes, strict=True):
+        want[aligned : aligned + size] = x_AD[start : start + size]
+    np.testing.assert_array_equal(x_aligned, want)
+    for platform in ("cpu", "gpu"):
+        got = kernel.grouped_outer(x_aligned, y_aligned, aligned_E, platform)
+        assert_close(got, kernel.reference_outer(x_AD, y_AF, sizes_E), F32, "outer product")
+    with pltpu.force_tpu_interpret_mode():
+        got = kernel.grouped_outer(x_aligned, y_aligned, aligned_E, "tpu")
+    assert_close(got, kernel.reference_outer(x_AD, y_AF, sizes_E), F32, "outer product")
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_grouped_matmul_returns_the_dtype_asked_for(platform):
+    x_AD, w_EDF, _, sizes_E = _operands(SIZES[0], dtype=jnp.bfloat16)
+    got = kernel.grouped_matmul(x_AD, w_EDF, sizes_E, platform, dtype=jnp.float32)
+    assert got.dtype == jnp.float32
+    exact = [jnp.asarray(a, jnp.float32) for a in (x_AD, w_EDF)]
+    assert_close(got, kernel.reference_matmul(*exact, sizes_E), F32, "product")

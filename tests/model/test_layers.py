@@ -17,7 +17,7 @@ from dsjax.model.layers import (
 )
 from dsjax.model.parameters import declarations, initialize
 from dsjax.precision.policy import Policy
-from tests.closeness import BF16, F32, assert_close
+from tests.closeness import BF16, EXACT, F32, assert_close
 from tests.oracles.attention import rms_norm as oracle_rms_norm
 from tests.oracles.experts import ffn as oracle_ffn
 
@@ -44,6 +44,14 @@ def test_rms_norm_equals_oracle(dtype, level):
     got = rms_norm(x, jnp.asarray(weight), 1e-6)
     assert got.dtype == dtype
     assert_close(got, oracle_rms_norm(np.asarray(x, np.float64), weight, 1e-6), level, "norm")
+
+
+def test_rms_norm_multiplies_by_bfloat16_weights_in_float32():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(5, 64)), jnp.float32)
+    weight = jnp.asarray(rng.uniform(0.5, 1.5, 64), jnp.bfloat16)
+    got, want = rms_norm(x, weight, 1e-6), rms_norm(x, weight.astype(jnp.float32), 1e-6)
+    assert_close(got, want, EXACT, "norm")
 
 
 def test_feed_forward_equals_oracle():

@@ -3,6 +3,7 @@ test_equivalence.
 """
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsjax.model.cache import empty_cache
 from dsjax.model.parameters import declarations
 from dsjax.model.transformer import Transformer
 from dsjax.precision.policy import Policy
-from tests.closeness import BF16, F32, assert_close
+from tests.closeness import BF16, F32, LOGITS, assert_close
 from tests.model.tiny import TINY, tiny_model, tokens
 
 
@@ -113,3 +115,100 @@ def test_routing_statistics_cover_main_layers_then_modules():
 def test_dense_model_has_no_routing():
     dense = dataclasses.replace(TINY, n_routed_experts=0, n_dense_layers=3, n_mtp=0)
     assert jax.eval_shape(lambda m, r: m.hidden(r), tiny_model(dense), tokens(1, 4)).routing is None
+
+
+# YaRN from 8 tokens on, and without a latent for queries; grouped queries with biases.
+YARN = dataclasses.replace(
+    TINY, q_lora_rank=0, rope_scaling="yarn", rope_factor=40.0, original_seq_len=8, mscale=0.707,
+    mscale_all_dim=0.707,
+)  # fmt: skip
+GROUPED = dataclasses.replace(TINY, attention="gqa", n_kv_heads=2, head_dim=8, qkv_bias=True)
+LENGTH, ENDS = 40, (25, 7, 16)  # of the rows' prompts
+
+
+@functools.partial(jax.jit, static_argnames="absorbed", donate_argnums=3)
+def extend(model, tokens_BT, starts_B, cache, *, absorbed):
+    extended = model.extend(tokens_BT, starts_B, cache, absorbed=absorbed)
+    return model.logits(extended.main_BTD), extended.mtp_input_BTD, extended.cache
+
+
+def cached_model(config):
+    """The model with all its router biases below 0, and room in its cache for three rows."""
+    model = jax.tree.map(lambda leaf: leaf, tiny_model(config))
+    bias = model.moe_layers.ffn.gate.bias
+    model.moe_layers.ffn.gate.bias = bias.copy(bias[...] - 2)
+    return model, empty_cache(config, 3, 64, jnp.float32, mtp=True)
+
+
+@pytest.mark.parametrize("config", [TINY, YARN, GROUPED], ids=["mla", "yarn", "gqa"])
+def test_decode_logits_equal_teacher_forced_logits(config):
+    """Prompts of different lengths run in two chunks of 16, filled up with whatever; then rows
+    decode, each at a position of its own. What comes in chunks comes expanded, the rest absorbed.
+    """
+    model, cache = cached_model(config)
+    rows = np.asarray(tokens(3, LENGTH))
+    want = logits(model, rows)
+    prompts = np.where(np.arange(32) < np.array(ENDS)[:, None], rows[:, :32], 95)
+    for start in (0, 16):
+        starts = np.full(3, start, np.int32)
+        got, _, cache = extend(model, prompts[:, start : start + 16], starts, cache, absorbed=False)
+        for row, end in enumerate(ENDS):
+            own = slice(0, max(end - start, 0))
+            assert_close(got[row, own], want[row, start : start + 16][own], LOGITS, "prefill")
+    for step in range(LENGTH - max(ENDS)):
+        at = np.array(ENDS, np.int32) + step
+        new = rows[np.arange(3), at][:, None]
+        got, _, cache = extend(model, new, at, cache, absorbed=True)
+        assert_close(got[:, 0], want[np.arange(3), at], LOGITS, f"step {step}")
+
+
+def test_absorbed_attention_equals_expanded():
+    """Beyond YaRN's original length, where a forgotten mscale would show in either."""
+    model, cache = cached_model(YARN)
+    rows, starts = tokens(3, 16), jnp.asarray([0, 0, 0], jnp.int32)
+    copy = jax.tree.map(jnp.copy, cache)
+    absorbed, hidden, cache = extend(model, rows, starts, cache, absorbed=True)
+    expanded, other_hidden, copy = extend(model, rows, starts, copy, absorbed=False)
+    assert_close(absorbed, expanded, F32, "logits")
+    assert_close(hidden, other_hidden, F32, "hidden")
+    for got, want in zip(jax.tree.leaves(cache), jax.tree.leaves(copy), strict=True):
+        assert_close(got, want, F32, "entries")
+
+
+@pytest.mark.parametrize("after_norm", [True, False])
+def test_cached_mtp_modules_equal_the_training_forward(after_norm):
+    """Module k at position p reads token p + k; both modules follow the main model in chunks."""
+    config = dataclasses.replace(TINY, mtp_after_final_norm=after_norm)
+    model, cache = cached_model(config)
+    rows = tokens(3, 32)
+    want = jax.jit(lambda model, rows: model.hidden(rows).mtp_DBTD)(model, rows)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(model, depth, tokens_BT, hidden_BTD, starts_B, cache):
+        return model.extend_mtp(depth, tokens_BT, hidden_BTD, starts_B, cache)
+
+    padded = jnp.pad(rows, ((0, 0), (0, 2)))
+    for start in (0, 16):
+        starts = jnp.full((3,), start, jnp.int32)
+        _, hidden, cache = extend(model, rows[:, start : start + 16], starts, cache, absorbed=False)
+        for depth in range(2):
+            ahead = padded[:, start + depth + 1 :][:, :16]
+            hidden, normed, cache = run(model, depth, ahead, hidden, starts, cache)
+            known = slice(0, 31 - depth - start)  # the last positions have no token to read
+            assert_close(
+                normed[:, known], want[depth, :, start : start + 16][:, known], F32, f"{depth}"
+            )
+
+
+def test_size_of_decoding_program_does_not_grow_with_depth():
+    def size(n_layers):
+        config = dataclasses.replace(TINY, n_layers=n_layers)
+        model = Transformer(config, Policy(jnp.float32))
+        cache = jax.eval_shape(lambda: empty_cache(config, 2, 64, jnp.float32))
+        row = jax.ShapeDtypeStruct((2,), jnp.int32)
+        step = jax.jit(
+            lambda model, row, cache: model.extend(row[:, None], row, cache, absorbed=True)
+        )
+        return len(step.lower(model, row, cache).as_text())
+
+    assert size(12) < 1.02 * size(3)

@@ -1,6 +1,6 @@
 import pytest
 
-from dsjax.parallel.mesh import AXES, make_mesh
+from dsjax.parallel.mesh import AXES, make_mesh, submesh
 
 
 def test_mesh_gives_what_is_left_to_the_open_axis():
@@ -13,3 +13,28 @@ def test_mesh_gives_what_is_left_to_the_open_axis():
 def test_mesh_rejects_sizes_that_do_not_fill_the_devices(sizes):
     with pytest.raises(ValueError, match=r"does not fill the 8 devices here; set mesh"):
         make_mesh(sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ({"data": 2, "tensor": 2}, {"data": 2, "fsdp": 1, "tensor": 2}),
+        ({"tensor": -1}, {"data": 1, "fsdp": 1, "tensor": 8}),
+        ({"data": 2, "fsdp": -1}, {"data": 2, "fsdp": 4, "tensor": 1}),
+        ({"tensor": 1}, {"data": 1, "fsdp": 1, "tensor": 1}),
+    ],
+)
+def test_submesh_takes_the_devices_that_its_sizes_need(sizes, shape):
+    mesh = submesh(sizes)
+    assert mesh is not None and dict(mesh.shape) == shape
+
+
+def test_submesh_of_no_sizes_is_no_mesh():
+    assert submesh({}) is None
+
+
+def test_submesh_rejects_more_devices_than_there_are():
+    with pytest.raises(ValueError, match=r"data=4 x tensor=4 needs 16 devices, there are 8"):
+        submesh({"data": 4, "tensor": 4})
+    with pytest.raises(ValueError, match="does not fill the 8 devices"):
+        submesh({"data": 3, "tensor": -1})

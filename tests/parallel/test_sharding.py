@@ -4,7 +4,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dsjax.parallel.mesh import make_mesh
-from dsjax.parallel.sharding import AXIS_TABLE, constrain, partition_spec
+from dsjax.parallel.sharding import AXIS_TABLE, constrain, partition_spec, parts
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
@@ -35,6 +35,11 @@ def test_axes_of_size_one_leave_no_trace():
 def test_partition_spec_rejects(axes, shape, message):
     with pytest.raises(ValueError, match=message):
         partition_spec(axes, shape, make_mesh(MESH), "attn.wq")
+
+
+def test_parts_multiply_the_axes_of_a_dimension():
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    assert [parts(axis, mesh) for axis in ("batch", "embed", "heads", "width")] == [8, 4, 1, 1]
 
 
 def test_table_names_real_mesh_axes():

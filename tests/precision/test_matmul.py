@@ -7,7 +7,8 @@ import pytest
 
 from dsjax.precision.matmul import float32_matmul, grouped_linear, linear, vocabulary_logits
 from dsjax.precision.policy import Policy
-from tests.closeness import BF16, F32, assert_close
+from tests.closeness import BF16, EXACT, F32, FP8, assert_close
+from tests.oracles import fp8 as oracle
 
 SIZES = [7, 0, 33]
 
@@ -69,3 +70,75 @@ def test_logits_and_router_products_are_float32():
     assert_close(
         product, np.asarray(x16, np.float64) @ w[0].astype(np.float64), F32, "router product"
     )
+
+
+FP8_SIZES = [130, 0, 259, 11]
+
+
+def _fp8_operands(rows, groups=1, dim=300, width=200):
+    """Rows of very different sizes, as tokens and their gradients are; all ragged."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(rows, dim)) * np.exp2(rng.uniform(-4, 4, (rows, 1)))
+    dy = rng.normal(size=(rows, width)) * np.exp2(rng.uniform(-9, -3, (rows, 1)))
+    w = rng.normal(size=(groups, dim, width)) * 0.02
+    return tuple(a.astype(np.float32) for a in (x, w, dy))
+
+
+def _round_trip(x, block, kind):
+    """What is left of a matrix after the oracle's quantisation, float64."""
+    return oracle.dequantize(*oracle.quantize(x, block, kind), block).astype(np.float64)
+
+
+def _fp8_products(x, w, dy, kind):
+    """The three products of one matrix from the definition, float64."""
+    weight = _round_trip(w, (128, 128), kind)
+    y = _round_trip(x, (1, 128), kind) @ weight
+    dx = _round_trip(dy, (1, 128), kind) @ weight.T
+    return y, dx, _round_trip(x, (128, 1), kind).T @ _round_trip(dy, (128, 1), kind)
+
+
+@pytest.mark.parametrize("compute", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", ["fp32", "pow2"])
+def test_fp8_linear_products_equal_their_definition(kind, compute):
+    x, w, dy = _fp8_operands(200)
+    policy = Policy(compute, fp8=kind)
+    if compute == jnp.bfloat16:
+        x, dy = (np.asarray(jnp.asarray(a, compute), np.float32) for a in (x, dy))
+    got = _products(lambda x, w: linear(x, w, policy), x, w[0], dy)
+    assert got[0].dtype == compute and got[1].dtype == got[2].dtype == jnp.float32
+    want = _fp8_products(x, w[0], dy, kind)
+    levels = (F32, F32, F32) if compute == jnp.float32 else (BF16, BF16, F32)
+    for g, wanted, level, name in zip(got, want, levels, ["forward", "dx", "dw"], strict=True):
+        assert_close(g, wanted, level, name)
+    # The leading dimensions are tokens all the same.
+    again = _products(
+        lambda x, w: linear(x, w, policy), x.reshape(4, 50, -1), w[0], dy.reshape(4, 50, -1)
+    )
+    assert_close(again[2], got[2], EXACT, "dw of a batch")
+
+
+@pytest.mark.parametrize("kind", ["fp32", "pow2"])
+def test_fp8_linear_stays_within_the_fp8_band(kind):
+    x, w, dy = _fp8_operands(384, dim=512, width=256)
+    got = _products(lambda x, w: linear(x, w, Policy(jnp.float32, fp8=kind)), x, w[0], dy)
+    x, w, dy = (a.astype(np.float64) for a in (x, w[0], dy))
+    for g, want, name in zip(
+        got, (x @ w, dy @ w.T, x.T @ dy), ["forward", "dx", "dw"], strict=True
+    ):
+        assert_close(g, want, FP8, name)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "pow2"])
+def test_fp8_grouped_linear_products_equal_their_definition(kind):
+    """Each expert's products are those of a `linear` of its own, so no tile holds two experts."""
+    x, w, dy = _fp8_operands(sum(FP8_SIZES), groups=len(FP8_SIZES))
+    sizes, policy = jnp.asarray(FP8_SIZES, jnp.int32), Policy(jnp.float32, fp8=kind)
+    y, dx, dw = _products(lambda x, w: grouped_linear(x, w, sizes, policy), x, w, dy)
+    groups = np.repeat(np.arange(len(FP8_SIZES)), FP8_SIZES)
+    for e in range(len(FP8_SIZES)):
+        mine = groups == e
+        want = _fp8_products(x[mine], w[e], dy[mine], kind)
+        for got, wanted, name in zip(
+            (y[mine], dx[mine], dw[e]), want, ["y", "dx", "dw"], strict=True
+        ):
+            assert_close(got, wanted, F32, f"{name} of expert {e}")

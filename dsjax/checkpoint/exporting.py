@@ -1,0 +1,239 @@
+"""A checkpoint of ours -> a Hugging Face folder, as if DeepSeek had published it.
+
+The source is a converted folder or the folder of a run. Its tensors go out under their published
+names in layer order, in shards of at most 5 GB, MTP layers with their copies of embedding and head.
+Reading and converting runs ahead of writing in threads; an export that was interrupted goes on
+after its last whole shard.
+
+config.json is the published one where there is one, with what is written now: dtype, FP8 blocks,
+number of MTP layers. Its `auto_map` goes, because the code that it names is not taken along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dsjax import __version__
+from dsjax.checkpoint import names
+from dsjax.checkpoint.hf_config import quantization_config, to_hf
+from dsjax.checkpoint.hf_folder import FLOAT32, FP8, scale_name, scale_shape
+from dsjax.checkpoint.importing import copy_side_files, side_files
+from dsjax.checkpoint.json_files import read_json, write_json
+from dsjax.checkpoint.load import Checkpoint, open_checkpoint
+from dsjax.checkpoint.progress import Converted, Transfer
+from dsjax.checkpoint.recode import (
+    BLOCK,
+    Stored,
+    check_choice,
+    is_finite,
+    recode,
+    stored_dtype,
+)
+from dsjax.checkpoint.staging import Staging, check_space, check_target, fingerprint
+from dsjax.checkpoint.streaming import stream
+from dsjax.checkpoint.tensor_files import Shard, plan_shards, write_index, write_shard
+from dsjax.checkpoint.weights import Weights, leaf_name, scales_name
+from dsjax.command import writing
+from dsjax.data.tokenizer import load_tokenizer
+
+
+class Part(NamedTuple):
+    """A tensor to write: a weight, or the scales of one."""
+
+    tensor: names.Tensor
+    stored: np.dtype  # of the weight, in the source
+    wanted: np.dtype  # of the weight, in the export
+    is_scales: bool
+
+    def shape(self, block: tuple[int, int]) -> tuple[int, ...]:
+        return scale_shape(self.tensor.shape, block) if self.is_scales else self.tensor.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return FLOAT32 if self.is_scales else self.wanted
+
+    @property
+    def bytes_held(self) -> int:
+        """While the part is made."""
+        return math.prod(self.tensor.shape) * (self.stored.itemsize + self.wanted.itemsize)
+
+
+def export_checkpoint(source: Path, target: Path, *, dtype: str, progress: Transfer) -> Converted:
+    """Makes the Hugging Face folder `target` of a converted folder or a run's newest checkpoint.
+
+    Args:
+      dtype: one of `recode.CHOICES`.
+
+    Raises:
+      ValueError: the source is no whole checkpoint of ours, or holds NaN or infinity; its shape has
+        no published form; the target is taken or has no room.
+      OSError: a file cannot be read or written.
+    """
+    started = time.monotonic()
+    check_choice(dtype)
+    source, target = source.resolve(), target.resolve()
+    check_target(target, source)
+    checkpoint = open_checkpoint(source)
+    weights = checkpoint.weights
+    if weights is None:
+        raise ValueError(
+            f"{source} is a Hugging Face folder already; import it, and export what that makes"
+        )
+    parts = _plan(checkpoint, weights, dtype)
+    block = weights.block or BLOCK
+    config = _config(checkpoint, parts, block)
+    shards = plan_shards((name, part.dtype, part.shape(block)) for name, part in parts.items())
+    check_space(target, sum(map(_n_bytes, shards)))
+    files = [path for path in weights.folder.rglob("*") if path.is_file()]
+    identity = {
+        "dsjax": __version__,
+        "the source": str(weights.folder),
+        "the state of its files": fingerprint(files),
+        "--dtype": dtype,
+    }
+    with Staging(target, identity, progress.say) as work, writing(work.content):
+        left = [shard for shard in shards if shard.file_name not in work.finished]
+        to_do = sum(map(_n_bytes, left))
+        progress.begin("exporting", sum(map(_n_bytes, shards)), sum(map(_n_bytes, shards)) - to_do)
+        arrays = stream(
+            lambda part: _read(weights, part, block),
+            (parts[tensor.name] for shard in left for tensor in shard.tensors),
+            lambda part: part.bytes_held,
+        )
+        with contextlib.closing(arrays):
+            _write_shards(work, left, arrays, progress)
+        write_index(work.content, shards)
+        _write_small_files(work.content, checkpoint, config, progress)
+        work.publish()
+    return Converted(sum(len(shard.tensors) for shard in left), to_do, time.monotonic() - started)
+
+
+def _n_bytes(shard: Shard) -> int:
+    return sum(tensor.n_bytes for tensor in shard.tensors)
+
+
+def _plan(checkpoint: Checkpoint, weights: Weights, choice: str) -> dict[str, Part]:
+    """Every tensor of the export by its published name, in layer order."""
+    parts = {}
+    for tensor in names.tensors(checkpoint.model, checkpoint.family):
+        stored = weights.leaves[leaf_name(tensor)].dtype
+        wanted = stored_dtype(choice, tensor, stored)
+        parts[tensor.name] = Part(tensor, stored, wanted, False)
+        if wanted == FP8:
+            parts[scale_name(tensor.name)] = Part(tensor, stored, wanted, True)
+    return parts
+
+
+def _read(weights: Weights, part: Part, block: tuple[int, int]) -> np.ndarray:
+    """Makes a part, in published orientation.
+
+    Raises:
+      ValueError: it holds NaN or infinity.
+    """
+    name, slot, turned = leaf_name(part.tensor), part.tensor.slot, part.tensor.transpose
+    if part.is_scales and part.stored == FP8:
+        array = weights.read_published(scales_name(name), slot, turned)
+    else:
+        stored = Stored(weights.read_published(name, slot, turned))
+        if part.stored == FP8 != part.wanted:
+            stored = Stored(stored.values, weights.read_published(scales_name(name), slot, turned))
+        made = recode(stored, part.wanted, block)
+        array = made.scales if part.is_scales else made.values
+    assert array is not None
+    if not is_finite(array):
+        raise ValueError(
+            f"{weights.folder}: {'.'.join(name)} holds NaN or infinity where {part.tensor.name} "
+            "comes from; export an earlier checkpoint, or import the source again"
+        )
+    return array
+
+
+def _write_shards(
+    work: Staging, shards: Sequence[Shard], arrays: Iterator[np.ndarray], progress: Transfer
+) -> None:
+    """Writes shards, whose tensors come from `arrays` in their order."""
+
+    def produce(name: str) -> np.ndarray:
+        array = next(arrays)
+        progress.advance(array.nbytes)
+        return array
+
+    for shard in shards:
+        write_shard(work.content, shard, produce)
+        work.finish(shard.file_name)
+    progress.end()
+
+
+def _config(
+    checkpoint: Checkpoint, parts: Mapping[str, Part], block: tuple[int, int]
+) -> dict[str, Any]:
+    """config.json of the export.
+
+    Raises:
+      ValueError: the model has no published form.
+    """
+    dtype = parts["model.embed_tokens.weight"].dtype.name
+    in_fp8 = {part.stored for part in parts.values() if part.wanted == FP8}
+    published = checkpoint.path / "hf" / "config.json"
+    if not published.is_file():
+        family, fp8_block = checkpoint.family, block if in_fp8 else None
+        return to_hf(checkpoint.model, family, dtype=dtype, block=fp8_block)
+    config = read_json(published)
+    config.pop("auto_map", None)
+    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    if not in_fp8:
+        config.pop("quantization_config", None)
+    elif FP8 not in in_fp8:  # else they are as published, and so is what describes them
+        config["quantization_config"] = quantization_config(block)
+    mtp = "num_mtp_layers" if "num_mtp_layers" in config else "num_nextn_predict_layers"
+    if mtp in config:
+        config[mtp] = checkpoint.model.n_mtp
+    return config
+
+
+def _write_small_files(
+    folder: Path, checkpoint: Checkpoint, config: dict[str, Any], progress: Transfer
+) -> None:
+    """Writes tokenizer and configs; config.json last, since a folder without it is none that can be
+    loaded.
+    """
+    published = checkpoint.path / "hf"
+    if published.is_dir():
+        copy_side_files(
+            [file for file in side_files(published) if file.name != "config.json"], folder
+        )
+    elif (checkpoint.tokenizer_folder / "tokenizer.json").is_file():
+        config |= _write_tokenizer(checkpoint, folder)
+    else:
+        progress.say(f"{checkpoint.tokenizer_folder} has no tokenizer.json, nor has the export")
+    write_json(folder / "config.json", config)
+
+
+def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> dict[str, int]:
+    """Writes a run's tokenizer as transformers loads it; returns the ids of its special tokens."""
+    original = checkpoint.tokenizer_folder / "tokenizer.json"
+    tokenizer = load_tokenizer(str(original))
+    special = tokenizer.special
+    ids = {
+        "bos_token_id": special.bos,
+        "eos_token_id": special.eos,
+        "pad_token_id": special.pad,
+    }
+    shutil.copyfile(original, folder / "tokenizer.json")
+    tokens = {key.removesuffix("_id"): tokenizer.inner.id_to_token(i) for key, i in ids.items()}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": checkpoint.model.max_seq_len,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", settings | tokens)
+    write_json(folder / "generation_config.json", ids)
+    return ids

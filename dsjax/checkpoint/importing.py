@@ -1,0 +1,279 @@
+"""A Hugging Face folder -> a converted folder, which any mesh can load.
+
+    config.json   what dsjax needs to know: its version, the family, the model
+    weights/      the arrays, as `weights.py` lays them out
+    hf/           the small files as published: config.json, tokenizer, chat template, licence
+
+One tensor at a time: it is read, converted, checked to be finite and written to its slot, a few of
+them in threads, in the order of their bytes in the files. So memory is bounded by the largest
+tensor, whatever the size of the checkpoint. What can be known before anything is written is checked
+before: names, shapes and dtypes, the copies in MTP layers, the room on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dsjax import __version__
+from dsjax.checkpoint.hf_folder import FLOAT32, FP8, HfFolder, Row, open_hf, scale_shape
+from dsjax.checkpoint.json_files import sync_folder, write_json
+from dsjax.checkpoint.progress import Converted, Transfer
+from dsjax.checkpoint.recode import (
+    BLOCK,
+    Stored,
+    cast_rows,
+    check_choice,
+    is_finite,
+    recode,
+    stored_dtype,
+)
+from dsjax.checkpoint.slices import Leaf
+from dsjax.checkpoint.staging import Staging, check_space, check_target, fingerprint
+from dsjax.checkpoint.streaming import stream
+from dsjax.checkpoint.tensor_files import MAX_LISTED, TensorFolder, TensorInfo, listed
+from dsjax.checkpoint.weights import Name, WeightsWriter, leaf_name, scales_name
+from dsjax.command import writing
+
+_COMPARED_TOGETHER = 64 << 20  # bytes
+
+# What lies beside the weights, as far as it is data.
+_SIDE_FILES = (".json", ".jinja", ".txt", ".model", ".md")
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE")
+_LARGEST_SIDE_FILE = 64 << 20
+
+
+class Part(NamedTuple):
+    """A tensor to import, with its scales if it has any."""
+
+    row: Row
+    info: TensorInfo
+    dtype: np.dtype  # to store it in
+
+    @property
+    def n_bytes(self) -> int:
+        """As published, without the scales."""
+        return self.info.n_bytes
+
+
+def import_checkpoint(source: Path, target: Path, *, dtype: str, progress: Transfer) -> Converted:
+    """Makes the converted folder `target` of the Hugging Face folder `source`.
+
+    An import that was interrupted goes on where it was.
+
+    Args:
+      dtype: one of `recode.CHOICES`.
+
+    Raises:
+      ValueError: the source is not a whole checkpoint, does not fit `dtype`, or holds NaN or
+        infinity; the target is taken or has no room.
+      OSError: a file cannot be read or written.
+    """
+    started = time.monotonic()
+    check_choice(dtype)
+    source, target = source.resolve(), target.resolve()
+    check_target(target, source)
+    folder = open_hf(source)
+    parts = _plan(folder, dtype)
+    leaves = _leaves(parts, folder.block or BLOCK)
+    small = list(side_files(source))
+    needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
+    check_space(target, needed + sum(file.stat().st_size for file in small))
+    _check_copies(folder)
+    identity = {
+        "dsjax": __version__,
+        "the source": str(source),
+        "the state of its files": fingerprint([source / "config.json", *folder.files.files]),
+        "--dtype": dtype,
+    }
+    with Staging(target, identity, progress.say) as work, writing(work.content):
+        left = [part for part in parts if part.row.tensor.name not in work.finished]
+        total, to_do = (sum(part.n_bytes for part in some) for some in (parts, left))
+        progress.begin("importing", total, total - to_do)
+        _write_weights(folder, left, leaves, work, progress)
+        (work.content / "hf").mkdir(exist_ok=True)
+        copy_side_files(small, work.content / "hf")
+        # Last, because a folder without it is none that can be loaded.
+        write_json(
+            work.content / "config.json",
+            {
+                "dsjax": __version__,
+                "family": folder.family,
+                "model": dataclasses.asdict(folder.model),
+            },
+        )
+        work.publish()
+    return Converted(len(left), to_do, time.monotonic() - started)
+
+
+def _plan(folder: HfFolder, choice: str) -> list[Part]:
+    """The tensors that fill the leaves, in the order of their bytes on the disk.
+
+    Raises:
+      ValueError: tensors that share a leaf would differ in dtype.
+    """
+    parts = []
+    dtypes: dict[Name, dict[np.dtype, str]] = {}
+    for row in folder.rows:
+        if row.tensor.is_copy:
+            continue
+        dtype = stored_dtype(choice, row.tensor, row.dtype)
+        parts.append(Part(row, folder.files.tensors[row.tensor.name], dtype))
+        dtypes.setdefault(leaf_name(row.tensor), {}).setdefault(dtype, row.tensor.name)
+    mixed = [
+        " and ".join(f"{tensor} in {dtype}" for dtype, tensor in found.items())
+        for found in dtypes.values()
+        if len(found) > 1
+    ]
+    if mixed:
+        raise ValueError(
+            f"{folder.path} has tensors of several dtypes where one array holds all layers: "
+            f"{listed(mixed)}; so they cannot be kept: use --dtype bfloat16, float32 or fp8"
+        )
+    return sorted(parts, key=lambda part: (part.info.file, part.info.offset))
+
+
+def _leaves(parts: Sequence[Part], block: tuple[int, int]) -> dict[Name, Leaf]:
+    """The arrays that the parts fill together."""
+    leaves: dict[Name, Leaf] = {}
+    slots: dict[Name, list[tuple[int, ...]]] = {}
+    for part in parts:
+        slots.setdefault(leaf_name(part.row.tensor), []).append(part.row.tensor.slot)
+    for part in parts:
+        tensor, name = part.row.tensor, leaf_name(part.row.tensor)
+        if name in leaves:
+            continue
+        counts = tuple(last + 1 for last in max(slots[name]))
+        rank, turned = len(counts), tensor.transpose
+        leaves[name] = Leaf(counts + tensor.target_shape, part.dtype, rank, turned)
+        if part.dtype == FP8:
+            inner = scale_shape(tensor.shape, block)
+            scales = inner[::-1] if turned else inner
+            leaves[scales_name(name)] = Leaf(counts + scales, FLOAT32, rank, turned)
+    return leaves
+
+
+def _check_copies(folder: HfFolder) -> None:
+    """Checks that what MTP layers repeat of the main model is the same bit for bit: only one of the
+    two is kept.
+
+    Raises:
+      ValueError: a copy differs; names both.
+    """
+    mains = {row.tensor.path: row for row in folder.rows if not row.tensor.is_copy}
+    problems = [
+        f"{row.tensor.name} differs from {mains[row.tensor.path].tensor.name}"
+        for row in folder.rows
+        if row.tensor.is_copy and not _are_equal(folder.files, row, mains[row.tensor.path])
+    ]
+    if problems:
+        raise ValueError(
+            f"{folder.path}: {listed(problems)}, of which it should be a copy, and dsjax keeps one "
+            "for both; download the files again, or remove the MTP layers from them"
+        )
+
+
+def _are_equal(files: TensorFolder, one: Row, other: Row) -> bool:
+    if one.dtype != other.dtype:
+        return False
+    if (
+        one.scale
+        and other.scale
+        and not _same_bytes(files.read(one.scale), files.read(other.scale))
+    ):
+        return False
+    rows, width = one.tensor.shape
+    step = max(1, _COMPARED_TOGETHER // (width * one.dtype.itemsize))
+    return all(
+        _same_bytes(files.read(one.tensor.name, piece), files.read(other.tensor.name, piece))
+        for piece in (slice(start, start + step) for start in range(0, rows, step))
+    )
+
+
+def _same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
+    return np.array_equal(one.view(np.uint8), other.view(np.uint8))
+
+
+def _write_weights(
+    folder: HfFolder,
+    parts: Sequence[Part],
+    leaves: dict[Name, Leaf],
+    work: Staging,
+    progress: Transfer,
+) -> None:
+    block = folder.block or BLOCK
+    in_fp8 = any(leaf.dtype == FP8 for leaf in leaves.values())
+    writer = WeightsWriter(work.content / "weights", leaves, block if in_fp8 else None)
+    damaged: list[str] = []
+
+    def convert(part: Part) -> tuple[Part, bool]:
+        """Reads a part and, unless the import has failed already, writes it."""
+        tensor = part.row.tensor
+        stored = _read(folder, part, block)
+        if not all(is_finite(array) for array in stored if array is not None):
+            return part, False
+        if not damaged:
+            writer.write(leaf_name(tensor), tensor.slot, stored.values)
+            if stored.scales is not None:
+                writer.write(scales_name(leaf_name(tensor)), tensor.slot, stored.scales)
+        return part, True
+
+    def held(part: Part) -> int:
+        return part.n_bytes + math.prod(part.info.shape) * part.dtype.itemsize
+
+    with contextlib.closing(stream(convert, parts, held)) as converted:
+        for part, finite in converted:
+            progress.advance(part.n_bytes)
+            if not finite:
+                damaged.append(f"{part.row.tensor.name} in {part.info.file.name}")
+                if len(damaged) == MAX_LISTED:
+                    break
+            elif not damaged:
+                work.finish(part.row.tensor.name)
+    progress.end()
+    if damaged:
+        raise ValueError(
+            f"{folder.path} has tensors with NaN or infinity: {listed(damaged)}; download these "
+            "files again"
+        )
+    writer.finish()
+
+
+def _read(folder: HfFolder, part: Part, block: tuple[int, int]) -> Stored:
+    """Reads a part as it is to be stored."""
+    name, scale = part.row.tensor.name, part.row.scale
+    if part.info.dtype != part.dtype != FP8 and scale is None:
+        return Stored(
+            cast_rows(lambda rows: folder.files.read(name, rows), part.info.shape, part.dtype)
+        )
+    scales = folder.files.read(scale) if scale else None
+    return recode(Stored(folder.files.read(name), scales), part.dtype, block)
+
+
+def side_files(source: Path) -> Iterator[Path]:
+    """The small files that are worth keeping: never weights, never code."""
+    for file in sorted(source.iterdir()):
+        licence = file.name.startswith(_LICENCES)
+        index = file.name.endswith(".index.json")
+        wanted = licence or (file.suffix in _SIDE_FILES and not index)
+        if wanted and file.is_file() and file.stat().st_size <= _LARGEST_SIDE_FILE:
+            yield file
+
+
+def copy_side_files(files: Sequence[Path], folder: Path) -> None:
+    """Copies files into a folder, to stay there through a power cut."""
+    for file in files:
+        with file.open("rb") as original, (folder / file.name).open("wb") as copy:
+            shutil.copyfileobj(original, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
+    sync_folder(folder)

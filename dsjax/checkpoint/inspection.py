@@ -1,0 +1,309 @@
+"""What a checkpoint holds beside what its config implies, from configs and headers alone.
+
+Tensors are counted as Hugging Face publishes them, whatever the folder: one a layer and expert, and
+one for the scales of each FP8 weight. Bytes are those of the tensors; the headers of the files come
+on top. In a converted folder and in a run's checkpoint an MTP layer's copies of embedding and head
+are left out, for there they are not stored twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from rich import box
+from rich.columns import Columns
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dsjax import settings
+from dsjax.checkpoint import names
+from dsjax.checkpoint.hf_config import family_for
+from dsjax.checkpoint.hf_folder import (
+    FLOAT32,
+    FP8,
+    Mismatches,
+    compare,
+    is_hf,
+    read_config,
+    scale_name,
+    scale_shape,
+    without_absent_mtp,
+)
+from dsjax.checkpoint.json_files import read_json
+from dsjax.checkpoint.names import Family
+from dsjax.checkpoint.tensor_files import MAX_LISTED, open_folder
+from dsjax.config import ModelConfig
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_STORED = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
+
+
+class Entry(NamedTuple):
+    """A tensor as published."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Implied(NamedTuple):
+    """What a config says of a checkpoint."""
+
+    family: Family
+    model: ModelConfig
+    dtype: np.dtype  # of the weights; with FP8 of those that are not
+    block: tuple[int, int] | None  # rows and columns that share a scale, if weights are in FP8
+
+
+def summarize(path: Path, expect: bool) -> dict[str, Any]:
+    """Describes a checkpoint of any kind, as JSON holds it.
+
+    Args:
+      path: a folder as from Hugging Face, one that was converted, or that of a run; with `expect` a
+        config.json will do.
+      expect: to count what the config implies and look at no weights; else what is there is counted
+        and held against that.
+
+    Raises:
+      ValueError: config or headers cannot be read.
+    """
+    if expect:
+        implied = implied_by(path)
+        return _described(path, implied, list(published(*implied)), None)
+    return _inspect_hf(path) if is_hf(path) else _inspect_ours(path)
+
+
+def implied_by(path: Path) -> Implied:
+    """Reads a config: Hugging Face's, that of a converted folder, or that of a run.
+
+    A run keeps no word of what it will be published in, so it counts as bfloat16.
+
+    Raises:
+      ValueError: it cannot be read or honoured.
+    """
+    path = path / "config.json" if path.is_dir() else path
+    config = read_json(path)
+    if "dsjax" in config:
+        path = path.parent / "hf" / "config.json"
+        config = read_json(path)
+    if "model" in config and "model_type" not in config:
+        model = settings.from_dict(config, str(path)).model
+        return Implied(family_for(model), model, BFLOAT16, None)
+    _, family, model, block = read_config(path)
+    return Implied(family, model, _stored_dtype(config, path), block)
+
+
+def published(
+    family: Family, model: ModelConfig, dtype: np.dtype, block: tuple[int, int] | None
+) -> Iterator[Entry]:
+    """Yields every tensor of a model as DeepSeek publishes it: with `block`, its linear weights in
+    FP8 with scales, and the router's bias always in float32.
+    """
+    for tensor in names.tensors(model, family):
+        if tensor.quantized and block:
+            yield Entry(tensor.name, FP8, tensor.shape)
+            yield Entry(scale_name(tensor.name), FLOAT32, scale_shape(tensor.shape, block))
+        else:
+            yield Entry(tensor.name, FLOAT32 if tensor.keep_float32 else dtype, tensor.shape)
+
+
+def _stored_dtype(config: Mapping[str, Any], path: Path) -> np.dtype:
+    """The dtype that a config.json announces; bfloat16, as all of DeepSeek's, if it does not."""
+    for field in ("torch_dtype", "dtype"):
+        value = config.get(field)
+        if value is not None:
+            if not isinstance(value, str) or value.removeprefix("torch.") not in _STORED:
+                raise ValueError(f"{path}: {field}={value!r} is not one of {', '.join(_STORED)}")
+            return _STORED[value.removeprefix("torch.")]
+    return BFLOAT16
+
+
+def _inspect_hf(path: Path) -> dict[str, Any]:
+    try:
+        files = open_folder(path)
+    except ValueError as error:
+        no_weights = not any(path.glob("*.safetensors"))
+        hint = "; with --expect the config alone is counted" if no_weights else ""
+        raise ValueError(f"{error}{hint}") from None
+    implied = implied_by(path)
+    model = without_absent_mtp(implied.model, files.tensors)
+    _, mismatches = compare(model, implied.family, implied.block, files.tensors)
+    expected = list(published(*implied._replace(model=model)))
+    order = {entry.name: number for number, entry in enumerate(expected)}
+    found = [Entry(info.name, info.dtype, info.shape) for info in files.tensors.values()]
+    found.sort(key=lambda entry: order.get(entry.name, len(order)))
+    summary = _described(path, implied, expected, found, mismatches)
+    summary["found"] |= {
+        "mtp_layers": model.n_mtp,
+        "files": len(files.files),
+        "file_bytes": sum(file.stat().st_size for file in files.files),
+    }
+    return summary
+
+
+def _inspect_ours(path: Path) -> dict[str, Any]:
+    # These bring jax with them, which the rest of this module does without.
+    from dsjax.checkpoint import store
+    from dsjax.checkpoint.load import open_checkpoint
+    from dsjax.checkpoint.weights import Weights, leaf_name, scales_name
+
+    checkpoint = open_checkpoint(path)  # compares the arrays with the config
+    folder = path / "state"
+    if (path / "weights").is_dir():
+        folder = path / "weights"
+    elif (path / "checkpoints").is_dir():
+        folder = path / "checkpoints" / str(store.latest(path / "checkpoints")) / "state"
+    weights = Weights(folder)
+    found = []
+    for tensor in names.tensors(checkpoint.model, checkpoint.family):
+        if not tensor.is_copy:
+            name = leaf_name(tensor)
+            found.append(Entry(tensor.name, weights.leaves[name].dtype, tensor.shape))
+            if weights.block and scales_name(name) in weights.leaves:
+                scales = scale_shape(tensor.shape, weights.block)
+                found.append(Entry(scale_name(tensor.name), FLOAT32, scales))
+    implied = Implied(checkpoint.family, checkpoint.model, checkpoint.dtype, weights.block)
+    copies = {row.name for row in names.tensors(implied.model, implied.family) if row.is_copy}
+    expected = [entry for entry in published(*implied) if entry.name not in copies]
+    summary = _described(path, implied, expected, found)
+    summary["found"] |= {"mtp_layers": checkpoint.model.n_mtp}
+    return summary
+
+
+def _described(
+    path: Path,
+    implied: Implied,
+    expected: Sequence[Entry],
+    found: Sequence[Entry] | None,
+    mismatches: Mismatches | None = None,
+) -> dict[str, Any]:
+    counted = expected if found is None else found
+    sizes = {
+        row.name: (math.prod(row.shape), row.path[0] == "mtp")
+        for row in names.tensors(implied.model, implied.family)
+        if not row.is_copy
+    }
+    return {
+        "path": str(path),
+        "family": implied.family,
+        "model": dataclasses.asdict(implied.model),
+        "dtype": implied.dtype.name,
+        "block": list(implied.block) if implied.block else None,
+        "total_params": sum(size for size, is_mtp in sizes.values() if not is_mtp),
+        "mtp_params": sum(size for size, is_mtp in sizes.values() if is_mtp),
+        "tensor_count": len(counted),
+        "total_bytes": sum(entry.n_bytes for entry in counted),
+        "expected": _totals(expected) | {"mtp_layers": implied.model.n_mtp},
+        "found": None if found is None else _totals(found),
+        "tensors": _patterns(counted),
+        **(mismatches or Mismatches([], [], []))._asdict(),
+    }
+
+
+def _totals(entries: Iterable[Entry]) -> dict[str, Any]:
+    dtypes: dict[str, dict[str, int]] = {}
+    count = total = scales = 0
+    for entry in entries:
+        of_dtype = dtypes.setdefault(entry.dtype.name, {"tensors": 0, "values": 0, "bytes": 0})
+        of_dtype["tensors"] += 1
+        of_dtype["values"] += math.prod(entry.shape)
+        of_dtype["bytes"] += entry.n_bytes
+        count, total = count + 1, total + entry.n_bytes
+        scales += entry.name.endswith("_scale_inv")
+    return {
+        "tensor_count": count,
+        "total_bytes": total,
+        "scale_tensors": scales,
+        "dtypes": dict(sorted(dtypes.items())),
+    }
+
+
+def _patterns(entries: Iterable[Entry]) -> list[dict[str, Any]]:
+    """Tensors alike but for the number of their layer or expert, counted together."""
+    counts: dict[tuple[str, np.dtype, tuple[int, ...]], int] = {}
+    for entry in entries:
+        key = (re.sub(r"\.\d+(?=\.)", ".*", entry.name), entry.dtype, entry.shape)
+        counts[key] = counts.get(key, 0) + 1
+    return [
+        {
+            "name": name,
+            "dtype": dtype.name,
+            "shape": list(shape),
+            "count": count,
+            "bytes": count * Entry(name, dtype, shape).n_bytes,
+        }
+        for (name, dtype, shape), count in counts.items()
+    ]
+
+
+def print_summary(summary: dict[str, Any], console: Console) -> None:
+    """Prints the model, its tensors, the totals expected and found, and where they disagree."""
+    title = f"{summary['path']}: {summary['family']}"
+    console.rule(Text(title), align="left")
+    pairs = [Text(f"{name}={value}") for name, value in summary["model"].items()]
+    console.print(Columns(pairs, column_first=True, padding=(0, 3)))
+    console.print(_tensor_table(summary["tensors"]))
+    console.print(_totals_table(summary))
+    for kind in Mismatches._fields:
+        lines = summary[kind]
+        if not lines:
+            continue
+        console.rule(Text(f"{kind}: {len(lines):,}"), align="left")
+        console.print(Text("\n".join(lines[:MAX_LISTED])))
+        if len(lines) > MAX_LISTED:
+            console.print(Text(f"... and {len(lines) - MAX_LISTED:,} more; --json has them all"))
+
+
+def _tensor_table(patterns: Iterable[Mapping[str, Any]]) -> Table:
+    table = Table(title=Text("tensors (weights are [out, in])"), box=box.SIMPLE_HEAD)
+    table.add_column("tensor", overflow="fold")
+    for column in ("dtype", "shape"):
+        table.add_column(column, no_wrap=True)
+    for column in ("count", "bytes"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in patterns:
+        shape = " x ".join(map(str, row["shape"]))
+        counts = f"{row['count']:,}", f"{row['bytes']:,}"
+        table.add_row(Text(row["name"]), row["dtype"], shape, *counts)
+    return table
+
+
+def _totals_table(summary: Mapping[str, Any]) -> Table:
+    expected, found = summary["expected"], summary["found"]
+    sides = [expected] if found is None else [expected, found]
+    table = Table(title="totals", box=box.SIMPLE_HEAD)
+    table.add_column("what")
+    for title in ("expected from the config", "found")[: len(sides)]:
+        table.add_column(title, justify="right")
+
+    def add(what: str, *values: int | None) -> None:
+        table.add_row(what, *("" if value is None else f"{value:,}" for value in values))
+
+    for what, key in (
+        ("tensors", "tensor_count"),
+        ("of these, scales", "scale_tensors"),
+        ("bytes", "total_bytes"),
+        ("MTP layers", "mtp_layers"),
+    ):
+        add(what, *(side[key] for side in sides))
+    for dtype in sorted({dtype for side in sides for dtype in side["dtypes"]}):
+        add(f"bytes in {dtype}", *(side["dtypes"].get(dtype, {}).get("bytes") for side in sides))
+    if found and "files" in found:
+        add("files", None, found["files"])
+        add("bytes of the files, headers included", None, found["file_bytes"])
+    add("parameters of the main model", summary["total_params"])
+    if summary["mtp_params"]:
+        add("parameters of the MTP layers, without copies", summary["mtp_params"])
+    return table

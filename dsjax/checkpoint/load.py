@@ -1,0 +1,316 @@
+"""Opens a checkpoint of any kind, and puts its weights into a model on any mesh.
+
+A checkpoint is a folder as Hugging Face publishes it, one that `tools/convert.py import` has
+written, or the folder of a run; `open_checkpoint` tells which. From there on they are the same:
+leaves of the parameter tree, of which any slice can be read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, Sharding
+from jax.typing import DTypeLike
+
+from dsjax import settings
+from dsjax.checkpoint import store
+from dsjax.checkpoint.hf_config import family_for
+from dsjax.checkpoint.hf_folder import HfFolder, Row, is_hf, open_hf
+from dsjax.checkpoint.json_files import read_json
+from dsjax.checkpoint.names import FAMILIES, Family
+from dsjax.checkpoint.slices import Index, Leaf, Tensors, bounds, dequantize_rows, read_slice
+from dsjax.checkpoint.tensor_files import listed
+from dsjax.checkpoint.weights import Weights
+from dsjax.config import ModelConfig
+from dsjax.model.layers import RouterState
+from dsjax.model.parameters import shardings
+from dsjax.model.transformer import Transformer
+from dsjax.precision.policy import Policy
+
+FLOAT32 = np.dtype(np.float32)
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+# What the devices of a process need of a leaf is read at once up to this size, so that devices
+# whose slices share a tensor do not each read it.
+HOST_BYTES = 4 << 30
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint, open for reading.
+
+    Attributes:
+      dtype: what its weights are stored in, and what they are loaded as: bfloat16, also for FP8, or
+        float32.
+      tokenizer_folder: where tokenizer.json, generation_config.json and a chat template lie, as far
+        as the checkpoint has them.
+    """
+
+    path: Path
+    model: ModelConfig
+    family: Family
+    dtype: np.dtype
+    tokenizer_folder: Path
+    weights: Weights | None  # the arrays as they are stored; None in a Hugging Face folder
+    _tensors: Mapping[tuple[str, ...], Tensors] = dataclasses.field(repr=False)
+
+    def read(
+        self, path: tuple[str, ...], index: Index, dtype: np.dtype | None = None
+    ) -> np.ndarray:
+        """Reads part of a parameter; FP8 is dequantized in float32 first.
+
+        Args:
+          path: the parameter's, as in `names.Tensor.path`.
+          index: a slice or an integer for each dimension.
+          dtype: to cast to; None: the checkpoint's.
+
+        Raises:
+          ValueError: files are missing or damaged.
+        """
+        return read_slice(self._tensors[path], index, dtype or self.dtype)
+
+
+def load(
+    path: str | os.PathLike[str] | Checkpoint,
+    *,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike | None = None,
+) -> Transformer:
+    """Loads a model.
+
+    Each process reads what its own devices hold. Weights are cast slice by slice; the router's bias
+    is float32 in every case.
+
+    Args:
+      path: a Hugging Face folder, a converted folder, the folder of a run, or one checkpoint of a
+        run.
+      mesh: where the weights go, split as `parallel.sharding` says; None: the default device.
+      dtype: of weights and activations, bfloat16 or float32; None: the checkpoint's.
+
+    Raises:
+      ValueError: the folder holds no whole checkpoint, its config and its arrays disagree, the
+        model does not fit the mesh, or another dtype is asked for.
+    """
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    wanted = checkpoint.dtype if dtype is None else _weight_dtype(dtype)
+    model = Transformer(checkpoint.model, Policy(wanted))
+    placement = model if mesh is None else shardings(model, mesh)
+
+    def fill(keys: tuple[Any, ...], variable: nnx.Variable, placed: nnx.Variable) -> nnx.Variable:
+        own_path, shape = _path(keys), variable.get_value().shape
+        own_dtype = FLOAT32 if isinstance(variable, RouterState) else wanted
+
+        def read(index: Index) -> np.ndarray:
+            return checkpoint.read(own_path, index, own_dtype)
+
+        if mesh is None:
+            return variable.copy(jax.device_put(read((slice(None),) * len(shape))))
+        return variable.copy(_distribute(read, shape, own_dtype, placed.get_value()))
+
+    return jax.tree_util.tree_map_with_path(fill, model, placement, is_leaf=_is_variable)
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Opens a checkpoint of any kind; reads headers and configs, no weights.
+
+    Raises:
+      ValueError: there is none, it is not whole, or its config and its arrays disagree (all
+        disagreements are listed).
+    """
+    path = Path(path)
+    if not path.is_dir():
+        what = "is not a folder" if path.exists() else "does not exist"
+        begun = path.with_name(path.name + ".partial")
+        raise ValueError(
+            f"{path} {what}; name the folder of a checkpoint"
+            + (f". {begun} is a conversion to it that is not finished" if begun.is_dir() else "")
+        )
+    if (path / "weights").is_dir():
+        return _open_converted(path)
+    if (path / "checkpoints").is_dir():
+        return _open_run(path)
+    if path.name.isdecimal() and path.absolute().parent.name == "checkpoints":
+        return _open_run(path.absolute().parent.parent, int(path.name))
+    if is_hf(path):
+        return _open_hf(path)
+    raise ValueError(
+        f"{path} holds no checkpoint: it has neither config.json with safetensors files, as from "
+        "Hugging Face, nor weights/, as from tools/convert.py, nor checkpoints/, as of a run"
+    )
+
+
+def _open_hf(path: Path) -> Checkpoint:
+    folder = open_hf(path)
+    rows: dict[tuple[str, ...], dict[tuple[int, ...], Row]] = defaultdict(dict)
+    for row in folder.rows:
+        if not row.tensor.is_copy:
+            rows[row.tensor.path][row.tensor.slot] = row
+    return Checkpoint(
+        path=path,
+        model=folder.model,
+        family=folder.family,
+        dtype=_loaded_dtype(row.dtype for row in folder.rows if not row.tensor.keep_float32),
+        tokenizer_folder=path,
+        weights=None,
+        _tensors={name: _HfTensors(folder, slots) for name, slots in rows.items()},
+    )
+
+
+class _HfTensors:
+    """The tensors of a leaf in a Hugging Face folder."""
+
+    def __init__(self, folder: HfFolder, rows: Mapping[tuple[int, ...], Row]):
+        self._folder, self._rows = folder, rows
+        tensor, dtype, _ = next(iter(rows.values()))
+        slots = tuple(last + 1 for last in max(rows))
+        self.leaf = Leaf((*slots, *tensor.target_shape), dtype, len(tensor.slot), tensor.transpose)
+
+    def rows(self, slot: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+        row, block = self._rows[slot], self._folder.block
+        values = self._folder.files.read(row.tensor.name, slice(start, stop))
+        if row.scale is None:
+            return values
+        assert block
+        covering = slice(start // block[0], -(-stop // block[0]))
+        scales = self._folder.files.read(row.scale, covering)
+        return dequantize_rows(values, scales, start, block)
+
+
+def _open_converted(path: Path) -> Checkpoint:
+    config = read_json(path / "config.json")
+    try:
+        model, family = ModelConfig(**config["model"]), config["family"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path / 'config.json'} does not describe a converted checkpoint ({error!r}); convert "
+            "it again"
+        ) from error
+    if family not in FAMILIES:
+        raise ValueError(
+            f"{path / 'config.json'}: family={family!r} is not one of {', '.join(FAMILIES)}; "
+            "convert it again"
+        )
+    return _open_weights(path, path / "weights", model, family, path / "hf")
+
+
+def _open_run(workdir: Path, step: int | None = None) -> Checkpoint:
+    """Opens the checkpoint of a step, or the newest that is whole."""
+    directory = workdir / "checkpoints"
+    whole = store.steps(directory)
+    wanted = max(whole, default=None) if step is None else step
+    there = sorted(entry.name for entry in directory.iterdir())
+    if wanted is None or wanted not in whole:
+        raise ValueError(
+            f"{directory} has no whole checkpoint{'' if step is None else f' of step {step}'}; it "
+            f"holds {', '.join(there) or 'nothing'}. A run writes one every train.checkpoint_every "
+            "steps and when it is stopped"
+        )
+    for name in there:
+        if step is None and name.isdecimal() and int(name) > wanted:
+            _logger.warning("%s is not whole; taking step %d", directory / name, wanted)
+    model = settings.load_config(workdir).model
+    state = directory / str(wanted) / "state"
+    return _open_weights(workdir, state, model, family_for(model), workdir)
+
+
+def _open_weights(
+    path: Path, folder: Path, model: ModelConfig, family: Family, tokenizer_folder: Path
+) -> Checkpoint:
+    """Opens arrays that are stored as leaves, and checks them against the model's declarations."""
+    weights = Weights(folder)
+    tensors, problems = {}, []
+    declared = jax.tree_util.tree_leaves_with_path(
+        Transformer(model, Policy()), is_leaf=_is_variable
+    )
+    for keys, variable in declared:
+        name = ("router" if isinstance(variable, RouterState) else "params", *_path(keys))
+        shape = variable.get_value().shape
+        if name not in weights.leaves:
+            problems.append(f"missing {'.'.join(name)} {list(shape)}")
+        elif weights.leaves[name].shape != shape:
+            found = list(weights.leaves[name].shape)
+            problems.append(f"{'.'.join(name)} is {found}, the config gives {list(shape)}")
+        else:
+            tensors[name[1:]] = weights.tensors(name)
+    left = {name[1:] for name in weights.leaves if name[0] in ("params", "router")}
+    left -= {_path(keys) for keys, _ in declared}
+    problems += [f"unexpected {'.'.join(name)}" for name in sorted(left)]
+    if problems:
+        raise ValueError(
+            f"{folder}: the arrays are not those that {path / 'config.json'} describes: "
+            f"{listed(problems)}. The two are of different checkpoints: copy or convert again"
+        )
+    stored = (leaf.dtype for name, leaf in weights.leaves.items() if name[0] == "params")
+    dtype = _loaded_dtype(stored)
+    return Checkpoint(path, model, family, dtype, tokenizer_folder, weights, tensors)
+
+
+def _loaded_dtype(stored: Iterable[np.dtype]) -> np.dtype:
+    """The narrowest dtype that loses nothing of weights stored so, FP8 counting as bfloat16."""
+    return BFLOAT16 if set(stored) <= {BFLOAT16, FP8} else FLOAT32
+
+
+def _weight_dtype(dtype: DTypeLike) -> np.dtype:
+    try:
+        wanted = np.dtype(dtype)
+    except TypeError:
+        wanted = None
+    if wanted is None or wanted not in (FLOAT32, BFLOAT16):
+        raise ValueError(f"dtype={dtype!r} is not one that a model runs in: bfloat16 or float32")
+    return wanted
+
+
+def _distribute(
+    read: Callable[[Index], np.ndarray], shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding
+) -> jax.Array:
+    """Makes an array of which each device of this process holds its slice."""
+    boxes = {
+        device: tuple(bounds(index or (), shape))
+        for device, index in sharding.addressable_devices_indices_map(shape).items()
+    }
+    sides = list(zip(*boxes.values(), strict=True))
+    hull = [(min(low for low, _ in side), max(high for _, high in side)) for side in sides]
+    together = _size(hull) <= sum(map(_size, set(boxes.values())))
+    if together and _size(hull) * dtype.itemsize <= HOST_BYTES:
+        whole = read([slice(*side) for side in hull])
+        lows = [low for low, _ in hull]
+
+        def part(box: tuple[tuple[int, int], ...]) -> np.ndarray:
+            inside = zip(box, lows, strict=True)
+            return whole[tuple(slice(start - low, stop - low) for (start, stop), low in inside)]
+    else:
+
+        def part(box: tuple[tuple[int, int], ...]) -> np.ndarray:
+            return read([slice(*side) for side in box])
+
+    arrays, last, own = [], None, None
+    for device, box in sorted(boxes.items(), key=lambda item: item[1]):
+        if box != last:  # replicas follow one another
+            last, own = box, part(box)
+        arrays.append(jax.device_put(own, device).block_until_ready())
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _size(box: Iterable[tuple[int, int]]) -> int:
+    return math.prod(stop - start for start, stop in box)
+
+
+def _is_variable(leaf: object) -> bool:
+    return isinstance(leaf, nnx.Variable)
+
+
+def _path(keys: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(str(getattr(key, "name", getattr(key, "key", key))) for key in keys)

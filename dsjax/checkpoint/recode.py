@@ -1,0 +1,93 @@
+"""The element types that a conversion stores weights in, and the ways between them.
+
+`keep` leaves each tensor as it is; `bfloat16` and `float32` are plain arrays; `fp8` is DeepSeek's
+published layout: E4M3 numbers with a float32 scale a block for the linear weights of a layer,
+bfloat16 for the rest. The router's bias is float32 in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from dsjax.checkpoint.hf_folder import FLOAT32, FP8
+from dsjax.checkpoint.names import Tensor
+from dsjax.precision.fp8 import WEIGHT_BLOCK, BlockScaled, quantize_block
+
+CHOICES = ("keep", "bfloat16", "float32", "fp8")
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+BLOCK = WEIGHT_BLOCK
+
+# Bits without the sign, as an integer, and the smallest of them that is infinite or no number.
+_NOT_FINITE = {
+    FP8: (np.uint8, 0x7F, 0x7F),
+    np.dtype(np.float16): (np.uint16, 0x7FFF, 0x7C00),
+    BFLOAT16: (np.uint16, 0x7FFF, 0x7F80),
+    FLOAT32: (np.uint32, 0x7FFF_FFFF, 0x7F80_0000),
+}
+_SCANNED_TOGETHER = 1 << 16  # elements, so that the copy without signs stays in the cache
+_CAST_TOGETHER = 64 << 20  # bytes
+
+
+class Stored(NamedTuple):
+    """A tensor as it is stored: FP8 values with their scales, or values alone."""
+
+    values: np.ndarray
+    scales: np.ndarray | None = None
+
+
+def check_choice(choice: str) -> None:
+    if choice not in CHOICES:
+        raise ValueError(f"--dtype {choice} is not one of {', '.join(CHOICES)}")
+
+
+def stored_dtype(choice: str, tensor: Tensor, current: np.dtype) -> np.dtype:
+    """The dtype in which `tensor`, now of dtype `current`, is to be stored."""
+    if tensor.keep_float32:
+        return FLOAT32
+    if choice == "fp8":
+        return FP8 if tensor.quantized or current == FP8 else BFLOAT16
+    return {"keep": current, "bfloat16": BFLOAT16, "float32": FLOAT32}[choice]
+
+
+def recode(stored: Stored, dtype: np.dtype, block: tuple[int, int]) -> Stored:
+    """Converts between FP8 with scales and plain floats; the same dtype comes back untouched."""
+    if stored.values.dtype == dtype:
+        return stored
+    if dtype == FP8:
+        quantized = quantize_block(stored.values, block)
+        return Stored(np.asarray(quantized.values), np.asarray(quantized.scales))
+    if stored.scales is not None:
+        scaled = BlockScaled(stored.values, stored.scales, block)  # pyright: ignore[reportArgumentType]
+        return Stored(np.asarray(scaled.dequantize(dtype)))
+    return Stored(stored.values.astype(dtype))
+
+
+def cast_rows(
+    read: Callable[[slice], np.ndarray], shape: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
+    """Reads a plain array into another dtype a few rows at a time: an embedding held twice takes
+    gigabytes.
+    """
+    result = np.empty(shape, dtype)
+    step = max(1, _CAST_TOGETHER // max(result[:1].nbytes, 1))
+    for start in range(0, shape[0], step):
+        rows = slice(start, min(start + step, shape[0]))
+        result[rows] = read(rows)
+    return result
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Whether a C-contiguous float array holds neither NaN nor infinity."""
+    integer, magnitude, limit = _NOT_FINITE[values.dtype]
+    bits = values.reshape(-1).view(integer)
+    unsigned = np.empty(min(_SCANNED_TOGETHER, bits.size), integer)
+    for start in range(0, bits.size, _SCANNED_TOGETHER):
+        piece = bits[start : start + _SCANNED_TOGETHER]
+        np.bitwise_and(piece, integer(magnitude), out=unsigned[: piece.size])
+        if unsigned[: piece.size].max() >= limit:
+            return False
+    return True

@@ -1,0 +1,328 @@
+"""What tools/generate.py does: continue a text, answer a prompt, chat, or continue token ids.
+
+A prompt for a checkpoint that can chat is a turn of a conversation; for a base model, or on
+request, it is a text to be continued. The reply goes to standard output as it comes, and its speed
+to standard error. On a terminal the thought of a reply is dim; elsewhere it stands between <think>
+and </think>.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TextIO
+
+import numpy as np
+
+from dsjax.checkpoint import load
+from dsjax.infer import token_files
+from dsjax.infer.chat import ChatFormat, Message, find_format
+from dsjax.infer.engine import Engine, Request, Statistics
+from dsjax.infer.reply import Piece, ReplyReader, StopStrings
+from dsjax.infer.sampling import Sampling
+from dsjax.infer.vocabulary import (
+    END_THINK,
+    THINK,
+    Vocabulary,
+    default_sampling,
+    open_vocabulary,
+)
+from dsjax.parallel.mesh import submesh
+
+MOST_NEW_TOKENS = 2048  # where the user names no limit
+
+_HELP = "/reset forgets the conversation; /exit or Ctrl-D ends it; Ctrl-C stops a reply"
+# A reply could move the cursor, rename the window or worse.
+_UNSAFE = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Does what the arguments of tools/generate.py ask for.
+
+    Raises:
+      ValueError: the checkpoint, its tokenizer or the given tokens cannot be used, the prompt is
+        too long, or a base model is to chat. All this is checked before the weights are read.
+    """
+    checkpoint = load.open_checkpoint(arguments.checkpoint)
+    named = {key: getattr(arguments, key) for key in ("temperature", "top_k", "top_p", "min_p")}
+    given = {key: value for key, value in named.items() if value is not None}
+    defaults = default_sampling(checkpoint.tokenizer_folder)
+    sampling = dataclasses.replace(defaults, seed=arguments.seed, **given)
+    mesh = submesh(arguments.mesh)
+
+    def open_engine() -> Engine:
+        model = load.load(checkpoint, mesh=mesh, dtype=arguments.dtype)
+        return Engine(model, speculative=arguments.speculative)
+
+    if arguments.tokens is not None:
+        _run_tokens(arguments, checkpoint, sampling, open_engine)
+    else:
+        _run_text(arguments, checkpoint, sampling, open_engine)
+
+
+def _run_tokens(
+    arguments: argparse.Namespace,
+    checkpoint: load.Checkpoint,
+    sampling: Sampling,
+    open_engine: Callable[[], Engine],
+) -> None:
+    config = checkpoint.model
+    prompts_BT = token_files.read_tokens(arguments.tokens, config.vocab_size)
+    token_files.check_outputs([arguments.out], arguments.tokens)
+    room = max(config.max_seq_len - prompts_BT.shape[1], 1)
+    n_tokens = arguments.max_new_tokens or min(MOST_NEW_TOKENS, room)
+    engine = open_engine()
+    new_BT = continue_tokens(engine, prompts_BT, max_new_tokens=n_tokens, sampling=sampling)
+    with token_files.ArrayWriter(arguments.out, new_BT.shape, new_BT.dtype) as writer:
+        writer.write(new_BT)
+    print(describe(engine.statistics), file=sys.stderr)
+
+
+def _run_text(
+    arguments: argparse.Namespace,
+    checkpoint: load.Checkpoint,
+    sampling: Sampling,
+    open_engine: Callable[[], Engine],
+) -> None:
+    folder = checkpoint.tokenizer_folder
+    vocabulary = open_vocabulary(folder, checkpoint.model.vocab_size)
+    form = None if arguments.raw else find_format(folder, vocabulary)
+    settings = Settings(
+        vocabulary,
+        context=checkpoint.model.max_seq_len,
+        sampling=sampling,
+        max_new_tokens=arguments.max_new_tokens or MOST_NEW_TOKENS,
+        stops=tuple(arguments.stop or ()),
+    )
+    thinking = arguments.thinking or None
+    if arguments.prompt is not None:
+        prompt = first_prompt(arguments.prompt, vocabulary, form, thinking=thinking)
+        settings.request(prompt)  # fails now if it is to fail
+        answer(Generator(open_engine(), settings), prompt)
+    elif form is not None:
+        chat(Generator(open_engine(), settings), form, thinking=thinking)
+    else:
+        raise ValueError(
+            f"{folder} has no chat template and its tokenizer no tokens for the two roles, as a "
+            "base model's; give a --prompt to continue"
+        )
+
+
+def first_prompt(
+    text: str, vocabulary: Vocabulary, form: ChatFormat | None, *, thinking: bool | None
+) -> list[int]:
+    """Ids of `--prompt`: a conversation's first turn, or a text to be continued.
+
+    Raises:
+      ValueError: the text is no Unicode, there is nothing to start from, or the format fails.
+    """
+    if form is not None:
+        return form.encode([Message("user", text)], thinking=thinking)
+    if thinking:
+        raise ValueError("--thinking needs a chat format, and here the prompt is continued")
+    return vocabulary.plain_prompt(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What every reply of a session has in common.
+
+    Raises:
+      ValueError: a stop string is empty.
+    """
+
+    vocabulary: Vocabulary
+    context: int  # tokens that the model can see
+    sampling: Sampling
+    max_new_tokens: int = MOST_NEW_TOKENS
+    stops: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        StopStrings(self.stops)
+
+    def request(self, prompt: Sequence[int]) -> Request:
+        """Asks for as many tokens as are wanted and the model's context has room for.
+
+        Raises:
+          ValueError: the prompt fills the context.
+        """
+        room = self.context - len(prompt)
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens, which fill the {self.context} that the "
+                "model can see (model.max_seq_len); shorten it, or /reset the conversation"
+            )
+        return Request(
+            prompt=tuple(prompt),
+            max_new_tokens=min(self.max_new_tokens, room),
+            sampling=self.sampling,
+            stop_ids=self.vocabulary.stop_ids,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """A model that answers in text."""
+
+    engine: Engine
+    settings: Settings
+
+    def reply(self, prompt: Sequence[int]) -> Iterator[Piece]:
+        """Yields the text that follows the prompt's tokens, as it becomes certain.
+
+        Raises:
+          ValueError: the prompt fills the model's context.
+        """
+        vocabulary, request = self.settings.vocabulary, self.settings.request(prompt)
+        reader = ReplyReader(
+            vocabulary.coder, vocabulary.think_ids, prompt, stops=self.settings.stops
+        )
+        for (new,) in self.engine.generate([request]):
+            yield from reader.push([i for i in new if i not in vocabulary.stop_ids])
+            if reader.stopped:
+                return
+        yield from reader.flush()
+
+
+class Screen:
+    """Shows a reply, its thought apart from its answer."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._terminal = stream.isatty()
+        marks = ("\x1b[2m", "\x1b[0m\n") if self._terminal else (f"{THINK}\n", f"\n{END_THINK}\n")
+        self._open, self._close = marks
+        self._thought = False  # the thought is open
+        self._blank = False  # a part has begun and nothing of it has been shown
+
+    def show(self, piece: Piece) -> None:
+        if piece.thought != self._thought:
+            self._switch()
+        # The line breaks around a thought are the model's habit; ours stand there already.
+        text = piece.text.lstrip("\n") if self._blank else piece.text
+        if text:
+            self._blank = False
+            self._write(text.translate(_UNSAFE) if self._terminal else text)
+
+    def end(self) -> None:
+        """Ends the reply with a line break, also one that was stopped."""
+        if self._thought:
+            self._switch()
+        self._write("\n")
+        self._blank = False
+
+    def _switch(self) -> None:
+        self._write(self._close if self._thought else self._open)
+        self._thought, self._blank = not self._thought, True
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+def answer(generator: Generator, prompt: Sequence[int]) -> None:
+    """Prints the reply to a prompt, and then its speed."""
+    screen = Screen(sys.stdout)
+    try:
+        for piece in generator.reply(prompt):
+            screen.show(piece)
+    finally:
+        screen.end()
+    print(describe(generator.engine.statistics), file=sys.stderr)
+
+
+def chat(generator: Generator, form: ChatFormat, *, thinking: bool | None = None) -> None:
+    """Talks with the user until the input ends; one line is one turn.
+
+    Ctrl-C stops a reply, of which what has been said stays in the conversation; where no reply is
+    under way it raises KeyboardInterrupt. Of a reply only the answer is kept, not the thought.
+    """
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive:
+        print(_HELP, file=sys.stderr)
+    read, screen = _reader(interactive), Screen(sys.stdout)
+    messages: list[Message] = []
+    while (line := read()) is not None and line != "/exit":
+        if line == "/reset":
+            messages = []
+        if not line or line == "/reset":
+            continue
+        turn = [*messages, Message("user", line)]
+        said: list[str] = []
+        try:
+            for piece in generator.reply(form.encode(turn, thinking=thinking)):
+                screen.show(piece)
+                said += [] if piece.thought else [piece.text]
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+        except ValueError as error:
+            if not interactive:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        screen.end()
+        print(describe(generator.engine.statistics), file=sys.stderr)
+        if said:
+            messages = [*turn, Message("assistant", "".join(said))]
+
+
+def continue_tokens(
+    engine: Engine, prompts_BT: np.ndarray, *, max_new_tokens: int, sampling: Sampling
+) -> np.ndarray:
+    """Continues each row by exactly `max_new_tokens` tokens, int32 [B, max_new_tokens]; no token
+    ends a row. Row b draws with seed `sampling.seed + b`.
+    """
+    requests = [
+        Request(
+            prompt=tuple(row.tolist()),
+            max_new_tokens=max_new_tokens,
+            sampling=dataclasses.replace(sampling, seed=(sampling.seed + index) % (1 << 32)),
+        )
+        for index, row in enumerate(prompts_BT)
+    ]
+    rows: list[list[int]] = [[] for _ in requests]
+    for step in engine.generate(requests):
+        for row, new in zip(rows, step, strict=True):
+            row += new
+    return np.asarray(rows, np.int32)
+
+
+def describe(statistics: Statistics) -> str:
+    """One line on speed, and on drafts where there were any."""
+    decoded = statistics.decode_steps + statistics.accepted  # a row's first token is the prompt's
+    parts = [
+        f"prompt: {statistics.prompt_tokens} tokens"
+        + _speed(statistics.prompt_tokens, statistics.prefill_seconds),
+        f"reply: {statistics.new_tokens} tokens" + _speed(decoded, statistics.decode_seconds),
+    ]
+    if statistics.drafted:
+        accepted = statistics.accepted / statistics.drafted
+        per_step = decoded / statistics.decode_steps
+        parts.append(f"{accepted:.0%} of drafts accepted, {per_step:.2f} tokens a step")
+    return "; ".join(parts)
+
+
+def _speed(tokens: int, seconds: float) -> str:
+    return f" ({tokens / seconds:.1f}/s)" if seconds else ""
+
+
+def _reader(interactive: bool) -> Callable[[], str | None]:
+    """Reads the user's next line; None at the end of the input."""
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  gives input() history and editing
+
+    def read() -> str | None:
+        if interactive:
+            try:
+                return input(">>> ").strip()
+            except EOFError:
+                return None
+        line = sys.stdin.readline()
+        return line.strip() if line else None
+
+    return read

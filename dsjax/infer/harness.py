@@ -1,0 +1,295 @@
+"""EleutherAI's lm-evaluation-harness on any checkpoint: the model `dsjax`.
+
+  pip install -e '.[eval]'
+  python -m dsjax.infer.harness run --model dsjax \\
+    --model_args pretrained=runs/tiny,dtype=float32 --tasks lambada_openai
+
+takes the arguments of `lm-eval`, which has no plugin for models: importing this module is what
+registers the model. From Python, import it and call `lm_eval.simple_evaluate(model="dsjax", ...)`.
+
+Texts become tokens as the harness's own `hf` model makes them: with the tokenizer's begin token
+where it asks for one, control tokens being meant where they are written out, context and
+continuation encoded together. Departures: several requests share a row of the model, in which none
+sees another; generation settings that dsjax has not are refused rather than ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsjax.checkpoint.load import load, open_checkpoint
+from dsjax.infer import windows
+from dsjax.infer.chat import Message, find_format
+from dsjax.infer.engine import Engine, Request
+from dsjax.infer.reply import Detokenizer, StopStrings
+from dsjax.infer.sampling import Sampling
+from dsjax.infer.score import Scorer
+from dsjax.infer.vocabulary import open_vocabulary
+from dsjax.infer.windows import Window
+from dsjax.parallel.mesh import submesh
+
+try:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+    from tqdm import tqdm
+except ImportError as error:
+    raise ImportError(
+        f"dsjax.infer.harness needs lm-evaluation-harness ({error}); install it: "
+        "pip install 'lm-eval>=0.4.13'"
+    ) from error
+
+_AUTO_BATCH = 8
+_SHORTEST_ROW = 1024  # short requests share a row of this many tokens
+_NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_SETTINGS = ("temperature", "top_k", "top_p", "min_p")
+_NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0}
+
+
+@register_model("dsjax")
+class DsjaxLM(LM):
+    """A checkpoint as the harness sees it.
+
+    Args:
+      pretrained: folder of the checkpoint, of any kind that `dsjax.load` takes.
+      dtype: bfloat16 or float32; None: the checkpoint's.
+      data, fsdp, tensor: devices along the axes of the mesh.
+      batch_size: rows of a batch, on each part of the mesh; "auto" is 8.
+      max_length: tokens that the model sees at once; None: the model's limit.
+      max_gen_toks: tokens to generate for tasks that do not say how many.
+      seed: of generation that a task wants sampled; each request draws its own.
+      max_batch_size, device: what the harness passes to every model; not used, since nothing is
+        guessed here and JAX chooses its devices.
+
+    Raises:
+      ValueError: no checkpoint, no tokenizer, or a setting out of its range.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        dtype: str | None = None,
+        data: int = 1,
+        fsdp: int = 1,
+        tensor: int = 1,
+        batch_size: int | str = 1,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        seed: int = 0,
+        **unused: Any,
+    ) -> None:
+        super().__init__()
+        if unknown := unused.keys() - {"max_batch_size", "device"}:
+            raise ValueError(f"--model_args {', '.join(sorted(unknown))}: unknown to model dsjax")
+        checkpoint = open_checkpoint(pretrained)
+        folder, limit = checkpoint.tokenizer_folder, checkpoint.model.max_seq_len
+        self.max_length = limit if max_length is None else max_length
+        if not 2 <= self.max_length <= limit:
+            raise ValueError(f"max_length={max_length} is not between 2 and the model's {limit}")
+        self.batch_size = _batch_size(batch_size)
+        self.max_gen_toks, self.seed = max_gen_toks, seed
+        self.vocabulary = open_vocabulary(folder, checkpoint.model.vocab_size)
+        self.form = find_format(folder, self.vocabulary)
+        self._path = Path(pretrained).resolve()
+        sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+        mesh = submesh({axis: size for axis, size in sizes.items() if size != 1})
+        model = load(checkpoint, mesh=mesh, dtype=dtype)
+        self.scorer = Scorer(model, mesh, rows=self.batch_size)
+        self._engine: Engine | None = None
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation of a context, and whether it is the greedy one."""
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        given = []
+        for number, request in enumerate(requests):
+            context, continuation = self.encode_pair(*request.args)
+            # What is longer than the model sees loses its beginning.
+            ids = [*context, *continuation][-(self.max_length + 1) :]
+            first = max(len(ids) - 1 - len(continuation), 0)
+            if continuation:
+                given.append(Window(number, np.array(ids, np.int32), first))
+        given.sort(key=lambda window: -window.size)
+        length = self._row_length(given)
+        scores = self.scorer.score(given, length=length)
+        for score in tqdm(scores, total=len(given), desc="loglikelihood", disable=disable_tqdm):
+            found[score.owner] = (-score.nats, score.greedy)
+            arguments = requests[score.owner].args
+            self.cache_hook.add_partial("loglikelihood", arguments, found[score.owner])
+        return found
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-likelihood of each text, every token predicted once, in windows of `max_length` that
+        overlap no more than the last one has to."""
+        found = [0.0] * len(requests)
+        begin = [windows.first_token(self.vocabulary)]
+        given: list[Window] = []
+        for number, request in enumerate(requests):
+            text = self.vocabulary.coder.encode_control(request.args[0])
+            ids, length = np.array([*begin, *text], np.int32), self.max_length
+            given += windows.cut(ids, length=length, stride=length, owner=number)
+        scores = self.scorer.score(given, length=self._row_length(given))
+        for score in tqdm(scores, total=len(given), desc="rolling", disable=disable_tqdm):
+            found[score.owner] -= score.nats
+        for request, value in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
+        return found
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after each context, up to a stop string or the end token.
+
+        Raises:
+          ValueError: settings that dsjax does not have, or no room for the tokens asked for.
+        """
+        found = [""] * len(requests)
+        wanted = [self._request(number, *request.args) for number, request in enumerate(requests)]
+        wanted.sort(key=lambda item: -len(item[1].prompt))
+        with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
+            for start in range(0, len(wanted), self.scorer.rows):
+                batch = wanted[start : start + self.scorer.rows]
+                texts = self._generate([(request, stops) for _, request, stops in batch])
+                for (number, _, _), text in zip(batch, texts, strict=True):
+                    found[number] = text
+                    self.cache_hook.add_partial("generate_until", requests[number].args, text)
+                bar.update(len(batch))
+        return found
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as text, its control tokens written out, up to where the assistant's
+        reply begins; without `add_generation_prompt` the last message is the beginning of it.
+
+        Raises:
+          ValueError: the checkpoint is a base model, or its format has no place for a message.
+        """
+        if self.form is None:
+            raise ValueError(
+                "this checkpoint has no chat template and its tokenizer no tokens for the two "
+                "roles, as a base model's; run without --apply_chat_template"
+            )
+        begun = ""
+        if not add_generation_prompt:
+            *chat_history, last = chat_history
+            begun = last["content"]
+        messages = [Message(turn["role"], turn["content"]) for turn in chat_history]
+        return self.vocabulary.coder.decode(self.form.encode(messages), skip_special=False) + begun
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness's cache of requests knows the tokenizer by."""
+        return str(self._path).replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template's source, or the name of DeepSeek's own format, for records."""
+        if not chat_template or self.form is None:
+            return None
+        return self.form.template.source if self.form.template else self.form.name
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, after the begin token where the tokenizer wants it and it is not there."""
+        vocabulary = self.vocabulary
+        ids = vocabulary.coder.encode_control(text)
+        bos = vocabulary.coder.control[vocabulary.bos] if vocabulary.bos else None
+        return [bos, *ids] if vocabulary.begins and bos is not None and ids[:1] != [bos] else ids
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of the two, encoded together and then parted, so that a token is the one that it is
+        in running text. Spaces that end the context go with the continuation."""
+        if not context:
+            ids = self.vocabulary.coder.encode_control(continuation)
+            begin = [windows.first_token(self.vocabulary)]
+            return (ids[:1], ids[1:]) if ids[:1] == begin else (begin, ids)
+        kept = context.rstrip()
+        ids, n_context = self.encode(context + continuation), len(self.encode(kept))
+        return ids[:n_context], ids[n_context:]
+
+    def _row_length(self, given: Iterable[Window]) -> int:
+        longest = max((window.size for window in given), default=1)
+        return min(max(1 << (longest - 1).bit_length(), _SHORTEST_ROW), self.max_length)
+
+    def _request(
+        self, number: int, context: str, settings: Mapping[str, Any]
+    ) -> tuple[int, Request, list[str]]:
+        until, n_tokens, sampling = read_settings(
+            settings, max_gen_toks=self.max_gen_toks, seed=self.seed + number
+        )
+        room = self.max_length - n_tokens
+        if room < 1:
+            raise ValueError(
+                f"max_gen_toks={n_tokens} leaves no room for a prompt in max_length="
+                f"{self.max_length}; lower the one by --gen_kwargs, or raise the other"
+            )
+        prompt = tuple(self.encode(context)[-room:])
+        return number, Request(prompt, n_tokens, sampling, self.vocabulary.stop_ids), until
+
+    def _generate(self, batch: Sequence[tuple[Request, list[str]]]) -> list[str]:
+        if self._engine is None:
+            self._engine = Engine(self.scorer.model)
+        coder, stop_ids = self.vocabulary.coder, self.vocabulary.stop_ids
+        detokenizers = [Detokenizer(coder) for _ in batch]
+        readers = [StopStrings(stops) for _, stops in batch]
+        texts = [""] * len(batch)
+        open_rows = set(range(len(batch)))
+        for new in self._engine.generate([request for request, _ in batch]):
+            for row in sorted(open_rows):
+                kept = [i for i in new[row] if i not in stop_ids]
+                texts[row] += readers[row].push(detokenizers[row].push(kept))
+                if readers[row].stopped or len(kept) < len(new[row]):
+                    open_rows.remove(row)
+            if not open_rows:
+                break
+        for row, reader in enumerate(readers):
+            texts[row] += reader.push(detokenizers[row].flush()) + reader.flush()
+        return texts
+
+
+def read_settings(
+    settings: Mapping[str, Any], *, max_gen_toks: int, seed: int
+) -> tuple[list[str], int, Sampling]:
+    """Stop strings, tokens to generate and sampling of a task's generation_kwargs.
+
+    Greedy unless `do_sample` or a temperature asks for more, as in the harness's other models.
+
+    Raises:
+      ValueError: settings that dsjax does not have, or out of their range.
+    """
+    left = dict(settings)
+    until = left.pop("until", None) or []
+    stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+    given = [left.pop(name) for name in _NEW_TOKENS if left.get(name) is not None]
+    sampled, temperature = left.pop("do_sample", None), left.pop("temperature", None)
+    if sampled is False or (sampled is None and temperature is None):
+        temperature = 0.0
+    found = {name: left.pop(name) for name in _SETTINGS if left.get(name) is not None}
+    unknown = [f"{key}={value!r}" for key, value in left.items() if _NEUTRAL.get(key) != value]
+    if unknown:
+        raise ValueError(
+            f"generation_kwargs {', '.join(unknown)}: dsjax has {', '.join(_SETTINGS)}, do_sample, "
+            "until and max_gen_toks; take the rest out of the task or override it by --gen_kwargs"
+        )
+    temperature = 1.0 if temperature is None else float(temperature)
+    sampling = Sampling(temperature=temperature, seed=seed, **found)
+    return stops, int((given or [max_gen_toks])[0]), sampling
+
+
+def _batch_size(given: int | str) -> int:
+    text = str(given)
+    if text.startswith("auto"):
+        return _AUTO_BATCH
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"batch_size={given!r} is neither a whole number above 0 nor 'auto'")
+    return int(text)
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

@@ -1,0 +1,329 @@
+"""What a model makes of given tokens: log-likelihoods, and from them loss, perplexity and bits per
+byte; and its raw logits.
+
+Long documents are scored in windows that overlap by half: each token is predicted once, with at
+least half a window before it or all that its document has (dsjax/infer/windows.py). The logits of a
+row never exist at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dsjax.checkpoint.load import load, open_checkpoint
+from dsjax.infer import token_files, windows
+from dsjax.infer.token_files import ArrayWriter
+from dsjax.infer.windows import Text, Window
+from dsjax.model.transformer import Transformer
+
+Progress = Callable[[int, int], None]
+
+_LOGITS = 1 << 25  # values at once: 128 MB
+_ROW_TOKENS = 4096  # of a micro-batch, where rows are shorter than that
+_FLOAT32 = np.dtype(np.float32)
+
+
+def _no_progress(done: int, total: int) -> None:
+    """Shows nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Summed negative log-likelihood of some tokens."""
+
+    nats: float
+    tokens: int  # that were predicted
+    bytes: int = 0  # of the UTF-8 text that they stand for; 0 where it is not known
+
+    def figures(self) -> dict[str, float]:
+        """By name: loss in nats a token, perplexity, bits a byte of text, and the counts."""
+        figures: dict[str, float] = {}
+        if self.tokens:
+            loss = self.nats / self.tokens
+            figures |= {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+        if self.bytes:
+            figures["bits_per_byte"] = self.nats / math.log(2) / self.bytes
+        figures["tokens"] = self.tokens
+        return figures | ({"bytes": self.bytes} if self.bytes else {})
+
+
+class Outputs(NamedTuple):
+    """Files for raw logits; None for none."""
+
+    logits: Path | None = None  # gets float32 [batch, length, vocab]
+    # float32 [batch, length - 1, vocab] of the first MTP module: entry i predicts token i + 2, from
+    # the hidden state of token i and the embedding of token i + 1.
+    mtp_logits: Path | None = None
+
+
+NO_OUTPUTS = Outputs()
+
+
+class WindowScore(NamedTuple):
+    """The scored tokens of one window."""
+
+    owner: int
+    nats: float
+    tokens: int
+    greedy: bool  # whether each of them was the likeliest
+
+
+class Scorer:
+    """A model on its mesh; a program is compiled for each shape of batch.
+
+    Attributes:
+      rows: of a batch; a mesh splits them over its axes data and fsdp.
+    """
+
+    def __init__(self, model: Transformer, mesh: Mesh | None = None, *, rows: int = 1) -> None:
+        """`mesh` is the one that the model was loaded on; `rows` are what each part of it gets."""
+        self.model = model
+        self.rows = rows * (mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1)
+        self._mesh = mesh
+
+    def score(self, given: Iterable[Window], *, length: int) -> Iterator[WindowScore]:
+        """Scores windows of at most `length` positions, packed into rows of that many, in order."""
+        rows: list[list[Window]] = []
+        for row in windows.pack(given, length):
+            rows.append(row)
+            if len(rows) == self.rows:
+                yield from self._score_rows(rows, length)
+                rows = []
+        if rows:
+            yield from self._score_rows(rows, length)
+
+    def _score_rows(self, rows: list[list[Window]], length: int) -> Iterator[WindowScore]:
+        batch = windows.stack(rows, n_rows=self.rows, length=length)
+        n_rows, n_positions = batch.inputs.shape
+        width = min(max(_LOGITS // (n_rows * self.model.config.vocab_size), 1), n_positions)
+        with self._on_mesh():
+            scores = _token_scores(
+                self.model, batch.inputs, batch.targets, batch.segment_ids, width=width
+            )
+        nats, greedy = np.asarray(scores[0], np.float64), np.asarray(scores[1])
+        for window, row, start in batch.places:
+            scored = row, slice(start + window.first, start + window.size)
+            yield WindowScore(
+                window.owner,
+                float(nats[scored].sum()),
+                window.size - window.first,
+                bool(greedy[scored].all()),
+            )
+
+    def hidden(self, tokens: np.ndarray, *, mtp: bool) -> Iterator[tuple[jax.Array, ...]]:
+        """What the output head reads of each row of an int32 [batch, length]: [length, D] of the
+        main model, and with `mtp` of the first MTP module.
+        """
+        batch, length = tokens.shape
+        n_rows = self.rows * max(_ROW_TOKENS // (length * self.rows), 1)
+        n_rows = min(n_rows, -(-batch // self.rows) * self.rows)
+        for start in range(0, batch, n_rows):
+            rows = tokens[start : start + n_rows]
+            with self._on_mesh():
+                # The last batch is filled up with rows that nobody reads: one shape for all.
+                states = _hidden(self.model, np.resize(rows, (n_rows, length)), mtp=mtp)
+            for number in range(len(rows)):
+                yield tuple(state[number] for state in states)
+
+    def logits(
+        self, hidden_TD: jax.Array, targets: np.ndarray
+    ) -> Iterator[tuple[jax.Array, np.ndarray]]:
+        """Logits [t, V] and the nats of the targets, float64 [t], piece by piece of a row.
+
+        Args:
+          targets: ids that the first positions predict; those after them predict nothing known.
+        """
+        width = max(_LOGITS // self.model.config.vocab_size, 1)
+        for start in range(0, len(hidden_TD), width):
+            piece_TD, known = hidden_TD[start : start + width], targets[start : start + width]
+            filled = np.pad(known, (0, len(piece_TD) - len(known)))
+            with self._on_mesh():
+                logits, nats, _ = _head(self.model, piece_TD, filled)
+            yield logits, np.asarray(nats, np.float64)[: len(known)]
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[object]:
+        return jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
+
+
+def score_files(
+    path: Path,
+    *,
+    text: Sequence[str] | None = None,
+    tokens: Path | None = None,
+    outputs: Outputs = NO_OUTPUTS,
+    length: int = 0,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    progress: Progress = _no_progress,
+) -> Score:
+    """Scores text files, or a .npy of token ids, under a checkpoint.
+
+    Args:
+      path: a checkpoint that `load.open_checkpoint` takes.
+      text: files or globs; with `length`, of a window, 0 for the default.
+      tokens: ids [batch, length], where there is no text; with `outputs`.
+      dtype: of weights and computation; None: the checkpoint's.
+
+    Raises:
+      ValueError: the checkpoint, the text or the ids cannot be used, or a file not be written; all
+        that is found before the weights are read, but for logits that are not finite.
+    """
+    checkpoint = open_checkpoint(path)
+    model = checkpoint.model
+    if text:
+        length = windows.window_length(length, model.max_seq_len)
+        given = windows.read_text(text, checkpoint.tokenizer_folder, model.vocab_size)
+        scorer = Scorer(load(checkpoint, mesh=mesh, dtype=dtype), mesh)
+        return score_text(scorer, given, length=length, progress=progress)
+    assert tokens is not None
+    ids = token_files.read_tokens(tokens, model.vocab_size)
+    token_files.check_outputs(outputs, tokens)
+    if outputs.mtp_logits:
+        check_mtp(model.n_mtp, ids.shape[1])
+    scorer = Scorer(load(checkpoint, mesh=mesh, dtype=dtype), mesh)
+    return score_tokens(scorer, ids, outputs, progress=progress)
+
+
+def score_text(
+    scorer: Scorer, text: Text, *, length: int, progress: Progress = _no_progress
+) -> Score:
+    """Scores documents in windows of `length` tokens, at least 2, that overlap by half.
+
+    Args:
+      progress: called with tokens done and in all.
+
+    Raises:
+      ValueError: the model's logits are not finite.
+    """
+    cut = (
+        window
+        for tokens in text.documents
+        for window in windows.cut(tokens, length=length, stride=length // 2)
+    )
+    nats, tokens, expected = 0.0, 0, text.tokens
+    for score in scorer.score(cut, length=length):
+        nats, tokens = nats + score.nats, tokens + score.tokens
+        progress(tokens, expected)
+    assert tokens == expected
+    return _checked(Score(nats, tokens, text.bytes))
+
+
+def score_tokens(
+    scorer: Scorer,
+    tokens: np.ndarray,
+    outputs: Outputs = NO_OUTPUTS,
+    *,
+    progress: Progress = _no_progress,
+) -> Score:
+    """Scores the rows of an int32 [batch, length], each run whole, and writes their raw logits.
+
+    A row's first token is not predicted.
+
+    Args:
+      progress: called with rows done and in all.
+
+    Raises:
+      ValueError: MTP logits of a model without an MTP module, or of rows of one token; the model's
+        logits are not finite.
+    """
+    (batch, length), vocab = tokens.shape, scorer.model.config.vocab_size
+    if outputs.mtp_logits:
+        check_mtp(scorer.model.config.n_mtp, length)
+    nats = 0.0
+    with contextlib.ExitStack() as files:
+
+        def open_file(path: Path, positions: int) -> ArrayWriter:
+            return files.enter_context(ArrayWriter(path, (batch, positions, vocab), _FLOAT32))
+
+        main = open_file(outputs.logits, length) if outputs.logits else None
+        mtp = open_file(outputs.mtp_logits, length - 1) if outputs.mtp_logits else None
+        for row, states in enumerate(scorer.hidden(tokens, mtp=mtp is not None)):
+            for logits, piece_nats in scorer.logits(states[0], tokens[row, 1:]):
+                nats += float(piece_nats.sum())
+                if main:
+                    main.write(np.asarray(logits))
+            if mtp:
+                for logits, _ in scorer.logits(states[1][: length - 1], tokens[row, 2:]):
+                    mtp.write(np.asarray(logits))
+            progress(row + 1, batch)
+    return _checked(Score(nats, batch * (length - 1)))
+
+
+def check_mtp(n_mtp: int, length: int) -> None:
+    """Raises ValueError if there are no MTP logits of rows of this length."""
+    if not n_mtp:
+        raise ValueError(
+            "--mtp-logits needs a multi-token prediction module, and this checkpoint has none "
+            "(model.n_mtp=0); leave it out"
+        )
+    if length < 2:
+        raise ValueError(
+            f"--mtp-logits needs rows of two tokens or more, not {length}: an MTP module also "
+            "reads the next token"
+        )
+
+
+def _checked(score: Score) -> Score:
+    if not math.isfinite(score.nats):
+        raise ValueError(
+            f"the loss of these tokens is {score.nats}: the model's logits are not finite; check "
+            "the checkpoint's weights (tools/convert.py import names those that are not finite)"
+        )
+    return score
+
+
+@functools.partial(jax.jit, static_argnames="width")
+def _token_scores(
+    model: Transformer,
+    inputs_BT: jax.Array,
+    targets_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    *,
+    width: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Nats of each target, float32 [B, T], and whether it is the likeliest token, bool [B, T].
+
+    `width` is of how many positions of a row the logits exist at once.
+    """
+    hidden_BTD = model.hidden(inputs_BT, segment_ids_BT, mtp=False).main_BTD
+    batch, length = targets_BT.shape
+    filling = -length % width
+
+    def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [pieces, B, width, ...]
+        x = jnp.pad(x, ((0, 0), (0, filling)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(batch, -1, width, *x.shape[2:]).swapaxes(0, 1)
+
+    def join(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(batch, -1)[:, :length]
+
+    nats, greedy = jax.lax.map(
+        lambda piece: _head(model, *piece)[1:], (cut(hidden_BTD), cut(targets_BT))
+    )
+    return join(nats), join(greedy)
+
+
+@functools.partial(jax.jit, static_argnames="mtp")
+def _hidden(model: Transformer, tokens_BT: jax.Array, *, mtp: bool) -> tuple[jax.Array, ...]:
+    hidden = model.hidden(tokens_BT, mtp=mtp)
+    return (hidden.main_BTD,) if hidden.mtp_DBTD is None else (hidden.main_BTD, hidden.mtp_DBTD[0])
+
+
+@jax.jit
+def _head(
+    model: Transformer, hidden: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of hidden states [..., D] and target ids [...]: logits [..., V], nats, and whether greedy."""
+    logits = model.logits(hidden)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return logits, jax.nn.logsumexp(logits, axis=-1) - chosen, logits.argmax(axis=-1) == targets

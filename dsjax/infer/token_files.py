@@ -1,0 +1,113 @@
+"""Token ids in and arrays out as .npy files: what exact comparisons with other programs use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+
+def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
+    """Reads a .npy of token ids.
+
+    Returns:
+      int32 [batch, length].
+
+    Raises:
+      ValueError: not a .npy of integers [batch, length], empty, or an id that the model lacks; a
+        file with Python objects, which could run code when read, is refused.
+      OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        try:
+            # Mapped neither here nor later: a file cut short must fail now.
+            tokens = np.lib.format.read_array(file, allow_pickle=False)
+        except (ValueError, EOFError, UnicodeDecodeError, SyntaxError, MemoryError) as error:
+            raise ValueError(
+                f"{path} is not a .npy file of token ids ({error}); write it with "
+                "numpy.save(path, ids), ids an integer array [batch, length]"
+            ) from error
+    if tokens.dtype.kind not in "iu" or tokens.ndim != 2 or not tokens.size:
+        raise ValueError(
+            f"{path} holds {tokens.dtype} of shape {tokens.shape}; token ids are integers of shape "
+            "[batch, length], neither of them 0"
+        )
+    outside = (tokens < 0) | (tokens >= vocab_size)
+    if outside.any():
+        row, column = (int(i) for i in np.argwhere(outside)[0])
+        raise ValueError(
+            f"{path}: token [{row}, {column}] is {tokens[row, column]}, one of "
+            f"{int(outside.sum())} ids outside the model's 0 to {vocab_size - 1}; encode the text "
+            "with the checkpoint's own tokenizer"
+        )
+    return tokens.astype(np.int32)
+
+
+class ArrayWriter:
+    """Writes a .npy piece by piece, so that the whole array is never in memory.
+
+    The bytes go to a hidden `.partial` file beside `path`, which takes the name when the block ends
+    without an error; what was there before stays until then.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self.path, self.shape, self.dtype = path, shape, dtype
+        self._partial = path.with_name(f".{path.name}.partial")
+        self._left = int(np.prod(shape, dtype=np.int64))
+
+    def __enter__(self) -> ArrayWriter:
+        self._file = open(self._partial, "wb")
+        header = {
+            "descr": np.lib.format.dtype_to_descr(self.dtype),
+            "fortran_order": False,
+            "shape": self.shape,
+        }
+        np.lib.format.write_array_header_1_0(self._file, header)
+        return self
+
+    def write(self, piece: np.ndarray) -> None:
+        """Appends elements, in C order."""
+        assert piece.dtype == self.dtype and piece.size <= self._left
+        self._left -= piece.size
+        self._file.write(np.ascontiguousarray(piece).data)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                assert self._left == 0, f"{self.path} lacks {self._left} elements"
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            self._file.close()
+            if kind is None:
+                self._partial.replace(self.path)
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+
+def check_outputs(outputs: Iterable[Path | None], source: Path) -> None:
+    """Raises ValueError if a file cannot be written, or if one name is meant for two: better before
+    hours of work than after.
+    """
+    taken = {source.resolve()}
+    for path in filter(None, outputs):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; name a file to write")
+        if not path.parent.is_dir():
+            raise ValueError(f"{path} cannot be written: there is no folder {path.parent}; make it")
+        if not os.access(path.parent, os.W_OK):
+            raise ValueError(
+                f"{path} cannot be written: {path.parent} is read-only; choose another folder"
+            )
+        if path.resolve() in taken:
+            raise ValueError(
+                f"{path} is named twice, among {source} and the files to write; name each once"
+            )
+        taken.add(path.resolve())

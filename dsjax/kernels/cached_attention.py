@@ -1,0 +1,154 @@
+"""Attention of a few new tokens to a long cache that holds them and all tokens before them.
+
+Cached positions come in blocks that `read` fetches, so that what is derived from the cache (MLA's
+expanded keys) exists a block at a time, and no score matrix is larger than a block's. A running
+maximum and sum join the blocks (FlashAttention, arXiv:2205.14135, algorithm 1). Blocks that no
+query can see are not read. Scores and softmax are float32.
+
+A score may be a sum of several products (MLA's: without position, and rotated), each with key heads
+of its own, so that no operand has to be joined with another.
+
+`reference_attention` is the definition, over the whole cache at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Scores that a block may have, over rows, heads and queries: 64 MiB of float32.
+_MAX_SCORES = 2**24
+_MIN_BLOCK = 128
+_MASKED = -1e30
+
+
+class Block(NamedTuple):
+    """Keys, one array for each product that makes a score, and values of some cached positions.
+
+    P key heads, of which each serves N / P consecutive query heads; P may differ between them.
+    """
+
+    keys: tuple[jax.Array, ...]  # [B, P, S, X] each
+    values: jax.Array  # [B, P, S, W]
+
+
+Read = Callable[[jax.Array | int, int], Block]  # first position, positions
+
+
+def cached_attention(
+    queries: tuple[jax.Array, ...],
+    read: Read,
+    length: int,
+    positions_BT: jax.Array,
+    *,
+    scale: float,
+) -> jax.Array:
+    """Attends to the cached positions up to each query's own.
+
+    Args:
+      queries: [B, T, N, X] each, one for each product.
+      length: positions of the cache, the unwritten ones included.
+      positions_BT: int32 position of each query.
+
+    Returns:
+      [B, T, N, W] in the queries' dtype.
+    """
+    B, T, N, _ = queries[0].shape
+    size = _block_size(B * N * T, length)
+    queries = tuple(q.swapaxes(1, 2) for q in queries)
+    if size == length:
+        block = read(0, length)
+        scores = _scores(queries, block.keys, 0, positions_BT, scale)
+        out = _mix(jax.nn.softmax(scores, axis=-1), block.values)
+        return out.astype(queries[0].dtype).swapaxes(1, 2)
+
+    def join(index: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]):
+        highest, total, out = carry
+        # The last block is moved back to end with the cache; what it repeats is masked.
+        start = jnp.minimum(index * size, length - size)
+        block = read(start, size)
+        scores = _scores(queries, block.keys, start, positions_BT, scale, first=index * size)
+        new_highest = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
+        weights = jnp.exp(scores - new_highest)
+        shrink = jnp.exp(highest - new_highest)
+        total = total * shrink + weights.sum(axis=-1, keepdims=True)
+        return new_highest, total, out * shrink + _mix(weights, block.values)
+
+    width = jax.eval_shape(lambda: read(0, size)).values.shape[-1]
+    start = (
+        jnp.full((B, N, T, 1), _MASKED, jnp.float32),
+        jnp.zeros((B, N, T, 1), jnp.float32),
+        jnp.zeros((B, N, T, width), jnp.float32),
+    )
+    n_blocks = positions_BT.max() // size + 1
+    _, total, out = lax.fori_loop(0, n_blocks, join, start)
+    return (out / total).astype(queries[0].dtype).swapaxes(1, 2)
+
+
+def reference_attention(
+    queries: tuple[jax.Array, ...],
+    read: Read,
+    length: int,
+    positions_BT: jax.Array,
+    *,
+    scale: float,
+) -> jax.Array:
+    """The same: keys and values of every head side by side, the whole score matrix."""
+    block = read(0, length)
+    N = queries[0].shape[2]
+
+    def per_head(x_BPSX: jax.Array) -> jax.Array:
+        return jnp.repeat(x_BPSX, N // x_BPSX.shape[1], axis=1)
+
+    q = jnp.concatenate(queries, axis=-1)
+    k = jnp.concatenate([per_head(keys) for keys in block.keys], axis=-1)
+    scores = jnp.einsum("BTNX,BNSX->BNTS", q, k, preferred_element_type=jnp.float32) * scale
+    visible_BTS = jnp.arange(length, dtype=jnp.int32)[None, None] <= positions_BT[:, :, None]
+    weights = jax.nn.softmax(jnp.where(visible_BTS[:, None], scores, -jnp.inf), axis=-1)
+    v = per_head(block.values)
+    return jnp.einsum("BNTS,BNSW->BTNW", weights.astype(v.dtype), v).astype(q.dtype)
+
+
+def _block_size(scores_per_position: int, length: int) -> int:
+    """Positions a block: a power of two within the bound on scores, or the whole cache."""
+    most = max(_MAX_SCORES // scores_per_position, _MIN_BLOCK)
+    return min(2 ** (most.bit_length() - 1), length)
+
+
+def _scores(
+    queries: tuple[jax.Array, ...],
+    keys: tuple[jax.Array, ...],
+    start: jax.Array | int,
+    positions_BT: jax.Array,
+    scale: float,
+    *,
+    first: jax.Array | int = 0,
+) -> jax.Array:
+    """Masked scores [B, N, T, S] of queries [B, N, T, X] against the positions from `start` on, of
+    which those before `first` are masked too.
+    """
+    products = []
+    for q_BNTX, k_BPSX in zip(queries, keys, strict=True):
+        grouped = _group(q_BNTX, k_BPSX.shape[1])
+        product = jnp.einsum("BPMX,BPSX->BPMS", grouped, k_BPSX, preferred_element_type=jnp.float32)
+        products.append(product.reshape(*q_BNTX.shape[:3], -1))
+    index_11S = (start + jnp.arange(keys[0].shape[2], dtype=jnp.int32))[None, None]
+    visible_BTS = (index_11S <= positions_BT[:, :, None]) & (index_11S >= first)
+    return jnp.where(visible_BTS[:, None], sum(products) * scale, _MASKED)
+
+
+def _mix(weights_BNTS: jax.Array, v_BPSW: jax.Array) -> jax.Array:
+    """Values by weight: float32 [B, N, T, W]."""
+    grouped = _group(weights_BNTS.astype(v_BPSW.dtype), v_BPSW.shape[1])
+    out = jnp.einsum("BPMS,BPSW->BPMW", grouped, v_BPSW, preferred_element_type=jnp.float32)
+    return out.reshape(*weights_BNTS.shape[:3], -1)
+
+
+def _group(x_BNTX: jax.Array, heads: int) -> jax.Array:
+    """Stacks the queries that share a key head: [B, P, N / P * T, X]."""
+    B, N, T, X = x_BNTX.shape
+    return x_BNTX.reshape(B, heads, N // heads * T, X)

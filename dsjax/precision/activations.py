@@ -1,0 +1,127 @@
+"""What the backward pass keeps of two layers' inputs, in how many bits.
+
+A training step's memory is mostly activations kept for the backward pass. The two largest kinds are
+named for `jax.checkpoint`, which keeps what is named and computes the rest again:
+
+* "swiglu_input": gate and up. The product of SwiGLU, which the layer after it needs for its weight
+  gradient, is computed again from them. With FP8 they are kept in 1 x 128 tiles of E4M3.
+* "attention": the input of the linear layer after attention. With FP8 it is kept in E5M6.
+
+The forward pass sees neither rounding: each function here computes its output from what it is
+given, and only its gradient from what was kept.
+
+Paper: DeepSeek-V3 (arXiv:2412.19437) section 3.3.3. Departure: the attention core is computed again
+whole, so of the E5M6 numbers only the linear layer's weight gradient is made.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from dsjax.precision import e5m6
+from dsjax.precision.fp8 import CHANNEL_TILE, quantize_block
+from dsjax.precision.matmul import (
+    grouped_backward,
+    grouped_forward,
+    linear_backward,
+    linear_forward,
+)
+from dsjax.precision.policy import Policy
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
+
+
+def swiglu_linear(gate: jax.Array, up: jax.Array, w_FD: jax.Array, policy: Policy) -> jax.Array:
+    """linear(swiglu(gate, up), w): [..., F] twice -> [..., D]."""
+    return _swiglu_linear(gate, up, w_FD, policy)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _swiglu_linear(gate, up, w_FD, policy):
+    return linear_forward(swiglu(gate, up), w_FD, policy)
+
+
+def _swiglu_linear_forward(gate, up, w_FD, policy):
+    kept = _keep_fp8((gate, up), policy)
+    return linear_forward(swiglu(gate, up), w_FD, policy), (kept, w_FD)
+
+
+def _swiglu_linear_backward(policy, residuals, dy):
+    kept, w_FD = residuals
+    hidden, swiglu_backward = jax.vjp(swiglu, *_restore_fp8(kept, policy))
+    dhidden, dw_FD = linear_backward(policy, (hidden, w_FD), dy)
+    return *swiglu_backward(dhidden), dw_FD
+
+
+_swiglu_linear.defvjp(_swiglu_linear_forward, _swiglu_linear_backward)
+
+
+def swiglu_grouped_linear(
+    gate_AF: jax.Array, up_AF: jax.Array, w_EFD: jax.Array, sizes_E: jax.Array, policy: Policy
+) -> jax.Array:
+    """`swiglu_linear` for rows sorted by expert: [A, F] twice -> [A, D]."""
+    return _swiglu_grouped(gate_AF, up_AF, w_EFD, sizes_E, policy)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _swiglu_grouped(gate_AF, up_AF, w_EFD, sizes_E, policy):
+    return grouped_forward(swiglu(gate_AF, up_AF), w_EFD, sizes_E, policy)
+
+
+def _swiglu_grouped_forward(gate_AF, up_AF, w_EFD, sizes_E, policy):
+    kept = _keep_fp8((gate_AF, up_AF), policy)
+    y_AD = grouped_forward(swiglu(gate_AF, up_AF), w_EFD, sizes_E, policy)
+    return y_AD, (kept, w_EFD, sizes_E)
+
+
+def _swiglu_grouped_backward(policy, residuals, dy_AD):
+    kept, w_EFD, sizes_E = residuals
+    hidden_AF, swiglu_backward = jax.vjp(swiglu, *_restore_fp8(kept, policy))
+    dhidden_AF, dw_EFD, _ = grouped_backward(policy, (hidden_AF, w_EFD, sizes_E), dy_AD)
+    return *swiglu_backward(dhidden_AF), dw_EFD, None
+
+
+_swiglu_grouped.defvjp(_swiglu_grouped_forward, _swiglu_grouped_backward)
+
+
+def attention_linear(x: jax.Array, w_DF: jax.Array, policy: Policy) -> jax.Array:
+    """linear(x, w) for attention's output x."""
+    return _attention_linear(x, w_DF, policy)
+
+
+_attention_linear = jax.custom_vjp(linear_forward, nondiff_argnums=(2,))
+
+
+def _attention_linear_forward(x, w_DF, policy):
+    kept = e5m6.pack(x) if policy.fp8 else x
+    return linear_forward(x, w_DF, policy), (_named(kept, "attention"), w_DF)
+
+
+def _attention_linear_backward(policy, residuals, dy):
+    kept, w_DF = residuals
+    # Seven significant bits times a power of two: exact in bfloat16 too.
+    x = kept.unpack(policy.compute) if policy.fp8 else kept
+    return linear_backward(policy, (x, w_DF), dy)
+
+
+_attention_linear.defvjp(_attention_linear_forward, _attention_linear_backward)
+
+
+def _named(tree, name: str):
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), tree)
+
+
+def _keep_fp8(arrays: tuple[jax.Array, ...], policy: Policy):
+    if policy.fp8 is None:
+        return _named(arrays, "swiglu_input")
+    tiles = tuple(quantize_block(x, CHANNEL_TILE, policy.fp8) for x in arrays)
+    return _named(tiles, "swiglu_input")
+
+
+def _restore_fp8(kept, policy: Policy) -> tuple[jax.Array, ...]:
+    return tuple(x.dequantize(policy.compute) for x in kept) if policy.fp8 else kept

@@ -1,0 +1,229 @@
+"""Block-scaled FP8: arrays of E4M3 numbers with a float32 scale for every small block.
+
+Paper: DeepSeek-V3 (arXiv:2412.19437) section 3.3; the ISCA paper (arXiv:2505.09343) section 3.
+
+What. A float8_e4m3fn number has a sign, four exponent bits and three mantissa bits: its largest
+value is 448, its smallest normal one 2^-6, its smallest one 2^-9, and it has a NaN but no infinity.
+That is three significant bits over 18 binary orders of magnitude, too few for a whole tensor, in
+which a single outlier would push the ordinary values down to where they vanish. So every block
+gets a scale of its own, which maps its largest magnitude (amax) onto 448:
+
+    scale = max(amax, 1e-4) / 448        value = e4m3(clip(x / scale, -448, 448))
+
+and `value * scale` gives the number back. Under the name `weight_scale_inv` the published
+checkpoints store this very multiplier. Amax is taken online, from the block at hand, not from the
+history of earlier steps.
+
+Why E4M3 everywhere. The usual hybrid gives gradients E5M2 for its range, at the cost of a mantissa
+bit. With a scale for each block the exponents of a block's elements share one offset, range is no
+longer short, and the mantissa bit is worth more.
+
+Why these blocks. A matrix product on a tensor core sums over K inside the core, so a scale may
+change between slices of K only where the partial sum leaves the core anyway: every 128 elements,
+where DeepSeek promotes it to float32. Across rows and columns of the result a scale can change
+freely. Hence:
+
+* activations and their gradients: 1 x 128, a token's 128 channels. Outliers belong to tokens, so
+  a token must not share its scale with others. (The report tried 128 x 128 blocks for activation
+  gradients: the 16B model diverged.)
+* weights: 128 x 128. They have few outliers; one scale a block serves the forward product and the
+  input gradient, whose K is the other dimension, without quantising twice.
+* the weight gradient sums over tokens, so there both operands are activations with 128 x 1 tiles,
+  quantised again from what they are, not transposed from the 1 x 128 ones.
+
+Which stay as they are: embedding, head, router, norms and the attention core, as in the report.
+
+Scales. "fp32" is the above. "pow2" (UE8M0) first rounds the scale up to a power of two and then
+quantises with that: up, so that nothing overflows. It wastes up to one bit of range but no bit of
+mantissa, and it moves between layouts without error: an E4M3 number times a power of two is exactly
+a bfloat16, which is what makes an exact emulation cheap (`dsjax.kernels.fp8_gemm`).
+
+Departures from the report, and what it leaves open:
+
+1. It gives amax no floor. 1e-4 is that of DeepSeek's later kernels; a block of zeros has the scale
+   1e-4 / 448, and one much smaller than the floor vanishes.
+2. It uses power-of-two scales for dispatched and for cached activations only; here the choice is
+   one for a run.
+3. It says nothing of NaN and infinity. Here either one becomes a NaN in its place, and amax does
+   not see it: clipping an infinity to 448 would hide that a run has diverged, an infinite amax
+   would wipe out the innocent rest of the block.
+4. Where a dimension is no multiple of the block, the last block is smaller. The report's are
+   multiples, except for the 576 rows of the latent projection.
+
+Two traps. JAX casts what exceeds 464 to NaN where torch saturates, hence the clip. And XLA turns a
+division by a broadcast into a product with the reciprocal, whose last bit differs; at a tie that
+changes the code. `quantize_block` divides truly, so that its bits are those of any IEEE machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+Scale = Literal["fp32", "pow2"]
+
+E4M3 = jnp.float8_e4m3fn
+E4M3_MAX = 448.0
+AMAX_FLOOR = 1e-4
+
+# Tiles of an activation for a product over channels and for one over tokens; blocks of a weight.
+CHANNEL_TILE = (1, 128)
+TOKEN_TILE = (128, 1)
+WEIGHT_BLOCK = (128, 128)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["values", "scales"],
+    meta_fields=["block"],
+)
+@dataclasses.dataclass(frozen=True)
+class BlockScaled:
+    """A quantised array: a pytree of two leaves, so jit, scan, sharding and checkpoints carry it.
+
+    values: float8_e4m3fn [..., rows, columns].
+    scales: float32 [..., ceil(rows / block[0]), ceil(columns / block[1])], multipliers.
+    block: rows and columns that share a scale; static. Leading dimensions share none.
+    """
+
+    values: jax.Array
+    scales: jax.Array
+    block: tuple[int, int]
+
+    def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
+        """value * scale in float32, then cast to `dtype`."""
+        return _dequantize(self.values, self.scales, self.block, jnp.dtype(dtype))
+
+
+def quantize_block(
+    x: ArrayLike, block: Sequence[int] = WEIGHT_BLOCK, scale: Scale = "fp32"
+) -> BlockScaled:
+    """Quantises the last two dimensions of `x` block by block.
+
+    Args:
+      x: [..., rows, columns], float32 or a type that converts to it exactly.
+      block: rows and columns of a block; blocks at the far edges may be smaller.
+      scale: "fp32", or "pow2" for scales rounded up to a power of two.
+
+    Raises:
+      ValueError: x has fewer than two dimensions or is not of a floating type, `block` is not two
+        positive sizes, or `scale` is neither kind.
+    """
+    x = jnp.asarray(x)
+    if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"quantize_block takes floating arrays of two or more dimensions, not {x.dtype} of "
+            f"shape {x.shape}; reshape or convert it first"
+        )
+    block = _two_sizes(block)
+    if scale not in ("fp32", "pow2"):
+        raise ValueError(f"scale={scale!r} is not a kind of scale; use 'fp32' or 'pow2'")
+    values, scales = _quantize(x, block, scale)
+    return BlockScaled(values, scales, block)
+
+
+def from_published(
+    values: ArrayLike, scale_inv: ArrayLike, block: Sequence[int], name: str = "weight"
+) -> BlockScaled:
+    """Wraps a published FP8 tensor and its `weight_scale_inv`, which multiplies despite its name.
+
+    `block` is the checkpoint's `weight_block_size`; it does not follow from the shapes.
+
+    Raises:
+      ValueError: values are not float8_e4m3fn, the scales' shape is not that of the blocks, or a
+        scale is not positive and finite.
+    """
+    block = _two_sizes(block)
+    shape, dtype = np.shape(values), jnp.result_type(values)
+    if dtype != E4M3 or len(shape) < 2:
+        raise ValueError(
+            f"{name} is {dtype} of shape {shape}; block scales need a float8_e4m3fn matrix"
+        )
+    want = (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
+    host_scales = np.asarray(scale_inv, np.float32)
+    if host_scales.shape != want:
+        raise ValueError(
+            f"{name} of shape {shape} in blocks of {block[0]} x {block[1]} has scales of shape "
+            f"{want}, but its scales have shape {host_scales.shape}; check weight_block_size"
+        )
+    wrong = np.argwhere(~((host_scales > 0) & np.isfinite(host_scales)))
+    if len(wrong):
+        at = tuple(map(int, wrong[0]))
+        raise ValueError(
+            f"{name} has {len(wrong)} scales that are not positive and finite; the first is "
+            f"{host_scales[at]} at {at}: the file is damaged, fetch it again"
+        )
+    return BlockScaled(jnp.asarray(values), jnp.asarray(host_scales), block)
+
+
+def _two_sizes(block: Sequence[int]) -> tuple[int, int]:
+    if len(block) != 2 or min(block) < 1:
+        raise ValueError(f"block={block} is not two positive sizes; the report's is (128, 128)")
+    return int(block[0]), int(block[1])
+
+
+@partial(jax.jit, static_argnums=(1, 2), inline=True)
+def _quantize(x: jax.Array, block: tuple[int, int], scale: Scale) -> tuple[jax.Array, jax.Array]:
+    blocks = split_blocks(x.astype(jnp.float32), block)
+    finite = jnp.isfinite(blocks)
+    magnitudes = jnp.where(finite, jnp.abs(blocks), 0.0)
+    amax = jnp.max(magnitudes, axis=(-3, -1), keepdims=True, initial=AMAX_FLOOR)
+    scales = power_of_two_scale(amax, E4M3_MAX) if scale == "pow2" else _float32_scale(amax)
+    # A divisor of each element's own, since XLA would replace a broadcast one by its reciprocal.
+    divisor = jnp.where(finite, scales, jnp.nan)
+    # The quotient of amax is 448 at most; a machine that divides less carefully may exceed it.
+    values = jnp.clip(blocks / divisor, -E4M3_MAX, E4M3_MAX).astype(E4M3)
+    return join_blocks(values, x.shape), scales[..., 0, :, 0]
+
+
+def _float32_scale(amax: jax.Array) -> jax.Array:
+    # The barrier keeps the division from becoming a product with 1 / 448.
+    return amax / lax.optimization_barrier(jnp.full_like(amax, E4M3_MAX))
+
+
+def power_of_two_scale(amax: jax.Array, largest: float) -> jax.Array:
+    """2 ** ceil(log2(amax / largest)), exactly.
+
+    The bits of a positive float32, read as a whole number, are 2^23 times its exponent plus its
+    mantissa: the quotient's exponent, rounded up, is their difference divided by 2^23 likewise.
+    """
+    bits, largest_bits = (
+        lax.bitcast_convert_type(amax, jnp.int32),
+        np.float32(largest).view(np.int32),
+    )
+    exponent = -((largest_bits - bits) >> 23)
+    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
+@partial(jax.jit, static_argnums=(2, 3), inline=True)
+def _dequantize(
+    values: jax.Array, scales: jax.Array, block: tuple[int, int], dtype: DTypeLike
+) -> jax.Array:
+    blocks = split_blocks(values.astype(jnp.float32), block)
+    return join_blocks(blocks * scales[..., :, None, :, None], values.shape).astype(dtype)
+
+
+def split_blocks(x: jax.Array, block: tuple[int, int]) -> jax.Array:
+    """[..., R, C] -> [..., R / r, r, C / c, c], zeros filling the last blocks up.
+
+    A block larger than the array is cut down to it, so that small arrays are not filled up.
+    """
+    (rows, columns), leading = x.shape[-2:], x.shape[:-2]
+    r, c = (max(1, min(size, dim)) for size, dim in zip(block, (rows, columns), strict=True))
+    if rows % r or columns % c:
+        x = jnp.pad(x, [(0, 0)] * len(leading) + [(0, -rows % r), (0, -columns % c)])
+    return x.reshape(*leading, x.shape[-2] // r, r, x.shape[-1] // c, c)
+
+
+def join_blocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Undoes `split_blocks`."""
+    *leading, n_r, r, n_c, c = blocks.shape
+    return blocks.reshape(*leading, n_r * r, n_c * c)[..., : shape[-2], : shape[-1]]

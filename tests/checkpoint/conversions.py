@@ -1,0 +1,34 @@
+"""Conversions that say nothing, and the hashes of what they write."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+from rich.console import Console
+
+from dsjax.checkpoint.exporting import export_checkpoint
+from dsjax.checkpoint.importing import import_checkpoint
+from dsjax.checkpoint.progress import Converted, Transfer
+
+
+def bring_in(source: Path, target: Path, dtype: str = "keep") -> Converted:
+    return import_checkpoint(source, target, dtype=dtype, progress=quiet())
+
+
+def send_out(source: Path, target: Path, dtype: str = "keep") -> Converted:
+    return export_checkpoint(source, target, dtype=dtype, progress=quiet())
+
+
+def quiet() -> Transfer:
+    return Transfer(Console(file=io.StringIO()))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file below a folder, by its path there."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -1,0 +1,339 @@
+"""What a user sees of a reply, and what of it stays in a conversation; the engine is scripted."""
+
+import argparse
+import dataclasses
+import io
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dsjax.data.tokenizer import Coder
+from dsjax.infer import console
+from dsjax.infer.chat import find_format
+from dsjax.infer.console import Generator, Screen, Settings, answer, chat, continue_tokens, describe
+from dsjax.infer.engine import Statistics
+from dsjax.infer.reply import Piece
+from dsjax.infer.sampling import Sampling
+from dsjax.infer.vocabulary import open_vocabulary
+from tests.infer import released
+from tests.infer.released import R1, VOCAB_SIZE, write_checkpoint
+
+CODER = Coder(released.make_tokenizer(R1))
+THINK, END_THINK = R1["<think>"], R1["</think>"]
+SPEED = Statistics(
+    prompt_tokens=10, prefill_seconds=0.5, new_tokens=7, decode_seconds=2.0, decode_steps=6,
+    drafted=0, accepted=0,
+)  # fmt: skip
+SPEED_LINE = "prompt: 10 tokens (20.0/s); reply: 7 tokens (3.0/s)\n"
+
+
+class ScriptedEngine:
+    """Replies with the given lists of tokens, one a request, token by token; an exception in a
+    list is raised when its turn comes.
+    """
+
+    statistics = SPEED
+
+    def __init__(self, *replies):
+        self.replies, self.requests = list(replies), []
+        self.closed = 0
+
+    def generate(self, requests):
+        self.requests += requests
+        replies = [self.replies.pop(0) for _ in requests]
+        try:
+            for step in range(max(map(len, replies))):
+                new = [reply[step : step + 1] for reply in replies]
+                if isinstance(new[0][0], BaseException):
+                    raise new[0][0]
+                yield new
+        finally:
+            self.closed += 1
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def ids(text):
+    return CODER.encode_control(text)
+
+
+@pytest.fixture(scope="module")
+def r1(tmp_path_factory):
+    folder = write_checkpoint(tmp_path_factory.mktemp("r1"), R1)
+    vocabulary = open_vocabulary(folder, VOCAB_SIZE)
+    return vocabulary, find_format(folder, vocabulary)
+
+
+@pytest.fixture
+def make(r1):
+    def make(*replies, **options):
+        engine = ScriptedEngine(*(ids(r) if isinstance(r, str) else r for r in replies))
+        settings = Settings(r1[0], **{"context": 1000, "sampling": Sampling()} | options)
+        return engine, Generator(engine, settings)
+
+    return make
+
+
+def typed(monkeypatch, lines):
+    """The lines come from a terminal; an exception among them is raised at its place."""
+    script = iter(lines)
+
+    def read(prompt):
+        line = next(script, EOFError())
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr(sys, "stdout", Terminal())
+
+
+def test_reply_asks_the_engine_for_what_fits(make):
+    engine, generator = make("", context=100, max_new_tokens=30, sampling=Sampling(seed=3))
+    assert list(generator.reply([5] * 60)) == []
+    engine.replies.append([])
+    assert list(generator.reply([5] * 90)) == []
+    first, second = engine.requests
+    assert (first.prompt, first.max_new_tokens) == ((5,) * 60, 30)
+    assert (first.sampling, first.stop_ids) == (Sampling(seed=3), {1})
+    assert second.max_new_tokens == 10
+    with pytest.raises(ValueError, match="has 100 tokens, which fill the 100 that the model can"):
+        list(generator.reply([5] * 100))
+
+
+def test_reply_hides_the_token_that_ends_it(make):
+    engine, generator = make(f"yes{released.USER}")
+    vocabulary = dataclasses.replace(generator.settings.vocabulary, stop_ids=frozenset({128803}))
+    generator = Generator(engine, dataclasses.replace(generator.settings, vocabulary=vocabulary))
+    assert "".join(piece.text for piece in generator.reply([5])) == "yes"
+
+
+def test_a_stop_string_ends_the_engines_work(make):
+    engine, generator = make("one. two. three.", stops=("two",))
+    assert "".join(piece.text for piece in generator.reply([5])) == "one. "
+    assert engine.closed == 1
+
+
+def test_answer_marks_the_thought_in_a_file(make, capsys):
+    _, generator = make("so\nhm</think>\n\nyes" + released.EOS)
+    answer(generator, [0, THINK])
+    output = capsys.readouterr()
+    assert output.out == "<think>\nso\nhm\n</think>\nyes\n"
+    assert output.err == SPEED_LINE
+
+
+def test_answer_is_verbatim_without_a_thought(make, capsys):
+    _, generator = make("\n x\x1b")
+    answer(generator, [0])
+    assert capsys.readouterr().out == "\n x\x1b\n"
+
+
+def test_a_terminal_shows_the_thought_dim_and_no_control_characters():
+    screen = Screen(stream := Terminal())
+    for piece in (Piece("\nso", True), Piece(" \x1b]0;x\x07", True), Piece("\nyes\t\n.", False)):
+        screen.show(piece)
+    screen.end()
+    assert stream.getvalue() == "\x1b[2mso \ufffd]0;x\ufffd\x1b[0m\nyes\t\n.\n"
+
+
+def test_a_stopped_thought_is_closed(make, capsys):
+    _, generator = make([*ids("so"), KeyboardInterrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        answer(generator, [0, THINK])
+    assert capsys.readouterr().out == "<think>\nso\n</think>\n\n"
+
+
+def test_chat_through_a_pipe_keeps_answers_and_drops_thoughts(make, r1, monkeypatch, capsys):
+    engine, generator = make("hm</think>\n1", "</think>2", "</think>3", "never")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\n\n  b \n/reset\nc\n/exit\nd\n"))
+    chat(generator, r1[1])
+    output = capsys.readouterr()
+    assert output.out == "<think>\nhm\n</think>\n1\n2\n3\n"
+    assert output.err == SPEED_LINE * 3
+    user, assistant = released.USER, released.ASSISTANT
+    start = released.BOS + user
+    think = assistant + "<think>\n"
+    assert [request.prompt for request in engine.requests] == [
+        tuple(ids(text))
+        for text in (
+            f"{start}a{think}",
+            f"{start}a{assistant}\n1{released.EOS}{user}b{think}",
+            f"{start}c{think}",
+        )
+    ]
+
+
+def test_chat_ends_with_the_input(make, r1, monkeypatch, capsys):
+    typed(monkeypatch, [])
+    chat(make()[1], r1[1])
+    assert "/reset forgets the conversation" in capsys.readouterr().err
+
+
+def test_ctrl_c_stops_a_reply_and_the_next_one_the_chat(make, r1, monkeypatch):
+    stopped = [*ids("</think>ab"), KeyboardInterrupt(), *ids("c")]
+    silent = [*ids("hm"), KeyboardInterrupt()]
+    engine, generator = make(stopped, silent, "</think>d")
+    typed(monkeypatch, ["1", "2", "3", KeyboardInterrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        chat(generator, r1[1])
+    prompts = [CODER.decode(request.prompt, skip_special=False) for request in engine.requests]
+    user, reply = released.USER, f"{released.ASSISTANT}ab{released.EOS}"
+    # What was said stays; a turn without an answer is forgotten.
+    assert prompts[1].startswith(f"{released.BOS}{user}1{reply}{user}2")
+    assert prompts[2].startswith(f"{released.BOS}{user}1{reply}{user}3")
+
+
+def test_ctrl_c_ends_a_chat_through_a_pipe(make, r1, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\n"))
+    with pytest.raises(KeyboardInterrupt):
+        chat(make([*ids("</think>x"), KeyboardInterrupt()])[1], r1[1])
+
+
+def test_a_full_conversation_can_be_reset(make, r1, monkeypatch, capsys):
+    _, generator = make("</think>x", context=8)
+    typed(monkeypatch, ["far too long", "/reset", "a"])
+    chat(generator, r1[1])
+    assert "error: the prompt has 17 tokens, which fill the 8" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("far too long\n"))
+    with pytest.raises(ValueError, match="the prompt has 17 tokens"):
+        chat(generator, r1[1])
+
+
+def test_tokens_continue_with_a_seed_a_row():
+    engine = ScriptedEngine([7, 8, 1, 9], [1, 1, 2, 3])
+    prompts = np.asarray([[1, 2, 3], [4, 5, 6]], np.int32)
+    new = continue_tokens(engine, prompts, max_new_tokens=4, sampling=Sampling(0.5, seed=2**32 - 1))
+    assert new.dtype == np.int32 and new.tolist() == [[7, 8, 1, 9], [1, 1, 2, 3]]
+    assert [request.prompt for request in engine.requests] == [(1, 2, 3), (4, 5, 6)]
+    assert [request.sampling.seed for request in engine.requests] == [2**32 - 1, 0]
+    assert {request.sampling.temperature for request in engine.requests} == {0.5}
+    assert {(request.max_new_tokens, request.stop_ids) for request in engine.requests} == {
+        (4, frozenset())
+    }
+
+
+def test_statistics_in_a_line():
+    assert describe(SPEED) + "\n" == SPEED_LINE
+    drafted = dataclasses.replace(SPEED, drafted=6, accepted=3, prefill_seconds=0.0)
+    assert describe(drafted) == (
+        "prompt: 10 tokens; reply: 7 tokens (4.5/s); 50% of drafts accepted, 1.50 tokens a step"
+    )
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    """Runs generate.py's work on a checkpoint whose model is scripted."""
+
+    def make(*replies, **configs):
+        write_checkpoint(tmp_path, configs.pop("control", R1), **configs)
+        opened = types.SimpleNamespace(
+            tokenizer_folder=tmp_path,
+            model=types.SimpleNamespace(vocab_size=VOCAB_SIZE, max_seq_len=500),
+        )
+        engine = ScriptedEngine(*replies)
+        monkeypatch.setattr(console.load, "open_checkpoint", lambda path: opened)
+        monkeypatch.setattr(console.load, "load", lambda *args, **options: (args, options))
+        monkeypatch.setattr(console, "Engine", lambda model, **options: engine)
+        return engine
+
+    return make
+
+
+def run(**options):
+    defaults = dict.fromkeys(
+        "prompt tokens out max_new_tokens temperature top_k top_p min_p stop dtype".split()
+    )
+    flags = {"raw": False, "thinking": False, "speculative": False, "seed": 0, "mesh": {}}
+    console.run(argparse.Namespace(checkpoint=Path("x"), **defaults | flags | options))
+
+
+def test_prompt_is_a_turn_where_the_checkpoint_can_chat(checkpoint, capsys):
+    engine = checkpoint(ids("</think>ok"), generation_config={"temperature": 0.6, "top_p": 0.95})
+    run(prompt="a", seed=5, top_p=0.5, stop=["k"], max_new_tokens=9)
+    assert capsys.readouterr().out == "o\n"
+    (request,) = engine.requests
+    assert request.prompt == (0, 128803, 67, 128804, THINK, released.LINE_BREAK)
+    assert request.sampling == Sampling(temperature=0.6, top_p=0.5, seed=5)
+    assert request.max_new_tokens == 9
+
+
+def test_prompt_is_continued_when_asked_and_by_base_models(checkpoint):
+    engine = checkpoint(ids("b"))
+    run(prompt="a", raw=True)
+    assert engine.requests[0].prompt == (0, 67) and engine.requests[0].max_new_tokens == 498
+    engine = checkpoint(ids("b"), control={key: i for key, i in R1.items() if i < 3})
+    run(prompt="a", temperature=0.0)
+    assert engine.requests[0].prompt == (0, 67)
+    assert engine.requests[0].sampling == Sampling(temperature=0)
+
+
+def test_thinking_reaches_the_template(checkpoint):
+    template = "{{ 'T' if thinking is defined and thinking else 'N' }}"
+    for flag, letter in ((True, "T"), (False, "N")):
+        engine = checkpoint(ids("b"), tokenizer_config={"chat_template": template})
+        run(prompt="a", thinking=flag)
+        assert engine.requests[0].prompt == tuple(ids(letter))
+
+
+def test_tokens_go_from_file_to_file_without_a_tokenizer(checkpoint, tmp_path, capsys):
+    engine = checkpoint([1, 2], [3, 4])
+    (tmp_path / "tokenizer.json").unlink()
+    np.save(tmp_path / "p.npy", np.asarray([[5, 6], [7, 8]]))
+    run(tokens=tmp_path / "p.npy", out=tmp_path / "o.npy", max_new_tokens=2, temperature=0.0)
+    new = np.load(tmp_path / "o.npy")
+    assert new.dtype == np.int32 and new.tolist() == [[1, 2], [3, 4]]
+    assert [request.prompt for request in engine.requests] == [(5, 6), (7, 8)]
+    assert capsys.readouterr().err == SPEED_LINE
+
+
+def test_tokens_fill_the_context_without_a_number(checkpoint, tmp_path):
+    engine = checkpoint([1] * 2)
+    np.save(tmp_path / "p.npy", np.full((1, 498), 5))
+    run(tokens=tmp_path / "p.npy", out=tmp_path / "o.npy")
+    assert engine.requests[0].max_new_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "as a base model's; give a --prompt to continue"),
+        ({"prompt": "a", "thinking": True}, "--thinking needs a chat format"),
+        ({"prompt": "a", "top_p": 7.0}, r"top_p=7.0 must lie in \(0, 1\]"),
+        ({"prompt": "a", "stop": ["x", ""]}, "a stop string is empty"),
+        ({"prompt": "a" * 500}, "the prompt has 501 tokens, which fill the 500"),
+        ({"tokens": Path("none.npy"), "out": Path("o.npy")}, "No such file or directory"),
+    ],
+    ids=["chat", "thinking", "top_p", "stop", "long", "tokens"],
+)
+def test_run_refuses_before_it_reads_weights(checkpoint, monkeypatch, options, message):
+    checkpoint(control={key: i for key, i in R1.items() if i < 3})
+
+    def load(*arguments, **options):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(console.load, "load", load)
+    with pytest.raises((ValueError, OSError), match=message):
+        run(**options)
+
+
+def test_config_of_a_mesh_reaches_the_weights(checkpoint, monkeypatch):
+    checkpoint(ids("b"))
+    seen = {}
+    monkeypatch.setattr(console.load, "load", lambda *args, **options: seen.update(options))
+    run(prompt="a", mesh={"tensor": 2}, dtype="float32")
+    assert dict(seen["mesh"].shape) == {"data": 1, "fsdp": 1, "tensor": 2}
+    assert seen["dtype"] == "float32"
+
+
+def test_generation_defaults_can_be_overridden_by_zero(checkpoint):
+    engine = checkpoint(ids("b"), generation_config=json.loads('{"top_k": 50, "min_p": 0.1}'))
+    run(prompt="a", top_k=0, min_p=0.0)
+    assert engine.requests[0].sampling == Sampling()

@@ -1,0 +1,85 @@
+"""Attention to a cache, in blocks, against the whole score matrix."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsjax.kernels import cached_attention as kernel
+from tests.closeness import F32, assert_close
+
+B, T, N, S = 2, 3, 4, 300
+POSITIONS = jnp.asarray([[140, 141, 142], [5, 6, 7]], jnp.int32)
+
+
+def _arrays(key_heads=(2, 1), widths=(8, 6), seed=0):
+    """Queries and keys of a score of two products, and values."""
+    rng = np.random.default_rng(seed)
+
+    def array(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    queries = tuple(array(B, T, N, width) for width in widths)
+    keys = tuple(array(B, P, S, width) for P, width in zip(key_heads, widths, strict=True))
+    return queries, keys, array(B, key_heads[0], S, 5)
+
+
+def _reader(keys, values):
+    def read(start, size):
+        slices = [jax.lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in (*keys, values)]
+        return kernel.Block(tuple(slices[:-1]), slices[-1])
+
+    return read
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attend(attention, queries, keys, values, positions_BT):
+    return attention(queries, _reader(keys, values), S, positions_BT, scale=0.3)
+
+
+@pytest.fixture(params=["whole", "blocks"])
+def attend(request, monkeypatch):
+    """Blocks of 128, of which the third would end beyond the cache, or one of all positions."""
+    if request.param == "blocks":
+        monkeypatch.setattr(kernel, "_MAX_SCORES", 1)
+    return functools.partial(_attend.__wrapped__, kernel.cached_attention)
+
+
+@pytest.mark.parametrize("first", [140, S - T])
+def test_cached_attention_equals_reference(attend, first):
+    positions_BT = POSITIONS.at[0].add(first - 140)
+    queries, keys, values = _arrays()
+    want = _attend(kernel.reference_attention, queries, keys, values, positions_BT)
+    assert_close(attend(queries, keys, values, positions_BT), want, F32, "attention")
+
+
+def test_a_query_sees_exactly_the_positions_up_to_its_own(attend):
+    """Values that name their position, under equal scores, give the mean of what is seen."""
+    queries, keys, _ = _arrays()
+    values = jnp.broadcast_to(jnp.arange(S, dtype=jnp.float32)[:, None], (B, 1, S, 1))
+    out = attend([0 * q for q in queries], keys, values, POSITIONS)
+    assert_close(out[..., 0], jnp.broadcast_to(POSITIONS[..., None] / 2, (B, T, N)), F32, "mean")
+
+
+def test_blocks_that_nobody_sees_are_not_read(monkeypatch):
+    monkeypatch.setattr(kernel, "_MAX_SCORES", 1)
+    queries, keys, values = _arrays()
+    values = values.at[:, :, 256:].set(jnp.nan)
+    out = _attend.__wrapped__(kernel.cached_attention, queries, keys, values, POSITIONS)
+    assert np.isfinite(out).all()
+
+
+def test_scores_of_a_long_cache_stay_within_the_bound():
+    """64 MiB of scores and a few copies of them, where the whole matrix would take 1 GiB."""
+    q = jax.ShapeDtypeStruct((1, 512, 16, 8), jnp.float32)
+    kv = jax.ShapeDtypeStruct((1, 1, 2**15, 8), jnp.float32)
+    positions = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+
+    def attend(q, k, v, positions_BT):
+        read = _reader((k,), v)
+        return kernel.cached_attention((q,), read, k.shape[2], positions_BT, scale=1.0)
+
+    memory = jax.jit(attend).lower(q, kv, kv, positions).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2**28

@@ -1,0 +1,63 @@
+"""The experts of a few tokens against one gathered matrix an assignment."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsjax.kernels.expert_rows import expert_rows
+from tests.closeness import BF16, F32, assert_close
+
+E, D, F, K = 12, 16, 24, 3
+
+
+def _operands(tokens, dtype=jnp.float32):
+    rng = np.random.default_rng(tokens)
+    stacks = [rng.normal(size=shape) for shape in ((E, D, F), (E, D, F), (E, F, D))]
+    experts = np.stack([rng.permutation(E)[:K] for _ in range(tokens)])
+    x, *stacks = (jnp.asarray(array, dtype) for array in (rng.normal(size=(tokens, D)), *stacks))
+    weights = jnp.asarray(rng.uniform(size=(tokens, K)), jnp.float32)
+    return x, *stacks, jnp.asarray(experts, jnp.int32), weights
+
+
+def _definition(x_MD, w_gate, w_up, w_down, experts_MK, weights_MK):
+    """One token and one expert after another, in float64."""
+    x_MD, w_gate, w_up, w_down, weights_MK = (
+        np.asarray(array, np.float64) for array in (x_MD, w_gate, w_up, w_down, weights_MK)
+    )
+    y_MD = np.zeros_like(x_MD)
+    for m, experts in enumerate(np.asarray(experts_MK)):
+        for k, e in enumerate(experts):
+            gate = x_MD[m] @ w_gate[e]
+            hidden = gate / (1 + np.exp(-gate)) * (x_MD[m] @ w_up[e])
+            y_MD[m] += weights_MK[m, k] * (hidden @ w_down[e])
+    return y_MD
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_expert_rows_equal_the_definition(tokens):
+    operands = _operands(tokens)
+    assert_close(jax.jit(expert_rows)(*operands), _definition(*operands), F32, "experts")
+
+
+def test_float32_stacks_serve_bfloat16_tokens():
+    x, *stacks, experts, weights = _operands(4)
+    got = jax.jit(expert_rows)(x.astype(jnp.bfloat16), *stacks, experts, weights)
+    assert got.dtype == jnp.bfloat16
+    assert_close(got, _definition(x, *stacks, experts, weights), BF16, "experts")
+
+
+def test_no_array_of_every_expert_is_made():
+    """What lies between reading the stacks and the result is a few matrices, not all of them."""
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((512, 64, 64),) * 3]
+    compiled = (
+        jax.jit(expert_rows)
+        .lower(
+            jax.ShapeDtypeStruct((4, 64), jnp.float32),
+            *shapes,
+            jax.ShapeDtypeStruct((4, K), jnp.int32),
+            jax.ShapeDtypeStruct((4, K), jnp.float32),
+        )
+        .compile()
+    )
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * 4 * 64 * 64

@@ -1,0 +1,110 @@
+"""What the backward pass keeps: the gradients of it, and its size."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsjax.precision.activations import (
+    attention_linear,
+    swiglu,
+    swiglu_grouped_linear,
+    swiglu_linear,
+)
+from dsjax.precision.matmul import grouped_linear, linear
+from dsjax.precision.policy import Policy
+from tests.closeness import EXACT, F32, FP8, assert_close, relative_l2
+
+M, F, D = 256, 384, 128
+SIZES = jnp.asarray([100, 0, 156], jnp.int32)
+SAVED = jax.checkpoint_policies.save_only_these_names("swiglu_input", "attention")
+
+
+def _operands():
+    rng = np.random.default_rng(0)
+    gate, up = rng.normal(size=(2, M, F)).astype(np.float32)
+    w = rng.normal(size=(3, F, D)).astype(np.float32) * 0.05
+    dy = rng.normal(size=(M, D)).astype(np.float32) * 1e-3
+    return jnp.asarray(gate), jnp.asarray(up), jnp.asarray(w), jnp.asarray(dy)
+
+
+def _both(kind):
+    """Each function beside its plain composition, with its operands and dy."""
+    policy = Policy(jnp.float32, fp8=kind)
+    gate, up, w, dy = _operands()
+    return {
+        "dense": (
+            lambda g, u, w: swiglu_linear(g, u, w, policy),
+            lambda g, u, w: linear(swiglu(g, u), w, policy),
+            (gate, up, w[0]),
+            dy,
+        ),
+        "grouped": (
+            lambda g, u, w: swiglu_grouped_linear(g, u, w, SIZES, policy),
+            lambda g, u, w: grouped_linear(swiglu(g, u), w, SIZES, policy),
+            (gate, up, w),
+            dy,
+        ),
+        "attention": (
+            lambda x, w: attention_linear(x, w, policy),
+            lambda x, w: linear(x, w, policy),
+            (gate, w[0]),
+            dy,
+        ),
+    }
+
+
+LAYERS = ["dense", "grouped", "attention"]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_without_fp8_gradients_are_those_of_the_composition(layer):
+    function, plain, operands, dy = _both(None)[layer]
+    (got, backward), (want, plain_backward) = (
+        jax.vjp(function, *operands),
+        jax.vjp(plain, *operands),
+    )
+    assert_close(got, want, EXACT, "forward")
+    for g, w in zip(backward(dy), plain_backward(dy), strict=True):
+        assert_close(g, w, F32, "gradient")
+
+
+@pytest.mark.parametrize("kind", ["fp32", "pow2"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_fp8_storage_changes_gradients_alone_and_little(layer, kind):
+    function, plain, operands, dy = _both(kind)[layer]
+    (got, backward), (want, plain_backward) = (
+        jax.vjp(function, *operands),
+        jax.vjp(plain, *operands),
+    )
+    assert_close(got, want, EXACT, "forward")
+    errors = [relative_l2(g, w) for g, w in zip(backward(dy), plain_backward(dy), strict=True)]
+    # The factors of dgate are as exact as E4M3, and SwiGLU's slope magnifies their error a little.
+    assert max(errors) < 1.5 * FP8.bound
+    # They come from what was kept: all but the input gradient of the layer after attention.
+    assert sum(error > 0 for error in errors) == (1 if layer == "attention" else 3)
+
+
+def _kept_bytes(function, *operands):
+    """Bytes that a rematerialised function keeps besides the weight and the sizes."""
+
+    def saving(*operands):
+        # A layer before makes what is to be kept, so that it is not an operand itself.
+        *activations, w = operands
+        return function(*(2 * x for x in activations), w)
+
+    saving = jax.checkpoint(saving, policy=SAVED)
+    kept = jax.tree.leaves(jax.eval_shape(lambda *args: jax.vjp(saving, *args)[1], *operands))
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in kept if leaf.dtype != jnp.int32]
+    return sum(sizes) - operands[-1].nbytes
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_kept_bytes_are_those_of_the_formats(layer):
+    tile_scales = 4 * M * F // 128
+    fp8, e5m6 = M * F + tile_scales, M * F * 3 // 2 + tile_scales
+    want = {None: M * F * 4, "pow2": e5m6 if layer == "attention" else fp8}
+    for kind, bytes_an_activation in want.items():
+        function, _, operands, _ = _both(kind)[layer]
+        wanted = bytes_an_activation * (len(operands) - 1)
+        assert _kept_bytes(function, *operands) == wanted, kind

@@ -1,0 +1,80 @@
+"""Converts checkpoints between Hugging Face's folders and ours, and says what is in one.
+
+  # a checkpoint as published, FP8 or bfloat16, into a folder that any mesh loads
+  python tools/convert.py import DeepSeek-V3 converted/v3
+  # a trained model, for transformers, vLLM, SGLang and llama.cpp's converter
+  python tools/convert.py export runs/tiny published/tiny --dtype bfloat16
+  # what config.json alone implies: shapes, number of tensors, bytes; no weights needed
+  python tools/convert.py inspect DeepSeek-V3/config.json --expect
+
+DST is there when it is whole; until then the work is in DST.partial, and the same command again
+goes on where it stopped. Exit codes: 0 finished, 1 failed, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from dsjax import command
+
+_DTYPES = ("keep", "bfloat16", "float32", "fp8")
+
+
+def parser() -> argparse.ArgumentParser:
+    result = command.make_parser(__doc__)
+    commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    debug = argparse.ArgumentParser(add_help=False)  # also after the command
+    hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    debug.add_argument("--debug", action="store_true", **hidden)
+    options: dict[str, Any] = {"parents": [debug], "allow_abbrev": False}
+    for name, what in (("import", "Hugging Face folder -> ours"), ("export", "the way back")):
+        sub = commands.add_parser(name, help=what, description=what, **options)
+        sub.add_argument("source", metavar="SRC", type=Path, help="the checkpoint to convert")
+        sub.add_argument("target", metavar="DST", type=Path, help="a new or an empty folder")
+        explained = "element type to store; keep: as it is (default: %(default)s)"
+        sub.add_argument("--dtype", choices=_DTYPES, default="keep", help=explained)
+    what = "family, shapes, tensors and bytes, found and expected"
+    sub = commands.add_parser("inspect", help=what, description=what, **options)
+    sub.add_argument("source", metavar="SRC", type=Path, help="checkpoint, or a config.json")
+    sub.add_argument("--expect", action="store_true", help="look at config.json alone")
+    sub.add_argument("--json", action="store_true", help="print one JSON object instead")
+    return result
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    # Conversion is the host's work; without this jax would take the accelerators for itself.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    from rich.console import Console
+
+    if arguments.command == "inspect":
+        from dsjax.checkpoint import inspection
+
+        summary = inspection.summarize(arguments.source, expect=arguments.expect)
+        if arguments.json:
+            return print(json.dumps(summary, indent=2))
+        width = None if sys.stdout.isatty() else 140  # room for the table in a file or a pipe
+        return inspection.print_summary(summary, Console(width=width))
+    if arguments.command == "import":
+        from dsjax.checkpoint.importing import import_checkpoint as convert
+    else:
+        from dsjax.checkpoint.exporting import export_checkpoint as convert
+    from dsjax.checkpoint.progress import Transfer
+
+    source, target = arguments.source, arguments.target
+    following = "generate.py" if arguments.command == "import" else "convert.py inspect"
+    with Transfer(Console()) as progress:
+        done = convert(source, target, dtype=arguments.dtype, progress=progress)
+        progress.say(f"{done}; all in {target}")
+        progress.say(f"next: python tools/{following} {shlex.quote(str(target))}")
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(parser(), execute))

@@ -1,0 +1,75 @@
+"""Continues a text, answers a prompt or chats, with any checkpoint.
+
+CKPT is a Hugging Face folder, a folder that tools/convert.py has imported, or the folder of a run.
+
+  # chat; the thought of a reasoning model is shown dim
+  python tools/generate.py DeepSeek-V2-Lite-Chat
+  # one answer, greedily, with the model's own multi-token prediction for speed
+  python tools/generate.py DeepSeek-V3 --prompt 'Why is the sky blue?' --temperature 0 --speculative
+  # a base model continues the text
+  python tools/generate.py runs/tiny --prompt 'def main(' --max-new-tokens 100 --stop 'def '
+  # token ids [batch, length] in, exactly 64 new ones a row out, for comparisons
+  python tools/generate.py runs/tiny --tokens P.npy --out O.npy --max-new-tokens 64 --temperature 0
+
+Temperature, top-k, top-p and min-p come from the checkpoint's generation_config.json where it has
+them, else 1, 0, 1 and 0: every token by its probability. With --tokens nothing ends a row early.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dsjax import command
+
+TEXT_ONLY = ("stop", "raw", "thinking")
+
+
+def parser() -> argparse.ArgumentParser:
+    result = command.make_parser(__doc__)
+    command.add_checkpoint(result)
+    what = result.add_mutually_exclusive_group()
+    what.add_argument("--prompt", metavar="TEXT", help="what to answer, or to continue")
+    what.add_argument("--tokens", metavar="P.npy", type=Path, help="continue these ids; with --out")
+    result.add_argument("--out", metavar="O.npy", type=Path, help="int32 [batch, N] new ids")
+    result.add_argument("--max-new-tokens", metavar="N", type=int, help="at most (default: 2048)")
+    result.add_argument("--temperature", metavar="T", type=float, help="0 takes the likeliest")
+    result.add_argument("--top-k", metavar="K", type=int, help="keep the K likeliest; 0: all")
+    result.add_argument("--top-p", metavar="P", type=float, help="keep the likeliest that reach P")
+    result.add_argument("--min-p", metavar="P", type=float, help="drop below P times the likeliest")
+    result.add_argument(
+        "--seed", metavar="S", type=int, default=0, help="of the draws (default: 0)"
+    )
+    result.add_argument(
+        "--stop", metavar="STRING", action="append", help="end the reply before it; repeatable"
+    )
+    result.add_argument(
+        "--raw", action="store_true", help="continue --prompt without a chat format"
+    )
+    result.add_argument("--thinking", action="store_true", help="let a model that can think first")
+    result.add_argument(
+        "--speculative", action="store_true", help="draft with the model's own MTP modules"
+    )
+    return result
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    if (arguments.tokens is None) != (arguments.out is None):
+        parser().error("--tokens P.npy and --out O.npy go together")
+    if arguments.tokens and any(getattr(arguments, name) for name in TEXT_ONLY):
+        parser().error("--stop, --raw and --thinking are for text, not for --tokens")
+    if arguments.raw and arguments.prompt is None:
+        parser().error("--raw needs a --prompt to continue")
+    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
+        parser().error(f"--max-new-tokens {arguments.max_new_tokens} is not at least 1")
+    # Imported here, so that --help and wrong usage need not wait for jax.
+    from dsjax.infer import console
+    from dsjax.train import compilation
+
+    compilation.use_persistent_cache("")
+    console.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(parser(), execute))

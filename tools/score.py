@@ -1,0 +1,70 @@
+"""Scores text or tokens under a checkpoint, and writes raw logits.
+
+CKPT is a Hugging Face folder, a folder that tools/convert.py has imported, or the folder of a run.
+
+  # loss, perplexity and bits per byte of some text (.txt, .jsonl, .parquet, also .gz and .zst)
+  python tools/score.py runs/tiny --text notes.txt 'books/*.jsonl.gz'
+  # raw logits of given token ids [batch, length], for comparisons with other programs
+  python tools/score.py DeepSeek-V2-Lite --tokens T.npy --logits L.npy --dtype float32
+  # the logits of V3's multi-token prediction module too, on eight devices
+  python tools/score.py DeepSeek-V3 --tokens T.npy --logits L.npy --mtp-logits M.npy --mesh tensor=8
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from dsjax import command
+
+
+def parser() -> argparse.ArgumentParser:
+    result = command.make_parser(__doc__)
+    command.add_checkpoint(result)
+    what = result.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", metavar="FILE", nargs="+", help="files or globs of text to score")
+    what.add_argument("--tokens", metavar="T.npy", type=Path, help="token ids [batch, length]")
+    add = result.add_argument
+    add("--logits", metavar="L.npy", type=Path, help="write float32 [batch, length, vocab] here")
+    help_mtp = "write float32 [batch, length-1, vocab] here; entry i predicts token i+2"
+    add("--mtp-logits", metavar="M.npy", type=Path, help=help_mtp)
+    help_length = "tokens a window of text has (default: 4096, or the model's limit if lower)"
+    add("--sequence-length", metavar="N", type=int, default=0, help=help_length)
+    add("--json", action="store_true", help="print one JSON object instead")
+    return result
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    if arguments.text and (arguments.logits or arguments.mtp_logits):
+        parser().error("--logits and --mtp-logits go with --tokens")
+    # Imported here, so that --help and wrong usage need not wait for jax.
+    from rich.console import Console
+
+    from dsjax.infer import score
+    from dsjax.parallel.mesh import submesh
+    from dsjax.train import compilation, report
+
+    compilation.use_persistent_cache("")
+    result = score.score_files(
+        arguments.checkpoint,
+        text=arguments.text,
+        tokens=arguments.tokens,
+        outputs=score.Outputs(arguments.logits, arguments.mtp_logits),
+        length=arguments.sequence_length,
+        dtype=arguments.dtype,
+        mesh=submesh(arguments.mesh),
+        progress=report.Display(Console(stderr=True), total_steps=0).counting("scoring"),
+    )
+    figures = result.figures()
+    if arguments.json:
+        print(json.dumps(figures, indent=2))
+        return
+    for name, value in figures.items():
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+        print(f"{name.replace('_', ' '):<14}{shown}")
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(parser(), execute))
