@@ -44,6 +44,15 @@ FLAGS = {
         "--top-k",
         "--top-p",
     },
+    "plan.py": {
+        "--debug",
+        "--help",
+        "--json",
+        "--microbatches",
+        "--out",
+        "--schedule",
+        "--stages",
+    },
     "score.py": {
         "--debug",
         "--dtype",

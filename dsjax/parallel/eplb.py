@@ -1,0 +1,169 @@
+"""Expert-parallel load balancing (EPLB): which experts to hold twice, and where to put them all.
+
+DeepSeek-V3 (arXiv:2412.19437), section 3.4, and its repository EPLB. For serving: an expert with
+much load gets several replicas, and the replicas are laid out so that devices have equal load.
+
+1. Pack: groups of experts go onto nodes, equally many on each. Node-limited routing sends a token
+   to few groups, so a group that stays on a node keeps the traffic between nodes low.
+2. Replicate: within a node, one replica at a time is added to the expert with the largest load a
+   replica.
+3. Pack: the replicas go onto the node's devices, equally many on each.
+
+That is hierarchical. Where groups do not divide over nodes it is global: as if there were one group
+and one node. Ties go to the lower index, and loads are added in float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Placement(NamedTuple):
+    """Where the replicas of each layer's experts are; slot s is on device s // (slots / devices).
+
+    L layers, E experts, P slots (one replica each), X the most replicas of any expert. All int64.
+    """
+
+    expert_LP: np.ndarray  # the expert whose replica a slot holds ("phy2log")
+    slots_LEX: np.ndarray  # an expert's slots in order of their making, then -1 ("log2phy")
+    count_LE: np.ndarray  # replicas of an expert
+    hierarchical: bool  # False: global
+
+
+def balance(
+    load_LE: np.ndarray, n_slots: int, n_devices: int, *, n_groups: int = 1, n_nodes: int = 1
+) -> Placement:
+    """Places experts and their replicas for equal load on every device.
+
+    Args:
+      load_LE: load of each layer's experts, e.g. tokens routed to them; in any unit, not negative.
+      n_slots: replicas of all experts together, at least E.
+      n_groups: groups of the router, of consecutive experts.
+      n_nodes: nodes, with equally many devices; with one, every expert may go anywhere.
+
+    Raises:
+      ValueError: lists every size that does not divide, and loads that are none.
+    """
+    load_LE = np.asarray(load_LE, np.float32)
+    hierarchical = n_nodes > 0 and n_groups % n_nodes == 0
+    _check(load_LE, n_slots, n_devices, n_groups, n_nodes, hierarchical)
+    if not hierarchical:
+        n_groups = n_nodes = 1
+    n_layers, n_experts = load_LE.shape
+    per_node = n_experts // n_nodes
+
+    group_load = load_LE.reshape(n_layers, n_groups, -1).sum(-1)
+    groups = _pack(group_load, n_nodes)  # [L, groups], node after node
+    first = groups[..., None] * (n_experts // n_groups)
+    expert = (first + np.arange(n_experts // n_groups)).reshape(-1, per_node)  # [L * nodes, E/node]
+
+    node_load = np.take_along_axis(load_LE, expert.reshape(n_layers, -1), 1).reshape(expert.shape)
+    local, ordinal, count = _replicate(node_load, n_slots // n_nodes)
+    replica_load = np.take_along_axis(node_load / count.astype(np.float32), local, 1)
+    order = _pack(replica_load, n_devices // n_nodes)
+    local, ordinal = (np.take_along_axis(table, order, 1) for table in (local, ordinal))
+    expert_LP = np.take_along_axis(expert, local, 1).reshape(n_layers, n_slots)
+    count_LE = np.empty((n_layers, n_experts), np.int64)
+    rows = np.arange(n_layers)[:, None]
+    count_LE[rows, expert.reshape(n_layers, -1)] = count.reshape(n_layers, -1)
+    slots_LEX = np.full((n_layers, n_experts, count_LE.max()), -1)
+    slots_LEX[rows, expert_LP, ordinal.reshape(n_layers, -1)] = np.arange(n_slots)
+    return Placement(expert_LP, slots_LEX, count_LE, hierarchical)
+
+
+def device_loads(load_LE: np.ndarray, placement: Placement, n_devices: int) -> np.ndarray:
+    """Returns [L, devices], the load of each device when an expert's replicas share it equally."""
+    share_LE = np.asarray(load_LE, np.float64) / placement.count_LE
+    share_LP = np.take_along_axis(share_LE, placement.expert_LP, 1)
+    return share_LP.reshape(len(share_LP), n_devices, -1).sum(-1)
+
+
+def _pack(weight_XN: np.ndarray, n_packs: int) -> np.ndarray:
+    """Puts items into packs of equally many: the heaviest first, into the lightest with room.
+
+    No pack is then heavier than another by more than the heaviest item. Packs of one item take them
+    as they come: there is nothing to balance.
+
+    Returns:
+      [X, N] int64, the items, pack after pack, in each pack in order of their coming.
+    """
+    n_rows, n_items = weight_XN.shape
+    room = n_items // n_packs
+    if room == 1:
+        return np.tile(np.arange(n_items), (n_rows, 1))
+    by_weight = np.argsort(-weight_XN, axis=1, kind="stable")
+    rows = np.arange(n_rows)
+    pack_weight = np.zeros((n_rows, n_packs), np.float32)
+    filled = np.zeros((n_rows, n_packs), np.int64)
+    packed = np.empty((n_rows, n_packs, room), np.int64)
+    for item in by_weight.T:
+        pack = np.where(filled < room, pack_weight, np.inf).argmin(1)
+        packed[rows, pack, filled[rows, pack]] = item
+        pack_weight[rows, pack] += weight_XN[rows, item]
+        filled[rows, pack] += 1
+    return packed.reshape(n_rows, n_items)
+
+
+def _replicate(weight_XN: np.ndarray, n_slots: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gives every item a slot, and each further slot to the item with most weight a slot, which
+    makes the largest weight a slot as small as can be.
+
+    Returns:
+      item [X, slots]; the slot's number among the item's, from 0, [X, slots]; slots of an item
+      [X, N]. All int64.
+    """
+    n_rows, n_items = weight_XN.shape
+    rows = np.arange(n_rows)
+    item = np.tile(np.arange(n_slots), (n_rows, 1))
+    ordinal = np.zeros_like(item)
+    count = np.ones(weight_XN.shape, np.int64)
+    for slot in range(n_items, n_slots):
+        heaviest = (weight_XN / count.astype(np.float32)).argmax(1)
+        item[:, slot] = heaviest
+        ordinal[:, slot] = count[rows, heaviest]
+        count[rows, heaviest] += 1
+    return item, ordinal, count
+
+
+def _check(
+    load_LE: np.ndarray,
+    n_slots: int,
+    n_devices: int,
+    n_groups: int,
+    n_nodes: int,
+    hierarchical: bool,
+) -> None:
+    if load_LE.ndim != 2 or not load_LE.size:
+        raise ValueError(
+            f"expert loads have the shape {load_LE.shape}; give [layers, experts], one of each or "
+            "more"
+        )
+    sizes = {"n_slots": n_slots, "n_devices": n_devices, "n_groups": n_groups, "n_nodes": n_nodes}
+    problems = [f"{name}={size} must be 1 or more" for name, size in sizes.items() if size < 1]
+    if problems:
+        raise ValueError("; ".join(problems))
+    n_experts = load_LE.shape[1]
+    if not (np.isfinite(load_LE).all() and (load_LE >= 0).all()):
+        problems.append("expert loads must be finite and not negative")
+    if n_slots < n_experts:
+        problems.append(
+            f"n_slots={n_slots} are fewer than the {n_experts} experts; each needs one at least"
+        )
+    if n_slots % n_devices:
+        problems.append(
+            f"n_slots={n_slots} does not divide over n_devices={n_devices}; use "
+            f"{-(-max(n_slots, n_experts) // n_devices) * n_devices}"
+        )
+    if hierarchical and n_experts % n_groups:
+        problems.append(
+            f"{n_experts} experts do not divide into n_groups={n_groups}; give the router's groups"
+        )
+    if hierarchical and n_devices % n_nodes:
+        problems.append(
+            f"n_devices={n_devices} does not divide over n_nodes={n_nodes}; give nodes of equal "
+            "size"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))

@@ -1,0 +1,315 @@
+"""The pipeline schedules, built for any number of stages P and of micro-batches M.
+
+gpipe        All forwards, then all backwards (arXiv:1811.06965).
+1f1b         One forward, one backward (PipeDream-flush, arXiv:2006.09503).
+interleaved  1F1B with `chunks` stages a rank, P / chunks apart (Megatron-LM, arXiv:2104.04473).
+zb1p         1F1B with the backward cut in two; W fills what was bubble (ZB-H1, arXiv:2401.10241).
+dualpipe     Micro-batches enter at both ends, so every stage is held twice; forwards overlap
+             backwards (DeepSeek-V3, arXiv:2412.19437, section 3.2.1).
+dualpipev    DualPipe cut in half: on P / 2 ranks, micro-batches go there and come back.
+
+P counts the pieces that the model is cut into, in every schedule. There are P ranks with a stage
+each, but P / chunks in interleaved and P / 2 in dualpipev. A chunk's weight gradients are made in
+the order of its micro-batches, so that schedules that hold a stage once sum them alike.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from dsjax.parallel.timetable import Costs, Op, Schedule, Slot
+
+NAMES = ("gpipe", "1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev")
+
+
+def build(name: str, stages: int, microbatches: int, *, chunks: int = 2) -> Schedule:
+    """Builds a schedule by its name.
+
+    Args:
+      chunks: stages a rank of `interleaved`; the others do not read it.
+
+    Raises:
+      ValueError: the name is unknown, or the schedule cannot be built for these numbers.
+    """
+    match name:
+        case "gpipe":
+            return gpipe(stages, microbatches)
+        case "1f1b":
+            return one_forward_one_backward(stages, microbatches)
+        case "interleaved":
+            return interleaved(stages, microbatches, chunks)
+        case "zb1p":
+            return zb1p(stages, microbatches)
+        case "dualpipe":
+            return dualpipe(stages, microbatches)
+        case "dualpipev":
+            return dualpipev(stages, microbatches)
+    near = difflib.get_close_matches(name, NAMES, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"there is no schedule {name!r}, only {', '.join(NAMES)}{hint}")
+
+
+def gpipe(stages: int, microbatches: int) -> Schedule:
+    _require_positive("gpipe", stages=stages, microbatches=microbatches)
+    orders = [
+        [(Op(kind, microbatch, rank),) for kind in ("F", "B") for microbatch in range(microbatches)]
+        for rank in range(stages)
+    ]
+    return _schedule("gpipe", [range(stages)] * microbatches, orders)
+
+
+def one_forward_one_backward(stages: int, microbatches: int) -> Schedule:
+    _require_positive("1f1b", stages=stages, microbatches=microbatches)
+    orders = []
+    for rank in range(stages):
+        ops = [[Op(kind, m, rank) for m in range(microbatches)] for kind in ("F", "B")]
+        orders.append(_alternate(*ops, warmup=stages - rank - 1))
+    return _schedule("1f1b", [range(stages)] * microbatches, orders)
+
+
+def interleaved(stages: int, microbatches: int, chunks: int = 2) -> Schedule:
+    """Builds interleaved 1F1B: micro-batches go round the ranks `chunks` times, in rounds of as
+    many micro-batches as there are ranks.
+
+    Raises:
+      ValueError: the stages do not divide over chunks, or the micro-batches over ranks.
+    """
+    _require_positive("interleaved", stages=stages, microbatches=microbatches, chunks=chunks)
+    ranks = stages // chunks
+    if stages % chunks or microbatches % ranks:
+        valid = "multiples of stages / chunks" if stages % chunks else _some(ranks, ranks)
+        raise ValueError(
+            f"interleaved needs stages that divide over the {chunks} chunks a rank, and "
+            "micro-batches that divide over the ranks (stages / chunks of them); got "
+            f"stages={stages}, microbatches={microbatches}; use stages {_some(chunks, chunks)} and "
+            f"microbatches {valid}"
+        )
+    turns = [
+        (microbatch, chunk)
+        for first in range(0, microbatches, ranks)
+        for chunk in range(chunks)
+        for microbatch in range(first, first + ranks)
+    ]
+    orders = []
+    for rank in range(ranks):
+        forwards = [Op("F", m, chunk * ranks + rank) for m, chunk in turns]
+        backwards = [Op("B", m, (chunks - 1 - chunk) * ranks + rank) for m, chunk in turns]
+        # The first backward comes back to this rank when the whole first round is through.
+        warmup = 2 * (ranks - rank - 1) + (chunks - 1) * ranks
+        orders.append(_alternate(forwards, backwards, warmup=warmup))
+    route = [stage % ranks for stage in range(stages)]
+    return _schedule("interleaved", [route] * microbatches, orders)
+
+
+def zb1p(stages: int, microbatches: int) -> Schedule:
+    """Builds ZB-H1: the backward passes of 1F1B run their input half at once, and rank r runs the
+    weight half r micro-batches later, which keeps as many micro-batches on every rank as on the
+    first.
+    """
+    _require_positive("zb1p", stages=stages, microbatches=microbatches)
+    orders = []
+    for rank in range(stages):
+        ops = [[Op(kind, m, rank) for m in range(microbatches)] for kind in ("F", "I")]
+        order: list[Slot] = []
+        deferred: deque[Op] = deque()
+        for slot in _alternate(*ops, warmup=stages - rank - 1):
+            order.append(slot)
+            if slot[0].kind == "I":
+                deferred.append(slot[0]._replace(kind="W"))
+            if len(deferred) > rank:
+                order.append((deferred.popleft(),))
+        order += [(op,) for op in deferred]
+        orders.append(order)
+    return _schedule("zb1p", [range(stages)] * microbatches, orders)
+
+
+def dualpipe(stages: int, microbatches: int) -> Schedule:
+    """Builds DualPipe: half of the micro-batches enters at the first rank, half at the last.
+
+    Rank r holds the stages r and P-1-r; to the ranks of the second half all looks mirrored.
+
+    Raises:
+      ValueError: P or M is odd, or M < 2P.
+    """
+    _require_positive("dualpipe", stages=stages, microbatches=microbatches)
+    if stages % 2 or microbatches % 2 or microbatches < 2 * stages:
+        least = 2 * (stages + stages % 2)
+        raise ValueError(
+            "dualpipe needs an even number of stages, and an even number of micro-batches of at "
+            f"least 2 x stages; got stages={stages}, microbatches={microbatches}; use stages "
+            f"{_some(2, 2)} and, for {stages + stages % 2} stages, microbatches {_some(least, 2)}"
+        )
+    each = microbatches // 2
+    orders = []
+    for rank in range(stages):
+        there, back = _Side(0, rank), _Side(each, stages - 1 - rank)
+        near, far = (there, back) if rank < stages // 2 else (back, there)
+        distance = min(rank, stages - 1 - rank)
+        orders.append(_dualpipe_order(near, far, distance, stages // 2, each))
+    down, up = range(stages), range(stages - 1, -1, -1)
+    return _schedule("dualpipe", [down] * each + [up] * each, orders)
+
+
+def dualpipev(stages: int, microbatches: int) -> Schedule:
+    """Builds DualPipeV: what DualPipe's first half of ranks does with two streams of micro-batches,
+    the ranks do here with one that turns at the last rank.
+
+    Raises:
+      ValueError: P is odd, or M < P.
+    """
+    _require_positive("dualpipev", stages=stages, microbatches=microbatches)
+    if stages % 2 or microbatches < stages:
+        least = stages + stages % 2
+        raise ValueError(
+            "dualpipev needs an even number of stages (two a rank), and at least as many "
+            f"micro-batches; got stages={stages}, microbatches={microbatches}; use stages "
+            f"{_some(2, 2)} and, for {least} stages, microbatches {_some(least, 1)}"
+        )
+    ranks = stages // 2
+    orders = [
+        _dualpipe_order(_Side(0, rank), _Side(0, stages - 1 - rank), rank, ranks, microbatches)
+        for rank in range(ranks)
+    ]
+    route = [min(stage, stages - 1 - stage) for stage in range(stages)]
+    return _schedule("dualpipev", [route] * microbatches, orders)
+
+
+class _Side:
+    """One of a rank's two streams of micro-batches, in DualPipe."""
+
+    def __init__(self, first: int, stage: int) -> None:
+        self.stage, self.next_forward, self.next_backward = stage, first, first
+
+    def forward(self) -> Op:
+        self.next_forward += 1
+        return Op("F", self.next_forward - 1, self.stage)
+
+    def backward(self) -> Op:
+        self.next_backward += 1
+        return Op("B", self.next_backward - 1, self.stage)
+
+
+def _dualpipe_order(near: _Side, far: _Side, distance: int, half: int, each: int) -> list[Slot]:
+    """Returns a rank's order, in the report's eight steps.
+
+    Args:
+      near, far: the stream that enters at the rank's own end of the pipe, and the other.
+      distance: ranks between that end and this rank.
+      half: ranks on this side of the middle, where the streams meet.
+      each: micro-batches in a stream.
+    """
+    order: list[Slot] = []
+    deferred: deque[Op] = deque()
+    to_middle = half - 1 - distance  # ranks
+
+    def do(*ops: Op) -> None:
+        order.append(ops)
+
+    def input_gradient(side: _Side) -> None:
+        op = side.backward()
+        do(op._replace(kind="I"))
+        deferred.append(op._replace(kind="W"))
+
+    # 1, 2: the near stream comes first, the far one once it has come all the way
+    for _ in range(2 * to_middle):
+        do(near.forward())
+    for _ in range(distance + 1):
+        do(near.forward())
+        do(far.forward())
+    # 3: the far stream's first backwards; their W fills the wait for its next forward
+    for _ in range(to_middle):
+        input_gradient(far)
+        do(deferred.popleft())
+        do(far.forward())
+    # 4: both streams in both directions, every forward overlapped with a backward
+    for turn in range(each - 2 * half + distance + 1):
+        if turn == 0 and to_middle == 0:
+            # The neighbour waits for this forward already; overlapped, it would end later.
+            do(near.forward())
+            do(far.backward())
+        else:
+            do(near.forward(), far.backward())
+        do(far.forward(), near.backward())
+    # 5: no forwards are left in the near stream
+    for _ in range(to_middle):
+        do(far.backward())
+        do(far.forward(), near.backward())
+    # 6, 7, 8: backwards only; from the middle of step 6 on, what others wait for comes first
+    for turn in range(2 * (distance + 1)):
+        side = near if turn % 2 else far
+        if turn <= distance:
+            do(side.backward())
+        else:
+            input_gradient(side)
+    for _ in range(to_middle):
+        do(deferred.popleft())
+        input_gradient(near)
+    for op in deferred:
+        do(op)
+    return order
+
+
+def _alternate(forwards: list[Op], backwards: list[Op], *, warmup: int) -> list[Slot]:
+    """Returns `warmup` forwards, then forwards and backwards in turn, then what is left."""
+    warmup = min(warmup, len(forwards))
+    order = forwards[:warmup]
+    for forward, backward in zip(forwards[warmup:], backwards, strict=False):
+        order += [forward, backward]
+    return [(op,) for op in order + backwards[len(forwards) - warmup :]]
+
+
+def _schedule(
+    name: str, routes: Iterable[Iterable[int]], orders: Iterable[Iterable[Slot]]
+) -> Schedule:
+    return Schedule(name, tuple(map(tuple, routes)), tuple(map(tuple, orders)))
+
+
+def _require_positive(schedule: str, **numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{schedule}: {name}={number} must be 1, 2, 3, ...")
+
+
+def _some(first: int, step: int) -> str:
+    return ", ".join(str(first + step * i) for i in range(3)) + ", ..."
+
+
+class Expected(NamedTuple):
+    """What the papers say of a schedule."""
+
+    formula: str  # of a rank's bubble
+    bubble: float | None  # None where the formula does not hold: zb1p with M < P lacks W to fill in
+    live: int  # chunks of micro-batches, on the rank that has most
+    parameters: int  # stages that a device holds
+
+
+def expected(schedule: Schedule, costs: Costs | None = None) -> Expected:
+    """Returns the published bubble, peak activations and parameters of a schedule built here.
+
+    DeepSeek-V3 (arXiv:2412.19437), table 2, and the repository of DualPipe; GPipe and interleaved
+    1F1B after their papers, with R ranks. The bubbles of zb1p and DualPipe are exact where
+    F = B - W = W and F&B = F + B.
+    """
+    forward, backward, weights, overlapped = Costs() if costs is None else costs
+    stages, ranks, count = schedule.n_stages, schedule.n_ranks, schedule.n_microbatches
+    chunks = len(schedule.held()[0])
+    match schedule.name:
+        case "gpipe":
+            return Expected("(P-1)(F+B)", (stages - 1) * (forward + backward), count, 1)
+        case "1f1b":
+            bubble = (stages - 1) * (forward + backward)
+            return Expected("(P-1)(F+B)", bubble, min(stages, count), 1)
+        case "interleaved":
+            live = min(2 * (ranks - 1) + (chunks - 1) * ranks + 1, count * chunks)
+            return Expected("(R-1)(F+B)", (ranks - 1) * (forward + backward), live, chunks)
+        case "zb1p":
+            bubble = (stages - 1) * (forward + backward - 2 * weights)
+            full = count >= stages
+            return Expected("(P-1)(F+B-2W)", bubble if full else None, min(stages, count), 1)
+        case "dualpipe" | "dualpipev":
+            bubble = (stages // 2 - 1) * (overlapped + backward - 3 * weights)
+            return Expected("(P/2-1)(F&B+B-3W)", bubble, stages + 1, 2)
+    raise ValueError(f"nothing is published of a schedule {schedule.name!r}")

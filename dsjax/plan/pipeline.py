@@ -1,0 +1,96 @@
+"""What a pipeline schedule costs: measured on paper, beside what the papers say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dsjax.parallel import lockstep
+from dsjax.parallel.schedules import expected
+from dsjax.parallel.timetable import Costs, Schedule, simulate
+
+
+def summarize(schedule: Schedule, costs: Costs | None = None) -> dict[str, Any]:
+    """Returns the figures of a schedule, ready for JSON; times in the unit of the costs."""
+    costs = Costs() if costs is None else costs
+    timing = simulate(schedule, costs)
+    formula = expected(schedule, costs)
+    stages, microbatches = schedule.n_stages, schedule.n_microbatches
+    return {
+        "schedule": schedule.name,
+        "stages": stages,
+        "microbatches": microbatches,
+        "ranks": schedule.n_ranks,
+        "costs": costs._asdict(),
+        "makespan": timing.makespan,
+        "bubble": max(timing.bubble),
+        "bubble_share": timing.bubble_share,
+        "peak_activations": max(timing.live),
+        "parameters_per_device": max(map(len, schedule.held())),
+        "formula": {
+            "bubble_text": formula.formula,
+            "bubble": formula.bubble,
+            "peak_activations": formula.live,
+            "parameters_per_device": formula.parameters,
+        },
+        "lock_step_makespan": lockstep.makespan(schedule, costs),
+        "per_rank": [
+            {
+                "rank": rank,
+                "stages": list(held),
+                "busy": busy,
+                "bubble": bubble,
+                "peak_activations": live,
+                "peak_kept": kept,
+            }
+            for rank, (held, busy, bubble, live, kept) in enumerate(
+                zip(
+                    schedule.held(),
+                    timing.busy,
+                    timing.bubble,
+                    timing.live,
+                    timing.kept,
+                    strict=True,
+                )
+            )
+        ],
+    }
+
+
+def print_summary(summary: dict[str, Any], console: Console) -> None:
+    """Prints the ranks, and the figures beside the formulas."""
+    title = "{schedule}: {stages} stages on {ranks} ranks, {microbatches} micro-batches"
+    ranks = Table(title=Text(title.format(**summary)), box=box.SIMPLE_HEAD)
+    for name in ("rank", "stages", "busy", "bubble", "peak activations", "with deferred W"):
+        ranks.add_column(name, justify="right")
+    for row in summary["per_rank"]:
+        stages = ", ".join(map(str, row["stages"]))
+        figures = (row["busy"], row["bubble"], row["peak_activations"], row["peak_kept"])
+        ranks.add_row(str(row["rank"]), stages, *map(_number, figures))
+    console.print(ranks)
+    formula = summary["formula"]
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("", "measured", "published"):
+        table.add_column(name, justify="right" if name else "left")
+    for label, key in (
+        (f"bubble of a rank, {formula['bubble_text']}", "bubble"),
+        ("peak activations, chunks of micro-batches", "peak_activations"),
+        ("parameters per device, stages", "parameters_per_device"),
+    ):
+        table.add_row(Text(label), _number(summary[key]), _number(formula[key]))
+    table.add_row("bubble, share of all time", f"{summary['bubble_share']:.1%}", "")
+    table.add_row("makespan", _number(summary["makespan"]), "")
+    table.add_row("makespan with all ranks in step", _number(summary["lock_step_makespan"]), "")
+    console.print(table)
+    times = (
+        "times: F = {forward:g}, B = {backward:g}, of which W = {weights:g}; F&B = {overlapped:g}"
+    )
+    console.print(Text(times.format(**summary["costs"])))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
