@@ -75,9 +75,9 @@ def make(folder: Path, model: ModelConfig, files: int) -> tuple[int, int]:
     """Writes the checkpoint; returns the bytes of its tensors and of the largest of them."""
     planned = list(tensors(model))
     sizes = [n_bytes(dtype, shape) for _, dtype, shape in planned]
-    limit = -(-sum(sizes) // files)
-    while len(shards := plan_shards(planned, limit)) > files:
-        limit += limit // 100
+    limit = sum(sizes)
+    while len(shards := plan_shards(planned, limit)) < files:
+        limit -= limit // 100
     bits = np.random.default_rng(0).integers(0, 0x7F, 32 << 20, np.uint8)  # 0x7F is NaN
     values = {FP8: bits.view(FP8), BFLOAT16: (bits.view(np.uint16) & 0x3FFF).view(BFLOAT16)}
     values[FLOAT32] = np.random.default_rng(1).uniform(1e-4, 1e-3, 1 << 20).astype(np.float32)
