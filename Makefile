@@ -27,3 +27,5 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m tests.bench.bench_train_step
+	$(BIN)/python -m tests.bench.bench_decode
+	$(BIN)/python -m tests.bench.bench_convert

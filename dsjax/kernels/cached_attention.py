@@ -134,8 +134,8 @@ def _scores(
     products = []
     for q_BNTX, k_BPSX in zip(queries, keys, strict=True):
         grouped = _group(q_BNTX, k_BPSX.shape[1])
-        product = jnp.einsum("BPMX,BPSX->BPMS", grouped, k_BPSX, preferred_element_type=jnp.float32)
-        products.append(product.reshape(*q_BNTX.shape[:3], -1))
+        product = jnp.einsum("BPSX,BPMX->BPSM", k_BPSX, grouped, preferred_element_type=jnp.float32)
+        products.append(product.swapaxes(2, 3).reshape(*q_BNTX.shape[:3], -1))
     index_11S = (start + jnp.arange(keys[0].shape[2], dtype=jnp.int32))[None, None]
     visible_BTS = (index_11S <= positions_BT[:, :, None]) & (index_11S >= first)
     return jnp.where(visible_BTS[:, None], sum(products) * scale, _MASKED)

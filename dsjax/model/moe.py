@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.config import ModelConfig
-from dsjax.kernels.expert_rows import expert_rows
+from dsjax.kernels.chosen_experts import chosen_experts
 from dsjax.model.balance import BalanceWeights, balance_loss
 from dsjax.model.layers import FeedForward, Normal, declare
 from dsjax.model.router import Router, Routing
@@ -22,7 +22,8 @@ from dsjax.precision.activations import swiglu_grouped_linear
 from dsjax.precision.matmul import grouped_linear
 from dsjax.precision.policy import Policy
 
-_FEW_TOKENS = 16
+# As many rows as the grouped product gives an expert at least.
+_FEW_TOKENS = 32
 
 
 class RoutingStatistics(NamedTuple):
@@ -60,7 +61,7 @@ class Experts(nnx.Module):
         def flat(variable: nnx.Variable) -> jax.Array:
             return variable[...].reshape(n_layers * E, *variable.shape[2:])
 
-        return expert_rows(
+        return chosen_experts(
             x_MD,
             flat(self.w_gate),
             flat(self.w_up),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsjax.model.layers import stack
 from dsjax.model.moe import MoE
 from dsjax.model.parameters import initialize
 from dsjax.precision.policy import Policy
@@ -60,3 +61,32 @@ def test_padding_is_not_counted():
     documents = jnp.asarray([[1] * 6 + [0] * 4], jnp.int32)
     _, statistics = _module()(x, documents, None)
     assert int(statistics.counts_E.sum()) == 6 * TINY.n_activated_experts
+
+
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_tokens_added_to_a_cache_pass_through_their_own_layers_experts(tokens):
+    """Few or many; the stack holds another layer's experts as well."""
+    module, other = _module(), initialize(MoE(TINY, Policy(jnp.float32)), jax.random.key(1))
+    both = jax.tree.map(lambda *layers: jnp.stack(layers), other.experts, module.experts)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, tokens, TINY.dim)), jnp.float32)
+    got = jax.jit(lambda module, x: module.extend(x, both, jnp.int32(1)))(module, x)
+    want, _ = module(x, jnp.ones((1, tokens), jnp.int32), None)
+    assert_close(got, want, F32, "mixture")
+
+
+def test_few_tokens_leave_the_other_experts_unread():
+    """The program has room for a few experts besides its inputs, not for a layer of 256."""
+    config = dataclasses.replace(TINY, n_routed_experts=256)
+    module = stack(MoE(config, Policy(jnp.float32, "cpu")), 3)
+
+    def layers(module, x):
+        def layer(carry, block):
+            x, index = carry
+            return (block.extend(x, module.experts, index), index + 1), None
+
+        return jax.lax.scan(layer, (x, jnp.int32(0)), module)[0][0]
+
+    x = jax.ShapeDtypeStruct((2, 1, config.dim), jnp.float32)
+    memory = jax.jit(layers).lower(module, x).compile().memory_analysis()
+    one_expert = 4 * 3 * config.dim * config.moe_inter_dim
+    assert memory.temp_size_in_bytes < 16 * one_expert

@@ -1,11 +1,11 @@
-"""The experts of a few tokens against one gathered matrix an assignment."""
+"""The experts of a few tokens against one token and one expert after another."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.kernels.expert_rows import expert_rows
+from dsjax.kernels.chosen_experts import chosen_experts
 from tests.closeness import BF16, F32, assert_close
 
 E, D, F, K = 12, 16, 24, 3
@@ -21,7 +21,7 @@ def _operands(tokens, dtype=jnp.float32):
 
 
 def _definition(x_MD, w_gate, w_up, w_down, experts_MK, weights_MK):
-    """One token and one expert after another, in float64."""
+    """In float64."""
     x_MD, w_gate, w_up, w_down, weights_MK = (
         np.asarray(array, np.float64) for array in (x_MD, w_gate, w_up, w_down, weights_MK)
     )
@@ -35,14 +35,14 @@ def _definition(x_MD, w_gate, w_up, w_down, experts_MK, weights_MK):
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_expert_rows_equal_the_definition(tokens):
+def test_chosen_experts_equal_the_definition(tokens):
     operands = _operands(tokens)
-    assert_close(jax.jit(expert_rows)(*operands), _definition(*operands), F32, "experts")
+    assert_close(jax.jit(chosen_experts)(*operands), _definition(*operands), F32, "experts")
 
 
 def test_float32_stacks_serve_bfloat16_tokens():
     x, *stacks, experts, weights = _operands(4)
-    got = jax.jit(expert_rows)(x.astype(jnp.bfloat16), *stacks, experts, weights)
+    got = jax.jit(chosen_experts)(x.astype(jnp.bfloat16), *stacks, experts, weights)
     assert got.dtype == jnp.bfloat16
     assert_close(got, _definition(x, *stacks, experts, weights), BF16, "experts")
 
@@ -51,7 +51,7 @@ def test_no_array_of_every_expert_is_made():
     """What lies between reading the stacks and the result is a few matrices, not all of them."""
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((512, 64, 64),) * 3]
     compiled = (
-        jax.jit(expert_rows)
+        jax.jit(chosen_experts)
         .lower(
             jax.ShapeDtypeStruct((4, 64), jnp.float32),
             *shapes,
