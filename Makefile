@@ -28,4 +28,3 @@ lint: setup
 bench: setup
 	$(BIN)/python -m tests.bench.bench_train_step
 	$(BIN)/python -m tests.bench.bench_decode
-	$(BIN)/python -m tests.bench.bench_convert
