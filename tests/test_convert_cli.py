@@ -78,9 +78,11 @@ def test_convert_fails_with_one_message(published, tmp_path):
     assert run("import", published).returncode == 2
 
 
-# Slows the import down, so that a signal comes in the middle of it.
+# Slows the import down, so that a signal comes in the middle of it. Where the tests run in the
+# background of a shell, their children ignore Ctrl-C unless they say otherwise.
 _SLOW = """
-import runpy, sys, time
+import runpy, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from dsjax.checkpoint import weights
 write = weights.WeightsWriter.write
 def slow(*arguments):
