@@ -13,6 +13,8 @@ continuation encoded together. Departures: several requests share a row of the m
 sees another; generation settings that dsjax has not are refused rather than ignored.
 """
 
+# The harness is an extra, and types are checked without it too.
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
