@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import errno
 import os
 import sys
@@ -28,6 +27,7 @@ from dsjax import settings
 from dsjax.config import Config, MeshConfig
 
 SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
+_CHECKPOINT_AXES = ("data", "fsdp", "expert", "tensor")  # training alone has the others
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -88,8 +88,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         metavar="AXIS=N,...",
         type=mesh_sizes,
         default={},
-        help="devices along the axes data, fsdp and tensor, e.g. data=2,tensor=4; one may be -1 "
-        "for what is left (default: one device)",
+        help=f"devices along the axes {', '.join(_CHECKPOINT_AXES)}, e.g. data=2,tensor=4; one may "
+        "be -1 for what is left (default: one device)",
     )
 
 
@@ -99,14 +99,13 @@ def mesh_sizes(text: str) -> dict[str, int]:
     Raises:
       argparse.ArgumentTypeError: an unknown axis, one named twice, or a size that is none.
     """
-    axes = [field.name for field in dataclasses.fields(MeshConfig)]
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = (piece.strip() for piece in part.partition("="))
-        if axis not in axes or axis in sizes:
+        if axis not in _CHECKPOINT_AXES or axis in sizes:
             raise argparse.ArgumentTypeError(
-                f"{part!r} of {text!r} does not set one of the axes {', '.join(axes)} once; "
-                "write e.g. data=2,tensor=4"
+                f"{part!r} of {text!r} does not set one of the axes "
+                f"{', '.join(_CHECKPOINT_AXES)} once; write e.g. data=2,tensor=4"
             )
         if size != "-1" and not (size.isdecimal() and int(size) > 0):
             raise argparse.ArgumentTypeError(

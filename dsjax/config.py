@@ -375,12 +375,15 @@ class PrecisionConfig:
 class MeshConfig:
     """Devices along each mesh axis; one size may be -1 and takes all the devices that are left."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # copies of the model
+    fsdp: int = 1  # weights and optimizer state split, gathered at use
+    expert: int = 1  # routed experts split, tokens sent to them
+    tensor: int = 1  # heads, feed-forward width and vocabulary split
+    context: int = 1  # sequences split along their length
+    pipe: int = 1  # layers split into stages
 
     def __post_init__(self) -> None:
-        sizes = dataclasses.asdict(self)
+        sizes = self.sizes
         for name, size in sizes.items():
             _require(
                 size > 0 or size == -1,
@@ -388,6 +391,11 @@ class MeshConfig:
             )
         unknown = [name for name, size in sizes.items() if size == -1]
         _require(len(unknown) <= 1, f"only one mesh axis may be -1, not {' and '.join(unknown)}")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Devices along each axis, what `dsjax.parallel.mesh.make_mesh` takes."""
+        return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from dsjax.infer import token_files, windows
 from dsjax.infer.token_files import ArrayWriter
 from dsjax.infer.windows import Text, Window
 from dsjax.model.transformer import Transformer
+from dsjax.parallel.sharding import parts
 
 Progress = Callable[[int, int], None]
 
@@ -83,13 +84,13 @@ class Scorer:
     """A model on its mesh; a program is compiled for each shape of batch.
 
     Attributes:
-      rows: of a batch; a mesh splits them over its axes data and fsdp.
+      rows: of a batch; a mesh splits them over its batch axes.
     """
 
     def __init__(self, model: Transformer, mesh: Mesh | None = None, *, rows: int = 1) -> None:
         """`mesh` is the one that the model was loaded on; `rows` are what each part of it gets."""
         self.model = model
-        self.rows = rows * (mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1)
+        self.rows = rows * (parts("batch", mesh) if mesh else 1)
         self._mesh = mesh
 
     def score(self, given: Iterable[Window], *, length: int) -> Iterator[WindowScore]:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import jax
 from jax.sharding import AxisType, Mesh
 
-AXES = ("data", "fsdp", "tensor")
+# The slowest network first: neighbours along the last axes talk most.
+AXES = ("pipe", "data", "fsdp", "expert", "context", "tensor")
 
 
 def make_mesh(sizes: Mapping[str, int], n_devices: int | None = None) -> Mesh:

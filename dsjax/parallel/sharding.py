@@ -23,10 +23,10 @@ AXIS_TABLE: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "latent": (),
     "ffn": ("tensor",),
-    "experts": (),
+    "experts": ("expert",),
     "norm": (),
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": (),
     "width": (),
 }

@@ -89,7 +89,7 @@ def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -
       OSError: a file cannot be read or written.
     """
     started = time.monotonic()
-    mesh = make_mesh(dataclasses.asdict(config.mesh))
+    mesh = make_mesh(config.mesh.sizes)
     length = config.data.sequence_length
     _batch_sharding((rows_per_pass(config), length + 1), mesh)  # refuses before anything is made
     abstract = abstract_state(config, mesh)

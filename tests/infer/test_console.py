@@ -329,7 +329,7 @@ def test_config_of_a_mesh_reaches_the_weights(checkpoint, monkeypatch):
     seen = {}
     monkeypatch.setattr(console.load, "load", lambda *args, **options: seen.update(options))
     run(prompt="a", mesh={"tensor": 2}, dtype="float32")
-    assert dict(seen["mesh"].shape) == {"data": 1, "fsdp": 1, "tensor": 2}
+    assert seen["mesh"].shape["tensor"] == seen["mesh"].size == 2
     assert seen["dtype"] == "float32"
 
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from dsjax.parallel.mesh import make_mesh
+from dsjax.parallel.mesh import AXES, make_mesh
 from dsjax.parallel.sharding import AXIS_TABLE, constrain, partition_spec, parts
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -38,12 +38,13 @@ def test_partition_spec_rejects(axes, shape, message):
 
 
 def test_parts_multiply_the_axes_of_a_dimension():
-    mesh = make_mesh({"data": 2, "fsdp": 4})
-    assert [parts(axis, mesh) for axis in ("batch", "embed", "heads", "width")] == [8, 4, 1, 1]
+    mesh = make_mesh({"data": 2, "fsdp": 2, "expert": 2})
+    found = [parts(axis, mesh) for axis in ("batch", "embed", "experts", "heads", "width")]
+    assert found == [8, 2, 2, 1, 1]
 
 
 def test_table_names_real_mesh_axes():
-    assert {axis for axes in AXIS_TABLE.values() for axis in axes} <= set(MESH)
+    assert {axis for axes in AXIS_TABLE.values() for axis in axes} <= set(AXES)
 
 
 def test_constrain_splits_under_a_mesh_and_is_nothing_without():
