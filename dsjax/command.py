@@ -68,6 +68,30 @@ def load(arguments: argparse.Namespace) -> Config:
     return settings.override(settings.load_config(arguments.config), arguments.set)
 
 
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Adds `--coordinator`, `--num-processes` and `--process-id`, what
+    `parallel.processes.joined` takes.
+    """
+    group = parser.add_argument_group(
+        "several processes", "all three by hand; none where Slurm, Open MPI or GKE starts them"
+    )
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        type=_address,
+        help="where process 0 listens, as the others reach it",
+    )
+    group.add_argument("--num-processes", metavar="N", type=int, help="processes in all")
+    group.add_argument("--process-id", metavar="I", type=int, help="which one this is, from 0")
+
+
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, such as node1:9876")
+    return text
+
+
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Adds CKPT (`arguments.checkpoint`, a Path), `--dtype` (None: the checkpoint's) and `--mesh`
     (axis -> size, what `parallel.mesh.submesh` takes).

@@ -6,6 +6,8 @@
   python tools/train.py configs/tiny.py --set train.steps=300 train.seed=1 --workdir runs/seed1
   # your own text
   python tools/train.py configs/small.py --workdir runs/books --set data.files='books/*.jsonl.gz'
+  # the first of two processes; the other one says --process-id 1 (docs/several_hosts.md)
+  python tools/train.py --coordinator node1:9876 --num-processes 2 --process-id 0
   # take a stopped run up again with the config that it keeps
   python tools/train.py runs/books --workdir runs/books
 
@@ -28,10 +30,12 @@ def execute(arguments: argparse.Namespace) -> int:
     config = command.load(arguments)
     folder = arguments.workdir or Path("runs") / config.name
     # Imported here, so that --help and wrong usage need not wait for jax.
+    from dsjax.parallel import processes
     from dsjax.train import compilation, loop
 
     compilation.use_persistent_cache(config.data.cache_dir)
-    return loop.train(config, folder, command=shlex.join(["python", *sys.argv]))
+    with processes.joined(arguments.coordinator, arguments.num_processes, arguments.process_id):
+        return loop.train(config, folder, command=shlex.join(["python", *sys.argv]))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder of the run (default: runs/<name of the config>)",
     )
+    command.add_processes(result)
     return result
 
 

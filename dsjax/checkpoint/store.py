@@ -58,7 +58,9 @@ class Store:
             self._directory.mkdir(parents=True, exist_ok=True)
             # Orbax takes any folder with a number for a name for a checkpoint.
             self.set_aside = [
-                _set_aside(folder) for folder in _numbered(self._directory) if not _is_whole(folder)
+                _set_aside(folder) if jax.process_index() == 0 else folder
+                for folder in _numbered(self._directory)
+                if not _is_whole(folder)
             ]
             self._manager = ocp.CheckpointManager(
                 self._directory,

@@ -3,7 +3,8 @@
 A cache entry is a folder named by a fingerprint of all that decides its content: the files (by
 content if they are small, else by size and time), the split, the tokenizer, the format. It is
 written under another name and renamed when it is whole, so an interrupted preparation leaves no
-entry, and processes that race make the same one twice and keep one.
+entry. Of the processes that share a cache one prepares while the others wait; where the file system
+has no locks they all prepare, and one entry stays.
 
   <cache_dir>/<fingerprint>/
     meta.json                  sizes, element type, fingerprints, names of the held-out documents
@@ -23,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -155,9 +157,11 @@ def prepare_corpus(
     corpus = _open(folder, loaded)
     if corpus is None:
         job = _Preparation(sources, heldout_sources, heldout_fraction, text_field, progress)
-        with _write_failures(root), _temporary_folder(root) as temporary:
-            job.write(temporary, loaded, vocab_size)
-            _publish(temporary, folder, loaded)
+        with _write_failures(root), _turn(root, key):
+            if _open(folder, loaded) is None:  # nobody was faster
+                with _temporary_folder(root) as temporary:
+                    job.write(temporary, loaded, vocab_size)
+                    _publish(temporary, folder, loaded)
         corpus = _open(folder, loaded)
         if corpus is None:
             message = "the token cache lost what was just written; run again"
@@ -377,6 +381,16 @@ def _map(folder: str, name: str, meta: dict[str, Any]) -> TokenizedDocuments:
         mapped = np.memmap(os.path.join(folder, f"{name}.{part}"), dtype, "r", shape=(length,))
         arrays.append(mapped.view(np.ndarray))
     return TokenizedDocuments(*arrays, fingerprint=side["fingerprint"])
+
+
+@contextlib.contextmanager
+def _turn(root: str, key: str) -> Iterator[None]:
+    """Waits while another process prepares the same entry; the system frees a dead one's lock."""
+    os.makedirs(root, exist_ok=True)
+    with open(os.path.join(root, f".lock-{key}"), "w") as stream:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager

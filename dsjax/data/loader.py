@@ -1,15 +1,16 @@
 """Batches of training rows, read ahead by grain's threads.
 
-Rows have global numbers, and an optimizer step takes the next n of them. With P processes, process
-p takes rows [start + p*n/P, start + (p+1)*n/P): the global batch is the same rows however many
-processes there are, and so is the state. grain keeps the coming rows ready; it is told which they
-are on the assumption that n stays, and started anew when n changes (a batch-size ramp), which costs
-no more than the first batch did. No worker processes: a row is a few copies from mapped memory, and
-killed parents leave grain's workers behind.
+Rows have global numbers, and an optimizer step takes the next n of them. With several processes
+each reads the rows of the batch that its devices hold: the global batch is the same rows however
+many processes there are, and so is the state. grain keeps the coming rows ready; it is told which
+they are on the assumption that n stays, and started anew when n changes (a batch-size ramp), which
+costs no more than the first batch did. No worker processes: a row is a few copies from mapped
+memory, and killed parents leave grain's workers behind.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,52 +32,35 @@ class Loader:
 
     Args:
       rows: the same on all processes.
-      process_index, process_count: which share.
+      share: for a batch of n rows, which of 0 ... n - 1 this process reads, ascending.
       threads: readers; they keep two batches ready.
-
-    Raises:
-      ValueError: process_index is not below process_count.
     """
 
     def __init__(
         self,
         rows: PackedSequences,
         *,
-        process_index: int = 0,
-        process_count: int = 1,
+        share: Callable[[int], np.ndarray] = np.arange,
         threads: int = 2,
     ) -> None:
-        if not 0 <= process_index < process_count:
-            raise ValueError(
-                f"process_index={process_index} must be at least 0 and below "
-                f"process_count={process_count}"
-            )
         self._rows = rows
-        self._process_index = process_index
-        self._process_count = process_count
+        self._share = share
         self._threads = threads
         self._next_row = 0
         self._batch_size = 0
+        self._held = share(0)
         self._reader: Any = None
 
     def take(self, n: int) -> dict[str, np.ndarray]:
         """Takes the next `n` rows, and returns this process's share of them, stacked:
-        {"tokens", "segment_ids"}, int32 [n / process_count, T+1].
-
-        Raises:
-          ValueError: n is not a positive multiple of process_count.
+        {"tokens", "segment_ids"}, int32 [rows of the share, T+1].
         """
-        if n <= 0 or n % self._process_count:
-            raise ValueError(
-                f"a batch of {n} rows does not divide over {self._process_count} process(es); "
-                f"take a positive multiple of {self._process_count}"
-            )
         if self._reader is None or n != self._batch_size:
             self.close()
-            self._batch_size = n
+            self._batch_size, self._held = n, self._share(n)
             self._reader = self._read_ahead()
         try:
-            batch = stack([next(self._reader) for _ in range(n // self._process_count)])
+            batch = stack([next(self._reader) for _ in self._held])
         except BaseException:
             self.close()  # an interrupt may have come between two rows
             raise
@@ -87,8 +71,8 @@ class Loader:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """One row of each process: the next without a batch dim."""
-        return {name: array[0] for name, array in self.take(self._process_count).items()}
+        """The next row, without a batch dim."""
+        return {name: array[0] for name, array in self.take(1).items()}
 
     def state(self) -> dict[str, int | float | str]:
         """What `restore` needs: JSON, the same on all processes. Rows read ahead do not count."""
@@ -125,25 +109,27 @@ class Loader:
     def _read_ahead(self) -> Any:
         import grain  # a second to import
 
-        size = self._batch_size // self._process_count
-        first = self._next_row + self._process_index * size
-        share = _Share(self._rows, first, size, self._batch_size)
-        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=2 * size)
+        share = _Share(self._rows, self._next_row, self._held, self._batch_size)
+        options = grain.ReadOptions(
+            num_threads=self._threads, prefetch_buffer_size=2 * len(self._held)
+        )
         return iter(grain.MapDataset.source(share).to_iter_dataset(options))
 
 
 class _Share:
     """One process's rows if every step takes `batch_size`, for grain to read by index."""
 
-    def __init__(self, rows: PackedSequences, first: int, size: int, batch_size: int) -> None:
+    def __init__(
+        self, rows: PackedSequences, first: int, held: np.ndarray, batch_size: int
+    ) -> None:
         self._rows = rows
         self._first = first
-        self._size = size
+        self._held = held
         self._batch_size = batch_size
 
     def __len__(self) -> int:
         return 1 << 62  # rows do not end, but grain wants a length
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        step, row = divmod(index, self._size)
-        return self._rows[self._first + step * self._batch_size + row]
+        step, place = divmod(index, len(self._held))
+        return self._rows[self._first + step * self._batch_size + int(self._held[place])]

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsjax.infer import decoding, speculative
 from dsjax.infer.decoding import Carry, Decoded
@@ -152,8 +152,10 @@ class Engine:
             position_B, recent_BW, left_B = decoded.position_B, decoded.recent_BW, decoded.left_B
             self.statistics.decode_seconds += seconds
             self._count_steps(decoded)
-            n_steps = int(_SECONDS_BETWEEN_ITEMS * decoded.n_steps / seconds)
-            n_steps = min(max(n_steps, 1), decoding.MAX_STEPS)
+            # The clocks of several processes would tell each another number.
+            if jax.process_count() == 1:
+                n_steps = int(_SECONDS_BETWEEN_ITEMS * decoded.n_steps / seconds)
+                n_steps = min(max(n_steps, 1), decoding.MAX_STEPS)
             yield self._count(decoded.tokens(), len(requests))
 
     def _prefill(self, batch: _Batch) -> tuple[Carry, np.ndarray]:
@@ -221,9 +223,11 @@ class Engine:
         """
         key = (function, *(leaf.shape for leaf in jax.tree.leaves(arguments)))
         if key not in self._programs:
+            # Each process reads all that comes beside the carry.
+            read = NamedSharding(self._mesh, PartitionSpec()) if self._mesh else None
             with self._under_mesh():
-                lowered = jax.jit(function, donate_argnums=1).lower(self._model, *arguments)
-                self._programs[key] = lowered.compile()
+                jitted = jax.jit(function, donate_argnums=1, out_shardings=(None, read))
+                self._programs[key] = jitted.lower(self._model, *arguments).compile()
         return self._programs[key]
 
     def _under_mesh(self) -> contextlib.AbstractContextManager[Any]:

@@ -25,6 +25,9 @@ AXIS_TABLE: dict[str, tuple[str, ...]] = {
     "ffn": ("tensor",),
     "experts": ("expert",),
     "norm": (),
+    # batches of token ids, before inputs and targets are apart
+    "micro_batches": (),
+    "tokens": (),
     # activations
     "batch": ("data", "fsdp", "expert"),
     "length": (),

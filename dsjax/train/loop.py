@@ -30,6 +30,7 @@ from dsjax.checkpoint import store
 from dsjax.config import Config
 from dsjax.infer.engine import Engine, Request
 from dsjax.infer.sampling import Sampling
+from dsjax.parallel import processes
 from dsjax.train import plots, schedule, workdir
 from dsjax.train.evaluate import Evaluation, evaluate
 from dsjax.train.report import Display
@@ -40,6 +41,9 @@ from dsjax.train.summary import compressed_bits_per_byte, print_summary
 
 _PROMPT_TOKENS = 32  # of a held-out document, for the sample at the end
 
+# Steps that were dispatched: number, metrics, and the signal's exit code that any process had.
+OnTheWay = collections.deque[tuple[int, dict[str, jax.Array], Any]]
+
 
 def train(config: Config, folder: Path, *, command: str, console: Console | None = None) -> int:
     """Runs a config in `folder`, or takes it up where the folder's newest checkpoint is.
@@ -47,36 +51,45 @@ def train(config: Config, folder: Path, *, command: str, console: Console | None
     Args:
       command: the command line that does this, shown to the user as the way to resume.
 
+    With several processes each of them calls this, and `folder` is one that all of them see. The
+    first one alone writes there, but for checkpoints, and shows how the run goes.
+
     Returns:
-      exit code: 0; 130 or 143 after SIGINT or SIGTERM, the run having been saved.
+      exit code: 0; 130 or 143 after SIGINT or SIGTERM to any process, the run having been saved.
 
     Raises:
       ValueError: config, data, folder or checkpoint do not fit, or the loss is not finite.
       OSError: a file cannot be read or written.
     """
-    console = console or Console()
-    workdir.claim(folder, config)
-    if _is_finished(config, folder):
+    console = console or Console(quiet=not processes.is_first())
+    if processes.is_first():
+        workdir.claim(folder, config)
+    processes.wait("the folder is claimed")
+    workdir.check_shared(folder)
+    if processes.from_first(_is_finished(config, folder)):
         console.print(
             f"{folder} is finished: see summary.json, or raise train.steps to go on",
             highlight=False,
         )
         return 0
-    (folder / "summary.json").unlink(missing_ok=True)
+    if processes.is_first():
+        (folder / "summary.json").unlink(missing_ok=True)
     with StopRequest() as stop, Display(console, total_steps=config.train.steps) as display:
         run = prepare(config, folder, display, stop)
         try:
             _run_steps(run)
-            summary = _finish(run) if stop.exit_code is None else None
+            summary = _finish(run) if not run.exit_code else None
         finally:
             run.loader.close()
-            run.metrics.close()
+            if run.metrics is not None:
+                run.metrics.close()
             run.checkpoints.close()
-        if summary is None:
+        if run.exit_code:
             display.stop()
             display.say(f"saved after step {run.step}; to resume: {command}")
-            return stop.exit_code or 0
-    print_summary(console, summary)
+            return run.exit_code
+    if summary is not None:
+        print_summary(console, summary)
     return 0
 
 
@@ -88,9 +101,9 @@ def _is_finished(config: Config, folder: Path) -> bool:
 def _run_steps(run: Run) -> None:
     """Steps until the end of the run or a signal; the last step is saved either way."""
     train = run.config.train
-    on_the_way: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+    on_the_way: OnTheWay = collections.deque()
     for index in range(run.step, train.steps):
-        batch = _take_batch(run, index)
+        batch = run.take_batch(schedule.batch_size(train, index))
         knobs = {
             name: np.float32(value) for name, value in schedule.knobs(run.config, index).items()
         }
@@ -101,11 +114,15 @@ def _run_steps(run: Run) -> None:
             run.display.start_steps(run.step)
             run.meter.start()
         run.state, metrics = run.train_step(run.state, batch, knobs)
-        on_the_way.append((index, metrics))
+        on_the_way.append((index, metrics, processes.highest(run.stop.exit_code or 0)))
         done = index + 1
         evaluates, saves = _due(train.eval_every, done), _due(train.checkpoint_every, done)
-        stops = done == train.steps or run.stop.exit_code is not None
-        _settle(run, on_the_way, leave=0 if evaluates or saves or stops else 1)
+        _settle(run, on_the_way, leave=1)
+        if jax.process_count() == 1:
+            run.exit_code = run.stop.exit_code or 0
+        stops = done == train.steps or run.exit_code > 0
+        if evaluates or saves or stops:
+            _settle(run, on_the_way, leave=0)
         if evaluates and done < train.steps:
             _log_evaluation(run, _evaluate(run, run.heldout.spread(train.eval_sequences)))
         if done == train.steps:
@@ -123,21 +140,12 @@ def _due(every: int, done: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _take_batch(run: Run, index: int) -> dict[str, jax.Array]:
-    """The batch of a step, [micro-batches, sequences, T + 1]."""
-    rows = run.loader.take(schedule.batch_size(run.config.train, index))
-    shape = (-1, run.rows_per_pass, run.config.data.sequence_length + 1)
-    return run.place({name: array.reshape(shape) for name, array in rows.items()})
-
-
-def _settle(
-    run: Run, on_the_way: collections.deque[tuple[int, dict[str, jax.Array]]], *, leave: int
-) -> None:
+def _settle(run: Run, on_the_way: OnTheWay, *, leave: int) -> None:
     """Waits for the oldest steps until `leave` are left; checks their numbers, logs what is due."""
     while len(on_the_way) > leave:
-        index, metrics = on_the_way.popleft()
+        index, metrics, exit_code = on_the_way.popleft()
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        run.step = index + 1
+        run.step, run.exit_code = index + 1, int(exit_code)
         run.meter.step(
             schedule.batch_size(run.config.train, index) * run.config.data.sequence_length
         )
@@ -162,6 +170,8 @@ def _check_finite(run: Run, loss: float, grad_norm: float) -> None:
 
 
 def _log(run: Run, loss: float, grad_norm: float, metrics: dict[str, jax.Array]) -> None:
+    if run.metrics is None:
+        return
     line = {
         "step": run.step,
         "tokens": schedule.tokens_before(run.config, run.step),
@@ -187,6 +197,8 @@ def _evaluate(run: Run, rows: Sequence[int], **options: Any) -> Evaluation | Non
 
 def _log_evaluation(run: Run, result: Evaluation | None) -> None:
     assert result is not None
+    if run.metrics is None:
+        return
     line = {
         "step": run.step,
         "tokens": schedule.tokens_before(run.config, run.step),
@@ -215,7 +227,7 @@ def _save(run: Run) -> None:
 
 def _draw_expert_load(run: Run, metrics: dict[str, jax.Array]) -> None:
     """Draws the experts' load, before the last checkpoint puts the last step out of reach."""
-    if "expert_load" in metrics:
+    if "expert_load" in metrics and run.metrics is not None:
         load_LE = np.asarray(metrics["expert_load"])
         plots.draw_expert_load(
             run.folder / "expert_load.png", run.metrics.lines(), load_LE, run.config.name
@@ -226,15 +238,17 @@ def _finish(run: Run) -> dict[str, Any] | None:
     """Evaluates on all held-out text, writes a sample, draws the loss and writes summary.json.
 
     Returns:
-      what summary.json holds; None if a signal came: the same command finishes later.
+      what summary.json holds; None if a signal came (the same command finishes later), and in all
+      processes but the first.
     """
     run.display.stop()
     run.checkpoints.wait()
     run.display.say(f"scoring all {len(run.heldout):,} held-out sequences")
-    result = _evaluate(
-        run, range(len(run.heldout)), interrupted=lambda: run.stop.exit_code is not None
-    )
+    result = _evaluate(run, range(len(run.heldout)), interrupted=lambda: _is_interrupted(run))
     if result is None:
+        return None
+    sample = _sample(run)
+    if run.metrics is None:
         return None
     if run.metrics.lines()[-1].get("eval_loss") is None:
         _log_evaluation(run, result)
@@ -260,10 +274,15 @@ def _finish(run: Run) -> dict[str, Any] | None:
         "tokens_per_second": rates and rates.tokens_per_second,
         "mfu": rates and rates.mfu,
         "peak": run.peak.source,
-        "sample": _sample(run),
+        "sample": sample,
     }
     workdir.write_json(run.folder / "summary.json", summary)
     return summary
+
+
+def _is_interrupted(run: Run) -> bool:
+    run.exit_code = int(processes.highest(run.stop.exit_code or 0))
+    return run.exit_code > 0
 
 
 def _sample(run: Run) -> dict[str, str] | None:

@@ -9,17 +9,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dsjax import settings
 from dsjax.checkpoint import store
 from dsjax.config import Config
 from dsjax.data.corpus import Corpus, prepare_corpus
 from dsjax.data.loader import Loader
 from dsjax.data.packing import HeldoutSequences, PackedSequences, heldout_sequences
 from dsjax.model.flops import train_flops_per_token
+from dsjax.parallel import processes
 from dsjax.parallel.mesh import make_mesh
-from dsjax.parallel.sharding import partition_spec
 from dsjax.train import workdir
+from dsjax.train.batches import batch_sharding, held_rows, place_all, place_held
 from dsjax.train.compilation import Compiled
 from dsjax.train.evaluate import scorer
 from dsjax.train.report import Display, Metrics
@@ -46,9 +48,10 @@ class Run:
     train_step: Compiled
     score: Compiled
     checkpoints: store.Store
-    metrics: Metrics
+    metrics: Metrics | None  # the first process's; the others write nothing
     meter: Meter
     peak: Peak
+    exit_code: int = 0  # of the signal that all processes know of
     started: float = dataclasses.field(default_factory=time.monotonic)
 
     @property
@@ -61,24 +64,22 @@ class Run:
         """Sequences of one forward pass."""
         return rows_per_pass(self.config)
 
+    def take_batch(self, n: int) -> dict[str, jax.Array]:
+        """The next n training rows on the devices, [micro-batches, sequences, T + 1]."""
+        return place_held(self.loader.take(n), _batch_shape(n, self.config), self.mesh)
+
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Puts a batch [..., sequences, T+1] on the devices, its sequences split over them."""
-        return {
-            name: jax.device_put(array, _batch_sharding(array.shape, self.mesh))
-            for name, array in batch.items()
-        }
+        """Puts a batch [sequences, T + 1] on the devices, its sequences split over them."""
+        return place_all(batch, self.mesh)
 
 
 def rows_per_pass(config: Config) -> int:
     return config.train.micro_batch_size or config.train.batch_size
 
 
-def _batch_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    axes = ("length",) * (len(shape) - 2) + ("batch", "length")
-    spec = partition_spec(
-        axes, shape, mesh, "sequences of train.micro_batch_size (0: train.batch_size)"
-    )
-    return NamedSharding(mesh, spec)
+def _batch_shape(n: int, config: Config) -> tuple[int, int, int]:
+    rows = rows_per_pass(config)
+    return n // rows, rows, config.data.sequence_length + 1
 
 
 def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -> Run:
@@ -91,7 +92,7 @@ def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -
     started = time.monotonic()
     mesh = make_mesh(config.mesh.sizes)
     length = config.data.sequence_length
-    _batch_sharding((rows_per_pass(config), length + 1), mesh)  # refuses before anything is made
+    batch_sharding((rows_per_pass(config), length + 1), mesh)  # refuses before anything is made
     abstract = abstract_state(config, mesh)
     placement = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     corpus = _prepare_corpus(config, display)
@@ -102,9 +103,11 @@ def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -
         seed=config.data.seed,
         fim_rate=config.data.fim_rate,
     )
-    loader = Loader(rows)
+    processes.check_same({"the config": settings.content_hash(config), "the text": rows.identity})
+    loader = Loader(rows, share=lambda n: held_rows(_batch_shape(n, config), mesh))
     heldout = heldout_sequences(corpus.heldout, corpus.tokenizer.special, sequence_length=length)
-    corpus.tokenizer.save(str(folder))
+    if processes.is_first():
+        corpus.tokenizer.save(str(folder))
     checkpoints = store.Store(folder / "checkpoints", keep=config.train.keep)
     for broken in checkpoints.set_aside:
         display.say(f"{broken.parent} held an incomplete checkpoint, now called {broken.name}")
@@ -125,9 +128,11 @@ def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -
         step=record.get("step", 0),
         seconds_before=record.get("seconds", 0.0),
         train_step=_compiled_step(config, mesh, placement, display),
-        score=Compiled(jax.jit(scorer(config)), mesh),
+        score=Compiled(jax.jit(scorer(config), out_shardings=_everywhere(mesh)), mesh),
         checkpoints=checkpoints,
-        metrics=Metrics(folder, config, first_step=record.get("step", 0)),
+        metrics=Metrics(folder, config, first_step=record.get("step", 0))
+        if processes.is_first()
+        else None,
         meter=Meter(flops_per_token=train_flops_per_token(config.model, length), peak=peak),
         peak=peak,
         started=started,
@@ -158,8 +163,8 @@ def _restore_or_make(
 ) -> tuple[TrainState, dict[str, Any]]:
     """The newest checkpoint's state and record, or a new state and an empty record."""
     directory = folder / "checkpoints"
-    step = store.latest(directory)
-    if step is None:
+    step = processes.from_first(store.latest(directory) or 0)
+    if not step:
         return initial_state(config, mesh), {}
     record = store.read_record(directory, step)
     state = store.restore(directory, step, abstract)
@@ -174,5 +179,12 @@ def _restore_or_make(
 
 def _compiled_step(config: Config, mesh: Mesh, placement: TrainState, display: Display) -> Compiled:
     # Without out_shardings the compiler may place the new state where the next step cannot take it.
-    step = jax.jit(train_step(config), donate_argnums=0, out_shardings=(placement, None))
+    step = jax.jit(
+        train_step(config), donate_argnums=0, out_shardings=(placement, _everywhere(mesh))
+    )
     return Compiled(step, mesh, announce=lambda: display.say("compiling the training step"))
+
+
+def _everywhere(mesh: Mesh) -> NamedSharding:
+    """The placement of numbers that each process reads."""
+    return NamedSharding(mesh, PartitionSpec())

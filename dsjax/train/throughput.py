@@ -57,9 +57,12 @@ def peak_flops(devices: Sequence[Any]) -> Peak:
                 flops * len(devices), f"{len(devices)} x {kind}, dense bfloat16, as published"
             )
     measured = measure_matmul_flops()
-    if devices[0].platform == "cpu":  # CPU devices share the cores
+    if devices[0].platform == "cpu":  # a process's CPU devices share the cores
+        count = len({device.process_index for device in devices})
+        where = "this CPU" if count == 1 else f"one of {count} processes' CPU"
         return Peak(
-            measured, f"float32 matrix product measured on this CPU, {measured / 1e9:.0f} GFLOP/s"
+            measured * count,
+            f"float32 matrix product measured on {where}, {measured / 1e9:.0f} GFLOP/s",
         )
     return Peak(
         measured * len(devices), f"{len(devices)} x {kind}, float32 matrix product measured"

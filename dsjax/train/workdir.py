@@ -52,6 +52,20 @@ def claim(workdir: Path, config: Config) -> None:
     write_json(workdir / "versions.json", versions())
 
 
+def check_shared(workdir: Path) -> None:
+    """Checks that this process sees the folder that the first one has claimed.
+
+    Raises:
+      ValueError: it does not.
+    """
+    if not (workdir / "config.json").is_file():
+        raise ValueError(
+            f"process {jax.process_index()} finds no {workdir / 'config.json'}, which process 0 "
+            "has just written; --workdir must be a folder that all processes see, on a network "
+            "file system where they run on several machines"
+        )
+
+
 def _check_same_run(path: Path, wanted: dict[str, Any]) -> None:
     try:
         stored = flatten(json.loads(path.read_text(encoding="utf-8")))

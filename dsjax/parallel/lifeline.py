@@ -1,0 +1,135 @@
+"""Noticing at once that another process has ended.
+
+A collective does not fail when a process that takes part in it is killed: the others wait, on some
+platforms for ever, and jax's own watch takes minutes. So each process keeps one idle connection to
+the first. The system closes it when the process ends, however that happens; the first process tells
+the others. A machine that vanishes without closing anything is left to jax.
+"""
+
+from __future__ import annotations
+
+import secrets
+import selectors
+import socket
+import struct
+import threading
+from collections.abc import Callable
+
+_TOKEN_BYTES = 16  # keeps strangers from posing as one of the processes
+_GREETING = struct.Struct(f"!{_TOKEN_BYTES}sI")
+_NUMBER = struct.Struct("!I")
+_RELEASE = b"."
+_PATIENCE_SECONDS = 10.0
+
+OnLoss = Callable[[int], None]
+
+
+class First:
+    """The first process's side.
+
+    Attributes:
+      port, token: what the others need to connect.
+    """
+
+    def __init__(self, on_loss: OnLoss):
+        """`on_loss` is called from a thread, with the number of a process that has ended."""
+        self._on_loss = on_loss
+        self._lines: dict[int, socket.socket] = {}
+        self._released: set[int] = set()
+        self._closed = threading.Event()
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        self._listener = socket.create_server(("", 0), family=family, dualstack_ipv6=dual)
+        self.port: int = self._listener.getsockname()[1]
+        self.token = secrets.token_bytes(_TOKEN_BYTES)
+        threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
+
+    def release(self) -> None:
+        """Lets the others know that this process may end from now on."""
+        for line in list(self._lines.values()):
+            _send(line, _RELEASE)
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _watch(self) -> None:
+        with selectors.DefaultSelector() as selector, self._listener:
+            selector.register(self._listener, selectors.EVENT_READ)
+            while not self._closed.is_set():
+                for key, _ in selector.select(timeout=1.0):
+                    if key.fileobj is self._listener:
+                        self._accept(selector)
+                    else:
+                        self._read(selector, key.data)
+
+    def _accept(self, selector: selectors.BaseSelector) -> None:
+        line, _ = self._listener.accept()
+        line.settimeout(_PATIENCE_SECONDS)
+        try:
+            token, number = _GREETING.unpack(line.recv(_GREETING.size, socket.MSG_WAITALL))
+        except (OSError, struct.error):
+            token, number = b"", 0
+        if not secrets.compare_digest(token, self.token):
+            line.close()
+            return
+        self._lines[number] = line
+        selector.register(line, selectors.EVENT_READ, data=number)
+
+    def _read(self, selector: selectors.BaseSelector, number: int) -> None:
+        line = self._lines[number]
+        if _receive(line, 1) == _RELEASE:
+            self._released.add(number)
+            return
+        selector.unregister(line)
+        if number in self._released:
+            return
+        for other, there in self._lines.items():
+            if other != number:
+                _send(there, _NUMBER.pack(number))
+        self._on_loss(number)
+
+
+class Other:
+    """The side of a process that is not the first."""
+
+    def __init__(self, address: tuple[str, int], token: bytes, number: int, on_loss: OnLoss):
+        """
+        Raises:
+          OSError: the first process cannot be reached at this address.
+        """
+        self._on_loss = on_loss
+        self._line = socket.create_connection(address, timeout=_PATIENCE_SECONDS)
+        self._line.settimeout(None)
+        self._line.sendall(_GREETING.pack(token, number))
+        threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
+
+    def release(self) -> None:
+        """Lets the others know that this process may end from now on."""
+        _send(self._line, _RELEASE)
+
+    def close(self) -> None:
+        self._line.close()
+
+    def _watch(self) -> None:
+        first = _receive(self._line, 1)
+        if first == _RELEASE:
+            return
+        rest = _receive(self._line, _NUMBER.size - 1) if first else b""
+        number = first + rest
+        self._on_loss(_NUMBER.unpack(number)[0] if len(number) == _NUMBER.size else 0)
+
+
+def _receive(line: socket.socket, size: int) -> bytes:
+    """So many bytes, or fewer where the connection has ended."""
+    try:
+        return line.recv(size, socket.MSG_WAITALL)
+    except OSError:
+        return b""
+
+
+def _send(line: socket.socket, data: bytes) -> None:
+    """Sends to a process that may have ended."""
+    try:
+        line.sendall(data)
+    except OSError:
+        return

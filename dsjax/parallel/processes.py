@@ -1,0 +1,240 @@
+"""Several processes as one program: joining them, agreeing on numbers, and ending together.
+
+Each process drives its own devices and runs the same code; jax's collectives tie them together.
+Whatever decides what runs next (a signal, the step to resume from, a fault) must therefore be known
+to all of them at the same place. With a single process everything here is free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dsjax.parallel import lifeline
+
+# What shows that jax will find the other processes by itself, and the variable that counts them.
+_CLUSTERS = {
+    "Slurm": (
+        ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"),
+        "SLURM_NTASKS",
+    ),
+    "Open MPI": (("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_RANK"), "OMPI_COMM_WORLD_SIZE"),
+}
+_GRACE_SECONDS = 5.0  # for the last words of a process that fails
+_ADDRESS_BYTES = 512
+
+
+@contextlib.contextmanager
+def joined(
+    coordinator: str | None = None, count: int | None = None, index: int | None = None
+) -> Iterator[None]:
+    """Context in which this process is one of `count`; nothing of jax may have run before.
+
+    Without arguments the cluster tells (Slurm, Open MPI, TPUs on GKE); outside of one, and where
+    there is but one process, nothing happens. When another process ends before all have left the
+    context, this one says so and ends too.
+
+    Args:
+      coordinator: HOST:PORT, where the first process listens and all others reach it.
+      index: this process's number, from 0.
+
+    Raises:
+      ValueError: some of the arguments are missing, or do not fit each other.
+      OSError: the processes do not find each other.
+    """
+    if not _initialize(coordinator, count, index):
+        yield
+        return
+    line = _tie(coordinator.rpartition(":")[0] if coordinator else None)
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            # Perhaps a collective failed since another process has ended: then `_leave` says so.
+            time.sleep(_GRACE_SECONDS)
+        _leave_soon(error.code if isinstance(error, SystemExit) else 1)
+        raise
+    if line is not None:
+        line.release()
+    wait("all are done")
+    if line is not None:
+        line.close()
+    jax.distributed.shutdown()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes what there shall be one of."""
+    return jax.process_index() == 0
+
+
+def wait(place: str) -> None:
+    """Returns when every process has come to this place."""
+    multihost_utils.sync_global_devices(place)
+
+
+def from_first(number: int) -> int:
+    """The first process's number, on all of them."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def highest(number: int) -> Any:
+    """The highest of the processes' numbers, an int32 scalar.
+
+    It is computed in the order of the other programs; nothing waits for it until it is read.
+    """
+    if jax.process_count() == 1:
+        return np.int32(number)
+    sharding, compute = _highest()
+    shape = (jax.device_count(),)
+    own = np.full(1, number, np.int32)
+    return compute(jax.make_array_from_callback(shape, sharding, lambda index: own))
+
+
+@functools.cache
+def _highest() -> tuple[NamedSharding, Any]:
+    mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, PartitionSpec("all")), jax.jit(jnp.max, out_shardings=everywhere)
+
+
+def check_same(facts: Mapping[str, Any]) -> None:
+    """Checks that all processes have been given the same.
+
+    Args:
+      facts: name -> anything whose text tells it from others.
+
+    Raises:
+      ValueError: names those that differ, and the processes that differ from the first.
+    """
+    if jax.process_count() == 1:
+        return
+    own = np.array([zlib.crc32(repr(fact).encode()) for fact in facts.values()], np.uint32)
+    all_PX = np.asarray(multihost_utils.process_allgather(own))
+    differs_PX = all_PX != all_PX[:1]
+    if differs_PX.any():
+        named = [
+            f"{name} of process {', '.join(map(str, np.flatnonzero(differs_P)))}"
+            for name, differs_P in zip(facts, differs_PX.T, strict=True)
+            if differs_P.any()
+        ]
+        raise ValueError(
+            f"{' and '.join(named)} is not that of process 0; start every process with the same "
+            "arguments, the same code and the same files"
+        )
+
+
+def _initialize(coordinator: str | None, count: int | None, index: int | None) -> bool:
+    """Joins the other processes; False if there are none."""
+    given = {"--coordinator": coordinator, "--num-processes": count, "--process-id": index}
+    missing = [name for name, value in given.items() if value is None]
+    if missing and len(missing) < len(given):
+        raise ValueError(
+            f"{' and '.join(given.keys() - set(missing))} needs {' and '.join(missing)} too; give "
+            "all three, or none where Slurm, Open MPI or GKE starts the processes"
+        )
+    if count is None or index is None:
+        if not _in_cluster():
+            return False
+        with _joining("the cluster's processes"):
+            jax.distributed.initialize()
+        return True
+    if not 0 <= index < count:
+        raise ValueError(
+            f"--process-id={index} must be at least 0 and below --num-processes={count}"
+        )
+    if count == 1:
+        return False
+    with _joining(f"the {count} processes at {coordinator}"):
+        jax.distributed.initialize(coordinator, count, index, cluster_detection_method="deactivate")
+    return True
+
+
+def _in_cluster() -> bool:
+    """Whether several processes were started by something that jax knows."""
+    for needed, count in _CLUSTERS.values():
+        if all(name in os.environ for name in needed):
+            return int(os.environ.get(count, "1")) > 1
+    hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return "," in hosts or int(os.environ.get("MEGASCALE_NUM_SLICES") or 1) > 1
+
+
+@contextlib.contextmanager
+def _joining(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(
+            f"cannot join {what}: {' '.join(str(error).split())[:300]}; check that all of them "
+            "were started and that the first one's port can be reached from everywhere"
+        ) from error
+
+
+def _tie(host: str | None) -> lifeline.First | lifeline.Other | None:
+    """Connects this process with the first; None, after a warning, if there is no way.
+
+    Args:
+      host: where the first process can be reached; None: by the name that it gives itself.
+    """
+    first = lifeline.First(_leave) if is_first() else None
+    address = np.zeros(_ADDRESS_BYTES, np.uint8)
+    if first is not None:
+        text = json.dumps([socket.gethostname(), first.port, first.token.hex()]).encode()
+        address[: len(text)] = np.frombuffer(text, np.uint8)
+    address = np.asarray(multihost_utils.broadcast_one_to_all(address)).astype(np.uint8)
+    if first is not None:
+        return first
+    name, port, token = json.loads(address.tobytes().rstrip(b"\0"))
+    try:
+        return lifeline.Other(
+            (host or name, port), bytes.fromhex(token), jax.process_index(), _leave
+        )
+    except OSError as error:
+        print(
+            f"process {jax.process_index()} cannot connect to {host or name}:{port} ({error}); "
+            "when a process ends, jax will take minutes to notice",
+            file=sys.stderr,
+        )
+        return None
+
+
+def _leave(gone: int) -> None:
+    """Ends this process, since another one has ended."""
+    print(
+        f"error: process {gone} of {jax.process_count()} has ended, and process "
+        f"{jax.process_index()} cannot go on without it; what it printed last says why. Start all "
+        f"{jax.process_count()} again with the same command: the run resumes from its newest "
+        "checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    sys.stdout.flush()
+    os._exit(1)
+
+
+def _leave_soon(code: Any) -> None:
+    """Ends this process a little later, even if threads of it wait for other processes."""
+
+    def leave() -> None:
+        sys.stdout.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+    timer = threading.Timer(_GRACE_SECONDS, leave)
+    timer.daemon = True
+    timer.start()
