@@ -66,7 +66,15 @@ FLAGS = {
         "--tokens",
     },
     "show.py": {"--debug", "--help", "--json", "--set"},
-    "train.py": {"--debug", "--help", "--set", "--workdir"},
+    "train.py": {
+        "--coordinator",
+        "--debug",
+        "--help",
+        "--num-processes",
+        "--process-id",
+        "--set",
+        "--workdir",
+    },
 }
 PUBLIC_NAMES = {"__version__", "load"}
 

@@ -8,6 +8,7 @@ the others. A machine that vanishes without closing anything is left to jax.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import selectors
 import socket
@@ -42,7 +43,8 @@ class First:
         self._listener = socket.create_server(("", 0), family=family, dualstack_ipv6=dual)
         self.port: int = self._listener.getsockname()[1]
         self.token = secrets.token_bytes(_TOKEN_BYTES)
-        threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
+        self._thread.start()
 
     def release(self) -> None:
         """Lets the others know that this process may end from now on."""
@@ -51,12 +53,15 @@ class First:
 
     def close(self) -> None:
         self._closed.set()
+        self._thread.join()
+        for line in self._lines.values():
+            line.close()
 
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector, self._listener:
             selector.register(self._listener, selectors.EVENT_READ)
             while not self._closed.is_set():
-                for key, _ in selector.select(timeout=1.0):
+                for key, _ in selector.select(timeout=0.5):
                     if key.fileobj is self._listener:
                         self._accept(selector)
                     else:
@@ -101,18 +106,24 @@ class Other:
         self._line = socket.create_connection(address, timeout=_PATIENCE_SECONDS)
         self._line.settimeout(None)
         self._line.sendall(_GREETING.pack(token, number))
-        threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
+        self._closed = False
+        self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
+        self._thread.start()
 
     def release(self) -> None:
         """Lets the others know that this process may end from now on."""
         _send(self._line, _RELEASE)
 
     def close(self) -> None:
+        self._closed = True
+        with contextlib.suppress(OSError):  # the other end was faster
+            self._line.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
         self._line.close()
 
     def _watch(self) -> None:
         first = _receive(self._line, 1)
-        if first == _RELEASE:
+        if first == _RELEASE or self._closed:
             return
         rest = _receive(self._line, _NUMBER.size - 1) if first else b""
         number = first + rest
@@ -129,7 +140,5 @@ def _receive(line: socket.socket, size: int) -> bytes:
 
 def _send(line: socket.socket, data: bytes) -> None:
     """Sends to a process that may have ended."""
-    try:
+    with contextlib.suppress(OSError):
         line.sendall(data)
-    except OSError:
-        return

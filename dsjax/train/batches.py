@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,9 +45,10 @@ def place_held(
     sharding, held, numbers = batch_sharding(shape, mesh), held_rows(shape, mesh), _numbers(shape)
 
     def array(own: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(
-            shape, sharding, lambda index: own[np.searchsorted(held, numbers[index[:-1]])]
-        )
+        def part(index: Any) -> np.ndarray:
+            return own[np.searchsorted(held, numbers[index[:-1]])]
+
+        return jax.make_array_from_callback(shape, sharding, part)
 
     return {name: array(own) for name, own in rows.items()}
 
