@@ -21,6 +21,10 @@ BANNED = {"utils", "util", "common", "helpers", "helper", "misc", "manager", "ba
 # What scripts and people type. Adding is free; removing breaks them and needs a line in
 # CHANGELOG.md.
 FLAGS = {
+    "checkpoint.py": {"--debug", "--help"},
+    "checkpoint.py compare": {"--help", "--json"},
+    "checkpoint.py list": {"--help", "--json"},
+    "checkpoint.py verify": {"--help", "--json"},
     "convert.py": {"--debug", "--help"},
     "convert.py export": {"--dtype", "--help"},
     "convert.py import": {"--dtype", "--help"},

@@ -1,8 +1,9 @@
 """A Hugging Face folder -> a converted folder, which any mesh can load.
 
-    config.json   what dsjax needs to know: its version, the family, the model
-    weights/      the arrays, as `weights.py` lays them out
-    hf/           the small files as published: config.json, tokenizer, chat template, licence
+    config.json     what dsjax needs to know: its version, the family, the model
+    weights/        the arrays, as `weights.py` lays them out
+    hf/             the small files as published: config.json, tokenizer, chat template, licence
+    manifest.json   SHA-256 of each file, written last
 
 One tensor at a time: it is read, converted, checked to be finite and written to its slot, a few of
 them in threads, in the order of their bytes in the files. So memory is bounded by the largest
@@ -25,8 +26,10 @@ from typing import NamedTuple
 import numpy as np
 
 from dsjax import __version__
+from dsjax.checkpoint import manifest
 from dsjax.checkpoint.hf_folder import FLOAT32, FP8, HfFolder, Row, open_hf, scale_shape
 from dsjax.checkpoint.json_files import sync_folder, write_json
+from dsjax.checkpoint.manifest import File, Manifest
 from dsjax.checkpoint.progress import Converted, Transfer
 from dsjax.checkpoint.recode import (
     BLOCK,
@@ -102,7 +105,6 @@ def import_checkpoint(source: Path, target: Path, *, dtype: str, progress: Trans
         _write_weights(folder, left, leaves, work, progress)
         (work.content / "hf").mkdir(exist_ok=True)
         copy_side_files(small, work.content / "hf")
-        # Last, because a folder without it is none that can be loaded.
         write_json(
             work.content / "config.json",
             {
@@ -111,6 +113,7 @@ def import_checkpoint(source: Path, target: Path, *, dtype: str, progress: Trans
                 "model": dataclasses.asdict(folder.model),
             },
         )
+        _write_manifest(work, leaves, dtype)
         work.publish()
     return Converted(len(left), to_do, time.monotonic() - started)
 
@@ -215,30 +218,32 @@ def _write_weights(
     writer = WeightsWriter(work.content / "weights", leaves, block if in_fp8 else None)
     damaged: list[str] = []
 
-    def convert(part: Part) -> tuple[Part, bool]:
-        """Reads a part and, unless the import has failed already, writes it."""
+    def convert(part: Part) -> tuple[Part, bool, dict[str, File]]:
+        """Reads a part and, unless the import has failed already, writes it: the part, whether it
+        is finite, and the files that it fills."""
         tensor = part.row.tensor
         stored = _read(folder, part, block)
         if not all(is_finite(array) for array in stored if array is not None):
-            return part, False
+            return part, False, {}
+        files = {}
         if not damaged:
-            writer.write(leaf_name(tensor), tensor.slot, stored.values)
+            files = writer.write(leaf_name(tensor), tensor.slot, stored.values)
             if stored.scales is not None:
-                writer.write(scales_name(leaf_name(tensor)), tensor.slot, stored.scales)
-        return part, True
+                files |= writer.write(scales_name(leaf_name(tensor)), tensor.slot, stored.scales)
+        return part, True, files
 
     def held(part: Part) -> int:
         return part.n_bytes + math.prod(part.info.shape) * part.dtype.itemsize
 
     with contextlib.closing(stream(convert, parts, held)) as converted:
-        for part, finite in converted:
+        for part, finite, files in converted:
             progress.advance(part.n_bytes)
             if not finite:
                 damaged.append(f"{part.row.tensor.name} in {part.info.file.name}")
                 if len(damaged) == MAX_LISTED:
                     break
             elif not damaged:
-                work.finish(part.row.tensor.name)
+                work.finish(part.row.tensor.name, files)
     progress.end()
     if damaged:
         raise ValueError(
@@ -246,6 +251,24 @@ def _write_weights(
             "files again"
         )
     writer.finish()
+
+
+def _write_manifest(work: Staging, leaves: dict[Name, Leaf], dtype: str) -> None:
+    """Writes what proves the folder whole. A leaf's bytes are its chunks', a file each, which
+    were hashed in memory before they were written; the other files are hashed here."""
+    files = {
+        f"weights/{name}": File(*file)
+        for note in work.finished.values()
+        for name, file in note.items()
+    }
+    rest = [name for name in manifest.listing(work.content) if name not in files]
+    files |= manifest.hash_files(work.content, rest)
+    described = {
+        ".".join(name): {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
+        for name, leaf in leaves.items()
+    }
+    record = {"dsjax": __version__, "dtype": dtype}
+    manifest.write(work.content, Manifest(record, described, files))
 
 
 def _read(folder: HfFolder, part: Part, block: tuple[int, int]) -> Stored:

@@ -155,17 +155,12 @@ def _inspect_hf(path: Path) -> dict[str, Any]:
 
 def _inspect_ours(path: Path) -> dict[str, Any]:
     # These bring jax with them, which the rest of this module does without.
-    from dsjax.checkpoint import store
     from dsjax.checkpoint.load import open_checkpoint
-    from dsjax.checkpoint.weights import Weights, leaf_name, scales_name
+    from dsjax.checkpoint.weights import leaf_name, scales_name
 
     checkpoint = open_checkpoint(path)  # compares the arrays with the config
-    folder = path / "state"
-    if (path / "weights").is_dir():
-        folder = path / "weights"
-    elif (path / "checkpoints").is_dir():
-        folder = path / "checkpoints" / str(store.latest(path / "checkpoints")) / "state"
-    weights = Weights(folder)
+    weights = checkpoint.weights
+    assert weights is not None, path
     found = []
     for tensor in names.tensors(checkpoint.model, checkpoint.family):
         if not tensor.is_copy:

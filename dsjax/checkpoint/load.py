@@ -24,14 +24,14 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from dsjax import settings
-from dsjax.checkpoint import store
+from dsjax.checkpoint import manifest, store
 from dsjax.checkpoint.hf_config import family_for
 from dsjax.checkpoint.hf_folder import HfFolder, Row, is_hf, open_hf
 from dsjax.checkpoint.json_files import read_json
 from dsjax.checkpoint.names import FAMILIES, Family
 from dsjax.checkpoint.slices import Index, Leaf, Tensors, bounds, dequantize_rows, read_slice
 from dsjax.checkpoint.tensor_files import listed
-from dsjax.checkpoint.weights import Weights
+from dsjax.checkpoint.weights import Weights, is_chunk
 from dsjax.config import ModelConfig
 from dsjax.model.layers import RouterState
 from dsjax.model.parameters import shardings
@@ -124,11 +124,12 @@ def load(
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Opens a checkpoint of any kind; reads headers and configs, no weights.
+    """Opens a checkpoint of any kind. Of a converted folder every file's size is checked now, and
+    its bytes before they are read; a run's files are all hashed now.
 
     Raises:
-      ValueError: there is none, it is not whole, or its config and its arrays disagree (all
-        disagreements are listed).
+      ValueError: there is none, it is not as it was written, or its config and its arrays
+        disagree (all disagreements are listed).
     """
     path = Path(path)
     if not path.is_dir():
@@ -190,6 +191,7 @@ class _HfTensors:
 
 
 def _open_converted(path: Path) -> Checkpoint:
+    guard = manifest.Guard(path, later=is_chunk)
     config = read_json(path / "config.json")
     try:
         model, family = ModelConfig(**config["model"]), config["family"]
@@ -203,34 +205,31 @@ def _open_converted(path: Path) -> Checkpoint:
             f"{path / 'config.json'}: family={family!r} is not one of {', '.join(FAMILIES)}; "
             "convert it again"
         )
-    return _open_weights(path, path / "weights", model, family, path / "hf")
+    return _with_weights(path, Weights(path / "weights", guard), model, family, path / "hf")
 
 
 def _open_run(workdir: Path, step: int | None = None) -> Checkpoint:
     """Opens the checkpoint of a step, or the newest that is whole."""
     directory = workdir / "checkpoints"
-    whole = store.steps(directory)
-    wanted = max(whole, default=None) if step is None else step
-    there = sorted(entry.name for entry in directory.iterdir())
-    if wanted is None or wanted not in whole:
+    if step is None:
+        step = store.newest_whole(directory, say=_logger.warning)
+    if step is None:
+        there = sorted(entry.name for entry in directory.iterdir())
         raise ValueError(
-            f"{directory} has no whole checkpoint{'' if step is None else f' of step {step}'}; it "
-            f"holds {', '.join(there) or 'nothing'}. A run writes one every train.checkpoint_every "
-            "steps and when it is stopped"
+            f"{directory} has no checkpoint; it holds {', '.join(there) or 'nothing'}. A run "
+            "writes one every train.checkpoint_every steps and when it is stopped"
         )
-    for name in there:
-        if step is None and name.isdecimal() and int(name) > wanted:
-            _logger.warning("%s is not whole; taking step %d", directory / name, wanted)
+    else:
+        manifest.verify(directory / str(step))
     model = settings.load_config(workdir).model
-    state = directory / str(wanted) / "state"
-    return _open_weights(workdir, state, model, family_for(model), workdir)
+    weights = Weights(directory / str(step) / "state")
+    return _with_weights(workdir, weights, model, family_for(model), workdir)
 
 
-def _open_weights(
-    path: Path, folder: Path, model: ModelConfig, family: Family, tokenizer_folder: Path
+def _with_weights(
+    path: Path, weights: Weights, model: ModelConfig, family: Family, tokenizer_folder: Path
 ) -> Checkpoint:
-    """Opens arrays that are stored as leaves, and checks them against the model's declarations."""
-    weights = Weights(folder)
+    """Checks arrays that are stored as leaves against the model's declarations."""
     tensors, problems = {}, []
     declared = jax.tree_util.tree_leaves_with_path(
         Transformer(model, Policy()), is_leaf=_is_variable
@@ -250,7 +249,7 @@ def _open_weights(
     problems += [f"unexpected {'.'.join(name)}" for name in sorted(left)]
     if problems:
         raise ValueError(
-            f"{folder}: the arrays are not those that {path / 'config.json'} describes: "
+            f"{weights.folder}: the arrays are not those that {path / 'config.json'} describes: "
             f"{listed(problems)}. The two are of different checkpoints: copy or convert again"
         )
     stored = (leaf.dtype for name, leaf in weights.leaves.items() if name[0] == "params")

@@ -3,7 +3,8 @@
 A conversion to `NAME` works in `NAME.partial`, which holds
 
     content/       what becomes NAME when it is complete
-    journal.jsonl  first what is converted to what, then a line for each part that is finished
+    journal.jsonl  first what is converted to what, then a line for each part that is finished, with
+                   what its writer wants to know of it at the end
 
 The last act is to rename `content` to `NAME`, so a crash, Ctrl-C or a full disk leaves nothing that
 could be taken for the result, and the same command again goes on after the last line of the
@@ -21,6 +22,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from dsjax.checkpoint.json_files import sync_folder
 
@@ -30,7 +32,7 @@ class Staging:
 
     Attributes:
       content: the folder to write into.
-      finished: names of the parts that this or an earlier call has finished.
+      finished: the parts that this or an earlier call has finished, and what was noted of each.
     """
 
     def __init__(self, target: Path, identity: dict[str, str], say: Callable[[str], None]):
@@ -63,7 +65,7 @@ class Staging:
             self._journal.close()
             raise
 
-    def _resume(self, identity: dict[str, str]) -> set[str]:
+    def _resume(self, identity: dict[str, str]) -> dict[str, Any]:
         self._journal.seek(0)
         lines, whole = [], 0
         for line in self._journal:
@@ -84,18 +86,18 @@ class Staging:
                     f"{'; '.join(changed)}; delete it to begin again, or name another folder"
                 )
             self._say(f"going on after {len(lines) - 1:,} finished parts in {self._folder}")
-            return set(lines[1:])
+            return {line["part"]: line["note"] for line in lines[1:]}
         self._journal.truncate(0)
         if self.content.exists():
             shutil.rmtree(self.content)
         self.content.mkdir()
         self._append(identity)
-        return set()
+        return {}
 
-    def finish(self, part: str) -> None:
-        """Notes that a part is on the disk."""
-        self._append(part)
-        self.finished.add(part)
+    def finish(self, part: str, note: Any = None) -> None:
+        """Notes that a part is on the disk, and a JSON value with it."""
+        self._append({"part": part, "note": note})
+        self.finished[part] = note
 
     def _append(self, line: object) -> None:
         self._journal.write(json.dumps(line).encode() + b"\n")

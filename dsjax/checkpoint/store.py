@@ -2,12 +2,14 @@
 
 The only module that knows Orbax. A checkpoint is a folder named after its step,
 
-    <directory>/<step>/state    every array under its name: params.embed.weight, ...
-    <directory>/<step>/record   JSON: step, data position, versions, ...
+    <directory>/<step>/state           every array under its name: params.embed.weight, ...
+    <directory>/<step>/manifest.json   the record (step, data position, versions, ...), and what
+                                       proves that arrays and files are as they were written
 
-which Orbax writes under another name and renames when it is complete, so that a crash leaves either
-a whole checkpoint or none. A folder that is not whole all the same (an interrupted copy, an empty
-folder) is never taken for a checkpoint.
+While it is written it is called `<step>.partial`, and the last act is to rename it, so that a crash
+leaves either a whole checkpoint or none. A folder with a number for its name that the manifest does
+not confirm has been damaged since, and is never taken for a checkpoint: it becomes
+`<step>.damaged`, and the newest one that is as it was written takes its place.
 """
 
 from __future__ import annotations
@@ -15,59 +17,58 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
-_WHOLE = (  # what Orbax leaves in each complete checkpoint, its commit marks last
-    "_CHECKPOINT_METADATA",
-    "state/_METADATA",
-    "state/manifest.ocdbt",
-    "state/commit_success.txt",
-    "record/metadata",
-    "record/commit_success.txt",
-    "commit_success.txt",
-)
+from dsjax.checkpoint import fingerprint, manifest
+from dsjax.checkpoint.json_files import read_json, sync_folder, write_json
+from dsjax.checkpoint.manifest import Damage, File, Manifest
+from dsjax.checkpoint.tensor_files import listed
 
 # A larger array is stored matrix by matrix, in chunks of at most this size, so that a part of it
 # can be read without the whole.
 CHUNK_BYTES = 256 << 20
 
-# Orbax warns that `state` alone, read as a checkpoint, lacks a file of the step's folder.
+_STATE, _PARTIAL, _OLD = "state", ".partial", ".old"
+_PATIENCE_MS = 3_600_000  # for the slowest process to hash its share
+
+# Orbax warns of a folder that it did not make.
 logging.getLogger("absl").addFilter(lambda line: "_CHECKPOINT_METADATA" not in line.getMessage())
 
 
 class Store:
-    """The checkpoints of one run, open for writing.
-
-    Attributes:
-      set_aside: folders named like a checkpoint but not whole, now called `<step>.incomplete`.
-    """
+    """The checkpoints of one run, open for writing."""
 
     def __init__(self, directory: Path, *, keep: int):
-        """Opens or makes `directory`, in which the newest `keep` checkpoints stay.
+        """Opens or makes `directory`, in which the newest `keep` checkpoints stay. What an
+        interrupted save or removal has left there goes.
 
         Raises:
           OSError: the directory cannot be made or written.
         """
-        self._directory = directory.absolute()
+        self._directory, self._keep = directory.absolute(), keep
+        self._there = set(steps(self._directory))
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
         with _reporting_failure(f"cannot open the checkpoint folder {self._directory}"):
             self._directory.mkdir(parents=True, exist_ok=True)
-            # Orbax takes any folder with a number for a name for a checkpoint.
-            self.set_aside = [
-                _set_aside(folder) if jax.process_index() == 0 else folder
-                for folder in _numbered(self._directory)
-                if not _is_whole(folder)
-            ]
-            self._manager = ocp.CheckpointManager(
-                self._directory,
-                options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep, cleanup_tmp_directories=True
-                ),
-            )
+            if not os.access(self._directory, os.W_OK | os.X_OK):
+                raise PermissionError("it cannot be written")
+            if jax.process_index() == 0:
+                for left in self._directory.iterdir():
+                    if left.name.endswith((_PARTIAL, _OLD)) and left.stem.isdecimal():
+                        shutil.rmtree(left)
+            self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
         """Starts to save `state` (arrays) and `record` (JSON), and returns while it is written.
@@ -75,56 +76,138 @@ class Store:
         The arrays are copied before this returns: the next step may overwrite their buffers.
 
         Raises:
+          ValueError: the state holds NaN or infinity; nothing is written.
           OSError: this checkpoint, or the one before it, cannot be written.
         """
-        if step in self._manager.all_steps():
+        self.wait()
+        if step in self._there:
             return
         arrays = _plain(state)
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(  # pyright: ignore[reportCallIssue]
-                arrays,
-                save_args=jax.tree.map(_chunks, arrays),  # pyright: ignore[reportCallIssue]
-            ),
-            record=ocp.args.JsonSave(record),  # pyright: ignore[reportCallIssue]
-        )
+        leaves = _describe_finite(step, state)
+        folder = self._directory / f"{step}{_PARTIAL}"
         with _reporting_failure(f"cannot write the checkpoint of step {step} in {self._directory}"):
-            self._manager.save(step, args=arguments, force=True)
+            self._checkpointer.save(
+                folder / _STATE,
+                args=ocp.args.StandardSave(  # pyright: ignore[reportCallIssue]
+                    arrays,
+                    save_args=jax.tree.map(_chunks, arrays),  # pyright: ignore[reportCallIssue]
+                ),
+                force=True,
+            )
+        self._thread = threading.Thread(
+            target=self._finish, args=(step, folder, record, leaves), name="checkpoint"
+        )
+        self._thread.start()
+        self._there.add(step)
+
+    def _finish(
+        self, step: int, folder: Path, record: dict[str, Any], leaves: dict[str, dict[str, Any]]
+    ) -> None:
+        """Runs in a thread: waits for Orbax, writes the manifest, and gives the folder its name."""
+        try:
+            self._checkpointer.wait_until_finished()
+            files = _hash_together(folder)
+            if jax.process_index() == 0:
+                manifest.write(folder, Manifest(record, leaves, files))
+                folder.rename(self._directory / str(step))
+                sync_folder(self._directory)
+                for old in steps(self._directory)[: -self._keep]:
+                    self._remove(old)
+        except BaseException as error:  # told to whoever waits
+            self._failure = error
+
+    def _remove(self, step: int) -> None:
+        """Removes a checkpoint; what a crash leaves of it is none any more."""
+        old = self._directory / f"{step}{_OLD}"
+        (self._directory / str(step)).rename(old)
+        shutil.rmtree(old)
 
     def wait(self) -> None:
-        """Returns when each checkpoint that was started is complete.
+        """Returns when the checkpoint that was started is complete.
 
         Raises:
-          OSError: one of them cannot be written.
+          OSError: it cannot be written.
         """
-        with _reporting_failure(f"cannot finish a checkpoint in {self._directory}"):
-            self._manager.wait_until_finished()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            with _reporting_failure(f"cannot finish a checkpoint in {self._directory}"):
+                raise failure
 
     def close(self) -> None:
         """Waits, as `wait` does, and lets go of Orbax's threads."""
         try:
             self.wait()
         finally:
-            self._manager.close()
+            self._checkpointer.close()
 
 
 def steps(directory: Path) -> list[int]:
-    """The steps whose checkpoints in `directory` are whole, ascending."""
-    return sorted(int(folder.name) for folder in _numbered(directory) if _is_whole(folder))
+    """The steps that have a checkpoint in `directory`, ascending, as far as names tell."""
+    return sorted(
+        int(folder.name) for folder in _numbered(directory) if (folder / manifest.NAME).is_file()
+    )
 
 
 def latest(directory: Path) -> int | None:
-    """The newest step that has a whole checkpoint in `directory`; None if there is none."""
+    """The newest step that has a checkpoint in `directory`, as far as names tell; None if there is
+    none."""
     return max(steps(directory), default=None)
 
 
+def newest_whole(
+    directory: Path, *, set_aside: bool = False, say: Callable[[str], None]
+) -> int | None:
+    """The newest step whose checkpoint is as it was written, every byte of it.
+
+    Args:
+      set_aside: whether to rename the newer ones, which are damaged, out of the way.
+      say: is told of each that is passed over, and why.
+
+    Returns:
+      None if there never was a checkpoint.
+
+    Raises:
+      ValueError: there are checkpoints and each is damaged.
+    """
+    numbered = sorted(_numbered(directory), key=lambda folder: int(folder.name), reverse=True)
+    passed: list[tuple[Path, str]] = []
+    for folder in numbered:
+        trouble = _trouble(folder)
+        if trouble is None:
+            break
+        passed.append((folder, trouble))
+    else:
+        if numbered:
+            raise ValueError(
+                f"{directory} holds no checkpoint that is as it was written, and nothing is begun "
+                f"anew over what is left: {listed([trouble for _, trouble in passed])}. Bring one "
+                "back from a copy, or use another --workdir to begin again"
+            )
+        return None
+    for bad, trouble in passed:
+        name = _set_aside(bad).name if set_aside and jax.process_index() == 0 else bad.name
+        say(
+            f"{trouble}. The checkpoint of step {bad.name} is not used (it is now {name}); taking "
+            f"step {folder.name}"
+        )
+    return int(folder.name)
+
+
 def read_record(directory: Path, step: int) -> dict[str, Any]:
-    """Reads the JSON record that was saved with `step`."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(directory.absolute() / str(step) / "record")
+    """Reads the JSON record that was saved with `step`.
+
+    Raises:
+      Damage: the manifest is missing or damaged.
+    """
+    return manifest.read(directory.absolute() / str(step)).record
 
 
 def restore(directory: Path, step: int, abstract_state: Any) -> Any:
-    """Reads the arrays of `step`, bit for bit, into the shape of `abstract_state`.
+    """Reads the arrays of `step`, bit for bit, into the shape of `abstract_state`, and checks them
+    against the fingerprints that were taken before they were saved.
 
     Args:
       abstract_state: pytree of jax.ShapeDtypeStruct, each with its sharding, which may differ from
@@ -132,41 +215,85 @@ def restore(directory: Path, step: int, abstract_state: Any) -> Any:
 
     Raises:
       ValueError: names, shapes or dtypes differ from the checkpoint's; all of them are listed.
+      Damage: values are not those that were saved.
     """
-    folder = directory.absolute() / str(step) / "state"
+    folder = directory.absolute() / str(step)
+    leaves = manifest.read(folder).leaves
     wanted, structure = jax.tree_util.tree_flatten_with_path(abstract_state)
+    _check_matches(folder, leaves, {".".join(_name(path)): leaf for path, leaf in wanted})
     with ocp.StandardCheckpointer() as checkpointer:
-        _check_matches(folder, checkpointer.metadata(folder).item_metadata.tree, wanted)
-        restored = checkpointer.restore(folder, _plain(abstract_state))
-    return jax.tree.unflatten(structure, [_lookup(restored, _name(path)) for path, _ in wanted])
+        restored = checkpointer.restore(folder / _STATE, _plain(abstract_state))
+    found = {".".join(_name(path)): _lookup(restored, _name(path)) for path, _ in wanted}
+    inspected = fingerprint.inspect(found).fingerprints
+    if wrong := [name for name in found if inspected[name] != leaves[name]["fingerprint"]]:
+        raise Damage(
+            f"{folder}: {listed(wrong)} came back with other values than were saved, although the "
+            "files are right; this machine's memory or disk is not to be trusted: try another"
+        )
+    return jax.tree.unflatten(structure, list(found.values()))
 
 
-def _check_matches(folder: Path, stored_tree: Any, wanted: list[tuple[Any, Any]]) -> None:
-    stored = {
-        _name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(stored_tree)[0]
+def _describe_finite(step: int, state: Any) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and fingerprint of each array of a state, by its name.
+
+    Raises:
+      ValueError: arrays hold NaN or infinity.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    arrays = {".".join(_name(path)): leaf for path, leaf in leaves}
+    inspected = fingerprint.inspect(arrays)
+    if inspected.not_finite:
+        raise ValueError(
+            f"after step {step} the state holds NaN or infinity in {listed(inspected.not_finite)}; "
+            "no checkpoint of it is written"
+        )
+    return {
+        name: {
+            "dtype": str(leaf.dtype),
+            "shape": list(leaf.shape),
+            "fingerprint": inspected.fingerprints[name],
+        }
+        for name, leaf in arrays.items()
     }
-    asked = {_name(path): leaf for path, leaf in wanted}
-    problems = [
-        f"missing {'.'.join(name)} {_describe(asked[name])}"
-        for name in asked.keys() - stored.keys()
-    ]
+
+
+def _hash_together(folder: Path) -> dict[str, File]:
+    """Hashes of all files below a folder, of which each process makes its share; for process 0."""
+    names, index, count = manifest.listing(folder), jax.process_index(), jax.process_count()
+    own = manifest.hash_files(folder, names[index::count])
+    if count == 1:
+        return own
+    parts = [folder / f"hashes.{process}.json" for process in range(count)]
+    barrier = multihost.get_barrier_sync_fn()
+    barrier(key=f"dsjax hashes of {folder.name}, listed", timeout_ms=_PATIENCE_MS)
+    write_json(parts[index], {name: file._asdict() for name, file in own.items()})
+    barrier(key=f"dsjax hashes of {folder.name}, written", timeout_ms=_PATIENCE_MS)
+    if index:
+        return own
+    files = {}
+    for part in parts:
+        files |= {name: File(**entry) for name, entry in read_json(part).items()}
+        part.unlink()
+    if missing := sorted(set(names) - files.keys()):
+        raise OSError(f"{folder}: not every process sees all files; one lacks {missing[0]}")
+    return files
+
+
+def _check_matches(folder: Path, stored: dict[str, dict[str, Any]], asked: dict[str, Any]) -> None:
+    has = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in stored.items()}
+    wants = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in asked.items()}
+    problems = [f"missing {name} {wants[name]}" for name in wants.keys() - has.keys()]
+    problems += [f"extra {name} {has[name]}" for name in has.keys() - wants.keys()]
     problems += [
-        f"extra {'.'.join(name)} {_describe(stored[name])}" for name in stored.keys() - asked.keys()
-    ]
-    problems += [
-        f"{'.'.join(name)} is {_describe(stored[name])}, wanted {_describe(asked[name])}"
-        for name in asked.keys() & stored.keys()
-        if _describe(asked[name]) != _describe(stored[name])
+        f"{name} is {has[name]}, wanted {wants[name]}"
+        for name in wants.keys() & has.keys()
+        if has[name] != wants[name]
     ]
     if problems:
         raise ValueError(
             f"the checkpoint {folder} does not fit this config in {len(problems)} arrays: "
             f"{'; '.join(sorted(problems))}; use the config it was written with"
         )
-
-
-def _describe(leaf: Any) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}"
 
 
 def _name(path: tuple[Any, ...]) -> tuple[str, ...]:
@@ -208,16 +335,32 @@ def _numbered(directory: Path) -> list[Path]:
     return [folder for folder in directory.iterdir() if folder.name.isdecimal()]
 
 
-def _is_whole(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in _WHOLE)
+def _trouble(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, all processes looking at their share of the files; None if
+    it is as it was written."""
+    index, count = jax.process_index(), jax.process_count()
+    found: str | None = None
+    try:
+        whole = manifest.read(folder)
+        if (step := whole.record.get("step", int(folder.name))) != int(folder.name):
+            found = f"{folder} holds the checkpoint of step {step}"
+        share = dict(list(whole.files.items())[index::count])
+        found = "; ".join(manifest.problems(folder, whole._replace(files=share))) or found
+    except Damage as error:
+        found = str(error)
+    if count > 1:
+        bad = np.asarray(multihost_utils.process_allgather(np.int32(found is not None)))
+        if found is None and bad.any():
+            found = f"{folder} is damaged, as process {int(bad.argmax())} says"
+    return found
 
 
 def _set_aside(folder: Path) -> Path:
-    target = folder.with_name(f"{folder.name}.incomplete")
+    target = folder.with_name(f"{folder.name}.damaged")
     for attempt in range(2, 1000):
         if not target.exists():
             break
-        target = folder.with_name(f"{folder.name}.incomplete-{attempt}")
+        target = folder.with_name(f"{folder.name}.damaged-{attempt}")
     return folder.rename(target)
 
 

@@ -29,6 +29,7 @@ eight times slower than `slices.transpose_into`.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import os
@@ -42,6 +43,7 @@ import numpy as np
 import tensorstore as ts
 
 from dsjax.checkpoint.json_files import open_regular, read_json, sync_folder, write_json
+from dsjax.checkpoint.manifest import File, Guard
 from dsjax.checkpoint.names import Tensor
 from dsjax.checkpoint.slices import (
     Dequantized,
@@ -78,6 +80,11 @@ def scales_name(name: Name) -> Name:
     return ("scales", *name)
 
 
+def is_chunk(file: str) -> bool:
+    """Whether the file of this path is a chunk of an array."""
+    return re.fullmatch(r"[0-9.]+", os.path.basename(file)) is not None
+
+
 def is_complete(folder: Path) -> bool:
     """Whether the weights in a folder have been written to the end."""
     return (folder / _FINISHED).is_file()
@@ -106,15 +113,19 @@ class WeightsWriter:
         for array in self._arrays.values():
             array.create()
 
-    def write(self, name: Name, slot: tuple[int, ...], tensor: np.ndarray) -> None:
+    def write(self, name: Name, slot: tuple[int, ...], tensor: np.ndarray) -> dict[str, File]:
         """Writes a slot's tensor, given in published orientation, and waits until it is on disk.
+
+        Returns:
+          the files that it fills, by their path in the folder.
 
         Raises:
           OSError: it cannot be written.
         """
         leaf = self._leaves[name]
         assert (tensor.shape, tensor.dtype) == (leaf.tensor_shape, leaf.dtype), (name, tensor.shape)
-        self._arrays[name].write(slot, np.ascontiguousarray(tensor))
+        files = self._arrays[name].write(slot, np.ascontiguousarray(tensor))
+        return {str(path.relative_to(self.folder)): file for path, file in files.items()}
 
     def finish(self) -> None:
         """Checks that every slot has been written and makes the folder a checkpoint.
@@ -178,8 +189,11 @@ class Weights:
       block: rows and columns, as published, that share a scale of an FP8 leaf.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, guard: Guard | None = None):
         """Opens a folder; reads no array.
+
+        Args:
+          guard: checks a chunk before anything of it is used; None: only its size is checked.
 
         Raises:
           ValueError: it holds no complete checkpoint, or a damaged one.
@@ -198,7 +212,8 @@ class Weights:
             custom = metadata["custom_metadata"] or {}
             if slot_ranks := custom.get("slot_ranks"):
                 self._arrays = {
-                    name: _Chunks.open(folder, name, slot_ranks[".".join(name)]) for name in names
+                    name: _Chunks.open(folder, name, slot_ranks[".".join(name)], guard)
+                    for name in names
                 }
                 if custom["scale_block"]:
                     self.block = (custom["scale_block"][0], custom["scale_block"][1])
@@ -258,8 +273,15 @@ def _names(metadata: Mapping[str, Any]) -> list[Name]:
 class _Chunks:
     """An array of published tensors, each a chunk of its own or a few."""
 
-    def __init__(self, folder: Path, name: Name, leaf: Leaf, chunk_rows: int | None = None):
-        self._folder, self.leaf = folder / ".".join(name), leaf
+    def __init__(
+        self,
+        folder: Path,
+        name: Name,
+        leaf: Leaf,
+        chunk_rows: int | None = None,
+        guard: Guard | None = None,
+    ):
+        self._folder, self.leaf, self._guard = folder / ".".join(name), leaf, guard
         rows, *columns = leaf.tensor_shape
         self._rows = rows
         self._row_bytes = math.prod(columns) * leaf.dtype.itemsize
@@ -267,7 +289,7 @@ class _Chunks:
         self._chunk_rows = chunk_rows or -(-rows // pieces)
 
     @classmethod
-    def open(cls, folder: Path, name: Name, slot_rank: int) -> _Chunks:
+    def open(cls, folder: Path, name: Name, slot_rank: int, guard: Guard | None) -> _Chunks:
         path = folder / ".".join(name) / ".zarray"
         zarray = read_json(path)
         fixed = (zarray["compressor"], zarray["filters"], zarray.get("dimension_separator", "."))
@@ -275,7 +297,7 @@ class _Chunks:
         shape = tuple(zarray["shape"])
         leaf = Leaf(shape, _DTYPES[zarray["dtype"]], slot_rank, transpose)
         chunk_rows = zarray["chunks"][-1 if transpose else slot_rank]
-        array = cls(folder, name, leaf, chunk_rows)
+        array = cls(folder, name, leaf, chunk_rows, guard)
         if fixed != (None, None, ".") or zarray["chunks"] != array._chunk_shape():
             raise ValueError(
                 f"{path} does not describe whole tensors, so it is not as it was written; copy or "
@@ -321,14 +343,20 @@ class _Chunks:
             path = self._folder / ".".join(map(str, position))
             yield path, max(start, first), min(stop, first + self._chunk_rows)
 
-    def write(self, slot: tuple[int, ...], tensor: np.ndarray) -> None:
+    def write(self, slot: tuple[int, ...], tensor: np.ndarray) -> dict[Path, File]:
+        files = {}
         for path, start, stop in self._pieces(slot, 0, self._rows):
-            padding = self._chunk_rows - (stop - start)
+            rows = _bytes(tensor[start:stop])
+            padding = bytes((self._chunk_rows - (stop - start)) * self._row_bytes)
+            digest = hashlib.sha256(rows)
+            digest.update(padding)
             with path.open("wb") as file:
-                file.write(_bytes(tensor[start:stop]))
-                file.write(bytes(padding * self._row_bytes))
+                file.write(rows)
+                file.write(padding)
                 file.flush()
                 os.fsync(file.fileno())
+            files[path] = File(len(rows) + len(padding), digest.hexdigest())
+        return files
 
     def missing(self) -> Iterator[Path]:
         """Chunk files that are absent or not whole."""
@@ -341,6 +369,8 @@ class _Chunks:
     def rows(self, slot: tuple[int, ...], start: int, stop: int) -> np.ndarray:
         rows = np.empty((stop - start, *self.leaf.tensor_shape[1:]), self.leaf.dtype)
         for path, first, last in self._pieces(slot, start, stop):
+            if self._guard is not None:
+                self._guard.check(path)
             target = _bytes(rows[first - start : last - start])
             with os.fdopen(open_regular(path), "rb") as file:
                 file.seek((first % self._chunk_rows) * self._row_bytes)

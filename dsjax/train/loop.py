@@ -6,8 +6,8 @@ the way are waited for.
 
 How a run resumes:
 1. workdir.claim: the folder must hold this config's run, up to keys that do not matter.
-2. setup: the newest whole checkpoint gives the state, the position in the data and the number of
-   steps done.
+2. setup: the newest checkpoint that is as it was written, every byte of it, gives the state, the
+   position in the data and the number of steps done.
 3. Metrics: lines of later steps are dropped, since those steps will be done again.
 4. The schedule is a function of the step alone, so nothing else is remembered. On a CPU with the
    same versions and cores the resumed run gives the same bits as one that was never stopped.

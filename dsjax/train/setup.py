@@ -108,12 +108,10 @@ def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -
     heldout = heldout_sequences(corpus.heldout, corpus.tokenizer.special, sequence_length=length)
     if processes.is_first():
         corpus.tokenizer.save(str(folder))
-    checkpoints = store.Store(folder / "checkpoints", keep=config.train.keep)
-    for broken in checkpoints.set_aside:
-        display.say(f"{broken.parent} held an incomplete checkpoint, now called {broken.name}")
     state, record = _restore_or_make(config, folder, mesh, abstract, display)
     if record:
         loader.restore(record["data"])
+    checkpoints = store.Store(folder / "checkpoints", keep=config.train.keep)
     peak = peak_flops(list(mesh.devices.flat))
     return Run(
         config=config,
@@ -161,10 +159,10 @@ def _prepare_corpus(config: Config, display: Display) -> Corpus:
 def _restore_or_make(
     config: Config, folder: Path, mesh: Mesh, abstract: TrainState, display: Display
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The newest checkpoint's state and record, or a new state and an empty record."""
+    """State and record of the newest checkpoint that is whole, or a new state and no record."""
     directory = folder / "checkpoints"
-    step = processes.from_first(store.latest(directory) or 0)
-    if not step:
+    step = store.newest_whole(directory, set_aside=True, say=display.say)
+    if step is None:
         return initial_state(config, mesh), {}
     record = store.read_record(directory, step)
     state = store.restore(directory, step, abstract)

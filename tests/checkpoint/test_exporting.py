@@ -19,7 +19,7 @@ from dsjax.checkpoint.progress import Transfer
 from dsjax.checkpoint.tensor_files import MAX_SHARD_BYTES, open_folder, plan_shards
 from dsjax.data.tokenizer import BOS, EOS, PAD, load_tokenizer, train_tokenizer
 from tests import closeness
-from tests.checkpoint.conversions import bring_in, hashes, send_out
+from tests.checkpoint.conversions import bring_in, hashes, seal, send_out
 from tests.checkpoint.hf_files import BLOCK, in_fp8, plain, quantization, write
 from tests.checkpoint.kill_points import kill_at
 from tests.checkpoint.runs import write_run
@@ -265,6 +265,7 @@ def test_export_of_nan_names_the_array(tmp_path):
     damaged = np.fromfile(chunk, np.float32)
     damaged[77] = np.nan
     damaged.tofile(chunk)
+    seal(tmp_path / "ours")
     with pytest.raises(
         ValueError,
         match=r"params\.dense_layers\.ffn\.w_up holds NaN or infinity where "

@@ -147,7 +147,7 @@ def test_killed_import_goes_on_to_the_same_bytes(tmp_path):
             open_checkpoint(target)
         content = partial / "content"
         if content.exists() and hashes(content) != undisturbed:
-            with pytest.raises(ValueError, match=r"no checkpoint|does not exist|no complete"):
+            with pytest.raises(ValueError, match=r"no checkpoint|does not exist|is missing"):
                 open_checkpoint(content)
         bring_in(source, target)
         assert hashes(target) == undisturbed, point
@@ -164,7 +164,7 @@ def test_interrupted_import_does_not_read_again_what_it_has(published, tmp_path,
             count += 1
             if count > 200:
                 raise OSError(28, "No space left on device")
-            super().write(name, slot, tensor)
+            return super().write(name, slot, tensor)
 
     monkeypatch.setattr(importing, "WeightsWriter", Full)
     with pytest.raises(OSError, match="No space") as error:

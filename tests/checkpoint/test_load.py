@@ -27,6 +27,7 @@ from dsjax.checkpoint.progress import Transfer
 from dsjax.checkpoint.tensor_files import TensorFolder
 from dsjax.parallel.mesh import make_mesh
 from tests.checkpoint import hf_files
+from tests.checkpoint.conversions import seal
 from tests.checkpoint.runs import write_run
 from tests.closeness import EXACT, assert_close
 from tests.golden import checkpoint as golden
@@ -229,23 +230,24 @@ def test_checkpoint_of_a_run_is_the_newest_whole_one_or_the_one_named(tmp_path, 
     write_run(tmp_path, MTP, 2, 10)
     newest = tmp_path / "checkpoints" / "10"
     assert_same_model(dsjax.load(tmp_path), model)
-    (newest / "state" / "commit_success.txt").unlink()
+    (newest / "state" / "manifest.ocdbt").unlink()
     with caplog.at_level(logging.WARNING):
         older = dsjax.load(tmp_path)
-    assert "checkpoints/10 is not whole; taking step 2" in caplog.text
+    assert "10/state/manifest.ocdbt is missing" in caplog.text and "step 2" in caplog.text
+    assert newest.is_dir()  # a reader renames nothing
     assert_close(older.embed.weight[...], model.embed.weight[...] + 8, EXACT)
     assert_same_model(dsjax.load(tmp_path / "checkpoints" / "2"), older)
-    with pytest.raises(ValueError, match=r"no whole checkpoint of step 10; it holds 10, 2\."):
+    with pytest.raises(ValueError, match=r"10/state/manifest\.ocdbt is missing; copy or convert"):
         open_checkpoint(newest)
     shutil.rmtree(tmp_path / "checkpoints" / "2")
-    with pytest.raises(ValueError, match=r"checkpoints has no whole checkpoint; it holds 10\."):
+    with pytest.raises(ValueError, match=r"holds no checkpoint that is as it was written"):
         open_checkpoint(tmp_path)
 
 
 def test_converted_checkpoint_that_is_not_whole_is_refused(folders, tmp_path):
     shutil.copytree(folders["converted"], tmp_path / "copy")
     (tmp_path / "copy" / "weights" / "_METADATA").unlink()
-    with pytest.raises(ValueError, match=r"weights is no complete checkpoint"):
+    with pytest.raises(ValueError, match=r"weights/_METADATA is missing; copy or convert"):
         open_checkpoint(tmp_path / "copy")
 
 
@@ -270,12 +272,14 @@ def test_config_that_disagrees_with_the_arrays_is_refused(folders, tmp_path):
     values = json.loads(path.read_text())
     values["model"] |= {"vocab_size": 161, "tie_embed": True}
     path.write_text(json.dumps(values))
+    seal(tmp_path / "copy")
     with pytest.raises(ValueError, match=r"not those that .*config\.json describes") as error:
         open_checkpoint(tmp_path / "copy")
     assert "params.embed.weight is [160, 64], the config gives [161, 64]" in str(error.value)
     assert "unexpected head.weight" in str(error.value)
     values["model"] |= {"vocab_size": 160, "tie_embed": False, "n_layers": 2, "n_dense_layers": 1}
     path.write_text(json.dumps(values))
+    seal(tmp_path / "copy")
     with pytest.raises(ValueError, match=r"missing params\.dense_layers\.attn_norm\.weight"):
         open_checkpoint(tmp_path / "copy")
 
@@ -294,6 +298,7 @@ def test_converted_config_that_is_none_is_refused(folders, tmp_path, change, mes
     values = json.loads((folders["converted"] / "config.json").read_text())
     model = values["model"] | change.pop("model", {})
     (tmp_path / "config.json").write_text(json.dumps(values | {"model": model} | change))
+    seal(tmp_path)
     with pytest.raises(ValueError, match=message):
         open_checkpoint(tmp_path)
 

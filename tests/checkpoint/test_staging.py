@@ -60,12 +60,14 @@ def test_staging_goes_on_after_what_is_finished(tmp_path):
     with (folder / "journal.jsonl").open("a") as journal:
         journal.write('"c"')  # a crash cut the line short
     with Staging(tmp_path / "v3", IDENTITY, said.append) as work:
-        assert work.finished == {"a", "b"}
+        assert work.finished == {"a": None, "b": None}
         assert (work.content / "a").read_text() == "a"
-        work.finish("d")
+        work.finish("d", {"size": 1})
     assert said == [f"going on after 2 finished parts in {folder}"]
     lines = (folder / "journal.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [IDENTITY, "a", "b", "d"]
+    notes = [(part, None) for part in "ab"] + [("d", {"size": 1})]
+    wanted = [{"part": part, "note": note} for part, note in notes]
+    assert [json.loads(line) for line in lines] == [IDENTITY, *wanted]
 
 
 @pytest.mark.parametrize("lost", ["content", "journal.jsonl"])
@@ -76,7 +78,7 @@ def test_staging_begins_again_when_half_of_it_is_lost(tmp_path, lost):
     else:
         (folder / lost).unlink()
     with Staging(tmp_path / "v3", IDENTITY, silent) as work:
-        assert work.finished == set() and list(work.content.iterdir()) == []
+        assert work.finished == {} and list(work.content.iterdir()) == []
 
 
 def test_staging_refuses_what_is_left_of_another_conversion(tmp_path):

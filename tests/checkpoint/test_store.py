@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from dsjax.checkpoint import store
 from dsjax.config import OptimConfig
 from dsjax.train.optimizer import adamw
+from tests.checkpoint.damage import flip
 
 
 def make_state(seed: int = 0):
@@ -113,21 +114,80 @@ def test_store_lists_every_array_that_does_not_fit(saved):
     assert "params.embed.weight is float32[16, 8], wanted float32[16, 9]" in str(error.value)
 
 
-def test_store_takes_no_broken_folder_for_a_checkpoint(saved, tmp_path):
-    """An empty folder, and a copy that lost its last file: both newer than the whole checkpoint."""
+def test_store_passes_over_what_is_damaged_and_keeps_it_aside(saved, tmp_path):
+    """An empty folder, a copy that lost a file, and a flipped bit: all newer than a whole one."""
     directory, state = saved
-    shutil.copytree(directory / "4", tmp_path / "4")
-    shutil.copytree(directory / "4", tmp_path / "8")
-    (tmp_path / "8" / "commit_success.txt").unlink()
+    for step in ("4", "8", "10"):
+        shutil.copytree(directory / "4", tmp_path / step)
+    (tmp_path / "8" / "state" / "commit_success.txt").unlink()
     (tmp_path / "9").mkdir()
-    (tmp_path / "12.orbax-checkpoint-tmp").mkdir()
-    assert store.steps(tmp_path) == [4]
-
+    flip(tmp_path / "10" / "state" / "manifest.ocdbt", 100)
+    said: list[str] = []
+    assert store.newest_whole(tmp_path, say=said.append) == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "4", "8", "9"]
+    said.clear()
+    assert store.newest_whole(tmp_path, set_aside=True, say=said.append) == 4
+    assert [line.partition(" ")[0].removeprefix(f"{tmp_path}/") for line in said] == [
+        "10/state/manifest.ocdbt",
+        "9/manifest.json",
+        "8/state/commit_success.txt",
+    ]
+    assert "step 8 is not used (it is now 8.damaged); taking step 4" in said[2]
     checkpoints = store.Store(tmp_path, keep=2)
-    assert sorted(path.name for path in checkpoints.set_aside) == ["8.incomplete", "9.incomplete"]
     checkpoints.save(8, state, {"step": 8})
     checkpoints.close()
-    assert store.steps(tmp_path) == [4, 8]
+    assert store.steps(tmp_path) == [4, 8] and (tmp_path / "8.damaged").is_dir()
+
+
+def test_store_begins_nothing_anew_over_what_is_damaged(saved, tmp_path):
+    assert store.newest_whole(tmp_path, say=print) is None
+    shutil.copytree(saved[0] / "4", tmp_path / "4")
+    (tmp_path / "4" / "state" / "_METADATA").write_text("")
+    for _ in range(2):  # the same command again finds it no other way
+        with pytest.raises(
+            ValueError, match=r"no checkpoint .*_METADATA has 0 bytes.*Bring one back"
+        ):
+            store.newest_whole(tmp_path, set_aside=True, say=print)
+
+
+def test_store_refuses_a_checkpoint_that_lies_under_another_name(saved, tmp_path):
+    """Whole in itself, but of another step."""
+    shutil.copytree(saved[0] / "4", tmp_path / "6")
+    with pytest.raises(ValueError, match="6 holds the checkpoint of step 4"):
+        store.newest_whole(tmp_path, say=print)
+
+
+def test_store_removes_what_interrupted_saves_left(tmp_path):
+    for name in ("3.partial", "2.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("")
+    store.Store(tmp_path, keep=1).close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_store_checks_the_values_that_come_back(saved, monkeypatch):
+    """Right files, and a bit that flips after they were read."""
+    directory, state = saved
+    plain = store._lookup
+
+    def flipped(tree, name):
+        leaf = plain(tree, name)
+        return leaf.at[0].set(-leaf[0]) if name == ("params", "norm", "weight") else leaf
+
+    monkeypatch.setattr(store, "_lookup", flipped)
+    with pytest.raises(store.Damage, match=r"4: params\.norm\.weight came back with other values"):
+        store.restore(directory, 4, abstract(state))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_store_writes_no_state_that_is_not_finite(tmp_path, value):
+    state = make_state()
+    state["params"]["norm"]["weight"].set_value(jnp.full(8, value, jnp.float32))
+    checkpoints = store.Store(tmp_path, keep=1)
+    with pytest.raises(ValueError, match=r"step 3 .*NaN or infinity in params\.norm\.weight"):
+        checkpoints.save(3, state, {})
+    checkpoints.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_store_reports_a_full_disk(tmp_path):

@@ -1,0 +1,112 @@
+"""Fingerprints of arrays: the same however they are sharded, taken without gathering anything.
+
+A fingerprint is the sum, modulo 2^64, over the elements of an array, of an element's bits times an
+odd number that its place in the whole array decides. So each process sums up the shards that it
+owns, and the sums add up to the same on any mesh. An odd number has an inverse modulo 2^64, so
+whatever happens to one element, a single flipped bit too, changes the sum; changes of several
+cancel out with a chance of about 2^-64. It protects against accidents, not against somebody who
+looks for a collision.
+
+NumPy on the host does it, a block at a time in threads: at 156 leaves a compiled program took the
+CPU's compiler thirty times as long as this takes in all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.experimental import multihost_utils
+
+_BLOCK = 1 << 16  # elements: what is made of them on the way stays in cache
+_ADD, _FIRST, _SECOND = (
+    np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+_EXPONENT = {  # the bits that are all set in NaN and infinity
+    np.dtype(np.float32): 0x7F800000,
+    np.dtype(ml_dtypes.bfloat16): 0x7F80,
+    np.dtype(np.float16): 0x7C00,
+    np.dtype(ml_dtypes.float8_e4m3fn): 0x7F,
+}
+
+
+class Inspection(NamedTuple):
+    """What is known of named arrays."""
+
+    fingerprints: dict[str, str]  # sixteen hexadecimal digits
+    not_finite: list[str]
+
+
+def inspect(arrays: Mapping[str, jax.Array]) -> Inspection:
+    """Takes the fingerprints of arrays of elements of at most 32 bits, and finds NaN and infinity.
+
+    Several processes each look at what they own, and agree.
+    """
+    sums = np.zeros((len(arrays), 2), np.uint64)  # fingerprint, blocks that are not finite
+    with ThreadPoolExecutor(max(4, os.cpu_count() or 1), thread_name_prefix="inspect") as pool:
+        for row, (fingerprint, wild) in zip(sums, pool.map(_inspect, arrays.values()), strict=True):
+            row[:] = fingerprint, wild
+    if jax.process_count() > 1:
+        halves = multihost_utils.process_allgather(sums.view(np.uint32))  # jax has no 64 bits
+        sums = np.ascontiguousarray(halves).view(np.uint64).sum(axis=0, dtype=np.uint64)
+    return Inspection(
+        {name: f"{int(row[0]):016x}" for name, row in zip(arrays, sums, strict=True)},
+        [name for name, row in zip(arrays, sums, strict=True) if row[1]],
+    )
+
+
+def _inspect(array: jax.Array) -> tuple[np.uint64, int]:
+    found = [
+        inspect_part(np.asarray(shard.data), shard.index, array.shape)
+        for shard in array.addressable_shards
+        if shard.replica_id == 0
+    ]
+    return np.uint64(sum(int(part) for part, _ in found) % 2**64), sum(wild for _, wild in found)
+
+
+def inspect_part(
+    part: np.ndarray, index: tuple[slice, ...], shape: tuple[int, ...]
+) -> tuple[np.uint64, int]:
+    """The sum over part = whole[index], `whole` being of this shape, and the number of its blocks
+    that hold NaN or infinity."""
+    words = np.ascontiguousarray(part)
+    words = words.view(f"u{part.dtype.itemsize}").reshape(part.shape)
+    exponent = _EXPONENT.get(part.dtype)
+    strides = np.cumprod((1, *shape[:0:-1]), dtype=np.uint64)[::-1]
+    places = [
+        np.arange(*at.indices(size), dtype=np.uint64) * stride
+        for at, size, stride in zip(index, shape, strides, strict=False)
+    ]
+    return _sum(words, np.uint64(0), places, exponent)
+
+
+def _sum(
+    words: np.ndarray, first: np.uint64, places: list[np.ndarray], exponent: int | None
+) -> tuple[np.uint64, int]:
+    """Sums up a part; `places` has, for each dim, what an index adds to an element's place."""
+    if words.size > _BLOCK and words.ndim:
+        step = max(1, _BLOCK * len(words) // words.size)
+        blocks = [slice(start, start + step) for start in range(0, len(words), step)]
+        along, *inner = places
+        found = [
+            _sum(words[block][0], first + along[block][0], inner, exponent)
+            if len(words[block]) == 1
+            else _sum(words[block], first, [along[block], *inner], exponent)
+            for block in blocks
+        ]
+        return np.uint64(sum(int(part) for part, _ in found) % 2**64), sum(n for _, n in found)
+    place = np.full(words.shape, first + _ADD)
+    for dim, along in enumerate(places):
+        place += along.reshape([-1 if d == dim else 1 for d in range(words.ndim)])
+    place *= _FIRST
+    place ^= place >> np.uint64(32)
+    place *= _SECOND
+    place |= np.uint64(1)
+    place *= words
+    wild = exponent is not None and bool(((words & exponent) == exponent).any())
+    return place.sum(dtype=np.uint64), int(wild)
