@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from dsjax.checkpoint import store
 from dsjax.config import OptimConfig
 from dsjax.train.optimizer import adamw
+from tests.checkpoint import kill_saves
 from tests.checkpoint.damage import flip
 
 
@@ -230,3 +231,36 @@ def test_store_cuts_a_large_array_into_matrices(tmp_path, monkeypatch):
     assert chunks == {"large": (1, 1, 32, 32), "matrix": (32, 32), "small": (8,)}
     restored = store.restore(tmp_path, 1, abstract(state))
     assert_identical(restored, state)
+
+
+def assert_survived(results):
+    """Each run was taken up again where it had to be, and ended as if nothing had been."""
+    undisturbed, *killed = results
+    assert undisturbed["left"] == ["3", "4"]
+    for result in killed:
+        assert result["final"] == undisturbed["final"], result
+        assert result["left"] == undisturbed["left"], result
+        assert result["resumed"] >= result["acknowledged"], result
+
+
+# Before Orbax's folder of the arrays, before its name, before the manifest's name, before the
+# checkpoint's name, in the middle of removing an old one.
+NAMED_POINTS = ["mkdir 5", "rename 1", "replace 2", "rename 4", "unlink 5"]
+
+
+def test_killed_save_leaves_a_run_that_goes_on_to_the_same_bits(tmp_path):
+    results = kill_saves.kill(tmp_path / "runs", "sync", NAMED_POINTS)
+    assert [result["killed"] for result in results[1:]] == [True] * len(NAMED_POINTS)
+    assert_survived(results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_save_killed_at_any_act_or_moment_leaves_a_run_that_goes_on(tmp_path, mode):
+    """Every fifth act on the disk of all kinds, and a hundred random moments."""
+    acts = kill_saves.kill(tmp_path / "counted", mode, [])[0]["acts"]
+    points = [f"{name} {number}" for name in acts for number in range(1, acts[name] + 1, 5)]
+    points += kill_saves.moments(100, seed=5)
+    results = kill_saves.kill(tmp_path / "runs", mode, points)
+    assert sum(result["killed"] for result in results[1:]) > 100
+    assert_survived(results)
