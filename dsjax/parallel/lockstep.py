@@ -21,7 +21,8 @@ Two ranks are each other's left and right neighbours; all that they send has the
 What waits is stored by (chunk, micro-batch modulo number of slots), where `activation_slots` and
 `gradient_slots` are the least that keep apart what is stored at once, as one chunk's micro-batches
 come and go in order. A stage's input stays until its B, or its W where the backward is cut in two;
-the gradient of its output too. First stages read their input from the batch, which is not stored.
+the gradient of its output too, which the last stage makes itself in its I. First stages read their
+input from the batch, which is not stored.
 """
 
 from __future__ import annotations
@@ -145,6 +146,8 @@ def _slots(schedule: Schedule, ticks: dict[Op, int], payload: Payload) -> int:
         for stage, rank in enumerate(route):
             if payload == ACTIVATION:
                 sources = [Op("F", microbatch, stage - 1)]
+            elif stage == schedule.n_stages - 1:
+                sources = [Op("I", microbatch, stage)]
             else:
                 sources = [Op("B", microbatch, stage + 1), Op("I", microbatch, stage + 1)]
             arrival = [ticks[op] for op in sources if op in ticks]

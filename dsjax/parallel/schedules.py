@@ -52,6 +52,14 @@ def build(name: str, stages: int, microbatches: int, *, chunks: int = 2) -> Sche
     raise ValueError(f"there is no schedule {name!r}, only {', '.join(NAMES)}{hint}")
 
 
+def stages_per_rank(name: str) -> int:
+    """Into how many pieces a rank's part of the layers is cut: 2 where micro-batches pass it twice.
+
+    In DualPipe it is 1: the second stage that a rank holds is a copy of another rank's.
+    """
+    return 2 if name in ("interleaved", "dualpipev") else 1
+
+
 def gpipe(stages: int, microbatches: int) -> Schedule:
     _require_positive("gpipe", stages=stages, microbatches=microbatches)
     orders = [

@@ -97,7 +97,7 @@ def test_slots_do_not_grow_with_microbatches():
     for name, activations, gradients in [
         ("1f1b", 8, 1),
         ("interleaved", 8, 2),
-        ("zb1p", 8, 7),
+        ("zb1p", 8, 8),
         ("dualpipe", 7, 2),
         ("dualpipev", 7, 2),
     ]:

@@ -1,0 +1,103 @@
+"""A small model cut into stages, run through a pipeline and, as the reference, without one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsjax.parallel import pipeline, schedules
+from dsjax.parallel.mesh import make_mesh
+
+BATCH = 3
+
+
+def enter(outer, inputs):
+    return jnp.tanh(inputs["x"] @ outer["w_in"])
+
+
+def stage(params, x, inputs):
+    y = x + jax.nn.gelu(x @ params["w_up"]) @ params["w_down"]
+    penalty = inputs["scale"] * jnp.square(y).mean()
+    return y, penalty, {"penalty": penalty, "rows": jnp.int32(y.shape[0]) * inputs["number"]}
+
+
+def leave(outer, y, inputs):
+    loss = jnp.square(y @ outer["w_out"] @ outer["w_in"].T - inputs["target"]).mean()
+    return loss * 2.0, {"loss": loss, "number": inputs["number"]}
+
+
+PIECES = pipeline.Pieces(enter, stage, leave)
+
+
+def arrays(n_stages, n_microbatches, width=16, rows=BATCH, seed=0):
+    """Parameters and inputs: stages, outer, inputs."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(0, width**-0.5, shape), jnp.float32)
+
+    stages = {
+        "w_up": normal(n_stages, width, width),
+        "w_down": normal(n_stages, width, width),
+    }
+    outer = {"w_in": normal(width, width), "w_out": normal(width, width)}
+    inputs = {
+        "x": normal(n_microbatches, rows, width),
+        "target": normal(n_microbatches, rows, width),
+        "scale": jnp.arange(1, n_microbatches + 1, dtype=jnp.float32) / n_microbatches,
+        "number": jnp.arange(n_microbatches, dtype=jnp.int32) + 1,
+    }
+    return stages, outer, inputs
+
+
+# Without any optimisation, the other tests' way, the compiler adds up in an order that depends on
+# the program around it.
+_compile = functools.partial(
+    jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 1}
+)
+
+
+def build(name, ranks, microbatches):
+    return schedules.build(name, ranks * schedules.stages_per_rank(name), microbatches)
+
+
+def run(schedule, *args, pieces=PIECES):
+    with jax.set_mesh(make_mesh({"pipe": schedule.n_ranks}, schedule.n_ranks)):
+        return jax.device_get(_run(pieces, schedule, *args))
+
+
+@functools.partial(_compile, static_argnums=(0, 1))
+def _run(pieces, schedule, *args):
+    return pipeline.run(schedule, pieces, *args)
+
+
+@_compile
+def reference(pieces, stages, outer, inputs):
+    """The same by autodiff of the whole, micro-batch after micro-batch."""
+
+    def objective(stages, outer, inputs):
+        x = pieces.enter(outer, inputs)
+
+        def step(carry, params):
+            x, total = carry
+            y, penalty, report = pieces.stage(params, x, inputs)
+            return (y, total + penalty), report
+
+        (y, total), stage_reports = jax.lax.scan(step, (x, jnp.float32(0)), stages)
+        loss, report = pieces.leave(outer, y, inputs)
+        return total + loss, (stage_reports, report)
+
+    def add(sums, inputs):
+        (_, (stage_reports, report)), grads = jax.value_and_grad(
+            objective, argnums=(0, 1), has_aux=True
+        )(stages, outer, inputs)
+        return jax.tree.map(jnp.add, sums, (*grads, stage_reports)), report
+
+    shapes = jax.eval_shape(
+        lambda inputs: objective(stages, outer, inputs)[1][0],
+        jax.tree.map(lambda x: x[0], inputs),
+    )
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (stages, outer, shapes))
+    (d_stages, d_outer, stage_reports), reports = jax.lax.scan(add, zeros, inputs)
+    return pipeline.Result(d_stages, d_outer, stage_reports, reports)
