@@ -68,7 +68,7 @@ def test_public_test_of_dualpipe_passes(name, ranks):
     """20 micro-batches of 3 sequences of 256, width 512, a linear layer to 4 x 512 and back."""
     width, rows, microbatches = 512, 3 * 256, 20
     schedule = pipelines.build(name, ranks, microbatches)
-    stages, outer, inputs = pipelines.arrays(schedule.n_stages, microbatches, width, rows, 233)
+    stages, _, inputs = pipelines.arrays(schedule.n_stages, microbatches, width, rows, 233)
     args = stages, {}, {"x": inputs["x"], "target": inputs["target"]}
 
     def leave(outer, y, inputs):
