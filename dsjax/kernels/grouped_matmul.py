@@ -27,7 +27,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
+
+from dsjax.kernels.varying import vary_as
 
 _LARGE_BLOCK, _SMALL_BLOCK = 256, 32
 _MEGABLOX_TILE = 512
@@ -146,7 +149,7 @@ def _blocked_matmul(
         return _for_each_block(size, block, out), None
 
     width = w_EDF.shape[1 if transpose_w else 2]
-    out = jnp.zeros((padded_x.shape[0], width), dtype)
+    out = vary_as(jnp.zeros((padded_x.shape[0], width), dtype), x_AD, w_EDF, sizes_E)
     return lax.scan(group, out, (w_EDF, starts_E, sizes_E))[0][: x_AD.shape[0]]
 
 
@@ -166,6 +169,7 @@ def _blocked_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.
             return total + jnp.matmul(x_block.T, y_block, preferred_element_type=jnp.float32)
 
         zeros = jnp.zeros((x_AD.shape[1], y_AF.shape[1]), jnp.float32)
+        zeros = vary_as(zeros, x_AD, y_AF, sizes_E)
         return None, _for_each_block(size, block, zeros)
 
     return lax.scan(group, None, (starts_E, sizes_E))[1]
@@ -194,31 +198,53 @@ def _megablox_matmul(
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
     dim, width = w_EDF.shape[1:][::-1] if transpose_w else w_EDF.shape[1:]
-    with _kernel_promotion():
-        out = gmm(
-            _fill_tiles(x_AD),
-            w_EDF,
-            sizes_E,
+    out = _call_kernel(
+        functools.partial(
+            gmm,
             preferred_element_type=jnp.dtype(dtype),
             tiling=_tiling(dim, width),
             transpose_rhs=transpose_w,
-        )
+        ),
+        _fill_tiles(x_AD),
+        w_EDF,
+        sizes_E,
+    )
     return out[: x_AD.shape[0]]
 
 
 def _megablox_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-    with _kernel_promotion():
-        out = tgmm(
-            _fill_tiles(x_AD).T,
-            _fill_tiles(y_AF),
-            sizes_E,
+    out = _call_kernel(
+        functools.partial(
+            tgmm,
             preferred_element_type=jnp.float32,
             tiling=_tiling(x_AD.shape[1], y_AF.shape[1]),
-        )
+        ),
+        _fill_tiles(x_AD).T,
+        _fill_tiles(y_AF),
+        sizes_E,
+    )
     # The kernel leaves the matrix of an empty group unwritten.
     return jnp.where((sizes_E > 0)[:, None, None], out, jnp.zeros_like(out))
+
+
+def _call_kernel(kernel: Callable[..., jax.Array], *inputs: jax.Array) -> jax.Array:
+    """Runs a kernel that ships with JAX, inside shard_map too: its code does not say over which
+    mesh axes its output varies, so for the length of the call nobody asks.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    with _kernel_promotion():
+        if not mesh.manual_axes:
+            return kernel(*inputs)
+        unchecked = jax.shard_map(
+            kernel,
+            in_specs=PartitionSpec(),
+            out_specs=PartitionSpec(),
+            axis_names=set(mesh.manual_axes),
+            check_vma=False,
+        )
+        return vary_as(unchecked(*inputs), *inputs)
 
 
 @contextlib.contextmanager

@@ -71,8 +71,8 @@ def max_violation(counts_LE: jax.Array) -> jax.Array:
 
 
 def _chosen(experts_MK: jax.Array, n_experts: int) -> jax.Array:
-    """1.0 where a token's choice includes an expert: float32 [M, E]."""
-    return jax.nn.one_hot(experts_MK, n_experts, dtype=jnp.float32).sum(axis=1)
+    """1.0 where a token's choice includes an expert: [..., K] -> float32 [..., E]."""
+    return jax.nn.one_hot(experts_MK, n_experts, dtype=jnp.float32).sum(axis=-2)
 
 
 def _document_sums(x_BTX: jax.Array, documents_BT: jax.Array) -> jax.Array:

@@ -6,18 +6,24 @@ Paper: DeepSeekMoE (arXiv:2401.06066) section 3; V3 (arXiv:2412.19437) section 2
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsjax.config import ModelConfig
 from dsjax.kernels.chosen_experts import chosen_experts
+from dsjax.kernels.varying import vary_as
 from dsjax.model.balance import BalanceWeights, balance_loss
 from dsjax.model.layers import FeedForward, Normal, declare
+from dsjax.model.parameters import partition_specs
 from dsjax.model.router import Router, Routing
-from dsjax.parallel import expert
+from dsjax.parallel import exchange
+from dsjax.parallel.exchange import gather_weight
+from dsjax.parallel.sharding import Specs, on_shards, parts_here, partition_spec, split_axes
 from dsjax.precision.activations import swiglu_grouped_linear
 from dsjax.precision.matmul import grouped_linear
 from dsjax.precision.policy import Policy
@@ -40,17 +46,35 @@ class Experts(nnx.Module):
     def __init__(self, config: ModelConfig, policy: Policy):
         init = Normal(config.init_std)
         E, D, F = config.n_routed_experts, config.dim, config.moe_inter_dim
-        self.w_gate = declare((E, D, F), ("experts", "embed", "ffn"), init)
-        self.w_up = declare((E, D, F), ("experts", "embed", "ffn"), init)
-        self.w_down = declare((E, F, D), ("experts", "ffn", "embed"), init)
+        self.w_gate = declare((E, D, F), ("experts", "expert_embed", "ffn"), init)
+        self.w_up = declare((E, D, F), ("experts", "expert_embed", "ffn"), init)
+        self.w_down = declare((E, F, D), ("experts", "ffn", "expert_embed"), init)
         self.policy = policy
 
-    def __call__(self, x_AD: jax.Array, sizes_E: jax.Array) -> jax.Array:
-        """Rows sorted by expert, `sizes_E` rows each: [A, D] -> [A, D]."""
-        gate, up = (
-            grouped_linear(x_AD, w[...], sizes_E, self.policy) for w in (self.w_gate, self.w_up)
-        )
-        return swiglu_grouped_linear(gate, up, self.w_down[...], sizes_E, self.policy)
+    def at_use(self, like: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """The experts as a function of rows sorted by expert, [A, D], and of the rows of each.
+
+        Inside `shard_map` they are a device's own, with those parts of their width put together
+        that lie on several devices.
+
+        Args:
+          like: an array that differs between devices along the mesh axes that the rows do.
+        """
+        policy, axes = self.policy, split_axes("expert_embed")
+        # The multiplier's type, unless scales have to be found for the master weights first.
+        dtype = jnp.float32 if policy.fp8 else policy.compute
+        weights = [
+            gather_weight(w[...], dim, axes, dtype)
+            for w, dim in ((self.w_gate, 1), (self.w_up, 1), (self.w_down, 2))
+        ]
+        w_gate, w_up, w_down = (vary_as(w, like) for w in weights)
+
+        def experts(x_AD: jax.Array, sizes_E: jax.Array) -> jax.Array:
+            x_AD = vary_as(x_AD, w_gate)
+            gate, up = (grouped_linear(x_AD, w, sizes_E, policy) for w in (w_gate, w_up))
+            return swiglu_grouped_linear(gate, up, w_down, sizes_E, policy)
+
+        return experts
 
     def few(self, x_MD: jax.Array, routing: Routing, layer: jax.Array) -> jax.Array:
         """Dispatch, experts and combine for a few tokens of one layer, this being the stack of all
@@ -84,25 +108,65 @@ class MoE(nnx.Module):
         self, x_BTD: jax.Array, documents_BT: jax.Array, balance: BalanceWeights | None
     ) -> tuple[jax.Array, RoutingStatistics]:
         config = self.config
-        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        routing = self.gate(x_MD)
-        plan = expert.plan(routing.experts_MK, config.n_routed_experts)
-        y_AD = self.experts(expert.dispatch(x_MD, plan), plan.sizes_E)
-        y_BTD = expert.combine(y_AD, routing.weights_MK, plan).reshape(x_BTD.shape)
+        y_BTD, routing, counts_E, dropped_tokens = on_shards(
+            self._routed, (self.gate, self.experts, x_BTD, documents_BT), self._specs(x_BTD)
+        )
         if config.n_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
-        counted = jnp.where(
-            documents_BT.reshape(-1, 1) > 0, routing.experts_MK, config.n_routed_experts
+        loss = balance_loss(routing, documents_BT, balance, config) if balance else jnp.float32(0)
+        return y_BTD, RoutingStatistics(counts_E, loss, dropped_tokens)
+
+    def _specs(self, x_BTD: jax.Array) -> Callable[[AbstractMesh], Specs]:
+        def specs(mesh: AbstractMesh) -> Specs:
+            tokens = partition_spec(("batch", "length", "width"), x_BTD.shape, mesh, "tokens")
+            rows = partition_spec(("batch", "length"), x_BTD.shape[:2], mesh, "tokens")
+            everywhere = PartitionSpec()
+            return (
+                (everywhere, partition_specs(self.experts, mesh), tokens, rows),
+                (tokens, Routing(tokens, tokens, tokens), everywhere, everywhere),
+            )
+
+        return specs
+
+    def _routed(
+        self, gate: Router, experts: Experts, x_btD: jax.Array, documents_bt: jax.Array
+    ) -> tuple[jax.Array, Routing, jax.Array, jax.Array]:
+        """Routing and the routed experts' output, on a device's part of the tokens and experts.
+
+        Returns:
+          the output, the routing as [b, t, ...]; of the whole batch the tokens of each expert,
+          padding left out, and the assignments that no expert computed.
+        """
+        config, policy = self.config, experts.policy
+        x_mD = x_btD.reshape(-1, x_btD.shape[-1])
+        routing = gate(x_mD)
+        E, n_ranks = config.n_routed_experts, parts_here("experts")
+        fanout = exchange.fanout(
+            E, n_ranks, config.n_activated_experts, config.n_expert_groups, config.n_limited_groups
         )
-        statistics = RoutingStatistics(
-            # One bin more than experts takes the padding.
-            jnp.bincount(counted.reshape(-1), length=config.n_routed_experts + 1)[:-1].astype(
-                jnp.int32
-            ),
-            balance_loss(routing, documents_BT, balance, config) if balance else jnp.float32(0),
-            routing.experts_MK.size - plan.sizes_E.sum(),
+        y_mD, computed = exchange.mixture(
+            experts.at_use(x_mD),
+            x_mD,
+            routing.experts_MK,
+            routing.weights_MK,
+            n_experts=E,
+            n_ranks=n_ranks,
+            way=exchange.choose_way(n_ranks, fanout, policy.platform),
+            fanout=fanout,
+            fp8=policy.fp8 is not None,
         )
-        return y_BTD, statistics
+        y_mD = jax.lax.psum(y_mD, split_axes("ffn"))
+        counted = jnp.where(documents_bt.reshape(-1, 1) > 0, routing.experts_MK, E)
+        # One bin more than experts takes the padding.
+        counts_E = jnp.bincount(counted.reshape(-1), length=E + 1)[:-1].astype(jnp.int32)
+        missing = routing.experts_MK.size - computed
+        everywhere = split_axes("batch", "length")
+        return (
+            y_mD.reshape(x_btD.shape),
+            jax.tree.map(lambda x: x.reshape(*x_btD.shape[:2], -1), routing),
+            jax.lax.psum(counts_E, everywhere),
+            jax.lax.psum(missing, everywhere),
+        )
 
     def extend(self, x_BTD: jax.Array, stack: Experts, layer: jax.Array) -> jax.Array:
         """The output alone, for tokens that are added to a cache.
@@ -111,7 +175,8 @@ class MoE(nnx.Module):
           stack: the experts of all layers, of which this is number `layer`.
         """
         few = x_BTD.shape[0] * x_BTD.shape[1] <= _FEW_TOKENS
-        if not few or stack.policy.platform != "cpu" or stack.policy.fp8:
+        one_device = parts_here("experts") == parts_here("expert_embed") == parts_here("ffn") == 1
+        if not (few and one_device) or stack.policy.platform != "cpu" or stack.policy.fp8:
             documents_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
             return self(x_BTD, documents_BT, None)[0]
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])

@@ -68,6 +68,17 @@ def initialize(model: AnyModule, key: jax.Array) -> AnyModule:
     return jax.tree_util.tree_map_with_path(make, model, is_leaf=_is_variable)
 
 
+def partition_specs(module: AnyModule, mesh: Mesh | AbstractMesh) -> AnyModule:
+    """The PartitionSpecs of a module's parameters, in their places; one layer of a stack will do."""
+
+    def place(keys: tuple[Any, ...], leaf: nnx.Variable) -> nnx.Variable:
+        shape = leaf.get_value().shape
+        axes = leaf.get_metadata()["axes"][-len(shape) :]
+        return leaf.copy(partition_spec(axes, shape, mesh, _path(keys)))
+
+    return jax.tree_util.tree_map_with_path(place, module, is_leaf=_is_variable)
+
+
 def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Gives each array its NamedSharding: declared variables by their axes, others replicated.
 

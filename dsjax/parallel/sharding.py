@@ -2,23 +2,30 @@
 
 A parameter names its dimensions where it is declared; an activation names them at block borders
 through `constrain`. Both are looked up here and nowhere else.
+
+The compiler splits the rest of the program accordingly. Where collectives are written by hand,
+`on_shards` gives each device its part of the arguments, by the same table.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 # Logical dimension -> mesh axes. Parameters are split over fsdp along the model width, which is
 # gathered at use, and over tensor along heads, feed-forward width and vocabulary, whose products
-# stay split.
+# stay split. The expert axis splits the routed experts by number and all other weights as fsdp does.
 AXIS_TABLE: dict[str, tuple[str, ...]] = {
     # parameters
     "layers": (),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert"),
+    "expert_embed": ("fsdp",),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "latent": (),
@@ -38,7 +45,8 @@ AXIS_TABLE: dict[str, tuple[str, ...]] = {
 def partition_spec(
     axes: Sequence[str], shape: Sequence[int], mesh: Mesh | AbstractMesh, path: str
 ) -> PartitionSpec:
-    """Looks an array's logical axes up.
+    """Looks an array's logical axes up. Inside `shard_map` the axes that are split by hand are left
+    out: there the shape is that of a device's part.
 
     Args:
       path: the array's name, for the errors.
@@ -56,7 +64,7 @@ def partition_spec(
             raise ValueError(
                 f"{path}: unknown logical axis {axis!r}; known: {', '.join(AXIS_TABLE)}"
             )
-        mesh_axes = tuple(name for name in AXIS_TABLE[axis] if mesh.shape[name] > 1)
+        mesh_axes = tuple(name for name in AXIS_TABLE[axis] if _size(mesh, name) > 1)
         if used & set(mesh_axes):
             raise ValueError(
                 f"{path}: mesh axis {mesh_axes} is used twice for logical axes {tuple(axes)}"
@@ -73,16 +81,107 @@ def partition_spec(
     return PartitionSpec(*entries)
 
 
+def _size(mesh: Mesh | AbstractMesh, axis: str) -> int:
+    """Devices along a mesh axis, 1 for one that `shard_map` has split already."""
+    manual = mesh.manual_axes if isinstance(mesh, AbstractMesh) else ()
+    return 1 if axis in manual else mesh.shape[axis]
+
+
 def parts(axis: str, mesh: Mesh | AbstractMesh) -> int:
     """How many parts of a logical dimension the mesh holds."""
     return math.prod(mesh.shape[name] for name in AXIS_TABLE[axis])
 
 
+def parts_here(axis: str) -> int:
+    """How many parts of a logical dimension the current mesh holds, 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else parts(axis, mesh)
+
+
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
     """Pins an activation's layout under the current mesh; without one it is left alone."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty or all(_size(mesh, name) == 1 for name in mesh.axis_names):
         return x
     return jax.lax.with_sharding_constraint(
         x, NamedSharding(mesh, partition_spec(axes, x.shape, mesh, "activation"))
     )
+
+
+def split_axes(*logical: str) -> tuple[str, ...]:
+    """The axes of the current mesh that split these logical dimensions, whoever splits them: the
+    compiler, or `shard_map` by hand.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return ()
+    return tuple(name for axis in logical for name in AXIS_TABLE[axis] if mesh.shape[name] > 1)
+
+
+Specs = tuple[Any, Any]  # of arguments and of results: trees of PartitionSpec, or prefixes of them
+
+
+def on_shards(
+    function: Callable[..., Any], arguments: tuple[Any, ...], specs: Callable[[AbstractMesh], Specs]
+) -> Any:
+    """Calls `function` on every device of the current mesh with that device's part of `arguments`.
+
+    Without a mesh it is a plain call. The caller may itself be inside `shard_map` over some axes,
+    as a pipeline's stages are; then the others are split, and the backward pass computes the
+    function again: JAX (0.10) cannot differentiate one `shard_map` inside another.
+
+    Args:
+      specs: gives the PartitionSpecs on a mesh; asked only if there is one.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    split = {name for name in mesh.axis_names if name not in mesh.manual_axes}
+    if all(mesh.shape[name] == 1 for name in split):
+        return function(*arguments)
+    in_specs, out_specs = specs(mesh)
+    shard_map = partial(jax.shard_map, axis_names=split, check_vma=True)
+    if not mesh.manual_axes:
+        return shard_map(function, in_specs=in_specs, out_specs=out_specs)(*arguments)
+    return _differentiated_inside(shard_map, function, arguments, in_specs, out_specs)
+
+
+def _differentiated_inside(
+    shard_map: Any, function: Callable[..., Any], arguments: tuple[Any, ...], in_specs, out_specs
+) -> Any:
+    """The sharded call, with a backward pass that is a sharded call of its own."""
+    leaves, tree = jax.tree.flatten(arguments)
+    leaf_specs = tuple(jax.tree.leaves(jax.tree.broadcast(in_specs, arguments)))
+    real = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+
+    def select(kept: Sequence[bool], values: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(value for value, keep in zip(values, kept, strict=True) if keep)
+
+    def flat(*values: jax.Array) -> Any:
+        return function(*jax.tree.unflatten(tree, values))
+
+    @jax.custom_vjp
+    def call(*values: jax.Array) -> Any:
+        return shard_map(flat, in_specs=leaf_specs, out_specs=out_specs)(*values)
+
+    def backward(values: tuple[jax.Array, ...], cotangent: Any) -> tuple[Any, ...]:
+        wanted = [leaf.dtype != jax.dtypes.float0 for leaf in jax.tree.leaves(cotangent)]
+        result_specs = jax.tree.leaves(jax.tree.broadcast(out_specs, cotangent))
+
+        def pull(values: tuple[jax.Array, ...], cotangents: tuple[jax.Array, ...]) -> Any:
+            def of_real(*chosen: jax.Array) -> tuple[jax.Array, ...]:
+                given = iter(chosen)
+                full = [next(given) if r else v for v, r in zip(values, real, strict=True)]
+                return select(wanted, jax.tree.leaves(flat(*full)))
+
+            return jax.vjp(of_real, *select(real, values))[1](cotangents)
+
+        gradients = iter(
+            shard_map(
+                pull,
+                in_specs=(leaf_specs, select(wanted, result_specs)),
+                out_specs=select(real, leaf_specs),
+            )(values, select(wanted, jax.tree.leaves(cotangent)))
+        )
+        return tuple(next(gradients) if r else None for r in real)
+
+    call.defvjp(lambda *values: (call(*values), values), backward)
+    return call(*leaves)

@@ -40,7 +40,7 @@ def test_partition_spec_rejects(axes, shape, message):
 def test_parts_multiply_the_axes_of_a_dimension():
     mesh = make_mesh({"data": 2, "fsdp": 2, "expert": 2})
     found = [parts(axis, mesh) for axis in ("batch", "embed", "experts", "heads", "width")]
-    assert found == [8, 2, 2, 1, 1]
+    assert found == [8, 4, 2, 1, 1]
 
 
 def test_table_names_real_mesh_axes():
