@@ -23,7 +23,7 @@ from dsjax.model.parameters import partition_specs
 from dsjax.model.router import Router, Routing
 from dsjax.parallel import exchange
 from dsjax.parallel.exchange import gather_weight
-from dsjax.parallel.sharding import Specs, on_shards, parts_here, partition_spec, split_axes
+from dsjax.parallel.sharding import Specs, on_shards, partition_spec, parts_here, split_axes
 from dsjax.precision.activations import swiglu_grouped_linear
 from dsjax.precision.matmul import grouped_linear
 from dsjax.precision.policy import Policy

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from dsjax.parallel.sharding import partition_spec
+from dsjax.parallel.sharding import optimizer_spec, partition_spec
 
 AnyModule = TypeVar("AnyModule", bound=nnx.Module)
 
@@ -69,7 +69,11 @@ def initialize(model: AnyModule, key: jax.Array) -> AnyModule:
 
 
 def partition_specs(module: AnyModule, mesh: Mesh | AbstractMesh) -> AnyModule:
-    """The PartitionSpecs of a module's parameters, in their places; one layer of a stack will do."""
+    """The PartitionSpecs of a module's parameters, in their places.
+
+    Args:
+      module: one layer of a stack will do.
+    """
 
     def place(keys: tuple[Any, ...], leaf: nnx.Variable) -> nnx.Variable:
         shape = leaf.get_value().shape
@@ -79,24 +83,24 @@ def partition_specs(module: AnyModule, mesh: Mesh | AbstractMesh) -> AnyModule:
     return jax.tree_util.tree_map_with_path(place, module, is_leaf=_is_variable)
 
 
-def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, *, optimizer_state: bool = False) -> Any:
     """Gives each array its NamedSharding: declared variables by their axes, others replicated.
 
     Args:
       tree: a model, or a pytree that holds declared variables, such as an optimizer's moments.
+      optimizer_state: whether it is that, which is split further (`optimizer_spec`).
 
     Raises:
       ValueError: dimensions that do not divide over the mesh, all listed together.
     """
     problems: list[str] = []
+    look_up = optimizer_spec if optimizer_state else partition_spec
 
     def place(keys: tuple[Any, ...], leaf: Any) -> Any:
         if not _is_variable(leaf):
             return NamedSharding(mesh, PartitionSpec())
         try:
-            spec = partition_spec(
-                leaf.get_metadata()["axes"], leaf.get_value().shape, mesh, _path(keys)
-            )
+            spec = look_up(leaf.get_metadata()["axes"], leaf.get_value().shape, mesh, _path(keys))
         except ValueError as error:
             problems.append(str(error))
             return leaf

@@ -20,7 +20,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 # Logical dimension -> mesh axes. Parameters are split over fsdp along the model width, which is
 # gathered at use, and over tensor along heads, feed-forward width and vocabulary, whose products
-# stay split. The expert axis splits the routed experts by number and all other weights as fsdp does.
+# stay split. The expert axis splits the routed experts by number and all other weights as fsdp
+# does.
 AXIS_TABLE: dict[str, tuple[str, ...]] = {
     # parameters
     "layers": (),
@@ -79,6 +80,25 @@ def partition_spec(
             )
         entries.append(mesh_axes or None)
     return PartitionSpec(*entries)
+
+
+def optimizer_spec(
+    axes: Sequence[str], shape: Sequence[int], mesh: Mesh | AbstractMesh, path: str
+) -> PartitionSpec:
+    """Looks up where a parameter's moments lie: as the parameter, and over `data` too (ZeRO-1).
+
+    Each copy of the model then updates its own part of the parameters, which are gathered after
+    it; the gradients' sum and that together send what the sum alone would. The dimension that fsdp
+    splits is split further, where it divides; what has none, norms, every device keeps whole.
+    """
+    spec = partition_spec(axes, shape, mesh, path)
+    for dim, axis in enumerate(axes):
+        if "fsdp" not in AXIS_TABLE[axis] or _size(mesh, "data") == 1:
+            continue
+        names = (*(spec[dim] or ()), "data")
+        if shape[dim] % math.prod(mesh.shape[name] for name in names) == 0:
+            return PartitionSpec(*spec[:dim], names, *spec[dim + 1 :])
+    return spec
 
 
 def _size(mesh: Mesh | AbstractMesh, axis: str) -> int:

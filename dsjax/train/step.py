@@ -65,10 +65,15 @@ def abstract_state(config: Config, mesh: Mesh | AbstractMesh) -> TrainState:
     """
     model = declared_model(config)
     shapes = jax.eval_shape(lambda key: _make_state(model, config, key), jax.random.key(0))
+    placement = TrainState(
+        shardings(shapes.params, mesh),
+        shardings(shapes.router, mesh),
+        shardings(shapes.optimizer, mesh, optimizer_state=True),
+    )
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        shardings(shapes, mesh),
+        placement,
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 from dsjax.config import Config, DataConfig, OptimConfig, PrecisionConfig, TrainConfig
 from dsjax.model.parameters import declarations
 from dsjax.parallel.mesh import make_mesh
+from dsjax.parallel.sharding import AXIS_TABLE
 from dsjax.train.optimizer import adamw
 from dsjax.train.step import (
     TrainState,
@@ -58,9 +59,10 @@ def _run(sizes, micro_batch=BATCH, steps=2, **train):
     batch = {name: x.reshape(-1, micro_batch, LENGTH + 1) for name, x in batch.items()}
     with jax.set_mesh(mesh):
         state = _state(config, mesh)
-        spec = jax.sharding.PartitionSpec(None, ("data", "fsdp"), None)
+        spec = jax.sharding.PartitionSpec(None, AXIS_TABLE["batch"], None)
         batch = jax.device_put(batch, jax.sharding.NamedSharding(mesh, spec))
-        step = jax.jit(train_step(config), donate_argnums=0)
+        placement = jax.tree.map(lambda leaf: leaf.sharding, state)
+        step = jax.jit(train_step(config), donate_argnums=0, out_shardings=(placement, None))
         history = []
         for _ in range(steps):
             state, metrics = step(state, batch, {k: jnp.float32(v) for k, v in KNOBS.items()})
@@ -78,20 +80,51 @@ def _assert_same_run(got, want):
         assert got_metrics.keys() == want_metrics.keys()
         for name in want_metrics:
             assert_close(got_metrics[name], want_metrics[name], F32._replace(bound=5e-5), name)
-    for got_leaf, want_leaf in zip(
-        jax.tree.leaves(got[0].params), jax.tree.leaves(want[0].params), strict=True
-    ):
-        # Adam divides by the gradient's size, which magnifies rounding where gradients nearly
-        # vanish.
-        assert_close(got_leaf, want_leaf, F32._replace(bound=1e-4), "parameters")
+    # The first moments are sums of gradients. Of the parameters themselves more cannot be asked:
+    # Adam divides by the gradient's size, which magnifies rounding where gradients nearly vanish.
+    for part, bound in (("optimizer", 5e-5), ("params", 1e-4)):
+        leaves = jax.tree_util.tree_leaves_with_path(getattr(got[0], part))
+        for (path, leaf), other in zip(
+            leaves, jax.tree.leaves(getattr(want[0], part)), strict=True
+        ):
+            name = part + jax.tree_util.keystr(path)
+            assert_close(leaf, other, F32._replace(bound=bound), name)
     for got_leaf, want_leaf in zip(
         jax.tree.leaves(got[0].router), jax.tree.leaves(want[0].router), strict=True
     ):
         np.testing.assert_array_equal(got_leaf, want_leaf)
+    _assert_copies_are_equal(got[0])
 
 
-def test_step_is_the_same_on_every_mesh(eight_devices):
-    _assert_same_run(_run({"data": 2, "fsdp": 2, "tensor": 2}), eight_devices)
+def _assert_copies_are_equal(state):
+    """What lies on several devices is truly the same on each."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        copies = {}
+        for shard in leaf.addressable_shards:
+            first = copies.setdefault(str(shard.index), np.asarray(shard.data))
+            np.testing.assert_array_equal(shard.data, first, jax.tree_util.keystr(path))
+
+
+def test_step_is_the_same_with_experts_and_weights_on_several_devices(eight_devices):
+    _assert_same_run(_run({"fsdp": 2, "expert": 2, "tensor": 2}), eight_devices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"fsdp": 8},
+        {"expert": 8},
+        {"tensor": 4},
+        {"data": 2, "expert": 4},
+        {"fsdp": 2, "expert": 4},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"data": 2, "fsdp": 2, "expert": 2},
+    ],
+    ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()),
+)
+def test_step_is_the_same_on_every_mesh(sizes, eight_devices):
+    _assert_same_run(_run(sizes), eight_devices)
 
 
 def test_accumulated_micro_batches_on_one_device_equal_one_batch_on_eight(eight_devices):
@@ -102,8 +135,14 @@ def test_router_bias_is_equal_on_every_device(eight_devices):
     for bias in jax.tree.leaves(eight_devices[0].router):
         copies = [np.asarray(shard.data) for shard in bias.addressable_shards]
         assert len(copies) == 8 and np.abs(copies[0]).max() > 0
-        for copy in copies[1:]:
-            np.testing.assert_array_equal(copy, copies[0])
+    _assert_copies_are_equal(eight_devices[0])
+
+
+def test_optimizer_state_is_split_over_copies_of_the_model(eight_devices):
+    state = eight_devices[0]
+    weight, moment = state.params["head"]["weight"], state.optimizer["adam"].mu["head"]["weight"]
+    assert weight[...].addressable_shards[0].data.shape == (TINY.dim, TINY.vocab_size)
+    assert moment[...].addressable_shards[0].data.shape == (TINY.dim // 8, TINY.vocab_size)
 
 
 def test_metrics_say_what_routing_did(eight_devices):
