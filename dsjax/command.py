@@ -16,17 +16,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dsjax import settings
 from dsjax.config import Config, MeshConfig
 
 SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
+_AXES = ("data", "fsdp", "expert", "tensor", "context", "pipe")
 _CHECKPOINT_AXES = ("data", "fsdp", "expert", "tensor")  # training alone has the others
 
 
@@ -92,6 +94,26 @@ def _address(text: str) -> str:
     return text
 
 
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """Adds `--mesh` (axis -> size), which `on_mesh` puts in the place of the config's."""
+    parser.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        type=lambda text: mesh_sizes(text, _AXES),
+        default={},
+        help=f"devices along the axes {', '.join(_AXES)}, e.g. fsdp=8,expert=64; 1 along those not "
+        "named (default: the config's mesh)",
+    )
+
+
+def on_mesh(config: Config, sizes: Mapping[str, int]) -> Config:
+    """Returns the config on another mesh, or as it is if none is named."""
+    if not sizes:
+        return config
+    all_sizes = dict.fromkeys(_AXES, 1) | dict(sizes)
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **all_sizes))
+
+
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Adds CKPT (`arguments.checkpoint`, a Path), `--dtype` (None: the checkpoint's) and `--mesh`
     (axis -> size, what `parallel.mesh.submesh` takes).
@@ -117,7 +139,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def mesh_sizes(text: str) -> dict[str, int]:
+def mesh_sizes(text: str, axes: Sequence[str] = _CHECKPOINT_AXES) -> dict[str, int]:
     """Reads `data=2,tensor=4`.
 
     Raises:
@@ -126,10 +148,10 @@ def mesh_sizes(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = (piece.strip() for piece in part.partition("="))
-        if axis not in _CHECKPOINT_AXES or axis in sizes:
+        if axis not in axes or axis in sizes:
             raise argparse.ArgumentTypeError(
                 f"{part!r} of {text!r} does not set one of the axes "
-                f"{', '.join(_CHECKPOINT_AXES)} once; write e.g. data=2,tensor=4"
+                f"{', '.join(axes)} once; write e.g. data=2,tensor=4"
             )
         if size != "-1" and not (size.isdecimal() and int(size) > 0):
             raise argparse.ArgumentTypeError(

@@ -5,9 +5,11 @@ Everything comes from the declared shapes; no device is touched, so 671B shows i
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from rich import box
 from rich.columns import Columns
 from rich.console import Console
@@ -17,14 +19,22 @@ from rich.text import Text
 from dsjax import settings
 from dsjax.config import Config
 from dsjax.model import flops
-from dsjax.model.parameters import declarations
+from dsjax.model.layers import RouterState
+from dsjax.model.parameters import Declaration, declarations
 from dsjax.model.transformer import Transformer
-from dsjax.parallel.sharding import AXIS_TABLE
+from dsjax.parallel.mesh import describe_mesh
+from dsjax.parallel.sharding import AXIS_TABLE, optimizer_spec, partition_spec
 from dsjax.precision.policy import Policy
 
 
 def summarize(config: Config) -> dict[str, Any]:
-    """Returns all that is shown, as JSON holds it. FLOPs are for `data.sequence_length`."""
+    """Returns all that is shown, as JSON holds it. FLOPs are for `data.sequence_length`.
+
+    With no mesh axis left open (-1) there is also what each device holds.
+
+    Raises:
+      ValueError: parameters that do not divide over the mesh, all listed.
+    """
     model, length = config.model, config.data.sequence_length
     # The shapes are the same everywhere; a named platform keeps jax from starting a backend to ask.
     policy = Policy(compute=jnp.dtype(config.precision.compute), platform="cpu")
@@ -35,6 +45,7 @@ def summarize(config: Config) -> dict[str, Any]:
         "full_square": flops.train_flops_per_token(model, length, causal=False, mtp=False),
         "causal_with_mtp": flops.train_flops_per_token(model, length),
     }
+    placed = {} if -1 in config.mesh.sizes.values() else _placed(declared, config)
     return {
         "name": config.name,
         "config": settings.to_dict(config),
@@ -59,7 +70,37 @@ def summarize(config: Config) -> dict[str, Any]:
             parameter.path: [_mesh_axes(config, axis) for axis in parameter.axes]
             for parameter in declared
         },
+        **placed,
     }
+
+
+def _placed(declared: list[Declaration], config: Config) -> dict[str, Any]:
+    """What one device holds of the parameters and of the optimizer's two moments, in bytes."""
+    mesh = describe_mesh(config.mesh.sizes)
+    moment = jnp.dtype(config.optim.moment_dtype)
+    shards, problems = {}, []
+    for parameter in declared:
+        arguments = parameter.axes, parameter.shape, mesh, parameter.path
+        try:
+            spec, moments_spec = partition_spec(*arguments), optimizer_spec(*arguments)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        local, moments = (
+            NamedSharding(mesh, s).shard_shape(parameter.shape) for s in (spec, moments_spec)
+        )
+        trained = parameter.kind is not RouterState
+        shards[parameter.path] = {
+            "shape": list(local),
+            "bytes": math.prod(local) * jnp.dtype(parameter.dtype).itemsize,
+            "optimizer_bytes": 2 * math.prod(moments) * moment.itemsize * trained,
+        }
+    if problems:
+        raise ValueError("\n".join(problems))
+    totals = {
+        key: sum(shard[key] for shard in shards.values()) for key in ("bytes", "optimizer_bytes")
+    }
+    return {"mesh": dict(mesh.shape), "device": totals, "shards": shards}
 
 
 def _mesh_axes(config: Config, logical_axis: str) -> list[str]:
@@ -84,15 +125,33 @@ def _parameter_table(summary: dict[str, Any]) -> Table:
     table.add_column("shape", no_wrap=True)
     table.add_column("count", justify="right")
     table.add_column("logical axes -> mesh axes")
+    shards = summary.get("shards")
+    if shards:
+        table.add_column("on a device", no_wrap=True)
+        table.add_column("bytes", justify="right", no_wrap=True)
+        table.add_column("optimizer", justify="right", no_wrap=True)
     for parameter in summary["parameters"]:
-        placed = zip(parameter["axes"], summary["sharding"][parameter["path"]], strict=True)
-        table.add_row(
-            parameter["path"],
-            " x ".join(map(str, parameter["shape"])),
+        path = parameter["path"]
+        placed = zip(parameter["axes"], summary["sharding"][path], strict=True)
+        row = [
+            path,
+            _times(parameter["shape"]),
             f"{parameter['count']:,}",
             ", ".join(f"{axis}->{'+'.join(mesh)}" if mesh else axis for axis, mesh in placed),
-        )
+        ]
+        if shards:
+            shard = shards[path]
+            row += [
+                _times(shard["shape"]),
+                f"{shard['bytes']:,}",
+                f"{shard['optimizer_bytes']:,}",
+            ]
+        table.add_row(*row)
     return table
+
+
+def _times(shape: list[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _totals_table(summary: dict[str, Any]) -> Table:
@@ -113,6 +172,11 @@ def _totals_table(summary: dict[str, Any]) -> Table:
         ),
         "KV-cache bytes a token, bfloat16": f"{summary['kv_cache_bytes_per_token']:,}",
     }
+    if "device" in summary:
+        axes = [f"{axis}={size}" for axis, size in summary["mesh"].items() if size > 1]
+        where = f"a device of mesh {' x '.join(axes)}" if axes else "the one device"
+        rows[f"bytes of parameters on {where}"] = f"{summary['device']['bytes']:,}"
+        rows[f"bytes of optimizer state on {where}"] = f"{summary['device']['optimizer_bytes']:,}"
     table = Table(title="totals", box=box.SIMPLE_HEAD, show_header=False)
     table.add_column("what")
     table.add_column("value", justify="right")

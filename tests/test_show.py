@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dsjax import settings, show
+from dsjax import command, settings, show
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,6 +52,48 @@ def test_sharding_follows_the_mesh_of_the_config(v3):
     assert both["sharding"]["head.weight"] == [["fsdp"], ["tensor"]]
     one = show.summarize(settings.override(config, ["mesh.fsdp=1"]))
     assert one["sharding"]["head.weight"] == [[], []]
+
+
+def test_a_mesh_of_known_size_shows_what_each_device_holds(v3):
+    assert "shards" not in v3  # mesh.fsdp=-1 is open
+    config = settings.load_config(ROOT / "configs/v3_671b.py")
+    summary = show.summarize(command.on_mesh(config, {"fsdp": 8, "expert": 64}))
+    experts = summary["shards"]["moe_layers.ffn.experts.w_gate"]
+    assert experts["shape"] == [58, 256 // 64, 7168 // 8, 2048]
+    # float32 weights and two bfloat16 moments are as large as one another
+    assert experts["bytes"] == experts["optimizer_bytes"] == 58 * 4 * 896 * 2048 * 4
+    assert summary["shards"]["head.weight"]["shape"] == [7168 // 512, 129280]
+    assert summary["shards"]["moe_layers.ffn.gate.bias"]["optimizer_bytes"] == 0
+    total = sum(shard["bytes"] for shard in summary["shards"].values())
+    assert summary["device"]["bytes"] == total
+
+    copies = show.summarize(command.on_mesh(config, {"data": 4, "fsdp": 2, "expert": 64}))
+    experts = copies["shards"]["moe_layers.ffn.experts.w_gate"]
+    assert experts["shape"] == [58, 4, 7168 // 2, 2048]
+    assert experts["optimizer_bytes"] * 4 == experts["bytes"]
+
+
+def test_a_mesh_that_does_not_divide_is_refused_with_every_parameter_named():
+    config = settings.load_config(ROOT / "configs/v3_671b.py")
+    with pytest.raises(ValueError) as refused:
+        show.summarize(command.on_mesh(config, {"expert": 3}))
+    message = str(refused.value)
+    assert "moe_layers.ffn.experts.w_gate: dimension experts=256" in message
+    assert "head.weight: dimension embed=7168 of shape (7168, 129280)" in message
+    assert "does not divide over mesh.expert=3; choose sizes that divide 256" in message
+
+
+def test_command_prints_the_table_of_a_mesh():
+    done = run("configs/tiny.py", "--mesh", "fsdp=2,expert=4,tensor=2", JAX_PLATFORMS="no_such")
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if "moe_layers.ffn.experts.w_up" in line)
+    for expected in ("experts->expert", "expert_embed->fsdp", "ffn->tensor", "4 x 4 x 128 x 64"):
+        assert expected in row, row
+    assert "bytes of parameters on a device of mesh fsdp=2 x expert=4 x tensor=2" in done.stdout
+    refused = run("configs/tiny.py", "--mesh", "experts=2")
+    assert refused.returncode == 2 and "'experts=2' does not set one of the axes" in " ".join(
+        refused.stderr.split()
+    )
 
 
 def test_command_prints_json_without_any_device():

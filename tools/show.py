@@ -1,10 +1,12 @@
-"""Print what a config means: its keys, parameters, counts, FLOPs, cache and sharding.
+"""Print what a config means: its keys, parameters, counts, FLOPs, cache, sharding, and with --mesh
+what one device holds.
 
 No device is used: 671B shows in seconds on any machine.
 
 examples:
   python tools/show.py configs/tiny.py
   python tools/show.py configs/v3_671b.py --set data.sequence_length=8192 mesh.tensor=8
+  python tools/show.py configs/v3_671b.py --mesh fsdp=8,expert=64
   python tools/show.py configs/v2_lite.py --json
 """
 
@@ -18,12 +20,13 @@ from dsjax import command
 def make_parser() -> argparse.ArgumentParser:
     parser = command.make_parser(__doc__)
     command.add_config(parser)
+    command.add_mesh(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     return parser
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    config = command.load(arguments)
+    config = command.on_mesh(command.load(arguments), arguments.mesh)
     from rich.console import Console
 
     from dsjax import show
@@ -34,7 +37,7 @@ def execute(arguments: argparse.Namespace) -> None:
         return
     console = Console()
     if not console.is_terminal:
-        console = Console(width=140)  # room for the table in a file or a pipe
+        console = Console(width=180)  # room for the table in a file or a pipe
     show.print_summary(summary, console)
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 # The slowest network first: neighbours along the last axes talk most.
 AXES = ("pipe", "data", "fsdp", "expert", "context", "tensor")
@@ -40,6 +40,21 @@ def make_mesh(sizes: Mapping[str, int], n_devices: int | None = None) -> Mesh:
         axis_types=(AxisType.Auto,) * len(AXES),
         devices=jax.devices()[:n_devices],
     )
+
+
+def describe_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """The mesh of these sizes without devices, of which shapes and places can be asked.
+
+    Raises:
+      ValueError: a size is left open.
+    """
+    for axis, size in sizes.items():
+        if size == -1:
+            raise ValueError(
+                f"mesh {axis}=-1 takes what other axes leave, but here are no devices to count; "
+                "give its size"
+            )
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
 
 
 def submesh(sizes: Mapping[str, int]) -> Mesh | None:
