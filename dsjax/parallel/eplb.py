@@ -15,6 +15,8 @@ and one node. Ties go to the lower index, and loads are added in float32.
 
 from __future__ import annotations
 
+import zipfile
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -71,6 +73,27 @@ def balance(
     slots_LEX = np.full((n_layers, n_experts, count_LE.max()), -1)
     slots_LEX[rows, expert_LP, ordinal.reshape(n_layers, -1)] = np.arange(n_slots)
     return Placement(expert_LP, slots_LEX, count_LE, hierarchical)
+
+
+def read_load(path: str | Path) -> np.ndarray:
+    """Reads what a training run measured, its folder's `expert_load.npz`, for `balance`.
+
+    Returns:
+      float64 [layers, experts], each expert's share of its layer's tokens: the main model's MoE
+      layers in order, then the MTP modules.
+
+    Raises:
+      ValueError: the file is of another kind.
+      OSError: it cannot be read.
+    """
+    try:
+        with np.load(path) as stored:
+            load_LE = stored["load_LE"]
+            if load_LE.ndim == 2:
+                return load_LE
+    except (KeyError, ValueError, zipfile.BadZipFile):
+        pass
+    raise ValueError(f"{path} holds no expert loads; give the expert_load.npz of a run's folder")
 
 
 def device_loads(load_LE: np.ndarray, placement: Placement, n_devices: int) -> np.ndarray:
