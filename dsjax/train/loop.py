@@ -151,6 +151,8 @@ def _settle(run: Run, on_the_way: OnTheWay, *, leave: int) -> None:
         )
         run.display.step(run.step)
         _check_finite(run, loss, grad_norm)
+        if "expert_load" in metrics:
+            run.expert_load.add(np.asarray(metrics["expert_load"]))
         if _due(run.config.train.log_every, run.step) or run.step in (1, run.config.train.steps):
             _log(run, loss, grad_norm, metrics)
 
@@ -223,6 +225,8 @@ def _save(run: Run) -> None:
         "versions": workdir.versions(),
     }
     run.checkpoints.save(run.step, run.state, record)
+    if processes.is_first():
+        run.expert_load.write(run.folder, run.step)
 
 
 def _draw_expert_load(run: Run, metrics: dict[str, jax.Array]) -> None:

@@ -24,6 +24,7 @@ from dsjax.train import workdir
 from dsjax.train.batches import batch_sharding, held_rows, place_all, place_held
 from dsjax.train.compilation import Compiled
 from dsjax.train.evaluate import scorer
+from dsjax.train.expert_load import ExpertLoad
 from dsjax.train.report import Display, Metrics
 from dsjax.train.signals import StopRequest
 from dsjax.train.step import TrainState, abstract_state, initial_state, train_step
@@ -52,6 +53,7 @@ class Run:
     meter: Meter
     peak: Peak
     exit_code: int = 0  # of the signal that all processes know of
+    expert_load: ExpertLoad = dataclasses.field(default_factory=ExpertLoad)
     started: float = dataclasses.field(default_factory=time.monotonic)
 
     @property

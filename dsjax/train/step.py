@@ -21,6 +21,7 @@ from dsjax.model.balance import max_violation, update_bias
 from dsjax.model.layers import RouterState
 from dsjax.model.parameters import initialize, shardings
 from dsjax.model.transformer import Transformer
+from dsjax.parallel.sharding import constrain
 from dsjax.precision.policy import Policy
 from dsjax.train import optimizer
 from dsjax.train.loss import Losses, losses, target_mask
@@ -180,7 +181,9 @@ def _metrics(sums: Losses, grad_norm: jax.Array) -> Metrics:
     if sums.counts_LE is not None:
         counts_LE = sums.counts_LE.astype(jnp.float32)
         metrics["max_violation"] = max_violation(sums.counts_LE).mean()
-        metrics["expert_load"] = counts_LE / jnp.maximum(counts_LE.sum(axis=-1, keepdims=True), 1.0)
+        load_LE = counts_LE / jnp.maximum(counts_LE.sum(axis=-1, keepdims=True), 1.0)
+        # Whole on every device, so that every process can read it.
+        metrics["expert_load"] = constrain(load_LE, "norm", "norm")
     return metrics
 
 

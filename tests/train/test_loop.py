@@ -151,8 +151,12 @@ def test_run_writes_its_files(finished):
     names = {path.name for path in folder.iterdir()}
     assert names >= {
         "config.json", "versions.json", "metrics.jsonl", "summary.json", "loss.png",
-        "expert_load.png", "checkpoints", "tokenizer.json", "tokenizer_config.json",
+        "expert_load.png", "expert_load.npz", "checkpoints", "tokenizer.json",
+        "tokenizer_config.json",
     }  # fmt: skip
+    with np.load(folder / "expert_load.npz") as load:  # of the steps after the checkpoint of step 3
+        assert load["last_step"] == 6 and load["steps"] == 3
+        np.testing.assert_allclose(load["load_LE"].sum(axis=1), 1.0, rtol=1e-6)
     assert store.steps(folder / "checkpoints") == [3, 6]
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["tokens"] == 16 * 8 * 6 and summary["dropped_tokens"] == 0
@@ -260,7 +264,7 @@ def test_batch_ramp_changes_the_batch_under_way(small, tmp_path):
     run(ramped, tmp_path)
     assert [line["tokens"] for line in lines(tmp_path) if "loss" in line] == [64, 128, 256, 384]
     assert store.read_record(tmp_path / "checkpoints", 4)["data"]["next_row"] == 24
-    assert not (tmp_path / "expert_load.png").exists()
+    assert not list(tmp_path.glob("expert_load.*"))
 
 
 def test_run_stops_at_a_loss_that_is_not_finite(small, tmp_path):
