@@ -279,6 +279,8 @@ class TrainConfig:
     eval_sequences: int = 64
     checkpoint_every: int = 100
     keep: int = 3  # newest checkpoints kept
+    # compare the copies that several devices hold of the state; also done before each checkpoint
+    compare_every: int = 100
     sample_tokens: int = 128  # length of the sample written at the end; 0: none
     tensorboard: bool = True
     wandb_project: str = ""  # empty: no Weights & Biases
@@ -289,7 +291,7 @@ class TrainConfig:
         )
         _require_not_negative(
             "train", self, "batch_size_start", "micro_batch_size", "log_every", "eval_every",
-            "checkpoint_every", "sample_tokens", "mtp_weight", "mtp_weight_final",
+            "checkpoint_every", "compare_every", "sample_tokens", "mtp_weight", "mtp_weight_final",
             "bias_update_speed", "sequence_balance", "expert_balance", "device_balance",
             "communication_balance", "n_balance_devices", "seed",
         )  # fmt: skip

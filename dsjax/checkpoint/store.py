@@ -233,14 +233,19 @@ def restore(directory: Path, step: int, abstract_state: Any) -> Any:
     return jax.tree.unflatten(structure, list(found.values()))
 
 
+def named_arrays(state: Any) -> dict[str, Any]:
+    """The arrays of a state by their names in a checkpoint: params.embed.weight, ..."""
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    return {".".join(_name(path)): leaf for path, leaf in leaves}
+
+
 def _describe_finite(step: int, state: Any) -> dict[str, dict[str, Any]]:
     """Shape, dtype and fingerprint of each array of a state, by its name.
 
     Raises:
       ValueError: arrays hold NaN or infinity.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    arrays = {".".join(_name(path)): leaf for path, leaf in leaves}
+    arrays = named_arrays(state)
     inspected = fingerprint.inspect(arrays)
     if inspected.not_finite:
         raise ValueError(

@@ -16,7 +16,7 @@ How a run resumes:
 from __future__ import annotations
 
 import collections
-import math
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,11 @@ from rich.console import Console
 
 from dsjax import settings
 from dsjax.checkpoint import store
+from dsjax.checkpoint.tensor_files import listed
 from dsjax.config import Config
 from dsjax.infer.engine import Engine, Request
 from dsjax.infer.sampling import Sampling
-from dsjax.parallel import processes
+from dsjax.parallel import processes, replicas
 from dsjax.train import plots, schedule, workdir
 from dsjax.train.evaluate import Evaluation, evaluate
 from dsjax.train.report import Display
@@ -58,10 +59,16 @@ def train(config: Config, folder: Path, *, command: str, console: Console | None
       exit code: 0; 130 or 143 after SIGINT or SIGTERM to any process, the run having been saved.
 
     Raises:
-      ValueError: config, data, folder or checkpoint do not fit, or the loss is not finite.
+      ValueError: config, data, folder or checkpoint do not fit, or the loss stays not finite.
       OSError: a file cannot be read or written.
     """
     console = console or Console(quiet=not processes.is_first())
+    # Where there are several processes, the first one writes.
+    with workdir.locked(folder) if processes.is_first() else contextlib.nullcontext():
+        return _train(config, folder, command, console)
+
+
+def _train(config: Config, folder: Path, command: str, console: Console) -> int:
     if processes.is_first():
         workdir.claim(folder, config)
     processes.wait("the folder is claimed")
@@ -123,11 +130,14 @@ def _run_steps(run: Run) -> None:
         stops = done == train.steps or run.exit_code > 0
         if evaluates or saves or stops:
             _settle(run, on_the_way, leave=0)
+        if saves or stops or _due(train.compare_every, done):
+            _compare_replicas(run)
         if evaluates and done < train.steps:
             _log_evaluation(run, _evaluate(run, run.heldout.spread(train.eval_sequences)))
         if done == train.steps:
             _draw_expert_load(run, metrics)
-        if saves or stops:
+        # The state of a step that was skipped is that of an earlier one, and may be why.
+        if stops or (saves and not run.faults.in_a_row):
             _save(run)
         if stops:
             return
@@ -150,24 +160,33 @@ def _settle(run: Run, on_the_way: OnTheWay, *, leave: int) -> None:
             schedule.batch_size(run.config.train, index) * run.config.data.sequence_length
         )
         run.display.step(run.step)
-        _check_finite(run, loss, grad_norm)
         if "expert_load" in metrics:
             run.expert_load.add(np.asarray(metrics["expert_load"]))
-        if _due(run.config.train.log_every, run.step) or run.step in (1, run.config.train.steps):
+        skipped = bool(metrics["skipped"])
+        first = schedule.sequences_before(run.config.train, index)
+        rows = first, schedule.sequences_before(run.config.train, index + 1)
+        if said := run.faults.check(run.step, loss, grad_norm, rows, skipped=skipped):
+            run.display.say(said)
+        first_fine = run.step - run.faults.skipped == 1
+        due = _due(run.config.train.log_every, run.step) or run.step == run.config.train.steps
+        if not skipped and (due or first_fine):
             _log(run, loss, grad_norm, metrics)
 
 
-def _check_finite(run: Run, loss: float, grad_norm: float) -> None:
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        run.checkpoints.wait()
-        saved = store.latest(run.folder / "checkpoints")
-        since = (
-            f"the newest checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
-        )
+def _compare_replicas(run: Run) -> None:
+    """Checks that devices which should hold equal copies do; each checkpoint is of such a state.
+
+    Raises:
+      ValueError: they do not; names arrays and devices.
+    """
+    found = replicas.mismatches(store.named_arrays(run.state), run.mesh)
+    if found:
+        devices = sorted({str(device) for wrong in found for device in wrong.devices})
         raise ValueError(
-            f"step {run.step}: loss is {loss} and grad_norm {grad_norm}, which no more steps "
-            f"can mend; nothing of it was saved, {since}. Try a lower optim.learning_rate or a "
-            "longer optim.warmup_steps in another --workdir"
+            f"after step {run.step} {', '.join(devices)} hold other values than their copies: "
+            f"{listed([wrong.name for wrong in found])}. Nothing of it was saved. Memory or link "
+            "of a device is not to be trusted: take it out of service, then run the same command "
+            "again: it goes on from the newest checkpoint, whose copies were equal"
         )
 
 
@@ -185,6 +204,7 @@ def _log(run: Run, loss: float, grad_norm: float, metrics: dict[str, jax.Array])
         **run.meter.take()._asdict(),
         "max_violation": float(metrics["max_violation"]),
         "dropped_tokens": int(metrics["dropped_tokens"]),
+        "skipped_steps": run.faults.skipped,
     }
     run.metrics.write(line)
     run.display.log(line)
@@ -221,6 +241,7 @@ def _save(run: Run) -> None:
         "progress": schedule.progress(run.config, run.step),
         "data": run.loader.state(),
         "seconds": run.seconds,
+        "skipped_steps": run.faults.skipped,
         "config_hash": settings.content_hash(run.config),
         "versions": workdir.versions(),
     }
@@ -247,6 +268,8 @@ def _finish(run: Run) -> dict[str, Any] | None:
     """
     run.display.stop()
     run.checkpoints.wait()
+    if run.faults.skipped >= run.step:
+        raise ValueError(f"no step of this run had a finite loss; see {run.faults.path}")
     run.display.say(f"scoring all {len(run.heldout):,} held-out sequences")
     result = _evaluate(run, range(len(run.heldout)), interrupted=lambda: _is_interrupted(run))
     if result is None:
@@ -272,6 +295,7 @@ def _finish(run: Run) -> dict[str, Any] | None:
         "max_violation_first": logged[0]["max_violation"],
         "max_violation_last": logged[-1]["max_violation"],
         "dropped_tokens": max(line["dropped_tokens"] for line in logged),
+        "skipped_steps": run.faults.skipped,
         "wall_seconds": run.seconds,
         "compile_seconds": run.train_step.seconds + run.score.seconds,
         "median_step_seconds": rates and rates.step_seconds,

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from dsjax import settings
+from dsjax.command import writing
 from dsjax.config import Config
 
 
@@ -46,8 +47,9 @@ class Metrics:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Appends one object; it has `step`, and numbers."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         values = {key: value for key, value in line.items() if key != "step"}
         if self._tensorboard is not None:
             for key, value in values.items():
@@ -71,7 +73,8 @@ class Metrics:
     def _keep_until(self, step: int) -> None:
         kept = [line for line in read_lines(self.path) if line["step"] <= step]
         partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        with writing(partial):
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         partial.replace(self.path)
 
 

@@ -25,6 +25,7 @@ from dsjax.train.batches import batch_sharding, held_rows, place_all, place_held
 from dsjax.train.compilation import Compiled
 from dsjax.train.evaluate import scorer
 from dsjax.train.expert_load import ExpertLoad
+from dsjax.train.faults import Faults
 from dsjax.train.report import Display, Metrics
 from dsjax.train.signals import StopRequest
 from dsjax.train.step import TrainState, abstract_state, initial_state, train_step
@@ -50,6 +51,7 @@ class Run:
     score: Compiled
     checkpoints: store.Store
     metrics: Metrics | None  # the first process's; the others write nothing
+    faults: Faults
     meter: Meter
     peak: Peak
     exit_code: int = 0  # of the signal that all processes know of
@@ -133,6 +135,9 @@ def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -
         metrics=Metrics(folder, config, first_step=record.get("step", 0))
         if processes.is_first()
         else None,
+        faults=Faults(
+            folder, skipped=record.get("skipped_steps", 0), silent=not processes.is_first()
+        ),
         meter=Meter(flops_per_token=train_flops_per_token(config.model, length), peak=peak),
         peak=peak,
         started=started,

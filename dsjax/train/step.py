@@ -107,7 +107,8 @@ def train_step(
 
     Knobs are float32 scalars: `learning_rate`, `mtp_weight`, `bias_update_speed`. Metrics are
     scalars, but for `expert_load` [MoE layers and MTP modules, E], each expert's share of its
-    layer's assignments.
+    layer's assignments. Where loss or gradient is not finite, the state comes back as it was, and
+    `skipped` is true.
     """
     structure, *_ = split(declared_model(config))
     adamw = optimizer.adamw(config.optim)
@@ -140,7 +141,10 @@ def train_step(
         metrics = _metrics(sums, grad_norm)
         if sums.counts_LE is not None and config.model.router_bias:
             router = _update_router(router, sums.counts_LE, knobs["bias_update_speed"], config)
-        return TrainState(params, router, optimizer_state), metrics
+        updated = TrainState(params, router, optimizer_state)
+        fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+        metrics["skipped"] = ~fine
+        return jax.tree.map(lambda new, old: jnp.where(fine, new, old), updated, state), metrics
 
     return step
 

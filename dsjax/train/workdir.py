@@ -2,27 +2,59 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import importlib.metadata
 import json
 import os
 import platform
+import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from dsjax import settings
+from dsjax.command import writing
 from dsjax.config import Config
 
 # Keys that a resumed run may change, because what has been trained so far stays what it was.
 _FREE = (
     "data.cache_dir", "train.remat", "train.loss_chunk", "train.log_every", "train.eval_every",
-    "train.eval_sequences", "train.checkpoint_every", "train.keep", "train.sample_tokens",
+    "train.eval_sequences", "train.checkpoint_every", "train.keep", "train.compare_every",
+    "train.sample_tokens",
     "train.tensorboard", "train.wandb_project", "mesh.",
 )  # fmt: skip
 _PACKAGES = ("dsjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Context in which no other process writes to `workdir`, which is made. The lock is the
+    kernel's, so it ends with the process, however that ends.
+
+    Raises:
+      ValueError: another process holds it; names process and host.
+      OSError: the folder cannot be made or written.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            raise ValueError(
+                f"{workdir} is in use by {holder}; wait until it has ended, stop it, or use "
+                "another --workdir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def claim(workdir: Path, config: Config) -> None:
@@ -156,5 +188,6 @@ def git_commit(folder: Path) -> str | None:
 def write_json(path: Path, values: Any) -> None:
     """Writes `values` so that a reader finds the old file or the new one, never half of one."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    with writing(partial):
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import shutil
 
 import jax
@@ -42,7 +43,7 @@ MODEL = ModelConfig(
 )
 LINE_KEYS = set(
     "step tokens loss mtp_loss balance_loss grad_norm learning_rate tokens_per_second "
-    "step_seconds mfu max_violation dropped_tokens".split()
+    "step_seconds mfu max_violation dropped_tokens skipped_steps".split()
 )
 TIMINGS = {"tokens_per_second", "step_seconds", "mfu"}
 
@@ -267,20 +268,48 @@ def test_batch_ramp_changes_the_batch_under_way(small, tmp_path):
     assert not list(tmp_path.glob("expert_load.*"))
 
 
-def test_run_stops_at_a_loss_that_is_not_finite(small, tmp_path):
-    """A rate of 1e38 gives weights that overflow within a few steps; no checkpoint holds them."""
+def poison(patch, *steps):
+    """Makes the gradient of some steps (counted from 1) NaN."""
+    knobs = schedule.knobs
+    patch.setattr(
+        loop.schedule,
+        "knobs",
+        lambda config, index: (
+            knobs(config, index) | ({"mtp_weight": math.nan} if index + 1 in steps else {})
+        ),
+    )
+
+
+def test_step_that_is_not_finite_is_skipped_and_written_down(small, tmp_path, monkeypatch):
+    """Step 3 would be saved; its state is that of step 2."""
+    poison(monkeypatch, 3)
+    code, output = run(small, tmp_path)
+    assert code == 0 and "step 3: loss is 5." in output
+    assert "grad_norm nan; skipped, the model is as it was (rows 16 to 23 of the data" in output
+    logged = [line for line in lines(tmp_path) if "loss" in line]
+    assert [line["skipped_steps"] for line in logged] == [0, 0, 1, 1]
+    (fault,) = [json.loads(line) for line in (tmp_path / "faults.jsonl").read_text().splitlines()]
+    assert (fault["step"], fault["kind"], fault["rows"]) == (3, "skipped", [16, 24])
+    assert fault["grad_norm"] == "nan"
+    assert store.steps(tmp_path / "checkpoints") == [6]
+    assert json.loads((tmp_path / "summary.json").read_text())["skipped_steps"] == 1
+    assert store.read_record(tmp_path / "checkpoints", 6)["skipped_steps"] == 1
+
+
+def test_run_stops_when_no_step_is_finite_any_more(small, tmp_path):
+    """A rate of 1e38 gives weights that overflow in the second step and in all after it."""
     wild = change(
         small,
         optim={"learning_rate": 1e38, "warmup_steps": 0},
-        train={"checkpoint_every": 1, "keep": 9},
+        train={"checkpoint_every": 1, "keep": 9, "steps": 9},
     )
     with pytest.raises(
-        ValueError,
-        match=r"step 2: loss is .*nothing of it was saved.*checkpoint is of step 1\. Try a lower",
+        ValueError, match=r"step 6: loss is .* in the 4 steps before it.*Try a lower"
     ):
         run(wild, tmp_path)
     assert "nan" not in (tmp_path / "metrics.jsonl").read_text().lower()
     assert store.steps(tmp_path / "checkpoints") == [1]
+    assert len((tmp_path / "faults.jsonl").read_text().splitlines()) == 5
 
 
 def test_workdir_of_another_config_is_refused(small, finished):

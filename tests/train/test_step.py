@@ -50,7 +50,8 @@ def _state(config, mesh):
     )
 
 
-def _run(sizes, micro_batch=BATCH, steps=2, **train):
+def _prepared(sizes, micro_batch=BATCH, **train):
+    """A mesh, a step, a state and a batch."""
     config, mesh = _config(**train), make_mesh(sizes, math.prod(sizes.values()))
     rows = tokens(BATCH, LENGTH + 1)
     segments = jnp.where(jnp.arange(LENGTH + 1)[None] < 20, 1, 2) * jnp.ones_like(rows)
@@ -63,7 +64,13 @@ def _run(sizes, micro_batch=BATCH, steps=2, **train):
         batch = jax.device_put(batch, jax.sharding.NamedSharding(mesh, spec))
         placement = jax.tree.map(lambda leaf: leaf.sharding, state)
         step = jax.jit(train_step(config), donate_argnums=0, out_shardings=(placement, None))
-        history = []
+    return mesh, step, state, batch
+
+
+def _run(sizes, micro_batch=BATCH, steps=2, **train):
+    mesh, step, state, batch = _prepared(sizes, micro_batch, **train)
+    history = []
+    with jax.set_mesh(mesh):
         for _ in range(steps):
             state, metrics = step(state, batch, {k: jnp.float32(v) for k, v in KNOBS.items()})
             history.append(jax.device_get(metrics))
@@ -129,6 +136,25 @@ def test_step_is_the_same_on_every_mesh(sizes, eight_devices):
 
 def test_accumulated_micro_batches_on_one_device_equal_one_batch_on_eight(eight_devices):
     _assert_same_run(_run({"data": 1}, micro_batch=8), eight_devices)
+
+
+def test_step_that_is_not_finite_changes_nothing():
+    """A gradient of NaN beside a finite loss: parameters, moments, count and bias stay."""
+    mesh, step, state, batch = _prepared({"data": 1}, micro_batch=8)
+    before = jax.tree.map(np.array, state)
+    knobs = {name: jnp.float32(value) for name, value in KNOBS.items()}
+    with jax.set_mesh(mesh):
+        state, metrics = step(state, batch, knobs | {"mtp_weight": jnp.float32(np.nan)})
+        assert metrics["skipped"] and jnp.isfinite(metrics["loss"])
+        assert not jnp.isfinite(metrics["grad_norm"])
+        for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True):
+            np.testing.assert_array_equal(got, want)
+        state, metrics = step(state, batch, knobs)
+    assert not metrics["skipped"]
+    assert all(
+        (np.asarray(got) != want).any()
+        for got, want in zip(*map(jax.tree.leaves, (state.router, before.router)), strict=True)
+    )
 
 
 def test_router_bias_is_equal_on_every_device(eight_devices):

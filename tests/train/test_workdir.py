@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import os
+import resource
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -114,5 +119,54 @@ def test_optim_keys_are_not_free():
     """The list of free keys is of prefixes: none may swallow a key that changes the training."""
     keys = workdir.flatten(dataclasses.asdict(CONFIG))
     free = {key for key in keys if key.startswith(workdir._FREE)}
-    assert free == {*workdir._FREE} - {"mesh."} | {"mesh.data", "mesh.fsdp", "mesh.tensor"}
+    assert free == {*workdir._FREE} - {"mesh."} | {key for key in keys if key.startswith("mesh.")}
     assert OptimConfig.__dataclass_fields__.keys().isdisjoint(key.split(".")[1] for key in free)
+
+
+def test_folder_is_for_one_process_at_a_time(tmp_path):
+    """Through a file of its own, another process is refused, and told who is there."""
+    folder = tmp_path / "run"
+    with workdir.locked(folder):
+        with (
+            pytest.raises(
+                ValueError, match=rf"run is in use by process {os.getpid()} on \S+; wait"
+            ),
+            workdir.locked(folder),
+        ):
+            raise AssertionError
+        assert (folder / "lock").read_text().startswith("process ")
+    with workdir.locked(folder):
+        pass
+
+
+def test_lock_ends_with_a_process_that_is_killed(tmp_path):
+    code = "import sys, time, pathlib; from dsjax.train import workdir\n"
+    code += "with workdir.locked(pathlib.Path(sys.argv[1])): print(flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline()
+        with (
+            pytest.raises(ValueError, match=f"in use by process {process.pid} on"),
+            workdir.locked(tmp_path),
+        ):
+            raise AssertionError
+        process.kill()
+    with workdir.locked(tmp_path):
+        pass
+
+
+def test_full_disk_leaves_the_old_file_and_is_named(tmp_path):
+    """A file size limit makes the kernel refuse to write, as a full disk does."""
+    path = tmp_path / "summary.json"
+    workdir.write_json(path, {"loss": 1.0})
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(OSError) as error:
+            workdir.write_json(path, {"text": "x" * 1000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "summary.json" in error.value.filename
+    assert json.loads(path.read_text()) == {"loss": 1.0}
