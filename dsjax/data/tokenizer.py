@@ -113,7 +113,8 @@ class Coder:
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special: bool = True) -> str:
         """Text of ids; bytes that are no UTF-8 (a character cut in half) become U+FFFD."""
-        return self.inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        with _library_failures("cannot decode"):
+            return self.inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def break_control(self, text: str, mark: str) -> str:
         """The text with `mark` inside every control token that is written out in it."""
@@ -173,8 +174,18 @@ def read_file(path: str, *, name: str) -> tokenizers.Tokenizer:
     Raises:
       ValueError: not a tokenizer, or one without tokens.
     """
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read()
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror}") from error
+    return from_bytes(data, name=name)
+
+
+def from_bytes(data: bytes, *, name: str) -> tokenizers.Tokenizer:
+    """Reads the contents of a tokenizer.json, as `read_file` does."""
     with _library_failures(f"{name} is not a tokenizer.json that can be read"):
-        inner = tokenizers.Tokenizer.from_file(path)
+        inner = tokenizers.Tokenizer.from_buffer(data)
     if not inner.get_vocab_size():
         raise ValueError(f"{name} has an empty vocabulary")
     return inner

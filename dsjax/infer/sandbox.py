@@ -1,9 +1,13 @@
-"""Renders the Jinja templates of checkpoints, which are programs that strangers wrote.
+"""Runs what strangers wrote and a checkpoint brings along: Jinja templates and tokenizers.
 
 Jinja's own sandbox keeps a template from Python's attributes, files and modules. It does not bound
 time and memory: `{{ 'a' * 3000000000 }}` takes 5.7 GB, two nested loops run for ever. So a template
 runs in a process of its own, this file as a program, which the kernel stops at a limit of memory
 and of processor time, and its parent at a time on the clock.
+
+A tokenizer.json is a program too: patterns that take exponential time, replacements that blow a
+text up until the process aborts. So before this process loads one, a process like that of a
+template loads it and tries it on a text; steps that could make any text much longer are refused.
 
 What a template can use is what Hugging Face transformers gives it: `raise_exception`,
 `strftime_now`, the filter `tojson`, break and continue, `{% generation %}`.
@@ -12,6 +16,7 @@ What a template can use is what Hugging Face transformers gives it: `raise_excep
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import signal
 import subprocess
@@ -22,7 +27,14 @@ MAX_TEMPLATE = 1 << 20  # characters; the longest that were released have 20,000
 MAX_RENDERED = 1 << 24  # characters
 MEMORY = 512 << 20  # bytes
 PROCESSOR_SECONDS = 2
+# The 7.8 MB of V3's tokenizer take a second and 200 MB; the library's threads reserve far more
+# address space than they use.
+TOKENIZER_MEMORY = 4 << 30
+TOKENIZER_SECONDS = 30
+MAX_GROWTH = 64  # what a tokenizer's replacements may make of one character
 CLOCK_SECONDS = 60.0  # of a machine that is busy with other things
+
+_tried: set[bytes] = set()
 
 
 def render(template: str, context: dict[str, Any]) -> str:
@@ -35,32 +47,50 @@ def render(template: str, context: dict[str, Any]) -> str:
         raise ValueError(
             f"the template has {len(template)} characters; more than {MAX_TEMPLATE} are refused"
         )
-    # -P: a program's own folder would come first where Python looks for modules.
-    command = [sys.executable, "-P", __file__]
     given = json.dumps({"template": template, "context": context}).encode()
+    return _ask("template", given, MEMORY, PROCESSOR_SECONDS)["text"]
+
+
+def try_tokenizer(data: bytes) -> None:
+    """Loads a tokenizer.json in a process of its own and tries it on a text, unless it has stood
+    that before.
+
+    Raises:
+      ValueError: it cannot be loaded, fails, exceeds a limit, or could make texts far longer.
+    """
+    digest = hashlib.sha256(data).digest()
+    if digest not in _tried:
+        _ask("tokenizer", data, TOKENIZER_MEMORY, TOKENIZER_SECONDS)
+        _tried.add(digest)
+
+
+def _ask(what: str, given: bytes, memory: int, seconds: int) -> dict[str, str]:
+    """What a child of limited means answers; `what` is "template" or "tokenizer"."""
+    # -P: a program's own folder would come first where Python looks for modules.
+    command = [sys.executable, "-P", __file__, what, str(memory), str(seconds)]
     try:
         done = subprocess.run(command, input=given, capture_output=True, timeout=CLOCK_SECONDS)
     except subprocess.TimeoutExpired as error:
-        raise ValueError(f"the template ran for more than {CLOCK_SECONDS:g} seconds") from error
+        raise ValueError(f"the {what} ran for more than {CLOCK_SECONDS:g} seconds") from error
     if done.returncode == -signal.SIGXCPU or done.returncode == -signal.SIGKILL:
-        raise ValueError(f"the template ran for more than {PROCESSOR_SECONDS} seconds")
+        raise ValueError(f"the {what} ran for more than {seconds} seconds")
     try:
         answer = json.loads(done.stdout)
     except ValueError as error:
         trace = done.stderr.decode(errors="replace").strip()
         detail = trace.rpartition("\n")[2] or f"exit code {done.returncode}"
-        raise ValueError(f"the template ended its process: {detail}") from error
+        raise ValueError(f"the {what} ended its process: {detail}") from error
     if "error" in answer:
         raise ValueError(answer["error"])
-    return answer["text"]
+    return answer
 
 
-def _limit_resources() -> None:
+def _limit_resources(memory: int, seconds: int) -> None:
     import resource
 
     for what, limit in (
-        (resource.RLIMIT_AS, MEMORY),
-        (resource.RLIMIT_CPU, PROCESSOR_SECONDS),
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_CORE, 0),
     ):
         with contextlib.suppress(ValueError, OSError):  # macOS has no limit of address space
@@ -129,6 +159,62 @@ def _environment() -> Any:
     return environment
 
 
+def _try(data: bytes) -> dict[str, str]:
+    """What the child says of a tokenizer: nothing, or what is wrong."""
+    import os
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import tokenizers
+
+    words = (
+        "".join(map(chr, range(32, 127))) + "\n\t\u4e2d\u6587 \u00e9\u0301 \U0001f600 \uff21\u200d"
+    )
+    text = words + "a" * 1000 + " " * 1000 + "0" * 1000 + words[::-1]
+    try:
+        growth = _growth(json.loads(data))
+        if growth > MAX_GROWTH:
+            return {
+                "error": f"its replacements can make {growth:.0f} characters of one, and more than "
+                f"{MAX_GROWTH} are refused"
+            }
+        inner = tokenizers.Tokenizer.from_buffer(data)
+        inner.no_padding()
+        inner.no_truncation()
+        inner.decode(inner.encode(text, add_special_tokens=False).ids)
+    except MemoryError:
+        return {"error": f"the tokenizer needs more than {TOKENIZER_MEMORY >> 20} MB of memory"}
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library panics with a BaseException
+        return {"error": f"the tokenizer failed: {error or type(error).__name__}"}
+    return {}
+
+
+def _growth(tokenizer: Any) -> float:
+    """How many characters the replacements of a tokenizer, one after the other, can make of one."""
+    total = 1.0
+    parts = [tokenizer.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")]
+    while parts:
+        part = parts.pop()
+        if not isinstance(part, dict):
+            continue
+        for value in part.values():
+            parts += (
+                [item for item in value if isinstance(item, dict)]
+                if isinstance(value, list)
+                else []
+            )
+        if part.get("type") == "Replace":
+            pattern, content = part["pattern"], part["content"]
+            # A regular expression may match nothing, between all characters.
+            replaced = len(pattern.get("String", "")) if isinstance(pattern, dict) else len(pattern)
+            total *= max(1.0, len(content) / replaced if replaced else 1 + len(content))
+    return total
+
+
 if __name__ == "__main__":
-    _limit_resources()
-    sys.stdout.write(json.dumps(_answer(**json.load(sys.stdin))))
+    _limit_resources(int(sys.argv[2]), int(sys.argv[3]))
+    if sys.argv[1] == "template":
+        sys.stdout.write(json.dumps(_answer(**json.load(sys.stdin))))
+    else:
+        sys.stdout.write(json.dumps(_try(sys.stdin.buffer.read())))

@@ -16,8 +16,10 @@ import tokenizers
 from dsjax.checkpoint import json_files
 from dsjax.data import tokenizer
 from dsjax.data.tokenizer import BOS, EOS, Coder
+from dsjax.infer import sandbox
 from dsjax.infer.sampling import Sampling
 
+MAX_TOKENIZER = 256 << 20  # bytes; the largest that were released have 20 million
 THINK, END_THINK = "<think>", "</think>"
 
 _SETTINGS = {"temperature": float, "top_k": int, "top_p": float, "min_p": float}
@@ -69,13 +71,20 @@ def open_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         model lacks; a config is damaged or names a token that does not exist.
     """
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(
             f"{folder} has no tokenizer.json, so text cannot become tokens; copy it there from the "
             "release, or give token ids with --tokens"
         )
     config = _read(folder / "tokenizer_config.json")
-    inner = tokenizer.read_file(str(path), name=str(path))
+    data = json_files.read_regular(path, MAX_TOKENIZER)
+    try:
+        sandbox.try_tokenizer(data)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not a tokenizer that can be used: {error}; copy it again from the release"
+        ) from error
+    inner = tokenizer.from_bytes(data, name=str(path))
     bos = _name(inner, config, "bos_token", BOS, folder)
     eos = _name(inner, config, "eos_token", EOS, folder)
     # Some files leave it to the config to say that these two are control tokens.

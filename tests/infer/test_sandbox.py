@@ -1,11 +1,14 @@
 """Templates as programs: what they may use, and what stops the hostile ones."""
 
+import json
 import resource
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from dsjax.infer import sandbox
-from dsjax.infer.sandbox import render
+from dsjax.infer.sandbox import render, try_tokenizer
 
 
 def test_templates_render_as_in_transformers():
@@ -72,3 +75,52 @@ def test_a_dead_process_is_an_error(monkeypatch):
     monkeypatch.setattr(sandbox.sys, "executable", "false")
     with pytest.raises(ValueError, match="the template ended its process: exit code 1"):
         render("x", {})
+
+
+LETTERS = {chr(code): code - 32 for code in range(32, 127)}
+TOKENIZER = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": LETTERS}}
+TOKENIZER["model"] |= {"merges": []}
+
+
+def replacing(*pairs):
+    steps = [{"type": "Replace", "pattern": {"String": a}, "content": b} for a, b in pairs]
+    return {"normalizer": {"type": "Sequence", "normalizers": steps}}
+
+
+def test_plain_tokenizer_is_tried_once(monkeypatch):
+    data = json.dumps(TOKENIZER | replacing((" ", "_" * 8), ("_", "____"))).encode()
+    try_tokenizer(data)
+    monkeypatch.setattr(sandbox, "_ask", None)
+    try_tokenizer(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replacing(*[("a", "a" * 1000)] * 4), "can make 1000000000000 characters of one"),
+        (replacing(("xyzzy", "x" * 1000)), "can make 200 characters of one, and more than 64"),
+        ({"pre_tokenizer": {"type": "Split", "behavior": "Isolated", "invert": False,
+                            "pattern": {"Regex": "(a|a)*b"}}}, "the tokenizer failed: .*retry"),
+        ({"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}, "the tokenizer failed"),
+        ({"decoder": {"type": "Replace"}}, "the tokenizer failed"),
+    ],
+    ids=["bomb", "rare bomb", "endless pattern", "negative id", "half a step"],
+)  # fmt: skip
+def test_hostile_tokenizers_end_in_a_message(change, message):
+    with pytest.raises(ValueError, match=message):
+        try_tokenizer(json.dumps(TOKENIZER | change).encode())
+
+
+def test_tokenizer_that_aborts_takes_only_its_own_process_along(monkeypatch):
+    """With the growth allowed, the library runs out of memory, and aborts."""
+    bomb = json.dumps(TOKENIZER | replacing(*[("a", "a" * 1000)] * 4)).encode()
+    source = Path(sandbox.__file__).read_text().replace("MAX_GROWTH = 64", "MAX_GROWTH = 1e99")
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(source)
+        file.flush()
+        monkeypatch.setattr(sandbox, "__file__", file.name)
+        monkeypatch.setattr(sandbox, "TOKENIZER_MEMORY", 1 << 30)
+        with pytest.raises(
+            ValueError, match=r"the tokenizer (ended its process|ran for more|needs)"
+        ):
+            try_tokenizer(bomb)
