@@ -160,4 +160,4 @@ def _step(model: Transformer, state: State, knobs: Knobs, most_B: jax.Array) -> 
 
 def _pinned(carry: Carry) -> Carry:
     """The carry laid out the same way by every program."""
-    return Carry(carry.cache.pinned(), constrain(carry.hidden_BWD, "batch", "length", "width"))
+    return Carry(carry.cache.pinned(), constrain(carry.hidden_BWD, "batch", "tokens", "width"))

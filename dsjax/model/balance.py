@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from dsjax.config import Config, ModelConfig
 from dsjax.model.router import Routing
+from dsjax.parallel import context
 
 
 class BalanceWeights(NamedTuple):
@@ -122,14 +123,19 @@ def balance_loss(
     B, T = documents_BT.shape
     E, K = config.n_routed_experts, config.n_activated_experts
     D = weights.n_devices
-    scores_ME = routing.scores_ME
+    # A sequence's tokens together, in their order.
+    documents_BT = context.restore(documents_BT)
+    scores_ME, experts_MK = (
+        context.restore(x.reshape(B, T, -1)).reshape(x.shape)
+        for x in (routing.scores_ME, routing.experts_MK)
+    )
     share_BTE = (scores_ME / scores_ME.sum(axis=-1, keepdims=True)).reshape(B, T, E)
     total = jnp.float32(0)
     if weights.sequence:
         best = jax.lax.top_k(jax.lax.stop_gradient(scores_ME), K)[1]
         f_BTE = (_chosen(best, E) * (E / K)).reshape(B, T, E)
         total += weights.sequence * _frequency_times_share(f_BTE, share_BTE, documents_BT)
-    chosen_BTE = _chosen(routing.experts_MK, E).reshape(B, T, E)
+    chosen_BTE = _chosen(experts_MK, E).reshape(B, T, E)
     if weights.expert:
         total += weights.expert * _frequency_times_share(
             chosen_BTE * (E / K), share_BTE, documents_BT

@@ -10,10 +10,10 @@ from flax import nnx
 
 from dsjax.config import ModelConfig
 from dsjax.kernels import cached_attention
-from dsjax.kernels.attention import causal_attention
 from dsjax.model import rope
 from dsjax.model.cache import LayerCache
 from dsjax.model.layers import Constant, Normal, declare
+from dsjax.parallel import context
 from dsjax.precision.activations import attention_linear
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
@@ -57,11 +57,11 @@ class GQA(nnx.Module):
         angles: tuple[jax.Array, jax.Array],
         segment_ids_BT: jax.Array | None = None,
     ) -> jax.Array:
-        k_BTPH, v_BTPH = self.keys_values(x_BTD, angles)
-        out_BTNH = causal_attention(
+        out_BTNH = context.attend(
             self.queries(x_BTD, angles),
-            k_BTPH,
-            v_BTPH,
+            self.keys_values(x_BTD, angles),
+            None,
+            lambda k_BSPH, v_BSPH, _: (k_BSPH, v_BSPH),
             scale=rope.attention_scale(self.config),
             segment_ids_BT=segment_ids_BT,
         )

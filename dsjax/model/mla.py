@@ -24,10 +24,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsjax.config import ModelConfig
 from dsjax.kernels import cached_attention
-from dsjax.kernels.attention import causal_attention
 from dsjax.model import rope
 from dsjax.model.cache import LayerCache
 from dsjax.model.layers import Normal, RMSNorm, declare
+from dsjax.parallel import context
 from dsjax.precision.activations import attention_linear
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
@@ -93,26 +93,27 @@ class MLA(nnx.Module):
         k_rope_BTR = rope.rotate_pairs(k_rope_BTR[:, :, None], *angles)[:, :, 0]
         return self.kv_norm(c_BTC), k_rope_BTR
 
+    def _expand(
+        self, c_BSC: jax.Array, k_rope_BSR: jax.Array, wkv_b: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Keys [B, S, N, H + R] and values [B, S, N, W] of the heads whose weights are given."""
+        config = self.config
+        width = config.qk_nope_head_dim + config.v_head_dim
+        expanded = linear(c_BSC, wkv_b, self.policy).reshape(*c_BSC.shape[:2], -1, width)
+        return expand_keys_values(expanded, k_rope_BSR[:, :, None], config.qk_nope_head_dim)
+
     def __call__(
         self,
         x_BTD: jax.Array,
         angles: tuple[jax.Array, jax.Array],
         segment_ids_BT: jax.Array | None = None,
     ) -> jax.Array:
-        config = self.config
-        q_BTNH = self.queries(x_BTD, angles)
-        c_BTC, k_rope_BTR = self.latents(x_BTD, angles)
-        expanded = linear(c_BTC, self.wkv_b[...], self.policy).reshape(
-            *x_BTD.shape[:2], config.n_heads, -1
-        )
-        k_BTNH, v_BTNW = expand_keys_values(
-            expanded, k_rope_BTR[:, :, None], config.qk_nope_head_dim
-        )
-        out_BTNW = causal_attention(
-            q_BTNH,
-            k_BTNH,
-            v_BTNW,
-            scale=rope.attention_scale(config),
+        out_BTNW = context.attend(
+            self.queries(x_BTD, angles),
+            self.latents(x_BTD, angles),
+            self.wkv_b[...],
+            self._expand,
+            scale=rope.attention_scale(self.config),
             segment_ids_BT=segment_ids_BT,
         )
         out_BTX = out_BTNW.reshape(*x_BTD.shape[:2], -1)

@@ -27,6 +27,7 @@ from dsjax.config import ModelConfig
 from dsjax.model.balance import BalanceWeights
 from dsjax.model.layers import Normal, RMSNorm, declare
 from dsjax.model.moe import RoutingStatistics
+from dsjax.parallel.context import arrange, restore
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 def shift_left(tokens_BT: jax.Array) -> jax.Array:
     """Each position takes its right neighbour; the last one, which predicts nothing, takes 0."""
-    return jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
+    return arrange(jnp.pad(restore(tokens_BT)[:, 1:], ((0, 0), (0, 1))))
 
 
 class MTP(nnx.Module):

@@ -23,6 +23,7 @@ from dsjax.model.layers import Embedding, FeedForward, Head, RMSNorm, stack
 from dsjax.model.mla import MLA
 from dsjax.model.moe import Experts, MoE, RoutingStatistics
 from dsjax.model.mtp import MTP, shift_left
+from dsjax.parallel.context import arrange, restore
 from dsjax.parallel.sharding import constrain
 from dsjax.precision.matmul import vocabulary_logits
 from dsjax.precision.policy import Policy
@@ -38,7 +39,7 @@ _REMAT_POLICIES = {
 
 
 class Context(NamedTuple):
-    """What every layer needs besides the hidden state."""
+    """What every layer needs besides the hidden state, in the hidden state's order."""
 
     angles: tuple[jax.Array, jax.Array]  # rope cosine and sine, float32 [B, T, R/2]
     segment_ids_BT: jax.Array | None  # attention stays inside a segment; None: it does not care
@@ -105,7 +106,7 @@ class Block(nnx.Module):
         Args:
           experts: those of the whole stack, of which this is layer `cache.layer`; None if dense.
         """
-        x_BTD = constrain(x_BTD, "batch", "length", "width")
+        x_BTD = constrain(x_BTD, "batch", "tokens", "width")
         y_BTD, cache = self.attn.extend(
             self.attn_norm(x_BTD),
             extension.angles,
@@ -149,7 +150,7 @@ class Transformer(nnx.Module):
         Returns:
           logits, float32 [B, T, V].
         """
-        return self.logits(self.hidden(tokens_BT, segment_ids_BT, mtp=False).main_BTD)
+        return restore(self.logits(self.hidden(tokens_BT, segment_ids_BT, mtp=False).main_BTD))
 
     def head_weight(self) -> jax.Array:
         """[D, V]; the embedding's transpose where they are tied."""
@@ -169,7 +170,8 @@ class Transformer(nnx.Module):
         balance: BalanceWeights | None = None,
         remat: str = "none",
     ) -> Hidden:
-        """Runs the model up to the states that the output head reads.
+        """Runs the model up to the states that the output head reads. They lie as
+        `dsjax.parallel.context.arrange` brings the tokens to lie, which it does here.
 
         Args:
           segment_ids_BT: int32 document of each token, 0 for padding; None: one document a row.
@@ -179,6 +181,7 @@ class Transformer(nnx.Module):
           remat: what a layer's backward pass computes again: "none", "selective" or "full".
         """
         context = self._context(tokens_BT, segment_ids_BT, isolate)
+        tokens_BT = arrange(tokens_BT)
 
         def layer(x_BTD: jax.Array, block: Block):
             return block(x_BTD, context, balance)
@@ -295,8 +298,8 @@ class Transformer(nnx.Module):
                 jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape
             )
             documents_BT = (segment_ids_BT > 0).astype(jnp.int32)
-        angles = rope.angles(positions_BT, self.config)
-        return Context(angles, segment_ids_BT if isolate else None, documents_BT)
+        angles = rope.angles(arrange(positions_BT), self.config)
+        return Context(angles, arrange(segment_ids_BT) if isolate else None, arrange(documents_BT))
 
 
 def _extend_layers(

@@ -33,12 +33,12 @@ AXIS_TABLE: dict[str, tuple[str, ...]] = {
     "ffn": ("tensor",),
     "experts": ("expert",),
     "norm": (),
-    # batches of token ids, before inputs and targets are apart
-    "micro_batches": (),
-    "tokens": (),
     # activations
+    "micro_batches": (),
     "batch": ("data", "fsdp", "expert"),
-    "length": (),
+    "length": ("context",),
+    "tokens": (),  # a length that stays whole
+    "pieces": ("context", "data", "fsdp", "expert"),  # of sequences, as rows
     "width": (),
 }
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from dsjax.config import Config
 from dsjax.data.packing import HeldoutSequences
+from dsjax.parallel.context import arrange
 from dsjax.train.loss import cross_entropy, target_mask
 from dsjax.train.step import TrainState, restored_model
 
@@ -40,8 +41,8 @@ def scorer(
         nats = cross_entropy(
             hidden.main_BTD,
             model.head_weight(),
-            tokens[:, 1:],
-            mask_BT,
+            arrange(tokens[:, 1:]),
+            arrange(mask_BT),
             model.policy,
             config.train.loss_chunk,
         )

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from dsjax.config import Config
 from dsjax.model.balance import BalanceWeights
 from dsjax.model.transformer import Transformer
+from dsjax.parallel.context import arrange, pieces
 from dsjax.precision.policy import Policy
 
 
@@ -72,6 +73,7 @@ def cross_entropy(
     Returns:
       float32 scalar.
     """
+    hidden_BTD, targets_BT, mask_BT = map(pieces, (hidden_BTD, targets_BT, mask_BT))
     batch, length = targets_BT.shape
     # Chunks are cut along the sequence, so that a batch split over devices stays split.
     width = min(max(chunk // batch, 1), length)
@@ -164,7 +166,9 @@ def losses(model: Transformer, batch: dict[str, jax.Array], config: Config) -> L
     def nll(hidden_BTD: jax.Array, ahead: int) -> tuple[jax.Array, jax.Array]:
         mask_BT = target_mask(segment_ids, ahead, isolate)
         targets_BT = jnp.pad(tokens[:, ahead:], ((0, 0), (0, ahead - 1)))
-        total = cross_entropy(hidden_BTD, weight, targets_BT, mask_BT, model.policy, chunk)
+        total = cross_entropy(
+            hidden_BTD, weight, arrange(targets_BT), arrange(mask_BT), model.policy, chunk
+        )
         return total, mask_BT.sum().astype(jnp.float32)
 
     main, main_targets = nll(hidden.main_BTD, 1)

@@ -19,6 +19,7 @@ from dsjax.data.loader import Loader
 from dsjax.data.packing import HeldoutSequences, PackedSequences, heldout_sequences
 from dsjax.model.flops import train_flops_per_token
 from dsjax.parallel import processes
+from dsjax.parallel.context import check_length
 from dsjax.parallel.mesh import make_mesh
 from dsjax.train import workdir
 from dsjax.train.batches import batch_sharding, held_rows, place_all, place_held
@@ -97,6 +98,7 @@ def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -
     mesh = make_mesh(config.mesh.sizes)
     length = config.data.sequence_length
     batch_sharding((rows_per_pass(config), length + 1), mesh)  # refuses before anything is made
+    check_length(length, mesh)
     abstract = abstract_state(config, mesh)
     placement = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     corpus = _prepare_corpus(config, display)

@@ -1,0 +1,169 @@
+"""Sequences split along their length over the mesh axis `context`.
+
+Layers other than attention do not care where a token's neighbours are. For attention each device
+gathers what all queries need of the other devices' tokens. With MLA that is the latent and the rope
+key, 576 values a token for V3 where expanded keys and values would be 40,960; they are expanded
+after the gather, on every device for the whole sequence, and the gradient travels back as a latent
+too.
+
+Causal attention would leave the device with the beginning of a sequence idle and the one with its
+end busy. So a sequence is cut into 2c chunks for c devices, and device r holds chunks r and
+2c - 1 - r: then each meets equally many keys, to the tile. Inside the model tokens therefore lie in
+that order; `arrange` brings a batch's numbers into it, `restore` undoes it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh
+
+from dsjax.kernels.attention import causal_attention
+from dsjax.kernels.tiled_attention import Segments, Tiles, tiled_attention
+from dsjax.kernels.varying import vary_as
+from dsjax.parallel.sharding import constrain, on_shards, partition_spec, parts, parts_here
+
+_AXIS = "context"
+_MOST_BLOCK = 512  # queries of a tile
+
+Expand = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+def check_length(length: int, mesh: Mesh | AbstractMesh) -> None:
+    """Checks that sequences can be split over the mesh.
+
+    Raises:
+      ValueError: the length does not divide into two chunks a device.
+    """
+    n_parts = parts("length", mesh)
+    if n_parts > 1 and length % (2 * n_parts):
+        raise ValueError(
+            f"data.sequence_length={length} does not divide into 2 chunks for each of "
+            f"mesh.context={n_parts} devices; choose a multiple of {2 * n_parts}"
+        )
+
+
+def order(length: int, n_parts: int) -> np.ndarray:
+    """The position of each token as they lie on the devices, one device after the other."""
+    chunks = np.arange(length).reshape(2 * n_parts, -1)
+    return np.stack([chunks[:n_parts], chunks[::-1][:n_parts]], axis=1).reshape(-1)
+
+
+def arrange(x_BT: jax.Array) -> jax.Array:
+    """Brings numbers of tokens from their sequence's order to that of the devices, and splits
+    them.
+    """
+    n_parts = parts_here("length")
+    if n_parts == 1:
+        return x_BT
+    return constrain(x_BT[:, order(x_BT.shape[1], n_parts)], "batch", "length")
+
+
+def restore(x_BTX: jax.Array) -> jax.Array:
+    """Brings arrays [B, T, ...] back to their sequence's order, whole on every device:
+    x[B, T_context, X] -> all_gather(context) -> x[B, T, X].
+    """
+    n_parts = parts_here("length")
+    if n_parts == 1:
+        return x_BTX
+    x_BTX = constrain(x_BTX, "batch", "tokens", *("width",) * (x_BTX.ndim - 2))
+    return x_BTX[:, np.argsort(order(x_BTX.shape[1], n_parts))]
+
+
+def pieces(x_BTX: jax.Array) -> jax.Array:
+    """Makes each device's part of a sequence a row of its own, where order does not matter:
+    [B, T, ...] -> [c * B, T / c, ...]; nothing moves.
+    """
+    n_parts = parts_here("length")
+    if n_parts == 1:
+        return x_BTX
+    B, T, *rest = x_BTX.shape
+    x_cBtX = x_BTX.reshape(B, n_parts, T // n_parts, *rest).swapaxes(0, 1)
+    x_CtX = x_cBtX.reshape(n_parts * B, T // n_parts, *rest)
+    return constrain(x_CtX, "pieces", "tokens", *("width",) * len(rest))
+
+
+def attend(
+    q_BTNH: jax.Array,
+    kept: tuple[jax.Array, ...],
+    weights: Any,
+    expand: Expand,
+    *,
+    scale: float,
+    segment_ids_BT: jax.Array | None,
+) -> jax.Array:
+    """Attends causally to keys and values that are made of what each token keeps.
+
+    Args:
+      kept: [B, T, ...]; with four dims the third is heads.
+      weights: arrays [..., heads] that `expand` needs.
+      expand: (*kept, weights) of some sequences and heads -> their keys and values.
+      segment_ids_BT: int32; a query only sees keys of its own segment. None: all earlier ones.
+
+    Returns:
+      [B, T, N, W].
+    """
+    if parts_here("length") == 1:
+        k_BTPH, v_BTPW = expand(*kept, weights)
+        return causal_attention(q_BTNH, k_BTPH, v_BTPW, scale=scale, segment_ids_BT=segment_ids_BT)
+
+    def specs(mesh: AbstractMesh):
+        def spec(x: jax.Array, *axes: str):
+            return partition_spec(axes, x.shape, mesh, "attention")
+
+        q = spec(q_BTNH, "batch", "length", "heads", "width")
+        tokens = tuple(
+            spec(x, "batch", "length", *("heads",) * (x.ndim - 3), "width") for x in kept
+        )
+        heads = jax.tree.map(lambda w: spec(w, *("latent",) * (w.ndim - 1), "heads"), weights)
+        segments = None if segment_ids_BT is None else spec(segment_ids_BT, "batch", "length")
+        return (q, tokens, heads, segments), q
+
+    attention = functools.partial(_attend_here, expand=expand, scale=scale)
+    return on_shards(attention, (q_BTNH, kept, weights, segment_ids_BT), specs)
+
+
+def _attend_here(
+    q_btNH: jax.Array,
+    kept: tuple[jax.Array, ...],
+    weights: Any,
+    segment_ids_bt: jax.Array | None,
+    *,
+    expand: Expand,
+    scale: float,
+) -> jax.Array:
+    """Attention from a device's own queries."""
+    n_parts = parts_here("length")
+    length = q_btNH.shape[1] * n_parts
+    back = np.argsort(order(length, n_parts))
+
+    def gather(x_btX: jax.Array) -> jax.Array:
+        # x[b, t_context, X] -> all_gather(context) -> x[b, T, X]
+        return lax.all_gather(x_btX, _AXIS, axis=1, tiled=True)[:, back]
+
+    weights = jax.tree.map(lambda w: vary_as(w, q_btNH), weights)
+    k_bTPH, v_bTPW = expand(*map(gather, kept), weights)
+    segments = None
+    if segment_ids_bt is not None:
+        segments = Segments(segment_ids_bt, gather(segment_ids_bt))
+    here = lax.axis_index(_AXIS)
+    tiles = Tiles(*(jnp.asarray(table)[here] for table in tile_tables(length, n_parts)))
+    return tiled_attention(q_btNH, k_bTPH, v_bTPW, tiles, scale=scale, segments=segments)
+
+
+def tile_tables(length: int, n_parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """`Tiles` of each device, int32 [devices, ...]; all list equally many pairs."""
+    chunk = length // (2 * n_parts)
+    size = next(size for size in range(min(chunk, _MOST_BLOCK), 0, -1) if chunk % size == 0)
+    blocks_RI = order(length, n_parts).reshape(n_parts, -1, size)[:, :, 0] // size
+    pairs_RX2 = [
+        [(place, number) for place, block in enumerate(blocks_I) for number in range(block + 1)]
+        for blocks_I in blocks_RI
+    ]
+    return blocks_RI.astype(np.int32), np.array(pairs_RX2, np.int32)
