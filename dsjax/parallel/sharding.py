@@ -95,7 +95,8 @@ def optimizer_spec(
     for dim, axis in enumerate(axes):
         if "fsdp" not in AXIS_TABLE[axis] or _size(mesh, "data") == 1:
             continue
-        names = (*(spec[dim] or ()), "data")
+        held = tuple(name for name in AXIS_TABLE[axis] if _size(mesh, name) > 1)
+        names = (*held, "data")
         if shape[dim] % math.prod(mesh.shape[name] for name in names) == 0:
             return PartitionSpec(*spec[:dim], names, *spec[dim + 1 :])
     return spec
