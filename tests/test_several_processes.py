@@ -102,6 +102,7 @@ def test_two_processes_are_one_run(folder):
     second.kill()
     begin = time.monotonic()
     output, _ = first.communicate(timeout=300)
+    second.communicate()
     assert first.returncode == 1 and time.monotonic() - begin < 20
     assert "error: process 1 of 2 has ended, and process 0 cannot go on" in output
     assert "Start all 2 again with the same command" in output and "Traceback" not in output

@@ -7,6 +7,7 @@ Paper: DeepSeekMoE (arXiv:2401.06066) section 3; V3 (arXiv:2412.19437) section 2
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -105,21 +106,32 @@ class MoE(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x_BTD: jax.Array, documents_BT: jax.Array, balance: BalanceWeights | None
+        self,
+        x_BTD: jax.Array,
+        documents_BT: jax.Array,
+        balance: BalanceWeights | None,
+        *,
+        length: str = "length",
     ) -> tuple[jax.Array, RoutingStatistics]:
+        """
+        Args:
+          length: logical name of the tokens' dimension; "tokens" where sequences are whole.
+        """
         config = self.config
         y_BTD, routing, counts_E, dropped_tokens = on_shards(
-            self._routed, (self.gate, self.experts, x_BTD, documents_BT), self._specs(x_BTD)
+            partial(self._routed, length=length),
+            (self.gate, self.experts, x_BTD, documents_BT),
+            self._specs(x_BTD, length),
         )
         if config.n_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
         loss = balance_loss(routing, documents_BT, balance, config) if balance else jnp.float32(0)
         return y_BTD, RoutingStatistics(counts_E, loss, dropped_tokens)
 
-    def _specs(self, x_BTD: jax.Array) -> Callable[[AbstractMesh], Specs]:
+    def _specs(self, x_BTD: jax.Array, length: str) -> Callable[[AbstractMesh], Specs]:
         def specs(mesh: AbstractMesh) -> Specs:
-            tokens = partition_spec(("batch", "length", "width"), x_BTD.shape, mesh, "tokens")
-            rows = partition_spec(("batch", "length"), x_BTD.shape[:2], mesh, "tokens")
+            tokens = partition_spec(("batch", length, "width"), x_BTD.shape, mesh, "tokens")
+            rows = partition_spec(("batch", length), x_BTD.shape[:2], mesh, "tokens")
             everywhere = PartitionSpec()
             return (
                 (everywhere, partition_specs(self.experts, mesh), tokens, rows),
@@ -129,7 +141,13 @@ class MoE(nnx.Module):
         return specs
 
     def _routed(
-        self, gate: Router, experts: Experts, x_btD: jax.Array, documents_bt: jax.Array
+        self,
+        gate: Router,
+        experts: Experts,
+        x_btD: jax.Array,
+        documents_bt: jax.Array,
+        *,
+        length: str,
     ) -> tuple[jax.Array, Routing, jax.Array, jax.Array]:
         """Routing and the routed experts' output, on a device's part of the tokens and experts.
 
@@ -160,7 +178,7 @@ class MoE(nnx.Module):
         # One bin more than experts takes the padding.
         counts_E = jnp.bincount(counted.reshape(-1), length=E + 1)[:-1].astype(jnp.int32)
         missing = routing.experts_MK.size - computed
-        everywhere = split_axes("batch", "length")
+        everywhere = split_axes("batch", length)
         return (
             y_mD.reshape(x_btD.shape),
             jax.tree.map(lambda x: x.reshape(*x_btD.shape[:2], -1), routing),
@@ -178,7 +196,7 @@ class MoE(nnx.Module):
         one_device = parts_here("experts") == parts_here("expert_embed") == parts_here("ffn") == 1
         if not (few and one_device) or stack.policy.platform != "cpu" or stack.policy.fp8:
             documents_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
-            return self(x_BTD, documents_BT, None)[0]
+            return self(x_BTD, documents_BT, None, length="tokens")[0]
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
         y_BTD = stack.few(x_MD, self.gate(x_MD), layer).reshape(x_BTD.shape)
         return y_BTD + self.shared(x_BTD) if self.config.n_shared_experts else y_BTD

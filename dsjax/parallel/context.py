@@ -147,7 +147,8 @@ def _attend_here(
         # x[b, t_context, X] -> all_gather(context) -> x[b, T, X]
         return lax.all_gather(x_btX, _AXIS, axis=1, tiled=True)[:, back]
 
-    weights = jax.tree.map(lambda w: vary_as(w, q_btNH), weights)
+    # Devices of the same tokens have other heads; the gradients of what they share are summed.
+    kept, weights = jax.tree.map(lambda x: vary_as(x, q_btNH), (kept, weights))
     k_bTPH, v_bTPW = expand(*map(gather, kept), weights)
     segments = None
     if segment_ids_bt is not None:
