@@ -60,8 +60,12 @@ def tiled_attention(
         x.reshape(B, -1, size, P, x.shape[-1]).transpose(1, 0, 3, 2, 4) for x in (k_BSPH, v_BSPW)
     )
     cut = segments and Segments(*(x.reshape(B, -1, size).swapaxes(0, 1) for x in segments))
-    out_IBPGtW = _attention(q_IBPGtH, k_JBPsH, v_JBPsW, cut, tiles, scale)
-    return out_IBPGtW.transpose(1, 0, 4, 2, 3, 5).reshape(B, T, N, -1)
+    return _join(_attention(q_IBPGtH, k_JBPsH, v_JBPsW, cut, tiles, scale))
+
+
+def _join(out_IBPGtW):
+    n_blocks, B, P, G, size, W = out_IBPGtW.shape
+    return out_IBPGtW.transpose(1, 0, 4, 2, 3, 5).reshape(B, n_blocks * size, P * G, W)
 
 
 def _scores(q_BPGtH, k_BPsH, segments, tiles: Tiles, pair_2, scale: float) -> jax.Array:

@@ -222,7 +222,7 @@ def test_gathered_is_the_latent_and_not_what_is_made_of_it():
         return model(x_BTD, rope.angles(positions, TINY)).sum()
 
     with jax.set_mesh(make_mesh({"context": 8})):
-        text = jax.jit(jax.grad(total, (0, 1))).lower(model, x_BTD).compile().as_text()
+        text = str(jax.jit(jax.grad(total, (0, 1))).lower(model, x_BTD).compile().as_text())
     travels = [
         [int(size) for size in found.split(",") if size]
         for found in re.findall(
