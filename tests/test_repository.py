@@ -150,6 +150,24 @@ def test_sources_are_ascii_without_leftovers():
         assert not mark.search(text), f"{name(path)}: {mark.search(text)}"
 
 
+def test_no_data_is_run_as_code():
+    """No pickle, no eval, no shell; a config file is Python, which its author runs."""
+    risky = {"eval", "exec", "pickle", "marshal", "shelve", "dill", "yaml", "system", "popen"}
+    found = []
+    for path in PACKAGE + TOOLS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name.split(".")[0] for alias in node.names}
+                names |= {(getattr(node, "module", None) or "").split(".")[0]}
+            elif isinstance(node, ast.Call):
+                names = {getattr(node.func, "id", getattr(node.func, "attr", ""))}
+                names |= {"shell"} & {keyword.arg for keyword in node.keywords}
+            else:
+                continue
+            found += [f"{name(path)}: {what}" for what in names & (risky | {"shell"})]
+    assert found == ["dsjax/settings.py: exec"]
+
+
 def usage(command):
     """What `command --help` prints; `command` is a tool, or one of its commands."""
     tool, *words = command.split()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dsjax.checkpoint import json_files
 from dsjax.infer import sandbox
 from dsjax.infer.vocabulary import END_THINK, THINK, Vocabulary
 
@@ -73,7 +74,8 @@ def find_template(folder: Path, vocabulary: Vocabulary) -> Template | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:
-            return Template(path.read_text(encoding="utf-8"), str(path))
+            data = json_files.read_regular(path, 4 * sandbox.MAX_TEMPLATE)
+            return Template(data.decode(), str(path))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is no UTF-8 text ({error}); repair or remove it") from error
     place = f"{folder / 'tokenizer_config.json'}: chat_template"

@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dsjax.parallel.mesh import make_mesh
 from dsjax.parallel.replicas import mismatches
+from tests.checkpoint.damage import with_flipped_bit
 
 RNG = np.random.default_rng(0)
 HOST = {
@@ -27,17 +28,6 @@ def place(sizes):
         for name, value in HOST.items()
     }
     return mesh, arrays
-
-
-def with_flipped_bit(array, device, bit):
-    """The array, with one bit flipped in the copy of one device."""
-    parts = []
-    for shard in array.addressable_shards:
-        part = np.array(shard.data)
-        if shard.device == device:
-            part.reshape(-1).view(np.uint8)[bit // 8] ^= 1 << bit % 8
-        parts.append(jax.device_put(part, shard.device))
-    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
 
 
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 4, "fsdp": 2}], ids=str)

@@ -7,7 +7,10 @@ import functools
 import io
 import json
 import math
+import os
 import shutil
+import signal
+import time
 
 import jax
 import numpy as np
@@ -16,9 +19,9 @@ from rich.console import Console
 
 from dsjax.checkpoint import store
 from dsjax.config import Config, DataConfig, ModelConfig, OptimConfig, PrecisionConfig, TrainConfig
+from dsjax.data.loader import Loader
 from dsjax.parallel.mesh import make_mesh
 from dsjax.train import loop, schedule, setup
-from dsjax.train.signals import StopRequest
 from dsjax.train.step import abstract_state
 
 MODEL = ModelConfig(
@@ -208,24 +211,37 @@ def test_same_seed_twice_is_identical(small, finished, tmp_path):
     assert checkpoint(small, tmp_path, 6) == checkpoint(small, finished[0], 6)
 
 
-def test_stopped_and_resumed_run_is_identical(small, finished, tmp_path, monkeypatch):
-    """The signal comes during step 4, which is no step of a checkpoint."""
-    seen = []
+def signal_in(patch, owner, name, call):
+    """Sends SIGTERM to this process in the call of this number."""
+    real, calls = getattr(owner, name), []
 
-    def exit_code(request):
-        seen.append(request)
-        return 143 if len(seen) >= 5 else None  # asked once before the first step
+    def hooked(*arguments, **keywords):
+        calls.append(name)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)  # until the thread that watches for signals has seen it
+        return real(*arguments, **keywords)
 
+    patch.setattr(owner, name, hooked)
+
+
+def test_run_stopped_anywhere_and_resumed_is_identical(small, finished, tmp_path, capfd):
+    """While it waits for data, while it saves, and while it evaluates at the end."""
     folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(StopRequest, "exit_code", property(exit_code))
-        code, output = run(small, folder)
-    assert code == 143 and "saved after step 4; to resume: python tools/train.py" in output
-    assert store.latest(folder / "checkpoints") == 4 and not (folder / "summary.json").exists()
-    with (folder / "metrics.jsonl").open("a") as stream:
-        stream.write(json.dumps({"step": 5, "loss": 0.0}) + "\n")  # of a step that a crash undid
+    for owner, name, call in ((Loader, "take", 2), (store.Store, "save", 1), (loop, "evaluate", 1)):
+        with pytest.MonkeyPatch.context() as patch:
+            signal_in(patch, owner, name, call)
+            code, output = run(small, folder)
+        assert code == 143 and "to resume: python tools/train.py" in output, name
+        assert "SIGTERM received: finishing this step, then saving" in capfd.readouterr().err
+        step = store.latest(folder / "checkpoints")
+        assert step and f"saved after step {step};" in output
+        assert not (folder / "summary.json").exists()
+        if step < 5:
+            with (folder / "metrics.jsonl").open("a") as stream:
+                stream.write(json.dumps({"step": 5, "loss": 0.0}) + "\n")  # a crash undid it
     code, output = run(small, folder)
-    assert code == 0 and "after step 4 of 6" in output
+    assert code == 0 and f"after step {step} of 6" in output
     assert untimed(folder) == untimed(finished[0])
     assert checkpoint(small, folder, 6) == checkpoint(small, finished[0], 6)
 

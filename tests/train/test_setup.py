@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 
 from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
-from dsjax.train import report, setup
+from dsjax.train import loop, report, setup
 from dsjax.train.signals import StopRequest
+from tests.checkpoint.damage import with_flipped_bit
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,12 @@ def test_prepared_run_is_spread_over_the_mesh(config, tmp_path):
         batch = run.place({"tokens": np.zeros((1, 8, 9), np.int32)})
         assert {shard.data.shape for shard in batch["tokens"].addressable_shards} == {(1, 1, 9)}
         assert (tmp_path / "tokenizer.json").is_file()
+        loop._compare_replicas(run)
+        norm = run.state.params["norm"]["weight"]
+        device = run.mesh.devices.flat[5]
+        norm.set_value(with_flipped_bit(norm.get_value(), device, 9))
+        with pytest.raises(ValueError, match=rf"after step 0 {device} hold other .*params\.norm"):
+            loop._compare_replicas(run)
     finally:
         close(run)
 
