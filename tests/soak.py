@@ -87,14 +87,14 @@ def write_text(folder: Path) -> None:
 def disturb(root: Path, draw: random.Random, deadline: float) -> int:
     """Kills and resumes trainers until the time is over; returns how often."""
     config = root / "config.py"
-    config.write_text(CONFIG.format(root=root, steps=60))
+    config.write_text(CONFIG.format(root=root, steps=40))
     begun = time.monotonic()
     start(config, root / "calm").wait()
     seconds = time.monotonic() - begun
     wanted = state(root / "calm")
     print(f"undisturbed: {seconds:.0f} s, {wanted}", flush=True)
     kills = number = 0
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline or not number:
         folder = root / f"disturbed{number}"
         killed = 0
         while not (folder / "summary.json").exists():

@@ -155,7 +155,7 @@ def _settle(run: Run, on_the_way: OnTheWay, *, leave: int) -> None:
     while len(on_the_way) > leave:
         index, metrics, exit_code = on_the_way.popleft()
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        run.step, run.exit_code = index + 1, int(exit_code)
+        run.step, run.exit_code = index + 1, max(run.exit_code, int(exit_code))
         run.meter.step(
             schedule.batch_size(run.config.train, index) * run.config.data.sequence_length
         )
