@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from dsjax.kernels.fp8_gemm import reference_matmul, tensor_core_product
+from dsjax.kernels.fp8_gemm import scaled_matmul, tensor_core_product
 
 SIDE = 256  # rows and columns of the product
 LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -40,7 +40,7 @@ def error(kind: str, length: int, promote_every: int | None) -> float:
     slice_size = promote_every or length
     ones = jnp.ones((SIDE, length // slice_size))
     multiply = jax.jit(
-        lambda a, b: reference_matmul(
+        lambda a, b: scaled_matmul(
             a, ones, b, ones.T, promote_every=slice_size, product=tensor_core_product
         )
     )

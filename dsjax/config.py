@@ -367,7 +367,8 @@ class PrecisionConfig:
 
     compute: Literal["bfloat16", "float32"] = "bfloat16"
     params: Literal["float32"] = "float32"  # master weights and gradients
-    fp8: Literal["on", "off"] = "off"  # linear layers and experts multiply in E4M3
+    # linear layers and experts multiply in E4M3: natively where the device can, else emulated
+    fp8: Literal["on", "off"] = "off"
     fp8_scale: Literal["fp32", "pow2"] = (
         "fp32"  # the report's, or powers of two: cheaper to emulate
     )

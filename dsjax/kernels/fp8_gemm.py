@@ -1,13 +1,29 @@
-"""Block-scaled FP8 matrix products from their definition, and a model of a tensor core's sums.
+"""Block-scaled FP8 matrix products from their definition: slice of K by slice of K, each slice's
+sum brought to float32, scaled there, and added up.
 
-Slow on purpose. What training runs is the emulation in `dsjax.precision.matmul`; `reference_matmul`
-says what it must equal, slice of K by slice of K, each slice's sum brought to float32 and scaled
-there. `tensor_core_product` replaces the sum inside a slice by what a Hopper tensor core does, to
-study why DeepSeek promotes every 128 elements at all (`docs/fp8_accumulation.md`).
+`scaled_matmul` is the definition, whatever sums a slice:
+
+* `e4m3_product`: the machine's own E4M3 product. That is what training runs where matrix units
+  multiply E4M3 (`dsjax.precision.policy.multiplies_e4m3`), with `scaled_grouped_matmul` and
+  `scaled_grouped_outer` for the experts.
+* `float32_product`: float32, the reference.
+* `tensor_core_product`: what a Hopper tensor core does, to study why DeepSeek promotes every 128
+  elements at all (`docs/fp8_accumulation.md`).
+
+Everywhere else training emulates the product (`dsjax.precision.matmul`).
+
+How close `e4m3_product` comes to the reference. Products of E4M3 numbers are exact in float32, so
+only sums round. Where they are kept in float32, as on the CPU, the difference is that of two orders
+of summation: 1e-6. A Hopper accumulator of 14 bits is off by about 0.1 % of the product's root mean
+square in a slice of 128, by the model here; the operands' own rounding is 3.7 %.
+
+What it costs. The slices' sums leave the matrix unit through memory: 12 bytes of traffic or more
+for every element of the result and 256 FLOPs. Only a kernel that keeps them in registers would
+reach the unit's rate; there is none here.
 
 Paper: DeepSeek-V3 (arXiv:2412.19437) sections 3.3.2 and 3.5.2; the register's width is from the
-ISCA paper (arXiv:2505.09343) section 3.1. Both describe the unit in words only; this is a reading
-of them, not a measurement:
+ISCA paper (arXiv:2505.09343) section 3.1. Both describe the unit in words only; the model of it is
+a reading of them, not a measurement:
 
 1. An instruction multiplies 32 elements of K. The products and the accumulator are shifted right to
    the largest exponent among them, and what falls below the 13th fraction bit is cut off, not
@@ -23,6 +39,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsjax.kernels.grouped_matmul import align_groups, aligned_rows, group_of_row
+
+SLICE = 128  # elements of K that share a scale
+
 _INSTRUCTION = 32
 _FRACTION_BITS = 13
 
@@ -35,13 +55,18 @@ def float32_product(a_MK: jax.Array, b_KN: jax.Array) -> jax.Array:
     return jnp.matmul(a_MK, b_KN, precision=lax.Precision.HIGHEST)
 
 
-def reference_matmul(
+def e4m3_product(a_MK: jax.Array, b_KN: jax.Array) -> jax.Array:
+    """a @ b as the machine multiplies E4M3 operands, brought to float32."""
+    return jnp.matmul(a_MK, b_KN, preferred_element_type=jnp.float32)
+
+
+def scaled_matmul(
     a_MK: jax.Array,
     a_scales_MX: jax.Array,
     b_KN: jax.Array,
     b_scales_XN: jax.Array,
     *,
-    promote_every: int = 128,
+    promote_every: int = SLICE,
     product: Product = float32_product,
 ) -> jax.Array:
     """Sums slices of K in float32, each multiplied by its row's and its column's scale.
@@ -51,28 +76,108 @@ def reference_matmul(
       a_scales_MX, b_scales_XN: float32, a scale for every slice; X is ceil(K / promote_every). The
         scales of 128 x 128 blocks are repeated along the dimension that is not K.
       promote_every: elements of K in a slice, the report's N_C.
-      product: how a slice is summed: `float32_product` or `tensor_core_product`.
+      product: how a slice is summed.
 
     Returns:
       [M, N] float32.
     """
-    n_slices = -(-a_MK.shape[1] // promote_every)
-    a_XMC = _slices(a_MK.T, n_slices, promote_every).swapaxes(1, 2)
-    b_XCN = _slices(b_KN, n_slices, promote_every)
+    a_MK, b_KN = _fill_up(a_MK, 1, promote_every), _fill_up(b_KN, 0, promote_every)
 
     def promote(total_MN, inputs):
-        a, a_scale_M, b, b_scale_N = inputs
+        start, a_scale_M, b_scale_N = inputs
+        a = lax.dynamic_slice_in_dim(a_MK, start, promote_every, axis=1)
+        b = lax.dynamic_slice_in_dim(b_KN, start, promote_every, axis=0)
         return total_MN + product(a, b) * a_scale_M[:, None] * b_scale_N[None, :], None
 
+    starts_X = jnp.arange(0, a_MK.shape[1], promote_every, dtype=jnp.int32)
     zeros = jnp.zeros((a_MK.shape[0], b_KN.shape[1]), jnp.float32)
-    return lax.scan(promote, zeros, (a_XMC, a_scales_MX.T, b_XCN, b_scales_XN))[0]
+    return lax.scan(promote, zeros, (starts_X, a_scales_MX.T, b_scales_XN))[0]
+
+
+def scaled_grouped_matmul(
+    a_AK: jax.Array,
+    a_scales_AX: jax.Array,
+    b_EKN: jax.Array,
+    b_scales_EXY: jax.Array,
+    sizes_E: jax.Array,
+) -> jax.Array:
+    """`scaled_matmul` of each group's rows and its matrix, with `e4m3_product`.
+
+    Tiles of 128 rows of one group each make it a batched product, one step for a slice of K. Each
+    tile takes a copy of its matrix's slice: one byte an element, beside the sums' twelve.
+
+    Args:
+      a_AK: float8_e4m3fn, rows sorted by group, in 1 x 128 tiles.
+      b_EKN: float8_e4m3fn, one matrix a group, in 128 x 128 blocks.
+      a_scales_AX, b_scales_EXY: float32; X is ceil(K / 128), Y is ceil(N / 128).
+      sizes_E: int32 rows in each group, summing to A.
+
+    Returns:
+      [A, N] float32.
+    """
+    (a, a_scales), aligned_E = align_groups((a_AK, a_scales_AX), sizes_E, SLICE)
+    group_T = _group_of_tile(a.shape[0], aligned_E)
+    a_TRK = _fill_up(a, 1, SLICE).reshape(group_T.size, SLICE, -1)
+    b_EKN = _fill_up(b_EKN, 1, SLICE)
+    width = b_EKN.shape[2]
+
+    def promote(total_TRN, inputs):
+        start, a_scale_TR, b_scale_EY = inputs
+        a = lax.dynamic_slice_in_dim(a_TRK, start, SLICE, axis=2)
+        b = lax.dynamic_slice_in_dim(b_EKN, start, SLICE, axis=1)[group_T]
+        b_scale_TN = jnp.repeat(b_scale_EY[group_T], SLICE, axis=1)[:, :width]
+        scales = a_scale_TR[:, :, None] * b_scale_TN[:, None, :]
+        return total_TRN + e4m3_product(a, b) * scales, None
+
+    starts_X = jnp.arange(0, a_TRK.shape[2], SLICE, dtype=jnp.int32)
+    a_scales_XTR = a_scales.T.reshape(-1, group_T.size, SLICE)
+    zeros = jnp.zeros((group_T.size, SLICE, width), jnp.float32)
+    sums, _ = lax.scan(promote, zeros, (starts_X, a_scales_XTR, b_scales_EXY.swapaxes(0, 1)))
+    return sums.reshape(-1, width)[aligned_rows(a_AK.shape[0], sizes_E, SLICE)]
+
+
+def scaled_grouped_outer(
+    a_AD: jax.Array,
+    a_scales_TD: jax.Array,
+    b_AF: jax.Array,
+    b_scales_TF: jax.Array,
+    sizes_E: jax.Array,
+) -> jax.Array:
+    """Sums a^T b over each group's rows, with `e4m3_product` in slices of 128 rows.
+
+    Args:
+      a_AD, b_AF: float8_e4m3fn in 128 x 1 tiles, rows sorted by group; rows after the last group's
+        are zeros.
+      a_scales_TD, b_scales_TF: float32; T is A / 128.
+      sizes_E: int32 rows in each group, multiples of 128 (`grouped_matmul.align_groups`).
+
+    Returns:
+      [E, D, F] float32.
+    """
+    group_T = _group_of_tile(a_AD.shape[0], sizes_E)
+    a_TRD, b_TRF = (x.reshape(-1, SLICE, x.shape[1]) for x in (a_AD, b_AF))
+
+    def promote(total_EDF, inputs):
+        group, a, a_scale_D, b, b_scale_F = inputs
+        sums_DF = e4m3_product(a.T, b) * a_scale_D[:, None] * b_scale_F[None, :]
+        return total_EDF.at[group].add(sums_DF), None
+
+    zeros = jnp.zeros((sizes_E.shape[0], a_AD.shape[1], b_AF.shape[1]), jnp.float32)
+    return lax.scan(promote, zeros, (group_T, a_TRD, a_scales_TD, b_TRF, b_scales_TF))[0]
+
+
+def _group_of_tile(rows: int, sizes_E: jax.Array) -> jax.Array:
+    """Of aligned rows; tiles after the last group hold zeros and count as its own."""
+    tiles = group_of_row(rows // SLICE, sizes_E // SLICE)
+    return jnp.minimum(tiles, sizes_E.shape[0] - 1)
 
 
 def tensor_core_product(a_MK: jax.Array, b_KN: jax.Array) -> jax.Array:
     """a @ b of E4M3 numbers as a Hopper tensor core sums it: [M, N] float32."""
-    n_steps = -(-a_MK.shape[1] // _INSTRUCTION)
-    a_XCM = _slices(a_MK.T.astype(jnp.float32), n_steps, _INSTRUCTION)
-    b_XCN = _slices(b_KN.astype(jnp.float32), n_steps, _INSTRUCTION)
+    a_XCM, b_XCN = (
+        _fill_up(x, 0, _INSTRUCTION).astype(jnp.float32).reshape(-1, _INSTRUCTION, x.shape[1])
+        for x in (a_MK.T, b_KN)
+    )
 
     def step(register_MN, inputs):
         a_CM, b_CN = inputs
@@ -86,10 +191,11 @@ def tensor_core_product(a_MK: jax.Array, b_KN: jax.Array) -> jax.Array:
     return lax.scan(step, zeros, (a_XCM, b_XCN))[0]
 
 
-def _slices(x_KN: jax.Array, count: int, size: int) -> jax.Array:
-    """[K, N] -> [count, size, N], zeros filling the last slice up."""
-    x_KN = jnp.pad(x_KN, ((0, count * size - x_KN.shape[0]), (0, 0)))
-    return x_KN.reshape(count, size, -1)
+def _fill_up(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """Zeros fill a dimension up to a multiple of `size`."""
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, -x.shape[axis] % size)
+    return jnp.pad(x, padding)
 
 
 def _last_bit(size: jax.Array) -> jax.Array:

@@ -86,16 +86,24 @@ def align_groups(
     aligned_E = -(-sizes_E // tile) * tile
     starts_E, aligned_starts_E = jnp.cumsum(sizes_E) - sizes_E, jnp.cumsum(aligned_E) - aligned_E
     row = jnp.arange(count, dtype=sizes_E.dtype)
-    group = jnp.minimum(_group_of_row(count, aligned_E), sizes_E.shape[0] - 1)
+    group = jnp.minimum(group_of_row(count, aligned_E), sizes_E.shape[0] - 1)
     offset = row - aligned_starts_E[group]
     source = jnp.where(offset < sizes_E[group], starts_E[group] + offset, rows[0].shape[0])
     gather = functools.partial(jnp.take, indices=source, axis=0, mode="fill", fill_value=0)
     return tuple(gather(array) for array in rows), aligned_E
 
 
+def aligned_rows(rows: int, sizes_E: jax.Array, tile: int) -> jax.Array:
+    """Where `align_groups` moves each row: int32 [rows]."""
+    aligned_E = -(-sizes_E // tile) * tile
+    shifts_E = (jnp.cumsum(aligned_E) - aligned_E) - (jnp.cumsum(sizes_E) - sizes_E)
+    row = jnp.arange(rows, dtype=sizes_E.dtype)
+    return row + shifts_E[group_of_row(rows, sizes_E)]
+
+
 def reference_matmul(x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """The definition, one gathered matrix a row: the slow reference of `grouped_matmul`."""
-    group_A = _group_of_row(x_AD.shape[0], sizes_E)
+    group_A = group_of_row(x_AD.shape[0], sizes_E)
     return jnp.einsum(
         "AD,ADF->AF", x_AD, w_EDF[group_A], preferred_element_type=jnp.float32
     ).astype(x_AD.dtype)
@@ -103,12 +111,13 @@ def reference_matmul(x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> j
 
 def reference_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """The definition of `grouped_outer`, through a one-hot of the groups."""
-    group_A = _group_of_row(x_AD.shape[0], sizes_E)
+    group_A = group_of_row(x_AD.shape[0], sizes_E)
     onehot_AE = jax.nn.one_hot(group_A, sizes_E.shape[0], dtype=x_AD.dtype)
     return jnp.einsum("AE,AD,AF->EDF", onehot_AE, x_AD, y_AF, preferred_element_type=jnp.float32)
 
 
-def _group_of_row(rows: int, sizes_E: jax.Array) -> jax.Array:
+def group_of_row(rows: int, sizes_E: jax.Array) -> jax.Array:
+    """Each row's group, int32 [rows]; of rows after the last group's, the number of groups."""
     return jnp.searchsorted(
         jnp.cumsum(sizes_E), jnp.arange(rows, dtype=sizes_E.dtype), side="right"
     )

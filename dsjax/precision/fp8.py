@@ -4,7 +4,7 @@ Paper: DeepSeek-V3 (arXiv:2412.19437) section 3.3; the ISCA paper (arXiv:2505.09
 
 What. A float8_e4m3fn number has a sign, four exponent bits and three mantissa bits: its largest
 value is 448, its smallest normal one 2^-6, its smallest one 2^-9, and it has a NaN but no infinity.
-That is three significant bits over 18 binary orders of magnitude, too few for a whole tensor, in
+That is four significant bits over 18 binary orders of magnitude, too few for a whole tensor, in
 which a single outlier would push the ordinary values down to where they vanish. So every block
 gets a scale of its own, which maps its largest magnitude (amax) onto 448:
 
@@ -36,7 +36,11 @@ Which stay as they are: embedding, head, router, norms and the attention core, a
 Scales. "fp32" is the above. "pow2" (UE8M0) first rounds the scale up to a power of two and then
 quantises with that: up, so that nothing overflows. It wastes up to one bit of range but no bit of
 mantissa, and it moves between layouts without error: an E4M3 number times a power of two is exactly
-a bfloat16, which is what makes an exact emulation cheap (`dsjax.kernels.fp8_gemm`).
+a bfloat16, which is what makes an exact emulation cheap.
+
+Who multiplies. Matrix units that take E4M3 get `quantize_block`'s numbers (native); others get
+`round_trip`'s, which are the same times their scales (emulation). `dsjax.precision.matmul` has
+both, and `dsjax.precision.policy` says which machine is which.
 
 Departures from the report, and what it leaves open:
 
@@ -51,8 +55,9 @@ Departures from the report, and what it leaves open:
    multiples, except for the 576 rows of the latent projection.
 
 Two traps. JAX casts what exceeds 464 to NaN where torch saturates, hence the clip. And XLA turns a
-division by a broadcast into a product with the reciprocal, whose last bit differs; at a tie that
-changes the code. `quantize_block` divides truly, so that its bits are those of any IEEE machine.
+division by a constant or a broadcast into a product with the reciprocal, whose last bit differs; at
+a tie that changes the code. `quantize_block` divides truly, so that its bits are those of any IEEE
+machine. (By a power of two the two are the same.)
 """
 
 from __future__ import annotations
@@ -97,6 +102,11 @@ class BlockScaled:
     values: jax.Array
     scales: jax.Array
     block: tuple[int, int]
+
+    @property
+    def mT(self) -> BlockScaled:  # the name that arrays give it
+        """The last two dimensions exchanged."""
+        return BlockScaled(self.values.mT, self.scales.mT, self.block[::-1])
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """value * scale in float32, then cast to `dtype`."""
@@ -170,23 +180,60 @@ def _two_sizes(block: Sequence[int]) -> tuple[int, int]:
     return int(block[0]), int(block[1])
 
 
+def round_trip(
+    x: jax.Array, block: tuple[int, int], scale: Scale, dtype: DTypeLike = jnp.float32
+) -> jax.Array:
+    """`quantize_block(x, block, scale).dequantize(dtype)`, to the bit, in two passes over x.
+
+    What an emulated product multiplies. There is no E4M3 array between, which few machines make
+    or read fast.
+    """
+    blocks = split_blocks(x.astype(jnp.float32), block)
+    scales = _block_scales(blocks, scale)
+    # An infinity passes the rounding as a NaN, and what `_block_scales` has seen cannot exceed 448.
+    values = _round_to_e4m3(_divide(blocks, scales, scale))
+    return join_blocks(values * scales, x.shape).astype(dtype)
+
+
 @partial(jax.jit, static_argnums=(1, 2), inline=True)
 def _quantize(x: jax.Array, block: tuple[int, int], scale: Scale) -> tuple[jax.Array, jax.Array]:
     blocks = split_blocks(x.astype(jnp.float32), block)
-    finite = jnp.isfinite(blocks)
-    magnitudes = jnp.where(finite, jnp.abs(blocks), 0.0)
-    amax = jnp.max(magnitudes, axis=(-3, -1), keepdims=True, initial=AMAX_FLOOR)
-    scales = power_of_two_scale(amax, E4M3_MAX) if scale == "pow2" else _float32_scale(amax)
-    # A divisor of each element's own, since XLA would replace a broadcast one by its reciprocal.
-    divisor = jnp.where(finite, scales, jnp.nan)
+    scales = _block_scales(blocks, scale)
+    values = jnp.where(jnp.isfinite(blocks), _divide(blocks, scales, scale), jnp.nan)
     # The quotient of amax is 448 at most; a machine that divides less carefully may exceed it.
-    values = jnp.clip(blocks / divisor, -E4M3_MAX, E4M3_MAX).astype(E4M3)
+    values = jnp.clip(values, -E4M3_MAX, E4M3_MAX).astype(E4M3)
     return join_blocks(values, x.shape), scales[..., 0, :, 0]
 
 
-def _float32_scale(amax: jax.Array) -> jax.Array:
-    # The barrier keeps the division from becoming a product with 1 / 448.
-    return amax / lax.optimization_barrier(jnp.full_like(amax, E4M3_MAX))
+def _block_scales(blocks: jax.Array, scale: Scale) -> jax.Array:
+    magnitudes = jnp.where(jnp.isfinite(blocks), jnp.abs(blocks), 0.0)
+    amax = jnp.max(magnitudes, axis=(-3, -1), keepdims=True, initial=AMAX_FLOOR)
+    if scale == "pow2":
+        return power_of_two_scale(amax, E4M3_MAX)
+    # Chosen by the data, lest the compiler make a product with 1 / 448 of it.
+    return amax / jnp.where(amax > 0, E4M3_MAX, jnp.nan)
+
+
+def _divide(blocks: jax.Array, scales: jax.Array, scale: Scale) -> jax.Array:
+    if scale == "pow2":
+        return blocks * (1.0 / scales)  # exact
+    # A divisor of each element's own, since XLA would replace a broadcast one by its reciprocal.
+    return blocks / jnp.where(jnp.isnan(blocks), jnp.nan, scales)
+
+
+def _round_to_e4m3(x: jax.Array) -> jax.Array:
+    """The nearest E4M3 number, ties to even, of float32 numbers up to 448 in size; of others a NaN.
+
+    A float32 sum rounds to the spacing of the numbers near it: 2^20 times as large as the power of
+    two below |x|, that spacing is E4M3's.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    sign, exponent = bits & np.int32(-(2**31)), bits & np.int32(0xFF << 23)
+    power = jnp.maximum(lax.bitcast_convert_type(exponent, jnp.float32), 2.0**-6)
+    rounded = (jnp.abs(x) + power * 2.0**20) - power * 2.0**20
+    return lax.bitcast_convert_type(
+        lax.bitcast_convert_type(rounded, jnp.int32) | sign, jnp.float32
+    )
 
 
 def power_of_two_scale(amax: jax.Array, largest: float) -> jax.Array:

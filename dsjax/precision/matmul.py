@@ -14,12 +14,18 @@ blocks), quantised from the activation as it is and from the float32 master:
 | input gradient  | dy, w                     | 1 x 128, 128 x 128 |
 | weight gradient | x^T, dy (K runs over rows)| 128 x 1, 128 x 1   |
 
-The product is emulated: operands are dequantised into the multiplier's type, and the multiplier
-accumulates in float32. An E4M3 number has 4 significant bits and a bfloat16 has 8 with float32's
-range, so with power-of-two scales the bfloat16 operand is the quantised number itself, the product
-of two of them is exact in float32, and only the order of summation differs from the definition
-(`dsjax.kernels.fp8_gemm.reference_matmul`). Float32 scales take float32 operands, each rounded once
-to 24 bits.
+`_operand` decides what the multiplier sees, by the policy:
+
+* Native, where matrix units take E4M3 (`policy.native_fp8`): the E4M3 numbers themselves, and
+  `dsjax.kernels.fp8_gemm` multiplies, a product for every 128 of K, its sum brought to float32 and
+  scaled there. Within 1e-5 of the definition (`scaled_matmul` with float32 sums) where the unit
+  adds in float32; 0.1 % is what a Hopper unit's 14 bits should cost, by our model of it.
+* Emulated, everywhere else: the numbers times their scales in a type that the machine multiplies
+  anyway, accumulated in float32. An E4M3 number has 4 significant bits and a bfloat16 has 8 with
+  float32's range, so with power-of-two scales either type holds the operand exactly, the product of
+  two is exact in float32, and only the order of summation differs from the definition. Float32
+  scales take float32 operands, each rounded once to 24 bits; how a GPU or TPU multiplies those,
+  `jax_default_matmul_precision` says.
 """
 
 from __future__ import annotations
@@ -28,9 +34,25 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from dsjax.kernels.fp8_gemm import (
+    e4m3_product,
+    scaled_grouped_matmul,
+    scaled_grouped_outer,
+    scaled_matmul,
+)
 from dsjax.kernels.grouped_matmul import align_groups, grouped_matmul, grouped_outer
-from dsjax.precision.fp8 import CHANNEL_TILE, TOKEN_TILE, WEIGHT_BLOCK, quantize_block
+from dsjax.precision.fp8 import (
+    CHANNEL_TILE,
+    TOKEN_TILE,
+    WEIGHT_BLOCK,
+    BlockScaled,
+    quantize_block,
+    round_trip,
+)
 from dsjax.precision.policy import Policy
+
+# Of activation gradients in the input gradient. `docs/fp8_training.py` shows what larger blocks do.
+GRADIENT_TILE = CHANNEL_TILE
 
 
 def linear(x: jax.Array, w_DF: jax.Array, policy: Policy) -> jax.Array:
@@ -38,18 +60,30 @@ def linear(x: jax.Array, w_DF: jax.Array, policy: Policy) -> jax.Array:
     return _linear(x, w_DF, policy)
 
 
-def _operand(x: jax.Array, block: tuple[int, int], policy: Policy) -> jax.Array:
+def _operand(x: jax.Array, block: tuple[int, int], policy: Policy) -> jax.Array | BlockScaled:
     """What the multiplier gets to see of an operand."""
     if policy.fp8 is None:
         return x.astype(policy.compute)
-    exact = jnp.bfloat16 if policy.fp8 == "pow2" else jnp.float32
-    return quantize_block(x, block, policy.fp8).dequantize(exact)
+    if policy.native_fp8:
+        return quantize_block(x, block, policy.fp8)
+    # A CPU without bfloat16 instructions multiplies float32 two to three times as fast.
+    exact = jnp.bfloat16 if policy.fp8 == "pow2" and policy.platform != "cpu" else jnp.float32
+    return round_trip(x, block, policy.fp8, exact)
 
 
-def _matmul(x: jax.Array, y: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """x @ y accumulated in float32, as `dtype`."""
+def _matmul(x: jax.Array | BlockScaled, y: jax.Array | BlockScaled, dtype: DTypeLike) -> jax.Array:
+    """x[..., K] @ y[K, N] accumulated in float32, as `dtype`."""
+    if isinstance(x, BlockScaled):
+        return _native_matmul(x, y).astype(dtype)
     wide = jnp.float32 if x.dtype == jnp.float32 else dtype
     return jnp.matmul(x, y, preferred_element_type=wide).astype(dtype)
+
+
+def _native_matmul(x: BlockScaled, y: BlockScaled) -> jax.Array:
+    scales_XN = jnp.repeat(y.scales, y.block[1], axis=1)[:, : y.values.shape[1]]
+    rows, row_scales = (a.reshape(-1, a.shape[-1]) for a in (x.values, x.scales))
+    out_MN = scaled_matmul(rows, row_scales, y.values, scales_XN, product=e4m3_product)
+    return out_MN.reshape(*x.values.shape[:-1], -1)
 
 
 def linear_forward(x: jax.Array, w_DF: jax.Array, policy: Policy) -> jax.Array:
@@ -60,10 +94,10 @@ def linear_forward(x: jax.Array, w_DF: jax.Array, policy: Policy) -> jax.Array:
 def linear_backward(policy: Policy, residuals, dy):
     x, w_DF = residuals
     weight = _operand(w_DF, WEIGHT_BLOCK, policy)
-    dx = _matmul(_operand(dy, CHANNEL_TILE, policy), weight.T, policy.compute)
+    dx = _matmul(_operand(dy, GRADIENT_TILE, policy), weight.mT, policy.compute)
     x_MD, dy_MF = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     x_MD, dy_MF = _operand(x_MD, TOKEN_TILE, policy), _operand(dy_MF, TOKEN_TILE, policy)
-    dw_DF = _matmul(x_MD.T, dy_MF, jnp.float32)
+    dw_DF = _matmul(x_MD.mT, dy_MF, jnp.float32)
     return dx.astype(x.dtype), dw_DF.astype(w_DF.dtype)
 
 
@@ -81,28 +115,38 @@ def grouped_linear(
 def grouped_forward(
     x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, policy: Policy
 ) -> jax.Array:
-    x_AD, w_EDF = _operand(x_AD, CHANNEL_TILE, policy), _operand(w_EDF, WEIGHT_BLOCK, policy)
-    return grouped_matmul(x_AD, w_EDF, sizes_E, policy.platform, dtype=policy.compute)
+    x, w = _operand(x_AD, CHANNEL_TILE, policy), _operand(w_EDF, WEIGHT_BLOCK, policy)
+    return _grouped_matmul(x, w, sizes_E, policy)
 
 
 def grouped_backward(policy: Policy, residuals, dy_AF):
     x_AD, w_EDF, sizes_E = residuals
-    dx_AD = grouped_matmul(
-        _operand(dy_AF, CHANNEL_TILE, policy),
-        _operand(w_EDF, WEIGHT_BLOCK, policy),
-        sizes_E,
-        policy.platform,
-        transpose_w=True,
-        dtype=policy.compute,
-    )
+    dy, w = _operand(dy_AF, GRADIENT_TILE, policy), _operand(w_EDF, WEIGHT_BLOCK, policy)
+    dx_AD = _grouped_matmul(dy, w, sizes_E, policy, transpose_w=True)
     x, dy, sizes = x_AD, dy_AF, sizes_E
     if policy.fp8:
         # A tile's rows share a scale, so they must belong to one expert.
         (x, dy), sizes = align_groups((x_AD, dy_AF), sizes_E, TOKEN_TILE[0])
-    dw_EDF = grouped_outer(
-        _operand(x, TOKEN_TILE, policy), _operand(dy, TOKEN_TILE, policy), sizes, policy.platform
-    )
+    x, dy = _operand(x, TOKEN_TILE, policy), _operand(dy, TOKEN_TILE, policy)
+    dw_EDF = _grouped_outer(x, dy, sizes, policy)
     return dx_AD.astype(x_AD.dtype), dw_EDF.astype(w_EDF.dtype), None
+
+
+def _grouped_matmul(x, w, sizes_E: jax.Array, policy: Policy, transpose_w: bool = False):
+    """[A, D] by [E, D, F], or [E, F, D] with `transpose_w`: [A, F] in the compute type."""
+    if isinstance(x, BlockScaled):
+        w = w.mT if transpose_w else w
+        out_AF = scaled_grouped_matmul(x.values, x.scales, w.values, w.scales, sizes_E)
+        return out_AF.astype(policy.compute)
+    return grouped_matmul(
+        x, w, sizes_E, policy.platform, transpose_w=transpose_w, dtype=policy.compute
+    )
+
+
+def _grouped_outer(x, dy, sizes_E: jax.Array, policy: Policy) -> jax.Array:
+    if isinstance(x, BlockScaled):
+        return scaled_grouped_outer(x.values, x.scales, dy.values, dy.scales, sizes_E)
+    return grouped_outer(x, dy, sizes_E, policy.platform)
 
 
 _grouped = jax.custom_vjp(grouped_forward, nondiff_argnums=(3,))

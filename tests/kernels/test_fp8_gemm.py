@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.kernels.fp8_gemm import reference_matmul, tensor_core_product
+from dsjax.kernels.fp8_gemm import (
+    e4m3_product,
+    float32_product,
+    scaled_grouped_matmul,
+    scaled_grouped_outer,
+    scaled_matmul,
+    tensor_core_product,
+)
+from dsjax.kernels.grouped_matmul import align_groups
 from tests.closeness import F32, FP8, assert_close, relative_l2
 from tests.oracles import fp8 as oracle
 
@@ -34,12 +42,13 @@ def _quantized(a, b):
     return jnp.asarray(a_codes.view(F8)), a_scales, jnp.asarray(b_codes.view(F8)), columns
 
 
-def test_reference_equals_float64_product_of_the_quantised_numbers():
+@pytest.mark.parametrize("product", [float32_product, e4m3_product])
+def test_scaled_matmul_equals_float64_product_of_the_quantised_numbers(product):
     a, b = _matrices()
     a8, a_scales, b8, b_scales = _quantized(a, b)
     exact_a = np.asarray(a8, np.float64) * np.repeat(a_scales, 128, axis=1)[:, :K]
     exact_b = np.asarray(b8, np.float64) * np.repeat(b_scales, 128, axis=0)[:K]
-    got = reference_matmul(a8, a_scales, b8, b_scales)
+    got = scaled_matmul(a8, a_scales, b8, b_scales, product=product)
     assert_close(got, exact_a @ exact_b, F32, "product")
     assert_close(got, a.astype(np.float64) @ b, FP8, "product of the unquantised")
 
@@ -70,8 +79,45 @@ def test_broken_products_leave_the_fp8_band(broken):
     a, b = _matrices(k=1024)
     want = a.astype(np.float64) @ b
     operands = _quantized(a, b)
-    assert relative_l2(reference_matmul(*operands), want) < FP8.bound
-    assert relative_l2(reference_matmul(*broken(*operands)), want) > 2 * FP8.bound
+    assert relative_l2(scaled_matmul(*operands), want) < FP8.bound
+    assert relative_l2(scaled_matmul(*broken(*operands)), want) > 2 * FP8.bound
+
+
+def test_grouped_products_are_those_of_each_group():
+    sizes = [30, 0, 140]
+    rng = np.random.default_rng(1)
+    a = rng.normal(size=(170, 160)).astype(np.float32)
+    b = rng.normal(size=(3, 160, 136)).astype(np.float32)
+    sizes_E = jnp.asarray(sizes, jnp.int32)
+    (aligned,), aligned_E = align_groups((jnp.asarray(a),), sizes_E, 128)
+    a8, b8, rows8 = (
+        oracle.quantize(x, block, "fp32")
+        for x, block in [(a, (1, 128)), (b, (128, 128)), (np.asarray(aligned), (128, 1))]
+    )
+
+    @jax.jit
+    def both(a8, b8, rows8):
+        return (
+            scaled_grouped_matmul(*a8, *b8, sizes_E),
+            scaled_grouped_outer(*rows8, *rows8, aligned_E),
+        )
+
+    product, outer = both(*((codes.view(F8), scales) for codes, scales in (a8, b8, rows8)))
+    exact_a, exact_b, exact_rows = (
+        oracle.dequantize(*quantized, block).astype(np.float64)
+        for quantized, block in [(a8, (1, 128)), (b8, (128, 128)), (rows8, (128, 1))]
+    )
+    for e, (rows, aligned_rows) in enumerate(
+        zip(_parts(sizes), _parts(np.asarray(aligned_E)), strict=True)
+    ):
+        assert_close(product[rows], exact_a[rows] @ exact_b[e], F32, f"group {e}")
+        mine = exact_rows[aligned_rows]
+        assert_close(outer[e], mine.T @ mine, F32, f"outer product of group {e}")
+
+
+def _parts(sizes) -> list[slice]:
+    ends = np.cumsum(sizes)
+    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
 def _cut(x: Fraction, last_bit: Fraction) -> Fraction:
@@ -118,7 +164,7 @@ def test_promotion_bounds_the_error_of_a_short_register():
 
     def worst(promote_every):
         ones = jnp.ones((64, 4096 // promote_every))
-        got = reference_matmul(
+        got = scaled_matmul(
             a8, ones, b8, ones.T, promote_every=promote_every, product=tensor_core_product
         )
         return np.max(np.abs(np.asarray(got, np.float64) - want)) / np.sqrt(np.mean(want**2))

@@ -86,6 +86,7 @@ def test_aligned_groups_keep_their_rows_and_share_no_tile(sizes):
     for start, aligned, size in zip(starts, aligned_starts, sizes, strict=True):
         want[aligned : aligned + size] = x_AD[start : start + size]
     np.testing.assert_array_equal(x_aligned, want)
+    np.testing.assert_array_equal(x_aligned[kernel.aligned_rows(len(x_AD), sizes_E, 16)], x_AD)
     for platform in ("cpu", "gpu"):
         got = kernel.grouped_outer(x_aligned, y_aligned, aligned_E, platform)
         assert_close(got, kernel.reference_outer(x_AD, y_AF, sizes_E), F32, "outer product")

@@ -7,13 +7,17 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dsjax.checkpoint import store
 from dsjax.precision import fp8
-from dsjax.precision.fp8 import BlockScaled, from_published, quantize_block
+from dsjax.precision.fp8 import BlockScaled, from_published, quantize_block, round_trip
 from tests.closeness import EXACT, assert_close
 from tests.oracles import fp8 as oracle
 
 BLOCKS = [(1, 128), (128, 1), (128, 128)]
 KINDS = ["fp32", "pow2"]
+
+
+_round_trip = jax.jit(round_trip, static_argnums=(1, 2))
 
 
 def _codes(quantized: BlockScaled) -> np.ndarray:
@@ -46,8 +50,14 @@ def test_quantize_equals_oracle(shape, block, kind):
     want = oracle.dequantize(_codes(eager), np.asarray(eager.scales), block)
     assert_close(eager.dequantize(), want, EXACT, "dequantized")
     # Inside a larger program XLA sees more to rewrite.
-    fused = jax.jit(lambda x: -quantize_block(-x, block, kind).dequantize())
-    assert_close(fused(x), want, EXACT, "dequantized, fused")
+    fused, emulated = jax.jit(
+        lambda x: (
+            -quantize_block(-x, block, kind).dequantize(),
+            round_trip(x, block, kind),
+        )
+    )(x)
+    assert_close(fused, want, EXACT, "dequantized, fused")
+    assert_close(emulated, want, EXACT, "without E4M3 numbers between")
 
 
 def _tile_of_scale_one(values) -> np.ndarray:
@@ -64,6 +74,7 @@ def test_every_code_is_a_fixed_point(kind):
     quantized = quantize_block(x, (1, 128), kind)
     np.testing.assert_array_equal(quantized.scales, 1)
     assert_close(quantized.dequantize(), x, EXACT, "numbers, the sign of zero too")
+    assert_close(_round_trip(x, (1, 128), kind), x, EXACT, "without E4M3 numbers between")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,6 +85,7 @@ def test_ties_go_to_the_even_code_and_their_neighbours_do_not(kind):
     x = _tile_of_scale_one(np.concatenate([numbers, -numbers]))
     quantized = quantize_block(x, (1, 128), kind)
     _assert_equals_oracle(quantized, x, kind)
+    assert_close(_round_trip(x, (1, 128), kind), quantized.dequantize(), EXACT, "round trip")
     assert np.all(_codes(quantized)[:1, 1:64] % 2 == 0)
     # From the fact sheet: half the smallest number is none, one and a half is the smallest.
     worked = quantize_block(_tile_of_scale_one([2**-10, 1.5 * 2**-9, 2**-9, 447]), (1, 128), kind)
@@ -93,6 +105,8 @@ def test_division_is_exact_where_a_reciprocal_is_not():
         quantized = quantize_block(array, block)
         np.testing.assert_array_equal(quantized.scales.reshape(-1), scales[:, 0])
         _assert_equals_oracle(quantized, array, "fp32")
+        emulated = _round_trip(jnp.asarray(array), block, "fp32")
+        assert_close(emulated, quantized.dequantize(), EXACT, "round trip")
 
 
 def test_published_examples():
@@ -121,6 +135,7 @@ def test_extremes_neither_overflow_nor_vanish(kind):
     quantized = quantize_block(x, (1, 128), kind)
     _assert_equals_oracle(quantized, x, kind)
     assert np.all(np.isfinite(quantized.dequantize()))
+    assert_close(_round_trip(x, (1, 128), kind), quantized.dequantize(), EXACT, "round trip")
     assert quantized.scales[1, 0] > 0  # the floor: a block of zeros has a scale to divide by
 
 
@@ -137,6 +152,7 @@ def test_nonfinite_input_becomes_nan_in_its_place_alone(bad, kind):
         want = np.array(without.dequantize())
         want[3, 7] = np.nan
         np.testing.assert_array_equal(quantized.dequantize(), want)
+        np.testing.assert_array_equal(_round_trip(x, block, kind), want)
 
 
 def test_block_of_nothing_finite_has_the_floor_as_scale():
@@ -157,18 +173,41 @@ def test_block_scaled_is_a_pytree_with_a_static_block():
     assert [leaf.dtype for leaf in jax.tree.leaves(quantized)] == [fp8.E4M3, jnp.float32]
     assert jax.tree.map(lambda leaf: leaf, quantized).block == (128, 128)
     assert quantized.values.shape == x.shape and quantized.scales.shape == (4, 2, 2)
+    turned = quantized.mT
+    assert turned.block == (128, 128) and quantize_block(x, (1, 128)).mT.block == (128, 1)
+    assert_close(turned.dequantize(), quantized.dequantize().mT, EXACT, "dimensions exchanged")
     # A stack of layers quantises as its layers do, and scan takes it apart.
     _, layers = jax.lax.scan(lambda _, layer: (None, layer.dequantize()), None, quantized)
     assert_close(layers[2], quantize_block(x[2]).dequantize(), EXACT, "third layer")
 
 
-def test_sharded_array_quantises_as_a_whole_one_does():
+def test_sharded_array_quantises_as_a_whole_one_does_and_is_stored_so(tmp_path):
+    """Over eight devices, and through a checkpoint back onto them."""
     x = _random((256, 512))
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    sharded = jax.device_put(x, NamedSharding(mesh, P("data", "tensor")))
-    for block in BLOCKS:
-        got = jax.jit(lambda x, block=block: quantize_block(x, block))(sharded)
+    sharding = NamedSharding(mesh, P("data", "tensor"))
+    sharded = jax.device_put(x, sharding)
+    quantize = jax.jit(
+        lambda x: {
+            f"{rows} x {columns}": quantize_block(x, (rows, columns)) for rows, columns in BLOCKS
+        },
+        out_shardings=sharding,
+    )
+    quantized = quantize(sharded)
+    for got in quantized.values():
+        assert got.values.sharding == got.scales.sharding == sharding
         _assert_equals_oracle(got, x, "fp32")
+    checkpoints = store.Store(tmp_path, keep=1)
+    checkpoints.save(1, quantized, {"step": 1})
+    checkpoints.close()
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), quantized
+    )
+    restored = store.restore(tmp_path, 1, abstract)
+    assert jax.tree.structure(restored) == jax.tree.structure(quantized)
+    for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(quantized), strict=True):
+        assert got.sharding == want.sharding
+        assert_close(got, want, EXACT, "what came back")
 
 
 def test_published_weight_multiplies_by_its_scale():

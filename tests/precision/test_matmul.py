@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dsjax.precision.matmul import float32_matmul, grouped_linear, linear, vocabulary_logits
-from dsjax.precision.policy import Policy
-from tests.closeness import BF16, EXACT, F32, FP8, assert_close
+from dsjax.precision.policy import Policy, multiplies_e4m3
+from tests.closeness import BF16, F32, FP8, assert_close, relative_l2
 from tests.oracles import fp8 as oracle
 
 SIZES = [7, 0, 33]
@@ -22,8 +22,14 @@ def _operands():
 
 
 def _products(function, x, w, dy):
-    y, backward = jax.vjp(function, jnp.asarray(x), jnp.asarray(w))
-    return y, *backward(jnp.asarray(dy, y.dtype))
+    """The function's value, and its gradients for x and w, from one program."""
+
+    @jax.jit
+    def products(x, w, dy):
+        y, backward = jax.vjp(function, x, w)
+        return y, *backward(dy.astype(y.dtype))
+
+    return products(*map(jnp.asarray, (x, w, dy)))
 
 
 @pytest.mark.parametrize(("compute", "level"), [(jnp.float32, F32), (jnp.bfloat16, BF16)])
@@ -73,6 +79,7 @@ def test_logits_and_router_products_are_float32():
 
 
 FP8_SIZES = [130, 0, 259, 11]
+_TYPES = (jnp.bfloat16, jnp.float32, jnp.bfloat16)  # of x, w, dy in training
 
 
 def _fp8_operands(rows, groups=1, dim=300, width=200):
@@ -97,24 +104,28 @@ def _fp8_products(x, w, dy, kind):
     return y, dx, _round_trip(x, (128, 1), kind).T @ _round_trip(dy, (128, 1), kind)
 
 
-@pytest.mark.parametrize("compute", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("kind", ["fp32", "pow2"])
-def test_fp8_linear_products_equal_their_definition(kind, compute):
+@pytest.mark.parametrize(
+    ("kind", "compute", "native"),
+    [
+        ("fp32", jnp.float32, False),
+        ("pow2", jnp.bfloat16, False),
+        ("fp32", jnp.float32, True),
+        ("pow2", jnp.bfloat16, True),
+    ],
+)
+def test_fp8_linear_products_equal_their_definition(kind, compute, native):
     x, w, dy = _fp8_operands(200)
-    policy = Policy(compute, fp8=kind)
+    policy = Policy(compute, fp8=kind, native_fp8=native)
     if compute == jnp.bfloat16:
         x, dy = (np.asarray(jnp.asarray(a, compute), np.float32) for a in (x, dy))
-    got = _products(lambda x, w: linear(x, w, policy), x, w[0], dy)
+    # Leading dimensions of x are tokens all the same.
+    shape = (4, 50, -1)
+    got = _products(lambda x, w: linear(x, w, policy), x.reshape(shape), w[0], dy.reshape(shape))
     assert got[0].dtype == compute and got[1].dtype == got[2].dtype == jnp.float32
     want = _fp8_products(x, w[0], dy, kind)
     levels = (F32, F32, F32) if compute == jnp.float32 else (BF16, BF16, F32)
     for g, wanted, level, name in zip(got, want, levels, ["forward", "dx", "dw"], strict=True):
-        assert_close(g, wanted, level, name)
-    # The leading dimensions are tokens all the same.
-    again = _products(
-        lambda x, w: linear(x, w, policy), x.reshape(4, 50, -1), w[0], dy.reshape(4, 50, -1)
-    )
-    assert_close(again[2], got[2], EXACT, "dw of a batch")
+        assert_close(g.reshape(wanted.shape), wanted, level, name)
 
 
 @pytest.mark.parametrize("kind", ["fp32", "pow2"])
@@ -128,11 +139,12 @@ def test_fp8_linear_stays_within_the_fp8_band(kind):
         assert_close(g, want, FP8, name)
 
 
-@pytest.mark.parametrize("kind", ["fp32", "pow2"])
-def test_fp8_grouped_linear_products_equal_their_definition(kind):
+@pytest.mark.parametrize(("kind", "native"), [("pow2", False), ("fp32", True)])
+def test_fp8_grouped_linear_products_equal_their_definition(kind, native):
     """Each expert's products are those of a `linear` of its own, so no tile holds two experts."""
     x, w, dy = _fp8_operands(sum(FP8_SIZES), groups=len(FP8_SIZES))
-    sizes, policy = jnp.asarray(FP8_SIZES, jnp.int32), Policy(jnp.float32, fp8=kind)
+    sizes = jnp.asarray(FP8_SIZES, jnp.int32)
+    policy = Policy(jnp.float32, fp8=kind, native_fp8=native)
     y, dx, dw = _products(lambda x, w: grouped_linear(x, w, sizes, policy), x, w, dy)
     groups = np.repeat(np.arange(len(FP8_SIZES)), FP8_SIZES)
     for e in range(len(FP8_SIZES)):
@@ -142,3 +154,49 @@ def test_fp8_grouped_linear_products_equal_their_definition(kind):
             (y[mine], dx[mine], dw[e]), want, ["y", "dx", "dw"], strict=True
         ):
             assert_close(got, wanted, F32, f"{name} of expert {e}")
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_fp8_tiles_every_dimension(native):
+    """A dimension that is no multiple of a block ends in a smaller one, so none is refused."""
+    x, w, dy = _fp8_operands(3, dim=1, width=129)
+    policy = Policy(jnp.float32, fp8="fp32", native_fp8=native)
+    got = _products(lambda x, w: linear(x, w, policy), x, w[0], dy)
+    for g, want in zip(got, _fp8_products(x, w[0], dy, "fp32"), strict=True):
+        assert_close(g, want, F32, "product")
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_native_products_multiply_e4m3_and_nothing_else(platform):
+    """Read from the program for another platform, which needs none of its devices."""
+    name = {"cuda": "gpu"}.get(platform, platform)
+    policy = Policy(jnp.bfloat16, name, fp8="fp32", native_fp8=True)
+    sizes = jnp.asarray(FP8_SIZES, jnp.int32)
+
+    def products(x, w, dy):
+        one, backward = jax.vjp(lambda x, w: linear(x, w, policy), x, w[0])
+        experts, experts_backward = jax.vjp(lambda x, w: grouped_linear(x, w, sizes, policy), x, w)
+        return one, backward(dy), experts, experts_backward(dy)
+
+    operands = _fp8_operands(sum(FP8_SIZES), groups=len(FP8_SIZES))
+    x, w, dy = (jnp.asarray(a, t) for a, t in zip(operands, _TYPES, strict=True))
+    lowered = jax.jit(products).trace(x, w, dy).lower(lowering_platforms=(platform,)).as_text()
+    dots = [line for line in lowered.splitlines() if "dot_general" in line]
+    assert len(dots) == 6 and "ragged_dot" not in lowered
+    for dot in dots:
+        assert dot.count("f8E4M3FN>") == 2 and dot.endswith("xf32>"), dot
+
+
+@pytest.mark.gpu
+@pytest.mark.tpu
+@pytest.mark.parametrize("kind", ["fp32", "pow2"])
+def test_native_products_on_this_device_are_near_their_definition(kind):
+    """A Hopper accumulator of 14 bits is off by 0.1 % (`docs/fp8_accumulation.md`)."""
+    if not multiplies_e4m3(jax.devices()[0]):
+        pytest.skip(f"{jax.devices()[0].device_kind} has no E4M3 units")
+    x, w, dy = _fp8_operands(512, dim=1024, width=384)
+    policy = Policy(jnp.float32, fp8=kind)
+    assert policy.native_fp8
+    got = _products(lambda x, w: linear(x, w, policy), x, w[0], dy)
+    for g, want in zip(got, _fp8_products(x, w[0], dy, kind), strict=True):
+        assert relative_l2(g, want) < 2e-3
