@@ -220,10 +220,10 @@ def _write_weights(
 
     def convert(part: Part) -> tuple[Part, bool, dict[str, File]]:
         """Reads a part and, unless the import has failed already, writes it: the part, whether it
-        is finite, and the files that it fills."""
+        is sound, and the files that it fills."""
         tensor = part.row.tensor
         stored = _read(folder, part, block)
-        if not all(is_finite(array) for array in stored if array is not None):
+        if stored is None or not all(is_finite(array) for array in stored if array is not None):
             return part, False, {}
         files = {}
         if not damaged:
@@ -236,9 +236,9 @@ def _write_weights(
         return part.n_bytes + math.prod(part.info.shape) * part.dtype.itemsize
 
     with contextlib.closing(stream(convert, parts, held)) as converted:
-        for part, finite, files in converted:
+        for part, sound, files in converted:
             progress.advance(part.n_bytes)
-            if not finite:
+            if not sound:
                 damaged.append(f"{part.row.tensor.name} in {part.info.file.name}")
                 if len(damaged) == MAX_LISTED:
                     break
@@ -247,8 +247,8 @@ def _write_weights(
     progress.end()
     if damaged:
         raise ValueError(
-            f"{folder.path} has tensors with NaN or infinity: {listed(damaged)}; download these "
-            "files again"
+            f"{folder.path} has tensors with NaN or infinity, or with FP8 scales that are not "
+            f"positive: {listed(damaged)}; download these files again"
         )
     writer.finish()
 
@@ -271,14 +271,16 @@ def _write_manifest(work: Staging, leaves: dict[Name, Leaf], dtype: str) -> None
     manifest.write(work.content, Manifest(record, described, files))
 
 
-def _read(folder: HfFolder, part: Part, block: tuple[int, int]) -> Stored:
-    """Reads a part as it is to be stored."""
+def _read(folder: HfFolder, part: Part, block: tuple[int, int]) -> Stored | None:
+    """Reads a part as it is to be stored; None if its scales are zero, negative or NaN."""
     name, scale = part.row.tensor.name, part.row.scale
     if part.info.dtype != part.dtype != FP8 and scale is None:
         return Stored(
             cast_rows(lambda rows: folder.files.read(name, rows), part.info.shape, part.dtype)
         )
     scales = folder.files.read(scale) if scale else None
+    if scales is not None and not np.all(scales > 0):
+        return None
     return recode(Stored(folder.files.read(name), scales), part.dtype, block)
 
 

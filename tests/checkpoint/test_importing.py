@@ -211,14 +211,16 @@ def test_import_of_nan_names_every_tensor(tmp_path):
     tensors["lm_head.weight"][159, 63] = -np.inf
     tensors[UP].view(np.uint8)[31, 63] = 0xFF
     tensors[scale_name(UP.replace("up_", "down_"))][3, 1] = np.inf
+    tensors[scale_name(UP.replace("up_", "gate_"))][1, 2] = 0.0
     write(tmp_path / "v3", config, tensors, max_bytes=100_000)
     for dtype in ("keep", "bfloat16"):
-        with pytest.raises(ValueError, match="has tensors with NaN or infinity: ") as error:
+        with pytest.raises(ValueError, match="NaN or infinity, or with FP8 scales that") as error:
             bring_in(tmp_path / "v3", tmp_path / "out", dtype)
         message = str(error.value)
-        for name in ("model.norm.weight", "lm_head.weight", UP, UP.replace("up_", "down_")):
+        experts = (UP.replace("up_", kind) for kind in ("up_", "down_", "gate_"))
+        for name in ("model.norm.weight", "lm_head.weight", *experts):
             assert f"{name} in model-0000" in message
-        assert message.count(" in model-0000") == 4
+        assert message.count(" in model-0000") == 5
         assert [path.name for path in tmp_path.iterdir()] == ["v3"]
 
 
