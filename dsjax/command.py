@@ -160,7 +160,7 @@ def mesh_sizes(text: str, axes: Sequence[str] = _CHECKPOINT_AXES) -> dict[str, i
             )
         sizes[axis] = int(size)
     try:
-        MeshConfig(**{"data": 1} | sizes)
+        MeshConfig(**dict[str, Any]({"data": 1} | sizes))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return sizes

@@ -385,6 +385,11 @@ class MeshConfig:
     context: int = 1  # sequences split along their length
     pipe: int = 1  # layers split into stages
 
+    # The order in which the stages of a pipeline work (dsjax.parallel.schedules)
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev"] = "1f1b"
+    # micro-batches that a batch is cut into; 0: into those of train.micro_batch_size
+    microbatches: int = 0
+
     def __post_init__(self) -> None:
         sizes = self.sizes
         for name, size in sizes.items():
@@ -394,11 +399,13 @@ class MeshConfig:
             )
         unknown = [name for name, size in sizes.items() if size == -1]
         _require(len(unknown) <= 1, f"only one mesh axis may be -1, not {' and '.join(unknown)}")
+        _require_not_negative("mesh", self, "microbatches")
 
     @property
     def sizes(self) -> dict[str, int]:
         """Devices along each axis, what `dsjax.parallel.mesh.make_mesh` takes."""
-        return dataclasses.asdict(self)
+        axes = ("data", "fsdp", "expert", "tensor", "context", "pipe")
+        return {axis: getattr(self, axis) for axis in axes}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -425,9 +432,29 @@ class Config:
             f"data.sequence_length={length} leaves nothing to predict for "
             f"model.n_mtp={self.model.n_mtp}",
         )
+        self._check_microbatches()
         groups = self.train.n_balance_devices or self.model.n_expert_groups
         _require(
             not self.model.n_routed_experts or self.model.n_routed_experts % groups == 0,
             f"model.n_routed_experts={self.model.n_routed_experts} does not divide over "
             f"train.n_balance_devices={groups}",
         )
+
+    def _check_microbatches(self) -> None:
+        count, size = self.mesh.microbatches, self.train.micro_batch_size
+        batch = self.train.batch_size
+        _require(
+            not count or batch % count == 0,
+            f"train.batch_size={batch} does not divide into mesh.microbatches={count}",
+        )
+        _require(
+            not (count and size) or batch == count * size,
+            f"mesh.microbatches={count} of train.micro_batch_size={size} do not make up "
+            f"train.batch_size={batch}; set one of the two to 0",
+        )
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences of one forward pass."""
+        train = self.train
+        return train.micro_batch_size or train.batch_size // (self.mesh.microbatches or 1)

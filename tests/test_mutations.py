@@ -261,7 +261,7 @@ def _drop_beyond_capacity(y_AD, weights_MK, plan):
 
 
 RIGHT_ROUTE, RIGHT_MASK, RIGHT_SCORES = router.route, router._mask_groups, router.scores
-RIGHT_CONTEXT, RIGHT_CHOSEN = transformer.Transformer._context, balance._chosen
+RIGHT_CONTEXT, RIGHT_CHOSEN = transformer.Transformer.context, balance._chosen
 RIGHT_PRODUCT, RIGHT_COMBINE, RIGHT_NORM = (
     balance._frequency_times_share,
     expert.combine,
@@ -335,7 +335,7 @@ MUTATIONS = [
     Mutation(8, "wrong sign", BIAS_UPDATE, balance, "update_bias", _update_backwards),
     Mutation(8, "step by the difference", BIAS_UPDATE, balance, "update_bias",
              _update_in_proportion),
-    Mutation(8, "padding counted in the load", MOE_ISOLATED, transformer.Transformer, "_context",
+    Mutation(8, "padding counted in the load", MOE_ISOLATED, transformer.Transformer, "context",
              _count_padding),
     Mutation(9, "sequence loss of biased choice", SEQUENCE_LOSS, balance, "_chosen",
              _choose_with_bias),
@@ -353,7 +353,7 @@ MUTATIONS = [
     Mutation(10, "the main model's norm", MTP, edit=_main_norm_for_modules),
     Mutation(10, "no shift", MTP, transformer, "shift_left", lambda tokens_BT: tokens_BT),
     Mutation(10, "shift by two", MTP, transformer, "shift_left", _shift_twice),
-    Mutation(10, "documents not isolated", MTP_ISOLATED, transformer.Transformer, "_context",
+    Mutation(10, "documents not isolated", MTP_ISOLATED, transformer.Transformer, "context",
              _all_one_document),
     Mutation(10, "positions of the wrong order", MTP_ISOLATED, rope, "positions_in_segments",
              _positions_of_the_row),

@@ -42,7 +42,7 @@ class Cache(NamedTuple):
         def pin(stack_LBPSX: jax.Array) -> jax.Array:
             divides = not mesh.empty and stack_LBPSX.shape[2] % parts("heads", mesh) == 0
             heads = "heads" if divides else "width"
-            return constrain(stack_LBPSX, "layers", "batch", heads, "tokens", "width")
+            return constrain(stack_LBPSX, "end_layers", "batch", heads, "tokens", "width")
 
         return jax.tree.map(pin, self)
 

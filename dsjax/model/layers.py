@@ -45,6 +45,11 @@ class Constant:
         return jnp.full(shape, self.value, dtype)
 
 
+# A stack's leading dimension: of the layers that a pipeline cuts into stages, or of those that stay
+# at its ends.
+LAYER_AXES = ("layers", "end_layers")
+
+
 class RouterState(nnx.Variable):
     """A router's selection bias: float32 always, outside gradients and optimizer."""
 
@@ -62,15 +67,17 @@ def declare(
 AnyModule = TypeVar("AnyModule", bound=nnx.Module)
 
 
-def stack(module: AnyModule, count: int) -> AnyModule:
-    """Turns a declared module into `count` of them along a leading dimension, to scan over."""
+def stack(module: AnyModule, count: int, axis: str = "layers") -> AnyModule:
+    """Turns a declared module into `count` of them along a leading dimension, to scan over.
+
+    Args:
+      axis: logical name of that dimension, one of `LAYER_AXES`.
+    """
 
     def widen(variable: nnx.Variable) -> nnx.Variable:
         metadata = variable.get_metadata()
         shape = variable.get_value().shape
-        return declare(
-            (count, *shape), ("layers", *metadata["axes"]), metadata["init"], type(variable)
-        )
+        return declare((count, *shape), (axis, *metadata["axes"]), metadata["init"], type(variable))
 
     return jax.tree.map(widen, module, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

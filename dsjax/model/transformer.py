@@ -8,7 +8,8 @@ forward pass changes nothing: routing statistics and balance losses come out as 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +129,8 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, policy: Policy):
         self.embed = Embedding(config.vocab_size, config.dim, config.init_std, policy)
         if config.n_dense_layers:
-            self.dense_layers = stack(Block(config, policy, moe=False), config.n_dense_layers)
+            axis = "end_layers" if config.n_moe_layers else "layers"
+            self.dense_layers = stack(Block(config, policy, moe=False), config.n_dense_layers, axis)
         if config.n_moe_layers:
             self.moe_layers = stack(Block(config, policy, moe=True), config.n_moe_layers)
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -136,7 +138,7 @@ class Transformer(nnx.Module):
             self.head = Head(config.dim, config.vocab_size, config.init_std)
         if config.n_mtp:
             layer = Block(config, policy, moe=config.n_moe_layers > 0)
-            self.mtp = stack(MTP(config, policy, layer), config.n_mtp)
+            self.mtp = stack(MTP(config, policy, layer), config.n_mtp, "end_layers")
         self.config = config
         self.policy = policy
 
@@ -180,11 +182,40 @@ class Transformer(nnx.Module):
           balance: weights of the balance losses; None leaves them out.
           remat: what a layer's backward pass computes again: "none", "selective" or "full".
         """
-        context = self._context(tokens_BT, segment_ids_BT, isolate)
-        tokens_BT = arrange(tokens_BT)
+        context = self.context(tokens_BT, segment_ids_BT, isolate)
+        x_BTD = self.enter(tokens_BT, context, remat)
+        body = getattr(self, self.body)
+        x_BTD, statistics = run_layers(body, x_BTD, context, balance, remat)
+        hidden = self.leave(x_BTD, tokens_BT, context, mtp=mtp, balance=balance, remat=remat)
+        if statistics is not None and hidden.routing is not None:
+            statistics = jax.tree.map(
+                lambda *stacks: jnp.concatenate(stacks), statistics, hidden.routing
+            )
+        return hidden._replace(routing=statistics)
 
-        def layer(x_BTD: jax.Array, block: Block):
-            return block(x_BTD, context, balance)
+    @property
+    def body(self) -> str:
+        """The name of the stack that makes up the model, between its ends `enter` and `leave`."""
+        return "moe_layers" if self.config.n_moe_layers else "dense_layers"
+
+    def enter(self, tokens_BT: jax.Array, context: Context, remat: str) -> jax.Array:
+        """What the body's first layer reads: embedding and, before a MoE body, dense layers."""
+        x_BTD = self.embed(arrange(tokens_BT))
+        if self.config.n_moe_layers and self.config.n_dense_layers:
+            x_BTD, _ = run_layers(self.dense_layers, x_BTD, context, None, remat)
+        return x_BTD
+
+    def leave(
+        self,
+        x_BTD: jax.Array,
+        tokens_BT: jax.Array,
+        context: Context,
+        *,
+        mtp: bool,
+        balance: BalanceWeights | None,
+        remat: str,
+    ) -> Hidden:
+        """Final norm and MTP modules, whose routing alone is in the result."""
 
         def mtp_module(carry: tuple[jax.Array, jax.Array, jax.Array], module: MTP):
             hidden_BTD, tokens_BT, ahead_BT = carry
@@ -200,30 +231,12 @@ class Transformer(nnx.Module):
             )
             return (hidden_BTD, tokens_BT, ahead_BT), (module.norm(hidden_BTD), statistics)
 
-        if remat != "none":
-            layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[remat])
-            mtp_module = jax.checkpoint(mtp_module, policy=_REMAT_POLICIES[remat])
-
-        x_BTD = self.embed(tokens_BT)
-        statistics: list[RoutingStatistics | None] = []
-        if self.config.n_dense_layers:
-            x_BTD, _ = jax.lax.scan(layer, x_BTD, self.dense_layers)
-        if self.config.n_moe_layers:
-            x_BTD, body_statistics = jax.lax.scan(layer, x_BTD, self.moe_layers)
-            statistics.append(body_statistics)
         main_BTD = self.norm(x_BTD)
-        mtp_DBTD = None
-        if mtp and self.config.n_mtp:
-            first = main_BTD if self.config.mtp_after_final_norm else x_BTD
-            start = (first, tokens_BT, context.documents_BT)
-            _, (mtp_DBTD, mtp_statistics) = jax.lax.scan(mtp_module, start, self.mtp)
-            if self.config.n_moe_layers:
-                statistics.append(mtp_statistics)
-        routing = (
-            jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *statistics)
-            if statistics
-            else None
-        )
+        if not (mtp and self.config.n_mtp):
+            return Hidden(main_BTD, None, None)
+        first = main_BTD if self.config.mtp_after_final_norm else x_BTD
+        start = (first, arrange(tokens_BT), context.documents_BT)
+        _, (mtp_DBTD, routing) = jax.lax.scan(_remat(mtp_module, remat), start, self.mtp)
         return Hidden(main_BTD, mtp_DBTD, routing)
 
     def extend(
@@ -286,9 +299,10 @@ class Transformer(nnx.Module):
         positions_BT = starts_B[:, None] + steps_T[None]
         return Extension(positions_BT, rope.angles(positions_BT, self.config), absorbed)
 
-    def _context(
+    def context(
         self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None, isolate: bool
     ) -> Context:
+        """What all layers need to know of the tokens; the arguments are those of `hidden`."""
         if segment_ids_BT is None:
             isolate, segment_ids_BT = False, jnp.ones_like(tokens_BT)
         if isolate:
@@ -300,6 +314,23 @@ class Transformer(nnx.Module):
             documents_BT = (segment_ids_BT > 0).astype(jnp.int32)
         angles = rope.angles(arrange(positions_BT), self.config)
         return Context(angles, arrange(segment_ids_BT) if isolate else None, arrange(documents_BT))
+
+
+def run_layers(
+    layers: Block, x_BTD: jax.Array, context: Context, balance: BalanceWeights | None, remat: str
+) -> tuple[jax.Array, RoutingStatistics | None]:
+    """Walks a stack of layers; None is the routing of dense ones."""
+
+    def layer(x_BTD: jax.Array, block: Block):
+        return block(x_BTD, context, balance)
+
+    return jax.lax.scan(_remat(layer, remat), x_BTD, layers)
+
+
+def _remat(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    if remat == "none":
+        return function
+    return jax.checkpoint(function, policy=_REMAT_POLICIES[remat])
 
 
 def _extend_layers(

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -48,8 +48,8 @@ _BACKWARD = {"B": FULL, "I": INPUT, "W": WEIGHTS}
 class Work(NamedTuple):
     """A chunk of a micro-batch for each tick and rank, or NONE."""
 
-    microbatch: np.ndarray  # int32 [ticks, ranks]
-    chunk: np.ndarray  # int32 [ticks, ranks], which of the stages that the rank holds
+    microbatch: Any  # int32 [ticks, ranks]
+    chunk: Any  # int32 [ticks, ranks], which of the stages that the rank holds
 
 
 class LockStep(NamedTuple):

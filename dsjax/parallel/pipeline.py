@@ -33,7 +33,8 @@ their gradients go back the same way. DualPipe's two copies of a stage meet ther
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -130,7 +131,7 @@ def run(schedule: Schedule, pieces: Pieces, stages: Tree, outer: Tree, inputs: T
         out_specs=Result(split, everywhere, split, everywhere),
         axis_names={PIPE},
         check_vma=False,
-    )(*_rows(table, schedule.n_stages), table.stages, stages, outer, inputs)
+    )(*_rows(table, schedule.n_stages), jnp.asarray(table.stages), stages, outer, inputs)
 
 
 def _check(schedule: Schedule, stages: Tree, inputs: Tree) -> None:
@@ -262,12 +263,12 @@ class _Program:
         """[chunks, ...] -> ppermute(pipe) -> [stored stages, ...]; the transpose of `_fetch`."""
         stored: list[Any] = [0] * (self.n_stages // self.n_ranks)
         for place, chunk, pairs in self._moves():
-            stored[place] += self._move(worked[chunk], [pair[::-1] for pair in pairs])
+            stored[place] += self._move(worked[chunk], [(to, source) for source, to in pairs])
         return jnp.stack(stored)
 
-    def _move(self, x: jax.Array, pairs: Sequence[tuple[int, int]]) -> jax.Array:
+    def _move(self, x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:
         """Zeros on ranks that get nothing."""
-        if list(pairs) == [(rank, rank) for rank in range(self.n_ranks)]:
+        if pairs == [(rank, rank) for rank in range(self.n_ranks)]:
             return x
         return jax.lax.ppermute(x, PIPE, pairs)
 
@@ -327,14 +328,13 @@ class _Program:
             for op in operations:
                 x = self._input(op, activations)
                 if op.kind == "F":
-                    y, _, _ = self.pieces.stage(
-                        _at(self.stages, op.chunk), x, _at(self.inputs, op.microbatch)
-                    )
+                    (y, _), _ = self._stage(op)(_at(self.stages, op.chunk), x)
                     messages[ACTIVATION] = y
+                elif op.kind == "W":
+                    sums = self._weights(op, x, sums)
                 else:
                     sums, dx = self._backward(op, x, sums)
-                    if op.kind != "W":
-                        messages[GRADIENT] = jnp.where(op.on, dx, messages[GRADIENT])
+                    messages[GRADIENT] = jnp.where(op.on, dx, messages[GRADIENT])
             return sums, messages
 
         return branch
@@ -348,65 +348,58 @@ class _Program:
 
         return jax.lax.cond(op.enters, enter, lambda x: x, x)
 
-    def _backward(self, op: _Operation, x: jax.Array, sums: _Sums) -> tuple[_Sums, jax.Array]:
-        """Adds the gradients of an operation; returns that of its stage's input too (not for W)."""
-        params, inputs = _at(self.stages, op.chunk), _at(self.inputs, op.microbatch)
+    def _stage(self, op: _Operation) -> Callable[..., Any]:
+        """The operation's stage as (parameters, x) -> (y, objective), report."""
+        inputs = _at(self.inputs, op.microbatch)
 
         def stage(params: Tree, x: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Tree]:
             y, objective, report = self.pieces.stage(params, x, inputs)
             return (y, objective), report
 
-        if op.kind == "W":
-            (y, objective), pull, _ = jax.vjp(lambda p: stage(p, x), params, has_aux=True)
-        elif op.kind == "I":
-            (y, objective), pull, report = jax.vjp(lambda x: stage(params, x), x, has_aux=True)
-        else:
+        return stage
+
+    def _backward(self, op: _Operation, x: jax.Array, sums: _Sums) -> tuple[_Sums, jax.Array]:
+        """B or I: adds its gradients and reports, and returns that of the stage's input."""
+        params, stage = _at(self.stages, op.chunk), self._stage(op)
+        if op.kind == "B":
             (y, objective), pull, report = jax.vjp(stage, params, x, has_aux=True)
+        else:
+            (y, objective), pull, report = jax.vjp(lambda x: stage(params, x), x, has_aux=True)
         dy = sums.gradients[op.chunk, op.microbatch % self.slots[GRADIENT]]
-        if op.kind != "W":
-            sums, dy = jax.lax.cond(
-                op.leaves,
-                lambda sums, dy: self._leave(op, y, inputs, sums, dy),
-                lambda sums, dy: (sums, dy),
-                sums,
-                dy,
-            )
-            reports = jax.tree.map(
-                lambda total, new: total.at[op.chunk].add(jnp.where(op.on, new, 0)),
-                sums.stage_reports,
-                report,
-            )
-            sums = sums._replace(stage_reports=reports)
+        sums, dy = jax.lax.cond(
+            op.leaves, functools.partial(self._leave, op, y), lambda *same: same, sums, dy
+        )
         *dparams, dx = pull((jnp.where(op.on, dy, 0), op.on.astype(objective.dtype)))
-        if op.kind == "W":
-            dparams = [dx]
-        for gradients in dparams:
-            total = jax.tree.map(lambda t, g: t.at[op.chunk].add(g), sums.stages, gradients)
-            sums = sums._replace(stages=total)
-        if op.kind != "W":
-            sums = jax.lax.cond(
-                op.enters,
-                lambda sums: self._enter_backward(op, dx, inputs, sums),
-                lambda sums: sums,
-                sums,
-            )
+        if dparams:
+            sums = sums._replace(stages=_add_at(op.chunk, sums.stages, *dparams))
+        counted = jax.tree.map(lambda x: jnp.where(op.on, x, 0), report)
+        sums = sums._replace(stage_reports=_add_at(op.chunk, sums.stage_reports, counted))
+        sums = jax.lax.cond(
+            op.enters, functools.partial(self._enter_backward, op, dx), lambda same: same, sums
+        )
         return sums, dx
 
+    def _weights(self, op: _Operation, x: jax.Array, sums: _Sums) -> _Sums:
+        """W: adds the gradient of the stage's parameters."""
+        params, stage = _at(self.stages, op.chunk), self._stage(op)
+        (_, objective), pull, _ = jax.vjp(lambda params: stage(params, x), params, has_aux=True)
+        dy = sums.gradients[op.chunk, op.microbatch % self.slots[GRADIENT]]
+        (dparams,) = pull((jnp.where(op.on, dy, 0), op.on.astype(objective.dtype)))
+        return sums._replace(stages=_add_at(op.chunk, sums.stages, dparams))
+
     def _leave(
-        self, op: _Operation, y: jax.Array, inputs: Tree, sums: _Sums, dy: jax.Array
+        self, op: _Operation, y: jax.Array, sums: _Sums, dy: jax.Array
     ) -> tuple[_Sums, jax.Array]:
         """What the last stage does in the middle of its backward, and the gradient of y."""
+        inputs = _at(self.inputs, op.microbatch)
         objective, pull, report = jax.vjp(
             lambda outer, y: self.pieces.leave(outer, y, inputs), self.outer, y, has_aux=True
         )
         douter, dy_made = pull(op.is_last.astype(objective.dtype))
+        counted = jax.tree.map(lambda x: jnp.where(op.is_last, x, 0), report)
         sums = sums._replace(
             outer=jax.tree.map(jnp.add, sums.outer, douter),
-            reports=jax.tree.map(
-                lambda total, new: total.at[op.microbatch].add(jnp.where(op.is_last, new, 0)),
-                sums.reports,
-                report,
-            ),
+            reports=_add_at(op.microbatch, sums.reports, counted),
         )
         if op.kind == "I":
             mine = Work(jnp.where(op.is_last, op.microbatch, NONE), op.chunk)
@@ -414,7 +407,8 @@ class _Program:
             sums = sums._replace(gradients=kept)
         return sums, jnp.where(op.is_last, dy_made, dy)
 
-    def _enter_backward(self, op: _Operation, dx: jax.Array, inputs: Tree, sums: _Sums) -> _Sums:
+    def _enter_backward(self, op: _Operation, dx: jax.Array, sums: _Sums) -> _Sums:
+        inputs = _at(self.inputs, op.microbatch)
         _, pull = jax.vjp(lambda outer: self.pieces.enter(outer, inputs), self.outer)
         (douter,) = pull(jnp.where(op.is_first, dx, 0))
         return sums._replace(outer=jax.tree.map(jnp.add, sums.outer, douter))
@@ -429,6 +423,10 @@ class _Program:
 
 def _at(tree: Tree, index: int | jax.Array) -> Tree:
     return jax.tree.map(lambda x: x[index], tree)
+
+
+def _add_at(index: jax.Array, total: Tree, new: Tree) -> Tree:
+    return jax.tree.map(lambda total, new: total.at[index].add(new), total, new)
 
 
 def _zeros(shapes: Tree, count: int) -> Tree:

@@ -24,7 +24,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 # does.
 AXIS_TABLE: dict[str, tuple[str, ...]] = {
     # parameters
-    "layers": (),
+    "layers": ("pipe",),
+    "end_layers": (),
     "embed": ("fsdp", "expert"),
     "expert_embed": ("fsdp",),
     "vocab": ("tensor",),

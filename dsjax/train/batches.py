@@ -24,7 +24,7 @@ def batch_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """
     axes = ("micro_batches",) * (len(shape) - 2) + ("batch", "tokens")
     spec = partition_spec(
-        axes, shape, mesh, "sequences of train.micro_batch_size (0: train.batch_size)"
+        axes, shape, mesh, "sequences of a micro-batch (train.micro_batch_size, mesh.microbatches)"
     )
     return NamedSharding(mesh, spec)
 

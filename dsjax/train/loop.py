@@ -214,7 +214,7 @@ def _evaluate(run: Run, rows: Sequence[int], **options: Any) -> Evaluation | Non
     def score(batch: dict[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
         return run.score(run.state, run.place(batch))
 
-    return evaluate(score, run.heldout, rows, batch_size=run.rows_per_pass, **options)
+    return evaluate(score, run.heldout, rows, batch_size=run.config.micro_batch_size, **options)
 
 
 def _log_evaluation(run: Run, result: Evaluation | None) -> None:

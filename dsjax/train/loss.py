@@ -13,14 +13,15 @@ writes it.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dsjax.config import Config
 from dsjax.model.balance import BalanceWeights
-from dsjax.model.transformer import Transformer
+from dsjax.model.transformer import Hidden, Transformer
 from dsjax.parallel.context import arrange, pieces
 from dsjax.precision.policy import Policy
 
@@ -35,6 +36,21 @@ class Losses(NamedTuple):
     balance: jax.Array  # float32, weighted, summed over layers, averaged over tokens
     dropped_tokens: jax.Array  # int32
     counts_LE: jax.Array | None  # int32, tokens of each expert
+
+
+def sum_over_micro_batches(function: Callable[[Any], Any], batch: Any) -> Any:
+    """Adds up a function's values over the leading dimension, one micro-batch at a time."""
+    first = jax.tree.map(lambda x: x[0], batch)
+    if jax.tree.leaves(batch)[0].shape[0] == 1:
+        return function(first)
+    zeros = jax.tree.map(
+        lambda value: jnp.zeros(value.shape, value.dtype), jax.eval_shape(function, first)
+    )
+    return jax.lax.scan(
+        lambda total, micro_batch: (jax.tree.map(jnp.add, total, function(micro_batch)), None),
+        zeros,
+        batch,
+    )[0]
 
 
 def target_mask(segment_ids_BX: jax.Array, ahead: int, isolate: bool) -> jax.Array:
@@ -153,14 +169,22 @@ def losses(model: Transformer, batch: dict[str, jax.Array], config: Config) -> L
       batch: `tokens` and `segment_ids`, int32 [B, T + 1]; position t predicts token t + 1.
     """
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-    isolate, chunk = config.data.isolate_documents, config.train.loss_chunk
     hidden = model.hidden(
         tokens[:, :-1],
         segment_ids[:, :-1],
-        isolate=isolate,
+        isolate=config.data.isolate_documents,
         balance=BalanceWeights.of(config),
         remat=config.train.remat,
     )
+    return losses_of_hidden(model, hidden, batch, config)
+
+
+def losses_of_hidden(
+    model: Transformer, hidden: Hidden, batch: dict[str, jax.Array], config: Config
+) -> Losses:
+    """Sums the losses of a micro-batch whose forward pass is done; `model` gives the head."""
+    tokens, segment_ids = batch["tokens"], batch["segment_ids"]
+    isolate, chunk = config.data.isolate_documents, config.train.loss_chunk
     weight = model.head_weight()
 
     def nll(hidden_BTD: jax.Array, ahead: int) -> tuple[jax.Array, jax.Array]:

@@ -18,8 +18,7 @@ import optax
 from flax import nnx
 
 from dsjax.config import OptimConfig
-
-LAYERS = "layers"  # logical axis of a stack of layers: it does not make a norm a matrix
+from dsjax.model.layers import LAYER_AXES
 
 
 class Optimizer(NamedTuple):
@@ -108,7 +107,8 @@ def decay_mask(params: Any) -> Any:
                 f"parameter {jax.tree_util.keystr(path)} has no metadata 'axes', which "
                 "decides whether it decays; declare it with its logical axes"
             )
-        return sum(axis != LAYERS for axis in axes) >= 2
+        # A stack's leading dimension does not make a norm a matrix.
+        return sum(axis not in LAYER_AXES for axis in axes) >= 2
 
     return jax.tree_util.tree_map_with_path(
         decays, params, is_leaf=lambda node: isinstance(node, nnx.Variable)

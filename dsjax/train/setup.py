@@ -21,7 +21,7 @@ from dsjax.model.flops import train_flops_per_token
 from dsjax.parallel import processes
 from dsjax.parallel.context import check_length
 from dsjax.parallel.mesh import make_mesh
-from dsjax.train import workdir
+from dsjax.train import pipeline, workdir
 from dsjax.train.batches import batch_sharding, held_rows, place_all, place_held
 from dsjax.train.compilation import Compiled
 from dsjax.train.evaluate import scorer
@@ -64,11 +64,6 @@ class Run:
         """Wall time of the whole run, earlier sessions included."""
         return self.seconds_before + time.monotonic() - self.started
 
-    @property
-    def rows_per_pass(self) -> int:
-        """Sequences of one forward pass."""
-        return rows_per_pass(self.config)
-
     def take_batch(self, n: int) -> dict[str, jax.Array]:
         """The next n training rows on the devices, [micro-batches, sequences, T + 1]."""
         return place_held(self.loader.take(n), _batch_shape(n, self.config), self.mesh)
@@ -78,12 +73,8 @@ class Run:
         return place_all(batch, self.mesh)
 
 
-def rows_per_pass(config: Config) -> int:
-    return config.train.micro_batch_size or config.train.batch_size
-
-
 def _batch_shape(n: int, config: Config) -> tuple[int, int, int]:
-    rows = rows_per_pass(config)
+    rows = config.micro_batch_size
     return n // rows, rows, config.data.sequence_length + 1
 
 
@@ -97,8 +88,10 @@ def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -
     started = time.monotonic()
     mesh = make_mesh(config.mesh.sizes)
     length = config.data.sequence_length
-    batch_sharding((rows_per_pass(config), length + 1), mesh)  # refuses before anything is made
+    # These refuse before anything is made.
+    batch_sharding((config.micro_batch_size, length + 1), mesh)
     check_length(length, mesh)
+    pipeline.check(config, mesh)
     abstract = abstract_state(config, mesh)
     placement = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     corpus = _prepare_corpus(config, display)

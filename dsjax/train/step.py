@@ -21,10 +21,11 @@ from dsjax.model.balance import max_violation, update_bias
 from dsjax.model.layers import RouterState
 from dsjax.model.parameters import initialize, shardings
 from dsjax.model.transformer import Transformer
+from dsjax.parallel.pipeline import PIPE
 from dsjax.parallel.sharding import constrain
 from dsjax.precision.policy import Policy
-from dsjax.train import optimizer
-from dsjax.train.loss import Losses, losses, target_mask
+from dsjax.train import optimizer, pipeline
+from dsjax.train.loss import Losses, losses, sum_over_micro_batches, target_mask
 
 Batch = dict[str, jax.Array]  # tokens and segment_ids, int32 [micro-batches, sequences, T + 1]
 Metrics = dict[str, jax.Array]
@@ -110,30 +111,16 @@ def train_step(
     layer's assignments. Where loss or gradient is not finite, the state comes back as it was, and
     `skipped` is true.
     """
-    structure, *_ = split(declared_model(config))
+    model = declared_model(config)
     adamw = optimizer.adamw(config.optim)
-    mtp_depths = max(config.model.n_mtp, 1)
-
-    def weighted(params, router, micro_batch, mtp_weight, n_targets):
-        """A micro-batch's part of the whole batch's loss."""
-        sums = losses(nnx.merge(structure, params, router), micro_batch, config)
-        total = sums.main + mtp_weight / mtp_depths * sums.mtp + sums.balance * sums.main_targets
-        return total / n_targets, sums
-
-    gradient = jax.value_and_grad(weighted, has_aux=True)
 
     def step(
         state: TrainState, batch: Batch, knobs: dict[str, jax.Array]
     ) -> tuple[TrainState, Metrics]:
-        n_targets = _count_targets(batch, config)
-
-        def micro_step(micro_batch: Batch) -> tuple[nnx.State, Losses]:
-            (_, sums), grads = gradient(
-                state.params, state.router, micro_batch, knobs["mtp_weight"], n_targets
-            )
-            return grads, sums._replace(balance=sums.balance * sums.main_targets / n_targets)
-
-        grads, sums = _sum_over_micro_batches(micro_step, batch)
+        weights = _loss_weights(batch, knobs["mtp_weight"], config)
+        pipelined = jax.sharding.get_abstract_mesh().shape.get(PIPE, 1) > 1
+        gradients = pipeline.gradients if pipelined else _gradients
+        grads, sums = gradients(model, config, state.params, state.router, batch, weights)
         params, optimizer_state, grad_norm = adamw.update(
             grads, state.optimizer, state.params, knobs["learning_rate"]
         )
@@ -149,28 +136,43 @@ def train_step(
     return step
 
 
-def _count_targets(batch: Batch, config: Config) -> jax.Array:
-    """Targets of the main model in the whole batch."""
-    segment_ids = batch["segment_ids"]
-    rows = segment_ids.reshape(-1, segment_ids.shape[-1])
-    return jnp.maximum(target_mask(rows, 1, config.data.isolate_documents).sum(), 1).astype(
-        jnp.float32
+def _loss_weights(batch: Batch, mtp_weight: jax.Array, config: Config) -> dict[str, jax.Array]:
+    """What the losses of each micro-batch count in the batch's: float32 [micro-batches]. Those of
+    targets are sums, those of balance averages over the micro-batch.
+    """
+    n_micro_batches, rows, _ = (segment_ids := batch["segment_ids"]).shape
+    mask = target_mask(
+        segment_ids.reshape(n_micro_batches * rows, -1), 1, config.data.isolate_documents
     )
+    targets = mask.reshape(n_micro_batches, -1).sum(axis=1).astype(jnp.float32)
+    n_targets = jnp.maximum(targets.sum(), 1.0)
+    main = jnp.broadcast_to(1.0 / n_targets, targets.shape)
+    mtp_depths = max(config.model.n_mtp, 1)
+    return {"main": main, "mtp": mtp_weight / mtp_depths * main, "balance": targets / n_targets}
 
 
-def _sum_over_micro_batches(function: Callable[[Batch], Any], batch: Batch) -> Any:
-    """Adds up a function's values over the leading dimension, one micro-batch at a time."""
-    first = jax.tree.map(lambda x: x[0], batch)
-    if batch["tokens"].shape[0] == 1:
-        return function(first)
-    zeros = jax.tree.map(
-        lambda value: jnp.zeros(value.shape, value.dtype), jax.eval_shape(function, first)
-    )
-    return jax.lax.scan(
-        lambda total, micro_batch: (jax.tree.map(jnp.add, total, function(micro_batch)), None),
-        zeros,
-        batch,
-    )[0]
+def _gradients(
+    declared: Transformer,
+    config: Config,
+    params: nnx.State,
+    router: nnx.State,
+    batch: Batch,
+    weights: dict[str, jax.Array],
+) -> tuple[nnx.State, Losses]:
+    """The gradients, and the losses with the weighted sum of the balance losses."""
+    structure, *_ = split(declared)
+
+    def weighted(params: nnx.State, micro_batch: Batch) -> tuple[jax.Array, Losses]:
+        sums = losses(nnx.merge(structure, params, router), micro_batch, config)
+        sums = sums._replace(balance=sums.balance * micro_batch["balance"])
+        total = sums.main * micro_batch["main"] + sums.mtp * micro_batch["mtp"] + sums.balance
+        return total, sums
+
+    def micro_step(micro_batch: Batch) -> tuple[nnx.State, Losses]:
+        (_, sums), grads = jax.value_and_grad(weighted, has_aux=True)(params, micro_batch)
+        return grads, sums
+
+    return sum_over_micro_batches(micro_step, {**batch, **weights})
 
 
 def _metrics(sums: Losses, grad_norm: jax.Array) -> Metrics:
