@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsjax.checkpoint.json_files import open_regular, parse, read_regular, sync_folder
+from dsjax.checkpoint.json_files import open_regular, parse, read_regular, shown, sync_folder
 from dsjax.checkpoint.tensor_files import listed
 
 NAME = "manifest.json"
@@ -114,6 +114,9 @@ def read(folder: Path) -> Manifest:
                 f"{path} is of format {values['format']}, and this version of dsjax reads {FORMAT}"
             )
         files = {name: File(**entry) for name, entry in values["files"].items()}
+        outside = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
+        if outside or not isinstance(values["record"], dict):
+            raise ValueError(f"it names {shown(outside[0])}" if outside else "its record is none")
         return Manifest(values["record"], values["leaves"], files)
     except Damage:
         raise
@@ -162,24 +165,25 @@ def problems(folder: Path, manifest: Manifest, *, contents: bool = True) -> list
     Args:
       contents: hash them too; False looks at sizes alone.
     """
-
-    def check(name: str) -> str | None:
-        path, wanted = folder / name, manifest.files[name]
-        try:
-            size = path.stat().st_size
-            if size != wanted.size:
-                return f"{path} has {size:,} bytes, and was written with {wanted.size:,}"
-            if contents and _hash(path) != wanted:
-                return f"{path} is damaged: its bytes are not those that were written"
-        except FileNotFoundError:
-            return f"{path} is missing"
-        except (OSError, ValueError) as error:
-            return f"{path} cannot be read: {error}"
-        return None
-
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="verify") as pool:
-        found = list(pool.map(check, manifest.files))
-    return [problem for problem in found if problem]
+        found = pool.map(
+            lambda name: _problem(folder / name, manifest.files[name], contents), manifest.files
+        )
+        return [problem for problem in found if problem]
+
+
+def _problem(path: Path, wanted: File, contents: bool) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != wanted.size:
+            return f"{path} has {size:,} bytes, and was written with {wanted.size:,}"
+        if contents and _hash(path) != wanted:
+            return f"{path} is damaged: its bytes are not those that were written"
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except (OSError, ValueError) as error:
+        return f"{path} cannot be read: {error}"
+    return None
 
 
 def verify(folder: Path) -> Manifest:
@@ -229,8 +233,8 @@ class Guard:
             if name not in self._seen:
                 if name not in self._manifest.files:
                     raise Damage(f"{path} is not one of the files that were written")
-                only = self._manifest._replace(files={name: self._manifest.files[name]})
-                _raise(problems(self._folder, only))
+                problem = _problem(path, self._manifest.files[name], contents=True)
+                _raise([problem] if problem else [])
                 self._seen.add(name)
 
 

@@ -133,13 +133,22 @@ def test_manifest_of_another_format_is_refused(tmp_path, monkeypatch):
         manifest.read(tmp_path)
 
 
-def test_manifest_with_other_content_than_it_should_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"size": 1', '"sighs": 1', "sighs"),
+        ('"a"', '"../a"', r"it names '\.\./a'"),
+        ('"a"', '"/etc/passwd"', "it names '/etc/passwd'"),
+        ('"record": {}', '"record": []', "its record is none"),
+    ],
+)
+def test_manifest_with_other_content_than_it_should_is_refused(tmp_path, old, new, message):
     manifest.write(tmp_path, Manifest({}, {}, {"a": File(1, "0")}))
-    text = (tmp_path / manifest.NAME).read_text().replace('"size": 1', '"sighs": 1')
+    text = (tmp_path / manifest.NAME).read_text().replace(old, new)
     rest = text.partition("\n")[2].encode()
     first = f'{{"sha256": "{hashlib.sha256(rest).hexdigest()}",\n'
     (tmp_path / manifest.NAME).write_bytes(first.encode() + rest)
-    with pytest.raises(Damage, match=r"manifest\.json is damaged: .*sighs"):
+    with pytest.raises(Damage, match=rf"manifest\.json is damaged: .*{message}"):
         manifest.read(tmp_path)
 
 
