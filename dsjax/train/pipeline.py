@@ -117,7 +117,8 @@ def gradients(
 
 def _cut(state: nnx.State, body: str) -> tuple[nnx.State, nnx.State]:
     """Returns the body's part and the rest."""
-    return nnx.split_state(state, lambda path, _: path[0] == body, ...)
+    inside, outside = nnx.split_state(state, lambda path, _: path[0] == body, ...)
+    return inside, outside
 
 
 def _pieces(declared: Transformer, config: Config) -> pipeline.Pieces:
