@@ -98,6 +98,7 @@ def _assert_same_step(got, want, losses=EXACT):
         np.testing.assert_array_equal(found, leaf)
 
 
+@pytest.mark.slow
 def test_step_of_a_dense_model_equals_the_one_without_a_pipeline():
     config = _config(DENSE, remat="none")
     _assert_same_step(_step(config, {"pipe": 2}), _step(config, {"data": 1}))
@@ -134,7 +135,8 @@ def test_program_does_not_grow_with_layers():
             lowered = jax.jit(train_step(config)).lower(state, _batch(4), knobs)
         return len(lowered.as_text().splitlines())
 
-    assert size(5) == size(17)
+    # A few lines differ where a dimension is as long as another.
+    assert size(17) < 1.01 * size(5)
 
 
 def test_checkpoint_of_a_pipeline_is_that_of_any_mesh(tmp_path):
