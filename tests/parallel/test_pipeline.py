@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsjax.parallel import pipeline
+from dsjax.parallel.lockstep import IDLE, NONE, WEIGHTS, lock_step
 from dsjax.parallel.mesh import make_mesh
 from tests.closeness import EXACT, Level, assert_close
 from tests.parallel import pipelines
@@ -86,6 +87,39 @@ def test_public_test_of_dualpipe_passes(name, ranks):
     for key in stages:
         for stage in range(schedule.n_stages):
             assert _unlike(got.stages[key][stage], want.stages[key][stage]) < 1e-13
+
+
+def _without_one_weight_gradient(table):
+    kind, (tick, rank) = table.backward_kind.copy(), np.argwhere(table.backward_kind == WEIGHTS)[0]
+    kind[tick, rank] = IDLE
+    return table._replace(backward_kind=kind)
+
+
+def _with_two_operations_swapped(table):
+    work = table.forward._replace(microbatch=table.forward.microbatch.copy())
+    first, second = np.flatnonzero(work.microbatch[:, 0] != NONE)[:2]
+    work.microbatch[[first, second], 0] = work.microbatch[[second, first], 0]
+    return table._replace(forward=work)
+
+
+def _with_a_slot_too_few(table):
+    return table._replace(activation_slots=table.activation_slots - 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mistake",
+    [_without_one_weight_gradient, _with_two_operations_swapped, _with_a_slot_too_few],
+)
+def test_mistake_in_the_table_is_noticed(mistake, monkeypatch):
+    schedule = pipelines.build("zb1p", 2, 4)
+    args = pipelines.arrays(schedule.n_stages, 4)
+    monkeypatch.setattr(pipeline, "lock_step", lambda schedule: mistake(lock_step(schedule)))
+    # Pieces of their own, so that nothing compiled before is taken.
+    pieces = pipelines.PIECES._replace(enter=lambda *args: pipelines.enter(*args))
+    got = pipelines.run(schedule, *args, pieces=pieces)
+    with pytest.raises(AssertionError):
+        _assert_same(got, pipelines.reference(pipelines.PIECES, *args))
 
 
 @pytest.mark.parametrize("name", ["1f1b", "dualpipev"])
