@@ -40,6 +40,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsjax.kernels.grouped_matmul import align_groups, aligned_rows, group_of_row
+from dsjax.kernels.varying import vary_as
 
 SLICE = 128  # elements of K that share a scale
 
@@ -90,7 +91,8 @@ def scaled_matmul(
         return total_MN + product(a, b) * a_scale_M[:, None] * b_scale_N[None, :], None
 
     starts_X = jnp.arange(0, a_MK.shape[1], promote_every, dtype=jnp.int32)
-    zeros = jnp.zeros((a_MK.shape[0], b_KN.shape[1]), jnp.float32)
+    operands = a_MK, a_scales_MX, b_KN, b_scales_XN
+    zeros = vary_as(jnp.zeros((a_MK.shape[0], b_KN.shape[1]), jnp.float32), *operands)
     return lax.scan(promote, zeros, (starts_X, a_scales_MX.T, b_scales_XN))[0]
 
 
@@ -132,6 +134,7 @@ def scaled_grouped_matmul(
     starts_X = jnp.arange(0, a_TRK.shape[2], SLICE, dtype=jnp.int32)
     a_scales_XTR = a_scales.T.reshape(-1, group_T.size, SLICE)
     zeros = jnp.zeros((group_T.size, SLICE, width), jnp.float32)
+    zeros = vary_as(zeros, a, a_scales, b_EKN, b_scales_EXY, sizes_E)
     sums, _ = lax.scan(promote, zeros, (starts_X, a_scales_XTR, b_scales_EXY.swapaxes(0, 1)))
     return sums.reshape(-1, width)[aligned_rows(a_AK.shape[0], sizes_E, SLICE)]
 
@@ -163,6 +166,7 @@ def scaled_grouped_outer(
         return total_EDF.at[group].add(sums_DF), None
 
     zeros = jnp.zeros((sizes_E.shape[0], a_AD.shape[1], b_AF.shape[1]), jnp.float32)
+    zeros = vary_as(zeros, a_AD, a_scales_TD, b_AF, b_scales_TF, sizes_E)
     return lax.scan(promote, zeros, (group_T, a_TRD, a_scales_TD, b_TRF, b_scales_TF))[0]
 
 

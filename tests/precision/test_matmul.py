@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from dsjax.precision.matmul import float32_matmul, grouped_linear, linear, vocabulary_logits
 from dsjax.precision.policy import Policy, multiplies_e4m3
@@ -185,6 +186,24 @@ def test_native_products_multiply_e4m3_and_nothing_else(platform):
     assert len(dots) == 6 and "ragged_dot" not in lowered
     for dot in dots:
         assert dot.count("f8E4M3FN>") == 2 and dot.endswith("xf32>"), dot
+
+
+def test_native_products_run_inside_shard_map():
+    """As the experts of several devices do: the loops' sums differ from device to device."""
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    policy = Policy(jnp.float32, fp8="fp32", native_fp8=True)
+    x, w, dy = map(jnp.asarray, _fp8_operands(400, groups=2))
+
+    def products(x, w, dy):
+        sizes = jnp.asarray([x.shape[0]], jnp.int32)
+        one, backward = jax.vjp(lambda x, w: linear(x, w, policy), x, w[0])
+        experts, experts_backward = jax.vjp(lambda x, w: grouped_linear(x, w, sizes, policy), x, w)
+        dx, dw = experts_backward(dy)
+        return one + experts, backward(dy)[0] + dx, backward(dy)[1][None] + dw
+
+    split = jax.shard_map(products, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+    want = jax.eval_shape(lambda *operands: operands, dy, x, w)  # traced, not run
+    assert jax.tree.map(jnp.shape, jax.eval_shape(split, x, w, dy)) == jax.tree.map(jnp.shape, want)
 
 
 @pytest.mark.gpu
