@@ -7,8 +7,9 @@ off for the last 500B. The ramp fraction is 469B tokens counted in steps.
 
 The rope fields are those of the released checkpoint, whose context was extended to 128K with YaRN.
 Pre-training at 4,096 tokens ran without it: add `--set model.rope_scaling=none`.
-`micro_batch_size` is our choice. The layout over devices is memory-only (fsdp): the paper used 16
-pipeline stages and 64-way expert parallelism, which are not there yet.
+`micro_batch_size`, `remat` and the layout over devices are our choice: 64-way expert parallelism
+as in the paper, and the rest of the devices splits weights and optimizer state (fsdp), where the
+paper had 16 pipeline stages. `docs/plan.md` has what the TPU compiler says of it.
 
 Command: python tools/train.py configs/v3_671b.py --workdir runs/v3 --set model.rope_scaling=none \
     data.files='text/*.parquet' data.tokenizer=deepseek-v3/tokenizer.json
@@ -63,13 +64,14 @@ config = Config(
         batch_size=15360,
         batch_size_start=3072,
         batch_ramp_fraction=0.0517,
-        micro_batch_size=1024,
+        micro_batch_size=512,
         mtp_weight=0.3,
         mtp_weight_final=0.1,
         mtp_switch=10.0 / 14.8,
         bias_update_speed=0.001,
         bias_update_until=14.3 / 14.8,
         sequence_balance=0.0001,
+        remat="full",
     ),
     optim=OptimConfig(
         learning_rate=2.2e-4,
@@ -83,5 +85,5 @@ config = Config(
         clip_norm=1.0,
         moment_dtype="bfloat16",
     ),
-    mesh=MeshConfig(data=1, fsdp=-1),
+    mesh=MeshConfig(data=1, fsdp=-1, expert=64),
 )

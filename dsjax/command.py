@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import json
 import os
 import sys
 import traceback
@@ -46,12 +47,14 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def add_config(parser: argparse.ArgumentParser, default: str | Path | None = None) -> None:
-    """Adds CONFIG (optional if there is a default) and `--set`; `load` reads both."""
+def add_config(
+    parser: argparse.ArgumentParser, default: str | Path | None = None, *, optional: bool = False
+) -> None:
+    """Adds CONFIG (optional with a default or on request) and `--set`; `load` reads both."""
     parser.add_argument(
         "config",
         metavar="CONFIG",
-        nargs="?" if default else None,
+        nargs="?" if default or optional else None,
         default=default,
         help="config file, config.json of a run, or folder of a run"
         + (" (default: %(default)s)" if default else ""),
@@ -113,6 +116,47 @@ def on_mesh(config: Config, sizes: Mapping[str, int]) -> Config:
         return config
     all_sizes = dict.fromkeys(_AXES, 1) | dict(sizes)
     return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **all_sizes))
+
+
+def require(
+    parser: argparse.ArgumentParser,
+    arguments: argparse.Namespace,
+    wanted: Sequence[str],
+    *,
+    without: Sequence[str],
+) -> None:
+    """Leaves as wrong usage unless all of the arguments `wanted`, and none of the others, are
+    given: for a tool whose forms take different ones.
+    """
+
+    def flag(name: str) -> str:
+        return "CONFIG" if name == "config" else f"--{name.replace('_', '-')}"
+
+    absent = [
+        name for name, value in vars(arguments).items() if value in ([], None) or value is False
+    ]
+    given = [flag(name) for name in without if name not in absent]
+    missing = [flag(name) for name in wanted if name in absent]
+    if given:
+        parser.error(f"{', '.join(given)}: not together with {', '.join(map(flag, wanted))}")
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+
+
+def write_json(summary: Mapping[str, Any], destination: str | None) -> bool:
+    """Writes a summary as the argument of `--json` says: nowhere, to a file, or (`-`) to standard
+    output.
+
+    Returns:
+      whether standard output is left for people.
+    """
+    text = json.dumps(summary, indent=2) + "\n"
+    if destination == "-":
+        sys.stdout.write(text)
+    elif destination:
+        with writing(destination):
+            Path(destination).write_text(text)
+    return destination != "-"
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:

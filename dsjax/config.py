@@ -271,7 +271,7 @@ class TrainConfig:
 
     # what the backward pass computes again
     remat: Literal["none", "selective", "full"] = "selective"
-    loss_chunk: int = 1024  # tokens whose logits exist at one time
+    loss_chunk: int = 1024  # tokens whose logits exist at one time on a device
 
     log_every: int = 10
     eval_every: int = 100

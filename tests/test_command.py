@@ -181,3 +181,34 @@ def test_checkpoint_mesh_is_checked(mesh, message, capsys):
         checkpoint_arguments("ckpt", "--mesh", mesh)
     assert exit_info.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_forms_of_a_tool_are_kept_apart(capsys):
+    parser = command.make_parser("a tool")
+    command.add_config(parser, optional=True)
+    parser.add_argument("--stages", type=int)
+    parser.add_argument("--dry-run", action="store_true")
+
+    def check(*argv):
+        arguments = parser.parse_args(argv)
+        command.require(parser, arguments, ["config"], without=["stages", "dry_run"])
+
+    check("x.py")
+    for argv, message in (
+        ([], "required: CONFIG"),
+        (["x.py", "--stages", "0"], "--stages: not together with CONFIG"),
+        (["x.py", "--dry-run"], "--dry-run: not together with CONFIG"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            check(*argv)
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_json_goes_where_its_flag_says(tmp_path, capsys):
+    assert command.write_json({"a": 1}, None) and capsys.readouterr().out == ""
+    assert not command.write_json({"a": 1}, "-") and capsys.readouterr().out == '{\n  "a": 1\n}\n'
+    assert command.write_json({"a": 1}, str(tmp_path / "F"))
+    assert (tmp_path / "F").read_text() == '{\n  "a": 1\n}\n'
+    with pytest.raises(FileNotFoundError):
+        command.write_json({}, str(tmp_path / "none/F"))

@@ -1,4 +1,4 @@
-"""tools/plan.py draws a schedule and prints its figures, without a device."""
+"""tools/plan.py draws a schedule or plans a step on a slice, without a device."""
 
 import json
 import os
@@ -22,6 +22,9 @@ def run(*arguments, cwd=ROOT):
     )
 
 
+TINY = str(ROOT / "configs/tiny.py")
+
+
 def schedule(name, stages, microbatches):
     return ("--schedule", name, "--stages", str(stages), "--microbatches", str(microbatches))
 
@@ -41,6 +44,15 @@ def test_command_prints_only_json():
     assert json.loads(done.stdout)["bubble"] == 3
 
 
+def test_command_reckons_a_step_without_the_compiler(tmp_path):
+    done = run(TINY, "--topology", "v5e:2x4", "--no-compile", "--json", "F.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "train step on v5e:2x4, 8 devices" in done.stdout and "fits" in done.stdout
+    plan = json.loads((tmp_path / "F.json").read_text())
+    wanted = {"peak_bytes_per_device", "fits", "program_flops", "model_flops", "roofline"}
+    assert wanted <= set(plan) and plan["fits"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -49,6 +61,11 @@ def test_command_prints_only_json():
         ((*schedule("1f1b", 2, 2), "--out", "none/F.png"), 1, "No such file or directory: none/F"),
         (schedule("1f1b", "two", 8), 2, "--stages: invalid int value"),
         (("--schedule", "1f1b"), 2, "--stages, --microbatches"),
+        ((), 2, "required: CONFIG, --topology"),
+        ((TINY,), 2, "required: --topology"),
+        ((TINY, *schedule("1f1b", 2, 2)), 2, "CONFIG: not together with --stages"),
+        ((TINY, "--topology", "v5e:4x4", "--out", "F.png"), 2, "--out: not together with CONFIG"),
+        ((TINY, "--topology", "v5:4x4"), 1, "did you mean v5p:8x8x8 or v5e:4x4"),
     ],
 )
 def test_command_refuses(tmp_path, arguments, code, message):

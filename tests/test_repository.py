@@ -53,9 +53,13 @@ FLAGS = {
         "--help",
         "--json",
         "--microbatches",
+        "--no-compile",
         "--out",
         "--schedule",
+        "--set",
         "--stages",
+        "--step",
+        "--topology",
     },
     "score.py": {
         "--debug",

@@ -1,75 +1,75 @@
-"""Draw a pipeline schedule; print its bubble, its peak activations and what each rank does.
+"""Plan a step on a TPU slice, or draw a pipeline schedule. No TPU is used.
 
-No device is used. Times are those of one chunk: a forward takes 1, a backward 2.
+CONFIG with --topology compiles the real train or decode step with the TPU compiler (extra `plan`)
+and prints what it says: memory of a device, whether it fits, FLOPs, collectives, how fast a step
+can be at best. --no-compile reckons the same by arithmetic, for slices of any size, in seconds.
+--schedule prints a pipeline's bubble, its peak activations and what each rank does, a forward of
+one chunk taking 1 and a backward 2.
 
 examples:
+  python tools/plan.py configs/v3_671b.py --topology v5p:8x8x8 --json v3.json
+  python tools/plan.py configs/v2_lite.py --topology v5e:4x4 --set train.batch_size=16 \\
+      train.micro_batch_size=16
+  python tools/plan.py configs/v3_671b.py --topology v5p:16x16x16 --no-compile
   python tools/plan.py --schedule dualpipe --stages 8 --microbatches 20 --out dualpipe.png
-  python tools/plan.py --schedule zb1p --stages 4 --microbatches 8 --json
 """
 
 import argparse
-import json
+import os
 import sys
 from pathlib import Path
 
 from dsjax import command
 
+STEP_ONLY = ("config", "set", "topology", "step", "no_compile")
+SCHEDULE_ONLY = ("schedule", "stages", "microbatches", "out")
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = command.make_parser(__doc__)
-    parser.add_argument(
-        "--schedule",
-        metavar="NAME",
-        required=True,
-        help="gpipe, 1f1b, interleaved, zb1p, dualpipe or dualpipev",
-    )
-    parser.add_argument(
+    command.add_config(parser, optional=True)
+    add = parser.add_argument
+    add("--topology", metavar="NAME", help="generation and shape in chips, such as v5p:8x8x8")
+    add("--step", choices=("train", "decode"), help="the program (default: train)")
+    add("--no-compile", action="store_true", help="reckon, without the compiler")
+    add("--schedule", metavar="NAME", help="gpipe, 1f1b, interleaved, zb1p, dualpipe, dualpipev")
+    add(
         "--stages",
         metavar="P",
         type=int,
-        required=True,
         help="pieces that the model is cut into; interleaved and dualpipev put two on a rank",
     )
-    parser.add_argument(
-        "--microbatches",
-        metavar="M",
-        type=int,
-        required=True,
-        help="micro-batches of a step, in DualPipe those of both directions",
-    )
-    parser.add_argument(
-        "--out", metavar="F.png", type=Path, help="draw the schedule into this file"
-    )
-    parser.add_argument(
-        "--json",
-        metavar="F",
-        nargs="?",
-        const="-",
-        help="write one JSON object into this file; without a file, print it and nothing else",
-    )
+    add("--microbatches", metavar="M", type=int, help="of a step, DualPipe's of both directions")
+    add("--out", metavar="F.png", type=Path, help="draw the schedule into this file")
+    text = "write one JSON object into this file; without a file, print it and nothing else"
+    add("--json", metavar="F", nargs="?", const="-", help=text)
     return parser
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    from dsjax.parallel import schedules
+    if arguments.schedule:
+        command.require(make_parser(), arguments, ("stages", "microbatches"), without=STEP_ONLY)
+        from dsjax.plan import pipeline
 
-    schedule = schedules.build(arguments.schedule, arguments.stages, arguments.microbatches)
-    from rich.console import Console
+        summary = pipeline.plan(
+            arguments.schedule, arguments.stages, arguments.microbatches, arguments.out
+        )
+        show = pipeline.print_summary
+    else:
+        command.require(make_parser(), arguments, ("config", "topology"), without=SCHEDULE_ONLY)
+        from dsjax.plan import topology
 
-    from dsjax.plan import drawing, pipeline
+        config, slice_ = command.load(arguments), topology.parse(arguments.topology)
+        os.environ["JAX_PLATFORMS"] = "cpu"  # no device takes part, so that none is looked for
+        from dsjax.plan import report
 
-    summary = pipeline.summarize(schedule)
-    text = json.dumps(summary, indent=2) + "\n"
-    if arguments.out:
-        with command.writing(arguments.out):
-            drawing.draw(schedule, arguments.out)
-    if arguments.json == "-":
-        sys.stdout.write(text)
-        return
-    if arguments.json:
-        with command.writing(arguments.json):
-            Path(arguments.json).write_text(text)
-    pipeline.print_summary(summary, Console())
+        step = arguments.step or "train"
+        summary = report.make(config, slice_, step, compiled=not arguments.no_compile)
+        show = report.print_plan
+    if command.write_json(summary, arguments.json):
+        from rich.console import Console
+
+        show(summary, Console())
 
 
 if __name__ == "__main__":

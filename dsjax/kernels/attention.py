@@ -5,19 +5,28 @@ meets only the keys up to its own end, so half of the causal square is never com
 pass is written down (FlashAttention, arXiv:2205.14135, appendix B): it keeps one number a query and
 computes a chunk's probabilities again. Scores and softmax are float32.
 
+On a TPU it is the Mosaic kernel that ships with JAX (splash attention), which walks the square in
+tiles on the chip; the chunks serve there for lengths that tiles do not divide.
+
 `reference_attention` is the definition, with the whole score matrix and autodiff.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
+from dsjax.kernels.varying import shipped_promotion
+
 # Small chunks stay in cache and skip more of the square; their loop is unrolled, so they are few.
 _MIN_CHUNK, _MAX_CHUNKS = 128, 16
 _MASKED = -1e30
+# Sides of a tile of the TPU's kernel: multiples of its 128 lanes. The backward pass makes a part of
+# the queries' gradient for every `_KEYS_AT_ONCE` keys.
+_MIN_TILE, _MAX_TILE, _KEYS_AT_ONCE = 128, 512, 2048
 
 
 def causal_attention(
@@ -26,18 +35,69 @@ def causal_attention(
     v_BTPW: jax.Array,
     *,
     scale: float,
+    platform: str,
     segment_ids_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Attends causally; each of P key heads serves N / P consecutive query heads.
 
     Args:
+      platform: "cpu", "gpu" or "tpu", the kind of machine the program is compiled for.
       segment_ids_BT: int32; a query only sees keys of its own segment. None: all earlier ones.
 
     Returns:
       [B, T, N, W] in q's dtype.
     """
+    if platform == "tpu" and q_BTNH.shape[1] % _MIN_TILE == 0:
+        return splash_attention(q_BTNH, k_BTPH, v_BTPW, scale, segment_ids_BT)
     grouped = _group_heads(q_BTNH, k_BTPH, v_BTPW)
     return _ungroup_heads(_attention(*grouped, segment_ids_BT, scale))
+
+
+def splash_attention(
+    q_BTNH: jax.Array,
+    k_BTPH: jax.Array,
+    v_BTPW: jax.Array,
+    scale: float,
+    segment_ids_BT: jax.Array | None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """`causal_attention` through the TPU's kernel; T must be a multiple of 128.
+
+    Args:
+      interpret: whether to run the kernel's steps on whatever machine this is.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    T, N = q_BTNH.shape[1:3]
+    tile = math.gcd(T, _MAX_TILE)
+    mask = splash.CausalMask((T, T))
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * N),  # pyright: ignore[reportAttributeAccessIssue]
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=splash.BlockSizes(
+            block_q=tile,
+            block_kv=tile,
+            block_q_dkv=tile,
+            block_kv_dkv=math.gcd(T, _KEYS_AT_ONCE),
+            block_kv_dkv_compute=tile,
+            use_fused_bwd_kernel=True,
+        ),
+        interpret=interpret,
+    )
+    # The kernel does not scale its scores.
+    q_BTNH = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
+    inputs = [x.swapaxes(1, 2) for x in (q_BTNH, k_BTPH, v_BTPW)]
+    if segment_ids_BT is not None:
+        inputs.append(segment_ids_BT)
+
+    def of_row(q_NTH, k_PTH, v_PTW, segments_T=None):
+        same = None if segments_T is None else splash.SegmentIds(segments_T, segments_T)
+        return kernel(q_NTH, k_PTH, v_PTW, same)
+
+    with shipped_promotion():
+        return jax.vmap(of_row)(*inputs).swapaxes(1, 2)
 
 
 def reference_attention(

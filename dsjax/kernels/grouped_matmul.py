@@ -19,7 +19,6 @@ are rewritten when their own group's turn comes. That is why no padding between 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -27,10 +26,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from dsjax.kernels.varying import vary_as
+from dsjax.kernels.varying import call_shipped, vary_as
 
 _LARGE_BLOCK, _SMALL_BLOCK = 256, 32
 _MEGABLOX_TILE = 512
@@ -207,7 +205,7 @@ def _megablox_matmul(
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
     dim, width = w_EDF.shape[1:][::-1] if transpose_w else w_EDF.shape[1:]
-    out = _call_kernel(
+    out = call_shipped(
         functools.partial(
             gmm,
             preferred_element_type=jnp.dtype(dtype),
@@ -224,7 +222,7 @@ def _megablox_matmul(
 def _megablox_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-    out = _call_kernel(
+    out = call_shipped(
         functools.partial(
             tgmm,
             preferred_element_type=jnp.float32,
@@ -236,31 +234,6 @@ def _megablox_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax
     )
     # The kernel leaves the matrix of an empty group unwritten.
     return jnp.where((sizes_E > 0)[:, None, None], out, jnp.zeros_like(out))
-
-
-def _call_kernel(kernel: Callable[..., jax.Array], *inputs: jax.Array) -> jax.Array:
-    """Runs a kernel that ships with JAX, inside shard_map too: its code does not say over which
-    mesh axes its output varies, so for the length of the call nobody asks.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    with _kernel_promotion():
-        if not mesh.manual_axes:
-            return kernel(*inputs)
-        unchecked = jax.shard_map(
-            kernel,
-            in_specs=PartitionSpec(),
-            out_specs=PartitionSpec(),
-            axis_names=set(mesh.manual_axes),
-            check_vma=False,
-        )
-        return vary_as(unchecked(*inputs), *inputs)
-
-
-@contextlib.contextmanager
-def _kernel_promotion():
-    """JAX's defaults of dtype and rank promotion, which the kernel's own code relies on."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def _tiling(dim: int, width: int) -> tuple[int, int, int]:

@@ -61,13 +61,13 @@ class MLA(nnx.Module):
         if config.q_lora_rank:
             self.wq_a = declare((D, config.q_lora_rank), ("embed", "latent"), init)
             self.q_norm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
-            self.wq_b = declare((config.q_lora_rank, query_width), ("latent", "heads"), init)
+            self.wq_b = declare((config.q_lora_rank, query_width), ("latent", "latent_heads"), init)
         else:
             self.wq = declare((D, query_width), ("embed", "heads"), init)
         self.wkv_a = declare((D, C + config.qk_rope_head_dim), ("embed", "latent"), init)
         self.kv_norm = RMSNorm(C, LATENT_NORM_EPS)
         kv_width = N * (config.qk_nope_head_dim + config.v_head_dim)
-        self.wkv_b = declare((C, kv_width), ("latent", "heads"), init)
+        self.wkv_b = declare((C, kv_width), ("latent", "latent_heads"), init)
         self.wo = declare((N * config.v_head_dim, D), ("heads", "embed"), init)
         self.config = config
         self.policy = policy
@@ -115,6 +115,7 @@ class MLA(nnx.Module):
             self._expand,
             scale=rope.attention_scale(self.config),
             segment_ids_BT=segment_ids_BT,
+            platform=self.policy.platform,
         )
         out_BTX = out_BTNW.reshape(*x_BTD.shape[:2], -1)
         return attention_linear(out_BTX, self.wo[...], self.policy)

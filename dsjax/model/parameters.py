@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from dsjax.parallel.sharding import optimizer_spec, partition_spec
+from dsjax.parallel.sharding import constrain, optimizer_spec, partition_spec
 
 AnyModule = TypeVar("AnyModule", bound=nnx.Module)
 
@@ -81,6 +81,21 @@ def partition_specs(module: AnyModule, mesh: Mesh | AbstractMesh) -> AnyModule:
         return leaf.copy(partition_spec(axes, shape, mesh, _path(keys)))
 
     return jax.tree_util.tree_map_with_path(place, module, is_leaf=_is_variable)
+
+
+def pinned(module: AnyModule) -> AnyModule:
+    """Lays each parameter out as declared under the current mesh, and with it its gradient.
+
+    For use where a module is: a layer out of a stack keeps its place while it is gathered for its
+    products, and its gradients are summed straight into their parts, not whole on every device.
+    """
+
+    def pin(variable: nnx.Variable) -> nnx.Variable:
+        value = variable.get_value()
+        axes = variable.get_metadata()["axes"]
+        return variable.copy(constrain(value, *axes[len(axes) - value.ndim :]))
+
+    return jax.tree.map(pin, module, is_leaf=_is_variable)
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh, *, optimizer_state: bool = False) -> Any:

@@ -24,6 +24,7 @@ from dsjax.model.layers import Embedding, FeedForward, Head, RMSNorm, stack
 from dsjax.model.mla import MLA
 from dsjax.model.moe import Experts, MoE, RoutingStatistics
 from dsjax.model.mtp import MTP, shift_left
+from dsjax.model.parameters import pinned
 from dsjax.parallel.context import arrange, restore
 from dsjax.parallel.sharding import constrain
 from dsjax.precision.matmul import vocabulary_logits
@@ -218,6 +219,7 @@ class Transformer(nnx.Module):
         """Final norm and MTP modules, whose routing alone is in the result."""
 
         def mtp_module(carry: tuple[jax.Array, jax.Array, jax.Array], module: MTP):
+            module = pinned(module)
             hidden_BTD, tokens_BT, ahead_BT = carry
             tokens_BT, ahead_BT = shift_left(tokens_BT), shift_left(ahead_BT)
             # Where the token that is read lies in no document, or in another, there is no sequence
@@ -322,7 +324,7 @@ def run_layers(
     """Walks a stack of layers; None is the routing of dense ones."""
 
     def layer(x_BTD: jax.Array, block: Block):
-        return block(x_BTD, context, balance)
+        return pinned(block)(x_BTD, context, balance)
 
     return jax.lax.scan(_remat(layer, remat), x_BTD, layers)
 

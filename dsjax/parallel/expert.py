@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from dsjax.kernels.varying import vary_as
 
 
 class Plan(NamedTuple):
@@ -72,10 +75,26 @@ def dispatch(x_MD: jax.Array, plan: Plan) -> jax.Array:
 
 
 def _dispatch_backward(plan: Plan, dy_AD: jax.Array):
-    return _take(dy_AD, plan.rows_MK).astype(jnp.float32).sum(axis=1).astype(dy_AD.dtype), None
+    return _sum_choices(dy_AD, None, plan).astype(dy_AD.dtype), None
 
 
 dispatch.defvjp(lambda x_MD, plan: (dispatch(x_MD, plan), plan), _dispatch_backward)
+
+
+def _sum_choices(y_AD: jax.Array, weights_MK: jax.Array | None, plan: Plan) -> jax.Array:
+    """Each token's rows, summed by weight: float32 [M, D]. One choice after another: all together
+    they would be K times as large as the tokens.
+    """
+
+    def add(total_MD: jax.Array, choice: tuple[jax.Array, jax.Array | None]):
+        row_M, weight_M = choice
+        rows_MD = _take(y_AD, row_M).astype(jnp.float32)
+        return total_MD + (rows_MD if weight_M is None else rows_MD * weight_M[:, None]), None
+
+    weights_KM = None if weights_MK is None else weights_MK.T
+    start_MD = jnp.zeros((plan.rows_MK.shape[0], y_AD.shape[1]), jnp.float32)
+    start_MD = vary_as(start_MD, y_AD, plan.rows_MK)
+    return lax.scan(add, start_MD, (plan.rows_MK.T, weights_KM))[0]
 
 
 @jax.custom_vjp
@@ -91,7 +110,23 @@ def _undispatch_backward(plan: Plan, dz_MKD: jax.Array):
 undispatch.defvjp(lambda y_AD, plan: (undispatch(y_AD, plan), plan), _undispatch_backward)
 
 
+@jax.custom_vjp
 def combine(y_AD: jax.Array, weights_MK: jax.Array, plan: Plan) -> jax.Array:
     """Sums each token's expert outputs by weight, in float32: [A, D] -> [M, D] in y's dtype."""
-    y_MKD = undispatch(y_AD, plan).astype(jnp.float32)
-    return jnp.einsum("MKD,MK->MD", y_MKD, weights_MK).astype(y_AD.dtype)
+    return _sum_choices(y_AD, weights_MK, plan).astype(y_AD.dtype)
+
+
+def _combine_backward(residuals: tuple[jax.Array, jax.Array, Plan], dout_MD: jax.Array):
+    y_AD, weights_MK, plan = residuals
+    weights_A = _take(weights_MK.reshape(-1), plan.order_A)
+    dout_AD = _take(dout_MD, plan.order_A // plan.rows_MK.shape[1]).astype(jnp.float32)
+    dy_AD = (dout_AD * weights_A[:, None]).astype(y_AD.dtype)
+    # A weight's gradient is a row times its token's gradient.
+    dweights_A = (dout_AD * y_AD.astype(jnp.float32)).sum(axis=1)
+    return dy_AD, _take(dweights_A, plan.rows_MK), None
+
+
+combine.defvjp(
+    lambda y_AD, weights_MK, plan: (combine(y_AD, weights_MK, plan), (y_AD, weights_MK, plan)),
+    _combine_backward,
+)

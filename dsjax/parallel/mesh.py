@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
@@ -12,17 +13,15 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 AXES = ("pipe", "data", "fsdp", "expert", "context", "tensor")
 
 
-def make_mesh(sizes: Mapping[str, int], n_devices: int | None = None) -> Mesh:
-    """Lays the devices out along the named axes, in `AXES` order.
+def resolve(sizes: Mapping[str, int], n_devices: int) -> dict[str, int]:
+    """Gives every axis its size, in `AXES` order.
 
     Args:
       sizes: devices along each axis; one may be -1 and takes what the others leave.
-      n_devices: devices to use, all by default.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
-    n_devices = jax.device_count() if n_devices is None else n_devices
     given = math.prod(size for size in sizes.values() if size != -1)
     resolved = {axis: sizes.get(axis, 1) for axis in AXES}
     for axis, size in resolved.items():
@@ -34,11 +33,28 @@ def make_mesh(sizes: Mapping[str, int], n_devices: int | None = None) -> Mesh:
             f"mesh {described} does not fill the {n_devices} devices here; "
             f"set mesh.* so that the sizes multiply to {n_devices} (one axis may be -1)"
         )
+    return resolved
+
+
+def make_mesh(
+    sizes: Mapping[str, int],
+    n_devices: int | None = None,
+    *,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """Lays the devices out along the named axes.
+
+    Args:
+      n_devices: devices to use, all by default.
+      devices: to choose them from; those of JAX by default.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = (jax.devices() if devices is None else devices)[:n_devices]
+    resolved = resolve(sizes, len(devices) if n_devices is None else n_devices)
     return jax.make_mesh(
-        tuple(resolved.values()),
-        AXES,
-        axis_types=(AxisType.Auto,) * len(AXES),
-        devices=jax.devices()[:n_devices],
+        tuple(resolved.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
 
 

@@ -20,8 +20,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 # Logical dimension -> mesh axes. Parameters are split over fsdp along the model width, which is
 # gathered at use, and over tensor along heads, feed-forward width and vocabulary, whose products
-# stay split. The expert axis splits the routed experts by number and all other weights as fsdp
-# does.
+# stay split. The expert axis splits the routed experts by number, and all other weights as fsdp
+# does. A weight without the model width, from a latent to the heads, is split along the heads.
 AXIS_TABLE: dict[str, tuple[str, ...]] = {
     # parameters
     "layers": ("pipe",),
@@ -31,6 +31,7 @@ AXIS_TABLE: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "latent": (),
+    "latent_heads": ("fsdp", "expert", "tensor"),
     "ffn": ("tensor",),
     "experts": ("expert",),
     "norm": (),
@@ -144,7 +145,11 @@ Specs = tuple[Any, Any]  # of arguments and of results: trees of PartitionSpec, 
 
 
 def on_shards(
-    function: Callable[..., Any], arguments: tuple[Any, ...], specs: Callable[[AbstractMesh], Specs]
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    specs: Callable[[AbstractMesh], Specs],
+    *,
+    checked: bool = True,
 ) -> Any:
     """Calls `function` on every device of the current mesh with that device's part of `arguments`.
 
@@ -154,13 +159,14 @@ def on_shards(
 
     Args:
       specs: gives the PartitionSpecs on a mesh; asked only if there is one.
+      checked: whether JAX checks what differs between devices; a kernel may not be able to say.
     """
     mesh = jax.sharding.get_abstract_mesh()
     split = {name for name in mesh.axis_names if name not in mesh.manual_axes}
     if all(mesh.shape[name] == 1 for name in split):
         return function(*arguments)
     in_specs, out_specs = specs(mesh)
-    shard_map = partial(jax.shard_map, axis_names=split, check_vma=True)
+    shard_map = partial(jax.shard_map, axis_names=split, check_vma=checked)
     if not mesh.manual_axes:
         return shard_map(function, in_specs=in_specs, out_specs=out_specs)(*arguments)
     return _differentiated_inside(shard_map, function, arguments, in_specs, out_specs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -9,9 +10,24 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dsjax.parallel import lockstep
+from dsjax.command import writing
+from dsjax.parallel import lockstep, schedules
 from dsjax.parallel.schedules import expected
 from dsjax.parallel.timetable import Costs, Schedule, simulate
+from dsjax.plan import drawing
+
+
+def plan(name: str, stages: int, microbatches: int, out: Path | None = None) -> dict[str, Any]:
+    """Returns the figures of a schedule by name; draws it into `out`, a PNG file.
+
+    Raises:
+      ValueError: there is no such schedule, or it does not take these numbers.
+    """
+    schedule = schedules.build(name, stages, microbatches)
+    if out:
+        with writing(out):
+            drawing.draw(schedule, out)
+    return summarize(schedule)
 
 
 def summarize(schedule: Schedule, costs: Costs | None = None) -> dict[str, Any]:

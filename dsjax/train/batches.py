@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from dsjax.parallel.sharding import partition_spec
 
 
-def batch_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def batch_sharding(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The placement of token ids [..., sequences, T + 1].
 
     Sequences are split; their length is not, since a token and the one it predicts may not part

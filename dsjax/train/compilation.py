@@ -11,6 +11,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+# Weights are gathered whole before a product, as we lay them out, not piece by piece inside it:
+# that compiles twice as fast, and the pieces of many weights are small.
+_COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
+
+
+def compiler_options(platform: str) -> dict[str, str]:
+    """What the compiler of a platform is told for every program."""
+    return dict(_COMPILER_OPTIONS.get(platform, {}))
+
 
 def use_persistent_cache(cache_dir: str) -> None:
     """Keeps compiled programs between runs, unless the user has chosen a place for them.

@@ -23,6 +23,7 @@ from dsjax.config import Config
 from dsjax.model.balance import BalanceWeights
 from dsjax.model.transformer import Hidden, Transformer
 from dsjax.parallel.context import arrange, pieces
+from dsjax.parallel.sharding import constrain, parts_here
 from dsjax.precision.policy import Policy
 
 
@@ -84,7 +85,7 @@ def cross_entropy(
     Args:
       hidden_BTD: what the output head reads.
       w_DV: the head's float32 weight.
-      chunk: about how many tokens' logits exist at once.
+      chunk: about how many tokens' logits exist at once on a device.
 
     Returns:
       float32 scalar.
@@ -92,7 +93,7 @@ def cross_entropy(
     hidden_BTD, targets_BT, mask_BT = map(pieces, (hidden_BTD, targets_BT, mask_BT))
     batch, length = targets_BT.shape
     # Chunks are cut along the sequence, so that a batch split over devices stays split.
-    width = min(max(chunk // batch, 1), length)
+    width = min(max(chunk // (batch // parts_here("pieces")), 1), length)
     return _cross_entropy(hidden_BTD, w_DV, targets_BT, mask_BT, policy, width)
 
 
@@ -120,9 +121,11 @@ def _cross_entropy_forward(hidden_BTD, w_DV, targets_BT, mask_BT, policy, width)
         dlogits = jnp.exp(logits - normalizer[..., None]) - hit.astype(jnp.float32)
         dlogits = jnp.where(mask[..., None], dlogits, 0.0).astype(policy.compute)
         dhidden = jnp.matmul(dlogits, weight.T, preferred_element_type=policy.compute)
-        dw_DV += jnp.tensordot(
+        chunk_dw_DV = jnp.tensordot(
             hidden, dlogits, ((0, 1), (0, 1)), preferred_element_type=jnp.float32
         )
+        # Summed straight into each device's part: whole, it is the largest array of all.
+        dw_DV += constrain(chunk_dw_DV, "embed", "vocab")
         return (total + nll_Bt.sum(), dw_DV), dhidden
 
     start = (jnp.float32(0), jnp.zeros(w_DV.shape, jnp.float32))

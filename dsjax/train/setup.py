@@ -23,7 +23,7 @@ from dsjax.parallel.context import check_length
 from dsjax.parallel.mesh import make_mesh
 from dsjax.train import pipeline, workdir
 from dsjax.train.batches import batch_sharding, held_rows, place_all, place_held
-from dsjax.train.compilation import Compiled
+from dsjax.train.compilation import Compiled, compiler_options
 from dsjax.train.evaluate import scorer
 from dsjax.train.expert_load import ExpertLoad
 from dsjax.train.faults import Faults
@@ -180,7 +180,10 @@ def _restore_or_make(
 def _compiled_step(config: Config, mesh: Mesh, placement: TrainState, display: Display) -> Compiled:
     # Without out_shardings the compiler may place the new state where the next step cannot take it.
     step = jax.jit(
-        train_step(config), donate_argnums=0, out_shardings=(placement, _everywhere(mesh))
+        train_step(config),
+        donate_argnums=0,
+        out_shardings=(placement, _everywhere(mesh)),
+        compiler_options=compiler_options(jax.default_backend()),
     )
     return Compiled(step, mesh, announce=lambda: display.say("compiling the training step"))
 

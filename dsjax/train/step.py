@@ -41,11 +41,16 @@ class TrainState:
     optimizer: Any
 
 
-def declared_model(config: Config) -> Transformer:
-    """The config's model without values."""
+def declared_model(config: Config, platform: str | None = None) -> Transformer:
+    """The config's model without values.
+
+    Args:
+      platform: the kind of machine it is to run on; None: where JAX runs.
+    """
     precision = config.precision
     fp8 = precision.fp8_scale if precision.fp8 == "on" else None
-    return Transformer(config.model, Policy(jnp.dtype(precision.compute), fp8=fp8))
+    platform = platform or jax.default_backend()
+    return Transformer(config.model, Policy(jnp.dtype(precision.compute), platform, fp8))
 
 
 def split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:
@@ -101,7 +106,7 @@ def restored_model(config: Config, state: TrainState) -> Transformer:
 
 
 def train_step(
-    config: Config,
+    config: Config, platform: str | None = None
 ) -> Callable[[TrainState, Batch, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """Builds the step: (state, batch, knobs) -> (state, metrics), to be jitted with the state
     donated.
@@ -110,8 +115,11 @@ def train_step(
     scalars, but for `expert_load` [MoE layers and MTP modules, E], each expert's share of its
     layer's assignments. Where loss or gradient is not finite, the state comes back as it was, and
     `skipped` is true.
+
+    Args:
+      platform: the kind of machine the step is to run on; None: where JAX runs.
     """
-    model = declared_model(config)
+    model = declared_model(config, platform)
     adamw = optimizer.adamw(config.optim)
 
     def step(

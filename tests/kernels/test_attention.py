@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.kernels.attention import causal_attention, reference_attention
+from dsjax.kernels import attention as module
+from dsjax.kernels.attention import reference_attention, splash_attention
 from tests.closeness import F32, assert_close
+
+causal_attention = functools.partial(module.causal_attention, platform="cpu")
 
 
 def _inputs(length, heads=4, key_heads=2, width=16, value_width=8):
@@ -66,3 +69,19 @@ def test_query_heads_share_keys_in_consecutive_groups():
     repeated = [jnp.repeat(x, 2, axis=2) for x in (k, v)]
     got = causal_attention(q, k, v, scale=0.3)
     assert_close(got, causal_attention(q, *repeated, scale=0.3), F32, "grouped heads")
+
+
+@pytest.mark.parametrize("length", [128, 100])
+def test_tpu_takes_its_kernel_where_tiles_divide_the_length(monkeypatch, length):
+    taken = []
+    monkeypatch.setattr(module, "splash_attention", lambda *inputs: taken.append(1) or inputs[0])
+    module.causal_attention(*_inputs(length), scale=0.3, platform="tpu")
+    assert bool(taken) == (length == 128)
+
+
+def test_tpu_kernel_equals_reference_with_isolated_documents():
+    """Without documents, and in its gradient: tests/parallel/test_attention.py."""
+    q, k, v = _inputs(256)
+    segments = _segments(256)
+    got = splash_attention(q, k, v, 0.3, segments, interpret=True)
+    assert_close(got, reference_attention(q, k, v, scale=0.3, segment_ids_BT=segments), F32, "out")

@@ -1,6 +1,6 @@
 import pytest
 
-from dsjax.parallel.mesh import AXES, make_mesh, submesh
+from dsjax.parallel.mesh import AXES, make_mesh, resolve, submesh
 
 
 def sizes_above_one(mesh):
@@ -43,3 +43,10 @@ def test_submesh_rejects_more_devices_than_there_are():
         submesh({"data": 4, "tensor": 4})
     with pytest.raises(ValueError, match="does not fill the 8 devices"):
         submesh({"data": 3, "tensor": -1})
+
+
+def test_sizes_are_resolved_without_devices():
+    sizes = resolve({"data": -1, "fsdp": 8, "expert": 64}, 4096)
+    assert tuple(sizes) == AXES and (sizes["data"], sizes["fsdp"], sizes["tensor"]) == (8, 8, 1)
+    with pytest.raises(ValueError, match="does not fill the 100 devices"):
+        resolve({"data": -1, "fsdp": 8}, 100)

@@ -1,0 +1,42 @@
+"""Causal attention where each device has whole sequences: its own, and its own heads."""
+
+from __future__ import annotations
+
+import jax
+from jax.sharding import AbstractMesh
+
+from dsjax.kernels.attention import causal_attention
+from dsjax.parallel.sharding import Specs, on_shards, partition_spec
+
+
+def attend_here(
+    q_BTNH: jax.Array,
+    k_BTPH: jax.Array,
+    v_BTPW: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    *,
+    scale: float,
+    platform: str,
+) -> jax.Array:
+    """`dsjax.kernels.attention.causal_attention` under the current mesh.
+
+    The compiler splits plain XLA by itself. A TPU's kernel it cannot split, so there each device is
+    given its part by hand: q[B_batch, T, N_heads, H] and so on, no communication.
+    """
+    arguments = (q_BTNH, k_BTPH, v_BTPW)
+    if segment_ids_BT is not None:
+        arguments += (segment_ids_BT,)
+
+    def attention(q, k, v, segments=None):
+        return causal_attention(q, k, v, segment_ids_BT=segments, scale=scale, platform=platform)
+
+    def specs(mesh: AbstractMesh) -> Specs:
+        axes = ("batch", "length", "heads", "width")
+        placed = tuple(
+            partition_spec(axes[: x.ndim], x.shape, mesh, "attention") for x in arguments
+        )
+        return placed, placed[0]
+
+    if platform != "tpu":
+        return attention(*arguments)
+    return on_shards(attention, arguments, specs, checked=False)

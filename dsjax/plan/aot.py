@@ -1,0 +1,112 @@
+"""Compiles the program of a step for a described slice, and measures what came out.
+
+No TPU takes part: the TPU compiler runs on any machine and says whether the program is valid, how
+much memory it takes on a device and what it sends over the network.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from dsjax.config import Config
+from dsjax.parallel.mesh import make_mesh
+from dsjax.plan import collectives, operations, programs
+from dsjax.plan.topology import Topology, devices
+from dsjax.train.compilation import compiler_options
+
+
+class Compiled(NamedTuple):
+    """What the compiler says; bytes are those of one device."""
+
+    fits: bool
+    arguments: int
+    temporaries: int | None  # None where the program does not fit
+    output: int | None  # what of the results takes memory of its own
+    peak: int
+    code: int | None
+    program_flops: float  # all devices together
+    collectives: list[collectives.Collective] | None
+    collectives_error: str | None  # why there are none
+    compile_seconds: float
+    compile_cpu_seconds: float
+    program_bytes: int  # of the program's text before optimisation
+
+
+def compile_step(config: Config, topology: Topology, step: str) -> Compiled:
+    """Compiles the train step or the decode step of a config.
+
+    Raises:
+      ValueError: the config does not fit the slice's number of devices, or there is no compiler.
+      jax.errors.JaxRuntimeError: the compiler refuses the program for another reason than memory.
+    """
+    mesh = make_mesh(config.mesh.sizes, devices=devices(topology))
+    program = programs.STEPS[step](config, mesh)
+    function = jax.jit(
+        program.function,
+        donate_argnums=program.donated,
+        out_shardings=program.results,
+        compiler_options=compiler_options(programs.PLATFORM),
+    )
+    start, cpu_start = time.perf_counter(), time.process_time()
+    with jax.set_mesh(mesh):
+        traced = function.trace(*program.arguments)
+        lowered = traced.lower(lowering_platforms=(programs.PLATFORM,))
+        flops = operations.count(traced.jaxpr, rows_per_expert(config, program))
+        text_bytes = len(lowered.as_text())
+        try:
+            executable = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            used = bytes_wanted(str(error))
+            if used is None:
+                raise
+            executable = None
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    if executable is None:
+        return Compiled(
+            False, program.argument_bytes, None, None, used, None, flops, None,
+            "the program does not fit", seconds, cpu_seconds, text_bytes,
+        )  # fmt: skip
+    memory = executable.memory_analysis()
+    found, problem = _collectives(executable)
+    return Compiled(
+        memory.peak_memory_in_bytes <= topology.device.hbm,
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        memory.peak_memory_in_bytes,
+        memory.generated_code_size_in_bytes,
+        flops,
+        found,
+        problem,
+        seconds,
+        cpu_seconds,
+        text_bytes,
+    )
+
+
+def rows_per_expert(config: Config, program: programs.Program) -> float:
+    """Assignments of an expert in one pass under an even load."""
+    model = config.model
+    if not model.n_routed_experts:
+        return 0.0
+    return program.tokens_per_pass * model.n_activated_experts / model.n_routed_experts
+
+
+def _collectives(executable: Any) -> tuple[list[collectives.Collective] | None, str | None]:
+    try:
+        text = executable.as_text()
+    except Exception as error:  # jax cannot print every program that the TPU compiler makes
+        return None, f"the program's text cannot be read: {str(error).splitlines()[0]}"
+    return collectives.parse(text), None
+
+
+def bytes_wanted(message: str) -> int | None:
+    """The memory that a program wanted, of the compiler's message that it does not fit."""
+    match = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    if not match:
+        return None
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))

@@ -1,0 +1,167 @@
+"""What a compiled program sends between devices, read from its text.
+
+The text is the compiler's (HLO after optimisation): computations, each a list of instructions, of
+which some run other computations, a loop's body as many times as its condition says. The compiler
+cuts a collective into pieces that overlap with other work and that all repeat its channel, shape
+and origin; such pieces count once. A ragged exchange counts what it would send if the smaller of
+its two arrays were full.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from typing import NamedTuple
+
+KINDS = (
+    "all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all",
+    "collective-permute",
+)  # fmt: skip
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
+_CALLED = re.compile(r"(?:calls|to_apply|body|async_execution_thread)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
+_ARRAY = re.compile(r"\b(pred|bf16|f8\w+|[suf]\d+)\[([\d,]*)\]")
+_COUNTER = re.compile(r"constant\((\d+)\)")
+
+
+class Collective(NamedTuple):
+    """All collectives of one kind, of one run of the program."""
+
+    kind: str
+    count: int
+    bytes: int  # that a device sends
+
+
+def parse(text: str) -> list[Collective]:
+    """Adds up a program's collectives by kind; those that never run are left out."""
+    computations, entry = _computations(text)
+    runs = _runs(computations, entry)
+    counts: dict[str, int] = defaultdict(int)
+    sent: dict[str, int] = defaultdict(int)
+    seen = set()
+    for name, lines in computations.items():
+        for line in lines:
+            match = _COLLECTIVE.search(line)
+            if not match or not runs[name]:
+                continue
+            result, kind = match[1], match[2]
+            shapes = tuple(_ARRAY.findall(result))
+            key = (kind, _origin(line), shapes)
+            if key in seen:
+                continue
+            seen.add(key)
+            size = _result_bytes(result, started="-start(" in line)
+            if kind == "ragged-all-to-all":
+                size = min(size, _operand_bytes(line, lines))
+            counts[kind] += runs[name]
+            sent[kind] += runs[name] * _bytes_sent(kind, size, _group_size(line))
+    return [Collective(kind, counts[kind], sent[kind]) for kind in KINDS if counts[kind]]
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    computations: dict[str, list[str]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        start = _COMPUTATION.match(line)
+        if start:
+            current = computations.setdefault(start[1], [])
+            if line.startswith("ENTRY"):
+                entry = start[1]
+        elif current is not None:
+            current.append(line)
+    return computations, entry
+
+
+def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
+    """How many times each computation runs; of a conditional's branches, the last one runs."""
+    runs: dict[str, int] = defaultdict(int)
+
+    def visit(name: str, times: int) -> None:
+        runs[name] += times
+        for line in computations.get(name, ()):
+            condition = re.search(r"\bcondition=%?([\w.\-]+)", line)
+            inner = times * (_trips(line, computations.get(condition[1], [])) if condition else 1)
+            for called in _CALLED.findall(line):
+                visit(called, inner)
+            branches = [
+                branch.strip().lstrip("%")
+                for listed, single in _BRANCHES.findall(line)
+                for branch in (listed.split(",") if listed else [single])
+            ]
+            for branch in branches[-1:]:
+                visit(branch, times)
+
+    visit(entry, 1)
+    return runs
+
+
+def _trips(line: str, condition: list[str]) -> int:
+    """A loop's trips: what its condition compares its counter with; 1 where that is not written."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+    if known:
+        return int(known[1])
+    constants = [int(match[1]) for match in map(_COUNTER.search, condition) if match]
+    less = any("direction=LT" in line for line in condition)
+    return constants[0] if less and len(constants) == 1 else 1
+
+
+def _origin(line: str) -> tuple[str, ...]:
+    """What the pieces of one collective have in common: its channel, and where it comes from."""
+    channel = re.search(r"channel_id=(\d+)", line)
+    metadata = re.search(r"metadata=\{([^}]*)\}", line)
+    if channel is None:
+        return (line,)
+    return channel[1], metadata[1] if metadata else ""
+
+
+def _result_bytes(result: str, *, started: bool) -> int:
+    sizes = [
+        math.prod(int(size) for size in shape.split(",") if size) * _item_bytes(dtype)
+        for dtype, shape in _ARRAY.findall(result)
+    ]
+    if started and result.startswith("("):
+        # Operands come before results, and counters after them.
+        arrays = [size for size in sizes if size > 8]
+        sizes = arrays[len(arrays) // 2 :]
+    return sum(sizes)
+
+
+def _operand_bytes(line: str, computation: list[str]) -> int:
+    """The first operand's size, by the line that defines it."""
+    name = re.search(r"\((%[\w.\-]+)", line[line.index(" = ") :].partition("all-to-all")[2])
+    for other in computation if name else ():
+        if f"{name[1]} = " in other:
+            return _result_bytes(other.partition(" = ")[2].partition("(")[0], started=False)
+    return 2**62
+
+
+def _bytes_sent(kind: str, size: int, group: int) -> int:
+    """What one device sends in one collective with a result of `size` bytes, in rings."""
+    if kind == "collective-permute":
+        return size
+    if kind == "reduce-scatter":
+        return size * (group - 1)
+    return size * (group - 1) * (2 if kind == "all-reduce" else 1) // group
+
+
+def _item_bytes(dtype: str) -> int:
+    if dtype == "pred":
+        return 1
+    digits = re.search(r"\d+", dtype)
+    return max(int(digits[0]) // 8, 1) if digits else 1
+
+
+def _group_size(line: str) -> int:
+    """Devices that take part in one collective together."""
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
+    if named:
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", named[2]))
+    iota = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+    if iota:
+        return int(iota[1])
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    return len(listed[1].split(",")) if listed else 1

@@ -1,0 +1,179 @@
+"""What a step takes on one device, by arithmetic: memory, memory traffic and network.
+
+Arguments are exact: they are the declared shapes, split. The rest is a list of what must exist at
+the step's peak, in the backward pass of the heaviest layer or in the loss, whichever is larger.
+`docs/plan.md` has these figures beside the compiler's.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jax.sharding import AbstractMesh
+
+from dsjax.config import Config, ModelConfig
+from dsjax.model import flops
+from dsjax.model.parameters import Declaration, declarations
+from dsjax.parallel.sharding import AXIS_TABLE, parts
+from dsjax.plan.programs import Program
+from dsjax.train.step import declared_model
+
+_FLOAT32 = 4
+_SLACK = 2.0  # rows of the experts' buffers, as a multiple of those of an even load
+_COMPUTE = {"bfloat16": 2, "float32": 4}
+
+
+class Estimate(NamedTuple):
+    """Bytes of one device; `parts` says what `peak` is made of."""
+
+    arguments: int
+    peak: int
+    parts: dict[str, int]
+    memory_traffic: float  # read and written in a step
+    network: float  # sent in a step
+    program_flops: float  # of all devices
+
+
+class _Weights(NamedTuple):
+    """Values of one device: split as they are kept, and gathered as they are used."""
+
+    kept: float
+    gathered: float  # of all layers
+    largest_layer: float  # gathered
+    head: float  # gathered
+
+
+def reckon(config: Config, mesh: AbstractMesh, program: Program, step: str) -> Estimate:
+    """Estimates a step of `dsjax.plan.programs`."""
+    weights = _weights(config, mesh)
+    return (_train if step == "train" else _decode)(config, mesh, program, weights)
+
+
+def _weights(config: Config, mesh: AbstractMesh) -> _Weights:
+    declared = declarations(declared_model(config, "tpu"))
+    layers: dict[str, float] = {}
+    kept = gathered = head = 0.0
+    for parameter in declared:
+        split, whole = _split(parameter, mesh)
+        kept += split
+        stack = parameter.path.partition(".")[0]
+        if parameter.axes[0] == "layers":
+            layers[stack] = layers.get(stack, 0.0) + whole / parameter.shape[0]
+            gathered += whole
+        elif stack in ("head", "embed"):
+            head = max(head, whole)
+    return _Weights(kept, gathered, max(layers.values()), head)
+
+
+def _split(parameter: Declaration, mesh: AbstractMesh) -> tuple[float, float]:
+    """Values of a device's part, and of what it gathers: all but what tensor and expert split."""
+    kept = gathered = float(parameter.count)
+    for axis in parameter.axes:
+        kept /= parts(axis, mesh)
+        if "fsdp" not in AXIS_TABLE[axis]:
+            gathered /= parts(axis, mesh)
+    return kept, gathered
+
+
+def _train(config: Config, mesh: AbstractMesh, program: Program, weights: _Weights) -> Estimate:
+    model, item = config.model, _COMPUTE[config.precision.compute]
+    tokens = program.tokens_per_pass // parts("batch", mesh)
+    passes = program.tokens // program.tokens_per_pass
+    layers = model.n_layers + model.n_mtp
+    again = {"none": 0, "selective": 0.5, "full": 1}[config.train.remat]
+    memory = {
+        "arguments": program.argument_bytes,
+        "gradients": int(weights.kept * _FLOAT32) * (2 if passes > 1 else 1),
+        "kept between the layers": int(tokens * layers * _kept_values(config, mesh) * item),
+    }
+    attention = tokens * _attention_values(model, mesh) * item
+    routed = tokens * _routed_values(model, mesh) * item
+    backward = int(max(attention, routed) + 2 * weights.largest_layer * item)
+    chunk = min(config.train.loss_chunk, tokens)
+    vocabulary = model.vocab_size / parts("vocab", mesh)
+    loss = int(weights.head * (item + _FLOAT32) + 3 * chunk * vocabulary * _FLOAT32)
+    memory["a layer's backward pass" if backward > loss else "the loss"] = max(backward, loss)
+    optimizer = 2.0 * program.argument_bytes + weights.kept * _FLOAT32
+    uses = 3 + again
+    through = tokens * passes * layers * (_attention_values(model, mesh) + 12 * model.dim) * item
+    traffic = optimizer + passes * uses * 2 * weights.gathered * item + uses * through
+    per_pass = uses * (weights.gathered - weights.kept) * item
+    per_pass += weights.gathered * _FLOAT32  # gradients, summed into their parts
+    sent = per_pass + _dispatch_bytes(model, mesh, tokens, item) * 2 * (1 + again)
+    needed = flops.train_flops_per_token(model, config.data.sequence_length) * program.tokens
+    return Estimate(
+        program.argument_bytes,
+        sum(memory.values()),
+        memory,
+        traffic,
+        passes * sent if parts("batch", mesh) > 1 else 0.0,
+        needed * (1 + again / 3),
+    )
+
+
+def _decode(config: Config, mesh: AbstractMesh, program: Program, weights: _Weights) -> Estimate:
+    model, item = config.model, _COMPUTE[config.precision.compute]
+    tokens = max(program.tokens // parts("batch", mesh), 1)
+    work = tokens * (_routed_values(model, mesh) + 4 * model.vocab_size) * item
+    memory = {
+        "arguments": program.argument_bytes,
+        "a layer's gathered weights": int(2 * weights.largest_layer * item),
+        "activations and logits": int(work),
+    }
+    length = config.data.sequence_length
+    return Estimate(
+        program.argument_bytes,
+        sum(memory.values()),
+        memory,
+        program.argument_bytes + 2.0 * (weights.gathered - weights.kept) * item,
+        (weights.gathered - weights.kept) * item + _dispatch_bytes(model, mesh, tokens, item),
+        float(flops.forward_flops_per_token(model, length, causal=False) * program.tokens),
+    )
+
+
+def _kept_values(config: Config, mesh: AbstractMesh) -> float:
+    """Values a token and layer that the forward pass leaves for the backward pass, on average."""
+    model, tensor = config.model, parts("heads", mesh)
+    kept = float(model.dim)
+    if config.train.remat == "full":
+        return kept
+    kept += model.n_heads * model.value_head_dim / tensor
+    if model.attention == "mla":
+        kept += model.q_lora_rank + model.kv_lora_rank + model.qk_rope_head_dim
+    shared = model.n_shared_experts * model.moe_inter_dim
+    routed = _rows_per_token(model, mesh) * model.moe_inter_dim
+    moe_share = model.n_moe_layers / model.n_layers
+    kept += 2 / tensor * (moe_share * (shared + routed) + (1 - moe_share) * model.inter_dim)
+    if config.train.remat == "none":
+        kept += _attention_values(model, mesh) / 2 + 4 * model.dim
+    return kept
+
+
+def _attention_values(model: ModelConfig, mesh: AbstractMesh) -> float:
+    """Values a token of queries, keys, values and output, and of their gradients."""
+    heads = model.n_heads * (2 * model.qk_head_dim + 2 * model.value_head_dim)
+    return 2 * heads / parts("heads", mesh) + 4 * model.dim
+
+
+def _rows_per_token(model: ModelConfig, mesh: AbstractMesh) -> float:
+    """Rows that the experts' buffers hold, as a multiple of a device's tokens."""
+    slack = _SLACK if parts("experts", mesh) > 1 else 1.0
+    return slack * model.n_activated_experts if model.n_routed_experts else 0.0
+
+
+def _routed_values(model: ModelConfig, mesh: AbstractMesh) -> float:
+    """Values a token in the experts' buffers and their gradients."""
+    tensor = parts("ffn", mesh)
+    dense = 4 * model.inter_dim / tensor + 6 * model.dim
+    rows = _rows_per_token(model, mesh)
+    return max(rows * (6 * model.dim + 6 * model.moe_inter_dim / tensor), dense)
+
+
+def _dispatch_bytes(model: ModelConfig, mesh: AbstractMesh, tokens: int, item: int) -> float:
+    """What a device sends of its tokens to experts elsewhere and of the sums back, in a pass."""
+    ranks = parts("experts", mesh)
+    if ranks == 1 or not model.n_routed_experts:
+        return 0.0
+    # Each of a token's experts on a rank of its own, the own rank's share left out.
+    copies = min(model.n_activated_experts, ranks) * (1 - 1 / ranks)
+    return (model.n_moe_layers + model.n_mtp) * 2.0 * tokens * copies * model.dim * item

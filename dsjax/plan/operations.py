@@ -1,0 +1,86 @@
+"""Floating-point operations of a traced program, matrix products only, all devices together.
+
+The compiler's own count leaves out the kernels and takes a loop's body once; here a scan counts its
+trips and a kernel its own work. What depends on data is counted as for an even load of the experts:
+a conditional takes its cheapest branch (later rounds of dispatch are for uneven loads), a grouped
+product has as many rows as its experts get then, and a loop of unknown length is walked once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+
+def count(program: ClosedJaxpr, rows_per_expert: float) -> float:
+    """Adds up a program's operations, a multiplication and an addition being two.
+
+    Args:
+      rows_per_expert: assignments of one expert, over all devices, in one pass.
+    """
+    return _count(program.jaxpr, 1, rows_per_expert)
+
+
+def _count(jaxpr: Any, devices: int, rows: float) -> float:
+    """`devices`: how many run this part of the program, each on a part of its own."""
+    return sum(_equation(equation, devices, rows) for equation in jaxpr.eqns)
+
+
+def _equation(equation: Any, devices: int, rows: float) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        return devices * _dot(equation)
+    if name == "ragged_dot_general":
+        return devices * 2.0 * equation.invars[0].aval.size * equation.outvars[0].aval.shape[-1]
+    if name == "pallas_call":
+        return devices * _kernel(equation, rows)
+    if name == "cond":
+        return min(_count(branch.jaxpr, devices, rows) for branch in params["branches"])
+    if name == "shard_map":
+        mesh, manual = params["mesh"], params["newly_manual_axes"]
+        devices *= math.prod(mesh.shape[axis] for axis in manual)
+        # One expert's rows come from all devices of the data axes, and so do its weights' parts.
+        rows /= math.prod(mesh.shape[axis] for axis in manual if axis != "expert")
+    trips = params["length"] if name == "scan" else 1
+    return trips * sum(_count(inner, devices, rows) for inner in _inner(params))
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Any]:
+    """The programs inside an equation."""
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, Jaxpr):
+                yield item
+
+
+def _dot(equation: Any) -> float:
+    left, right = (variable.aval.shape for variable in equation.invars)
+    (contracted, _), (batch, _) = equation.params["dimension_numbers"]
+    summed = math.prod(left[axis] for axis in contracted)
+    shared = math.prod(left[axis] for axis in batch)
+    return 2.0 * math.prod(left) * math.prod(right) / (summed * shared)
+
+
+def _kernel(equation: Any, rows: float) -> float:
+    """Operations of the two kernels that the model has on a TPU."""
+    name = str(equation.params.get("name") or equation.params.get("name_and_src_info"))
+    shapes = [variable.aval.shape for variable in equation.invars if _is_float(variable.aval)]
+    if "splash" in name:
+        # q [.., N, T, H], k [.., P, T, H], v [.., P, T, W]; causal, so half of the square.
+        (*heads, length, width), value_width = shapes[0], shapes[2][-1]
+        products = 3 * width + 2 * value_width if "dkv" in name else width + value_width
+        return float(math.prod(heads)) * length**2 * products
+    # A grouped product: rows of all groups [A, D], and a matrix for each group among the operands
+    # or as the result.
+    out = equation.outvars[0].aval.shape
+    groups, dim, width = out if len(out) == 3 else next(s for s in shapes if len(s) == 3)
+    return 2.0 * min(groups * rows, shapes[0][0]) * dim * width
+
+
+def _is_float(aval: Any) -> bool:
+    return hasattr(aval, "dtype") and aval.dtype.kind not in "iub"

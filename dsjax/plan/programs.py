@@ -1,0 +1,134 @@
+"""The programs that run on the slice, with the shapes and places of what they are given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from dsjax.config import Config
+from dsjax.infer import decoding
+from dsjax.infer.sampling import Knobs
+from dsjax.model.layers import RouterState
+from dsjax.model.parameters import shardings
+from dsjax.parallel.sharding import partition_spec
+from dsjax.train.batches import batch_sharding
+from dsjax.train.setup import rows_per_pass
+from dsjax.train.step import abstract_state, declared_model, train_step
+
+PLATFORM = "tpu"
+
+
+class Program(NamedTuple):
+    """A function to compile and the arguments to compile it for."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]  # of jax.ShapeDtypeStruct with shardings
+    donated: tuple[int, ...]  # arguments whose memory the results take
+    results: Any  # shardings of the results; None: the compiler's choice
+    tokens: int  # that it trains on or adds
+    tokens_per_pass: int  # of them that go through the model together
+
+    @property
+    def argument_bytes(self) -> int:
+        """What one device holds of the arguments."""
+        return sum(map(shard_bytes, jax.tree.leaves(self.arguments)))
+
+
+def shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    assert leaf.sharding is not None
+    raw = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+    shard = (*leaf.sharding.shard_shape(leaf.shape), *raw.shape[len(leaf.shape) :])
+    return math.prod(shard) * raw.dtype.itemsize
+
+
+def _is_key(leaf: jax.ShapeDtypeStruct) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def train(config: Config, mesh: Mesh | AbstractMesh) -> Program:
+    """One optimizer step of the full batch, as `dsjax.train` runs it.
+
+    Raises:
+      ValueError: parameters or batch do not divide over the mesh.
+    """
+    rows, batch_size = rows_per_pass(config), config.train.batch_size
+    shape = (batch_size // rows, rows, config.data.sequence_length + 1)
+    sharding = batch_sharding(shape, mesh)
+    state = abstract_state(config, mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+        for name in ("tokens", "segment_ids")
+    }
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    knobs = {
+        name: jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+        for name in ("learning_rate", "mtp_weight", "bias_update_speed")
+    }
+    placement = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return Program(
+        train_step(config, PLATFORM),
+        (state, batch, knobs),
+        (0,),
+        (placement, None),
+        batch_size * config.data.sequence_length,
+        rows * config.data.sequence_length,
+    )
+
+
+def decode(config: Config, mesh: Mesh | AbstractMesh) -> Program:
+    """One call of the decoding program, as `dsjax.infer` runs it: one token for each of
+    `rows_per_pass` sequences, with a cache of `data.sequence_length` positions and weights in the
+    compute type.
+
+    Raises:
+      ValueError: parameters or sequences do not divide over the mesh.
+    """
+    declared = declared_model(config, PLATFORM)
+    rows, length = rows_per_pass(config), config.data.sequence_length
+
+    def weights(variable: Any, placed: Any) -> Any:
+        value = variable.get_value()
+        dtype = value.dtype if isinstance(variable, RouterState) else declared.policy.compute
+        struct = jax.ShapeDtypeStruct(value.shape, dtype, sharding=placed.get_value())
+        return variable.copy(struct)
+
+    model = jax.tree.map(
+        weights,
+        declared,
+        shardings(declared, mesh),
+        is_leaf=lambda leaf: hasattr(leaf, "get_value"),
+    )
+
+    def laid_out(leaf: jax.ShapeDtypeStruct, *axes: str) -> jax.ShapeDtypeStruct:
+        spec = partition_spec(axes, leaf.shape, mesh, "sequences of train.micro_batch_size")
+        sharding = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    carry = jax.eval_shape(lambda: decoding.empty_carry(declared, rows, length, 0))
+    carry = carry._replace(
+        cache=jax.tree.map(
+            lambda leaf: laid_out(leaf, "layers", "batch", "width", "length", "width"), carry.cache
+        ),
+        hidden_BWD=laid_out(carry.hidden_BWD, "batch", "length", "width"),
+    )
+
+    def row(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
+        struct = jax.ShapeDtypeStruct((rows, *more), dtype)
+        return laid_out(struct, "batch", *("length",) * len(more))
+
+    ints = jnp.int32
+    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    knobs = Knobs(
+        row(jnp.float32), row(ints), row(jnp.float32), row(jnp.float32), laid_out(key, "batch")
+    )
+    one = jax.ShapeDtypeStruct((), ints, sharding=NamedSharding(mesh, PartitionSpec()))
+    arguments = (model, carry, row(ints), row(ints, 1), row(ints), row(ints, 1), knobs, one)
+    return Program(decoding.decode, arguments, (1,), None, rows, rows)
+
+
+STEPS = {"train": train, "decode": decode}

@@ -1,0 +1,57 @@
+"""How fast a step can be at best: the slowest of arithmetic, memory and network.
+
+Each of the three is taken at the data sheet's rate and as if the other two hid behind it. A real
+step is slower; how much, only a run can say.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dsjax.plan.topology import Topology
+
+
+class Roofline(NamedTuple):
+    """Seconds a step; `limit` names the largest of the three."""
+
+    compute_seconds: float
+    memory_seconds: float
+    network_seconds: float | None  # None: the program's collectives are not known
+    step_seconds: float
+    limit: str
+    mfu: float  # model FLOPs against the peak of all devices
+
+
+def roofline(
+    topology: Topology,
+    *,
+    program_flops: float,
+    model_flops: float,
+    memory_bytes: float,
+    network_bytes: float | None,
+) -> Roofline:
+    """Estimates the step.
+
+    Args:
+      program_flops: what the program computes on all devices, recomputation included.
+      model_flops: what the model needs (`dsjax.model.flops`).
+      memory_bytes: read and written by one device.
+      network_bytes: sent by one device.
+    """
+    device = topology.device
+    peak = device.flops * topology.n_devices
+    seconds = {
+        "compute": program_flops / peak,
+        "memory": memory_bytes / device.hbm_bandwidth,
+        "network": None if network_bytes is None else network_bytes / device.ici_bandwidth,
+    }
+    limit = max(seconds, key=lambda name: seconds[name] or 0.0)
+    step = seconds[limit] or 0.0
+    return Roofline(
+        program_flops / peak,
+        memory_bytes / device.hbm_bandwidth,
+        seconds["network"],
+        step,
+        limit,
+        model_flops / (peak * step),
+    )

@@ -1,0 +1,67 @@
+"""The TPU compiler's answers: what is read from them, and (slow) the shipped configs on slices.
+
+The slow tests need the extra `plan`; without it they fail, saying so.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from dsjax import settings
+from dsjax.plan import aot, report, topology
+
+ROOT = Path(__file__).parents[2]
+CASES = json.loads(Path(__file__).with_name("compiled.json").read_text())
+
+
+def load(case):
+    config = settings.load_config(ROOT / "configs" / f"{case['config']}.py")
+    return settings.override(config, case["set"])
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        (
+            "Ran out of memory in memory space hbm. Used 30.50G of 15.75G hbm. Exceeded",
+            30.5 * 2**30,
+        ),
+        ("RESOURCE_EXHAUSTED: Used 512.00M of 15.75G hbm.", 2**29),
+        ("Ran out of memory in memory space vmem. Used 20.1M of 16.0M", None),
+    ],
+)
+def test_memory_that_a_program_wanted_is_read_from_the_refusal(message, wanted):
+    assert aot.bytes_wanted(message) == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_shipped_config_compiles_and_fits(case):
+    plan = report.make(load(case), topology.parse(case["topology"]), case["step"], compiled=True)
+    print(json.dumps(plan, indent=2))
+    assert plan["fits"]
+    assert plan["peak_bytes_per_device"] == pytest.approx(case["peak_bytes_per_device"], rel=0.03)
+    assert plan["argument_bytes"] == pytest.approx(case["argument_bytes"], rel=0.001)
+
+
+@pytest.mark.slow
+def test_program_does_not_grow_with_layers():
+    """Twice the layers: the same program before the compiler, and nearly the same time in it."""
+    plans = [
+        report.make(
+            settings.override(
+                settings.load_config(ROOT / "configs/r1_distill_qwen_1p5b.py"),
+                [f"model.n_layers={layers}", f"model.n_dense_layers={layers}"],
+            ),
+            topology.parse("v5e:2x2"),
+            "train",
+            compiled=True,
+        )
+        for layers in (14, 28)
+    ]
+    assert plans[1]["program_text_bytes"] < 1.01 * plans[0]["program_text_bytes"]
+    assert plans[1]["code_bytes"] < 1.05 * plans[0]["code_bytes"]
+    assert plans[1]["compile_cpu_seconds"] < 1.3 * plans[0]["compile_cpu_seconds"]
+    assert jax.default_backend() == "cpu"

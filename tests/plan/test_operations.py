@@ -1,0 +1,81 @@
+"""Operations of a traced program against what its shapes say."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from dsjax.kernels.attention import splash_attention
+from dsjax.kernels.grouped_matmul import grouped_matmul, grouped_outer
+from dsjax.plan import operations
+
+
+def shape(*sizes, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def count(function, *arguments, rows=0.0):
+    return operations.count(jax.make_jaxpr(function)(*arguments), rows)
+
+
+def test_product_counts_two_for_each_multiplication():
+    batched = lambda x, y: jnp.einsum("bij,bjk->bik", x, y)  # noqa: E731
+    assert count(batched, shape(3, 4, 5), shape(3, 5, 6)) == 2 * 3 * 4 * 5 * 6
+
+
+def test_scan_counts_its_trips_and_a_checkpoint_its_recomputation():
+    def layer(x, w):
+        return jnp.sin(x @ w), None
+
+    def loss(layer, x, ws):
+        return jax.lax.scan(layer, x, ws)[0].astype(jnp.float32).sum()
+
+    x, ws = shape(8, 16), shape(7, 16, 16)
+    once = 7 * 2 * 8 * 16 * 16
+    assert count(lambda x, ws: loss(layer, x, ws), x, ws) == once
+    again = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable)
+    gradient = jax.grad(lambda ws, x: loss(again, x, ws))
+    assert count(gradient, ws, x) == 4 * once
+
+
+def test_conditional_counts_its_cheapest_branch():
+    def maybe(go, x):
+        return jax.lax.cond(go, lambda: x @ x, lambda: x)
+
+    assert count(maybe, shape(dtype=jnp.bool_), shape(4, 4)) == 0
+
+
+def test_sharded_part_counts_on_every_device():
+    mesh = AbstractMesh((2, 4), ("fsdp", "expert"), axis_types=(AxisType.Auto,) * 2)
+    both = PartitionSpec(("fsdp", "expert"))
+    product = jax.shard_map(
+        lambda x, w: x @ w, mesh=mesh, in_specs=(both, PartitionSpec()), out_specs=both
+    )
+    assert count(product, shape(16, 8), shape(8, 8)) == 2 * 16 * 8 * 8
+
+
+@pytest.mark.parametrize("rows", [32.0, 1e9])
+def test_grouped_product_counts_the_rows_of_an_even_load(rows):
+    x, w, y = shape(1024, 256), shape(4, 256, 128), shape(1024, 128)
+    sizes = shape(4, dtype=jnp.int32)
+    want = 2 * min(4 * rows, 1024) * 256 * 128
+    forward = lambda x, w, sizes: grouped_matmul(x, w, sizes, "tpu")  # noqa: E731
+    outer = lambda x, y, sizes: grouped_outer(x, y, sizes, "tpu")  # noqa: E731
+    assert count(forward, x, w, sizes, rows=rows) == want
+    assert count(outer, x, y, sizes, rows=rows) == want
+
+
+def test_causal_attention_counts_half_of_the_square():
+    q, k, v = shape(2, 512, 4, 192), shape(2, 512, 4, 192), shape(2, 512, 4, 128)
+    square = 2 * 4 * 512**2
+
+    def attention(q, k, v):
+        return splash_attention(q, k, v, 0.1, None)
+
+    def loss(q, k, v):
+        return attention(q, k, v).astype(jnp.float32).sum()
+
+    assert count(attention, q, k, v) == square * (192 + 128)
+    both = square * (192 + 128) + square * (3 * 192 + 2 * 128)
+    both += 2 * square // 512 * 128  # output times its gradient
+    assert count(jax.grad(loss, (0, 1, 2)), q, k, v) == both
