@@ -115,7 +115,8 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         f"{plan['name']}: {plan['step']} step on {plan['topology']}, {plan['devices']} devices "
         f"({mesh or 'one device'}), {how}"
     )
-    table = Table(title=Text(title), box=box.SIMPLE_HEAD, show_header=False)
+    console.print(Text(title), soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, show_header=False)
     table.add_column("what")
     table.add_column("value", justify="right")
     for what, value in _rows(plan):

@@ -1,0 +1,67 @@
+"""The plan of a step: figures that fit together, and tables that say them."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dsjax import settings
+from dsjax.plan import aot, report, topology
+from dsjax.plan.collectives import Collective
+
+ROOT = Path(__file__).parents[2]
+TINY = settings.load_config(ROOT / "configs/tiny.py")
+SLICE = topology.parse("v5e:2x4")
+COMPILED = aot.Compiled(
+    fits=True, arguments=10, temporaries=20, output=1, peak=31, code=5, program_flops=4e12,
+    collectives=[Collective("all-gather", 3, 4_500_000_000)], collectives_error=None,
+    compile_seconds=7.0, compile_cpu_seconds=9.0, program_bytes=100,
+)  # fmt: skip
+
+
+def printed(plan):
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))
+    report.print_plan(plan, console)
+    console.file.close()
+    return console.export_text()
+
+
+@pytest.fixture
+def answer(monkeypatch):
+    def give(compiled):
+        monkeypatch.setattr(aot, "compile_step", lambda *_: compiled)
+        return report.make(TINY, SLICE, "train", compiled=True)
+
+    return give
+
+
+def test_plan_holds_what_the_compiler_says(answer):
+    plan = answer(COMPILED)
+    assert plan["fits"] and plan["peak_bytes_per_device"] == 31
+    assert plan["network_bytes_per_device"] == 4_500_000_000
+    assert plan["roofline"]["network_seconds"] == pytest.approx(4.5e9 / 180e9)
+    assert plan["model_flops"] > 0 and plan["compile_seconds"] == 7.0
+    text = printed(plan)
+    assert "train step on v5e:2x4, 8 devices (data=8), compiled" in text
+    for said in ("fits", "all-gather", "4.50 GB", "compilation", "7.00 s"):
+        assert said in text, said
+
+
+def test_plan_of_what_does_not_fit_says_so(answer):
+    plan = answer(
+        COMPILED._replace(
+            fits=False, temporaries=None, output=None, code=None, collectives=None,
+            collectives_error="the program does not fit", peak=31 * 10**9,
+        )
+    )  # fmt: skip
+    assert plan["network_bytes_per_device"] is None
+    text = printed(plan)
+    assert "DOES NOT FIT" in text and "collectives: the program does not fit" in text
+
+
+@pytest.mark.parametrize("step", ["train", "decode"])
+def test_reckoned_plan_needs_no_compiler(step):
+    plan = report.make(TINY, SLICE, step, compiled=False)
+    assert plan["fits"] and not plan["compiled"] and plan["step"] == step
+    assert plan["peak_bytes_per_device"] == sum(plan["estimated_parts"].values())
+    assert f"{step} step on v5e:2x4, 8 devices (data=8), reckoned" in printed(plan)
