@@ -50,6 +50,7 @@ from dsjax.precision.fp8 import CHANNEL_TILE, BlockScaled, quantize_block
 Way = Literal["local", "all_gather", "all_to_all", "ragged"]
 
 _AXIS = "expert"
+SLACK = 1.5  # rows that a rank computes at once, as a multiple of those of an even load
 _FEW_ROWS = 64  # so many a rank, or from one rank to another, are never worth a second round
 
 
@@ -85,7 +86,7 @@ def mixture(
     way: Way,
     fanout: int,
     fp8: bool = False,
-    slack: float = 2.0,
+    slack: float = SLACK,
 ) -> tuple[jax.Array, jax.Array]:
     """Sends tokens to their experts and sums what comes back.
 

@@ -9,6 +9,7 @@ its two arrays were full.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import defaultdict
@@ -76,8 +77,17 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
-    """How many times each computation runs; of a conditional's branches, the last one runs."""
+    """How many times each computation runs; of a conditional's branches the one that sends least
+    runs, as under an even load of the experts.
+    """
     runs: dict[str, int] = defaultdict(int)
+
+    @functools.cache
+    def sends(name: str) -> int:
+        """Collectives in a computation and in what it calls."""
+        lines = computations.get(name, ())
+        inside = sum(sends(called) for line in lines for called in _CALLED.findall(line))
+        return inside + sum(bool(_COLLECTIVE.search(line)) for line in lines)
 
     def visit(name: str, times: int) -> None:
         runs[name] += times
@@ -91,8 +101,8 @@ def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
                 for listed, single in _BRANCHES.findall(line)
                 for branch in (listed.split(",") if listed else [single])
             ]
-            for branch in branches[-1:]:
-                visit(branch, times)
+            if branches:
+                visit(min(branches, key=sends), times)
 
     visit(entry, 1)
     return runs

@@ -14,12 +14,12 @@ from jax.sharding import AbstractMesh
 from dsjax.config import Config, ModelConfig
 from dsjax.model import flops
 from dsjax.model.parameters import Declaration, declarations
+from dsjax.parallel.exchange import SLACK
 from dsjax.parallel.sharding import AXIS_TABLE, parts
 from dsjax.plan.programs import Program
 from dsjax.train.step import declared_model
 
 _FLOAT32 = 4
-_SLACK = 2.0  # rows of the experts' buffers, as a multiple of those of an even load
 _COMPUTE = {"bfloat16": 2, "float32": 4}
 
 
@@ -157,7 +157,7 @@ def _attention_values(model: ModelConfig, mesh: AbstractMesh) -> float:
 
 def _rows_per_token(model: ModelConfig, mesh: AbstractMesh) -> float:
     """Rows that the experts' buffers hold, as a multiple of a device's tokens."""
-    slack = _SLACK if parts("experts", mesh) > 1 else 1.0
+    slack = SLACK if parts("experts", mesh) > 1 else 1.0
     return slack * model.n_activated_experts if model.n_routed_experts else 0.0
 
 

@@ -47,7 +47,7 @@ replica_groups=[4,4]<=[16], to_apply=%add
 
 ENTRY %main (p: f32[8]) -> f32[8] {
   %while.1 = (s32[], bf16[8]) while(%tuple), condition=%condition, body=%body
-  %c = f32[8]{0} conditional(%i, %p, %p), branch_computations={%never, %seldom}
+  %c = f32[8]{0} conditional(%i, %p, %p), branch_computations={%seldom, %never}
   %reduce-scatter.1 = f32[100]{0} reduce-scatter(%p), channel_id=9, replica_groups={{0,1,2,3}}
   %collective-permute-start.1 = (bf16[64]{0}, bf16[64]{0}, u32[]{:S(2)}, u32[]{:S(2)}) \
 collective-permute-start(%p), channel_id=10, source_target_pairs={{0,1},{1,0}}
