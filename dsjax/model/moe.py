@@ -135,7 +135,7 @@ class MoE(nnx.Module):
             everywhere = PartitionSpec()
             return (
                 (everywhere, partition_specs(self.experts, mesh), tokens, rows),
-                (tokens, Routing(tokens, tokens, tokens), everywhere, everywhere),
+                (tokens, tokens, everywhere, everywhere),
             )
 
         return specs

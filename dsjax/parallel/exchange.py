@@ -29,7 +29,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +134,11 @@ def mixture(
     return y_mD.astype(x_mD.dtype), computed
 
 
+# Rows that have come to a rank: tokens [R, D], their experts [R, K] numbered from this rank's own,
+# those of other ranks being e, and weights [R, K]; then what the way back needs to know.
+_Arrival = tuple[jax.Array, jax.Array, jax.Array, Any]
+
+
 class _AllGather(NamedTuple):
     """Each round every rank sees all tokens, and computes those whose turn it is on that rank."""
 
@@ -165,14 +170,14 @@ class _AllGather(NamedTuple):
             per_rank,
         )
 
-    def send(self, index, fp8):
+    def send(self, index: jax.Array | int, fp8: bool) -> _Arrival:
         # x[m, D] -> all_gather(expert) -> x[R, D]
         x_RD = carry("all_gather", True, fp8, self.x_mD, None)
         weights_RK = carry("all_gather", True, False, self.weights_mK, None)
         due_R1 = (self.turn_R == index)[:, None]
         return x_RD, jnp.where(due_R1, self.experts_RK, self.per_rank), weights_RK, None
 
-    def bring_back(self, y_RD, returning, fp8):
+    def bring_back(self, y_RD: jax.Array, returning: None, fp8: bool) -> jax.Array:
         # y[R, D] -> psum_scatter(expert) -> y[m, D]
         return carry("all_gather", False, fp8, y_RD, None).astype(jnp.float32)
 
@@ -227,7 +232,7 @@ class _AllToAll(NamedTuple):
             n_ranks,
         )
 
-    def send(self, index, fp8):
+    def send(self, index: jax.Array | int, fp8: bool) -> _Arrival:
         ranks_mN = jnp.where(self.turn_mN == index, self.ranks_mN, self.n_ranks)
         if self.way == "ragged":
             out = plan(ranks_mN, self.n_ranks)
@@ -243,7 +248,9 @@ class _AllToAll(NamedTuple):
         experts_RK = _move(self.way, True, sent_SK, route) - 1
         return x_RD, _here(experts_RK, self.n_experts // self.n_ranks), weights_RK, (out, route)
 
-    def bring_back(self, y_RD, returning: tuple[Plan, _Route | None], fp8):
+    def bring_back(
+        self, y_RD: jax.Array, returning: tuple[Plan, _Route | None], fp8: bool
+    ) -> jax.Array:
         # y[R, D] -> all_to_all(expert) -> y[S, D] -> undispatch, sum -> y[m, D]
         out, route = returning
         y_SD = carry(self.way, False, fp8, y_RD, route)
@@ -315,9 +322,13 @@ def _move(way: Way, there: bool, x: jax.Array, route: _Route | None) -> jax.Arra
     return lax.ragged_all_to_all(x, room, begins, outgoing, lands, incoming, axis_name=_AXIS)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def carry(way: Way, there: bool, fp8: bool, x: jax.Array, route: _Route | None) -> jax.Array:
     """`_move`; what goes there is rounded to E4M3 if `fp8`, in the backward pass too."""
+    return _carry(way, there, fp8, x, route)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _carry(way: Way, there: bool, fp8: bool, x: jax.Array, route: _Route | None):
     if not (there and fp8):
         return _move(way, there, x, route)
     sent = quantize_block(x, CHANNEL_TILE, "pow2")
@@ -331,27 +342,29 @@ def _carry_backward(way: Way, there: bool, fp8: bool, route: _Route | None, dy: 
     return carry(way, not there, fp8, dy, route), None
 
 
-carry.defvjp(
+_carry.defvjp(
     lambda way, there, fp8, x, route: (carry(way, there, fp8, x, route), route), _carry_backward
 )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def gather_weight(w: jax.Array, dim: int, axes: tuple[str, ...], dtype: DTypeLike) -> jax.Array:
     """Puts a weight together whose dimension `dim` lies split over mesh axes.
 
     It travels as `dtype`, in which it is used, and keeps w's own type so that its gradient does:
     w[d_fsdp, F] -> all_gather(fsdp) -> w[D, F], backward psum_scatter.
     """
-    if not axes:
-        return w
+    return _gather_weight(w, dim, axes, dtype) if axes else w
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather_weight(w, dim, axes, dtype):
     return lax.all_gather(w.astype(dtype), axes, axis=dim, tiled=True).astype(w.dtype)
 
 
 def _gather_weight_backward(dim, axes, dtype, _, dw):
-    return (lax.psum_scatter(dw, axes, scatter_dimension=dim, tiled=True) if axes else dw,)
+    return (lax.psum_scatter(dw, axes, scatter_dimension=dim, tiled=True),)
 
 
-gather_weight.defvjp(
-    lambda w, dim, axes, dtype: (gather_weight(w, dim, axes, dtype), None), _gather_weight_backward
+_gather_weight.defvjp(
+    lambda w, dim, axes, dtype: (_gather_weight(w, dim, axes, dtype), None), _gather_weight_backward
 )

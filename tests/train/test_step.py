@@ -127,6 +127,7 @@ def test_step_is_the_same_with_experts_and_weights_on_several_devices(eight_devi
         {"fsdp": 2, "expert": 4},
         {"data": 2, "fsdp": 2, "tensor": 2},
         {"data": 2, "fsdp": 2, "expert": 2},
+        {"context": 2, "expert": 4},
     ],
     ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()),
 )
