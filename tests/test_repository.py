@@ -73,7 +73,7 @@ FLAGS = {
         "--text",
         "--tokens",
     },
-    "show.py": {"--debug", "--help", "--json", "--set"},
+    "show.py": {"--debug", "--help", "--json", "--mesh", "--set"},
     "train.py": {
         "--coordinator",
         "--debug",
