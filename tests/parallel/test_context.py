@@ -109,6 +109,7 @@ def test_split_attention_equals_whole_attention():
     _assert_same(_on_mesh({"data": 2, "context": 2, "tensor": 2}), _whole())
 
 
+@pytest.mark.slow
 def test_devices_with_the_tiles_of_others_are_found_out(monkeypatch):
     right = context.tile_tables
     monkeypatch.setattr(
@@ -146,9 +147,10 @@ def _compute(function, sizes):
     segments = np.where(np.arange(LENGTH + 1)[None] < 19, 1, 2) * np.ones_like(rows)
     segments[0, 25:] = 0
     mesh = make_mesh(sizes, int(np.prod(list(sizes.values()))))
+    model = tiny_model()  # made under no mesh, for all of them
     with jax.set_mesh(mesh):
         batch = place_all({"tokens": rows, "segment_ids": segments}, mesh)
-        return jax.tree.map(np.asarray, jax.jit(function)(tiny_model(), batch))
+        return jax.tree.map(np.asarray, jax.jit(function)(model, batch))
 
 
 def _losses(model, batch):
