@@ -78,6 +78,7 @@ def _on_mesh(sizes):
             _expand,
             scale=0.3,
             segment_ids_BT=_arranged(segments, n_parts),
+            platform="cpu",
         )
         return _weighted(context.restore(out)), context.restore(out)
 
