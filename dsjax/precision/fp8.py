@@ -106,7 +106,8 @@ class BlockScaled:
     @property
     def mT(self) -> BlockScaled:  # the name that arrays give it
         """The last two dimensions exchanged."""
-        return BlockScaled(self.values.mT, self.scales.mT, self.block[::-1])
+        rows, columns = self.block
+        return BlockScaled(self.values.mT, self.scales.mT, (columns, rows))
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """value * scale in float32, then cast to `dtype`."""

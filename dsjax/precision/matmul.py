@@ -71,8 +71,8 @@ def _operand(x: jax.Array, block: tuple[int, int], policy: Policy) -> jax.Array 
     return round_trip(x, block, policy.fp8, exact)
 
 
-def _matmul(x: jax.Array | BlockScaled, y: jax.Array | BlockScaled, dtype: DTypeLike) -> jax.Array:
-    """x[..., K] @ y[K, N] accumulated in float32, as `dtype`."""
+def _matmul(x, y, dtype: DTypeLike) -> jax.Array:
+    """x[..., K] @ y[K, N] of two operands, accumulated in float32, as `dtype`."""
     if isinstance(x, BlockScaled):
         return _native_matmul(x, y).astype(dtype)
     wide = jnp.float32 if x.dtype == jnp.float32 else dtype
@@ -87,8 +87,8 @@ def _native_matmul(x: BlockScaled, y: BlockScaled) -> jax.Array:
 
 
 def linear_forward(x: jax.Array, w_DF: jax.Array, policy: Policy) -> jax.Array:
-    x, w_DF = _operand(x, CHANNEL_TILE, policy), _operand(w_DF, WEIGHT_BLOCK, policy)
-    return _matmul(x, w_DF, policy.compute)
+    weight = _operand(w_DF, WEIGHT_BLOCK, policy)
+    return _matmul(_operand(x, CHANNEL_TILE, policy), weight, policy.compute)
 
 
 def linear_backward(policy: Policy, residuals, dy):
