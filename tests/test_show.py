@@ -46,11 +46,11 @@ def test_summary_lists_every_parameter_once(v3):
 
 
 def test_sharding_follows_the_mesh_of_the_config(v3):
-    assert v3["sharding"]["head.weight"] == [["fsdp"], []]
+    assert v3["sharding"]["head.weight"] == [["fsdp", "expert"], []]
     config = settings.load_config(ROOT / "configs/v3_671b.py")
     both = show.summarize(settings.override(config, ["mesh.tensor=8"]))
-    assert both["sharding"]["head.weight"] == [["fsdp"], ["tensor"]]
-    one = show.summarize(settings.override(config, ["mesh.fsdp=1"]))
+    assert both["sharding"]["head.weight"] == [["fsdp", "expert"], ["tensor"]]
+    one = show.summarize(settings.override(config, ["mesh.fsdp=1", "mesh.expert=1"]))
     assert one["sharding"]["head.weight"] == [[], []]
 
 

@@ -17,7 +17,6 @@ from dsjax.model.layers import RouterState
 from dsjax.model.parameters import shardings
 from dsjax.parallel.sharding import partition_spec
 from dsjax.train.batches import batch_sharding
-from dsjax.train.setup import rows_per_pass
 from dsjax.train.step import abstract_state, declared_model, train_step
 
 PLATFORM = "tpu"
@@ -56,7 +55,7 @@ def train(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     Raises:
       ValueError: parameters or batch do not divide over the mesh.
     """
-    rows, batch_size = rows_per_pass(config), config.train.batch_size
+    rows, batch_size = config.micro_batch_size, config.train.batch_size
     shape = (batch_size // rows, rows, config.data.sequence_length + 1)
     sharding = batch_sharding(shape, mesh)
     state = abstract_state(config, mesh)
@@ -82,14 +81,14 @@ def train(config: Config, mesh: Mesh | AbstractMesh) -> Program:
 
 def decode(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     """One call of the decoding program, as `dsjax.infer` runs it: one token for each of
-    `rows_per_pass` sequences, with a cache of `data.sequence_length` positions and weights in the
+    `micro_batch_size` sequences, with a cache of `data.sequence_length` positions and weights in the
     compute type.
 
     Raises:
       ValueError: parameters or sequences do not divide over the mesh.
     """
     declared = declared_model(config, PLATFORM)
-    rows, length = rows_per_pass(config), config.data.sequence_length
+    rows, length = config.micro_batch_size, config.data.sequence_length
 
     def weights(variable: Any, placed: Any) -> Any:
         value = variable.get_value()

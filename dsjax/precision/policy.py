@@ -57,6 +57,7 @@ class Policy:
         if self.fp8 not in ("fp32", "pow2", None):
             raise ValueError(f"fp8={self.fp8!r} is not a kind of scale; use 'fp32' or 'pow2'")
         if self.native_fp8 is None:
-            device = jax.devices()[0]
-            native = device.platform == self.platform and multiplies_e4m3(device)
-            object.__setattr__(self, "native_fp8", native)
+            # Without FP8 no device is looked for: what only declares a model needs none.
+            device = jax.devices()[0] if self.fp8 else None
+            native = device is not None and device.platform == self.platform
+            object.__setattr__(self, "native_fp8", native and multiplies_e4m3(device))
