@@ -1,0 +1,137 @@
+"""FP8 training against bfloat16 training, same seed, same batches.
+
+Trains the variants of two models one after the other, as `tools/train.py` would, in folders of
+their own under RUNS; what is finished there already is not trained again, and a run that was
+stopped is compared as far as it came. Then writes the plot and prints the tables that
+`fp8_training.md` shows.
+
+The measure is the report's: losses smoothed with an exponential moving average of coefficient 0.9,
+their difference relative to bfloat16's. The variant "128 x 128" tries what the report found to
+diverge: activation gradients in 128 x 128 blocks, as weights have them, where they enter the input
+gradient.
+
+Command: python docs/fp8_training.py RUNS [MODEL/VARIANT ...]     (what to train; all by default)
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from pathlib import Path
+from unittest import mock
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from dsjax import settings
+from dsjax.config import Config
+from dsjax.precision import matmul
+from dsjax.precision.fp8 import WEIGHT_BLOCK
+from dsjax.train import compilation, loop
+
+BRIEF = ["train.log_every=1", "train.eval_every=0", "train.checkpoint_every=0"]
+MODELS = {
+    "tiny": ("configs/tiny.py", ["train.steps=200", *BRIEF]),
+    "small": (  # its layers, three of the twelve, and a shorter text
+        "configs/small.py",
+        [
+            "model.n_layers=3",
+            "model.vocab_size=4096",
+            "data.sequence_length=256",
+            "train.steps=60",
+            "train.batch_size=1",
+            "train.micro_batch_size=0",
+            "train.bias_update_speed=0.01",
+            "optim.warmup_steps=15",
+            *BRIEF,
+        ],
+    ),
+}
+VARIANTS = {
+    "bf16": ["precision.compute=bfloat16"],
+    "float32": ["precision.compute=float32"],
+    "fp8-pow2": ["precision.compute=bfloat16", "precision.fp8=on", "precision.fp8_scale=pow2"],
+    "fp8-fp32": ["precision.compute=bfloat16", "precision.fp8=on", "precision.fp8_scale=fp32"],
+    "fp8-128x128": ["precision.compute=bfloat16", "precision.fp8=on", "precision.fp8_scale=pow2"],
+}
+SMOOTHING = 0.9
+CLAIM = 0.0025
+
+
+def config_of(model: str, variant: str) -> Config:
+    path, changes = MODELS[model]
+    return settings.override(settings.load_config(path), changes + VARIANTS[variant])
+
+
+def train(model: str, variant: str, folder: Path) -> None:
+    config = config_of(model, variant)
+    compilation.use_persistent_cache(config.data.cache_dir)
+    larger = mock.patch.object(matmul, "GRADIENT_TILE", WEIGHT_BLOCK)
+    with larger if variant == "fp8-128x128" else contextlib.nullcontext():
+        code = loop.train(config, folder, command=f"python {__file__} {folder.parents[1]}")
+    if code:
+        raise SystemExit(code)
+
+
+def losses(folder: Path) -> np.ndarray:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return np.array([line["loss"] for line in lines if "loss" in line])
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    smoothed = [values[0]]
+    for value in values[1:]:
+        smoothed.append(SMOOTHING * smoothed[-1] + (1 - SMOOTHING) * value)
+    return np.array(smoothed)
+
+
+def gaps(runs: Path, model: str) -> dict[str, np.ndarray]:
+    """Each variant's relative difference from bfloat16, as far as both have been trained."""
+    curves = {
+        variant: smooth(losses(runs / model / variant))
+        for variant in VARIANTS
+        if (runs / model / variant / "metrics.jsonl").is_file()
+    }
+    want = curves.pop("bf16")
+    steps = {variant: min(len(curve), len(want)) for variant, curve in curves.items()}
+    return {variant: curves[variant][:n] / want[:n] - 1 for variant, n in steps.items()}
+
+
+def report(runs: Path) -> None:
+    figure, panels = plt.subplots(1, len(MODELS), figsize=(11, 4), sharey=True)
+    for panel, model in zip(panels, MODELS, strict=True):
+        print(f"\n{model}\n")
+        print("| variant | steps | largest | mean | at the end |\n|---|---|---|---|---|")
+        for variant, gap in gaps(runs, model).items():
+            size = np.abs(gap)
+            print(
+                f"| {variant} | {len(gap)} | {size.max():.3%} | {size.mean():.3%} "
+                f"| {gap[-1]:+.3%} |"
+            )
+            panel.plot(100 * gap, label=variant, linewidth=1)
+        panel.axhspan(-100 * CLAIM, 100 * CLAIM, color="grey", alpha=0.15)
+        panel.set(title=model, xlabel="step")
+        panel.legend()
+    panels[0].set_ylabel("EMA(0.9) loss against bf16, %")
+    figure.tight_layout()
+    figure.savefig(Path(__file__).with_suffix(".png"), dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("which", nargs="*")
+    arguments = parser.parse_args()
+    everything = [f"{model}/{variant}" for model in MODELS for variant in VARIANTS]
+    for name in arguments.which or everything:
+        model, variant = name.split("/")
+        train(model, variant, arguments.runs / name)
+    report(arguments.runs)
+
+
+if __name__ == "__main__":
+    main()
