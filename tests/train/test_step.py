@@ -215,7 +215,8 @@ def test_fp8_is_for_linear_layers_and_experts_alone():
 
 def test_fp8_steps_are_near_those_in_float32(eight_devices):
     """Every step of every layer is rounded to three bits, yet loss and gradient stay close."""
-    _, history = _run({"data": 1}, fp8="on", scale="pow2")
+    # The same numbers without rematerialisation, from a smaller program.
+    _, history = _run({"data": 1}, fp8="on", scale="pow2", remat="none")
     for got, want in zip(history, eight_devices[1], strict=True):
         for name, bound in {"loss": 0.01, "mtp_loss": 0.01, "grad_norm": 0.1}.items():
             assert 0 < abs(got[name] / want[name] - 1) < bound, name
