@@ -81,7 +81,7 @@ def train(config: Config, mesh: Mesh | AbstractMesh) -> Program:
 
 def decode(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     """One call of the decoding program, as `dsjax.infer` runs it: one token for each of
-    `micro_batch_size` sequences, with a cache of `data.sequence_length` positions and weights in the
+    a micro-batch's sequences, with a cache of `data.sequence_length` positions and weights in the
     compute type.
 
     Raises:
