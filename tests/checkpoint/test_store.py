@@ -3,6 +3,9 @@
 import resource
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ from dsjax.config import OptimConfig
 from dsjax.train.optimizer import adamw
 from tests.checkpoint import kill_saves
 from tests.checkpoint.damage import flip
+from tests.checkpoint.kill_points import ROOT
 
 
 def make_state(seed: int = 0):
@@ -264,3 +268,17 @@ def test_save_killed_at_any_act_or_moment_leaves_a_run_that_goes_on(tmp_path, mo
     results = kill_saves.kill(tmp_path / "runs", mode, points)
     assert sum(result["killed"] for result in results[1:]) > 100
     assert_survived(results)
+
+
+@pytest.mark.slow
+def test_two_processes_save_and_verify_together(tmp_path):
+    """Each hashes its share; damage that one of them finds is damage to both."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, "-m", "tests.checkpoint.two_processes"]
+    both = [
+        subprocess.Popen([*command, str(index), str(port), str(tmp_path / "run")], cwd=ROOT)
+        for index in range(2)
+    ]
+    assert [process.wait(timeout=600) for process in both] == [0, 0]
+    assert (tmp_path / "run" / "3.damaged").is_dir()
