@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,8 @@ def splash_attention(
         return kernel(q_NTH, k_PTH, v_PTW, same)
 
     with shipped_promotion():
-        return jax.vmap(of_row)(*inputs).swapaxes(1, 2)
+        out_BNTW: Any = jax.vmap(of_row)(*inputs)
+    return out_BNTW.swapaxes(1, 2)
 
 
 def reference_attention(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ class Mismatch(NamedTuple):
     """An array of which devices hold different copies of the same part."""
 
     name: str
-    devices: tuple[jax.Device, ...]  # those in the minority; all of them where there is none
+    devices: tuple[Any, ...]  # those in the minority; all of them where there is none
 
 
 def mismatches(arrays: Mapping[str, jax.Array], mesh: Mesh) -> list[Mismatch]:
@@ -41,7 +41,7 @@ def mismatches(arrays: Mapping[str, jax.Array], mesh: Mesh) -> list[Mismatch]:
     of_device = {shard.device: np.asarray(shard.data)[0] for shard in sums.addressable_shards}
     found = []
     for number, (name, array) in enumerate(copied.items()):
-        by_part: dict[str, dict[jax.Device, int]] = defaultdict(dict)
+        by_part: dict[str, dict[Any, int]] = defaultdict(dict)
         for shard in array.addressable_shards:
             by_part[str(shard.index)][shard.device] = int(of_device[shard.device][number])
         for copies in by_part.values():

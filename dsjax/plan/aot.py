@@ -57,20 +57,20 @@ def compile_step(config: Config, topology: Topology, step: str) -> Compiled:
         lowered = traced.lower(lowering_platforms=(programs.PLATFORM,))
         flops = operations.count(traced.jaxpr, rows_per_expert(config, program))
         text_bytes = len(lowered.as_text())
+        used = executable = None
         try:
             executable = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             used = bytes_wanted(str(error))
             if used is None:
                 raise
-            executable = None
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     if executable is None:
         return Compiled(
             False, program.argument_bytes, None, None, used, None, flops, None,
             "the program does not fit", seconds, cpu_seconds, text_bytes,
         )  # fmt: skip
-    memory = executable.memory_analysis()
+    memory: Any = executable.memory_analysis()
     found, problem = _collectives(executable)
     return Compiled(
         memory.peak_memory_in_bytes <= topology.device.hbm,

@@ -32,7 +32,7 @@ class Collective(NamedTuple):
     """All collectives of one kind, of one run of the program."""
 
     kind: str
-    count: int
+    calls: int
     bytes: int  # that a device sends
 
 
@@ -142,7 +142,9 @@ def _result_bytes(result: str, *, started: bool) -> int:
 def _operand_bytes(line: str, computation: list[str]) -> int:
     """The first operand's size, by the line that defines it."""
     name = re.search(r"\((%[\w.\-]+)", line[line.index(" = ") :].partition("all-to-all")[2])
-    for other in computation if name else ():
+    if name is None:
+        return 2**62
+    for other in computation:
         if f"{name[1]} = " in other:
             return _result_bytes(other.partition(" = ")[2].partition("(")[0], started=False)
     return 2**62

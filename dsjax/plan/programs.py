@@ -47,7 +47,7 @@ def shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
 
 
 def _is_key(leaf: jax.ShapeDtypeStruct) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def train(config: Config, mesh: Mesh | AbstractMesh) -> Program:
@@ -105,7 +105,7 @@ def decode(config: Config, mesh: Mesh | AbstractMesh) -> Program:
         is_leaf=lambda leaf: hasattr(leaf, "get_value"),
     )
 
-    def laid_out(leaf: jax.ShapeDtypeStruct, *axes: str) -> jax.ShapeDtypeStruct:
+    def laid_out(leaf: jax.ShapeDtypeStruct, *axes: str) -> Any:
         spec = partition_spec(axes, leaf.shape, mesh, "sequences of train.micro_batch_size")
         sharding = NamedSharding(mesh, spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -118,7 +118,7 @@ def decode(config: Config, mesh: Mesh | AbstractMesh) -> Program:
         hidden_BWD=laid_out(carry.hidden_BWD, "batch", "length", "width"),
     )
 
-    def row(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
+    def row(dtype: Any, *more: int) -> Any:
         struct = jax.ShapeDtypeStruct((rows, *more), dtype)
         return laid_out(struct, "batch", *("length",) * len(more))
 

@@ -171,10 +171,10 @@ def _print_collectives(plan: dict[str, Any], console: Console) -> None:
             console.print(Text(f"collectives: {plan['collectives_error']}"))
         return
     table = Table(title="collectives of a step", box=box.SIMPLE_HEAD)
-    for name in ("kind", "count", "a device sends"):
+    for name in ("kind", "calls", "a device sends"):
         table.add_column(name, justify="left" if name == "kind" else "right")
     for item in plan["collectives"]:
-        table.add_row(item["kind"], f"{item['count']:,}", _giga(item["bytes"], "B"))
+        table.add_row(item["kind"], f"{item['calls']:,}", _giga(item["bytes"], "B"))
     console.print(table)
 
 

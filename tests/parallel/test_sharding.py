@@ -38,7 +38,11 @@ def test_axes_of_size_one_leave_no_trace():
             (8, 5),
             r"attn\.wq: dimension heads=5 of shape \(8, 5\) does not divide over mesh\.tensor=2",
         ),
-        (("embed", "head"), (8, 4), r"attn\.wq: unknown logical axis 'head'; known: layers, end_layers, embed"),
+        (
+            ("embed", "head"),
+            (8, 4),
+            r"attn\.wq: unknown logical axis 'head'; known: layers, end_layers, embed",
+        ),
         (("embed", "embed"), (8, 4), r"attn\.wq: mesh axis .*fsdp.* is used twice"),
         (("embed",), (8, 4), r"attn\.wq: 1 logical axes"),
     ],

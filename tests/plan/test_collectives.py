@@ -78,12 +78,12 @@ def test_loop_takes_the_trip_count_that_the_compiler_names():
     named = TEXT.replace(
         "body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}'
     ).replace("direction=LT", "direction=NE")
-    assert collectives.parse(named)[0].count == 3
+    assert collectives.parse(named)[0].calls == 3
 
 
 def test_loop_of_unknown_length_counts_once():
     unknown = TEXT.replace("direction=LT", "direction=NE")
-    assert collectives.parse(unknown)[0].count == 1
+    assert collectives.parse(unknown)[0].calls == 1
 
 
 @pytest.mark.parametrize("text", ["", "HloModule empty\n\nENTRY %main () -> f32[] {\n}\n"])
