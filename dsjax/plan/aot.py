@@ -57,12 +57,12 @@ def compile_step(config: Config, topology: Topology, step: str) -> Compiled:
         lowered = traced.lower(lowering_platforms=(programs.PLATFORM,))
         flops = operations.count(traced.jaxpr, rows_per_expert(config, program))
         text_bytes = len(lowered.as_text())
-        used = executable = None
+        used, executable = 0, None
         try:
             executable = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             used = bytes_wanted(str(error))
-            if used is None:
+            if not used:
                 raise
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     if executable is None:
