@@ -124,9 +124,10 @@ def decode(config: Config, mesh: Mesh | AbstractMesh) -> Program:
 
     ints = jnp.int32
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    knobs = Knobs(
-        row(jnp.float32), row(ints), row(jnp.float32), row(jnp.float32), laid_out(key, "batch")
-    )
+    rate: Any = row(jnp.float32)
+    top_k: Any = row(ints)
+    keys: Any = laid_out(key, "batch")
+    knobs = Knobs(rate, top_k, rate, rate, keys)
     one = jax.ShapeDtypeStruct((), ints, sharding=NamedSharding(mesh, PartitionSpec()))
     arguments = (model, carry, row(ints), row(ints, 1), row(ints), row(ints, 1), knobs, one)
     return Program(decoding.decode, arguments, (1,), None, rows, rows)
