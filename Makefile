@@ -1,10 +1,10 @@
-# make setup | train | test | lint | bench; ARGS="..." is passed on, PYTHON chooses the interpreter.
+# make setup | train | test | lint | bench | soak; ARGS="..." is passed on, PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup train test lint bench
+.PHONY: setup train test lint bench soak
 
 setup: $(INSTALLED)
 
@@ -28,3 +28,7 @@ lint: setup
 bench: setup
 	$(BIN)/python -m tests.bench.bench_train_step
 	$(BIN)/python -m tests.bench.bench_decode
+	$(BIN)/python -m tests.bench.bench_fp8_step
+
+soak: setup
+	$(BIN)/python -m tests.soak $(ARGS)
