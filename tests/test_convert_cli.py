@@ -87,7 +87,7 @@ from dsjax.checkpoint import weights
 write = weights.WeightsWriter.write
 def slow(*arguments):
     time.sleep(0.2)
-    write(*arguments)
+    return write(*arguments)
 weights.WeightsWriter.write = slow
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

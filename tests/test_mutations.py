@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.model import balance, gqa, layers, mla, moe, rope, router, transformer
-from dsjax.parallel import expert
+from dsjax.model import balance, layers, mla, moe, rope, router, transformer
+from dsjax.parallel import context, exchange, expert
 from dsjax.train import loss
 from tests.golden import checkpoint, compare, ours
 from tests.golden.cases import ORACLE_CASES
@@ -267,17 +267,19 @@ RIGHT_PRODUCT, RIGHT_COMBINE, RIGHT_NORM = (
     expert.combine,
     layers.rms_norm,
 )
-RIGHT_ATTENTION, RIGHT_UPDATE = mla.causal_attention, balance.update_bias
+RIGHT_ATTENTION, RIGHT_UPDATE = context.attend_here, balance.update_bias
 RIGHT_SHIFT, RIGHT_MASK_OF_TARGETS = transformer.shift_left, loss.target_mask
 
 
-def _attend_to_one_later(q_BTNH, k_BTPH, v_BTPW, **settings):
-    return RIGHT_ATTENTION(q_BTNH, jnp.roll(k_BTPH, -1, 1), jnp.roll(v_BTPW, -1, 1), **settings)
+def _attend_to_one_later(q_BTNH, k_BTPH, v_BTPW, *segments, **settings):
+    k_BTPH, v_BTPW = (jnp.roll(x, -1, 1) for x in (k_BTPH, v_BTPW))
+    return RIGHT_ATTENTION(q_BTNH, k_BTPH, v_BTPW, *segments, **settings)
 
 
-def _tile_key_heads(q_BTNH, k_BTPH, v_BTPW, **settings):
+def _tile_key_heads(q_BTNH, k_BTPH, v_BTPW, *segments, **settings):
     repeat = (1, 1, q_BTNH.shape[2] // k_BTPH.shape[2], 1)
-    return RIGHT_ATTENTION(q_BTNH, jnp.tile(k_BTPH, repeat), jnp.tile(v_BTPW, repeat), **settings)
+    k_BTPH, v_BTPW = (jnp.tile(x, repeat) for x in (k_BTPH, v_BTPW))
+    return RIGHT_ATTENTION(q_BTNH, k_BTPH, v_BTPW, *segments, **settings)
 
 
 MUTATIONS = [
@@ -328,9 +330,9 @@ MUTATIONS = [
     Mutation(7, "norms of a layer swapped", LLAMA_LOGITS,
              edit=_swap("dense_layers", (), "attn_norm", "ffn_norm")),
     Mutation(7, "no key bias", QWEN2_ATTENTION, edit=_no_key_bias),
-    Mutation(7, "key heads tiled, not repeated", LLAMA_ATTENTION, gqa, "causal_attention",
+    Mutation(7, "key heads tiled, not repeated", LLAMA_ATTENTION, context, "attend_here",
              _tile_key_heads),
-    Mutation(7, "one later token visible", V3_ATTENTION, mla, "causal_attention",
+    Mutation(7, "one later token visible", V3_ATTENTION, context, "attend_here",
              _attend_to_one_later),
     Mutation(8, "wrong sign", BIAS_UPDATE, balance, "update_bias", _update_backwards),
     Mutation(8, "step by the difference", BIAS_UPDATE, balance, "update_bias",
@@ -361,7 +363,7 @@ MUTATIONS = [
              _targets_across_documents),
     Mutation(10, "as many targets as the main model", LOSS_ISOLATED, loss, "target_mask",
              _targets_of_the_main_model),
-    Mutation(14, "capacity factor of two", CROWDED, expert, "combine", _drop_beyond_capacity),
+    Mutation(14, "capacity factor of two", CROWDED, exchange, "combine", _drop_beyond_capacity),
 ]  # fmt: skip
 
 

@@ -184,8 +184,13 @@ def read_file(path: str, *, name: str) -> tokenizers.Tokenizer:
 
 def from_bytes(data: bytes, *, name: str) -> tokenizers.Tokenizer:
     """Reads the contents of a tokenizer.json, as `read_file` does."""
-    with _library_failures(f"{name} is not a tokenizer.json that can be read"):
-        inner = tokenizers.Tokenizer.from_buffer(data)
+    message = f"{name} is not a tokenizer.json that can be read"
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{message}: {error}") from error
+    with _library_failures(message):
+        inner = tokenizers.Tokenizer.from_str(text)
     if not inner.get_vocab_size():
         raise ValueError(f"{name} has an empty vocabulary")
     return inner

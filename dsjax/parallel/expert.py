@@ -110,9 +110,14 @@ def _undispatch_backward(plan: Plan, dz_MKD: jax.Array):
 undispatch.defvjp(lambda y_AD, plan: (undispatch(y_AD, plan), plan), _undispatch_backward)
 
 
-@jax.custom_vjp
 def combine(y_AD: jax.Array, weights_MK: jax.Array, plan: Plan) -> jax.Array:
     """Sums each token's expert outputs by weight, in float32: [A, D] -> [M, D] in y's dtype."""
+    # Where the outputs are a device's part of a sum (tensor), so are the weights' gradients.
+    return _combine(y_AD, vary_as(weights_MK, y_AD), plan)
+
+
+@jax.custom_vjp
+def _combine(y_AD: jax.Array, weights_MK: jax.Array, plan: Plan) -> jax.Array:
     return _sum_choices(y_AD, weights_MK, plan).astype(y_AD.dtype)
 
 
@@ -126,7 +131,7 @@ def _combine_backward(residuals: tuple[jax.Array, jax.Array, Plan], dout_MD: jax
     return dy_AD, _take(dweights_A, plan.rows_MK), None
 
 
-combine.defvjp(
-    lambda y_AD, weights_MK, plan: (combine(y_AD, weights_MK, plan), (y_AD, weights_MK, plan)),
+_combine.defvjp(
+    lambda y_AD, weights_MK, plan: (_combine(y_AD, weights_MK, plan), (y_AD, weights_MK, plan)),
     _combine_backward,
 )

@@ -49,7 +49,8 @@ def decoded(corpus, side):
 
 
 def entries(tmp_path):
-    return sorted(os.listdir(tmp_path / "cache" / "corpus"))
+    names = os.listdir(tmp_path / "cache" / "corpus")
+    return sorted(name for name in names if not name.startswith(".lock-"))
 
 
 def test_corpus_holds_every_document_once_with_its_bytes(files, prepare):

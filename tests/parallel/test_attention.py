@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsjax.kernels import attention as kernels
-from dsjax.parallel.attention import attend
+from dsjax.parallel.attention import attend_here
 from dsjax.parallel.mesh import make_mesh
 from tests.closeness import F32, assert_close
 
@@ -28,7 +28,7 @@ def test_attention_of_each_device_is_that_of_all(interpreted):
     weights = jnp.asarray(rng.normal(size=(4, 128, 4, 16)), jnp.float32)
 
     def total(q, k, v, platform):
-        out = attend(q, k, v, segments, scale=0.3, platform=platform)
+        out = attend_here(q, k, v, segments, scale=0.3, platform=platform)
         return (out * weights).sum(), out
 
     gradient = jax.grad(total, (0, 1, 2), has_aux=True)
@@ -47,4 +47,4 @@ def test_heads_that_do_not_divide_are_refused():
         jax.set_mesh(make_mesh({"data": 4, "tensor": 2})),
         pytest.raises(ValueError, match=r"attention: dimension heads=1 .* mesh.tensor=2"),
     ):
-        attend(q, kv, kv, None, scale=0.3, platform="tpu")
+        attend_here(q, kv, kv, None, scale=0.3, platform="tpu")

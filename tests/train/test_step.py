@@ -3,6 +3,7 @@ balances.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -62,9 +63,13 @@ def _prepared(sizes, micro_batch=BATCH, **train):
         state = _state(config, mesh)
         spec = jax.sharding.PartitionSpec(None, AXIS_TABLE["batch"], None)
         batch = jax.device_put(batch, jax.sharding.NamedSharding(mesh, spec))
-        placement = jax.tree.map(lambda leaf: leaf.sharding, state)
-        step = jax.jit(train_step(config), donate_argnums=0, out_shardings=(placement, None))
-    return mesh, step, state, batch
+    return mesh, _step(config, mesh), state, batch
+
+
+@functools.cache
+def _step(config, mesh):
+    placement = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    return jax.jit(train_step(config), donate_argnums=0, out_shardings=(placement, None))
 
 
 def _run(sizes, micro_batch=BATCH, steps=2, **train):
@@ -77,9 +82,13 @@ def _run(sizes, micro_batch=BATCH, steps=2, **train):
     return state, history
 
 
+# The same numbers as with rematerialisation, from a smaller program.
+WHOLE = {"remat": "none"}
+
+
 @pytest.fixture(scope="module")
 def eight_devices():
-    return _run({"data": 8})
+    return _run({"data": 8}, **WHOLE)
 
 
 def _assert_same_run(got, want):
@@ -136,12 +145,12 @@ def test_step_is_the_same_on_every_mesh(sizes, eight_devices):
 
 
 def test_accumulated_micro_batches_on_one_device_equal_one_batch_on_eight(eight_devices):
-    _assert_same_run(_run({"data": 1}, micro_batch=8), eight_devices)
+    _assert_same_run(_run({"data": 1}, micro_batch=8, **WHOLE), eight_devices)
 
 
 def test_step_that_is_not_finite_changes_nothing():
     """A gradient of NaN beside a finite loss: parameters, moments, count and bias stay."""
-    mesh, step, state, batch = _prepared({"data": 1}, micro_batch=8)
+    mesh, step, state, batch = _prepared({"data": 1}, micro_batch=8, **WHOLE)
     before = jax.tree.map(np.array, state)
     knobs = {name: jnp.float32(value) for name, value in KNOBS.items()}
     with jax.set_mesh(mesh):
@@ -215,8 +224,7 @@ def test_fp8_is_for_linear_layers_and_experts_alone():
 
 def test_fp8_steps_are_near_those_in_float32(eight_devices):
     """Every step of every layer is rounded to three bits, yet loss and gradient stay close."""
-    # The same numbers without rematerialisation, from a smaller program.
-    _, history = _run({"data": 1}, fp8="on", scale="pow2", remat="none")
+    _, history = _run({"data": 1}, fp8="on", scale="pow2", **WHOLE)
     for got, want in zip(history, eight_devices[1], strict=True):
         for name, bound in {"loss": 0.01, "mtp_loss": 0.01, "grad_norm": 0.1}.items():
             assert 0 < abs(got[name] / want[name] - 1) < bound, name
