@@ -19,6 +19,8 @@ from dsjax.train.loss import losses
 from tests.closeness import F32, assert_close
 from tests.model.tiny import TINY, tiny_model, tokens
 
+pytestmark = pytest.mark.heavy
+
 LENGTH = 32
 
 

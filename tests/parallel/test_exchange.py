@@ -16,6 +16,8 @@ from dsjax.parallel.mesh import make_mesh
 from dsjax.precision.fp8 import CHANNEL_TILE, quantize_block
 from tests.closeness import FP8, relative_l2
 
+pytestmark = pytest.mark.heavy
+
 EXPERTS, GROUPS, KEPT, K, RANKS, D = 16, 8, 2, 3, 4, 4
 TOKENS = 8 * 40  # of eight devices; so many that one round is not enough for the crowd
 GAINS = jnp.arange(1, EXPERTS + 1, dtype=jnp.float32)

@@ -13,6 +13,8 @@ from dsjax.parallel.mesh import make_mesh
 from tests.closeness import EXACT, Level, assert_close
 from tests.parallel import pipelines
 
+pytestmark = pytest.mark.heavy
+
 GRADIENTS = Level("GRADIENTS", 1e-6)
 SIZES = {
     "gpipe": [(1, 2), (2, 3), (4, 6)],

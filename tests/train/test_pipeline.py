@@ -26,6 +26,8 @@ from dsjax.train.step import TrainState, abstract_state, split, train_step
 from tests.closeness import EXACT, Level, assert_close, relative_l2
 from tests.model.tiny import TINY, tiny_model, tokens
 
+pytestmark = pytest.mark.heavy
+
 GRADIENTS = Level("GRADIENTS", 1e-6)
 KNOBS = {"learning_rate": 1e-3, "mtp_weight": 0.3, "bias_update_speed": 1e-3}
 BATCH, LENGTH = 16, 32

@@ -27,6 +27,8 @@ from dsjax.train.step import (
 from tests.closeness import F32, assert_close
 from tests.model.tiny import TINY, tiny_model, tokens
 
+pytestmark = pytest.mark.heavy
+
 KNOBS = {"learning_rate": 1e-3, "mtp_weight": 0.3, "bias_update_speed": 1e-3}
 BATCH, LENGTH = 16, 32
 
