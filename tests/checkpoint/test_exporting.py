@@ -199,6 +199,7 @@ def test_export_is_in_layer_order_in_shards_of_5_gb(converted, tmp_path, monkeyp
     assert_same_tensors(tmp_path / "back", in_fp8(MTP))
 
 
+@pytest.mark.heavy
 def test_killed_export_goes_on_to_the_same_bytes(tmp_path):
     """Power cuts at every act on the disk."""
     write_run(tmp_path / "run", LLAMA, 1)

@@ -129,6 +129,7 @@ def test_import_holds_little_at_a_time(published, tmp_path, monkeypatch):
     assert offsets == sorted(offsets, key=lambda info: (info.file, info.offset))
 
 
+@pytest.mark.heavy
 def test_killed_import_goes_on_to_the_same_bytes(tmp_path):
     """Power cuts at the first and last acts on the disk and some in between."""
     source = write(tmp_path / "llama", LLAMA.config, plain(LLAMA, BFLOAT16), max_bytes=50_000)

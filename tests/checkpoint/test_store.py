@@ -252,6 +252,7 @@ def assert_survived(results):
 NAMED_POINTS = ["mkdir 5", "rename 1", "replace 2", "rename 4", "unlink 5"]
 
 
+@pytest.mark.heavy
 def test_killed_save_leaves_a_run_that_goes_on_to_the_same_bits(tmp_path):
     results = kill_saves.kill(tmp_path / "runs", "sync", NAMED_POINTS)
     assert [result["killed"] for result in results[1:]] == [True] * len(NAMED_POINTS)

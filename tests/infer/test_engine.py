@@ -79,6 +79,7 @@ def test_greedy_tokens_are_those_of_full_recomputation(speculative):
     assert statistics.decode_steps == plain if not speculative else statistics.decode_steps <= plain
 
 
+@pytest.mark.heavy
 def test_model_on_a_mesh_generates_the_same():
     mesh = make_mesh({"data": 2, "tensor": 2}, n_devices=4)
     spread = Engine(jax.device_put(tiny_model(), shardings(tiny_model(), mesh)), prefill_chunk=16)

@@ -304,6 +304,7 @@ def long_texts():
     return generate(engine(), requests), engine().statistics
 
 
+@pytest.mark.heavy
 def test_engine_generates_greedily_what_the_training_forward_says_and_counts_its_drafts():
     """Prompts end within, at and after the end of a chunk; rows that have ended do not count."""
     texts, statistics = long_texts()

@@ -31,7 +31,8 @@ def _routing(scores, experts=None):
 
 
 def _loss(name, routing, documents, config=FOUR):
-    return float(balance_loss(routing, jnp.asarray(documents, jnp.int32), _weights(name), config))
+    loss = jax.jit(lambda *inputs: balance_loss(*inputs, _weights(name), config))
+    return float(loss(routing, jnp.asarray(documents, jnp.int32)))
 
 
 def test_sequence_loss_worked_example():

@@ -15,6 +15,9 @@ from tests.model.tiny import TINY
 from tests.oracles.attention import mla as oracle_mla
 
 
+apply = jax.jit(MLA.__call__)
+
+
 def _module(config, compute=jnp.float32):
     module = initialize(MLA(config, Policy(compute)), jax.random.key(0))
     # Norm weights away from one, so that leaving one out shows.
@@ -41,7 +44,7 @@ def test_mla_equals_oracle(q_lora_rank, compute, level):
     module = _module(config, compute)
     x = np.random.default_rng(0).normal(size=(40, config.dim))
     angles = rope.angles(jnp.arange(40, dtype=jnp.int32)[None], config)
-    got = module(jnp.asarray(x, compute)[None], angles)[0]
+    got = apply(module, jnp.asarray(x, compute)[None], angles)[0]
     want = oracle_mla(
         np.asarray(jnp.asarray(x, compute), np.float64), _tree(module), config, np.ones(40)
     )

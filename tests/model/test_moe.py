@@ -15,6 +15,9 @@ from tests.model.tiny import TINY
 from tests.oracles.experts import moe as oracle_moe
 
 
+apply = jax.jit(MoE.__call__)
+
+
 def _module(config=TINY, compute=jnp.float32):
     module = initialize(MoE(config, Policy(compute)), jax.random.key(0))
     if config.router_bias:
@@ -27,7 +30,7 @@ def test_moe_equals_oracle(shared):
     config = dataclasses.replace(TINY, n_shared_experts=shared)
     module = _module(config)
     x = np.random.default_rng(0).normal(size=(30, config.dim)).astype(np.float32)
-    got, statistics = module(jnp.asarray(x)[None], jnp.ones((1, 30), jnp.int32), None)
+    got, statistics = apply(module, jnp.asarray(x)[None], jnp.ones((1, 30), jnp.int32), None)
     want, choices = oracle_moe(x.astype(np.float64), _tree(module), config)
     assert_close(got[0], want, F32, "mixture")
     counts = np.bincount(
@@ -39,8 +42,8 @@ def test_moe_equals_oracle(shared):
 def test_bfloat16_moe_stays_near_float32():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 30, TINY.dim)), jnp.bfloat16)
     documents = jnp.ones((1, 30), jnp.int32)
-    want, _ = _module()(x.astype(jnp.float32), documents, None)
-    got, _ = _module(compute=jnp.bfloat16)(x, documents, None)
+    want, _ = apply(_module(), x.astype(jnp.float32), documents, None)
+    got, _ = apply(_module(compute=jnp.bfloat16), x, documents, None)
     assert got.dtype == jnp.bfloat16
     assert_close(got, want, BF16, "mixture")
 
@@ -49,7 +52,7 @@ def test_all_tokens_to_the_same_experts_drop_none():
     module = _module()
     module.gate.bias.set_value(jnp.asarray([99.0, 98.0, 0, 0, 0, 0, 0, 0]))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 50, TINY.dim)), jnp.float32)
-    got, statistics = module(x, jnp.ones((2, 50), jnp.int32), None)
+    got, statistics = apply(module, x, jnp.ones((2, 50), jnp.int32), None)
     np.testing.assert_array_equal(statistics.counts_E, [100, 100, 0, 0, 0, 0, 0, 0])
     assert int(statistics.dropped_tokens) == 0
     want, _ = oracle_moe(np.asarray(x[0], np.float64), _tree(module), TINY)
@@ -59,7 +62,7 @@ def test_all_tokens_to_the_same_experts_drop_none():
 def test_padding_is_not_counted():
     x = jnp.ones((1, 10, TINY.dim))
     documents = jnp.asarray([[1] * 6 + [0] * 4], jnp.int32)
-    _, statistics = _module()(x, documents, None)
+    _, statistics = apply(_module(), x, documents, None)
     assert int(statistics.counts_E.sum()) == 6 * TINY.n_activated_experts
 
 
@@ -70,7 +73,7 @@ def test_tokens_added_to_a_cache_pass_through_their_own_layers_experts(tokens):
     both = jax.tree.map(lambda *layers: jnp.stack(layers), other.experts, module.experts)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, tokens, TINY.dim)), jnp.float32)
     got = jax.jit(lambda module, x: module.extend(x, both, jnp.int32(1)))(module, x)
-    want, _ = module(x, jnp.ones((1, tokens), jnp.int32), None)
+    want, _ = apply(module, x, jnp.ones((1, tokens), jnp.int32), None)
     assert_close(got, want, F32, "mixture")
 
 

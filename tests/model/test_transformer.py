@@ -48,6 +48,7 @@ def test_batch_rows_do_not_meet():
     assert_close(logits(model, rows)[1:2], logits(model, rows[1:2]), F32, "logits")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("remat", ["selective", "full"])
 def test_rematerialised_gradients_are_the_same(remat):
     config = dataclasses.replace(TINY, n_layers=2, n_dense_layers=0, n_mtp=0)

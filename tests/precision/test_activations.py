@@ -1,5 +1,7 @@
 """What the backward pass keeps: the gradients of it, and its size."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,12 @@ def _operands():
     w = rng.normal(size=(3, F, D)).astype(np.float32) * 0.05
     dy = rng.normal(size=(M, D)).astype(np.float32) * 1e-3
     return jnp.asarray(gate), jnp.asarray(up), jnp.asarray(w), jnp.asarray(dy)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _value_and_gradients(function, operands, dy):
+    value, backward = jax.vjp(function, *operands)
+    return value, backward(dy)
 
 
 def _both(kind):
@@ -60,12 +68,10 @@ LAYERS = ["dense", "grouped", "attention"]
 @pytest.mark.parametrize("layer", LAYERS)
 def test_without_fp8_gradients_are_those_of_the_composition(layer):
     function, plain, operands, dy = _both(None)[layer]
-    (got, backward), (want, plain_backward) = (
-        jax.vjp(function, *operands),
-        jax.vjp(plain, *operands),
-    )
+    got, gradients = _value_and_gradients(function, operands, dy)
+    want, plain_gradients = _value_and_gradients(plain, operands, dy)
     assert_close(got, want, EXACT, "forward")
-    for g, w in zip(backward(dy), plain_backward(dy), strict=True):
+    for g, w in zip(gradients, plain_gradients, strict=True):
         assert_close(g, w, F32, "gradient")
 
 
@@ -73,12 +79,10 @@ def test_without_fp8_gradients_are_those_of_the_composition(layer):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_fp8_storage_changes_gradients_alone_and_little(layer, kind):
     function, plain, operands, dy = _both(kind)[layer]
-    (got, backward), (want, plain_backward) = (
-        jax.vjp(function, *operands),
-        jax.vjp(plain, *operands),
-    )
+    got, gradients = _value_and_gradients(function, operands, dy)
+    want, plain_gradients = _value_and_gradients(plain, operands, dy)
     assert_close(got, want, EXACT, "forward")
-    errors = [relative_l2(g, w) for g, w in zip(backward(dy), plain_backward(dy), strict=True)]
+    errors = [relative_l2(g, w) for g, w in zip(gradients, plain_gradients, strict=True)]
     # The factors of dgate are as exact as E4M3, and SwiGLU's slope magnifies their error a little.
     assert max(errors) < 1.5 * FP8.bound
     # They come from what was kept: all but the input gradient of the layer after attention.

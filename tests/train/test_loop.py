@@ -202,6 +202,7 @@ def test_same_command_on_a_finished_run_does_nothing(small, finished):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+@pytest.mark.heavy
 def test_same_seed_twice_is_identical(small, finished, tmp_path):
     """Other bookkeeping is no other run: here nothing is evaluated or saved on the way."""
     code, _ = run(change(small, train={"eval_every": 0, "checkpoint_every": 0}), tmp_path)
@@ -258,6 +259,7 @@ def test_run_whose_last_evaluation_was_cut_short_gets_it(small, finished, tmp_pa
     assert json.loads((cut / "summary.json").read_text())["tokens_per_second"] is None
 
 
+@pytest.mark.heavy
 def test_batch_ramp_changes_the_batch_under_way(small, tmp_path):
     """4, 4, 8, 8 sequences a step, on a dense model, whose two programs are soon compiled."""
     dense = ModelConfig(
@@ -312,6 +314,7 @@ def test_step_that_is_not_finite_is_skipped_and_written_down(small, tmp_path, mo
     assert store.read_record(tmp_path / "checkpoints", 6)["skipped_steps"] == 1
 
 
+@pytest.mark.heavy
 def test_run_stops_when_no_step_is_finite_any_more(small, tmp_path):
     """A rate of 1e38 gives weights that overflow in the second step and in all after it."""
     wild = change(
