@@ -34,8 +34,9 @@ config = Config(
 
 
 def environment():
-    plain = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}  # one device
-    return plain | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "default"}
+    """That of these tests, with one device."""
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
+    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
 
 
 def start(*arguments, **options):

@@ -86,7 +86,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def cheap_programs(tmp_path_factory):
-    """One device, few optimizations, and each program compiled once for all the runs below."""
+    """One device, few optimizations, and each program traced and compiled once for all the runs below."""
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
         "jax_persistent_cache_min_compile_time_secs": 0,
@@ -97,6 +97,8 @@ def cheap_programs(tmp_path_factory):
         jax.config.update(name, value)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "make_mesh", functools.partial(make_mesh, n_devices=1))
+        for name in ("train_step", "scorer"):
+            patch.setattr(setup, name, functools.cache(getattr(setup, name)))
         yield
     for name, value in before.items():
         jax.config.update(name, value)
