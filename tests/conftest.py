@@ -8,12 +8,16 @@ from importlib.metadata import version
 # jax reads these when it starts, so they come before its import.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs here run once or twice on small inputs, so quick compilation beats quick code.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+]
 if version("jaxlib").startswith("0.10."):
-    # Fused loops by LLVM alone, half the compilation of all; later versions have no choice.
-    FLAGS += " --xla_cpu_use_fusion_emitters=false"
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+    # The older way to compile fused loops takes half the time; later versions have it no more.
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+if FLAGS[0].partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 
 # Many tests, and the commands that some start, compile the same program: once a session is enough.
 # pytest-xdist's workers inherit the folder from the process that starts them.

@@ -64,6 +64,7 @@ def likeliest(model, prompts, n_tokens):
     return np.asarray(tokens[:, length:])
 
 
+@pytest.mark.heavy
 def test_tokens_continue_as_the_whole_model_says(tmp_path):
     """Also when drafted by the MTP module, and on a mesh; and no tokenizer is needed."""
     checkpoint = hf_files.write(tmp_path / "v3", CONFIG, hf_files.plain(Case(CONFIG, seed=5)))
@@ -79,6 +80,7 @@ def test_tokens_continue_as_the_whole_model_says(tmp_path):
     assert "prompt: 18 tokens (" in done.stderr and "% of drafts accepted, " in done.stderr
 
 
+@pytest.mark.heavy
 def test_chat_through_a_pipe(dense, tmp_path):
     folder = shutil.copytree(dense, tmp_path / "chat")
     template = (

@@ -367,6 +367,7 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "mutation", MUTATIONS, ids=lambda mutation: f"{mutation.rule} {mutation.mistake}"
 )
@@ -421,6 +422,7 @@ def test_balance_loss_reaches_every_router():
     np.testing.assert_allclose(got, want, rtol=1e-3)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "wrong",
     [

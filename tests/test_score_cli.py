@@ -49,6 +49,7 @@ def run(*arguments):
     )
 
 
+@pytest.mark.heavy
 def test_score_of_a_text_is_that_of_its_tokens(checkpoint, tmp_path):
     """Bits a byte of the file follow from the logits of its tokens, which another run writes."""
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")

@@ -62,7 +62,7 @@ def wanted():
     return [row[:most] for row, most in zip(recomputed(), MOST, strict=True)]
 
 
-@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("speculative", [pytest.param(False, marks=pytest.mark.heavy), True])
 def test_greedy_tokens_are_those_of_full_recomputation(speculative):
     got, items = run(engine(speculative), requests())
     assert got == wanted()

@@ -127,6 +127,7 @@ def test_tokens_are_scored_without_files(scorer, logits, tmp_path, monkeypatch):
     assert score.score_tokens(scorer, IDS[:, :1]).figures() == {"tokens": 0}
 
 
+@pytest.mark.heavy
 def test_mesh_gives_the_same_scores(scorer, logits, tmp_path):
     """Three rows over data=2: the last batch is filled up."""
     mesh = submesh({"data": 2, "tensor": 2})

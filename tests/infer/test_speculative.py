@@ -132,6 +132,7 @@ def forward(model, rows):
     return [np.asarray(logits) for logits in training_forward(model, padded)]
 
 
+@pytest.mark.heavy
 def test_greedy_tokens_are_those_of_plain_decoding():
     """Each is the likeliest after those before it; no two logits are near enough to be swapped."""
     found = decoded()
@@ -330,6 +331,7 @@ def test_engine_generates_greedily_what_the_training_forward_says_and_counts_its
     assert 0.1 < kept / steps < 0.9
 
 
+@pytest.mark.heavy
 def test_engine_cuts_after_a_stop_id_and_at_the_most_tokens():
     """At any place, so also between a draft that is kept and the token after it."""
     whole, _ = long_texts()

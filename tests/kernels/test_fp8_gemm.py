@@ -156,6 +156,7 @@ def test_tensor_core_product_equals_sums_of_fractions():
     np.testing.assert_array_equal(jax.jit(tensor_core_product)(a8, b8), want)
 
 
+@pytest.mark.heavy
 def test_promotion_bounds_the_error_of_a_short_register():
     """The report's reason to promote: nearly 2 % at K = 4096 without, a fraction of it with."""
     rng = np.random.default_rng(0)

@@ -11,7 +11,6 @@ from jax.experimental.pallas import tpu as pltpu
 from dsjax.kernels import grouped_matmul as kernel
 from tests.closeness import BF16, F32, assert_close
 
-
 grouped_matmul = jax.jit(kernel.grouped_matmul, static_argnames=("platform", "dtype"))
 grouped_outer = jax.jit(kernel.grouped_outer, static_argnames="platform")
 align_groups = jax.jit(kernel.align_groups, static_argnums=2)

@@ -14,7 +14,6 @@ from tests.golden.compare import float64
 from tests.model.tiny import TINY
 from tests.oracles.attention import mla as oracle_mla
 
-
 apply = jax.jit(MLA.__call__)
 
 

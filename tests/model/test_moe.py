@@ -14,7 +14,6 @@ from tests.model.test_mla import _tree
 from tests.model.tiny import TINY
 from tests.oracles.experts import moe as oracle_moe
 
-
 apply = jax.jit(MoE.__call__)
 
 

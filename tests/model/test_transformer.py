@@ -141,7 +141,11 @@ def cached_model(config):
     return model, empty_cache(config, 3, 64, jnp.float32, mtp=True)
 
 
-@pytest.mark.parametrize("config", [TINY, YARN, GROUPED], ids=["mla", "yarn", "gqa"])
+@pytest.mark.parametrize(
+    "config",
+    [TINY, pytest.param(YARN, marks=pytest.mark.heavy), GROUPED],
+    ids=["mla", "yarn", "gqa"],
+)
 def test_decode_logits_equal_teacher_forced_logits(config):
     """Prompts of different lengths run in two chunks of 16, filled up with whatever; then rows
     decode, each at a position of its own. What comes in chunks comes expanded, the rest absorbed.
@@ -176,7 +180,7 @@ def test_absorbed_attention_equals_expanded():
         assert_close(got, want, F32, "entries")
 
 
-@pytest.mark.parametrize("after_norm", [True, False])
+@pytest.mark.parametrize("after_norm", [True, pytest.param(False, marks=pytest.mark.heavy)])
 def test_cached_mtp_modules_equal_the_training_forward(after_norm):
     """Module k at position p reads token p + k; both modules follow the main model in chunks."""
     config = dataclasses.replace(TINY, mtp_after_final_norm=after_norm)

@@ -10,7 +10,6 @@ from dsjax.precision.fp8 import quantize_block
 from tests.closeness import EXACT, assert_close
 from tests.oracles import fp8 as oracle
 
-
 pack = jax.jit(e5m6.pack)
 unpack = jax.jit(e5m6.PackedE5M6.unpack, static_argnums=1)
 

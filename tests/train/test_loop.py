@@ -86,7 +86,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def cheap_programs(tmp_path_factory):
-    """One device, few optimizations, and each program traced and compiled once for all the runs below."""
+    """One device, few optimizations; each program traced and compiled once for all runs below."""
     settings = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
         "jax_persistent_cache_min_compile_time_secs": 0,

@@ -96,7 +96,7 @@ def _config(**data):
     )
 
 
-@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("isolate", [pytest.param(False, marks=pytest.mark.heavy), True])
 def test_losses_ignore_what_follows_padding(isolate):
     row = tokens(1, 25)
     segments = jnp.asarray([[1] * 11 + [2] * 6 + [0] * 8], jnp.int32)

@@ -85,6 +85,7 @@ def test_batch_that_does_not_divide_is_refused_first(config, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.heavy
 def test_restored_run_says_what_changed(config, tmp_path):
     run, _ = prepare(config, tmp_path)
     record = {
