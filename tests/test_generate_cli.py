@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,24 @@ def test_chat_through_a_pipe(dense, tmp_path):
     half = len(done.stdout) // 2
     assert done.stdout[:half] == done.stdout[half:] != "\n"
     assert done.stderr.count("reply: 4 tokens") == 2
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15)])
+def test_signal_ends_generation_at_once(dense, number, code):
+    """Once it writes; what was written stays whole, and nothing else has to be saved."""
+    arguments = [dense, "--raw", "--prompt", "Some text", "--max-new-tokens", "1900"]
+    process = subprocess.Popen(
+        [sys.executable, "tools/generate.py", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stdout.read(1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code and b"Traceback" not in errors
 
 
 def test_base_model_does_not_chat(dense):

@@ -117,3 +117,39 @@ def test_sigterm_and_ctrl_c_save_and_the_run_resumes(folder):
         for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     assert steps == list(range(1, second + 1))
+
+
+def announced(process, words):
+    """Reads what a process says up to the line that holds the words."""
+    for line in process.stdout:
+        if words in line:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.mark.heavy
+def test_signal_in_compilation_ends_the_run_before_its_first_step(folder):
+    process = start(folder / "config.py", "--workdir", folder / "compiling")
+    announced(process, "compiling the training step")
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and "SIGTERM received: stopping" in errors
+    assert "Traceback" not in errors
+    assert not [*(folder / "compiling" / "checkpoints").glob("*")]
+
+
+@pytest.mark.heavy
+def test_second_signal_leaves_at_once_and_the_run_goes_on_from_its_last_checkpoint(folder):
+    each = ["--set", "train.checkpoint_every=5"]
+    process = start(folder / "config.py", "--workdir", folder / "twice", *each)
+    announced(process, "step 12/")
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (130, 143) and "Traceback" not in errors
+    process = start(folder / "config.py", "--workdir", folder / "twice", *each)
+    announced(process, "after step ")
+    announced(process, "step 12/")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143

@@ -51,6 +51,7 @@ class GQA(nnx.Module):
         """What decoding caches: rotated keys and values, [B, T, P, H] each."""
         return rope.rotate_halves(self._project(x_BTD, "k"), *angles), self._project(x_BTD, "v")
 
+    @jax.named_scope("attention")
     def __call__(
         self,
         x_BTD: jax.Array,

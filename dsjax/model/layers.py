@@ -95,6 +95,7 @@ class RMSNorm(nnx.Module):
         self.weight = declare((dim,), ("norm",), Constant(1.0))
         self.eps = eps
 
+    @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.weight[...], self.eps)
 
@@ -109,6 +110,7 @@ class FeedForward(nnx.Module):
         self.w_down = declare((hidden, dim), ("ffn", "embed"), init)
         self.policy = policy
 
+    @jax.named_scope("feed-forward")
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = (linear(x, w[...], self.policy) for w in (self.w_gate, self.w_up))
         return swiglu_linear(gate, up, self.w_down[...], self.policy)
@@ -119,6 +121,7 @@ class Embedding(nnx.Module):
         self.weight = declare((vocab_size, dim), ("vocab", "embed"), Normal(init_std))
         self.policy = policy
 
+    @jax.named_scope("embedding")
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int32 [...] -> [..., D] in the compute type; an id outside the vocabulary gives NaN."""
         return jnp.take(self.weight[...], tokens, axis=0).astype(self.policy.compute)

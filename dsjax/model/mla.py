@@ -102,6 +102,7 @@ class MLA(nnx.Module):
         expanded = linear(c_BSC, wkv_b, self.policy).reshape(*c_BSC.shape[:2], -1, width)
         return expand_keys_values(expanded, k_rope_BSR[:, :, None], config.qk_nope_head_dim)
 
+    @jax.named_scope("attention")
     def __call__(
         self,
         x_BTD: jax.Array,

@@ -105,6 +105,7 @@ class MoE(nnx.Module):
             self.shared = FeedForward(config.dim, hidden, config.init_std, policy)
         self.config = config
 
+    @jax.named_scope("experts")
     def __call__(
         self,
         x_BTD: jax.Array,

@@ -104,6 +104,7 @@ class Router(nnx.Module):
             self.bias = declare((config.n_routed_experts,), ("norm",), Constant(0.0), RouterState)
         self.config = config
 
+    @jax.named_scope("router")
     def __call__(self, x_MD: jax.Array, experts_MK: jax.Array | None = None) -> Routing:
         bias_E = self.bias[...] if self.config.router_bias else None
         return route(float32_matmul(x_MD, self.weight[...]), bias_E, self.config, experts_MK)

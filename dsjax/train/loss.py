@@ -72,6 +72,7 @@ def target_mask(segment_ids_BX: jax.Array, ahead: int, isolate: bool) -> jax.Arr
     return valid & (here == there) if isolate else valid
 
 
+@jax.named_scope("head")
 def cross_entropy(
     hidden_BTD: jax.Array,
     w_DV: jax.Array,

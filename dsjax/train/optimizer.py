@@ -51,6 +51,7 @@ def adamw(config: OptimConfig) -> Optimizer:
         ("decay", optax.add_decayed_weights(config.weight_decay, mask=decay_mask)),
     )
 
+    @jax.named_scope("optimizer")
     def update(
         grads: Any, state: optax.OptState, params: Any, learning_rate: jax.Array
     ) -> tuple[Any, optax.OptState, jax.Array]:

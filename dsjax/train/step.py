@@ -139,7 +139,9 @@ def train_step(
         updated = TrainState(params, router, optimizer_state)
         fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         metrics["skipped"] = ~fine
-        return jax.tree.map(lambda new, old: jnp.where(fine, new, old), updated, state), metrics
+        with jax.named_scope("optimizer"):
+            state = jax.tree.map(lambda new, old: jnp.where(fine, new, old), updated, state)
+        return state, metrics
 
     return step
 
