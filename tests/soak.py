@@ -109,7 +109,7 @@ def disturb(root: Path, draw: random.Random, deadline: float) -> int:
                 os.kill(process.pid, how)
                 code = process.wait()
                 killed += 1
-                # -how: before it listened, or by what nothing can listen to. A shell shows 128 + how.
+                # -how: before it listened, or what nobody can listen to. A shell shows 128 + how.
                 allowed = {0, -how} if how == signal.SIGKILL else {0, -how, 128 + how}
                 check(code in allowed, f"{how.name} gave exit code {code}")
             check(not descendants(process.pid), "a trainer left processes behind")
