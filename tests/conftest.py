@@ -32,5 +32,5 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# Thousands of traced programs stay alive, and walking over them all is a tenth of the time.
+# Thousands of traced programs stay alive, and walking over them all is a twentieth of the time.
 gc.set_threshold(50_000, 20, 100)

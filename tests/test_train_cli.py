@@ -120,10 +120,10 @@ def test_sigterm_and_ctrl_c_save_and_the_run_resumes(folder):
 
 
 def announced(process, words):
-    """Reads what a process says up to the line that holds the words."""
+    """Reads what a process says up to the line that holds the words, and gives that line."""
     for line in process.stdout:
         if words in line:
-            return
+            return line
     raise AssertionError(process.stderr.read())
 
 
@@ -145,11 +145,12 @@ def test_second_signal_leaves_at_once_and_the_run_goes_on_from_its_last_checkpoi
     announced(process, "step 12/")
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    rest, errors = process.communicate(timeout=60)
     assert process.returncode in (130, 143) and "Traceback" not in errors
+    assert "saved after step" not in rest
     process = start(folder / "config.py", "--workdir", folder / "twice", *each)
-    announced(process, "after step ")
-    announced(process, "step 12/")
+    line = announced(process, "resuming ")
+    assert int(re.search(r"after step (\d+) of", line)[1]) % 5 == 0
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 143

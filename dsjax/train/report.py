@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard and W&B for later, a progress display for now."""
+"""What a run tells: metrics.jsonl, TensorBoard and W&B to keep, a progress display to watch."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dsjax import settings
 from dsjax.checkpoint import store
 from dsjax.config import Config
-from dsjax.data.corpus import Corpus, prepare_corpus
+from dsjax.data.corpus import Corpus, Progress, prepare_corpus
 from dsjax.data.loader import Loader
 from dsjax.data.packing import HeldoutSequences, PackedSequences, heldout_sequences
 from dsjax.model.flops import train_flops_per_token
@@ -94,14 +94,12 @@ def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -
     pipeline.check(config, mesh)
     abstract = abstract_state(config, mesh)
     placement = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    corpus = _prepare_corpus(config, display)
-    rows = PackedSequences(
-        corpus.train,
-        corpus.tokenizer.special,
-        sequence_length=length,
-        seed=config.data.seed,
-        fim_rate=config.data.fim_rate,
+    corpus = corpus_of(config, display.counting("preparing the text"))
+    display.say(
+        f"text: {corpus.train.total_tokens:,} tokens in {len(corpus.train):,} documents, "
+        f"{corpus.heldout.total_tokens:,} in {len(corpus.heldout):,} held out"
     )
+    rows = training_rows(config, corpus)
     processes.check_same({"the config": settings.content_hash(config), "the text": rows.identity})
     loader = Loader(rows, share=lambda n: held_rows(_batch_shape(n, config), mesh))
     heldout = heldout_sequences(corpus.heldout, corpus.tokenizer.special, sequence_length=length)
@@ -139,9 +137,10 @@ def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -
     )
 
 
-def _prepare_corpus(config: Config, display: Display) -> Corpus:
+def corpus_of(config: Config, progress: Progress | None = None) -> Corpus:
+    """The text that a config trains on and is scored on, tokenized or from the cache."""
     data = config.data
-    corpus = prepare_corpus(
+    return prepare_corpus(
         files=data.files,
         heldout_files=data.heldout_files,
         heldout_fraction=data.heldout_fraction,
@@ -149,13 +148,19 @@ def _prepare_corpus(config: Config, display: Display) -> Corpus:
         tokenizer_path=data.tokenizer,
         vocab_size=config.model.vocab_size,
         cache_dir=data.cache_dir,
-        progress=display.counting("preparing the text"),
+        progress=progress,
     )
-    display.say(
-        f"text: {corpus.train.total_tokens:,} tokens in {len(corpus.train):,} documents, "
-        f"{corpus.heldout.total_tokens:,} in {len(corpus.heldout):,} held out"
+
+
+def training_rows(config: Config, corpus: Corpus) -> PackedSequences:
+    """The rows that a config's steps take, in order."""
+    return PackedSequences(
+        corpus.train,
+        corpus.tokenizer.special,
+        sequence_length=config.data.sequence_length,
+        seed=config.data.seed,
+        fim_rate=config.data.fim_rate,
     )
-    return corpus
 
 
 def _restore_or_make(

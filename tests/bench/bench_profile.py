@@ -12,7 +12,6 @@ a config is given.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import gzip
 import json
@@ -27,14 +26,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsjax import settings
-from dsjax.config import Config
-from dsjax.data.corpus import prepare_corpus
+from dsjax import command
 from dsjax.data.loader import Loader
-from dsjax.data.packing import PackedSequences
 from dsjax.model.flops import train_flops_per_token
 from dsjax.parallel.mesh import make_mesh
 from dsjax.train import schedule
+from dsjax.train.setup import corpus_of, training_rows
 from dsjax.train.step import initial_state, train_step
 from dsjax.train.throughput import measure_matmul_flops
 
@@ -43,27 +40,6 @@ ROUNDS, BATCHES = 5, 200
 # "  %name = type opcode(operands), ..., metadata={op_name="..."}"
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .*? ([\w-]+)\(")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
-
-
-def loader_of(config: Config) -> Loader:
-    data = config.data
-    corpus = prepare_corpus(
-        files=data.files,
-        heldout_files=data.heldout_files,
-        heldout_fraction=data.heldout_fraction,
-        text_field=data.text_field,
-        tokenizer_path=data.tokenizer,
-        vocab_size=config.model.vocab_size,
-        cache_dir=data.cache_dir,
-    )
-    rows = PackedSequences(
-        corpus.train,
-        corpus.tokenizer.special,
-        sequence_length=data.sequence_length,
-        seed=data.seed,
-        fim_rate=data.fim_rate,
-    )
-    return Loader(rows)
 
 
 def parts_of(program: str) -> dict[str, tuple[str, bool]]:
@@ -94,14 +70,12 @@ def traced(run: Any) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Where the time of a train step goes.")
-    parser.add_argument("config", nargs="?", default="configs/tiny.py")
-    parser.add_argument("--set", nargs="+", default=[], metavar="key=value")
-    arguments = parser.parse_args()
-    config = settings.override(settings.load_config(arguments.config), arguments.set)
+    parser = command.make_parser(__doc__)
+    command.add_config(parser, default="configs/tiny.py")
+    config = command.load(parser.parse_args())
 
     mesh = make_mesh({"data": 1}, n_devices=1)
-    state, loader = initial_state(config, mesh), loader_of(config)
+    state, loader = initial_state(config, mesh), Loader(training_rows(config, corpus_of(config)))
     size = schedule.batch_size(config.train, 0)
     tokens = size * config.data.sequence_length
 

@@ -50,7 +50,7 @@ def test_rounding_is_to_the_nearest_even_in_one_step():
 
 def test_layout_is_as_documented():
     # 1 is 01111 000000, -1.5 is 1 01111 100000; the scale 2^-15 moves both up by 15 exponents.
-    packed = pack(jnp.asarray([[1.0, -1.5]], jnp.float32))
+    packed = e5m6.pack(jnp.asarray([[1.0, -1.5]], jnp.float32))
     scale = float(packed.scales[0, 0])
     assert scale == 2.0**-15
     a, b = 30 << 6, 1 << 11 | 30 << 6 | 32
