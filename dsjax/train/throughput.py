@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 # Dense bfloat16 FLOP/s of a device, by the beginning of its device_kind; the first match counts.
 _PEAKS = (
@@ -69,9 +70,10 @@ def peak_flops(devices: Sequence[Any]) -> Peak:
     )
 
 
-def measure_matmul_flops(size: int = 1536) -> float:
-    """FLOP/s of a square float32 matrix product on the default device: the best of five."""
-    x = jnp.ones((size, size), jnp.float32)
+def measure_matmul_flops(size: int = 1536, dtype: DTypeLike = jnp.float32) -> float:
+    """FLOP/s of a square matrix product on the default device: the best of five."""
+    # Random, for zeros and ones draw less power, which lets some devices run faster.
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()
     seconds = []

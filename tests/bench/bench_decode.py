@@ -1,11 +1,11 @@
 """Greedy generation with the V3 architecture against Hugging Face transformers, on this machine, in
 one run.
 
-The 80M parameters of bench_train_step, float32, random weights and prompts: 128 new tokens after a
-prompt of 128, batch 1 and 8. A decoding step's time is the difference between generating 128 tokens
-and one, divided by 127. The sides take turns, so that a noisy neighbour hits both; the ratio of
-medians is printed. The limit is the time to read what a step reads, the activated parameters and
-the cache, at the rate at which this machine adds up a large array.
+The models and types of bench_train_step, random weights and prompts: 128 new tokens after a prompt
+of 128, batch 1 and 8. A decoding step's time is the difference between generating 128 tokens and
+one, divided by 127. The sides take turns; the ratio of medians is printed. The limit is the time to
+read what a step reads, the activated parameters and the cache, at the rate at which this machine
+adds up a large array.
 
 Run: python -m tests.bench.bench_decode, after `pip install -e '.[reference]'` for the Hugging Face
 side.
@@ -13,31 +13,38 @@ side.
 
 from __future__ import annotations
 
-import os
 import statistics
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from dsjax.config import Config
 from dsjax.infer.engine import Engine, Request
 from dsjax.infer.sampling import Sampling
 from dsjax.model.flops import cache_bytes_per_token
 from dsjax.model.parameters import declarations, initialize
 from dsjax.model.transformer import Transformer
 from dsjax.precision.policy import Policy
-from tests.bench.bench_train_step import MODEL, transformers_model
+from tests.bench.sides import cases, machine, seconds, transformers_model
 
 PROMPT, NEW, ROUNDS = 128, 128, 5
 
 Generate = Callable[[np.ndarray, int], object]  # prompts [B, T], new tokens
 
 
-def dsjax_generate() -> Generate:
-    declared = Transformer(MODEL, Policy(jnp.float32))
-    engine = Engine(jax.jit(lambda key: initialize(declared, key))(jax.random.key(0)))
+def dsjax_generate(config: Config) -> Generate:
+    dtype = jnp.dtype(config.precision.compute)
+    declared = Transformer(config.model, Policy(dtype))
+
+    def make(key: jax.Array) -> Transformer:
+        """Weights of the type that a checkpoint's would be loaded as; the router's bias stays."""
+        graph, parameters, rest = nnx.split(initialize(declared, key), nnx.Param, ...)
+        return nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), parameters), rest)
+
+    engine = Engine(jax.jit(make)(jax.random.key(0)))
 
     def generate(prompts_BT: np.ndarray, n_tokens: int) -> object:
         greedy = Sampling(temperature=0.0)
@@ -48,12 +55,14 @@ def dsjax_generate() -> Generate:
     return generate
 
 
-def transformers_generate() -> Generate:
-    model = transformers_model().eval()
+def transformers_generate(config: Config) -> Generate:
+    model = transformers_model(config).eval()
     import torch
 
+    model = model.to(getattr(torch, config.precision.compute))
+
     def generate(prompts_BT: np.ndarray, n_tokens: int) -> object:
-        prompts = torch.from_numpy(prompts_BT)
+        prompts = torch.from_numpy(prompts_BT).to(model.device)
         return model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
@@ -66,17 +75,17 @@ def transformers_generate() -> Generate:
     return generate
 
 
-def limit_seconds(batch: int, bytes_per_second: float) -> float:
+def limit_seconds(config: Config, batch: int, bytes_per_second: float) -> float:
     """The time to read what a step of decoding reads, with experts evenly chosen."""
-    E, K = MODEL.n_routed_experts, MODEL.n_activated_experts
-    declared = declarations(Transformer(MODEL, Policy(jnp.float32)))
+    model, width = config.model, jnp.dtype(config.precision.compute).itemsize
+    E, K = model.n_routed_experts, model.n_activated_experts
     chosen = E * (1 - (1 - K / E) ** batch)
     read = 0.0
-    for parameter in declared:
+    for parameter in declarations(Transformer(model, Policy(jnp.float32))):
         if not parameter.path.startswith("embed."):
             share = chosen / E if ".experts." in parameter.path else 1.0
-            read += 4 * share * parameter.count
-    read += batch * (PROMPT + NEW / 2) * cache_bytes_per_token(MODEL, bytes_per_value=4)
+            read += width * share * parameter.count
+    read += batch * (PROMPT + NEW / 2) * cache_bytes_per_token(model, bytes_per_value=width)
     return read / bytes_per_second
 
 
@@ -85,13 +94,7 @@ def measure_read_rate() -> float:
     array = jnp.ones((2**27,), jnp.float32)
     add = jax.jit(jnp.sum)
     add(array).block_until_ready()
-    return array.nbytes / min(_seconds(lambda: add(array).block_until_ready()) for _ in range(10))
-
-
-def _seconds(function: Callable[..., object], *arguments: object) -> float:
-    start = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - start
+    return array.nbytes / min(seconds(lambda: add(array).block_until_ready()) for _ in range(10))
 
 
 def step_seconds(sides: dict[str, Generate], prompts_BT: np.ndarray) -> dict[str, float]:
@@ -99,25 +102,32 @@ def step_seconds(sides: dict[str, Generate], prompts_BT: np.ndarray) -> dict[str
     times: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(ROUNDS + 1):
         for name, generate in sides.items():
-            one, many = (_seconds(generate, prompts_BT, n) for n in (1, NEW))
+            one, many = (seconds(generate, prompts_BT, n) for n in (1, NEW))
             if round_:  # the first compiles
                 times[name].append((many - one) / (NEW - 1))
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def compare(config: Config) -> None:
+    sides = {"dsjax": dsjax_generate(config), "transformers": transformers_generate(config)}
+    for batch in (1, 8):
+        prompts_BT = np.random.default_rng(0).integers(0, config.model.vocab_size, (batch, PROMPT))
+        median = step_seconds(sides, prompts_BT)
+        rate = measure_read_rate()
+        limit = limit_seconds(config, batch, rate)
+        print(f"{config.name}, {config.precision.compute}, batch {batch}, ", end="")
+        print(f"reading at {rate / 1e9:.0f} GB/s:")
+        for name, taken in [*median.items(), ("limit", limit)]:
+            print(f"  {name:13} {taken * 1e3:.2f} ms a step, {batch / taken:.0f} tokens/s", end="")
+            print(f", {limit / taken:.0%} of the limit")
+        ratio = median["transformers"] / median["dsjax"]
+        print(f"  dsjax / transformers: {ratio:.2f}x the tokens/s")
 
 
 def main() -> None:
-    sides = {"dsjax": dsjax_generate(), "transformers": transformers_generate()}
-    print(f"jax {jax.__version__} on {jax.default_backend()}, {os.cpu_count()} cores")
-    for batch in (1, 8):
-        prompts_BT = np.random.default_rng(0).integers(0, MODEL.vocab_size, (batch, PROMPT))
-        median = step_seconds(sides, prompts_BT)
-        rate = measure_read_rate()
-        limit = limit_seconds(batch, rate)
-        print(f"batch {batch}, reading at {rate / 1e9:.0f} GB/s:")
-        for name, seconds in [*median.items(), ("limit", limit)]:
-            print(f"  {name:13} {seconds * 1e3:.2f} ms a step, {batch / seconds:.0f} tokens/s")
-        ratio = median["transformers"] / median["dsjax"]
-        print(f"  dsjax / transformers: {ratio:.2f}x the tokens/s")
+    print(machine())
+    for config in cases():
+        compare(config)
 
 
 if __name__ == "__main__":

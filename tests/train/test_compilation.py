@@ -24,6 +24,13 @@ def test_compiled_compiles_once_for_each_batch_shape():
     assert traces == [(2, 3), (4, 3)] and len(announced) == 2 and program.seconds > 0
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_compiler_knows_the_options_of_a_platform(platform):
+    # Options of GPUs are parsed on any machine; TPUs' by libtpu alone (tests/plan).
+    options = compilation.compiler_options(platform)
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+
+
 @pytest.fixture
 def cache_setting():
     before = jax.config.jax_compilation_cache_dir

@@ -1,0 +1,217 @@
+"""What several benchmarks measure: models for the machine at hand, a training step of ours and of
+transformers', and turns in which sides take each other's place.
+
+A CPU gets 80M parameters in float32; an accelerator gets bfloat16, `configs/small.py` and a shape
+of 3B with V3's own head sizes. MTP is off, for transformers has none; random weights and tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs.small import config as SMALL
+from dsjax.config import Config, DataConfig, ModelConfig, OptimConfig, PrecisionConfig, TrainConfig
+from dsjax.parallel.mesh import make_mesh
+from dsjax.train.compilation import compiler_options
+from dsjax.train.step import initial_state, train_step
+
+Step = Callable[[], float]
+
+# Both sides share an accelerator's memory, so neither may take it all when it starts.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+_V3_ROUTING: dict[str, Any] = {
+    "router_bias": True,
+    "norm_topk": True,
+    "route_scale": 2.5,
+    "init_std": 0.02,
+}
+MODEL_80M = ModelConfig(
+    vocab_size=8192,
+    dim=512,
+    n_layers=6,
+    n_dense_layers=1,
+    n_heads=8,
+    inter_dim=1408,
+    q_lora_rank=192,
+    kv_lora_rank=128,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=32,
+    v_head_dim=64,
+    n_routed_experts=32,
+    n_shared_experts=1,
+    n_activated_experts=4,
+    moe_inter_dim=256,
+    n_expert_groups=4,
+    n_limited_groups=2,
+    **_V3_ROUTING,
+)
+MODEL_3B = ModelConfig(
+    vocab_size=32768,
+    dim=2048,
+    n_layers=16,
+    n_dense_layers=1,
+    n_heads=16,
+    inter_dim=5632,
+    q_lora_rank=768,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    n_routed_experts=56,
+    n_shared_experts=1,
+    n_activated_experts=6,
+    moe_inter_dim=512,
+    n_expert_groups=8,
+    n_limited_groups=4,
+    **_V3_ROUTING,
+)
+
+
+def case(name: str, model: ModelConfig, batch: int, length: int, compute: Any) -> Config:
+    return Config(
+        name=name,
+        model=model,
+        data=DataConfig(sequence_length=length),
+        train=TrainConfig(batch_size=batch, sequence_balance=0.0),
+        optim=OptimConfig(learning_rate=1e-4),
+        precision=PrecisionConfig(compute=compute),
+    )
+
+
+def cases() -> list[Config]:
+    """What is measured on this machine."""
+    if jax.default_backend() == "cpu":
+        return [case("80M", MODEL_80M, 4, 512, "float32")]
+    small = dataclasses.replace(SMALL.model, n_mtp=0)
+    return [
+        case("small", small, 16, 2048, "bfloat16"),
+        case("3B", MODEL_3B, 4, 4096, "bfloat16"),
+    ]
+
+
+def machine() -> str:
+    device = jax.devices()[0]
+    return f"jax {jax.__version__} on {device.device_kind}, {os.cpu_count()} cores"
+
+
+def random_tokens(config: Config) -> np.ndarray:
+    """int32 [B, T + 1]."""
+    shape = config.train.batch_size, config.data.sequence_length + 1
+    return np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
+
+
+def dsjax_step(config: Config) -> Step:
+    """A training step of a config, on one device and random tokens; returns the loss."""
+    state = initial_state(config, make_mesh({"data": 1}, n_devices=1))
+    options = compiler_options(jax.default_backend())
+    step = jax.jit(train_step(config), donate_argnums=0, compiler_options=options)
+    tokens = jnp.asarray(random_tokens(config))[None]
+    batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens)}
+    knobs = {"learning_rate": 1e-4, "mtp_weight": 0.3, "bias_update_speed": 1e-3}
+    knobs = {name: jnp.float32(value) for name, value in knobs.items()}
+
+    def run() -> float:
+        nonlocal state
+        state, metrics = step(state, batch, knobs)
+        return float(jax.block_until_ready((state, metrics))[1]["loss"])
+
+    return run
+
+
+def transformers_model(config: Config, **options: Any) -> Any:
+    """transformers' DeepseekV3ForCausalLM of the same shapes, float32, random weights."""
+    try:
+        import torch
+        import transformers
+    except ModuleNotFoundError as error:
+        sys.exit(f"{error.name} is not installed; first: pip install -e '.[reference]'")
+
+    model = config.model
+    theirs = transformers.DeepseekV3Config(
+        vocab_size=model.vocab_size,
+        hidden_size=model.dim,
+        intermediate_size=model.inter_dim,
+        moe_intermediate_size=model.moe_inter_dim,
+        num_hidden_layers=model.n_layers,
+        num_attention_heads=model.n_heads,
+        num_key_value_heads=model.n_heads,
+        n_shared_experts=model.n_shared_experts,
+        n_routed_experts=model.n_routed_experts,
+        num_experts_per_tok=model.n_activated_experts,
+        n_group=model.n_expert_groups,
+        topk_group=model.n_limited_groups,
+        routed_scaling_factor=model.route_scale,
+        norm_topk_prob=True,
+        first_k_dense_replace=model.n_dense_layers,
+        q_lora_rank=model.q_lora_rank,
+        kv_lora_rank=model.kv_lora_rank,
+        qk_nope_head_dim=model.qk_nope_head_dim,
+        qk_rope_head_dim=model.qk_rope_head_dim,
+        v_head_dim=model.v_head_dim,
+        max_position_embeddings=config.data.sequence_length,
+        **options,
+    )
+    torch.manual_seed(0)
+    return transformers.DeepseekV3ForCausalLM(theirs).float().to(torch_device())
+
+
+def torch_device() -> str:
+    """Where transformers runs: on the kind of machine that we do."""
+    import torch
+
+    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+
+
+def transformers_step(config: Config) -> Step:
+    """The same step by transformers and torch's AdamW; bfloat16 by autocast, masters float32."""
+    model = transformers_model(config, use_cache=False).train()
+    import torch
+
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    tokens = torch.from_numpy(random_tokens(config)).long().to(model.device)
+    half = config.precision.compute == "bfloat16"
+
+    def run() -> float:
+        adamw.zero_grad(set_to_none=True)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+            logits = model(tokens[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), tokens[:, 1:].flatten()
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adamw.step()
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return float(loss.detach())
+
+    return run
+
+
+def seconds(function: Callable[..., object], *arguments: object) -> float:
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def median_seconds(sides: dict[str, Step], rounds: int) -> dict[str, float]:
+    """Of each side its median time: all take turns, so that a noisy neighbour hits each of them.
+
+    The first round, which compiles, is not counted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds + 1):
+        for name, step in sides.items():
+            times[name].append(seconds(step))
+    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
