@@ -35,7 +35,8 @@ from dsjax.train import compilation, loop
 
 BRIEF = ["train.log_every=1", "train.eval_every=0", "train.checkpoint_every=0"]
 MODELS = {
-    "tiny": ("configs/tiny.py", ["train.steps=200", *BRIEF]),
+    # Rematerialised, for what FP8 keeps of the forward pass is then what large models keep.
+    "tiny": ("configs/tiny.py", ["train.steps=200", "train.remat=selective", *BRIEF]),
     "small": (  # its layers, three of the twelve, and a shorter text
         "configs/small.py",
         [
