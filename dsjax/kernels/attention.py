@@ -6,7 +6,9 @@ pass is written down (FlashAttention, arXiv:2205.14135, appendix B): it keeps on
 computes a chunk's probabilities again. Scores and softmax are float32.
 
 On a TPU it is the Mosaic kernel that ships with JAX (splash attention), which walks the square in
-tiles on the chip; the chunks serve there for lengths that tiles do not divide.
+tiles on the chip; the chunks serve there for lengths that tiles do not divide. On a GPU it is the
+kernel that tokamax chooses for it, where tokamax is installed: MLA's keys may be wider than its
+values there.
 
 `reference_attention` is the definition, with the whole score matrix and autodiff.
 """
@@ -20,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dsjax.kernels.shipped import tokamax
 from dsjax.kernels.varying import shipped_promotion
 
 # Small chunks stay in cache and skip more of the square; their loop is unrolled, so they are few.
@@ -50,8 +53,27 @@ def causal_attention(
     """
     if platform == "tpu" and q_BTNH.shape[1] % _MIN_TILE == 0:
         return splash_attention(q_BTNH, k_BTPH, v_BTPW, scale, segment_ids_BT)
+    if platform == "gpu" and tokamax():
+        return tokamax_attention(q_BTNH, k_BTPH, v_BTPW, scale, segment_ids_BT)
     grouped = _group_heads(q_BTNH, k_BTPH, v_BTPW)
     return _ungroup_heads(_attention(*grouped, segment_ids_BT, scale))
+
+
+def tokamax_attention(
+    q_BTNH: jax.Array,
+    k_BTPH: jax.Array,
+    v_BTPW: jax.Array,
+    scale: float,
+    segment_ids_BT: jax.Array | None,
+) -> jax.Array:
+    """`causal_attention` through the fastest of tokamax's kernels that takes these shapes here."""
+    same_B1TT = None
+    if segment_ids_BT is not None:
+        same_B1TT = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
+    with shipped_promotion():
+        return tokamax().dot_product_attention(
+            q_BTNH, k_BTPH, v_BTPW, mask=same_B1TT, scale=scale, is_causal=True
+        )
 
 
 def splash_attention(

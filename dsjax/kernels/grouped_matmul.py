@@ -11,7 +11,7 @@ Three ways, the same numbers, chosen by `platform`, the kind of machine the prog
   product on v5e, v6e and tpu7x, E times the useful work.
 * cpu: plain XLA, blocks of rows inside a loop over groups. Large blocks keep the product fast,
   small ones finish a group, so at most a small block a group is wasted; each weight is read once.
-* gpu: `lax.ragged_dot`.
+* gpu: the kernel that tokamax chooses, where it is installed; `lax.ragged_dot_general` otherwise.
 
 On the CPU groups are walked in order and a block may run past the end of its group: the rows there
 are rewritten when their own group's turn comes. That is why no padding between groups is needed.
@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from dsjax.kernels.shipped import tokamax
 from dsjax.kernels.varying import call_shipped, vary_as
 
 _LARGE_BLOCK, _SMALL_BLOCK = 256, 32
@@ -185,18 +186,28 @@ def _blocked_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.
 def _ragged_matmul(
     x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose_w: bool, dtype: DTypeLike
 ) -> jax.Array:
-    w_EDF = w_EDF.swapaxes(1, 2) if transpose_w else w_EDF
-    out = lax.ragged_dot(x_AD, w_EDF, sizes_E, preferred_element_type=jnp.float32)
-    return out.astype(dtype)
+    contracted = ((1,), (2 if transpose_w else 1,))
+    return _ragged_dot(x_AD, w_EDF, sizes_E, contracted, [0]).astype(dtype)
 
 
 def _ragged_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    return _ragged_dot(x_AD, y_AF, sizes_E, ((0,), (0,)), [])
+
+
+def _ragged_dot(x, y, sizes_E: jax.Array, contracted: Any, groups: list[int]) -> jax.Array:
+    """The product over x's rows in groups, float32; `groups` is where y has a dimension of them."""
     numbers = lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((0,), (0,)), ((), ())),
+        dot_dimension_numbers=(contracted, ((), ())),
         lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=[],
+        rhs_group_dimensions=groups,
     )
-    return lax.ragged_dot_general(x_AD, y_AF, sizes_E, numbers, preferred_element_type=jnp.float32)
+    installed = tokamax()
+    multiply = functools.partial(
+        installed.ragged_dot_general if installed else lax.ragged_dot_general,
+        ragged_dot_dimension_numbers=numbers,
+        preferred_element_type=jnp.float32,
+    )
+    return call_shipped(multiply, x, y, sizes_E) if installed else multiply(x, y, sizes_E)
 
 
 def _megablox_matmul(

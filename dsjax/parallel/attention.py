@@ -20,8 +20,8 @@ def attend_here(
 ) -> jax.Array:
     """`dsjax.kernels.attention.causal_attention` under the current mesh.
 
-    The compiler splits plain XLA by itself. A TPU's kernel it cannot split, so there each device is
-    given its part by hand: q[B_batch, T, N_heads, H] and so on, no communication.
+    The compiler splits plain XLA by itself. A TPU's or GPU's kernel it cannot split, so there each
+    device is given its part by hand: q[B_batch, T, N_heads, H] and so on, no communication.
     """
     arguments = (q_BTNH, k_BTPH, v_BTPW)
     if segment_ids_BT is not None:
@@ -37,6 +37,6 @@ def attend_here(
         )
         return placed, placed[0]
 
-    if platform != "tpu":
+    if platform == "cpu":
         return attention(*arguments)
     return on_shards(attention, arguments, specs, checked=False)

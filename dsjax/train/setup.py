@@ -17,6 +17,7 @@ from dsjax.config import Config
 from dsjax.data.corpus import Corpus, Progress, prepare_corpus
 from dsjax.data.loader import Loader
 from dsjax.data.packing import HeldoutSequences, PackedSequences, heldout_sequences
+from dsjax.kernels.shipped import tokamax
 from dsjax.model.flops import train_flops_per_token
 from dsjax.parallel import processes
 from dsjax.parallel.context import check_length
@@ -99,6 +100,11 @@ def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -
         f"text: {corpus.train.total_tokens:,} tokens in {len(corpus.train):,} documents, "
         f"{corpus.heldout.total_tokens:,} in {len(corpus.heldout):,} held out"
     )
+    if jax.default_backend() == "gpu" and not tokamax():
+        display.say(
+            "tokamax is not installed, so experts and attention run without kernels of their own, "
+            "slowly; with Python 3.12: pip install -e '.[kernels]'"
+        )
     rows = training_rows(config, corpus)
     processes.check_same({"the config": settings.content_hash(config), "the text": rows.identity})
     loader = Loader(rows, share=lambda n: held_rows(_batch_shape(n, config), mesh))

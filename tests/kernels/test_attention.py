@@ -1,4 +1,4 @@
-"""Chunked attention against the whole score matrix, and what causality and isolation mean."""
+"""Attention against the whole score matrix, and what causality and isolation mean."""
 
 import functools
 
@@ -28,8 +28,9 @@ def _segments(length):
     return jnp.asarray(np.repeat(np.arange(length) // 170 + 1, 2).reshape(length, 2).T, jnp.int32)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])  # "gpu" is tokamax's where it is installed
 @pytest.mark.parametrize("isolated", [False, True])
-def test_chunked_attention_equals_reference_in_value_and_gradient(isolated):
+def test_attention_equals_reference_in_value_and_gradient(isolated, platform):
     q, k, v = _inputs(1100)
     segments = _segments(1100) if isolated else None
 
@@ -44,7 +45,7 @@ def test_chunked_attention_equals_reference_in_value_and_gradient(isolated):
 
     for name, got, want in zip(
         ("dq", "dk", "dv", "out"),
-        jax.tree.leaves(run(causal_attention)),
+        jax.tree.leaves(run(functools.partial(module.causal_attention, platform=platform))),
         jax.tree.leaves(run(reference_attention)),
         strict=True,
     ):

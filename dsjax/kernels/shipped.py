@@ -1,0 +1,22 @@
+"""tokamax, the kernels that JAX's authors keep for GPUs: used where it is installed.
+
+It needs Python 3.12 and a later JAX than Python 3.11 has, so it is an extra, `[kernels]`. Without
+it a GPU multiplies experts by `lax.ragged_dot`, which XLA turns into a dense product there.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+
+@functools.cache
+def tokamax() -> Any:
+    """The module, or None where it is not installed."""
+    try:
+        import tokamax as module  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        if error.name != "tokamax":
+            raise
+        return None
+    return module
