@@ -6,13 +6,14 @@ Two things are watched. A run whose trainer is killed (SIGKILL, SIGTERM, Ctrl-C)
 and resumed, again and again, must end with the same bits as one that nobody disturbed: parameters,
 moments, router bias, place in the data, metrics; no checkpoint may be damaged, no process left.
 And a process that trains, saves, restores, evaluates and generates round after round must not grow:
-memory and open files are printed, and the soak fails when the last half of the rounds holds more
-than the first.
+the memory in use (Linux with glibc) and open files are printed, and the soak fails when the last
+half of the rounds holds more than the first.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import hashlib
 import json
@@ -184,6 +185,7 @@ def repeat(root: Path, deadline: float) -> int:
         shutil.rmtree(root / "round")
         del engine
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what glibc keeps of freed memory is no growth of ours
         held.append((resident_megabytes(), len(os.listdir("/proc/self/fd"))))
         print(f"round {len(held)}: {held[-1][0]:.0f} MB, {held[-1][1]} open files", flush=True)
     later = held[len(held) // 4 :]  # the first rounds compile, and fill caches
