@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsjax.kernels.shipped import tokamax
+from dsjax.kernels.gpu import tokamax
 from dsjax.kernels.varying import shipped_promotion
 
 # Small chunks stay in cache and skip more of the square; their loop is unrolled, so they are few.

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from dsjax.kernels.shipped import tokamax
+from dsjax.kernels.gpu import tokamax
 from dsjax.kernels.varying import call_shipped, vary_as
 
 _LARGE_BLOCK, _SMALL_BLOCK = 256, 32

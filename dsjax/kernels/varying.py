@@ -28,7 +28,7 @@ def vary_as(x: jax.Array, *others: jax.Array) -> jax.Array:
 
 
 def call_shipped(kernel: Callable[..., jax.Array], *inputs: jax.Array) -> jax.Array:
-    """Runs a kernel that ships with JAX, inside `shard_map` too: its code does not say over which
+    """Runs a kernel of JAX's or tokamax's, inside `shard_map` too: its code does not say over which
     mesh axes its output varies, so for the length of the call nobody asks.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -47,6 +47,6 @@ def call_shipped(kernel: Callable[..., jax.Array], *inputs: jax.Array) -> jax.Ar
 
 @contextlib.contextmanager
 def shipped_promotion() -> Iterator[None]:
-    """JAX's defaults of dtype and rank promotion, on which the code of its kernels relies."""
+    """JAX's defaults of dtype and rank promotion, on which the code of such kernels relies."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield

@@ -17,7 +17,7 @@ from dsjax.config import Config
 from dsjax.data.corpus import Corpus, Progress, prepare_corpus
 from dsjax.data.loader import Loader
 from dsjax.data.packing import HeldoutSequences, PackedSequences, heldout_sequences
-from dsjax.kernels.shipped import tokamax
+from dsjax.kernels.gpu import tokamax
 from dsjax.model.flops import train_flops_per_token
 from dsjax.parallel import processes
 from dsjax.parallel.context import check_length

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dsjax.kernels import attention, grouped_matmul
-from dsjax.kernels.shipped import tokamax
+from dsjax.kernels.gpu import tokamax
 from tests.closeness import F32, assert_close
 
 
