@@ -44,16 +44,17 @@ MODELS = {
         "configs/tiny.py",
         ["train.steps=150", "optim.learning_rate=5e-4", "train.remat=selective", *BRIEF],
     ),
-    "small": (  # its layers, three of the twelve, and a shorter text
+    "small": (  # its layers, three of the twelve, shorter text, and half its learning rate
         "configs/small.py",
         [
             "model.n_layers=3",
             "model.vocab_size=4096",
             "data.sequence_length=256",
             "train.steps=60",
-            "train.batch_size=1",
+            "train.batch_size=2",
             "train.micro_batch_size=0",
             "train.bias_update_speed=0.01",
+            "optim.learning_rate=3e-4",
             "optim.warmup_steps=15",
             *BRIEF,
         ],
