@@ -163,14 +163,24 @@ def transformers_model(config: Config, **options: Any) -> Any:
         **options,
     )
     torch.manual_seed(0)
-    return transformers.DeepseekV3ForCausalLM(theirs).float().to(torch_device())
+    return (
+        transformers.DeepseekV3ForCausalLM(theirs)
+        .float()
+        .to("cuda" if jax.default_backend() == "gpu" else "cpu")
+    )
 
 
-def torch_device() -> str:
-    """Where transformers runs: on the kind of machine that we do."""
-    import torch
-
-    return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+def transformers_runs_here() -> bool:
+    """Whether torch can use the kind of machine that JAX uses. A CPU's figure beside an
+    accelerator's would say nothing, so there transformers is left out.
+    """
+    if jax.default_backend() != "gpu":
+        return jax.default_backend() == "cpu"
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return False
+    return torch.cuda.is_available()
 
 
 def transformers_step(config: Config) -> Step:
