@@ -30,6 +30,7 @@ bench: setup
 	$(BIN)/python -m tests.bench.bench_decode
 	$(BIN)/python -m tests.bench.bench_fp8_step
 	$(BIN)/python -m tests.bench.bench_fp8_gemm
+	$(BIN)/python -m tests.bench.bench_experts
 	$(BIN)/python -m tests.bench.bench_profile
 
 soak: setup

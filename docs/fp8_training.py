@@ -60,6 +60,11 @@ MODELS = {
         ],
     ),
 }
+OWN_RATE = {  # tiny as it is shipped, several seeds: there one pair of runs says nothing
+    f"tiny-seed{seed}": ("configs/tiny.py", ["train.steps=200", f"train.seed={seed}", *BRIEF])
+    for seed in (1, 2, 3)
+}
+MODELS |= OWN_RATE
 VARIANTS = {
     "bf16": ["precision.compute=bfloat16"],
     "float32": ["precision.compute=float32"],

@@ -204,15 +204,15 @@ def _choose_without_groups(experts_MK, n_experts):
     return RIGHT_CHOSEN(jax.lax.top_k(scores_ME, experts_MK.shape[1])[1], n_experts)
 
 
-def _one_document_a_row(f_BTX, share_BTX, documents_BT):
-    return RIGHT_PRODUCT(f_BTX, share_BTX, (documents_BT > 0).astype(jnp.int32))
+def _one_document_a_row(f_BTX, share_BTX, documents_BT, isolated):
+    return RIGHT_PRODUCT(f_BTX, share_BTX, documents_BT, False)
 
 
-def _padding_is_a_document(f_BTX, share_BTX, documents_BT):
-    return RIGHT_PRODUCT(f_BTX, share_BTX, documents_BT + 1)
+def _padding_is_a_document(f_BTX, share_BTX, documents_BT, isolated):
+    return RIGHT_PRODUCT(f_BTX, share_BTX, documents_BT + 1, isolated)
 
 
-def _documents_weigh_the_same(f_BTX, share_BTX, documents_BT):
+def _documents_weigh_the_same(f_BTX, share_BTX, documents_BT, isolated):
     f_BTX, share_BTX, documents_BT = map(np.asarray, (f_BTX, share_BTX, documents_BT))
     losses_of_documents = []
     for f_TX, share_TX, documents_T in zip(f_BTX, share_BTX, documents_BT, strict=True):
@@ -254,8 +254,9 @@ def _targets_of_the_main_model(segment_ids_BX, ahead, isolate):
 def _drop_beyond_capacity(y_AD, weights_MK, plan):
     """Keeps the first 2 A / E rows of each expert."""
     starts_E = jnp.cumsum(plan.sizes_E) - plan.sizes_E
-    expert_MK = jnp.searchsorted(jnp.cumsum(plan.sizes_E), plan.rows_MK, side="right")
-    place_MK = plan.rows_MK - starts_E[expert_MK]
+    rows_MK = plan.rows_KM.T
+    expert_MK = jnp.searchsorted(jnp.cumsum(plan.sizes_E), rows_MK, side="right")
+    place_MK = rows_MK - starts_E[expert_MK]
     kept = place_MK < 2 * plan.order_A.size // plan.sizes_E.size
     return RIGHT_COMBINE(y_AD, jnp.where(kept, weights_MK, 0.0), plan)
 
@@ -382,7 +383,7 @@ def test_equivalence_fails_when(mutation: Mutation, monkeypatch: pytest.MonkeyPa
 
 
 BALANCE = balance.BalanceWeights(
-    sequence=1.0, expert=0.0, device=0.0, communication=0.0, n_devices=8
+    sequence=1.0, expert=0.0, device=0.0, communication=0.0, n_devices=8, isolated=False
 )
 LENGTH = 48
 

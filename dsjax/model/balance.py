@@ -33,13 +33,16 @@ from dsjax.parallel import context
 
 
 class BalanceWeights(NamedTuple):
-    """Weight of each balance loss, and the groups that stand for devices."""
+    """Weight of each balance loss, the groups that stand for devices, and whether sequences are
+    documents, or whole rows.
+    """
 
     sequence: float
     expert: float
     device: float
     communication: float
     n_devices: int
+    isolated: bool
 
     @classmethod
     def of(cls, config: Config) -> BalanceWeights:
@@ -50,6 +53,7 @@ class BalanceWeights(NamedTuple):
             train.device_balance,
             train.communication_balance,
             train.n_balance_devices or config.model.n_expert_groups,
+            config.data.isolate_documents,
         )
 
 
@@ -76,36 +80,35 @@ def _chosen(experts_MK: jax.Array, n_experts: int) -> jax.Array:
     return jax.nn.one_hot(experts_MK, n_experts, dtype=jnp.float32).sum(axis=-2)
 
 
+def _frequency_times_share(
+    f_BTX: jax.Array, share_BTX: jax.Array, documents_BT: jax.Array, isolated: bool
+) -> jax.Array:
+    """Mean over documents, weighted by length, of sum_i mean_t(f) * mean_t(share). Scalar.
+
+    That is the mean over tokens of share times its document's mean of f, which has no gradient.
+    """
+    valid_BT1 = (documents_BT > 0).astype(jnp.float32)[:, :, None]
+    f_BTX *= valid_BT1
+    if isolated:
+        f_BTX, lengths = (_document_sums(x, documents_BT) for x in (f_BTX, valid_BT1))
+    else:
+        f_BTX, lengths = (x.sum(axis=1, keepdims=True) for x in (f_BTX, valid_BT1))
+    total = (share_BTX * valid_BT1 * (f_BTX / jnp.maximum(lengths, 1.0))).sum()
+    return total / jnp.maximum(valid_BT1.sum(), 1.0)
+
+
 def _document_sums(x_BTX: jax.Array, documents_BT: jax.Array) -> jax.Array:
-    """Running sums that restart with each document: [B, T, X]."""
+    """The sum over each token's document: [B, T, X]; exact for counts."""
     index = jnp.arange(documents_BT.shape[1], dtype=jnp.int32)[None]
-    first = jnp.pad(
-        documents_BT[:, 1:] != documents_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True
+    border = documents_BT[:, 1:] != documents_BT[:, :-1]
+    first, last = (
+        jnp.pad(border, ((0, 0), side), constant_values=True) for side in ((1, 0), (0, 1))
     )
     start_BT = jax.lax.cummax(jnp.where(first, index, 0), axis=1)
-    running = jnp.cumsum(x_BTX, axis=1)
-    before = jnp.take_along_axis(running - x_BTX, start_BT[:, :, None], axis=1)
-    return running - before
-
-
-def _frequency_times_share(
-    f_BTX: jax.Array, share_BTX: jax.Array, documents_BT: jax.Array
-) -> jax.Array:
-    """Mean over documents, weighted by length, of sum_i mean_t(f) * mean_t(share). Scalar."""
-    valid_BT = documents_BT > 0
-    last_BT = (
-        jnp.pad(documents_BT[:, 1:] != documents_BT[:, :-1], ((0, 0), (0, 1)), constant_values=True)
-        & valid_BT
-    )
-    valid = valid_BT.astype(jnp.float32)[:, :, None]
-    length_BT = _document_sums(valid, documents_BT)[:, :, 0]
-    product_BT = (
-        _document_sums(f_BTX * valid, documents_BT)
-        * _document_sums(share_BTX * valid, documents_BT)
-    ).sum(-1)
-    # length * (sum / length) * (sum / length)
-    per_document = jnp.where(last_BT, product_BT / jnp.maximum(length_BT, 1.0), 0.0)
-    return per_document.sum() / jnp.maximum(valid.sum(), 1.0)
+    end_BT = jax.lax.cummin(jnp.where(last, index, index.size - 1), axis=1, reverse=True)
+    running_BTX = jnp.cumsum(x_BTX, axis=1)
+    until = jnp.take_along_axis(running_BTX, end_BT[:, :, None], axis=1)
+    return until - jnp.take_along_axis(running_BTX - x_BTX, start_BT[:, :, None], axis=1)
 
 
 def balance_loss(
@@ -114,15 +117,15 @@ def balance_loss(
     """Adds up one layer's weighted balance losses.
 
     Args:
-      documents_BT: int32 id of each token's document (row-wide when documents are not isolated); 0
-        is padding.
+      documents_BT: int32 id of each token's document, 0 for padding; without `weights.isolated` a
+        row is one document.
 
     Returns:
       float32 scalar.
     """
     B, T = documents_BT.shape
     E, K = config.n_routed_experts, config.n_activated_experts
-    D = weights.n_devices
+    D, isolated = weights.n_devices, weights.isolated
     # A sequence's tokens together, in their order.
     documents_BT = context.restore(documents_BT)
     scores_ME, experts_MK = (
@@ -134,18 +137,20 @@ def balance_loss(
     if weights.sequence:
         best = jax.lax.top_k(jax.lax.stop_gradient(scores_ME), K)[1]
         f_BTE = (_chosen(best, E) * (E / K)).reshape(B, T, E)
-        total += weights.sequence * _frequency_times_share(f_BTE, share_BTE, documents_BT)
+        total += weights.sequence * _frequency_times_share(f_BTE, share_BTE, documents_BT, isolated)
     chosen_BTE = _chosen(experts_MK, E).reshape(B, T, E)
     if weights.expert:
         total += weights.expert * _frequency_times_share(
-            chosen_BTE * (E / K), share_BTE, documents_BT
+            chosen_BTE * (E / K), share_BTE, documents_BT, isolated
         )
     share_BTD = share_BTE.reshape(B, T, D, E // D).sum(axis=-1)
     chosen_BTDX = chosen_BTE.reshape(B, T, D, E // D)
     if weights.device:
         f_BTD = chosen_BTDX.mean(axis=-1) * (E / K)
-        total += weights.device * _frequency_times_share(f_BTD, share_BTD, documents_BT)
+        total += weights.device * _frequency_times_share(f_BTD, share_BTD, documents_BT, isolated)
     if weights.communication:
         f_BTD = chosen_BTDX.max(axis=-1) * (D / config.n_limited_groups)
-        total += weights.communication * _frequency_times_share(f_BTD, share_BTD, documents_BT)
+        total += weights.communication * _frequency_times_share(
+            f_BTD, share_BTD, documents_BT, isolated
+        )
     return total

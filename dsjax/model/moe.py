@@ -24,6 +24,7 @@ from dsjax.model.parameters import partition_specs
 from dsjax.model.router import Router, Routing
 from dsjax.parallel import exchange
 from dsjax.parallel.exchange import gather_weight
+from dsjax.parallel.expert import count
 from dsjax.parallel.sharding import Specs, on_shards, partition_spec, parts_here, split_axes
 from dsjax.precision.activations import swiglu_grouped_linear
 from dsjax.precision.matmul import grouped_linear
@@ -62,10 +63,8 @@ class Experts(nnx.Module):
           like: an array that differs between devices along the mesh axes that the rows do.
         """
         policy, axes = self.policy, split_axes("expert_embed")
-        # The multiplier's type, unless scales have to be found for the master weights first.
-        dtype = jnp.float32 if policy.fp8 else policy.compute
         weights = [
-            gather_weight(w[...], dim, axes, dtype)
+            gather_weight(w[...], dim, axes, policy.travels)
             for w, dim in ((self.w_gate, 1), (self.w_up, 1), (self.w_down, 2))
         ]
         w_gate, w_up, w_down = (vary_as(w, like) for w in weights)
@@ -176,8 +175,7 @@ class MoE(nnx.Module):
         )
         y_mD = jax.lax.psum(y_mD, split_axes("ffn"))
         counted = jnp.where(documents_bt.reshape(-1, 1) > 0, routing.experts_MK, E)
-        # One bin more than experts takes the padding.
-        counts_E = jnp.bincount(counted.reshape(-1), length=E + 1)[:-1].astype(jnp.int32)
+        counts_E = count(counted, E)
         missing = routing.experts_MK.size - computed
         everywhere = split_axes("batch", length)
         return (

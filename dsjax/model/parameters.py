@@ -8,10 +8,12 @@ import zlib
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from dsjax.parallel.sharding import constrain, optimizer_spec, partition_spec
+from dsjax.parallel.sharding import at_use, optimizer_spec, partition_spec
+from dsjax.precision.policy import Policy
 
 AnyModule = TypeVar("AnyModule", bound=nnx.Module)
 
@@ -83,7 +85,7 @@ def partition_specs(module: AnyModule, mesh: Mesh | AbstractMesh) -> AnyModule:
     return jax.tree_util.tree_map_with_path(place, module, is_leaf=_is_variable)
 
 
-def pinned(module: AnyModule) -> AnyModule:
+def pinned(module: AnyModule, policy: Policy) -> AnyModule:
     """Lays each parameter out as declared under the current mesh, and with it its gradient.
 
     For use where a module is: a layer out of a stack keeps its place while it is gathered for its
@@ -93,7 +95,8 @@ def pinned(module: AnyModule) -> AnyModule:
     def pin(variable: nnx.Variable) -> nnx.Variable:
         value = variable.get_value()
         axes = variable.get_metadata()["axes"]
-        return variable.copy(constrain(value, *axes[len(axes) - value.ndim :]))
+        dtype = jnp.float32 if "router_embed" in axes else policy.travels
+        return variable.copy(at_use(value, axes[len(axes) - value.ndim :], dtype))
 
     return jax.tree.map(pin, module, is_leaf=_is_variable)
 

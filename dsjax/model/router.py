@@ -98,7 +98,7 @@ def route(
 class Router(nnx.Module):
     def __init__(self, config: ModelConfig):
         self.weight = declare(
-            (config.dim, config.n_routed_experts), ("embed", "norm"), Normal(config.init_std)
+            (config.dim, config.n_routed_experts), ("router_embed", "norm"), Normal(config.init_std)
         )
         if config.router_bias:
             self.bias = declare((config.n_routed_experts,), ("norm",), Constant(0.0), RouterState)

@@ -219,7 +219,7 @@ class Transformer(nnx.Module):
         """Final norm and MTP modules, whose routing alone is in the result."""
 
         def mtp_module(carry: tuple[jax.Array, jax.Array, jax.Array], module: MTP):
-            module = pinned(module)
+            module = pinned(module, self.policy)
             hidden_BTD, tokens_BT, ahead_BT = carry
             tokens_BT, ahead_BT = shift_left(tokens_BT), shift_left(ahead_BT)
             # Where the token that is read lies in no document, or in another, there is no sequence
@@ -324,7 +324,7 @@ def run_layers(
     """Walks a stack of layers; None is the routing of dense ones."""
 
     def layer(x_BTD: jax.Array, block: Block):
-        return pinned(block)(x_BTD, context, balance)
+        return pinned(block, block.attn.policy)(x_BTD, context, balance)
 
     return jax.lax.scan(_remat(layer, remat), x_BTD, layers)
 

@@ -243,8 +243,7 @@ class _AllToAll(NamedTuple):
         x_RD = carry(self.way, True, fp8, dispatch(self.x_mD, out), route)
         weights_RK = carry(self.way, True, False, dispatch(self.weights_mK, out), route)
         # Rows that nobody sends arrive as 0, which must not be an expert.
-        token_S = out.order_A // ranks_mN.shape[1]
-        sent_SK = jnp.take(self.experts_mK + 1, token_S, axis=0, mode="fill", fill_value=0)
+        sent_SK = jnp.take(self.experts_mK + 1, out.tokens_A, axis=0, mode="fill", fill_value=0)
         experts_RK = _move(self.way, True, sent_SK, route) - 1
         return x_RD, _here(experts_RK, self.n_experts // self.n_ranks), weights_RK, (out, route)
 
@@ -254,7 +253,7 @@ class _AllToAll(NamedTuple):
         # y[R, D] -> all_to_all(expert) -> y[S, D] -> undispatch, sum -> y[m, D]
         out, route = returning
         y_SD = carry(self.way, False, fp8, y_RD, route)
-        return undispatch(y_SD, out).astype(jnp.float32).sum(axis=1)
+        return undispatch(y_SD, out).astype(jnp.float32).sum(axis=0)
 
 
 def _divide(average: float, slack: float, worst: int) -> tuple[int, int]:

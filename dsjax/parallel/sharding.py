@@ -17,21 +17,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 # Logical dimension -> mesh axes. Parameters are split over fsdp along the model width, which is
 # gathered at use, and over tensor along heads, feed-forward width and vocabulary, whose products
 # stay split. The expert axis splits the routed experts by number, and all other weights as fsdp
 # does. A weight without the model width, from a latent to the heads, is split along the heads.
+# What is gathered at use comes last in a dimension, so that a gathered part is of neighbours.
 AXIS_TABLE: dict[str, tuple[str, ...]] = {
     # parameters
     "layers": ("pipe",),
     "end_layers": (),
     "embed": ("fsdp", "expert"),
     "expert_embed": ("fsdp",),
+    "router_embed": ("fsdp", "expert"),  # a router's: float32 at use
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "latent": (),
-    "latent_heads": ("fsdp", "expert", "tensor"),
+    "latent_heads": ("tensor", "fsdp", "expert"),
     "ffn": ("tensor",),
     "experts": ("expert",),
     "norm": (),
@@ -129,6 +132,56 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(
         x, NamedSharding(mesh, partition_spec(axes, x.shape, mesh, "activation"))
     )
+
+
+def at_use(w: jax.Array, axes: Sequence[str], dtype: DTypeLike) -> jax.Array:
+    """Lays a parameter out for its products under the current mesh: as it was declared, and where
+    fsdp and expert both split a dimension, put together along expert. The rest the compiler does.
+
+    In two steps because the TPU's compiler gathers what is split over a whole slice by all-reduce,
+    as a sum of arrays that are zero but for one part: twice the bytes. The gradient is summed in
+    the same steps (`into_parts`).
+
+    Args:
+      axes: logical axes of w's dimensions.
+      dtype: what w travels as where it is put together; it keeps its own type.
+    """
+    if len(_steps(axes, w)) == 1:
+        return constrain(w, *axes)
+    return _at_use(w, tuple(axes), dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _at_use(w: jax.Array, axes: tuple[str, ...], dtype: DTypeLike) -> jax.Array:
+    sent = w.astype(dtype)
+    for spec in _steps(axes, w):
+        sent = jax.lax.with_sharding_constraint(sent, spec)
+    return sent.astype(w.dtype)
+
+
+_at_use.defvjp(
+    lambda w, axes, dtype: (_at_use(w, axes, dtype), None),
+    lambda axes, dtype, _, dw: (into_parts(dw, *axes),),
+)
+
+
+def into_parts(dw: jax.Array, *axes: str) -> jax.Array:
+    """Sums a parameter's gradient straight into each device's part, in the steps of `at_use`."""
+    for spec in _steps(axes, dw)[:0:-1]:
+        dw = jax.lax.with_sharding_constraint(dw, spec)
+    return constrain(dw, *axes)
+
+
+def _steps(axes: Sequence[str], w: jax.Array) -> list[PartitionSpec]:
+    """How a parameter lies, and how it does when it is put together along expert, if it is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return [PartitionSpec()]
+    spec = partition_spec(axes, w.shape, mesh, "parameter")
+    together = PartitionSpec(
+        *(names[:-1] if names and names[-2:] == ("fsdp", "expert") else names for names in spec)
+    )
+    return [spec] if together == spec else [spec, together]
 
 
 def split_axes(*logical: str) -> tuple[str, ...]:

@@ -61,3 +61,10 @@ class Policy:
             device = jax.devices()[0] if self.fp8 else None
             native = device is not None and device.platform == self.platform
             object.__setattr__(self, "native_fp8", native and multiplies_e4m3(device))
+
+    @property
+    def travels(self) -> DTypeLike:
+        """What weights are sent as: the multiplier's type, unless scales have to be found for the
+        master weights first.
+        """
+        return jnp.float32 if self.fp8 else self.compute

@@ -23,7 +23,7 @@ from dsjax.config import Config
 from dsjax.model.balance import BalanceWeights
 from dsjax.model.transformer import Hidden, Transformer
 from dsjax.parallel.context import arrange, pieces
-from dsjax.parallel.sharding import constrain, parts_here
+from dsjax.parallel.sharding import at_use, into_parts, parts_here
 from dsjax.precision.policy import Policy
 
 
@@ -100,7 +100,7 @@ def cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _cross_entropy(hidden_BTD, w_DV, targets_BT, mask_BT, policy, width):
-    weight = w_DV.astype(policy.compute)
+    weight = at_use(w_DV, ("embed", "vocab"), policy.compute).astype(policy.compute)
 
     def step(total, chunk):
         _, nll_Bt, _ = _chunk_nll(weight, *chunk)
@@ -112,7 +112,7 @@ def _cross_entropy(hidden_BTD, w_DV, targets_BT, mask_BT, policy, width):
 
 
 def _cross_entropy_forward(hidden_BTD, w_DV, targets_BT, mask_BT, policy, width):
-    weight = w_DV.astype(policy.compute)
+    weight = at_use(w_DV, ("embed", "vocab"), policy.compute).astype(policy.compute)
 
     def step(carry, chunk):
         total, dw_DV = carry
@@ -126,7 +126,7 @@ def _cross_entropy_forward(hidden_BTD, w_DV, targets_BT, mask_BT, policy, width)
             hidden, dlogits, ((0, 1), (0, 1)), preferred_element_type=jnp.float32
         )
         # Summed straight into each device's part: whole, it is the largest array of all.
-        dw_DV += constrain(chunk_dw_DV, "embed", "vocab")
+        dw_DV += into_parts(chunk_dw_DV, "embed", "vocab")
         return (total + nll_Bt.sum(), dw_DV), dhidden
 
     start = (jnp.float32(0), jnp.zeros(w_DV.shape, jnp.float32))

@@ -30,7 +30,7 @@ Step = Callable[[], float]
 # Both sides share an accelerator's memory, so neither may take it all when it starts.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-_V3_ROUTING: dict[str, Any] = {
+V3_ROUTING: dict[str, Any] = {
     "router_bias": True,
     "norm_topk": True,
     "route_scale": 2.5,
@@ -54,7 +54,7 @@ MODEL_80M = ModelConfig(
     moe_inter_dim=256,
     n_expert_groups=4,
     n_limited_groups=2,
-    **_V3_ROUTING,
+    **V3_ROUTING,
 )
 MODEL_3B = ModelConfig(
     vocab_size=32768,
@@ -74,7 +74,7 @@ MODEL_3B = ModelConfig(
     moe_inter_dim=512,
     n_expert_groups=8,
     n_limited_groups=4,
-    **_V3_ROUTING,
+    **V3_ROUTING,
 )
 
 
@@ -123,8 +123,9 @@ def dsjax_step(config: Config) -> Step:
 
     def run() -> float:
         nonlocal state
-        state, metrics = step(state, batch, knobs)
-        return float(jax.block_until_ready((state, metrics))[1]["loss"])
+        state, metrics = jax.block_until_ready(step(state, batch, knobs))
+        assert not metrics["dropped_tokens"]
+        return float(metrics["loss"])
 
     return run
 

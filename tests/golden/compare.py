@@ -180,7 +180,7 @@ def against_balance_oracle(name: str, isolated: bool) -> None:
     routing, config = routing_to_balance(name)
     documents_BT = DOCUMENTS if isolated else (DOCUMENTS > 0).astype(np.int32)
     weights = balance.BalanceWeights(
-        **{**dict.fromkeys(BALANCE_LOSSES, 0.0), name: 0.25}, n_devices=4
+        **{**dict.fromkeys(BALANCE_LOSSES, 0.0), name: 0.25}, n_devices=4, isolated=isolated
     )
     got = balance.balance_loss(routing, jnp.asarray(documents_BT), weights, config)
     scores = np.asarray(routing.scores_ME, np.float64).reshape(*DOCUMENTS.shape, -1)

@@ -20,8 +20,10 @@ SCORES = [[0.9, 0.8, 0.1, 0.2], [0.7, 0.6, 0.5, 0.4], [0.2, 0.9, 0.8, 0.1], [0.6
 NAMES = ["sequence", "expert", "device", "communication"]
 
 
-def _weights(name, value=1.0, devices=2):
-    return BalanceWeights(**{n: value * (n == name) for n in NAMES}, n_devices=devices)
+def _weights(name, value=1.0, devices=2, isolated=True):
+    return BalanceWeights(
+        **{n: value * (n == name) for n in NAMES}, n_devices=devices, isolated=isolated
+    )
 
 
 def _routing(scores, experts=None):
@@ -105,6 +107,20 @@ def test_a_hundred_small_steps_add_up_in_float32():
     np.testing.assert_allclose(bias, [[5.9, 6.1]], atol=1e-4)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_is_one_document_unless_they_are_isolated(name):
+    scores = np.random.default_rng(1).uniform(0.05, 0.95, (24, 4))
+    packed = jnp.asarray([[1] * 5 + [2] * 7, [3] * 2 + [4] * 6 + [0] * 4], jnp.int32)
+    rows = (packed > 0).astype(jnp.int32)
+    routing = _routing(scores)
+    want = balance_loss(routing, rows, _weights(name), FOUR)
+    got = balance_loss(routing, packed, _weights(name, isolated=False), FOUR)
+    assert float(got) == pytest.approx(float(want), rel=1e-6)
+    assert float(got) != pytest.approx(
+        float(balance_loss(routing, packed, _weights(name), FOUR)), rel=1e-3
+    )
+
+
 def test_max_violation_is_relative_to_the_mean():
     np.testing.assert_allclose(
         max_violation(jnp.asarray([[3, 3, 1, 1], [2, 2, 2, 2]])), [0.5, 0.0], atol=1e-7
@@ -115,4 +131,6 @@ def test_weights_come_from_the_config():
     config = Config(
         name="x", model=TINY, train=TrainConfig(sequence_balance=0.25, device_balance=0.5)
     )
-    assert BalanceWeights.of(config) == BalanceWeights(0.25, 0.0, 0.5, 0.0, TINY.n_expert_groups)
+    assert BalanceWeights.of(config) == BalanceWeights(
+        0.25, 0.0, 0.5, 0.0, TINY.n_expert_groups, isolated=False
+    )

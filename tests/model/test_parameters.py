@@ -7,7 +7,7 @@ import pytest
 
 from dsjax.model.layers import Embedding, RouterState
 from dsjax.model.moe import MoE
-from dsjax.model.parameters import declarations, initialize, shardings
+from dsjax.model.parameters import declarations, initialize, pinned, shardings
 from dsjax.model.transformer import Transformer
 from dsjax.parallel.mesh import make_mesh
 from dsjax.precision.policy import Policy
@@ -48,6 +48,18 @@ def test_initialize_is_the_same_split_over_devices():
         np.testing.assert_allclose(_by_path(split)[path], value, rtol=1e-6, err_msg=path)
     weight = split.experts.w_up[...]
     assert weight.sharding.shard_shape(weight.shape) == (8, 32 // 4, 16 // 2)
+
+
+def test_weights_travel_in_the_compute_type_and_the_router_in_float32():
+    """Where fsdp and expert both split a dimension; all of this layer's values are kept."""
+    layer, half = _moe(), Policy(jnp.bfloat16)
+    with jax.set_mesh(make_mesh({"fsdp": 2, "expert": 4})):
+        used = _by_path(jax.jit(lambda layer: pinned(layer, half))(layer))
+    for path, value in _by_path(layer).items():
+        rounded = "shared" in path
+        want = value.astype(jnp.bfloat16).astype(jnp.float32) if rounded else value
+        assert not rounded or not np.array_equal(value, want)
+        np.testing.assert_array_equal(used[path], want, err_msg=path)
 
 
 def test_router_bias_is_declared_apart_from_the_parameters():

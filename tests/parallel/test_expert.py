@@ -31,6 +31,17 @@ def test_dispatch_brings_each_token_to_each_of_its_experts(kind):
         np.testing.assert_array_equal(rows[start:end], np.flatnonzero((choice == e).any(axis=1)))
 
 
+@pytest.mark.parametrize("n_experts", [EXPERTS, 2**29])  # both keys in one number, or not
+def test_assignments_are_sorted_by_expert_then_by_token(n_experts):
+    rng = np.random.default_rng(2)
+    choice = rng.integers(0, n_experts, (TOKENS, K)).astype(np.int32)
+    choice[rng.random(choice.shape) < 0.2] = n_experts - 1
+    order = np.asarray(expert._sort(jnp.asarray(choice.T), n_experts))
+    choices, tokens = np.divmod(order, TOKENS)
+    want = np.argsort(choice.reshape(-1), kind="stable")
+    np.testing.assert_array_equal(tokens * K + choices, want)
+
+
 @pytest.mark.parametrize("kind", ["even", "crowded"])
 def test_combine_weighs_what_each_expert_said(kind):
     rng = np.random.default_rng(1)

@@ -8,7 +8,9 @@ from dsjax.kernels.varying import vary_as
 from dsjax.parallel.mesh import AXES, make_mesh
 from dsjax.parallel.sharding import (
     AXIS_TABLE,
+    at_use,
     constrain,
+    into_parts,
     on_shards,
     optimizer_spec,
     partition_spec,
@@ -99,6 +101,42 @@ def _call_on_shards(weight_X, x_BX, scale):
 def _loss(weight_X, x_BX, scale):
     rows, total, _ = _call_on_shards(weight_X, x_BX, scale)
     return (rows**2).sum() + total * 3
+
+
+def test_a_weight_is_put_together_in_two_steps_and_its_gradient_summed_in_them():
+    mesh = make_mesh({"fsdp": 2, "expert": 4})
+    rng = np.random.default_rng(0)
+    w, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((16, 6), (8, 16)))
+    axes = ("embed", "heads")
+
+    def loss(w, x):
+        x = constrain(x, "batch", "width")
+        return jnp.square(x @ at_use(w, axes, jnp.bfloat16)).sum()
+
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(loss))
+        got = gradient(w, x)
+        text = gradient.lower(w, x).as_text()
+        summed = jax.jit(lambda dw: into_parts(dw, *axes))(w)
+    want = jax.grad(lambda w: jnp.square(x @ w).sum())(w.astype(jnp.bfloat16).astype(w.dtype))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_array_equal(summed, w)
+    for gradient in got, summed:
+        assert gradient.sharding.spec[0] == ("fsdp", "expert")
+    # It lies as declared, then split over fsdp alone; the first travels as bfloat16.
+    steps = [line for line in text.splitlines() if "sharding_constraint" in line and "16x6" in line]
+    assert ["expert" in line for line in steps] == [True, False, False, True]
+    assert ["bf16" in line for line in steps] == [True, True, False, False]
+
+
+def test_a_weight_that_one_axis_splits_keeps_its_type():
+    w = jnp.full((16, 6), 1 + 2**-20, jnp.float32)
+    for sizes in {"fsdp": 8}, {"expert": 8}:
+        with jax.set_mesh(make_mesh(sizes)):
+            axes = ("embed", "heads")
+            np.testing.assert_array_equal(
+                jax.jit(lambda w, a=axes: at_use(w, a, jnp.bfloat16))(w), w
+            )
 
 
 def test_on_shards_is_a_plain_call_without_a_mesh_and_the_same_on_one():
