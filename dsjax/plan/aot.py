@@ -7,7 +7,9 @@ much memory it takes on a device and what it sends over the network.
 from __future__ import annotations
 
 import re
+import tempfile
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -43,13 +45,23 @@ def compile_step(config: Config, topology: Topology, step: str) -> Compiled:
       ValueError: the config does not fit the slice's number of devices, or there is no compiler.
       jax.errors.JaxRuntimeError: the compiler refuses the program for another reason than memory.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        return _compile(config, topology, step, Path(folder))
+
+
+def _compile(config: Config, topology: Topology, step: str, folder: Path) -> Compiled:
+    """`compile_step`; the compiler writes what it made into `folder`."""
     mesh = make_mesh(config.mesh.sizes, devices=devices(topology))
     program = programs.STEPS[step](config, mesh)
     function = jax.jit(
         program.function,
         donate_argnums=program.donated,
         out_shardings=program.results,
-        compiler_options=compiler_options(programs.PLATFORM),
+        compiler_options={
+            **compiler_options(programs.PLATFORM),
+            "xla_dump_to": str(folder),
+            "xla_dump_hlo_as_text": True,
+        },
     )
     start, cpu_start = time.perf_counter(), time.process_time()
     with jax.set_mesh(mesh):
@@ -71,7 +83,7 @@ def compile_step(config: Config, topology: Topology, step: str) -> Compiled:
             "the program does not fit", seconds, cpu_seconds, text_bytes,
         )  # fmt: skip
     memory: Any = executable.memory_analysis()
-    found, problem = _collectives(executable)
+    found, problem = _collectives(folder)
     return Compiled(
         memory.peak_memory_in_bytes <= topology.device.hbm,
         memory.argument_size_in_bytes,
@@ -96,12 +108,15 @@ def rows_per_expert(config: Config, program: programs.Program) -> float:
     return program.tokens_per_pass * model.n_activated_experts / model.n_routed_experts
 
 
-def _collectives(executable: Any) -> tuple[list[collectives.Collective] | None, str | None]:
-    try:
-        text = executable.as_text()
-    except Exception as error:  # jax cannot print every program that the TPU compiler makes
-        return None, f"the program's text cannot be read: {str(error).splitlines()[0]}"
-    return collectives.parse(text), None
+def _collectives(folder: Path) -> tuple[list[collectives.Collective] | None, str | None]:
+    """Reads the optimised program that the compiler has written; jax cannot read all of its
+    executables back.
+    """
+    programs_there = folder.glob("*.after_optimizations.txt")
+    largest = max(programs_there, key=lambda file: file.stat().st_size, default=None)
+    if largest is None:
+        return None, "the compiler has not written its program"
+    return collectives.parse(largest.read_text()), None
 
 
 def bytes_wanted(message: str) -> int | None:

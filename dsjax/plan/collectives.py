@@ -4,7 +4,8 @@ The text is the compiler's (HLO after optimisation): computations, each a list o
 which some run other computations, a loop's body as many times as its condition says. The compiler
 cuts a collective into pieces that overlap with other work and that all repeat its channel, shape
 and origin; such pieces count once. A ragged exchange counts what it would send if the smaller of
-its two arrays were full.
+its two arrays were full. A TPU scatters a sum in a computation of its own, whose all-reduce and
+slice are one.
 """
 
 from __future__ import annotations
@@ -54,11 +55,13 @@ def parse(text: str) -> list[Collective]:
             if key in seen:
                 continue
             seen.add(key)
-            size = _result_bytes(result, started="-start(" in line)
+            size, group = _result_bytes(result, started="-start(" in line), _group_size(line)
+            if name.startswith("all-reduce-scatter"):
+                kind, size = "reduce-scatter", size // group
             if kind == "ragged-all-to-all":
                 size = min(size, _operand_bytes(line, lines))
             counts[kind] += runs[name]
-            sent[kind] += runs[name] * _bytes_sent(kind, size, _group_size(line))
+            sent[kind] += runs[name] * _bytes_sent(kind, size, group)
     return [Collective(kind, counts[kind], sent[kind]) for kind in KINDS if counts[kind]]
 
 

@@ -41,6 +41,12 @@ replica_groups=[4,4]<=[16], to_apply=%add
   ROOT %all-to-all.9 = f32[8]{0} all-to-all(%p), channel_id=20, replica_groups={{0,1}}
 }
 
+%all-reduce-scatter.1 (p: f32[400]) -> f32[100] {
+  %all-reduce.2 = f32[400]{0} all-reduce(%p), channel_id=12, replica_groups={{0,1,2,3}}, \
+to_apply=%add
+  ROOT %dynamic-slice.1 = f32[100]{0} dynamic-slice(%all-reduce.2, %i), dynamic_slice_sizes={100}
+}
+
 %seldom (p: f32[8]) -> f32[8] {
   ROOT %copy.1 = f32[8]{0} copy(%p)
 }
@@ -48,6 +54,7 @@ replica_groups=[4,4]<=[16], to_apply=%add
 ENTRY %main (p: f32[8]) -> f32[8] {
   %while.1 = (s32[], bf16[8]) while(%tuple), condition=%condition, body=%body
   %c = f32[8]{0} conditional(%i, %p, %p), branch_computations={%seldom, %never}
+  %fusion.3 = f32[100]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
   %reduce-scatter.1 = f32[100]{0} reduce-scatter(%p), channel_id=9, replica_groups={{0,1,2,3}}
   %collective-permute-start.1 = (bf16[64]{0}, bf16[64]{0}, u32[]{:S(2)}, u32[]{:S(2)}) \
 collective-permute-start(%p), channel_id=10, source_target_pairs={{0,1},{1,0}}
@@ -67,7 +74,7 @@ def test_collectives_are_added_up_by_kind():
     assert collectives.parse(TEXT) == [
         Collective("all-gather", 58, 58 * 4096 * 4096 * 2 * 15 // 16),
         Collective("all-reduce", 58, 58 * 1024 * 4 * 2 * 3 // 4),
-        Collective("reduce-scatter", 1, 100 * 4 * 3),
+        Collective("reduce-scatter", 2, 2 * 100 * 4 * 3),
         Collective("ragged-all-to-all", 2, 2 * 16 * 4 * 2 // 2),
         Collective("all-to-all", 1, 2 * 16 * 2 // 2),
         Collective("collective-permute", 1, 64 * 2),
