@@ -131,6 +131,7 @@ def gaps(runs: Path, model: str) -> dict[str, np.ndarray]:
 def report(runs: Path) -> None:
     figure, panels = plt.subplots(1, len(PANELS), figsize=(15, 4))
     for panel, (title, models) in zip(panels, PANELS.items(), strict=True):
+        labelled: set[str] = set()
         for model in models:
             print(f"\n{model}\n")
             print("| variant | steps | largest | mean | at the end |\n|---|---|---|---|---|")
@@ -141,8 +142,9 @@ def report(runs: Path) -> None:
                     f"| {gap[-1]:+.3%} |"
                 )
                 color = f"C{[*VARIANTS].index(variant)}"
-                label = variant if model == models[0] else None
+                label = None if variant in labelled else variant
                 panel.plot(100 * gap, label=label, color=color, linewidth=1)
+                labelled.add(variant)
         panel.axhspan(-100 * CLAIM, 100 * CLAIM, color="grey", alpha=0.15)
         panel.set(title=title, xlabel="step")
         panel.legend()

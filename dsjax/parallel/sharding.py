@@ -138,9 +138,9 @@ def at_use(w: jax.Array, axes: Sequence[str], dtype: DTypeLike) -> jax.Array:
     """Lays a parameter out for its products under the current mesh: as it was declared, and where
     fsdp and expert both split a dimension, put together along expert. The rest the compiler does.
 
-    In two steps because the TPU's compiler gathers what is split over a whole slice by all-reduce,
-    as a sum of arrays that are zero but for one part: twice the bytes. The gradient is summed in
-    the same steps (`into_parts`).
+    In two steps because the TPU's compiler gathers what is split over all three dimensions of a
+    torus by all-reduce, as a sum of arrays that are zero but for one part: twice the bytes. The
+    gradient is summed in the same steps (`into_parts`).
 
     Args:
       axes: logical axes of w's dimensions.
