@@ -36,6 +36,17 @@ def test_memory_that_a_program_wanted_is_read_from_the_refusal(message, wanted):
     assert aot.bytes_wanted(message) == wanted
 
 
+def test_collectives_are_those_of_the_largest_program_that_was_written(tmp_path):
+    assert aot._collectives(tmp_path) == (None, "the compiler has not written its program")
+    line = "  %x = f32[8]{0} all-gather(%p), channel_id=1, replica_groups={{0,1}}\n"
+    for name, body in {"0.jit_fill": "", "2.jit_step": line}.items():
+        text = f"ENTRY %main (p: f32[4]) -> f32[8] {{\n{body}}}\n"
+        (tmp_path / f"module_{name}.after_optimizations.txt").write_text(text)
+    found, problem = aot._collectives(tmp_path)
+    assert problem is None
+    assert [(item.kind, item.bytes) for item in found or ()] == [("all-gather", 16)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_shipped_config_compiles_and_fits(case):
