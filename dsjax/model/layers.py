@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dsjax.parallel.lookup import lookup
 from dsjax.precision.activations import swiglu_linear
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
@@ -122,9 +123,9 @@ class Embedding(nnx.Module):
         self.policy = policy
 
     @jax.named_scope("embedding")
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """int32 [...] -> [..., D] in the compute type; an id outside the vocabulary gives NaN."""
-        return jnp.take(self.weight[...], tokens, axis=0).astype(self.policy.compute)
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """int32 [B, T] -> [B, T, D] in the compute type; an id outside the vocabulary gives NaN."""
+        return lookup(self.weight[...], tokens_BT).astype(self.policy.compute)
 
 
 class Head(nnx.Module):

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 # The slowest network first: neighbours along the last axes talk most.
@@ -42,7 +44,10 @@ def make_mesh(
     *,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """Lays the devices out along the named axes.
+    """Lays the devices out along the named axes, those that talk most where the network is fast.
+
+    Where a TPU's torus has no dimensions of these sizes, its dimensions are cut; slices of TPU,
+    between which the network is slow, are told apart by the first axes that divide.
 
     Args:
       n_devices: devices to use, all by default.
@@ -53,8 +58,25 @@ def make_mesh(
     """
     devices = (jax.devices() if devices is None else devices)[:n_devices]
     resolved = resolve(sizes, len(devices) if n_devices is None else n_devices)
-    return jax.make_mesh(
-        tuple(resolved.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    return Mesh(
+        _arrange(tuple(resolved.values()), devices),
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
+    )
+
+
+def _arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Devices as an array of this shape, neighbours in the network along its last dimensions."""
+    left = slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    between = []
+    for size in shape:
+        between.append(math.gcd(size, left))
+        left //= between[-1]
+    within = tuple(size // parts for size, parts in zip(shape, between, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(
+        within, between, devices, allow_split_physical_axes=True
     )
 
 

@@ -118,7 +118,7 @@ def _cross_entropy_forward(hidden_BTD, w_DV, targets_BT, mask_BT, policy, width)
         total, dw_DV = carry
         hidden, targets, mask = chunk
         logits, nll_Bt, normalizer = _chunk_nll(weight, hidden, targets, mask)
-        hit = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None] == targets[..., None]
+        hit = _hits(targets, logits.shape[-1])
         dlogits = jnp.exp(logits - normalizer[..., None]) - hit.astype(jnp.float32)
         dlogits = jnp.where(mask[..., None], dlogits, 0.0).astype(policy.compute)
         dhidden = jnp.matmul(dlogits, weight.T, preferred_element_type=policy.compute)
@@ -162,8 +162,15 @@ def _chunk_nll(weight, hidden, targets, mask):
     """Logits, masked negative log-likelihood and log normaliser of one chunk, float32."""
     logits = jnp.matmul(hidden, weight, preferred_element_type=jnp.float32)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    chosen = jnp.where(_hits(targets, logits.shape[-1]), logits, 0.0).sum(axis=-1)
     return logits, jnp.where(mask, normalizer - chosen, 0.0), normalizer
+
+
+def _hits(targets: jax.Array, vocab_size: int) -> jax.Array:
+    """Where each target stands in its row of the vocabulary. A comparison, not a lookup: a row may
+    be split over devices, and XLA (of jax 0.10 to 0.12) aborts at some lookups in a pipeline.
+    """
+    return jnp.arange(vocab_size, dtype=targets.dtype)[None, None] == targets[..., None]
 
 
 def losses(model: Transformer, batch: dict[str, jax.Array], config: Config) -> Losses:

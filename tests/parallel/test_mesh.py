@@ -1,3 +1,6 @@
+from dataclasses import dataclass
+
+import numpy as np
 import pytest
 
 from dsjax.parallel.mesh import AXES, make_mesh, resolve, submesh
@@ -50,3 +53,31 @@ def test_sizes_are_resolved_without_devices():
     assert tuple(sizes) == AXES and (sizes["data"], sizes["fsdp"], sizes["tensor"]) == (8, 8, 1)
     with pytest.raises(ValueError, match="does not fill the 100 devices"):
         resolve({"data": -1, "fsdp": 8}, 100)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """As much of a device as its place in a mesh depends on."""
+
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "across"),
+    [
+        ({"data": 4, "tensor": 4}, {"data": 4}),
+        ({"data": 2, "fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2}),
+        ({"pipe": 2, "fsdp": 8}, {"pipe": 2, "fsdp": 2}),
+    ],
+)
+def test_slices_are_told_apart_by_the_outermost_axes(sizes, across):
+    mesh = make_mesh(sizes, devices=[Chip(i, i % 4) for i in range(16)])
+    slices = np.vectorize(lambda chip: chip.slice_index, otypes=[int])(np.asarray(mesh.devices))
+    for position, axis in enumerate(AXES):
+        # the parts of an axis between which the slice changes
+        changes = np.diff(slices, axis=position) != 0
+        assert changes.any() == (axis in across), axis
+        assert changes.any(axis=tuple(set(range(6)) - {position})).sum() == across.get(axis, 1) - 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -19,7 +20,7 @@ from dsjax.config import (
     TrainConfig,
 )
 from dsjax.parallel import schedules
-from dsjax.parallel.mesh import make_mesh
+from dsjax.parallel.mesh import AXES, make_mesh
 from dsjax.train import pipeline
 from dsjax.train.optimizer import adamw
 from dsjax.train.step import TrainState, abstract_state, split, train_step
@@ -119,9 +120,21 @@ def test_step_equals_the_one_without_a_pipeline(schedule):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("other", [{"expert": 2}, {"fsdp": 2, "tensor": 2}, {"context": 2}])
-def test_step_equals_the_whole_with_stages_spread_over_devices(other):
+def test_step_equals_the_one_on_the_same_devices_without_stages(other):
+    # `tests/train/test_step.py` compares such a mesh without stages with one device.
     got = _step(_config(MOE, "dualpipe"), {"pipe": 2, **other})
-    _assert_same_step(got, _whole_step(), GRADIENTS)
+    _assert_same_step(got, _step(_config(MOE), other))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", list(itertools.combinations(AXES[1:], 2)), ids=" x ".join)
+def test_stages_compile_beside_any_two_axes(pair):
+    """XLA aborts where it cannot split a lookup over two axes (`dsjax/parallel/lookup.py`)."""
+    config, sizes = _config(MOE, "gpipe"), dict.fromkeys(("pipe", *pair), 2)
+    mesh = make_mesh(sizes, 8)
+    with jax.set_mesh(mesh):
+        knobs = {name: jnp.float32(value) for name, value in KNOBS.items()}
+        jax.jit(train_step(config)).lower(abstract_state(config, mesh), _batch(4), knobs).compile()
 
 
 @pytest.mark.slow
