@@ -57,6 +57,8 @@ def _compile(config: Config, topology: Topology, step: str, folder: Path) -> Com
         program.function,
         donate_argnums=program.donated,
         out_shardings=program.results,
+        # What a step leaves alone, as decoding does the MTP modules, is in memory all the same.
+        keep_unused=True,
         compiler_options={
             **compiler_options(programs.PLATFORM),
             "xla_dump_to": str(folder),
