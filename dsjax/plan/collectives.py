@@ -2,8 +2,8 @@
 
 The text is the compiler's (HLO after optimisation): computations, each a list of instructions, of
 which some run other computations, a loop's body as many times as its condition says. The compiler
-cuts a collective into pieces that overlap with other work and that all repeat its channel, shape
-and origin; such pieces count once. A ragged exchange counts what it would send if the smaller of
+cuts a collective into a chain of pieces that overlap with other work and all repeat the whole; a
+chain counts once. A ragged exchange counts what it would send if the smaller of
 its two arrays were full. A TPU scatters a sum in a computation of its own, whose all-reduce and
 slice are one.
 """
@@ -23,8 +23,9 @@ KINDS = (
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
-_CALLED = re.compile(r"(?:calls|to_apply|body|async_execution_thread)=%?([\w.\-]+)")
+_CALLED = re.compile(r"(?:calls|to_apply|body|called_computations)=\{?%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 _ARRAY = re.compile(r"\b(pred|bf16|f8\w+|[suf]\d+)\[([\d,]*)\]")
 _COUNTER = re.compile(r"constant\((\d+)\)")
 
@@ -43,18 +44,17 @@ def parse(text: str) -> list[Collective]:
     runs = _runs(computations, entry)
     counts: dict[str, int] = defaultdict(int)
     sent: dict[str, int] = defaultdict(int)
-    seen = set()
+    chains: set[str] = set()
     for name, lines in computations.items():
         for line in lines:
             match = _COLLECTIVE.search(line)
             if not match or not runs[name]:
                 continue
             result, kind = match[1], match[2]
-            shapes = tuple(_ARRAY.findall(result))
-            key = (kind, _origin(line), shapes)
-            if key in seen:
+            chain = _CHAIN.search(line)
+            if chain and chain[1] in chains:
                 continue
-            seen.add(key)
+            chains.update(chain.groups() if chain else ())
             size, group = _result_bytes(result, started="-start(" in line), _group_size(line)
             if name.startswith("all-reduce-scatter"):
                 kind, size = "reduce-scatter", size // group
@@ -119,15 +119,6 @@ def _trips(line: str, condition: list[str]) -> int:
     constants = [int(match[1]) for match in map(_COUNTER.search, condition) if match]
     less = any("direction=LT" in line for line in condition)
     return constants[0] if less and len(constants) == 1 else 1
-
-
-def _origin(line: str) -> tuple[str, ...]:
-    """What the pieces of one collective have in common: its channel, and where it comes from."""
-    channel = re.search(r"channel_id=(\d+)", line)
-    metadata = re.search(r"metadata=\{([^}]*)\}", line)
-    if channel is None:
-        return (line,)
-    return channel[1], metadata[1] if metadata else ""
 
 
 def _result_bytes(result: str, *, started: bool) -> int:

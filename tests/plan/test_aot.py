@@ -16,6 +16,12 @@ ROOT = Path(__file__).parents[2]
 CASES = json.loads(Path(__file__).with_name("compiled.json").read_text())
 
 
+@pytest.fixture
+def tpu_compiler(monkeypatch):
+    """It ends the process at flags of the CPU's compiler, which the tests set."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+
 def load(case):
     config = settings.load_config(ROOT / "configs" / f"{case['config']}.py")
     return settings.override(config, case["set"])
@@ -49,7 +55,7 @@ def test_collectives_are_those_of_the_largest_program_that_was_written(tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
-def test_shipped_config_compiles_and_fits(case):
+def test_shipped_config_compiles_and_fits(case, tpu_compiler):
     plan = report.make(load(case), topology.parse(case["topology"]), case["step"], compiled=True)
     print(json.dumps(plan, indent=2))
     assert plan["fits"]
@@ -58,7 +64,7 @@ def test_shipped_config_compiles_and_fits(case):
 
 
 @pytest.mark.slow
-def test_program_does_not_grow_with_layers():
+def test_program_does_not_grow_with_layers(tpu_compiler):
     """Twice the layers: the same program before the compiler, and nearly the same time in it."""
     plans = [
         report.make(

@@ -16,13 +16,15 @@ HloModule jit_step, is_scheduled=true
 
 %start (p: bf16[256,4096]) -> bf16[4096,4096] {
   %all-gather.1 = bf16[4096,4096]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=7, \
-replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_0','axis_1'}, dimensions={0}
+replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_0','axis_1'}, dimensions={0}, \
+frontend_attributes={chain_id="16"}
   ROOT %custom-call = bf16[4096,4096] custom-call(%all-gather.1)
 }
 
 %overlap (p: bf16[256,4096]) -> bf16[4096,4096] {
   ROOT %all-gather.2 = bf16[4096,4096]{1,0} all-gather(%p), channel_id=7, \
-replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_0','axis_1'}, dimensions={0}
+replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_0','axis_1'}, dimensions={0}, \
+frontend_attributes={chain_id="16"}
 }
 
 %condition (t: (s32[], bf16[8])) -> pred[] {
@@ -47,6 +49,14 @@ to_apply=%add
   ROOT %dynamic-slice.1 = f32[100]{0} dynamic-slice(%all-reduce.2, %i), dynamic_slice_sizes={100}
 }
 
+%elsewhere.1 (p: f32[8]) -> f32[8] {
+  ROOT %all-to-all.2 = f32[8]{0} all-to-all(%p), channel_id=1, replica_groups={{0,1}}
+}
+
+%elsewhere.2 (p: f32[8]) -> f32[8] {
+  ROOT %all-to-all.3 = f32[8]{0} all-to-all(%p), channel_id=1, replica_groups={{0,1}}
+}
+
 %seldom (p: f32[8]) -> f32[8] {
   ROOT %copy.1 = f32[8]{0} copy(%p)
 }
@@ -55,6 +65,8 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %while.1 = (s32[], bf16[8]) while(%tuple), condition=%condition, body=%body
   %c = f32[8]{0} conditional(%i, %p, %p), branch_computations={%seldom, %never}
   %fusion.3 = f32[100]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+  %custom-call.1 = f32[8]{0} custom-call(%p), called_computations={%elsewhere.1}
+  %custom-call.2 = f32[8]{0} custom-call(%p), called_computations={%elsewhere.2}
   %reduce-scatter.1 = f32[100]{0} reduce-scatter(%p), channel_id=9, replica_groups={{0,1,2,3}}
   %collective-permute-start.1 = (bf16[64]{0}, bf16[64]{0}, u32[]{:S(2)}, u32[]{:S(2)}) \
 collective-permute-start(%p), channel_id=10, source_target_pairs={{0,1},{1,0}}
@@ -76,7 +88,7 @@ def test_collectives_are_added_up_by_kind():
         Collective("all-reduce", 58, 58 * 1024 * 4 * 2 * 3 // 4),
         Collective("reduce-scatter", 2, 2 * 100 * 4 * 3),
         Collective("ragged-all-to-all", 2, 2 * 16 * 4 * 2 // 2),
-        Collective("all-to-all", 1, 2 * 16 * 2 // 2),
+        Collective("all-to-all", 3, 2 * 16 * 2 // 2 + 2 * 8 * 4 // 2),
         Collective("collective-permute", 1, 64 * 2),
     ]
 
