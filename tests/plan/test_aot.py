@@ -18,8 +18,12 @@ CASES = json.loads(Path(__file__).with_name("compiled.json").read_text())
 
 @pytest.fixture
 def tpu_compiler(monkeypatch):
-    """It ends the process at flags of the CPU's compiler, which the tests set."""
+    """Without what the tests set for a CPU: flags that it ends the process at, and a precision that
+    its kernels do not have.
+    """
     monkeypatch.delenv("XLA_FLAGS", raising=False)
+    with jax.default_matmul_precision(None):
+        yield
 
 
 def load(case):
