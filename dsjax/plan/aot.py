@@ -75,7 +75,7 @@ def _compile(config: Config, topology: Topology, step: str, folder: Path) -> Com
         try:
             executable = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            used = bytes_wanted(str(error))
+            used = bytes_wanted(str(error), program.argument_bytes)
             if not used:
                 raise
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
@@ -121,9 +121,14 @@ def _collectives(folder: Path) -> tuple[list[collectives.Collective] | None, str
     return collectives.parse(largest.read_text()), None
 
 
-def bytes_wanted(message: str) -> int | None:
-    """The memory that a program wanted, of the compiler's message that it does not fit."""
-    match = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
-    if not match:
+def bytes_wanted(message: str, argument_bytes: int) -> int | None:
+    """The memory that a program wanted, of the compiler's message that it does not fit; where it
+    speaks of temporaries alone, the arguments are added.
+    """
+    if match := re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message):
+        besides = 0
+    elif match := re.search(r"for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds", message):
+        besides = argument_bytes
+    else:
         return None
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
+    return besides + int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
