@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from dsjax.parallel.sharding import Specs, on_shards, partition_spec, split_axes
+from dsjax.parallel.sharding import Specs, on_shards, partition_spec, parts_here, split_axes
 
 
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
@@ -37,6 +37,6 @@ def _in_part(part_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     local_BT = tokens_BT - jax.lax.axis_index(axes).astype(tokens_BT.dtype) * size
     here_BT = (local_BT >= 0) & (local_BT < size)
     rows_BTD = jnp.take(part_VD, jnp.where(here_BT, local_BT, 0), axis=0)
-    found_BT1 = jax.lax.psum(here_BT.astype(jnp.int32), axes)[..., None] > 0
+    inside_BT = (tokens_BT >= 0) & (tokens_BT < size * parts_here("vocab"))
     rows_BTD = jax.lax.psum(jnp.where(here_BT[..., None], rows_BTD, 0.0), axes)
-    return jnp.where(found_BT1, rows_BTD, jnp.nan)
+    return jnp.where(inside_BT[..., None], rows_BTD, jnp.nan)

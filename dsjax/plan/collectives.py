@@ -52,9 +52,10 @@ def parse(text: str) -> list[Collective]:
                 continue
             result, kind = match[1], match[2]
             chain = _CHAIN.search(line)
-            if chain and chain[1] in chains:
-                continue
-            chains.update(chain.groups() if chain else ())
+            if chain:
+                if chain[1] in chains:
+                    continue
+                chains.add(chain[1])
             size, group = _result_bytes(result, started="-start(" in line), _group_size(line)
             if name.startswith("all-reduce-scatter"):
                 kind, size = "reduce-scatter", size // group
