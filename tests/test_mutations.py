@@ -251,14 +251,12 @@ def _targets_of_the_main_model(segment_ids_BX, ahead, isolate):
     return RIGHT_MASK_OF_TARGETS(segment_ids_BX, 1, isolate)
 
 
-def _drop_beyond_capacity(y_AD, weights_MK, plan):
+def _drop_beyond_capacity(y_AD, plan):
     """Keeps the first 2 A / E rows of each expert."""
     starts_E = jnp.cumsum(plan.sizes_E) - plan.sizes_E
-    rows_MK = plan.rows_KM.T
-    expert_MK = jnp.searchsorted(jnp.cumsum(plan.sizes_E), rows_MK, side="right")
-    place_MK = rows_MK - starts_E[expert_MK]
-    kept = place_MK < 2 * plan.order_A.size // plan.sizes_E.size
-    return RIGHT_COMBINE(y_AD, jnp.where(kept, weights_MK, 0.0), plan)
+    expert_KM = jnp.searchsorted(jnp.cumsum(plan.sizes_E), plan.rows_KM, side="right")
+    kept = plan.rows_KM - starts_E[expert_KM] < 2 * plan.order_A.size // plan.sizes_E.size
+    return RIGHT_COMBINE(y_AD, plan._replace(rows_KM=jnp.where(kept, plan.rows_KM, len(y_AD))))
 
 
 RIGHT_ROUTE, RIGHT_MASK, RIGHT_SCORES = router.route, router._mask_groups, router.scores

@@ -187,27 +187,32 @@ def _ragged_matmul(
     x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose_w: bool, dtype: DTypeLike
 ) -> jax.Array:
     contracted = ((1,), (2 if transpose_w else 1,))
-    return _ragged_dot(x_AD, w_EDF, sizes_E, contracted, [0]).astype(dtype)
+    return _ragged_dot(x_AD, w_EDF, sizes_E, contracted, [0], dtype)
 
 
 def _ragged_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    return _ragged_dot(x_AD, y_AF, sizes_E, ((0,), (0,)), [])
+    return _ragged_dot(x_AD, y_AF, sizes_E, ((0,), (0,)), [], jnp.float32)
 
 
-def _ragged_dot(x, y, sizes_E: jax.Array, contracted: Any, groups: list[int]) -> jax.Array:
-    """The product over x's rows in groups, float32; `groups` is where y has a dimension of them."""
+def _ragged_dot(
+    x, y, sizes_E: jax.Array, contracted: Any, groups: list[int], dtype: DTypeLike
+) -> jax.Array:
+    """The product over x's rows in groups; `groups` is where y has a dimension of them."""
     numbers = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(contracted, ((), ())),
         lhs_ragged_dimensions=[0],
         rhs_group_dimensions=groups,
     )
-    installed = tokamax()
+    if not (installed := tokamax()):
+        out = lax.ragged_dot_general(x, y, sizes_E, numbers, preferred_element_type=jnp.float32)
+        return out.astype(dtype)
+    # Its kernels sum in float32 and round what they write.
     multiply = functools.partial(
-        installed.ragged_dot_general if installed else lax.ragged_dot_general,
+        installed.ragged_dot_general,
         ragged_dot_dimension_numbers=numbers,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=dtype,
     )
-    return call_shipped(multiply, x, y, sizes_E) if installed else multiply(x, y, sizes_E)
+    return call_shipped(multiply, x, y, sizes_E)
 
 
 def _megablox_matmul(

@@ -53,8 +53,9 @@ class Experts(nnx.Module):
         self.w_down = declare((E, F, D), ("experts", "ffn", "expert_embed"), init)
         self.policy = policy
 
-    def at_use(self, like: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        """The experts as a function of rows sorted by expert, [A, D], and of the rows of each.
+    def at_use(self, like: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+        """The experts as a function of rows sorted by expert, [A, D], of the rows of each, and of
+        what each row's output is multiplied by, float32 [A].
 
         Inside `shard_map` they are a device's own, with those parts of their width put together
         that lie on several devices.
@@ -69,10 +70,11 @@ class Experts(nnx.Module):
         ]
         w_gate, w_up, w_down = (vary_as(w, like) for w in weights)
 
-        def experts(x_AD: jax.Array, sizes_E: jax.Array) -> jax.Array:
-            x_AD = vary_as(x_AD, w_gate)
+        def experts(x_AD: jax.Array, sizes_E: jax.Array, weights_A: jax.Array) -> jax.Array:
+            # Where a device makes a part of a sum (tensor), its gradients are parts of sums too.
+            x_AD, weights_A = vary_as(x_AD, w_gate), vary_as(weights_A, w_gate)
             gate, up = (grouped_linear(x_AD, w, sizes_E, policy) for w in (w_gate, w_up))
-            return swiglu_grouped_linear(gate, up, w_down, sizes_E, policy)
+            return swiglu_grouped_linear(gate, up, weights_A, w_down, sizes_E, policy)
 
         return experts
 

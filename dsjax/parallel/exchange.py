@@ -41,6 +41,7 @@ from dsjax.parallel.expert import (
     Plan,
     combine,
     dispatch,
+    dispatch_choices,
     padded_plan,
     plan,
     undispatch,
@@ -76,7 +77,7 @@ def fanout(n_experts: int, n_ranks: int, top_k: int, n_groups: int, n_kept: int)
 
 
 def mixture(
-    experts: Callable[[jax.Array, jax.Array], jax.Array],
+    experts: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     x_mD: jax.Array,
     experts_mK: jax.Array,
     weights_mK: jax.Array,
@@ -91,7 +92,8 @@ def mixture(
     """Sends tokens to their experts and sums what comes back.
 
     Args:
-      experts: (rows [A, D] sorted by expert, int32 [e] rows of each) -> [A, D]; this rank's.
+      experts: (rows [A, D] sorted by expert, int32 [e] rows of each, float32 [A] weight of each row
+        in its token's sum) -> [A, D] weighted; this rank's.
       experts_mK: int32, below `n_experts`, no expert twice for one token.
       weights_mK: float32.
       fanout: the most ranks that one token has experts on.
@@ -100,10 +102,14 @@ def mixture(
     Returns:
       [m, D] in x's dtype, and the assignments that this rank's experts computed, int32.
     """
+
+    def compute(x_RD: jax.Array, weights_RK: jax.Array, here: Plan) -> jax.Array:
+        weights_A = dispatch_choices(weights_RK.T, here)
+        return combine(experts(dispatch(x_RD, here), here.sizes_E, weights_A), here)
+
     if way == "local":
         local = plan(experts_mK, n_experts)
-        y_AD = experts(dispatch(x_mD, local), local.sizes_E)
-        return combine(y_AD, weights_mK, local), local.sizes_E.sum()
+        return compute(x_mD, weights_mK, local), local.sizes_E.sum()
 
     trip_kind = _AllGather if way == "all_gather" else _AllToAll
     trip = trip_kind.arrange(way, x_mD, experts_mK, weights_mK, n_experts, n_ranks, fanout, slack)
@@ -111,8 +117,7 @@ def mixture(
     def make_round(index: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         x_RD, experts_RK, weights_RK, returning = trip.send(index, fp8)
         here = plan(experts_RK, n_experts // n_ranks, min(trip.rows, experts_RK.size))
-        y_AD = experts(dispatch(x_RD, here), here.sizes_E)
-        y_mD = trip.bring_back(combine(y_AD, weights_RK, here), returning, fp8)
+        y_mD = trip.bring_back(compute(x_RD, weights_RK, here), returning, fp8)
         return y_mD, here.sizes_E.sum()
 
     y_mD, computed = make_round(0)

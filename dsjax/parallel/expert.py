@@ -107,64 +107,46 @@ def dispatch(x_MD: jax.Array, plan: Plan) -> jax.Array:
     return _take(x_MD, plan.tokens_A)
 
 
-def _dispatch_backward(plan: Plan, dy_AD: jax.Array):
-    return _sum_choices(dy_AD, None, plan).astype(dy_AD.dtype), None
+@jax.custom_vjp
+def combine(y_AD: jax.Array, plan: Plan) -> jax.Array:
+    """Sums each token's rows, in float32: [A, D] -> [M, D] in y's dtype."""
 
+    # One choice after another: all together they would be K times as large as the tokens.
+    def add(total_MD: jax.Array, row_M: jax.Array):
+        return total_MD + _take(y_AD, row_M).astype(jnp.float32), None
 
-dispatch.defvjp(lambda x_MD, plan: (dispatch(x_MD, plan), plan), _dispatch_backward)
-
-
-def _sum_choices(y_AD: jax.Array, weights_MK: jax.Array | None, plan: Plan) -> jax.Array:
-    """Each token's rows, summed by weight: float32 [M, D]. One choice after another: all together
-    they would be K times as large as the tokens.
-    """
-
-    def add(total_MD: jax.Array, choice: tuple[jax.Array, jax.Array | None]):
-        row_M, weight_M = choice
-        rows_MD = _take(y_AD, row_M).astype(jnp.float32)
-        return total_MD + (rows_MD if weight_M is None else rows_MD * weight_M[:, None]), None
-
-    weights_KM = None if weights_MK is None else weights_MK.T
     start_MD = jnp.zeros((plan.rows_KM.shape[1], y_AD.shape[1]), jnp.float32)
     start_MD = vary_as(start_MD, y_AD, plan.rows_KM)
-    return lax.scan(add, start_MD, (plan.rows_KM, weights_KM))[0]
+    return lax.scan(add, start_MD, plan.rows_KM)[0].astype(y_AD.dtype)
+
+
+# Each is the other's transpose.
+dispatch.defvjp(
+    lambda x_MD, plan: (dispatch(x_MD, plan), plan), lambda plan, dy_AD: (combine(dy_AD, plan), None)
+)
+combine.defvjp(
+    lambda y_AD, plan: (combine(y_AD, plan), plan), lambda plan, dy_MD: (dispatch(dy_MD, plan), None)
+)
 
 
 @jax.custom_vjp
 def undispatch(y_AD: jax.Array, plan: Plan) -> jax.Array:
-    """Each assignment's row, 0 for one that goes nowhere: [A, D] -> [K, M, D]."""
+    """Each assignment's row, 0 for one that goes nowhere: [A, ...] -> [K, M, ...]."""
     return _take(y_AD, plan.rows_KM)
 
 
-def _undispatch_backward(plan: Plan, dz_KMD: jax.Array):
-    return _take(dz_KMD.reshape(-1, dz_KMD.shape[-1]), plan.order_A), None
-
-
-undispatch.defvjp(lambda y_AD, plan: (undispatch(y_AD, plan), plan), _undispatch_backward)
-
-
-def combine(y_AD: jax.Array, weights_MK: jax.Array, plan: Plan) -> jax.Array:
-    """Sums each token's expert outputs by weight, in float32: [A, D] -> [M, D] in y's dtype."""
-    # Where the outputs are a device's part of a sum (tensor), so are the weights' gradients.
-    return _combine(y_AD, vary_as(weights_MK, y_AD), plan)
-
-
 @jax.custom_vjp
-def _combine(y_AD: jax.Array, weights_MK: jax.Array, plan: Plan) -> jax.Array:
-    return _sum_choices(y_AD, weights_MK, plan).astype(y_AD.dtype)
+def dispatch_choices(z_KM: jax.Array, plan: Plan) -> jax.Array:
+    """What belongs to each assignment, on its row: [K, M, ...] -> [A, ...]; 0 on a row without."""
+    return _take(z_KM.reshape(-1, *z_KM.shape[2:]), plan.order_A)
 
 
-def _combine_backward(residuals: tuple[jax.Array, jax.Array, Plan], dout_MD: jax.Array):
-    y_AD, weights_MK, plan = residuals
-    weights_A = _take(weights_MK.T.reshape(-1), plan.order_A)
-    dout_AD = _take(dout_MD, plan.tokens_A).astype(jnp.float32)
-    dy_AD = (dout_AD * weights_A[:, None]).astype(y_AD.dtype)
-    # A weight's gradient is a row times its token's gradient.
-    dweights_A = (dout_AD * y_AD.astype(jnp.float32)).sum(axis=1)
-    return dy_AD, _take(dweights_A, plan.rows_KM).T, None
-
-
-_combine.defvjp(
-    lambda y_AD, weights_MK, plan: (_combine(y_AD, weights_MK, plan), (y_AD, weights_MK, plan)),
-    _combine_backward,
+# Each is the other's transpose.
+undispatch.defvjp(
+    lambda y_AD, plan: (undispatch(y_AD, plan), plan),
+    lambda plan, dz_KMD: (dispatch_choices(dz_KMD, plan), None),
+)
+dispatch_choices.defvjp(
+    lambda z_KM, plan: (dispatch_choices(z_KM, plan), plan),
+    lambda plan, dy_A: (undispatch(dy_A, plan), None),
 )

@@ -19,6 +19,7 @@ from __future__ import annotations
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsjax.precision import e5m6
@@ -61,27 +62,45 @@ def _swiglu_linear_backward(policy, residuals, dy):
 _swiglu_linear.defvjp(_swiglu_linear_forward, _swiglu_linear_backward)
 
 
+def weighted_swiglu(gate_AF: jax.Array, up_AF: jax.Array, weights_A: jax.Array) -> jax.Array:
+    """`swiglu` times each row's float32 weight: [A, F] in gate's type."""
+    hidden_AF = swiglu(gate_AF, up_AF).astype(jnp.float32) * weights_A[:, None]
+    return hidden_AF.astype(gate_AF.dtype)
+
+
 def swiglu_grouped_linear(
-    gate_AF: jax.Array, up_AF: jax.Array, w_EFD: jax.Array, sizes_E: jax.Array, policy: Policy
+    gate_AF: jax.Array,
+    up_AF: jax.Array,
+    weights_A: jax.Array,
+    w_EFD: jax.Array,
+    sizes_E: jax.Array,
+    policy: Policy,
 ) -> jax.Array:
-    """`swiglu_linear` for rows sorted by expert: [A, F] twice -> [A, D]."""
-    return _swiglu_grouped(gate_AF, up_AF, w_EFD, sizes_E, policy)
+    """`swiglu_linear` for rows sorted by expert, each row's result times its weight: [A, F] twice,
+    float32 [A] -> [A, D].
+
+    A row is weighted before the product, not after it: the weight's gradient is then a sum over F
+    numbers of what the backward pass has at hand anyway. After it, the product itself would have to
+    be kept, or computed again.
+    """
+    return _swiglu_grouped(gate_AF, up_AF, weights_A, w_EFD, sizes_E, policy)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _swiglu_grouped(gate_AF, up_AF, w_EFD, sizes_E, policy):
-    return grouped_forward(swiglu(gate_AF, up_AF), w_EFD, sizes_E, policy)
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _swiglu_grouped(gate_AF, up_AF, weights_A, w_EFD, sizes_E, policy):
+    return grouped_forward(weighted_swiglu(gate_AF, up_AF, weights_A), w_EFD, sizes_E, policy)
 
 
-def _swiglu_grouped_forward(gate_AF, up_AF, w_EFD, sizes_E, policy):
+def _swiglu_grouped_forward(gate_AF, up_AF, weights_A, w_EFD, sizes_E, policy):
     kept = _keep_fp8((gate_AF, up_AF), policy)
-    y_AD = grouped_forward(swiglu(gate_AF, up_AF), w_EFD, sizes_E, policy)
-    return y_AD, (kept, w_EFD, sizes_E)
+    y_AD = _swiglu_grouped(gate_AF, up_AF, weights_A, w_EFD, sizes_E, policy)
+    return y_AD, (kept, weights_A, w_EFD, sizes_E)
 
 
 def _swiglu_grouped_backward(policy, residuals, dy_AD):
-    kept, w_EFD, sizes_E = residuals
-    hidden_AF, swiglu_backward = jax.vjp(swiglu, *_restore_fp8(kept, policy))
+    kept, weights_A, w_EFD, sizes_E = residuals
+    gate_AF, up_AF = _restore_fp8(kept, policy)
+    hidden_AF, swiglu_backward = jax.vjp(weighted_swiglu, gate_AF, up_AF, weights_A)
     dhidden_AF, dw_EFD, _ = grouped_backward(policy, (hidden_AF, w_EFD, sizes_E), dy_AD)
     return *swiglu_backward(dhidden_AF), dw_EFD, None
 

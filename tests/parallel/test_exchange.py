@@ -37,11 +37,11 @@ def _choices(kind):
     return np.asarray(chosen, np.int32)
 
 
-def _experts(first, x_AD, sizes_E):
-    """Multiplies each expert's rows by its gain; rows of no expert become NaN."""
+def _experts(first, x_AD, sizes_E, weights_A):
+    """Multiplies each expert's rows by its gain and weight; rows of no expert become NaN."""
     group_A = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(len(x_AD)), side="right")
     gain_A = jnp.take(GAINS, first + group_A, mode="clip")
-    return x_AD * jnp.where(group_A < len(sizes_E), gain_A, jnp.nan)[:, None]
+    return x_AD * jnp.where(group_A < len(sizes_E), gain_A * weights_A, jnp.nan)[:, None]
 
 
 def _emulated_ragged_all_to_all(

@@ -43,7 +43,7 @@ def test_assignments_are_sorted_by_expert_then_by_token(n_experts):
 
 
 @pytest.mark.parametrize("kind", ["even", "crowded"])
-def test_combine_weighs_what_each_expert_said(kind):
+def test_combine_sums_what_each_expert_said(kind):
     rng = np.random.default_rng(1)
     choice, weights = _choice(kind), rng.normal(size=(TOKENS, K)).astype(np.float32)
     x_MD = rng.normal(size=(TOKENS, D)).astype(np.float32)
@@ -51,12 +51,9 @@ def test_combine_weighs_what_each_expert_said(kind):
     plan = expert.plan(jnp.asarray(choice), EXPERTS)
 
     def through(x_MD, weights):
-        rows = expert.dispatch(x_MD, plan)
-        return expert.combine(
-            rows * jnp.repeat(gain_E, plan.sizes_E, total_repeat_length=TOKENS * K)[:, None],
-            weights,
-            plan,
-        )
+        gain_A = jnp.repeat(gain_E, plan.sizes_E, total_repeat_length=TOKENS * K)
+        gain_A *= expert.dispatch_choices(weights.T, plan)
+        return expert.combine(expert.dispatch(x_MD, plan) * gain_A[:, None], plan)
 
     def dense(x_MD, weights):
         return x_MD * (weights * gain_E[choice]).sum(axis=1, keepdims=True)

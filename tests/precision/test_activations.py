@@ -19,6 +19,7 @@ from tests.closeness import EXACT, F32, FP8, assert_close, relative_l2
 
 M, F, D = 256, 384, 128
 SIZES = jnp.asarray([100, 0, 156], jnp.int32)
+WEIGHTS = jnp.asarray(np.random.default_rng(1).uniform(0.1, 2, M), jnp.float32)
 SAVED = jax.checkpoint_policies.save_only_these_names("swiglu_input", "attention")
 
 
@@ -48,8 +49,8 @@ def _both(kind):
             dy,
         ),
         "grouped": (
-            lambda g, u, w: swiglu_grouped_linear(g, u, w, SIZES, policy),
-            lambda g, u, w: grouped_linear(swiglu(g, u), w, SIZES, policy),
+            lambda g, u, w: swiglu_grouped_linear(g, u, WEIGHTS, w, SIZES, policy),
+            lambda g, u, w: grouped_linear(swiglu(g, u) * WEIGHTS[:, None], w, SIZES, policy),
             (gate, up, w),
             dy,
         ),
@@ -75,6 +76,21 @@ def test_without_fp8_gradients_are_those_of_the_composition(layer):
         assert_close(g, w, F32, "gradient")
 
 
+def test_a_row_s_weight_may_come_after_the_product():
+    policy, (gate, up, w, dy) = Policy(jnp.float32), _operands()
+
+    def after(gate, up, weights, w):
+        return grouped_linear(swiglu(gate, up), w, SIZES, policy) * weights[:, None]
+
+    operands = gate, up, WEIGHTS, w
+    before = functools.partial(swiglu_grouped_linear, sizes_E=SIZES, policy=policy)
+    got, gradients = _value_and_gradients(before, operands, dy)
+    want, wanted_gradients = _value_and_gradients(after, operands, dy)
+    assert_close(got, want, F32, "forward")
+    for name, g, w in zip(("gate", "up", "weights", "w"), gradients, wanted_gradients, strict=True):
+        assert_close(g, w, F32, name)
+
+
 @pytest.mark.parametrize("kind", ["fp32", "pow2"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_fp8_storage_changes_gradients_alone_and_little(layer, kind):
@@ -90,7 +106,7 @@ def test_fp8_storage_changes_gradients_alone_and_little(layer, kind):
 
 
 def _kept_bytes(function, *operands):
-    """Bytes that a rematerialised function keeps besides the weight and the sizes."""
+    """Bytes that a rematerialised function keeps besides the matrix and the sizes."""
 
     def saving(*operands):
         # A layer before makes what is to be kept, so that it is not an operand itself.
@@ -111,4 +127,5 @@ def test_kept_bytes_are_those_of_the_formats(layer):
     for kind, bytes_an_activation in want.items():
         function, _, operands, _ = _both(kind)[layer]
         wanted = bytes_an_activation * (len(operands) - 1)
+        wanted += WEIGHTS.nbytes if layer == "grouped" else 0
         assert _kept_bytes(function, *operands) == wanted, kind
