@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsjax.kernels.gpu import tokamax
+from dsjax.kernels.gpu import is_hopper, tokamax
 from dsjax.kernels.varying import shipped_promotion
 
 # Small chunks stay in cache and skip more of the square; their loop is unrolled, so they are few.
@@ -53,10 +53,23 @@ def causal_attention(
     """
     if platform == "tpu" and q_BTNH.shape[1] % _MIN_TILE == 0:
         return splash_attention(q_BTNH, k_BTPH, v_BTPW, scale, segment_ids_BT)
+    if platform == "gpu" and is_hopper() and segment_ids_BT is None and q_BTNH.dtype != jnp.float32:
+        return cudnn_attention(q_BTNH, k_BTPH, v_BTPW, scale)
     if platform == "gpu" and tokamax():
         return tokamax_attention(q_BTNH, k_BTPH, v_BTPW, scale, segment_ids_BT)
     grouped = _group_heads(q_BTNH, k_BTPH, v_BTPW)
     return _ungroup_heads(_attention(*grouped, segment_ids_BT, scale))
+
+
+def cudnn_attention(
+    q_BTNH: jax.Array, k_BTPH: jax.Array, v_BTPW: jax.Array, scale: float
+) -> jax.Array:
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    with shipped_promotion():
+        return cudnn.dot_product_attention(
+            q_BTNH, k_BTPH, v_BTPW, scale=scale, mask_type=cudnn.MaskType.CAUSAL
+        )
 
 
 def tokamax_attention(

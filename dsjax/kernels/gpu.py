@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax
+
 
 @functools.cache
 def tokamax() -> Any:
@@ -20,3 +22,11 @@ def tokamax() -> Any:
             raise
         return None
     return module
+
+
+@functools.cache
+def is_hopper() -> bool:
+    """Whether JAX's device is an H100, H200 or GH200."""
+    if jax.default_backend() != "gpu":
+        return False
+    return str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9.")

@@ -28,7 +28,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from dsjax.kernels.gpu import tokamax
+from dsjax.kernels import hopper_grouped
+from dsjax.kernels.gpu import is_hopper, tokamax
 from dsjax.kernels.varying import call_shipped, vary_as
 
 _LARGE_BLOCK, _SMALL_BLOCK = 256, 32
@@ -186,11 +187,16 @@ def _blocked_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.
 def _ragged_matmul(
     x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose_w: bool, dtype: DTypeLike
 ) -> jax.Array:
+    if is_hopper() and hopper_grouped.fits(x_AD, w_EDF):
+        multiply = functools.partial(hopper_grouped.matmul, dtype=dtype, transpose_w=transpose_w)
+        return call_shipped(multiply, x_AD, w_EDF, sizes_E)
     contracted = ((1,), (2 if transpose_w else 1,))
     return _ragged_dot(x_AD, w_EDF, sizes_E, contracted, [0], dtype)
 
 
 def _ragged_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    if is_hopper() and hopper_grouped.fits(x_AD, y_AF):
+        return call_shipped(hopper_grouped.outer, x_AD, y_AF, sizes_E)
     return _ragged_dot(x_AD, y_AF, sizes_E, ((0,), (0,)), [], jnp.float32)
 
 

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from dsjax.config import ModelConfig
 from dsjax.model.layers import Constant, Normal, RouterState, declare
@@ -92,6 +93,7 @@ def route(
     scores_ME = scores(logits_ME, config.score_func)
     if experts_MK is None:
         experts_MK = select(jax.lax.stop_gradient(scores_ME), bias_E, config)
+        experts_MK = checkpoint_name(experts_MK, "routing")
     return Routing(experts_MK, weigh(scores_ME, experts_MK, config), scores_ME)
 
 
@@ -107,4 +109,5 @@ class Router(nnx.Module):
     @jax.named_scope("router")
     def __call__(self, x_MD: jax.Array, experts_MK: jax.Array | None = None) -> Routing:
         bias_E = self.bias[...] if self.config.router_bias else None
-        return route(float32_matmul(x_MD, self.weight[...]), bias_E, self.config, experts_MK)
+        logits_ME = checkpoint_name(float32_matmul(x_MD, self.weight[...]), "routing")
+        return route(logits_ME, bias_E, self.config, experts_MK)

@@ -32,9 +32,9 @@ from dsjax.precision.policy import Policy
 
 _REMAT_POLICIES = {
     # V3 section 3.2.3: norms, MLA up-projections and the SwiGLU product are computed again; so is
-    # the attention core.
+    # the attention core. Routing is kept: little to keep, and sorting takes time.
     "selective": jax.checkpoint_policies.save_only_these_names(
-        "latent", "attention", "swiglu_input"
+        "latent", "attention", "routing", "swiglu_input"
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from dsjax.kernels.varying import vary_as
 
@@ -45,10 +46,10 @@ def plan(experts_MK: jax.Array, n_experts: int, n_rows: int | None = None) -> Pl
     """
     experts_KM = experts_MK.T
     none, n_rows = experts_KM.size, experts_KM.size if n_rows is None else n_rows
-    order_A = _sort(experts_KM, n_experts)
+    order_A = checkpoint_name(_sort(experts_KM, n_experts), "routing")
     places_A = jnp.arange(none, dtype=jnp.int32)
     rows_A = jnp.zeros_like(order_A).at[order_A].set(places_A, unique_indices=True)
-    rows_KM = rows_A.reshape(experts_KM.shape)
+    rows_KM = checkpoint_name(rows_A.reshape(experts_KM.shape), "routing")
     sizes_E = count(experts_KM, n_experts)
     return Plan(
         jnp.where(places_A < sizes_E.sum(), order_A, none)[:n_rows],
@@ -117,7 +118,7 @@ def combine(y_AD: jax.Array, plan: Plan) -> jax.Array:
 
     start_MD = jnp.zeros((plan.rows_KM.shape[1], y_AD.shape[1]), jnp.float32)
     start_MD = vary_as(start_MD, y_AD, plan.rows_KM)
-    return lax.scan(add, start_MD, plan.rows_KM)[0].astype(y_AD.dtype)
+    return lax.scan(add, start_MD, plan.rows_KM, unroll=True)[0].astype(y_AD.dtype)
 
 
 # Each is the other's transpose.
