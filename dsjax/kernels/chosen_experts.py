@@ -1,9 +1,12 @@
-"""The experts of a few tokens, as decoding needs them: weights that nobody chose are not read.
+"""The experts of a few tokens, as decoding needs them: weights that nobody chose are not read, and
+nothing has to be sorted by expert or brought back. For many tokens `grouped_matmul` is better,
+whose time is arithmetic.
 
-One chosen expert after another has its three matrices taken out of the stack, once, and every token
-passes through it, with weight 0 where the token did not choose it. While tokens are few, reading
-the matrices takes all the time and the additional products hide behind it; nothing has to be sorted
-by expert or brought back. For many tokens `grouped_matmul` is better, whose time is arithmetic.
+* On a CPU one chosen expert after another has its three matrices taken out of the stack, once, and
+  every token passes through it, with weight 0 where the token did not choose it. While tokens are
+  few, reading the matrices takes all the time and the additional products hide behind it.
+* On a GPU all choices of all tokens are computed at once, each reading its own matrices, by one
+  kernel a product: there starting kernels takes the time.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ def chosen_experts(
     w_down_EFD: jax.Array,
     experts_MK: jax.Array,
     weights_MK: jax.Array,
+    platform: str,
 ) -> jax.Array:
     """Sums each token's SwiGLU experts by weight.
 
@@ -31,6 +35,32 @@ def chosen_experts(
     Returns:
       [M, D] in x's dtype, summed in float32.
     """
+    compute = _at_once if platform == "gpu" else _one_by_one
+    y_MD = compute(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK)
+    return y_MD.astype(x_MD.dtype)
+
+
+def is_few(n_tokens: int, top_k: int, n_experts: int, platform: str) -> bool:
+    """Whether `chosen_experts` is better than the grouped product."""
+    if platform == "gpu":
+        return n_tokens * top_k <= n_experts  # it reads no more matrices than there are
+    # So many rows the grouped product gives an expert at least.
+    return platform == "cpu" and n_tokens <= 32
+
+
+def _at_once(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK):
+    def product(x_MKX: jax.Array, stack_EXY: jax.Array) -> jax.Array:
+        # No matrix product: a sum can read the stack where it lies, a product wants it copied.
+        matrices = stack_EXY[experts_MK].astype(x_MD.dtype).astype(jnp.float32)
+        return (x_MKX.astype(jnp.float32)[..., None] * matrices).sum(axis=2)
+
+    x_M1D = x_MD[:, None]
+    gate, up = (product(x_M1D, w).astype(x_MD.dtype) for w in (w_gate_EDF, w_up_EDF))
+    out_MKD = product(jax.nn.silu(gate) * up, w_down_EFD)
+    return (out_MKD * weights_MK[..., None]).sum(axis=1)
+
+
+def _one_by_one(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK):
     sorted_A = jnp.sort(experts_MK.reshape(-1))
     repeated_A = jnp.pad(sorted_A[1:] == sorted_A[:-1], (1, 0))
     chosen_A = sorted_A[jnp.argsort(repeated_A)]  # each chosen expert once, then the repetitions
@@ -47,4 +77,4 @@ def chosen_experts(
         weight_MK = jnp.where(experts_MK == expert, weights_MK, 0.0)
         return y_MD + out.astype(jnp.float32) * weight_MK.sum(axis=1, keepdims=True)
 
-    return lax.fori_loop(0, n_chosen, add, jnp.zeros(x_MD.shape, jnp.float32)).astype(x_MD.dtype)
+    return lax.fori_loop(0, n_chosen, add, jnp.zeros(x_MD.shape, jnp.float32))

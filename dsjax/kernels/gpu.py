@@ -1,7 +1,10 @@
-"""tokamax, the kernels that JAX's authors keep for GPUs: used where it is installed.
+"""What kernels an NVIDIA GPU has here, besides what XLA makes of plain programs.
 
-It needs Python 3.12 and a later JAX than Python 3.11 has, so it is an extra, `[kernels]`. Without
-it a GPU multiplies experts by `lax.ragged_dot`, which XLA turns into a dense product there.
+* Hopper (H100, H200): the grouped products of `dsjax.kernels.hopper_grouped` and cuDNN's attention,
+  both with what `jax[cuda]` installs.
+* Others: tokamax, the kernels that JAX's authors keep, where it is installed. It needs Python 3.12
+  and a later JAX than Python 3.11 has, so it is an extra, `[kernels]`. Without it experts are
+  multiplied by `lax.ragged_dot`, which XLA turns into a dense product on a GPU.
 """
 
 from __future__ import annotations
@@ -10,6 +13,14 @@ import functools
 from typing import Any
 
 import jax
+
+
+@functools.cache
+def is_hopper() -> bool:
+    """Whether JAX's devices are of compute capability 9.0."""
+    if jax.default_backend() != "gpu":
+        return False
+    return str(getattr(jax.devices()[0], "compute_capability", None)) == "9.0"
 
 
 @functools.cache
@@ -22,11 +33,3 @@ def tokamax() -> Any:
             raise
         return None
     return module
-
-
-@functools.cache
-def is_hopper() -> bool:
-    """Whether JAX's device is an H100, H200 or GH200."""
-    if jax.default_backend() != "gpu":
-        return False
-    return str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9.")

@@ -11,7 +11,8 @@ Three ways, the same numbers, chosen by `platform`, the kind of machine the prog
   product on v5e, v6e and tpu7x, E times the useful work.
 * cpu: plain XLA, blocks of rows inside a loop over groups. Large blocks keep the product fast,
   small ones finish a group, so at most a small block a group is wasted; each weight is read once.
-* gpu: the kernel that tokamax chooses, where it is installed; `lax.ragged_dot_general` otherwise.
+* gpu: `dsjax.kernels.hopper_grouped` on a Hopper, for operands of two bytes and widths in multiples
+  of 64; else the kernel that tokamax chooses, where it is installed; else `lax.ragged_dot_general`.
 
 On the CPU groups are walked in order and a block may run past the end of its group: the rows there
 are rewritten when their own group's turn comes. That is why no padding between groups is needed.
@@ -56,7 +57,7 @@ def grouped_matmul(
     Returns:
       [A, F], accumulated in float32.
     """
-    matmul = {"cpu": _blocked_matmul, "gpu": _ragged_matmul, "tpu": _megablox_matmul}[platform]
+    matmul = {"cpu": _blocked_matmul, "gpu": _gpu_matmul, "tpu": _megablox_matmul}[platform]
     return matmul(x_AD, w_EDF, sizes_E, transpose_w, dtype or x_AD.dtype)
 
 
@@ -65,7 +66,7 @@ def grouped_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array, platform
 
     Rows after the last group's are left out.
     """
-    outer = {"cpu": _blocked_outer, "gpu": _ragged_outer, "tpu": _megablox_outer}[platform]
+    outer = {"cpu": _blocked_outer, "gpu": _gpu_outer, "tpu": _megablox_outer}[platform]
     return outer(x_AD, y_AF, sizes_E)
 
 
@@ -184,7 +185,7 @@ def _blocked_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.
     return lax.scan(group, None, (starts_E, sizes_E))[1]
 
 
-def _ragged_matmul(
+def _gpu_matmul(
     x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose_w: bool, dtype: DTypeLike
 ) -> jax.Array:
     if is_hopper() and hopper_grouped.fits(x_AD, w_EDF):
@@ -194,7 +195,7 @@ def _ragged_matmul(
     return _ragged_dot(x_AD, w_EDF, sizes_E, contracted, [0], dtype)
 
 
-def _ragged_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def _gpu_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     if is_hopper() and hopper_grouped.fits(x_AD, y_AF):
         return call_shipped(hopper_grouped.outer, x_AD, y_AF, sizes_E)
     return _ragged_dot(x_AD, y_AF, sizes_E, ((0,), (0,)), [], jnp.float32)

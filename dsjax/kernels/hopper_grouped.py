@@ -1,7 +1,7 @@
-"""Grouped matrix products on Hopper GPUs (H100, H200), in Mosaic GPU: operands of two bytes, sums in
-float32.
+"""Grouped matrix products on Hopper GPUs (H100, H200), in Mosaic GPU: operands of two bytes, sums
+in float32.
 
-One program for each multiprocessor walks over tiles of the result. A warpgroup brings slices of the
+One program on each multiprocessor walks over tiles of the result. A warpgroup brings slices of the
 operands through four buffers, two others multiply them, each its half of the tile's columns.
 
 * `matmul`: the rows of a tile belong to one group. A tile starts at the group's first row, rounded
@@ -11,7 +11,8 @@ operands through four buffers, two others multiply them, each its half of the ti
 * `outer`: a tile of one group's matrix sums over the group's rows, in slices that begin at a
   multiple of 8 too; other groups' rows in the first and in the last slice are set to 0.
 
-Nothing is padded or transposed in memory, and a step takes as long with many groups as with few.
+Nothing is padded or transposed in memory, and a tile costs the same however many groups there are.
+The tests run these kernels on a CPU, under JAX's interpreter, and as they are where the GPU is one.
 """
 
 from __future__ import annotations
@@ -27,37 +28,38 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-_ROWS, _COLUMNS, _SLICE = 128, 256, 64  # of a tile, and of K at once
-_STAGES, _WARPGROUPS = 4, 2
+_ROWS, _COLUMNS, _SLICE = 128, 256, 64  # of a tile of the result, and of K at once
+_BUFFERS, _WARPGROUPS = 4, 2
+_HALF = _COLUMNS // _WARPGROUPS
 _PIECE = 64  # rows that a warpgroup writes at once
 _ALIGNMENT = 8
 _SWIZZLE = 128  # bytes
 
 
 def fits(x: jax.Array, y: jax.Array) -> bool:
-    """Whether the kernels take these operands: of two bytes, widths of whole 128 bytes."""
+    """Whether the kernels take these operands: of two bytes, with widths of whole 128 bytes."""
     two_bytes = x.dtype == y.dtype and x.dtype in (jnp.bfloat16, jnp.float16)
     return two_bytes and all(width % 64 == 0 for width in (x.shape[1], *y.shape[1:]))
 
 
-class _Tiles(NamedTuple):
-    """int32 [tiles]; a tile without rows, first == end, is none."""
+class Tiles(NamedTuple):
+    """Which rows each tile of `matmul` starts at and writes: int32 [tiles]."""
 
     group: jax.Array
     start: jax.Array
     first: jax.Array  # counted from `start`, the first row that is the group's
-    end: jax.Array  # and the first that is not any more
+    end: jax.Array  # and the first that is not any more; a tile where it equals `first` is none
 
     @classmethod
-    def of(cls, sizes_E: jax.Array, n_rows: int) -> _Tiles:
+    def of(cls, sizes_E: jax.Array, n_rows: int) -> Tiles:
         """The tiles of all groups, and of the rows that are left, as group E."""
         ends = jnp.cumsum(sizes_E)
         starts, ends = jnp.append(ends - sizes_E, ends[-1]), jnp.append(ends, n_rows)
         aligned = starts // _ALIGNMENT * _ALIGNMENT
         n_tiles = jnp.where(ends > starts, pl.cdiv(ends - aligned, _ROWS), 0)
         last = jnp.cumsum(n_tiles)
-        # A group has at most as many tiles as its rows and one incomplete tile at each end fill.
-        most = (n_rows + len(starts) * (_ROWS + _ALIGNMENT - 2)) // _ROWS
+        # A group adds to its rows at most those before its start and those that fill its last tile.
+        most = (n_rows + len(starts) * (_ALIGNMENT - 1 + _ROWS - 1)) // _ROWS
         tile = jnp.arange(most, dtype=jnp.int32)
         group = jnp.searchsorted(last, tile, side="right", method="compare_all")
         group = jnp.minimum(group, len(starts) - 1)
@@ -77,73 +79,70 @@ def matmul(
 ) -> jax.Array:
     """Each group's rows times its matrix, [D, F], or [F, D] with `transpose_w`: [A, F]."""
     (A, D), E, F = x_AD.shape, len(w_EDF), w_EDF.shape[1 if transpose_w else 2]
-    tiles = _Tiles.of(sizes_E, A)
-    w_block = (_COLUMNS, _SLICE) if transpose_w else (_SLICE, _COLUMNS)
+    tiles = Tiles.of(sizes_E, A)
 
     def tile(row_tile, column_tile, x, w, group, start, first, end, out, *, run):
-        first_row, end_row = first[row_tile], end[row_tile]
+        first_row, end_row, number = first[row_tile], end[row_tile], group[row_tile]
+        begin = pl.multiple_of(start[row_tile], _ALIGNMENT)
+
+        def multiply(_, x_smem, w_smem, acc):
+            half = _half()
+            w_half = _transposed(w_smem.at[half]) if transpose_w else w_smem.at[:, half]
+            plgpu.wgmma(acc, x_smem, w_half)
+            plgpu.wgmma_wait(0)
+            return acc
+
+        def written(piece):
+            return tuple(jnp.clip(row - piece * _PIECE, 0, _PIECE) for row in (first_row, end_row))
 
         @pl.when(first_row < end_row)
         def _():
-            begin = pl.multiple_of(start[row_tile], _ALIGNMENT)
-            number = group[row_tile]
-
-            def multiply(_, x_smem, w_smem, acc):
-                half = pl.ds(lax.axis_index("warpgroup") * (_COLUMNS // 2), _COLUMNS // 2)
-                w_half = _transposed(w_smem.at[half]) if transpose_w else w_smem.at[:, half]
-                plgpu.wgmma(acc, x_smem, w_half)
-                plgpu.wgmma_wait(0)
-                return acc
-
-            def rows_of(piece):
-                return tuple(jnp.clip(row - piece * _PIECE, 0, _PIECE) for row in (first_row, end_row))
-
             run(
                 multiply,
                 jnp.where(number == E, 0, pl.cdiv(D, _SLICE)),
-                (lambda k: (0, k), (lambda k: (column_tile, k)) if transpose_w else (lambda k: (k, column_tile))),
                 (x.at[pl.ds(begin, _ROWS)], w.at[jnp.minimum(number, E - 1)]),
+                (
+                    lambda k: (0, k),
+                    lambda k: (column_tile, k) if transpose_w else (k, column_tile),
+                ),
                 out.at[pl.ds(begin, _ROWS)],
                 column_tile,
-                rows_of,
+                written,
             )
 
     return _launch(
+        "grouped_matmul",
         tile,
         (len(tiles.group), pl.cdiv(F, _COLUMNS)),
         (x_AD, w_EDF, *tiles),
-        ((_ROWS, _SLICE), w_block),
+        ((_ROWS, _SLICE), (_COLUMNS, _SLICE) if transpose_w else (_SLICE, _COLUMNS)),
         jax.ShapeDtypeStruct((A, F), dtype),
-        "grouped_matmul",
     )
 
 
 def outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Sums x^T y over each group's rows: float32 [E, D, F]; rows after the last group's are not
-    read.
-    """
-    D, F, E = x_AD.shape[1], y_AF.shape[1], len(sizes_E)
-    ends = jnp.cumsum(sizes_E).astype(jnp.int32)
-    starts = ends - sizes_E
-    n_rows = x_AD.shape[0]
+    """Sums x^T y over each group's rows: float32 [E, D, F]. Other rows must be finite."""
+    (A, D), F = x_AD.shape, y_AF.shape[1]
+    n_tall = pl.cdiv(D, _ROWS)
+    ends_E = jnp.cumsum(sizes_E).astype(jnp.int32)
+    starts_E = ends_E - sizes_E.astype(jnp.int32)
 
-    def tile(index, column_tile, x, y, starts, ends, out, *, run):
-        group, d_tile = lax.div(index, pl.cdiv(D, _ROWS)), lax.rem(index, pl.cdiv(D, _ROWS))
+    def tile(tall, column_tile, x, y, starts, ends, out, *, run):
+        group, row_tile = lax.div(tall, n_tall), lax.rem(tall, n_tall)
         start, end = starts[group], ends[group]
         begin = pl.multiple_of(lax.div(start, _ALIGNMENT) * _ALIGNMENT, _ALIGNMENT)
-        n_slices = jnp.where(end > start, lax.div(end - begin + _SLICE - 1, _SLICE), 0)
+        rows = pl.ds(begin, A)
 
         def multiply(indices, x_smem, y_smem, acc):
-            half = pl.ds(lax.axis_index("warpgroup") * (_COLUMNS // 2), _COLUMNS // 2)
+            half = _half()
             row = begin + indices[0] * _SLICE
 
             @pl.when((row < start) | (row + _SLICE > end))
             def _():
-                rows = row + lax.broadcasted_iota(jnp.int32, (_SLICE, _COLUMNS // 2), 0)
+                here = row + lax.broadcasted_iota(jnp.int32, (_SLICE, _HALF), 0)
                 y_half = y_smem[:, half]
-                y_smem[:, half] = jnp.where(
-                    (rows >= start) & (rows < end), y_half, jnp.zeros_like(y_half)
-                )
+                mine = (here >= start) & (here < end)
+                y_smem[:, half] = jnp.where(mine, y_half, jnp.zeros_like(y_half))
                 plgpu.commit_smem()
 
             plgpu.wgmma(acc, _transposed(x_smem), y_smem.at[:, half])
@@ -152,106 +151,67 @@ def outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
 
         run(
             multiply,
-            n_slices,
-            (lambda k: (k, d_tile), lambda k: (k, column_tile)),
-            (x.at[pl.ds(begin, n_rows)], y.at[pl.ds(begin, n_rows)]),
-            out.at[group, pl.ds(d_tile * _ROWS, _ROWS)],
+            jnp.where(end > start, lax.div(end - begin + _SLICE - 1, _SLICE), 0),
+            (x.at[rows], y.at[rows]),
+            (lambda k: (k, row_tile), lambda k: (k, column_tile)),
+            out.at[group, pl.ds(row_tile * _ROWS, _ROWS)],
             column_tile,
-            lambda piece: None,
+            None,
         )
 
     return _launch(
-        tile,
-        (E * pl.cdiv(D, _ROWS), pl.cdiv(F, _COLUMNS)),
-        (x_AD, y_AF, starts.astype(jnp.int32), ends),
-        ((_SLICE, _ROWS), (_SLICE, _COLUMNS)),
-        jax.ShapeDtypeStruct((E, D, F), jnp.float32),
         "grouped_outer",
+        tile,
+        (len(sizes_E) * n_tall, pl.cdiv(F, _COLUMNS)),
+        (x_AD, y_AF, starts_E, ends_E),
+        ((_SLICE, _ROWS), (_SLICE, _COLUMNS)),
+        jax.ShapeDtypeStruct((len(sizes_E), D, F), jnp.float32),
     )
+
+
+def _half() -> Any:
+    """The columns of a tile that this warpgroup computes."""
+    return pl.ds(lax.axis_index("warpgroup") * _HALF, _HALF)
 
 
 def _transposed(ref: Any) -> Any:
+    # The function is deprecated where the method exists.
     return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
 
 
-def _smem(shape: tuple[int, ...], dtype: Any, tiling: int) -> Any:
-    transforms = (
-        plgpu.TilingTransform((tiling, _SWIZZLE // jnp.dtype(dtype).itemsize)),
-        plgpu.SwizzleTransform(_SWIZZLE),
-    )
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+def _launch(
+    name: str,
+    tile: Callable[..., None],
+    grid: tuple[int, int],
+    operands: tuple[jax.Array, ...],
+    blocks: tuple[tuple[int, int], tuple[int, int]],
+    out: jax.ShapeDtypeStruct,
+) -> jax.Array:
+    """Calls `tile(row tile, column tile, *references, run=run)` for each tile of the result.
 
+    `run(multiply, slices of K, operands, index maps, rows of the result, column tile, written)`
+    sums a tile up and writes it; `written` gives the rows of a piece that are, None: all.
 
-def _launch(tile, grid, operands, blocks, out: jax.ShapeDtypeStruct, name: str) -> jax.Array:
-    """Runs `tile` for every row tile and column tile of the grid, neighbours at the same time."""
-    wide = _SWIZZLE // jnp.dtype(out.dtype).itemsize
-
-    def pipeline(body, n_slices, index_maps, write):
-        specs = [
-            plgpu.BlockSpec(
-                block,
-                index_map,
-                transforms=(
-                    plgpu.TilingTransform((8, _SWIZZLE // operand.dtype.itemsize)),
-                    plgpu.SwizzleTransform(_SWIZZLE),
-                ),
-            )
-            for block, index_map, operand in zip(blocks, index_maps, operands[:2], strict=True)
-        ]
-        return plgpu.emit_pipeline_warp_specialized(
-            body,
-            grid=(n_slices,),
-            memory_registers=40,
-            in_specs=specs,
-            wg_axis="warpgroup",
-            num_compute_wgs=_WARPGROUPS,
-            max_concurrent_steps=_STAGES,
-            compute_context=write,
-        )
+    Args:
+      blocks: the shapes of a slice of the first two operands.
+    """
+    pipeline = functools.partial(_pipeline, blocks, [x.dtype for x in operands[:2]])
+    pieces = (_WARPGROUPS, 2, _PIECE, _wide(out.dtype))
 
     def kernel(*refs):
-        x, y = refs[:2]
-        nothing = lambda *_, **__: None
-        allocations = pipeline(
-            nothing, jnp.int32(1), (lambda k: (0, k), lambda k: (k, 0)), nothing
-        ).get_allocations(x, y if y.ndim == 2 else y.at[0])
+        x, y = refs[0], refs[1] if len(refs[1].shape) == 2 else refs[1].at[0]
+        nothing: Any = lambda *_, **__: None  # noqa: E731
+        anywhere = pipeline(nothing, jnp.int32(1), (lambda k: (0, k), lambda k: (k, 0)), nothing)
 
         @functools.partial(
             pl.run_scoped,
-            buffers=allocations,
-            pieces=_smem((_WARPGROUPS, 2, _PIECE, wide), out.dtype, 1),
+            buffers=anywhere.get_allocations(x, y),
+            pieces=plgpu.SMEM(pieces, out.dtype, transforms=_layout(out.dtype, 1)),
             collective_axes="warpgroup",
         )
         def _(buffers, pieces):
-            warpgroup = lax.axis_index("warpgroup")
-
-            def run(multiply, n_slices, index_maps, inputs, result, column_tile, rows_of):
-                def write(sum_up):
-                    @functools.partial(
-                        pl.run_scoped, acc=plgpu.ACC((_ROWS, _COLUMNS // 2), jnp.float32)
-                    )
-                    def _(acc):
-                        sum_up(acc)
-                        sums = acc[...].astype(out.dtype)
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        for i in range(_ROWS // _PIECE):
-                            for j in range(_COLUMNS // 2 // wide):
-                                slot = (i * (_COLUMNS // 2 // wide) + j) % 2
-                                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                                piece = pieces.at[warpgroup, slot]
-                                piece[...] = sums[
-                                    i * _PIECE : (i + 1) * _PIECE, j * wide : (j + 1) * wide
-                                ]
-                                plgpu.commit_smem()
-                                column = (
-                                    column_tile * _COLUMNS + warpgroup * (_COLUMNS // 2) + j * wide
-                                )
-                                _write(
-                                    piece,
-                                    result.at[pl.ds(i * _PIECE, _PIECE), pl.ds(column, wide)],
-                                    rows_of(i),
-                                )
-
+            def run(multiply, n_slices, inputs, index_maps, result, column_tile, written):
+                write = functools.partial(_write, pieces, result, column_tile, written)
                 pipeline(multiply, n_slices, index_maps, write)(*inputs, allocations=buffers)
 
             @plgpu.nd_loop(grid, collective_axes="multiprocessor")
@@ -268,25 +228,72 @@ def _launch(tile, grid, operands, blocks, out: jax.ShapeDtypeStruct, name: str) 
         num_threads=_WARPGROUPS + 1,
         thread_name="warpgroup",
         kernel_name=name,
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*operands)
 
 
-def _write(piece, result, rows) -> None:
-    """Copies rows [first, end) of a piece to where they belong, all of them unless given: one group
-    of copies, be it an empty one.
+def _wide(dtype: Any) -> int:
+    return _SWIZZLE // jnp.dtype(dtype).itemsize
+
+
+def _layout(dtype: Any, rows: int) -> tuple[Any, Any]:
+    """How shared memory holds a matrix: in tiles of so many rows, 128 bytes wide."""
+    return plgpu.TilingTransform((rows, _wide(dtype))), plgpu.SwizzleTransform(_SWIZZLE)
+
+
+def _pipeline(blocks, dtypes, multiply, n_slices, index_maps, write) -> Any:
+    """Brings slice after slice and calls `multiply` of each; `write` surrounds all of it."""
+    return plgpu.emit_pipeline_warp_specialized(
+        multiply,
+        grid=(n_slices,),
+        memory_registers=40,
+        in_specs=[
+            plgpu.BlockSpec(block, index_map, transforms=_layout(dtype, 8))
+            for block, index_map, dtype in zip(blocks, index_maps, dtypes, strict=True)
+        ],
+        wg_axis="warpgroup",
+        num_compute_wgs=_WARPGROUPS,
+        max_concurrent_steps=_BUFFERS,
+        compute_context=write,
+    )
+
+
+def _write(pieces, result, column_tile, written, sum_up: Callable[[Any], Any]) -> None:
+    """Sums a warpgroup's half of a tile up and copies it to its place, piece by piece."""
+    warpgroup, wide = lax.axis_index("warpgroup"), pieces.shape[-1]
+    first_column = column_tile * _COLUMNS + warpgroup * _HALF
+    accumulator = plgpu.ACC((_ROWS, _HALF), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+
+    @functools.partial(pl.run_scoped, acc=accumulator)
+    def _(acc):
+        sum_up(acc)
+        sums = acc[...].astype(pieces.dtype)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        places = [(i, j) for i in range(_ROWS // _PIECE) for j in range(_HALF // wide)]
+        for number, (i, j) in enumerate(places):
+            # Two pieces take turns: the one before last has been copied.
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            piece = pieces.at[warpgroup, number % 2]
+            piece[...] = sums[i * _PIECE : (i + 1) * _PIECE, j * wide : (j + 1) * wide]
+            plgpu.commit_smem()
+            columns = pl.ds(first_column + j * wide, wide)
+            target = result.at[pl.ds(i * _PIECE, _PIECE), columns]
+            _copy(piece, target, written and written(i))
+
+
+def _copy(piece: Any, target: Any, written: tuple[jax.Array, jax.Array] | None) -> None:
+    """Copies rows [first, end) of a piece to where they belong, all of them unless given. Always as
+    one group of copies, be it an empty one: who waits counts groups.
     """
-    if rows is None:
-        plgpu.copy_smem_to_gmem(piece, result)
+    if written is None:
+        plgpu.copy_smem_to_gmem(piece, target)
         return
-    first, end = rows
+    first, end = written
     size = end - first
 
     @pl.when(size == _PIECE)
     def _():
-        plgpu.copy_smem_to_gmem(piece, result, commit_group=False)
+        plgpu.copy_smem_to_gmem(piece, target, commit_group=False)
 
     @pl.when((size > 0) & (size < _PIECE))
     def _():
@@ -297,7 +304,7 @@ def _write(piece, result, rows) -> None:
             @pl.when(size & some != 0)
             def _(begin=begin, some=some):
                 rows = pl.ds(begin, some)
-                plgpu.copy_smem_to_gmem(piece.at[rows], result.at[rows], commit_group=False)
+                plgpu.copy_smem_to_gmem(piece.at[rows], target.at[rows], commit_group=False)
 
             begin += size & some
 

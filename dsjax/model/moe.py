@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsjax.config import ModelConfig
-from dsjax.kernels.chosen_experts import chosen_experts
+from dsjax.kernels.chosen_experts import chosen_experts, is_few
 from dsjax.kernels.varying import vary_as
 from dsjax.model.balance import BalanceWeights, balance_loss
 from dsjax.model.layers import FeedForward, Normal, declare
@@ -29,9 +29,6 @@ from dsjax.parallel.sharding import Specs, on_shards, partition_spec, parts_here
 from dsjax.precision.activations import swiglu_grouped_linear
 from dsjax.precision.matmul import grouped_linear
 from dsjax.precision.policy import Policy
-
-# As many rows as the grouped product gives an expert at least.
-_FEW_TOKENS = 32
 
 
 class RoutingStatistics(NamedTuple):
@@ -94,6 +91,7 @@ class Experts(nnx.Module):
             flat(self.w_down),
             routing.experts_MK + layer * E,
             routing.weights_MK,
+            self.policy.platform,
         )
 
 
@@ -193,11 +191,13 @@ class MoE(nnx.Module):
         Args:
           stack: the experts of all layers, of which this is number `layer`.
         """
-        few = x_BTD.shape[0] * x_BTD.shape[1] <= _FEW_TOKENS
+        config, policy = self.config, stack.policy
+        n_tokens = x_BTD.shape[0] * x_BTD.shape[1]
+        few = is_few(n_tokens, config.n_activated_experts, config.n_routed_experts, policy.platform)
         one_device = parts_here("experts") == parts_here("expert_embed") == parts_here("ffn") == 1
-        if not (few and one_device) or stack.policy.platform != "cpu" or stack.policy.fp8:
+        if not (few and one_device) or policy.fp8:
             documents_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
             return self(x_BTD, documents_BT, None, length="tokens")[0]
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
         y_BTD = stack.few(x_MD, self.gate(x_MD), layer).reshape(x_BTD.shape)
-        return y_BTD + self.shared(x_BTD) if self.config.n_shared_experts else y_BTD
+        return y_BTD + self.shared(x_BTD) if config.n_shared_experts else y_BTD

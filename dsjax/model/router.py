@@ -19,7 +19,7 @@ Papers: DeepSeekMoE (arXiv:2401.06066) section 3; V2 (arXiv:2405.04434) section 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,9 +92,14 @@ def route(
     """
     scores_ME = scores(logits_ME, config.score_func)
     if experts_MK is None:
-        experts_MK = select(jax.lax.stop_gradient(scores_ME), bias_E, config)
-        experts_MK = checkpoint_name(experts_MK, "routing")
+        chosen_MK = select(jax.lax.stop_gradient(scores_ME), bias_E, config)
+        experts_MK = _kept(chosen_MK)
     return Routing(experts_MK, weigh(scores_ME, experts_MK, config), scores_ME)
+
+
+def _kept(x: jax.Array) -> jax.Array:
+    named: Any = checkpoint_name(x, "routing")
+    return named
 
 
 class Router(nnx.Module):
@@ -109,5 +114,5 @@ class Router(nnx.Module):
     @jax.named_scope("router")
     def __call__(self, x_MD: jax.Array, experts_MK: jax.Array | None = None) -> Routing:
         bias_E = self.bias[...] if self.config.router_bias else None
-        logits_ME = checkpoint_name(float32_matmul(x_MD, self.weight[...]), "routing")
+        logits_ME = _kept(float32_matmul(x_MD, self.weight[...]))
         return route(logits_ME, bias_E, self.config, experts_MK)

@@ -123,10 +123,12 @@ def combine(y_AD: jax.Array, plan: Plan) -> jax.Array:
 
 # Each is the other's transpose.
 dispatch.defvjp(
-    lambda x_MD, plan: (dispatch(x_MD, plan), plan), lambda plan, dy_AD: (combine(dy_AD, plan), None)
+    lambda x_MD, plan: (dispatch(x_MD, plan), plan),
+    lambda plan, dy_AD: (combine(dy_AD, plan), None),
 )
 combine.defvjp(
-    lambda y_AD, plan: (combine(y_AD, plan), plan), lambda plan, dy_MD: (dispatch(dy_MD, plan), None)
+    lambda y_AD, plan: (combine(y_AD, plan), plan),
+    lambda plan, dy_MD: (dispatch(dy_MD, plan), None),
 )
 
 

@@ -60,7 +60,7 @@ def _compile(config: Config, topology: Topology, step: str, folder: Path) -> Com
         # What a step leaves alone, as decoding does the MTP modules, is in memory all the same.
         keep_unused=True,
         compiler_options={
-            **compiler_options(programs.PLATFORM),
+            **compiler_options(programs.PLATFORM, mesh.size),
             "xla_dump_to": str(folder),
             "xla_dump_hlo_as_text": True,
         },

@@ -11,19 +11,21 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-_COMPILER_OPTIONS: dict[str, dict[str, bool | str]] = {
-    # What is sent between GPUs starts as early as it can, beside products that do not need it. (A
-    # TPU's compiler does so by itself.)
-    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
+# What is sent between GPUs starts as early as it can, beside products that do not need it. (A TPU's
+# compiler does so by itself.)
+_BETWEEN_GPUS: dict[str, bool | str] = {"xla_gpu_enable_latency_hiding_scheduler": True}
+_TPU: dict[str, bool | str] = {
     # Weights are gathered whole before a product, not piece by piece in a loop of its own for each:
     # the program has 40 % less text (a dense model of two layers), and says plainly what it sends.
-    "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"
 }
 
 
-def compiler_options(platform: str) -> dict[str, bool | str]:
-    """What the compiler of a platform is told for every program."""
-    return dict(_COMPILER_OPTIONS.get(platform, {}))
+def compiler_options(platform: str, n_devices: int) -> dict[str, bool | str]:
+    """What the compiler of a platform is told of a program for so many devices."""
+    if platform == "gpu" and n_devices > 1:
+        return dict(_BETWEEN_GPUS)
+    return dict(_TPU) if platform == "tpu" else {}
 
 
 def use_persistent_cache(cache_dir: str) -> None:

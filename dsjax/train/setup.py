@@ -17,7 +17,7 @@ from dsjax.config import Config
 from dsjax.data.corpus import Corpus, Progress, prepare_corpus
 from dsjax.data.loader import Loader
 from dsjax.data.packing import HeldoutSequences, PackedSequences, heldout_sequences
-from dsjax.kernels.gpu import tokamax
+from dsjax.kernels.gpu import is_hopper, tokamax
 from dsjax.model.flops import train_flops_per_token
 from dsjax.parallel import processes
 from dsjax.parallel.context import check_length
@@ -100,7 +100,7 @@ def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -
         f"text: {corpus.train.total_tokens:,} tokens in {len(corpus.train):,} documents, "
         f"{corpus.heldout.total_tokens:,} in {len(corpus.heldout):,} held out"
     )
-    if jax.default_backend() == "gpu" and not tokamax():
+    if jax.default_backend() == "gpu" and not is_hopper() and not tokamax():
         display.say(
             "tokamax is not installed, so experts and attention run without kernels of their own, "
             "slowly; with Python 3.12: pip install -e '.[kernels]'"
@@ -194,7 +194,7 @@ def _compiled_step(config: Config, mesh: Mesh, placement: TrainState, display: D
         train_step(config),
         donate_argnums=0,
         out_shardings=(placement, _everywhere(mesh)),
-        compiler_options=compiler_options(jax.default_backend()),
+        compiler_options=compiler_options(jax.default_backend(), mesh.size),
     )
     return Compiled(step, mesh, announce=lambda: display.say("compiling the training step"))
 

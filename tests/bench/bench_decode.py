@@ -5,15 +5,16 @@ The models and types of bench_train_step, random weights and prompts: 128 new to
 of 128, batch 1 and 8. A decoding step's time is the difference between generating 128 tokens and
 one, divided by 127. The sides take turns; the ratio of medians is printed. The limit is the time to
 read what a step reads, the activated parameters and the cache, at the rate at which this machine
-adds up a large array.
+adds up a large array, or an accelerator copies one.
 
-Run: python -m tests.bench.bench_decode, after `pip install -e '.[reference]'` for the Hugging Face
-side.
+Run: python -m tests.bench.bench_decode [names of models], after `pip install -e '.[reference]'` for
+the Hugging Face side.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable
 
 import jax
@@ -30,7 +31,7 @@ from dsjax.model.transformer import Transformer
 from dsjax.precision.policy import Policy
 from tests.bench.sides import cases, machine, seconds, transformers_model, transformers_runs_here
 
-PROMPT, NEW, ROUNDS = 128, 128, 5
+PROMPT, NEW = 128, 128
 
 Generate = Callable[[np.ndarray, int], object]  # prompts [B, T], new tokens
 
@@ -90,17 +91,19 @@ def limit_seconds(config: Config, batch: int, bytes_per_second: float) -> float:
 
 
 def measure_read_rate() -> float:
-    """Bytes a second of adding up 512 MiB."""
-    array = jnp.ones((2**27,), jnp.float32)
-    add = jax.jit(jnp.sum)
-    add(array).block_until_ready()
-    return array.nbytes / min(seconds(lambda: add(array).block_until_ready()) for _ in range(10))
+    """Bytes a second of adding up 512 MiB, or read and written in copying 2 GiB."""
+    on_cpu = jax.default_backend() == "cpu"
+    array = jnp.ones((2**27 if on_cpu else 2**29,), jnp.float32)
+    touch = jax.jit(jnp.sum if on_cpu else lambda array: array + 1)
+    touch(array).block_until_ready()
+    taken = min(seconds(lambda: touch(array).block_until_ready()) for _ in range(10))
+    return array.nbytes * (1 if on_cpu else 2) / taken
 
 
 def step_seconds(sides: dict[str, Generate], prompts_BT: np.ndarray) -> dict[str, float]:
     """The median time of a decoding step of each side."""
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for round_ in range(ROUNDS + 1):
+    for round_ in range(6 if jax.default_backend() == "cpu" else 4):
         for name, generate in sides.items():
             one, many = (seconds(generate, prompts_BT, n) for n in (1, NEW))
             if round_:  # the first compiles
@@ -124,13 +127,14 @@ def compare(config: Config) -> None:
             print(f", {limit / taken:.0%} of the limit")
         if "transformers" in median:
             ratio = median["transformers"] / median["dsjax"]
-            print(f"  dsjax / transformers: {ratio:.2f}x the tokens/s")
+            print(f"  dsjax / transformers: {ratio:.2f}x the tokens/s", flush=True)
 
 
 def main() -> None:
     print(machine())
     for config in cases():
-        compare(config)
+        if config.name in (sys.argv[1:] or [config.name]):
+            compare(config)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ transformers', and turns in which sides take each other's place.
 
 A CPU gets 80M parameters in float32; an accelerator gets bfloat16, `configs/small.py` and a shape
 of 3B with V3's own head sizes. MTP is off, for transformers has none; random weights and tokens.
+Where memory is large nothing is computed again in the backward pass, as transformers does it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ Step = Callable[[], float]
 
 # Both sides share an accelerator's memory, so neither may take it all when it starts.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+LARGE_MEMORY = 120e9  # bytes
 
 V3_ROUTING: dict[str, Any] = {
     "router_bias": True,
@@ -78,12 +81,14 @@ MODEL_3B = ModelConfig(
 )
 
 
-def case(name: str, model: ModelConfig, batch: int, length: int, compute: Any) -> Config:
+def case(
+    name: str, model: ModelConfig, batch: int, length: int, compute: Any, remat: Any = "selective"
+) -> Config:
     return Config(
         name=name,
         model=model,
         data=DataConfig(sequence_length=length),
-        train=TrainConfig(batch_size=batch, sequence_balance=0.0),
+        train=TrainConfig(batch_size=batch, sequence_balance=0.0, remat=remat),
         optim=OptimConfig(learning_rate=1e-4),
         precision=PrecisionConfig(compute=compute),
     )
@@ -94,9 +99,11 @@ def cases() -> list[Config]:
     if jax.default_backend() == "cpu":
         return [case("80M", MODEL_80M, 4, 512, "float32")]
     small = dataclasses.replace(SMALL.model, n_mtp=0)
+    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    remat = "none" if memory > LARGE_MEMORY else "selective"
     return [
-        case("small", small, 16, 2048, "bfloat16"),
-        case("3B", MODEL_3B, 4, 4096, "bfloat16"),
+        case("small", small, 16, 2048, "bfloat16", remat),
+        case("3B", MODEL_3B, 4, 4096, "bfloat16", remat),
     ]
 
 
@@ -114,7 +121,7 @@ def random_tokens(config: Config) -> np.ndarray:
 def dsjax_step(config: Config) -> Step:
     """A training step of a config, on one device and random tokens; returns the loss."""
     state = initial_state(config, make_mesh({"data": 1}, n_devices=1))
-    options = compiler_options(jax.default_backend())
+    options = compiler_options(jax.default_backend(), n_devices=1)
     step = jax.jit(train_step(config), donate_argnums=0, compiler_options=options)
     tokens = jnp.asarray(random_tokens(config))[None]
     batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens)}
@@ -164,11 +171,8 @@ def transformers_model(config: Config, **options: Any) -> Any:
         **options,
     )
     torch.manual_seed(0)
-    return (
-        transformers.DeepseekV3ForCausalLM(theirs)
-        .float()
-        .to("cuda" if jax.default_backend() == "gpu" else "cpu")
-    )
+    with torch.device("cuda" if jax.default_backend() == "gpu" else "cpu"):
+        return transformers.DeepseekV3ForCausalLM(theirs).float()
 
 
 def transformers_runs_here() -> bool:

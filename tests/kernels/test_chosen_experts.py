@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.kernels.chosen_experts import chosen_experts
+from dsjax.kernels.chosen_experts import chosen_experts, is_few
 from tests.closeness import BF16, F32, assert_close
 
 E, D, F, K = 12, 16, 24, 3
+
+compute = jax.jit(chosen_experts, static_argnames="platform")
 
 
 def _operands(tokens, dtype=jnp.float32):
@@ -34,15 +36,18 @@ def _definition(x_MD, w_gate, w_up, w_down, experts_MK, weights_MK):
     return y_MD
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_chosen_experts_equal_the_definition(tokens):
+def test_chosen_experts_equal_the_definition(tokens, platform):
     operands = _operands(tokens)
-    assert_close(jax.jit(chosen_experts)(*operands), _definition(*operands), F32, "experts")
+    got = compute(*operands, platform=platform)
+    assert_close(got, _definition(*operands), F32, "experts")
 
 
-def test_float32_stacks_serve_bfloat16_tokens():
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_float32_stacks_serve_bfloat16_tokens(platform):
     x, *stacks, experts, weights = _operands(4)
-    got = jax.jit(chosen_experts)(x.astype(jnp.bfloat16), *stacks, experts, weights)
+    got = compute(x.astype(jnp.bfloat16), *stacks, experts, weights, platform=platform)
     assert got.dtype == jnp.bfloat16
     assert_close(got, _definition(x, *stacks, experts, weights), BF16, "experts")
 
@@ -50,14 +55,18 @@ def test_float32_stacks_serve_bfloat16_tokens():
 def test_no_array_of_every_expert_is_made():
     """What lies between reading the stacks and the result is a few matrices, not all of them."""
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((512, 64, 64),) * 3]
-    compiled = (
-        jax.jit(chosen_experts)
-        .lower(
-            jax.ShapeDtypeStruct((4, 64), jnp.float32),
-            *shapes,
-            jax.ShapeDtypeStruct((4, K), jnp.int32),
-            jax.ShapeDtypeStruct((4, K), jnp.float32),
-        )
-        .compile()
-    )
+    compiled = compute.lower(
+        jax.ShapeDtypeStruct((4, 64), jnp.float32),
+        *shapes,
+        jax.ShapeDtypeStruct((4, K), jnp.int32),
+        jax.ShapeDtypeStruct((4, K), jnp.float32),
+        platform="cpu",
+    ).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * 4 * 64 * 64
+
+
+def test_few_are_those_that_read_no_more_matrices_than_there_are_on_a_gpu():
+    assert is_few(7, top_k=8, n_experts=56, platform="gpu")
+    assert not is_few(8, top_k=8, n_experts=56, platform="gpu")
+    assert is_few(32, top_k=8, n_experts=56, platform="cpu")
+    assert not is_few(1, top_k=8, n_experts=256, platform="tpu")

@@ -1,4 +1,6 @@
-"""What a GPU is given when tokamax is installed, by a stand-in with tokamax's signatures."""
+"""What a GPU is given when tokamax is installed, by a stand-in with tokamax's signatures; on a
+Hopper GPU its own kernel of attention.
+"""
 
 import sys
 import types
@@ -9,8 +11,9 @@ import numpy as np
 import pytest
 
 from dsjax.kernels import attention, grouped_matmul
-from dsjax.kernels.gpu import tokamax
-from tests.closeness import F32, assert_close
+from dsjax.kernels.gpu import is_hopper, tokamax
+from dsjax.kernels.varying import shipped_promotion
+from tests.closeness import BF16, F32, assert_close
 
 
 @pytest.fixture
@@ -77,3 +80,23 @@ def test_attention_is_tokamax_s_on_a_gpu(asked, isolated):
     assert asked == ["attention"]
     want = attention.reference_attention(q, k, v, scale=0.3, segment_ids_BT=segments)
     assert_close(got, want, F32, "out")
+
+
+@pytest.mark.gpu
+def test_cudnn_attention_equals_reference_with_heads_as_mla_s():
+    if not is_hopper():
+        pytest.skip("needs a Hopper GPU")
+    rng = np.random.default_rng(0)
+    shapes = (2, 1000, 4, 192), (2, 1000, 2, 192), (2, 1000, 2, 128), (2, 1000, 4, 128)
+    q, k, v, dout = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes)
+
+    def run(attention, *operands):
+        out, backward = jax.vjp(lambda q, k, v: attention(q, k, v, scale=0.1), *operands)
+        return out, *backward(dout.astype(out.dtype))
+
+    with shipped_promotion():
+        got = jax.jit(lambda *x: run(attention.cudnn_attention, *x))(q, k, v)
+        wide = [x.astype(jnp.float32) for x in (q, k, v)]
+        want = jax.jit(lambda *x: run(attention.reference_attention, *x))(*wide)
+    for name, g, w in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+        assert_close(g.astype(jnp.float32), w, BF16, name)

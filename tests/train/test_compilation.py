@@ -27,7 +27,7 @@ def test_compiled_compiles_once_for_each_batch_shape():
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_compiler_knows_the_options_of_a_platform(platform):
     # Options of GPUs are parsed on any machine; TPUs' by libtpu alone (tests/plan).
-    options = compilation.compiler_options(platform)
+    options = compilation.compiler_options(platform, n_devices=2)
     assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
 
 
