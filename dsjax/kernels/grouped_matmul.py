@@ -190,7 +190,8 @@ def _gpu_matmul(
 ) -> jax.Array:
     if is_hopper() and hopper_grouped.fits(x_AD, w_EDF):
         multiply = functools.partial(hopper_grouped.matmul, dtype=dtype, transpose_w=transpose_w)
-        return call_shipped(multiply, x_AD, w_EDF, sizes_E)
+        # Without a barrier XLA computes the product twice, for its users and for where it is kept.
+        return lax.optimization_barrier(call_shipped(multiply, x_AD, w_EDF, sizes_E))
     contracted = ((1,), (2 if transpose_w else 1,))
     return _ragged_dot(x_AD, w_EDF, sizes_E, contracted, [0], dtype)
 
