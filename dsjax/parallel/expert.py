@@ -8,6 +8,7 @@ plans for the way between devices, a device standing for an expert.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -111,14 +112,22 @@ def dispatch(x_MD: jax.Array, plan: Plan) -> jax.Array:
 @jax.custom_vjp
 def combine(y_AD: jax.Array, plan: Plan) -> jax.Array:
     """Sums each token's rows, in float32: [A, D] -> [M, D] in y's dtype."""
+    # One choice after another: all together they would be K times as large as the tokens. A TPU
+    # needs a loop for that; CPUs and GPUs make one pass of all choices, without the sums between.
+    return lax.platform_dependent(
+        y_AD,
+        plan.rows_KM,
+        tpu=partial(_sum_choices, unroll=False),
+        default=partial(_sum_choices, unroll=True),
+    )
 
-    # One choice after another: all together they would be K times as large as the tokens.
+
+def _sum_choices(y_AD: jax.Array, rows_KM: jax.Array, *, unroll: bool) -> jax.Array:
     def add(total_MD: jax.Array, row_M: jax.Array):
         return total_MD + _take(y_AD, row_M).astype(jnp.float32), None
 
-    start_MD = jnp.zeros((plan.rows_KM.shape[1], y_AD.shape[1]), jnp.float32)
-    start_MD = vary_as(start_MD, y_AD, plan.rows_KM)
-    return lax.scan(add, start_MD, plan.rows_KM, unroll=True)[0].astype(y_AD.dtype)
+    start_MD = vary_as(jnp.zeros((rows_KM.shape[1], y_AD.shape[1]), jnp.float32), y_AD, rows_KM)
+    return lax.scan(add, start_MD, rows_KM, unroll=unroll)[0].astype(y_AD.dtype)
 
 
 # Each is the other's transpose.
