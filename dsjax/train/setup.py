@@ -100,10 +100,12 @@ def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -
         f"text: {corpus.train.total_tokens:,} tokens in {len(corpus.train):,} documents, "
         f"{corpus.heldout.total_tokens:,} in {len(corpus.heldout):,} held out"
     )
-    if jax.default_backend() == "gpu" and not is_hopper() and not tokamax():
+    own_kernels = is_hopper() and config.precision.compute == "bfloat16"
+    if jax.default_backend() == "gpu" and not own_kernels and not tokamax():
         display.say(
-            "tokamax is not installed, so experts and attention run without kernels of their own, "
-            "slowly; with Python 3.12: pip install -e '.[kernels]'"
+            "experts and attention run without kernels of their own, slowly: on an H100 or H200 "
+            "set precision.compute=bfloat16; on other GPUs, with Python 3.12: "
+            "pip install -e '.[kernels]'"
         )
     rows = training_rows(config, corpus)
     processes.check_same({"the config": settings.content_hash(config), "the text": rows.identity})
