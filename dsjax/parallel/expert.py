@@ -9,7 +9,7 @@ plans for the way between devices, a device standing for an expert.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -130,17 +130,6 @@ def _sum_choices(y_AD: jax.Array, rows_KM: jax.Array, *, unroll: bool) -> jax.Ar
     return lax.scan(add, start_MD, rows_KM, unroll=unroll)[0].astype(y_AD.dtype)
 
 
-# Each is the other's transpose.
-dispatch.defvjp(
-    lambda x_MD, plan: (dispatch(x_MD, plan), plan),
-    lambda plan, dy_AD: (combine(dy_AD, plan), None),
-)
-combine.defvjp(
-    lambda y_AD, plan: (combine(y_AD, plan), plan),
-    lambda plan, dy_MD: (dispatch(dy_MD, plan), None),
-)
-
-
 @jax.custom_vjp
 def undispatch(y_AD: jax.Array, plan: Plan) -> jax.Array:
     """Each assignment's row, 0 for one that goes nowhere: [A, ...] -> [K, M, ...]."""
@@ -153,12 +142,14 @@ def dispatch_choices(z_KM: jax.Array, plan: Plan) -> jax.Array:
     return _take(z_KM.reshape(-1, *z_KM.shape[2:]), plan.order_A)
 
 
-# Each is the other's transpose.
-undispatch.defvjp(
-    lambda y_AD, plan: (undispatch(y_AD, plan), plan),
-    lambda plan, dz_KMD: (dispatch_choices(dz_KMD, plan), None),
-)
-dispatch_choices.defvjp(
-    lambda z_KM, plan: (dispatch_choices(z_KM, plan), plan),
-    lambda plan, dy_A: (undispatch(dy_A, plan), None),
-)
+def _transpose_each_other(there: Any, back: Any) -> None:
+    """Makes each the backward pass of the other: autodiff would scatter where both gather."""
+    for function, transpose in ((there, back), (back, there)):
+        function.defvjp(
+            lambda x, plan, function=function: (function(x, plan), plan),
+            lambda plan, dy, transpose=transpose: (transpose(dy, plan), None),
+        )
+
+
+_transpose_each_other(dispatch, combine)
+_transpose_each_other(undispatch, dispatch_choices)
