@@ -53,7 +53,7 @@ def causal_attention(
     """
     if platform == "tpu" and q_BTNH.shape[1] % _MIN_TILE == 0:
         return splash_attention(q_BTNH, k_BTPH, v_BTPW, scale, segment_ids_BT)
-    if platform == "gpu" and segment_ids_BT is None and _cudnn_takes(q_BTNH):
+    if platform == "gpu" and segment_ids_BT is None and _cudnn_takes(q_BTNH, v_BTPW):
         return cudnn_attention(q_BTNH, k_BTPH, v_BTPW, scale)
     if platform == "gpu" and tokamax():
         return tokamax_attention(q_BTNH, k_BTPH, v_BTPW, scale, segment_ids_BT)
@@ -61,15 +61,16 @@ def causal_attention(
     return _ungroup_heads(_attention(*grouped, segment_ids_BT, scale))
 
 
-def _cudnn_takes(q_BTNH: jax.Array) -> bool:
+def _cudnn_takes(q_BTNH: jax.Array, v_BTPW: jax.Array) -> bool:
     two_bytes = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
-    return is_hopper() and two_bytes and q_BTNH.shape[-1] % 8 == 0 and q_BTNH.shape[-1] <= 256
+    widths = q_BTNH.shape[-1], v_BTPW.shape[-1]
+    return is_hopper() and two_bytes and all(w % 8 == 0 and w <= 256 for w in widths)
 
 
 def cudnn_attention(
     q_BTNH: jax.Array, k_BTPH: jax.Array, v_BTPW: jax.Array, scale: float
 ) -> jax.Array:
-    """`causal_attention` of whole sequences through cuDNN's fused kernel, for GPUs from Hopper on.
+    """`causal_attention` of whole sequences through cuDNN's fused kernel, of a Hopper GPU.
 
     The function behind `jax.nn.dot_product_attention`, which itself wants values as wide as keys:
     filled up to that, MLA's attention takes 1.3 to 1.5 times as long on an H200.

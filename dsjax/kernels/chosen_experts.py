@@ -31,6 +31,7 @@ def chosen_experts(
       x_MD: tokens; a matrix is cast to their dtype after it is taken from its stack.
       experts_MK: int32, the experts of each token.
       weights_MK: float32.
+      platform: "cpu" or "gpu", the kind of machine the program is compiled for.
 
     Returns:
       [M, D] in x's dtype, summed in float32.

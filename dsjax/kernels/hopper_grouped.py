@@ -12,7 +12,7 @@ operands through four buffers, two others multiply them, each its half of the ti
   multiple of 8 too; other groups' rows in the first and in the last slice are set to 0.
 
 Nothing is padded or transposed in memory, and a tile costs the same however many groups there are.
-The tests run these kernels on a CPU, under JAX's interpreter, and as they are where the GPU is one.
+The tests run these kernels under the interpreter of jax 0.11 and later, or as they are on a GPU.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ Papers: DeepSeekMoE (arXiv:2401.06066) section 3; V2 (arXiv:2405.04434) section 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ def select(scores_ME: jax.Array, bias_E: jax.Array | None, config: ModelConfig) 
         choice_ME = _mask_groups(
             choice_ME, config.n_expert_groups, config.n_limited_groups, config.group_score
         )
-    return jax.lax.top_k(choice_ME, config.n_activated_experts)[1]
+    return checkpoint_name(jax.lax.top_k(choice_ME, config.n_activated_experts)[1], "routing")
 
 
 def weigh(scores_ME: jax.Array, experts_MK: jax.Array, config: ModelConfig) -> jax.Array:
@@ -92,14 +92,8 @@ def route(
     """
     scores_ME = scores(logits_ME, config.score_func)
     if experts_MK is None:
-        chosen_MK = select(jax.lax.stop_gradient(scores_ME), bias_E, config)
-        experts_MK = _kept(chosen_MK)
+        experts_MK = select(jax.lax.stop_gradient(scores_ME), bias_E, config)
     return Routing(experts_MK, weigh(scores_ME, experts_MK, config), scores_ME)
-
-
-def _kept(x: jax.Array) -> jax.Array:
-    named: Any = checkpoint_name(x, "routing")
-    return named
 
 
 class Router(nnx.Module):
@@ -114,5 +108,5 @@ class Router(nnx.Module):
     @jax.named_scope("router")
     def __call__(self, x_MD: jax.Array, experts_MK: jax.Array | None = None) -> Routing:
         bias_E = self.bias[...] if self.config.router_bias else None
-        logits_ME = _kept(float32_matmul(x_MD, self.weight[...]))
+        logits_ME = checkpoint_name(float32_matmul(x_MD, self.weight[...]), "routing")
         return route(logits_ME, bias_E, self.config, experts_MK)

@@ -8,7 +8,7 @@ interface; how tokens travel is its argument `way`:
 * all_gather: every rank gets all tokens and keeps those that chose its experts. Sends ranks - 1
   copies of a token, best while that is no more than it has destinations.
 * all_to_all: a slot of fixed size for each pair of ranks. Runs everywhere.
-* ragged: `lax.ragged_all_to_all` sends as many rows as there are. Not implemented on CPUs.
+* ragged: `lax.ragged_all_to_all` sends as many rows as there are. XLA lacks it on CPUs.
 
 A token travels once to each rank that holds any of its experts, with all its expert ids and
 weights, and that rank sends one sum back, as in DeepEP. Routers that keep few groups of experts
