@@ -29,9 +29,10 @@ import numpy as np
 
 from dsjax import settings
 from dsjax.config import Config
+from dsjax.parallel import compilation
 from dsjax.precision import matmul
 from dsjax.precision.fp8 import TOKEN_TILE, WEIGHT_BLOCK
-from dsjax.train import compilation, loop
+from dsjax.train import loop
 
 BRIEF = [
     "train.log_every=1",

@@ -166,8 +166,8 @@ def repeat(root: Path, deadline: float) -> int:
 
     import dsjax
     from dsjax import settings
-    from dsjax.infer.engine import Engine, Request
-    from dsjax.infer.sampling import Sampling
+    from dsjax.generate.engine import Engine, Request
+    from dsjax.generate.sampling import Sampling
     from dsjax.train import loop
 
     console = Console(file=io.StringIO(), width=120)

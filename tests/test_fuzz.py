@@ -15,13 +15,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dsjax import files
 from dsjax import settings as configs
-from dsjax.checkpoint import json_files, manifest
+from dsjax.checkpoint import manifest
 from dsjax.checkpoint.inspection import summarize
 from dsjax.checkpoint.load import open_checkpoint
 from dsjax.checkpoint.tensor_files import open_folder
+from dsjax.infer.answers import default_sampling
 from dsjax.infer.token_files import read_tokens
-from dsjax.infer.vocabulary import default_sampling
 from tests.checkpoint.conversions import seal
 from tests.golden.cases import CASES
 
@@ -123,7 +124,7 @@ CONVERTED = {"dsjax": "0", "family": "deepseek_v3", "model": RUN["model"]}
 
 # What is read, from a file of which name, by whom, and what is drawn for it.
 PARSERS = {
-    "json": ("x.json", lambda folder: json_files.read_json(folder / "x.json"), either(V3)),
+    "json": ("x.json", lambda folder: files.read_json(folder / "x.json"), either(V3)),
     "safetensors": ("model.safetensors", open_folder, damaged(safetensors())),
     "index": ("model.safetensors.index.json", index, either(INDEX)),
     "hf_config": ("config.json", implied, either(V3)),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dsjax import load
-from dsjax.data.tokenizer import train_tokenizer
+from dsjax.text.tokenizer import train_tokenizer
 from tests.checkpoint import hf_files
 from tests.golden.cases import LLAMA, V3, Case
 

@@ -11,13 +11,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {
     "config": 0.0,
+    "files": 0.0,
     "settings": 0.1,
     "command": 0.2,
     "kernels": 1,
-    "data": 1,
+    "text": 1,
+    "data": 1.5,
     "precision": 2,
     "parallel": 3,
     "model": 4,
+    "generate": 5,
     "checkpoint": 5,
     "infer": 5.5,
     "show": 6,
@@ -76,7 +79,7 @@ def test_imports_are_absolute_and_point_down(path):
     ("source", "found"),
     [
         ("from dsjax.train import loop", "model (floor 4) imports dsjax.train (floor 6)"),
-        ("def f():\n    import dsjax.infer.sampling", "imports dsjax.infer.sampling"),
+        ("def f():\n    import dsjax.generate.sampling", "imports dsjax.generate.sampling"),
         ("from . import rope", "relative import"),
         ("from dsjax import train", "imports dsjax.train"),
     ],
@@ -90,11 +93,22 @@ def test_config_is_refused_to_the_low_floors():
     assert found == ["parallel (floor 3) imports dsjax.config; pass explicit arguments"]
 
 
-@pytest.mark.parametrize("name", ["config", "settings", "command"])
+@pytest.mark.parametrize("name", ["config", "files", "settings", "command"])
 def test_ground_floor_needs_only_the_standard_library(name):
-    tree = ast.parse((ROOT / f"dsjax/{name}.py").read_text())
-    tops = {module.split(".")[0] for module, _ in imports(tree)}
+    place = ROOT / "dsjax" / name
+    paths = sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+    tops = {
+        module.split(".")[0] for path in paths for module, _ in imports(ast.parse(path.read_text()))
+    }
     assert tops <= sys.stdlib_module_names | {"dsjax"}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "dsjax/text").glob("*.py")), ids=lambda path: path.name
+)
+def test_text_does_without_jax(path):
+    tops = {module.split(".")[0] for module, _ in imports(ast.parse(path.read_text()))}
+    assert not tops & {"jax", "flax", "optax", "orbax"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.name)

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from dsjax.model import balance, layers, mla, moe, rope, router, transformer
-from dsjax.parallel import context, exchange, expert
+from dsjax.parallel import context, expert_parallel, routing_plan
 from dsjax.train import loss
 from tests.golden import checkpoint, compare, ours
 from tests.golden.cases import ORACLE_CASES
@@ -263,7 +263,7 @@ RIGHT_ROUTE, RIGHT_MASK, RIGHT_SCORES = router.route, router._mask_groups, route
 RIGHT_CONTEXT, RIGHT_CHOSEN = transformer.Transformer.context, balance._chosen
 RIGHT_PRODUCT, RIGHT_COMBINE, RIGHT_NORM = (
     balance._frequency_times_share,
-    expert.combine,
+    routing_plan.combine,
     layers.rms_norm,
 )
 RIGHT_ATTENTION, RIGHT_UPDATE = context.attend_here, balance.update_bias
@@ -362,7 +362,8 @@ MUTATIONS = [
              _targets_across_documents),
     Mutation(10, "as many targets as the main model", LOSS_ISOLATED, loss, "target_mask",
              _targets_of_the_main_model),
-    Mutation(14, "capacity factor of two", CROWDED, exchange, "combine", _drop_beyond_capacity),
+    Mutation(14, "capacity factor of two", CROWDED, expert_parallel, "combine",
+             _drop_beyond_capacity),
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dsjax import load
-from dsjax.data.tokenizer import load_tokenizer, train_tokenizer
+from dsjax.text.tokenizer import load_tokenizer, train_tokenizer
 from tests.checkpoint import hf_files
 from tests.closeness import F32, assert_close
 from tests.golden.cases import V3, Case

@@ -65,7 +65,7 @@ def execute(arguments: argparse.Namespace) -> None:
         parser().error(f"--max-new-tokens {arguments.max_new_tokens} is not at least 1")
     # Imported here, so that --help and wrong usage need not wait for jax.
     from dsjax.infer import console
-    from dsjax.train import compilation
+    from dsjax.parallel import compilation
 
     compilation.use_persistent_cache("")
     console.run(arguments)

@@ -43,8 +43,9 @@ def execute(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from dsjax.infer import score
+    from dsjax.parallel import compilation
     from dsjax.parallel.mesh import submesh
-    from dsjax.train import compilation, report
+    from dsjax.train import report
 
     compilation.use_persistent_cache("")
     result = score.score_files(

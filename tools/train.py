@@ -30,8 +30,8 @@ def execute(arguments: argparse.Namespace) -> int:
     config = command.load(arguments)
     folder = arguments.workdir or Path("runs") / config.name
     # Imported here, so that --help and wrong usage need not wait for jax.
-    from dsjax.parallel import processes
-    from dsjax.train import compilation, loop
+    from dsjax.parallel import compilation, processes
+    from dsjax.train import loop
 
     compilation.use_persistent_cache(config.data.cache_dir)
     with processes.joined(arguments.coordinator, arguments.num_processes, arguments.process_id):

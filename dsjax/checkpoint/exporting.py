@@ -26,7 +26,6 @@ from dsjax.checkpoint import names
 from dsjax.checkpoint.hf_config import quantization_config, to_hf
 from dsjax.checkpoint.hf_folder import FLOAT32, FP8, scale_name, scale_shape
 from dsjax.checkpoint.importing import copy_side_files, side_files
-from dsjax.checkpoint.json_files import read_json, write_json
 from dsjax.checkpoint.load import Checkpoint, open_checkpoint
 from dsjax.checkpoint.progress import Converted, Transfer
 from dsjax.checkpoint.recode import (
@@ -42,7 +41,8 @@ from dsjax.checkpoint.streaming import stream
 from dsjax.checkpoint.tensor_files import Shard, plan_shards, write_index, write_shard
 from dsjax.checkpoint.weights import Weights, leaf_name, scales_name
 from dsjax.command import writing
-from dsjax.data.tokenizer import load_tokenizer
+from dsjax.files import read_json, write_json
+from dsjax.text.tokenizer import load_tokenizer
 
 
 class Part(NamedTuple):

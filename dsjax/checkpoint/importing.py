@@ -28,7 +28,6 @@ import numpy as np
 from dsjax import __version__
 from dsjax.checkpoint import manifest
 from dsjax.checkpoint.hf_folder import FLOAT32, FP8, HfFolder, Row, open_hf, scale_shape
-from dsjax.checkpoint.json_files import sync_folder, write_json
 from dsjax.checkpoint.manifest import File, Manifest
 from dsjax.checkpoint.progress import Converted, Transfer
 from dsjax.checkpoint.recode import (
@@ -46,6 +45,7 @@ from dsjax.checkpoint.streaming import stream
 from dsjax.checkpoint.tensor_files import MAX_LISTED, TensorFolder, TensorInfo, listed
 from dsjax.checkpoint.weights import Name, WeightsWriter, leaf_name, scales_name
 from dsjax.command import writing
+from dsjax.files import sync_folder, write_json
 
 _COMPARED_TOGETHER = 64 << 20  # bytes
 

@@ -37,10 +37,10 @@ from dsjax.checkpoint.hf_folder import (
     scale_shape,
     without_absent_mtp,
 )
-from dsjax.checkpoint.json_files import read_json
 from dsjax.checkpoint.names import Family
 from dsjax.checkpoint.tensor_files import MAX_LISTED, open_folder
 from dsjax.config import ModelConfig
+from dsjax.files import read_json
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _STORED = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}

@@ -27,12 +27,12 @@ from dsjax import settings
 from dsjax.checkpoint import manifest, store
 from dsjax.checkpoint.hf_config import family_for
 from dsjax.checkpoint.hf_folder import HfFolder, Row, is_hf, open_hf
-from dsjax.checkpoint.json_files import read_json
 from dsjax.checkpoint.names import FAMILIES, Family
 from dsjax.checkpoint.slices import Index, Leaf, Tensors, bounds, dequantize_rows, read_slice
 from dsjax.checkpoint.tensor_files import listed
 from dsjax.checkpoint.weights import Weights, is_chunk
 from dsjax.config import ModelConfig
+from dsjax.files import read_json
 from dsjax.model.layers import RouterState
 from dsjax.model.parameters import shardings
 from dsjax.model.transformer import Transformer

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dsjax.checkpoint.json_files import sync_folder
+from dsjax.files import sync_folder
 
 
 class Staging:

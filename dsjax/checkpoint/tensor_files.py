@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from dsjax.checkpoint.json_files import (
+from dsjax.files import (
     open_regular,
     parse,
     read_json,

@@ -42,7 +42,6 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from dsjax.checkpoint.json_files import open_regular, read_json, sync_folder, write_json
 from dsjax.checkpoint.manifest import File, Guard
 from dsjax.checkpoint.names import Tensor
 from dsjax.checkpoint.slices import (
@@ -53,6 +52,7 @@ from dsjax.checkpoint.slices import (
     read_slice,
     transpose_into,
 )
+from dsjax.files import open_regular, read_json, sync_folder, write_json
 
 Name = tuple[str, ...]
 

@@ -36,9 +36,10 @@ from typing import Any
 
 import numpy as np
 
-from dsjax.data import documents, tokenizer
+from dsjax.data import documents
 from dsjax.data.documents import Document, Source
-from dsjax.data.tokenizer import Tokenizer
+from dsjax.text import tokenizer
+from dsjax.text.tokenizer import Tokenizer
 
 _FORMAT = 1
 _HASH_CONTENT_BELOW = 64 << 20  # bytes of all files together, read at every start

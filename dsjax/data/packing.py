@@ -32,7 +32,7 @@ from typing import Literal
 import numpy as np
 
 from dsjax.data.corpus import TokenizedDocuments
-from dsjax.data.tokenizer import FIM_BEGIN, SpecialTokens
+from dsjax.text.tokenizer import FIM_BEGIN, SpecialTokens
 
 _FIM_TOKENS = 3
 

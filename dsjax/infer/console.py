@@ -12,27 +12,24 @@ import argparse
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
-import numpy as np
-
 from dsjax.checkpoint import load
+from dsjax.generate.engine import Engine, Statistics
+from dsjax.generate.sampling import Sampling
 from dsjax.infer import token_files
-from dsjax.infer.chat import ChatFormat, Message, find_format
-from dsjax.infer.engine import Engine, Request, Statistics
-from dsjax.infer.reply import Piece, ReplyReader, StopStrings
-from dsjax.infer.sampling import Sampling
-from dsjax.infer.vocabulary import (
-    END_THINK,
-    THINK,
-    Vocabulary,
+from dsjax.infer.answers import (
+    MOST_NEW_TOKENS,
+    Generator,
+    Settings,
+    continue_tokens,
     default_sampling,
-    open_vocabulary,
 )
 from dsjax.parallel.mesh import submesh
-
-MOST_NEW_TOKENS = 2048  # where the user names no limit
+from dsjax.text.chat import ChatFormat, Message, find_format
+from dsjax.text.reply import Piece
+from dsjax.text.vocabulary import END_THINK, THINK, Vocabulary, open_vocabulary
 
 _HELP = "/reset forgets the conversation; /exit or Ctrl-D ends it; Ctrl-C stops a reply"
 # A reply could move the cursor, rename the window or worse.
@@ -126,67 +123,6 @@ def first_prompt(
     return vocabulary.plain_prompt(text)
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What every reply of a session has in common.
-
-    Raises:
-      ValueError: a stop string is empty.
-    """
-
-    vocabulary: Vocabulary
-    context: int  # tokens that the model can see
-    sampling: Sampling
-    max_new_tokens: int = MOST_NEW_TOKENS
-    stops: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        StopStrings(self.stops)
-
-    def request(self, prompt: Sequence[int]) -> Request:
-        """Asks for as many tokens as are wanted and the model's context has room for.
-
-        Raises:
-          ValueError: the prompt fills the context.
-        """
-        room = self.context - len(prompt)
-        if room < 1:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens, which fill the {self.context} that the "
-                "model can see (model.max_seq_len); shorten it, or /reset the conversation"
-            )
-        return Request(
-            prompt=tuple(prompt),
-            max_new_tokens=min(self.max_new_tokens, room),
-            sampling=self.sampling,
-            stop_ids=self.vocabulary.stop_ids,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Generator:
-    """A model that answers in text."""
-
-    engine: Engine
-    settings: Settings
-
-    def reply(self, prompt: Sequence[int]) -> Iterator[Piece]:
-        """Yields the text that follows the prompt's tokens, as it becomes certain.
-
-        Raises:
-          ValueError: the prompt fills the model's context.
-        """
-        vocabulary, request = self.settings.vocabulary, self.settings.request(prompt)
-        reader = ReplyReader(
-            vocabulary.coder, vocabulary.think_ids, prompt, stops=self.settings.stops
-        )
-        for (new,) in self.engine.generate([request]):
-            yield from reader.push([i for i in new if i not in vocabulary.stop_ids])
-            if reader.stopped:
-                return
-        yield from reader.flush()
-
-
 class Screen:
     """Shows a reply, its thought apart from its answer."""
 
@@ -268,27 +204,6 @@ def chat(generator: Generator, form: ChatFormat, *, thinking: bool | None = None
         print(describe(generator.engine.statistics), file=sys.stderr)
         if said:
             messages = [*turn, Message("assistant", "".join(said))]
-
-
-def continue_tokens(
-    engine: Engine, prompts_BT: np.ndarray, *, max_new_tokens: int, sampling: Sampling
-) -> np.ndarray:
-    """Continues each row by exactly `max_new_tokens` tokens, int32 [B, max_new_tokens]; no token
-    ends a row. Row b draws with seed `sampling.seed + b`.
-    """
-    requests = [
-        Request(
-            prompt=tuple(row.tolist()),
-            max_new_tokens=max_new_tokens,
-            sampling=dataclasses.replace(sampling, seed=(sampling.seed + index) % (1 << 32)),
-        )
-        for index, row in enumerate(prompts_BT)
-    ]
-    rows: list[list[int]] = [[] for _ in requests]
-    for step in engine.generate(requests):
-        for row, new in zip(rows, step, strict=True):
-            row += new
-    return np.asarray(rows, np.int32)
 
 
 def describe(statistics: Statistics) -> str:

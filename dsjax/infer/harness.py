@@ -24,15 +24,15 @@ from typing import Any
 import numpy as np
 
 from dsjax.checkpoint.load import load, open_checkpoint
+from dsjax.generate.engine import Engine, Request
+from dsjax.generate.sampling import Sampling
 from dsjax.infer import windows
-from dsjax.infer.chat import Message, find_format
-from dsjax.infer.engine import Engine, Request
-from dsjax.infer.reply import Detokenizer, StopStrings
-from dsjax.infer.sampling import Sampling
 from dsjax.infer.score import Scorer
-from dsjax.infer.vocabulary import open_vocabulary
 from dsjax.infer.windows import Window
 from dsjax.parallel.mesh import submesh
+from dsjax.text.chat import Message, find_format
+from dsjax.text.reply import Detokenizer, StopStrings
+from dsjax.text.vocabulary import open_vocabulary
 
 try:
     from lm_eval.api.instance import Instance

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dsjax.data import documents
-from dsjax.data.tokenizer import Coder
-from dsjax.infer.vocabulary import Vocabulary, open_vocabulary
+from dsjax.text.tokenizer import Coder
+from dsjax.text.vocabulary import Vocabulary, open_vocabulary
 
 _DEFAULT_LENGTH = 4096
 _SHORTEST_ROW = 64

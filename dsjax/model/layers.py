@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsjax.parallel.lookup import lookup
+from dsjax.parallel.vocabulary_parallel import lookup
 from dsjax.precision.activations import swiglu_linear
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy

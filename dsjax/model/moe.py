@@ -22,9 +22,9 @@ from dsjax.model.balance import BalanceWeights, balance_loss
 from dsjax.model.layers import FeedForward, Normal, declare
 from dsjax.model.parameters import partition_specs
 from dsjax.model.router import Router, Routing
-from dsjax.parallel import exchange
-from dsjax.parallel.exchange import gather_weight
-from dsjax.parallel.expert import count
+from dsjax.parallel import expert_parallel
+from dsjax.parallel.expert_parallel import gather_weight
+from dsjax.parallel.routing_plan import count
 from dsjax.parallel.sharding import Specs, on_shards, partition_spec, parts_here, split_axes
 from dsjax.precision.activations import swiglu_grouped_linear
 from dsjax.precision.matmul import grouped_linear
@@ -159,17 +159,17 @@ class MoE(nnx.Module):
         x_mD = x_btD.reshape(-1, x_btD.shape[-1])
         routing = gate(x_mD)
         E, n_ranks = config.n_routed_experts, parts_here("experts")
-        fanout = exchange.fanout(
+        fanout = expert_parallel.fanout(
             E, n_ranks, config.n_activated_experts, config.n_expert_groups, config.n_limited_groups
         )
-        y_mD, computed = exchange.mixture(
+        y_mD, computed = expert_parallel.mixture(
             experts.at_use(x_mD),
             x_mD,
             routing.experts_MK,
             routing.weights_MK,
             n_experts=E,
             n_ranks=n_ranks,
-            way=exchange.choose_way(n_ranks, fanout, policy.platform),
+            way=expert_parallel.choose_way(n_ranks, fanout, policy.platform),
             fanout=fanout,
             fp8=policy.fp8 is not None,
         )

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import jax
 
 from dsjax.config import Config
+from dsjax.parallel.compilation import compiler_options
 from dsjax.parallel.mesh import make_mesh
 from dsjax.plan import collectives, operations, programs
 from dsjax.plan.topology import Topology, devices
-from dsjax.train.compilation import compiler_options
 
 
 class Compiled(NamedTuple):

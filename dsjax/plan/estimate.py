@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 from dsjax.config import Config, ModelConfig
 from dsjax.model import flops
 from dsjax.model.parameters import Declaration, declarations
-from dsjax.parallel.exchange import SLACK
+from dsjax.parallel.expert_parallel import SLACK
 from dsjax.parallel.sharding import AXIS_TABLE, parts
 from dsjax.plan.programs import Program
 from dsjax.train.step import declared_model

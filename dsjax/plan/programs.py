@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dsjax.config import Config
-from dsjax.infer import decoding
-from dsjax.infer.sampling import Knobs
+from dsjax.generate import decoding
+from dsjax.generate.sampling import Knobs
 from dsjax.model.layers import RouterState
 from dsjax.model.parameters import shardings
 from dsjax.parallel.sharding import partition_spec
-from dsjax.train import pipeline
+from dsjax.train import pipelined_step
 from dsjax.train.batches import batch_sharding
 from dsjax.train.step import abstract_state, declared_model, train_step
 
@@ -56,7 +56,7 @@ def train(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     Raises:
       ValueError: parameters or batch do not divide over the mesh.
     """
-    pipeline.check(config, mesh)
+    pipelined_step.check(config, mesh)
     rows, batch_size = config.micro_batch_size, config.train.batch_size
     shape = (batch_size // rows, rows, config.data.sequence_length + 1)
     sharding = batch_sharding(shape, mesh)

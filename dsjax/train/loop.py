@@ -29,10 +29,10 @@ from dsjax import settings
 from dsjax.checkpoint import store
 from dsjax.checkpoint.tensor_files import listed
 from dsjax.config import Config
-from dsjax.infer.engine import Engine, Request
-from dsjax.infer.sampling import Sampling
+from dsjax.generate.engine import Engine, Request
+from dsjax.generate.sampling import Sampling
 from dsjax.parallel import processes, replicas
-from dsjax.train import plots, schedule, workdir
+from dsjax.train import hyperparameters, plots, workdir
 from dsjax.train.evaluate import Evaluation, evaluate
 from dsjax.train.report import Display
 from dsjax.train.setup import Run, prepare
@@ -110,9 +110,10 @@ def _run_steps(run: Run) -> None:
     train = run.config.train
     on_the_way: OnTheWay = collections.deque()
     for index in range(run.step, train.steps):
-        batch = run.take_batch(schedule.batch_size(train, index))
+        batch = run.take_batch(hyperparameters.batch_size(train, index))
         knobs = {
-            name: np.float32(value) for name, value in schedule.knobs(run.config, index).items()
+            name: np.float32(value)
+            for name, value in hyperparameters.knobs(run.config, index).items()
         }
         if not run.train_step.is_compiled(batch):
             _settle(run, on_the_way, leave=0)
@@ -157,14 +158,14 @@ def _settle(run: Run, on_the_way: OnTheWay, *, leave: int) -> None:
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
         run.step, run.exit_code = index + 1, max(run.exit_code, int(exit_code))
         run.meter.step(
-            schedule.batch_size(run.config.train, index) * run.config.data.sequence_length
+            hyperparameters.batch_size(run.config.train, index) * run.config.data.sequence_length
         )
         run.display.step(run.step)
         if "expert_load" in metrics:
             run.expert_load.add(np.asarray(metrics["expert_load"]))
         skipped = bool(metrics["skipped"])
-        first = schedule.sequences_before(run.config.train, index)
-        rows = first, schedule.sequences_before(run.config.train, index + 1)
+        first = hyperparameters.sequences_before(run.config.train, index)
+        rows = first, hyperparameters.sequences_before(run.config.train, index + 1)
         if said := run.faults.check(run.step, loss, grad_norm, rows, skipped=skipped):
             run.display.say(said)
         first_fine = run.step - run.faults.skipped == 1
@@ -195,12 +196,12 @@ def _log(run: Run, loss: float, grad_norm: float, metrics: dict[str, jax.Array])
         return
     line = {
         "step": run.step,
-        "tokens": schedule.tokens_before(run.config, run.step),
+        "tokens": hyperparameters.tokens_before(run.config, run.step),
         "loss": loss,
         "mtp_loss": float(metrics["mtp_loss"]),
         "balance_loss": float(metrics["balance_loss"]),
         "grad_norm": grad_norm,
-        "learning_rate": schedule.knobs(run.config, run.step - 1)["learning_rate"],
+        "learning_rate": hyperparameters.knobs(run.config, run.step - 1)["learning_rate"],
         **run.meter.take()._asdict(),
         "max_violation": float(metrics["max_violation"]),
         "dropped_tokens": int(metrics["dropped_tokens"]),
@@ -223,7 +224,7 @@ def _log_evaluation(run: Run, result: Evaluation | None) -> None:
         return
     line = {
         "step": run.step,
-        "tokens": schedule.tokens_before(run.config, run.step),
+        "tokens": hyperparameters.tokens_before(run.config, run.step),
         "eval_loss": result.loss,
         "bits_per_byte": result.bits_per_byte,
     }
@@ -237,8 +238,8 @@ def _log_evaluation(run: Run, result: Evaluation | None) -> None:
 def _save(run: Run) -> None:
     record = {
         "step": run.step,
-        "tokens": schedule.tokens_before(run.config, run.step),
-        "progress": schedule.progress(run.config, run.step),
+        "tokens": hyperparameters.tokens_before(run.config, run.step),
+        "progress": hyperparameters.progress(run.config, run.step),
         "data": run.loader.state(),
         "seconds": run.seconds,
         "skipped_steps": run.faults.skipped,
@@ -286,7 +287,7 @@ def _finish(run: Run) -> dict[str, Any] | None:
     summary = {
         "name": run.config.name,
         "steps": run.step,
-        "tokens": schedule.tokens_before(run.config, run.step),
+        "tokens": hyperparameters.tokens_before(run.config, run.step),
         "loss": logged[-1]["loss"],
         "mtp_loss": logged[-1]["mtp_loss"],
         "eval_loss": result.loss,

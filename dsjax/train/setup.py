@@ -20,11 +20,11 @@ from dsjax.data.packing import HeldoutSequences, PackedSequences, heldout_sequen
 from dsjax.kernels.gpu import is_hopper, tokamax
 from dsjax.model.flops import train_flops_per_token
 from dsjax.parallel import processes
+from dsjax.parallel.compilation import Compiled, compiler_options
 from dsjax.parallel.context import check_length
 from dsjax.parallel.mesh import make_mesh
-from dsjax.train import pipeline, workdir
+from dsjax.train import pipelined_step, workdir
 from dsjax.train.batches import batch_sharding, held_rows, place_all, place_held
-from dsjax.train.compilation import Compiled, compiler_options
 from dsjax.train.evaluate import scorer
 from dsjax.train.expert_load import ExpertLoad
 from dsjax.train.faults import Faults
@@ -92,7 +92,7 @@ def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -
     # These refuse before anything is made.
     batch_sharding((config.micro_batch_size, length + 1), mesh)
     check_length(length, mesh)
-    pipeline.check(config, mesh)
+    pipelined_step.check(config, mesh)
     abstract = abstract_state(config, mesh)
     placement = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     corpus = corpus_of(config, display.counting("preparing the text"))

@@ -24,7 +24,7 @@ from dsjax.model.transformer import Transformer
 from dsjax.parallel.pipeline import PIPE
 from dsjax.parallel.sharding import constrain
 from dsjax.precision.policy import Policy
-from dsjax.train import optimizer, pipeline
+from dsjax.train import optimizer, pipelined_step
 from dsjax.train.loss import Losses, losses, sum_over_micro_batches, target_mask
 
 Batch = dict[str, jax.Array]  # tokens and segment_ids, int32 [micro-batches, sequences, T + 1]
@@ -127,7 +127,7 @@ def train_step(
     ) -> tuple[TrainState, Metrics]:
         weights = _loss_weights(batch, knobs["mtp_weight"], config)
         pipelined = jax.sharding.get_abstract_mesh().shape.get(PIPE, 1) > 1
-        gradients = pipeline.gradients if pipelined else _gradients
+        gradients = pipelined_step.gradients if pipelined else _gradients
         grads, sums = gradients(model, config, state.params, state.router, batch, weights)
         params, optimizer_state, grad_norm = adamw.update(
             grads, state.optimizer, state.params, knobs["learning_rate"]

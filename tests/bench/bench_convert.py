@@ -36,10 +36,10 @@ import numpy as np
 from dsjax.checkpoint import names
 from dsjax.checkpoint.hf_config import to_hf
 from dsjax.checkpoint.hf_folder import FLOAT32, FP8, scale_name, scale_shape
-from dsjax.checkpoint.json_files import write_json
 from dsjax.checkpoint.progress import size
 from dsjax.checkpoint.tensor_files import plan_shards, write_index, write_shard
 from dsjax.config import ModelConfig
+from dsjax.files import write_json
 from dsjax.settings import load_config
 
 ROOT = Path(__file__).parents[2]

@@ -23,8 +23,8 @@ import numpy as np
 from flax import nnx
 
 from dsjax.config import Config
-from dsjax.infer.engine import Engine, Request
-from dsjax.infer.sampling import Sampling
+from dsjax.generate.engine import Engine, Request
+from dsjax.generate.sampling import Sampling
 from dsjax.model.flops import cache_bytes_per_token
 from dsjax.model.parameters import declarations, initialize
 from dsjax.model.transformer import Transformer

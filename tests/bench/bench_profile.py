@@ -30,7 +30,7 @@ from dsjax import command
 from dsjax.data.loader import Loader
 from dsjax.model.flops import train_flops_per_token
 from dsjax.parallel.mesh import make_mesh
-from dsjax.train import schedule
+from dsjax.train import hyperparameters
 from dsjax.train.setup import corpus_of, training_rows
 from dsjax.train.step import initial_state, train_step
 from dsjax.train.throughput import measure_matmul_flops
@@ -76,7 +76,7 @@ def main() -> None:
 
     mesh = make_mesh({"data": 1}, n_devices=1)
     state, loader = initial_state(config, mesh), Loader(training_rows(config, corpus_of(config)))
-    size = schedule.batch_size(config.train, 0)
+    size = hyperparameters.batch_size(config.train, 0)
     tokens = size * config.data.sequence_length
 
     def take() -> dict[str, np.ndarray]:
@@ -85,7 +85,7 @@ def main() -> None:
             name: array.reshape(size // rows, rows, -1) for name, array in loader.take(size).items()
         }
 
-    knobs = {name: np.float32(value) for name, value in schedule.knobs(config, 0).items()}
+    knobs = {name: np.float32(value) for name, value in hyperparameters.knobs(config, 0).items()}
     start = time.perf_counter()
     step = jax.jit(train_step(config), donate_argnums=0).lower(state, take(), knobs).compile()
     compile_seconds = time.perf_counter() - start

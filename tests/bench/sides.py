@@ -22,8 +22,8 @@ import numpy as np
 
 from configs.small import config as SMALL
 from dsjax.config import Config, DataConfig, ModelConfig, OptimConfig, PrecisionConfig, TrainConfig
+from dsjax.parallel.compilation import compiler_options
 from dsjax.parallel.mesh import make_mesh
-from dsjax.train.compilation import compiler_options
 from dsjax.train.step import initial_state, train_step
 
 Step = Callable[[], float]

@@ -11,8 +11,8 @@ import numpy as np
 from dsjax.checkpoint import names
 from dsjax.checkpoint.hf_config import family_of, from_hf, quantization_config
 from dsjax.checkpoint.hf_folder import FP8, scale_name, scale_shape
-from dsjax.checkpoint.json_files import write_json
 from dsjax.checkpoint.tensor_files import plan_shards, write_index, write_shard
+from dsjax.files import write_json
 from tests.golden.cases import Case
 from tests.golden.checkpoint import published
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from dsjax import settings
 from dsjax.checkpoint import store
-from dsjax.checkpoint.json_files import write_json
 from dsjax.config import Config, DataConfig
+from dsjax.files import write_json
 from tests.golden import checkpoint
 from tests.golden.cases import Case
 

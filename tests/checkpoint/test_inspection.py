@@ -13,8 +13,8 @@ from dsjax import settings
 from dsjax.checkpoint.hf_config import from_hf, to_hf
 from dsjax.checkpoint.importing import import_checkpoint
 from dsjax.checkpoint.inspection import implied_by, print_summary, summarize
-from dsjax.checkpoint.json_files import write_json
 from dsjax.checkpoint.progress import Transfer
+from dsjax.files import write_json
 from tests.checkpoint.hf_files import in_fp8, plain, quantization, write
 from tests.checkpoint.runs import write_run
 from tests.checkpoint.test_hf_config import CONFIGS, PUBLISHED

@@ -11,7 +11,7 @@ import pytest
 
 from dsjax.data import corpus as corpus_module
 from dsjax.data.corpus import TokenizedDocuments, prepare_corpus
-from dsjax.data.tokenizer import train_tokenizer
+from dsjax.text.tokenizer import train_tokenizer
 
 VOCAB = 300
 

@@ -10,7 +10,7 @@ import pytest
 from dsjax.data.corpus import TokenizedDocuments
 from dsjax.data.loader import Loader
 from dsjax.data.packing import PackedSequences
-from dsjax.data.tokenizer import SpecialTokens
+from dsjax.text.tokenizer import SpecialTokens
 
 SPECIAL = SpecialTokens(bos=0, eos=1, pad=2, fim=(3, 4, 5))
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dsjax.data.corpus import TokenizedDocuments
 from dsjax.data.packing import PackedSequences, _key, _mix, heldout_sequences
-from dsjax.data.tokenizer import SpecialTokens
+from dsjax.text.tokenizer import SpecialTokens
 
 SPECIAL = SpecialTokens(bos=0, eos=1, pad=2, fim=(3, 4, 5))
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=20)

@@ -11,16 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsjax.data.tokenizer import Coder
+from dsjax.generate.engine import Statistics
+from dsjax.generate.sampling import Sampling
 from dsjax.infer import console
-from dsjax.infer.chat import find_format
-from dsjax.infer.console import Generator, Screen, Settings, answer, chat, continue_tokens, describe
-from dsjax.infer.engine import Statistics
-from dsjax.infer.reply import Piece
-from dsjax.infer.sampling import Sampling
-from dsjax.infer.vocabulary import open_vocabulary
-from tests.infer import released
-from tests.infer.released import R1, VOCAB_SIZE, write_checkpoint
+from dsjax.infer.answers import Generator, Settings, continue_tokens
+from dsjax.infer.console import Screen, answer, chat, describe
+from dsjax.text.chat import find_format
+from dsjax.text.reply import Piece
+from dsjax.text.tokenizer import Coder
+from dsjax.text.vocabulary import open_vocabulary
+from tests.text import released
+from tests.text.released import R1, VOCAB_SIZE, write_checkpoint
 
 CODER = Coder(released.make_tokenizer(R1))
 THINK, END_THINK = R1["<think>"], R1["</think>"]

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsjax.data.tokenizer import train_tokenizer
 from dsjax.infer import windows
-from dsjax.infer.vocabulary import open_vocabulary
 from dsjax.infer.windows import Window
+from dsjax.text.tokenizer import train_tokenizer
+from dsjax.text.vocabulary import open_vocabulary
 
 
 def spans(count, length, stride):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsjax.config import Config, DataConfig, PrecisionConfig, TrainConfig
-from dsjax.infer.engine import Engine, Request
+from dsjax.generate.engine import Engine, Request
 from dsjax.kernels.attention import reference_attention
 from dsjax.model import rope
 from dsjax.model.parameters import shardings

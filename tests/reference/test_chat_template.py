@@ -2,9 +2,9 @@
 
 import pytest
 
-from dsjax.infer.chat import Message, find_format
-from dsjax.infer.vocabulary import open_vocabulary
-from tests.infer.released import BOS, EOS, R1, VOCAB_SIZE, write_checkpoint
+from dsjax.text.chat import Message, find_format
+from dsjax.text.vocabulary import open_vocabulary
+from tests.text.released import BOS, EOS, R1, VOCAB_SIZE, write_checkpoint
 
 pytestmark = pytest.mark.torch
 

@@ -23,8 +23,8 @@ from dsjax.checkpoint.importing import import_checkpoint
 from dsjax.checkpoint.load import open_checkpoint
 from dsjax.checkpoint.progress import Transfer
 from dsjax.checkpoint.tensor_files import open_folder
-from dsjax.infer.engine import Engine, Request
-from dsjax.infer.sampling import Sampling
+from dsjax.generate.engine import Engine, Request
+from dsjax.generate.sampling import Sampling
 from dsjax.model.transformer import Transformer
 from tests.checkpoint import hf_files
 from tests.closeness import EXACT, F32, LOGITS, assert_close

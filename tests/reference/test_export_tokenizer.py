@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsjax.data.tokenizer import load_tokenizer, train_tokenizer
+from dsjax.text.tokenizer import load_tokenizer, train_tokenizer
 from tests.checkpoint.conversions import send_out
 from tests.checkpoint.runs import write_run
 from tests.golden.cases import CASES

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 import dsjax
-from dsjax.data.tokenizer import load_tokenizer, train_tokenizer
 from dsjax.infer import score
 from dsjax.infer.score import Scorer
 from dsjax.infer.windows import read_text
+from dsjax.text.tokenizer import load_tokenizer, train_tokenizer
 from tests.checkpoint import hf_files
 from tests.closeness import F32, assert_close
 from tests.golden.cases import LLAMA, Case

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.infer import sampling
-from dsjax.infer.sampling import Sampling
+from dsjax.generate import sampling
+from dsjax.generate.sampling import Sampling
 from tests.closeness import F32, assert_close
 
 pytestmark = pytest.mark.torch

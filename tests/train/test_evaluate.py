@@ -7,7 +7,7 @@ import pytest
 
 from dsjax.data.corpus import TokenizedDocuments
 from dsjax.data.packing import heldout_sequences
-from dsjax.data.tokenizer import SpecialTokens
+from dsjax.text.tokenizer import SpecialTokens
 from dsjax.train.evaluate import Evaluation, evaluate
 
 

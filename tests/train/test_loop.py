@@ -21,7 +21,7 @@ from dsjax.checkpoint import store
 from dsjax.config import Config, DataConfig, ModelConfig, OptimConfig, PrecisionConfig, TrainConfig
 from dsjax.data.loader import Loader
 from dsjax.parallel.mesh import make_mesh
-from dsjax.train import loop, schedule, setup
+from dsjax.train import hyperparameters, loop, setup
 from dsjax.train.step import abstract_state
 
 MODEL = ModelConfig(
@@ -188,8 +188,10 @@ def test_metrics_lines_have_the_promised_keys(finished):
 def test_logged_knobs_are_those_of_the_schedule(small, finished):
     logged = [line for line in lines(finished[0]) if "loss" in line]
     for line in logged:
-        assert line["learning_rate"] == schedule.knobs(small, line["step"] - 1)["learning_rate"]
-        assert line["tokens"] == schedule.tokens_before(small, line["step"])
+        assert (
+            line["learning_rate"] == hyperparameters.knobs(small, line["step"] - 1)["learning_rate"]
+        )
+        assert line["tokens"] == hyperparameters.tokens_before(small, line["step"])
 
 
 def test_same_command_on_a_finished_run_does_nothing(small, finished):
@@ -290,7 +292,7 @@ def test_batch_ramp_changes_the_batch_under_way(small, tmp_path):
 
 def poison(patch, *steps):
     """Makes the gradient of some steps (counted from 1) NaN."""
-    knobs = schedule.knobs
+    knobs = hyperparameters.knobs
     patch.setattr(
         loop.schedule,
         "knobs",

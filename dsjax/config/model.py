@@ -1,0 +1,188 @@
+"""The shape of a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from dsjax.config.rules import require, require_not_negative, require_positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a model: all that changes its mathematics, and nothing else.
+
+    One config covers the dense family (DeepSeek LLM and the R1 distills: `attention="gqa"`, no
+    routed experts), DeepSeekMoE (`gqa` with experts), V2 and V3/R1 (`mla` with experts). `n_layers`
+    counts the main stack; `n_mtp` multi-token prediction modules come on top of it.
+    """
+
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    inter_dim: int  # hidden width of a dense feed-forward layer
+    # leading layers with a dense feed-forward; all of them when there are no routed experts
+    n_dense_layers: int = 0
+    norm_eps: float = 1e-6
+    tie_embed: bool = False  # the output head is the embedding, transposed
+    init_std: float = 0.006  # V3 section 4.2
+    max_seq_len: int = 4096
+
+    attention: Literal["mla", "gqa"] = "mla"
+    # mla
+    q_lora_rank: int = 0  # 0: queries are projected directly (V2-Lite)
+    kv_lora_rank: int = 0
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+    # gqa
+    n_kv_heads: int = 0  # 0: as many as n_heads (multi-head attention)
+    head_dim: int = 0  # 0: dim / n_heads
+    qkv_bias: bool = False  # Qwen2
+
+    rope_theta: float = 10000.0
+    rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"
+    rope_factor: float = 1.0
+    original_seq_len: int = 4096
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0
+
+    n_routed_experts: int = 0
+    n_shared_experts: int = 0
+    n_activated_experts: int = 0  # routed experts a token
+    moe_inter_dim: int = 0  # hidden width of one expert
+    n_expert_groups: int = 1
+    n_limited_groups: int = 1  # groups a token may choose from
+    score_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    group_score: Literal["top2", "max"] = "top2"  # V3: sum of a group's two best; V2: its best
+    # V3: a bias per expert steers selection (auxiliary-loss-free balancing)
+    router_bias: bool = False
+    norm_topk: bool = False  # the chosen experts' weights are normalised to sum to route_scale
+    route_scale: float = 1.0
+
+    n_mtp: int = 0
+    # the MTP module reads the main model's hidden state after its final norm
+    mtp_after_final_norm: bool = True
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "model", self, "vocab_size", "dim", "n_layers", "n_heads", "inter_dim", "norm_eps",
+            "max_seq_len", "rope_theta", "rope_factor", "original_seq_len", "init_std",
+            "route_scale",
+        )  # fmt: skip
+        require_not_negative(
+            "model", self, "n_dense_layers", "n_routed_experts", "n_shared_experts",
+            "n_activated_experts", "n_mtp", "q_lora_rank", "n_kv_heads", "head_dim",
+        )  # fmt: skip
+        self._check_attention()
+        self._check_experts()
+
+    def _check_attention(self) -> None:
+        if self.attention == "mla":
+            require_positive(
+                "model", self, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
+            )
+        elif not self.head_dim:
+            require(
+                self.dim % self.n_heads == 0,
+                f"model.dim={self.dim} does not divide by model.n_heads={self.n_heads}; set "
+                "model.head_dim",
+            )
+        require(
+            self.n_heads % self.kv_heads == 0,
+            f"model.n_heads={self.n_heads} does not divide by model.n_kv_heads={self.n_kv_heads}",
+        )
+        require(
+            self.rope_dim % 2 == 0,
+            f"rope rotates pairs, so its head dim must be even, not {self.rope_dim}",
+        )
+        require(
+            self.beta_slow < self.beta_fast,
+            f"model.beta_slow={self.beta_slow} must be below model.beta_fast={self.beta_fast}",
+        )
+        if self.rope_scaling == "llama3":
+            require(
+                self.low_freq_factor < self.high_freq_factor,
+                f"model.low_freq_factor={self.low_freq_factor} must be below "
+                f"model.high_freq_factor={self.high_freq_factor}",
+            )
+
+    def _check_experts(self) -> None:
+        require(
+            self.n_dense_layers <= self.n_layers,
+            f"model.n_dense_layers={self.n_dense_layers} exceeds model.n_layers={self.n_layers}",
+        )
+        if not self.n_routed_experts:
+            require(
+                self.n_dense_layers == self.n_layers,
+                "model.n_routed_experts=0, so all layers are dense: set "
+                f"model.n_dense_layers={self.n_layers}",
+            )
+            return
+        require_positive(
+            "model",
+            self,
+            "moe_inter_dim",
+            "n_activated_experts",
+            "n_expert_groups",
+            "n_limited_groups",
+        )
+        require(
+            self.n_routed_experts % self.n_expert_groups == 0,
+            f"model.n_routed_experts={self.n_routed_experts} does not divide into "
+            f"model.n_expert_groups={self.n_expert_groups} equal groups",
+        )
+        require(
+            self.n_limited_groups <= self.n_expert_groups,
+            f"model.n_limited_groups={self.n_limited_groups} exceeds "
+            f"model.n_expert_groups={self.n_expert_groups}",
+        )
+        experts_per_group = self.n_routed_experts // self.n_expert_groups
+        selectable = self.n_limited_groups * experts_per_group
+        require(
+            self.n_activated_experts <= selectable,
+            f"model.n_activated_experts={self.n_activated_experts} exceeds the {selectable} "
+            "experts of "
+            f"{self.n_limited_groups} groups of {experts_per_group}; raise model.n_limited_groups",
+        )
+        require(
+            self.group_score == "max" or self.n_expert_groups == 1 or experts_per_group >= 2,
+            "model.group_score=top2 needs at least two experts a group",
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one head's query and key."""
+        if self.attention == "mla":
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
+        return self.head_dim or self.dim // self.n_heads
+
+    @property
+    def value_head_dim(self) -> int:
+        return self.v_head_dim if self.attention == "mla" else self.qk_head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        """Channels of a head that are rotated."""
+        return self.qk_rope_head_dim if self.attention == "mla" else self.qk_head_dim
+
+    @property
+    def n_moe_layers(self) -> int:
+        """Mixture-of-experts layers of the main stack."""
+        return self.n_layers - self.n_dense_layers
+
+    @property
+    def cache_values_per_token(self) -> int:
+        """Values a token and layer that decoding keeps: latent and rope key, or keys and values."""
+        if self.attention == "mla":
+            return self.kv_lora_rank + self.qk_rope_head_dim
+        return 2 * self.kv_heads * self.qk_head_dim

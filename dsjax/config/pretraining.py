@@ -1,0 +1,63 @@
+"""One pre-training experiment: all groups, and the rules that span them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dsjax.config.data import DataConfig
+from dsjax.config.mesh import MeshConfig
+from dsjax.config.model import ModelConfig
+from dsjax.config.rules import require
+from dsjax.config.train import OptimConfig, PrecisionConfig, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One experiment."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    precision: PrecisionConfig = dataclasses.field(default_factory=PrecisionConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        length, limit = self.data.sequence_length, self.model.max_seq_len
+        require(
+            length <= limit,
+            f"data.sequence_length={length} exceeds model.max_seq_len={limit}; lower the one or "
+            "raise the other",
+        )
+        require(
+            length > self.model.n_mtp + 1,
+            f"data.sequence_length={length} leaves nothing to predict for "
+            f"model.n_mtp={self.model.n_mtp}",
+        )
+        self._check_microbatches()
+        groups = self.train.n_balance_devices or self.model.n_expert_groups
+        require(
+            not self.model.n_routed_experts or self.model.n_routed_experts % groups == 0,
+            f"model.n_routed_experts={self.model.n_routed_experts} does not divide over "
+            f"train.n_balance_devices={groups}",
+        )
+
+    def _check_microbatches(self) -> None:
+        count, size = self.mesh.microbatches, self.train.micro_batch_size
+        batch = self.train.batch_size
+        require(
+            not count or batch % count == 0,
+            f"train.batch_size={batch} does not divide into mesh.microbatches={count}",
+        )
+        require(
+            not (count and size) or batch == count * size,
+            f"mesh.microbatches={count} of train.micro_batch_size={size} do not make up "
+            f"train.batch_size={batch}; set one of the two to 0",
+        )
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences of one forward pass."""
+        train = self.train
+        return train.micro_batch_size or train.batch_size // (self.mesh.microbatches or 1)

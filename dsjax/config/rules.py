@@ -1,0 +1,26 @@
+"""Checks of a config's values; each message names the key, its value and the rule."""
+
+from __future__ import annotations
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def require_positive(group: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{group}.{name}={value} must be greater than 0")
+
+
+def require_not_negative(group: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 0, f"{group}.{name}={value} must not be negative")
+
+
+def require_fraction(group: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value <= 1, f"{group}.{name}={value} must lie between 0 and 1")

@@ -1,0 +1,136 @@
+"""How a model trains: length and batches of a run, optimizer, element types."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from dsjax.config.rules import require, require_fraction, require_not_negative, require_positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, batches, balancing and bookkeeping of a run. An `_every` of 0 turns it off."""
+
+    steps: int = 1000
+    batch_size: int = 8  # sequences an optimizer step, over all devices
+    batch_size_start: int = 0  # first batch size of the ramp; 0: no ramp
+    batch_ramp_fraction: float = 0.0  # share of the run's steps over which the batch grows
+    # sequences a forward pass; smaller than the batch: gradients accumulate; 0: the batch
+    micro_batch_size: int = 0
+    seed: int = 0
+
+    mtp_weight: float = 0.3  # lambda of V3 equation 25
+    mtp_weight_final: float = 0.1
+    mtp_switch: float = 10.0 / 14.8  # share of the run's tokens after which mtp_weight_final holds
+    bias_update_speed: float = 0.001  # gamma of V3 section 2.1.2
+    bias_update_until: float = 14.3 / 14.8  # share of the run's tokens after which the bias rests
+    sequence_balance: float = 0.0001  # V3's sequence-wise loss
+    expert_balance: float = 0.0  # V1 and V2's expert-level loss
+    device_balance: float = 0.0  # V1 and V2's device-level loss, a device being an expert group
+    communication_balance: float = 0.0  # V2's communication loss
+    n_balance_devices: int = 0  # expert groups of the two losses above; 0: model.n_expert_groups
+
+    # what the backward pass computes again
+    remat: Literal["none", "selective", "full"] = "selective"
+    loss_chunk: int = 1024  # tokens whose logits exist at one time on a device
+
+    log_every: int = 10
+    eval_every: int = 100
+    # held-out sequences of an evaluation during the run; the last one takes all
+    eval_sequences: int = 64
+    checkpoint_every: int = 100
+    keep: int = 3  # newest checkpoints kept
+    # compare the copies that several devices hold of the state; also done before each checkpoint
+    compare_every: int = 100
+    sample_tokens: int = 128  # length of the sample written at the end; 0: none
+    tensorboard: bool = True
+    wandb_project: str = ""  # empty: no Weights & Biases
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "train", self, "steps", "batch_size", "loss_chunk", "keep", "eval_sequences"
+        )
+        require_not_negative(
+            "train", self, "batch_size_start", "micro_batch_size", "log_every", "eval_every",
+            "checkpoint_every", "compare_every", "sample_tokens", "mtp_weight", "mtp_weight_final",
+            "bias_update_speed", "sequence_balance", "expert_balance", "device_balance",
+            "communication_balance", "n_balance_devices", "seed",
+        )  # fmt: skip
+        require_fraction("train", self, "batch_ramp_fraction", "mtp_switch", "bias_update_until")
+        micro = self.micro_batch_size or self.batch_size
+        for name in ("batch_size", "batch_size_start"):
+            size = getattr(self, name)
+            require(
+                size % micro == 0 if self.micro_batch_size or name == "batch_size" else True,
+                f"train.{name}={size} does not divide into micro-batches of "
+                f"train.micro_batch_size={micro}",
+            )
+        require(
+            self.batch_size_start <= self.batch_size,
+            f"train.batch_size_start={self.batch_size_start} exceeds "
+            f"train.batch_size={self.batch_size}",
+        )
+        require(
+            not self.batch_size_start or self.micro_batch_size > 0,
+            "a batch ramp grows by whole micro-batches: set train.micro_batch_size",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule; defaults are V3's (section 4.2)."""
+
+    learning_rate: float = 2.2e-4  # the highest
+    schedule: Literal["v3", "multistep", "constant"] = "v3"
+    warmup_steps: int = 2000
+    # Shares of the run's tokens where the rate changes. v3: start of the cosine, its end, start of
+    # the last tail.
+    decay_points: tuple[float, ...] = (10.0 / 14.8, 14.3 / 14.8, 14.633 / 14.8)
+    # Rate after each point as a share of the highest. v3: the cosine's end and first tail, then the
+    # last tail.
+    decay_ratios: tuple[float, ...] = (0.1, 7.3e-6 / 2.2e-4)
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0  # 0: no clipping
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        require_positive("optim", self, "learning_rate", "epsilon")
+        require_not_negative("optim", self, "warmup_steps", "weight_decay", "clip_norm")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optim.{name}={value} must lie in [0, 1)")
+        if self.schedule == "constant":
+            return
+        require(
+            list(self.decay_points) == sorted(self.decay_points)
+            and all(0 <= p <= 1 for p in self.decay_points),
+            f"optim.decay_points={self.decay_points} must ascend between 0 and 1",
+        )
+        require(
+            all(ratio >= 0 for ratio in self.decay_ratios),
+            f"optim.decay_ratios={self.decay_ratios} must not be negative",
+        )
+        wanted = (3, 2) if self.schedule == "v3" else (len(self.decay_points),) * 2
+        require(
+            (len(self.decay_points), len(self.decay_ratios)) == wanted,
+            f"optim.schedule={self.schedule} takes {wanted[0]} optim.decay_points and {wanted[1]} "
+            "optim.decay_ratios, "
+            f"not {len(self.decay_points)} and {len(self.decay_ratios)}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Element types: of masters, and (`compute`) of activations and of weights at use."""
+
+    compute: Literal["bfloat16", "float32"] = "bfloat16"
+    params: Literal["float32"] = "float32"  # master weights and gradients
+    # linear layers and experts multiply in E4M3: natively where the device can, else emulated
+    fp8: Literal["on", "off"] = "off"
+    fp8_scale: Literal["fp32", "pow2"] = (
+        "fp32"  # the report's, or powers of two: cheaper to emulate
+    )

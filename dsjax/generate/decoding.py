@@ -1,0 +1,163 @@
+"""The programs of generation: a chunk of prompts, and a few steps of decoding.
+
+Both take the carry, which stays on the devices, and give it back changed; all else is a few numbers
+a row, which the host holds in between. A row's newest token is the one no layer has run yet.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsjax.generate import speculative
+from dsjax.generate.sampling import Knobs, sample
+from dsjax.generate.speculative import State, Step
+from dsjax.model.cache import Cache, empty_cache
+from dsjax.model.transformer import Transformer
+from dsjax.parallel.sharding import constrain
+
+MAX_STEPS = 16  # of one call of `decode`
+
+
+class Carry(NamedTuple):
+    """What grows with the model; W = D + 1 for D drafts a step, 1 without drafts."""
+
+    cache: Cache
+    hidden_BWD: jax.Array  # see `speculative.State`; zeros without drafts
+
+
+class Decoded(NamedTuple):
+    """What some steps of decoding give to the host. Steps that did not run hold no tokens."""
+
+    position_B: jax.Array  # int32, of each row's newest token
+    recent_BW: jax.Array  # int32, the newest tokens
+    left_B: jax.Array  # int32, how many tokens a row may still add
+    n_steps: jax.Array  # int32 scalar, steps that ran
+    tokens_NBW: jax.Array  # int32, what each step added; -1 is nothing
+    ran_NB: jax.Array  # bool, whether the row was unfinished
+    n_kept_NB: jax.Array  # int32, drafts that the main model kept
+
+    def tokens(self) -> list[list[int]]:
+        """Each row's new tokens."""
+        tokens_BNW = np.swapaxes(self.tokens_NBW, 0, 1)
+        return [row[row >= 0].tolist() for row in tokens_BNW]
+
+
+def empty_carry(model: Transformer, batch: int, length: int, n_drafts: int) -> Carry:
+    """What generation starts with, for rows of up to `length` tokens."""
+    config, dtype = model.config, model.policy.compute
+    hidden_BWD = jnp.zeros((batch, n_drafts + 1, config.dim), dtype)
+    return _pinned(Carry(empty_cache(config, batch, length, dtype, mtp=n_drafts > 0), hidden_BWD))
+
+
+def prefill(
+    model: Transformer,
+    carry: Carry,
+    tokens_BX: jax.Array,
+    start: jax.Array,
+    lengths_B: jax.Array,
+    first_B: jax.Array,
+    knobs: Knobs,
+) -> tuple[Carry, jax.Array]:
+    """Runs one chunk of every row's prompt.
+
+    Args:
+      tokens_BX: int32 [B, T + D], the chunk and the D tokens after it; prompts end in padding.
+      start: int32 position of the chunk.
+      lengths_B: int32 lengths of the prompts.
+      first_B: int32, the first new token of each row that earlier chunks ended.
+
+    Returns:
+      the carry, and `first_B` with those of the rows that this chunk ends.
+    """
+    n_drafts = carry.hidden_BWD.shape[1] - 1
+    T = tokens_BX.shape[1] - n_drafts
+    starts_B = jnp.broadcast_to(start, lengths_B.shape)
+    extended = model.extend(tokens_BX[:, :T], starts_B, carry.cache, absorbed=False)
+    cache, hidden_BWD = extended.cache, carry.hidden_BWD
+    if n_drafts:
+        counts_B = jnp.clip(lengths_B - start, 0, T)
+        cache, hidden_BWD = speculative.prefill(
+            model, tokens_BX, starts_B, counts_B, extended, hidden_BWD
+        )
+    last_B = lengths_B - 1 - start
+    ends_B = (last_B >= 0) & (last_B < T)
+    index_B11 = jnp.clip(last_B, 0, T - 1)[:, None, None]
+    last_B1D = jnp.take_along_axis(extended.main_BTD, index_B11, axis=1)
+    drawn_B = sample(model.logits(last_B1D)[:, 0], knobs, lengths_B)
+    return _pinned(Carry(cache, hidden_BWD)), jnp.where(ends_B, drawn_B, first_B)
+
+
+def decode(
+    model: Transformer,
+    carry: Carry,
+    position_B: jax.Array,
+    recent_BW: jax.Array,
+    left_B: jax.Array,
+    stop_ids_BX: jax.Array,
+    knobs: Knobs,
+    most_steps: jax.Array,
+) -> tuple[Carry, Decoded]:
+    """Runs up to `most_steps` steps, fewer if all rows finish before.
+
+    Args:
+      stop_ids_BX: int32; drawing one of its row's ends a row.
+    """
+    W = recent_BW.shape[1]
+    advance = speculative.step if W > 1 else _step
+
+    def body(loop: tuple[Carry, Decoded]) -> tuple[Carry, Decoded]:
+        carry, past = loop
+        state = State(carry.cache, past.position_B, past.recent_BW, carry.hidden_BWD)
+        step = advance(model, state, knobs, past.left_B)
+        new_BW = jnp.arange(W, dtype=jnp.int32)[None] < step.n_new_B[:, None]
+        stops_BW = (step.tokens_BW[:, :, None] == stop_ids_BX[:, None]).any(axis=-1) & new_BW
+        # A stop id counts, what comes after it does not.
+        stops_before_BW = jnp.cumsum(stops_BW, axis=1) - stops_BW.astype(jnp.int32)
+        new_BW = new_BW & (stops_before_BW == 0)
+        left_B = past.left_B - new_BW.sum(axis=1, dtype=jnp.int32)
+        index, ran_B = past.n_steps, past.left_B > 0
+        n_kept_B = jnp.where(ran_B, step.n_kept_B, 0)
+        decoded = Decoded(
+            step.state.position_B,
+            step.state.tokens_BW,
+            jnp.where(stops_BW.any(axis=1), 0, left_B),
+            index + 1,
+            past.tokens_NBW.at[index].set(jnp.where(new_BW, step.tokens_BW, -1)),
+            past.ran_NB.at[index].set(ran_B),
+            past.n_kept_NB.at[index].set(n_kept_B),
+        )
+        return _pinned(Carry(step.state.cache, step.state.hidden_BWD)), decoded
+
+    def unfinished(loop: tuple[Carry, Decoded]) -> jax.Array:
+        return (loop[1].n_steps < most_steps) & (loop[1].left_B > 0).any()
+
+    B = position_B.shape[0]
+    nothing = Decoded(
+        position_B,
+        recent_BW,
+        left_B,
+        jnp.int32(0),
+        jnp.full((MAX_STEPS, B, W), -1, jnp.int32),
+        jnp.zeros((MAX_STEPS, B), bool),
+        jnp.zeros((MAX_STEPS, B), jnp.int32),
+    )
+    return jax.lax.while_loop(unfinished, body, (carry, nothing))
+
+
+def _step(model: Transformer, state: State, knobs: Knobs, most_B: jax.Array) -> Step:
+    """Runs each row's newest token and draws the next one; `speculative.step` without drafts."""
+    extended = model.extend(state.tokens_BW, state.position_B, state.cache, absorbed=True)
+    drawn_B = sample(model.logits(extended.main_BTD)[:, 0], knobs, state.position_B + 1)
+    n_new_B = jnp.minimum(most_B, 1)
+    tokens_B1 = jnp.where(n_new_B[:, None] > 0, drawn_B[:, None], state.tokens_BW)
+    state = State(extended.cache, state.position_B + n_new_B, tokens_B1, state.hidden_BWD)
+    return Step(state, drawn_B[:, None], n_new_B, jnp.zeros_like(n_new_B))
+
+
+def _pinned(carry: Carry) -> Carry:
+    """The carry laid out the same way by every program."""
+    return Carry(carry.cache.pinned(), constrain(carry.hidden_BWD, "batch", "tokens", "width"))

@@ -1,0 +1,374 @@
+"""Experts on several devices: bringing tokens to the devices that hold their experts, and back.
+
+Every function here runs inside `shard_map`, where a device has m tokens of its own and e experts,
+those from rank * e on, rank being its place along the mesh axis `expert`. `mixture` is the one
+interface; how tokens travel is its argument `way`:
+
+* local: not at all; the only way with one rank, and the definition that the others must equal.
+* all_gather: every rank gets all tokens and keeps those that chose its experts. Sends ranks - 1
+  copies of a token, best while that is no more than it has destinations.
+* all_to_all: a slot of fixed size for each pair of ranks. Runs everywhere.
+* ragged: `lax.ragged_all_to_all` sends as many rows as there are. XLA lacks it on CPUs.
+
+A token travels once to each rank that holds any of its experts, with all its expert ids and
+weights, and that rank sends one sum back, as in DeepEP. Routers that keep few groups of experts
+thereby bound the traffic, groups being on neighbouring ranks (`fanout`; DeepSeek-V3,
+arXiv:2412.19437, section 2.1.2). With `fp8` what is sent, activations forward and gradients
+backward, is E4M3 in 1 x 128 tiles with power-of-two scales, and what comes back is not (section
+3.3.3).
+
+Dropless. Shapes are static, so a rank computes at most so many rows at once: `slack` times those of
+an even load. What is beyond waits for another round of dispatch, experts and combine. As many
+rounds are compiled, in one loop, as the worst imbalance needs, all tokens to one expert; those that
+nobody needs are skipped. Memory is bounded by `slack`, whatever the router does. The first round
+keeps for the backward pass what the model's rematerialisation says, later ones compute all again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from dsjax.kernels.varying import varies_over, vary_as
+from dsjax.parallel.routing_plan import (
+    Plan,
+    combine,
+    dispatch,
+    dispatch_choices,
+    padded_plan,
+    plan,
+    undispatch,
+)
+from dsjax.precision.fp8 import CHANNEL_TILE, BlockScaled, quantize_block
+
+Way = Literal["local", "all_gather", "all_to_all", "ragged"]
+
+_AXIS = "expert"
+SLACK = 1.5  # rows that a rank computes at once, as a multiple of those of an even load
+_FEW_ROWS = 64  # so many a rank, or from one rank to another, are never worth a second round
+
+
+def choose_way(n_ranks: int, fanout: int, platform: str) -> Way:
+    """The way that sends least and runs on the platform."""
+    if n_ranks == 1:
+        return "local"
+    if n_ranks <= fanout:
+        return "all_gather"
+    return "ragged" if platform == "tpu" else "all_to_all"
+
+
+def fanout(n_experts: int, n_ranks: int, top_k: int, n_groups: int, n_kept: int) -> int:
+    """The most ranks that hold experts of one token, which chooses among `n_kept` groups."""
+    per_rank, per_group = n_experts // n_ranks, n_experts // n_groups
+    if per_rank % per_group == 0:
+        ranks_per_group = 1
+    elif per_group % per_rank == 0:
+        ranks_per_group = per_group // per_rank
+    else:
+        ranks_per_group = -(-per_group // per_rank) + 1
+    return min(top_k, n_ranks, n_kept * ranks_per_group)
+
+
+def mixture(
+    experts: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    x_mD: jax.Array,
+    experts_mK: jax.Array,
+    weights_mK: jax.Array,
+    *,
+    n_experts: int,
+    n_ranks: int,
+    way: Way,
+    fanout: int,
+    fp8: bool = False,
+    slack: float = SLACK,
+) -> tuple[jax.Array, jax.Array]:
+    """Sends tokens to their experts and sums what comes back.
+
+    Args:
+      experts: (rows [A, D] sorted by expert, int32 [e] rows of each, float32 [A] weight of each row
+        in its token's sum) -> [A, D] weighted; this rank's.
+      experts_mK: int32, below `n_experts`, no expert twice for one token.
+      weights_mK: float32.
+      fanout: the most ranks that one token has experts on.
+      slack: rows computed at once, as a multiple of those of an even load.
+
+    Returns:
+      [m, D] in x's dtype, and the assignments that this rank's experts computed, int32.
+    """
+
+    def compute(x_RD: jax.Array, weights_RK: jax.Array, here: Plan) -> jax.Array:
+        weights_A = dispatch_choices(weights_RK.T, here)
+        return combine(experts(dispatch(x_RD, here), here.sizes_E, weights_A), here)
+
+    if way == "local":
+        local = plan(experts_mK, n_experts)
+        return compute(x_mD, weights_mK, local), local.sizes_E.sum()
+
+    trip_kind = _AllGather if way == "all_gather" else _AllToAll
+    trip = trip_kind.arrange(way, x_mD, experts_mK, weights_mK, n_experts, n_ranks, fanout, slack)
+
+    def make_round(index: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        x_RD, experts_RK, weights_RK, returning = trip.send(index, fp8)
+        here = plan(experts_RK, n_experts // n_ranks, min(trip.rows, experts_RK.size))
+        y_mD = trip.bring_back(compute(x_RD, weights_RK, here), returning, fp8)
+        return y_mD, here.sizes_E.sum()
+
+    y_mD, computed = make_round(0)
+    if trip.most_rounds > 1:
+
+        def later_round(carry, index):
+            more = lax.cond(
+                index < trip.n_rounds,
+                lambda: make_round(index),
+                lambda: tuple(vary_as(jnp.zeros_like(x), x) for x in (y_mD, computed)),
+            )
+            return jax.tree.map(jnp.add, carry, more), None
+
+        (y_mD, computed), _ = lax.scan(
+            jax.checkpoint(later_round),
+            (y_mD, computed),
+            jnp.arange(1, trip.most_rounds, dtype=jnp.int32),
+        )
+    return y_mD.astype(x_mD.dtype), computed
+
+
+# Rows that have come to a rank: tokens [R, D], their experts [R, K] numbered from this rank's own,
+# those of other ranks being e, and weights [R, K]; then what the way back needs to know.
+_Arrival = tuple[jax.Array, jax.Array, jax.Array, Any]
+
+
+class _AllGather(NamedTuple):
+    """Each round every rank sees all tokens, and computes those whose turn it is on that rank."""
+
+    x_mD: jax.Array
+    weights_mK: jax.Array
+    experts_RK: jax.Array  # all ranks' tokens; this rank's experts from 0, e for others
+    turn_R: jax.Array  # int32, the round of each token
+    n_rounds: jax.Array
+    most_rounds: int
+    rows: int
+    per_rank: int
+
+    @classmethod
+    def arrange(cls, way, x_mD, experts_mK, weights_mK, n_experts, n_ranks, fanout, slack):
+        per_rank = n_experts // n_ranks
+        most_each = min(experts_mK.shape[1], per_rank)
+        at_once, most_rounds = _divide(experts_mK.size, slack, n_ranks * len(x_mD) * most_each)
+        experts_RK = _here(_move("all_gather", True, experts_mK, None), per_rank)
+        n_R = (experts_RK < per_rank).sum(axis=1, dtype=jnp.int32)
+        turn_R = (jnp.cumsum(n_R) - n_R) // at_once
+        return cls(
+            x_mD,
+            weights_mK,
+            experts_RK,
+            turn_R,
+            _rounds(jnp.where(n_R > 0, turn_R, 0).max() + 1, x_mD),
+            most_rounds,
+            at_once + most_each - 1,
+            per_rank,
+        )
+
+    def send(self, index: jax.Array | int, fp8: bool) -> _Arrival:
+        # x[m, D] -> all_gather(expert) -> x[R, D]
+        x_RD = carry("all_gather", True, fp8, self.x_mD, None)
+        weights_RK = carry("all_gather", True, False, self.weights_mK, None)
+        due_R1 = (self.turn_R == index)[:, None]
+        return x_RD, jnp.where(due_R1, self.experts_RK, self.per_rank), weights_RK, None
+
+    def bring_back(self, y_RD: jax.Array, returning: None, fp8: bool) -> jax.Array:
+        # y[R, D] -> psum_scatter(expert) -> y[m, D]
+        return carry("all_gather", False, fp8, y_RD, None).astype(jnp.float32)
+
+
+class _AllToAll(NamedTuple):
+    """Each round every rank sends the tokens whose turn it is at their destination."""
+
+    way: Way
+    x_mD: jax.Array
+    experts_mK: jax.Array
+    weights_mK: jax.Array
+    ranks_mN: jax.Array  # int32, the ranks that hold experts of a token, n_ranks for none
+    turn_mN: jax.Array  # int32, the round of each
+    n_rounds: jax.Array
+    most_rounds: int
+    rows: int
+    at_once: int  # rows of one round at a rank (ragged), or from one rank (all_to_all)
+    n_experts: int
+    n_ranks: int
+
+    @classmethod
+    def arrange(cls, way, x_mD, experts_mK, weights_mK, n_experts, n_ranks, fanout, slack):
+        m, per_rank = len(x_mD), n_experts // n_ranks
+        most_each = min(experts_mK.shape[1], per_rank)
+        rank_mK = experts_mK // per_rank
+        n_mE = jax.nn.one_hot(rank_mK, n_ranks, dtype=jnp.int32).sum(axis=1)
+        start_mE = jnp.cumsum(n_mE, axis=0) - n_mE
+        if way == "ragged":
+            # Rows of all ranks come one after the other, so each rank knows where its own start.
+            n_EE = lax.all_gather(n_mE.sum(axis=0), _AXIS)
+            before_EE = jnp.cumsum(n_EE, axis=0) - n_EE
+            start_mE = start_mE + before_EE[lax.axis_index(_AXIS)][None]
+            sources, average = n_ranks, experts_mK.size
+        else:
+            sources, average = 1, experts_mK.size / n_ranks
+        at_once, most_rounds = _divide(average, slack, sources * m * most_each)
+        ranks_mN = _destinations(rank_mK, n_ranks)[:, :fanout]
+        start_mN = jnp.take_along_axis(start_mE, jnp.minimum(ranks_mN, n_ranks - 1), axis=1)
+        turn_mN = jnp.where(ranks_mN < n_ranks, start_mN // at_once, 0)
+        return cls(
+            way,
+            x_mD,
+            experts_mK,
+            weights_mK,
+            ranks_mN,
+            turn_mN,
+            _rounds(turn_mN.max() + 1, x_mD),
+            most_rounds,
+            (1 if way == "ragged" else n_ranks) * (at_once + most_each - 1),
+            at_once,
+            n_experts,
+            n_ranks,
+        )
+
+    def send(self, index: jax.Array | int, fp8: bool) -> _Arrival:
+        ranks_mN = jnp.where(self.turn_mN == index, self.ranks_mN, self.n_ranks)
+        if self.way == "ragged":
+            out = plan(ranks_mN, self.n_ranks)
+            route = _Route.of(out.sizes_E, ranks_mN.size, self.at_once)
+        else:
+            out, route = padded_plan(ranks_mN, self.n_ranks, self.at_once), None
+        # x[m, D] -> dispatch -> x[S, D] -> all_to_all(expert) -> x[R, D]
+        x_RD = carry(self.way, True, fp8, dispatch(self.x_mD, out), route)
+        weights_RK = carry(self.way, True, False, dispatch(self.weights_mK, out), route)
+        # Rows that nobody sends arrive as 0, which must not be an expert.
+        sent_SK = jnp.take(self.experts_mK + 1, out.tokens_A, axis=0, mode="fill", fill_value=0)
+        experts_RK = _move(self.way, True, sent_SK, route) - 1
+        return x_RD, _here(experts_RK, self.n_experts // self.n_ranks), weights_RK, (out, route)
+
+    def bring_back(
+        self, y_RD: jax.Array, returning: tuple[Plan, _Route | None], fp8: bool
+    ) -> jax.Array:
+        # y[R, D] -> all_to_all(expert) -> y[S, D] -> undispatch, sum -> y[m, D]
+        out, route = returning
+        y_SD = carry(self.way, False, fp8, y_RD, route)
+        return undispatch(y_SD, out).astype(jnp.float32).sum(axis=0)
+
+
+def _divide(average: float, slack: float, worst: int) -> tuple[int, int]:
+    """Returns the rows of a round, and the rounds that the worst imbalance needs."""
+    at_once = min(max(int(-(-slack * average // 1)), _FEW_ROWS), worst)
+    return at_once, -(-worst // at_once)
+
+
+def _rounds(n_rounds: jax.Array, x_mD: jax.Array) -> jax.Array:
+    """The most rounds of any rank: all ranks must take part in each."""
+    return lax.pmax(n_rounds, tuple(varies_over(n_rounds, x_mD)))
+
+
+def _here(experts_RK: jax.Array, per_rank: int) -> jax.Array:
+    """Numbers this rank's experts from 0; others become `per_rank`."""
+    local_RK = experts_RK - lax.axis_index(_AXIS) * per_rank
+    return jnp.where((local_RK >= 0) & (local_RK < per_rank), local_RK, per_rank)
+
+
+def _destinations(rank_mK: jax.Array, n_ranks: int) -> jax.Array:
+    """Each rank of a token once, in ascending order, then `n_ranks`."""
+    sorted_mK = jnp.sort(rank_mK, axis=1)
+    repeated = jnp.pad(sorted_mK[:, 1:] == sorted_mK[:, :-1], ((0, 0), (1, 0)))
+    return jnp.sort(jnp.where(repeated, n_ranks, sorted_mK), axis=1)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["sizes", "sent", "received"],
+    meta_fields=["rows_sent", "rows_received"],
+)
+@dataclasses.dataclass(frozen=True)
+class _Route:
+    """Where the rows of a ragged exchange lie, on every rank: int32 [sender, receiver]."""
+
+    sizes: jax.Array
+    sent: jax.Array  # where the rows begin in the sender's array
+    received: jax.Array  # where they begin in the receiver's
+    rows_sent: int  # of the arrays, the same on every rank
+    rows_received: int
+
+    @classmethod
+    def of(cls, sizes_E: jax.Array, rows_sent: int, rows_received: int) -> _Route:
+        sizes = lax.all_gather(sizes_E, _AXIS)
+        sent, received = jnp.cumsum(sizes, axis=1) - sizes, jnp.cumsum(sizes, axis=0) - sizes
+        return cls(sizes, sent, received, rows_sent, rows_received)
+
+
+def _move(way: Way, there: bool, x: jax.Array, route: _Route | None) -> jax.Array:
+    """Sends rows to other ranks, or brings them back; the one is the other's transpose."""
+    if way == "all_to_all":
+        return lax.all_to_all(x, _AXIS, 0, 0, tiled=True)
+    if way == "all_gather":
+        if there:
+            return lax.all_gather(x, _AXIS, axis=0, tiled=True)
+        return lax.psum_scatter(x, _AXIS, scatter_dimension=0, tiled=True)
+    assert route is not None
+    me = lax.axis_index(_AXIS)
+    outgoing, incoming = (route.sizes[me], route.sizes[:, me])
+    begins, lands, rows = route.sent[me], route.received[me], route.rows_received
+    if not there:
+        outgoing, incoming = incoming, outgoing
+        begins, lands, rows = route.received[:, me], route.sent[:, me], route.rows_sent
+    room = vary_as(jnp.zeros((rows, *x.shape[1:]), x.dtype), x, outgoing)
+    return lax.ragged_all_to_all(x, room, begins, outgoing, lands, incoming, axis_name=_AXIS)
+
+
+def carry(way: Way, there: bool, fp8: bool, x: jax.Array, route: _Route | None) -> jax.Array:
+    """`_move`; what goes there is rounded to E4M3 if `fp8`, in the backward pass too."""
+    return _carry(way, there, fp8, x, route)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _carry(way: Way, there: bool, fp8: bool, x: jax.Array, route: _Route | None):
+    if not (there and fp8):
+        return _move(way, there, x, route)
+    sent = quantize_block(x, CHANNEL_TILE, "pow2")
+    bits = lax.bitcast_convert_type(sent.values, jnp.uint8)
+    values = lax.bitcast_convert_type(_move(way, there, bits, route), sent.values.dtype)
+    scales = _move(way, there, sent.scales, route)
+    return BlockScaled(values, scales, sent.block).dequantize(x.dtype)
+
+
+def _carry_backward(way: Way, there: bool, fp8: bool, route: _Route | None, dy: jax.Array):
+    return carry(way, not there, fp8, dy, route), None
+
+
+_carry.defvjp(
+    lambda way, there, fp8, x, route: (carry(way, there, fp8, x, route), route), _carry_backward
+)
+
+
+def gather_weight(w: jax.Array, dim: int, axes: tuple[str, ...], dtype: DTypeLike) -> jax.Array:
+    """Puts a weight together whose dimension `dim` lies split over mesh axes.
+
+    It travels as `dtype`, in which it is used, and keeps w's own type so that its gradient does:
+    w[d_fsdp, F] -> all_gather(fsdp) -> w[D, F], backward psum_scatter.
+    """
+    return _gather_weight(w, dim, axes, dtype) if axes else w
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather_weight(w, dim, axes, dtype):
+    return lax.all_gather(w.astype(dtype), axes, axis=dim, tiled=True).astype(w.dtype)
+
+
+def _gather_weight_backward(dim, axes, dtype, _, dw):
+    return (lax.psum_scatter(dw, axes, scatter_dimension=dim, tiled=True),)
+
+
+_gather_weight.defvjp(
+    lambda w, dim, axes, dtype: (_gather_weight(w, dim, axes, dtype), None), _gather_weight_backward
+)

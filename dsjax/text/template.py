@@ -1,0 +1,114 @@
+"""The chat template that a checkpoint brings along: where it stands, and its text as tokens.
+
+Control tokens that the template writes are meant; those that stand in a message are characters.
+Both come out of the template in one text, so a mark goes into the latter before rendering, a
+character that nothing else holds, and what lies on its two sides is encoded apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsjax import files
+from dsjax.text import sandbox
+from dsjax.text.vocabulary import END_THINK, THINK, Vocabulary
+
+_MARKS = range(0xE000, 0xF900)  # characters that Unicode assigns to nobody
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A chat template in Jinja, as Hugging Face tokenizers have it."""
+
+    source: str
+    place: str  # where it stands, for messages
+
+    def encode(
+        self,
+        messages: Sequence[dict[str, Any]],
+        vocabulary: Vocabulary,
+        *,
+        thinking: bool | None = None,
+    ) -> list[int]:
+        """Ids of a conversation and of the beginning of the assistant's next turn.
+
+        Args:
+          messages: each with `role` and `content`.
+          thinking: passed on as the template's variable of that name; None leaves it undefined.
+
+        Raises:
+          ValueError: the template fails or exceeds a limit.
+        """
+        mark = _unused_character([self.source, *(message["content"] for message in messages)])
+        context: dict[str, Any] = {
+            "messages": [_broken(message, vocabulary, mark) for message in messages],
+            "add_generation_prompt": True,
+            "bos_token": vocabulary.bos or "",
+            "eos_token": vocabulary.eos or "",
+            "tools": None,
+            "documents": None,
+        }
+        if thinking is not None:
+            context["thinking"] = thinking
+        try:
+            rendered = sandbox.render(self.source, context)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.place}: {error}; repair it, or use --raw for a plain continuation"
+            ) from error
+        parts = rendered.split(mark)
+        return [i for part in parts for i in vocabulary.coder.encode_control(part)]
+
+
+def find_template(folder: Path, vocabulary: Vocabulary) -> Template | None:
+    """The template in chat_template.jinja, else in tokenizer_config.json; None if there is none.
+
+    Of several in a tokenizer_config.json, the one named "default".
+
+    Raises:
+      ValueError: it is not a text.
+    """
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            data = files.read_regular(path, 4 * sandbox.MAX_TEMPLATE)
+            return Template(data.decode(), str(path))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no UTF-8 text ({error}); repair or remove it") from error
+    place = f"{folder / 'tokenizer_config.json'}: chat_template"
+    found = vocabulary.config.get("chat_template")
+    if isinstance(found, list):
+        named = {
+            entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)
+        }
+        if "default" not in named:
+            raise ValueError(
+                f"{place} lists {', '.join(map(repr, named)) or 'nothing'}; name one of them "
+                '"default"'
+            )
+        found = named["default"]
+    if found is None:
+        return None
+    if not isinstance(found, str):
+        raise ValueError(f"{place} is {type(found).__name__}, neither a text nor a list of texts")
+    return Template(found, place)
+
+
+def _broken(message: dict[str, Any], vocabulary: Vocabulary, mark: str) -> dict[str, Any]:
+    text = vocabulary.coder.break_control(message["content"], mark)
+    if message["role"] == "assistant":
+        # Templates look for these in earlier replies, to leave the thought out.
+        for name in (THINK, END_THINK):
+            text = text.replace(name[0] + mark + name[1:], name)
+    return message | {"content": text}
+
+
+def _unused_character(texts: Sequence[str]) -> str:
+    used = set().union(*texts)
+    free = next((chr(code) for code in _MARKS if chr(code) not in used), None)
+    if free is None:
+        raise ValueError("the messages hold every private-use character; leave one of them out")
+    return free

@@ -1,0 +1,168 @@
+"""A training step's gradients with the layers in a pipeline (`mesh.pipe`).
+
+The body of the model, its MoE layers, is cut into stages of as many layers each; a dense model's
+body are its dense layers. What is at the ends, every rank holds: embedding and dense prefix belong
+to the first stage, final norm, output head and MTP modules to the last, as in V3 (arXiv:2412.19437,
+section 3.2). Embedding and head, which the MTP modules share with the main model, so have two
+gradients on two ranks (on one in DualPipe); they are added like those of DualPipe's two copies.
+
+Departure: V3 lays its 61 layers out unevenly; here the body must divide into the stages, as its
+parameters are one array over the ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+
+from dsjax.config import Config
+from dsjax.model.balance import BalanceWeights
+from dsjax.model.layers import RouterState
+from dsjax.model.transformer import Transformer, run_layers
+from dsjax.parallel import pipeline, schedules
+from dsjax.parallel.timetable import Schedule
+from dsjax.train.hyperparameters import batch_stages
+from dsjax.train.loss import Losses, losses_of_hidden, sum_over_micro_batches
+
+Tree = Any
+
+
+def check(config: Config, mesh: Mesh | AbstractMesh) -> None:
+    """Refuses what cannot be pipelined over the mesh.
+
+    Raises:
+      ValueError: layers that do not divide into stages, or a number of micro-batches, at some size
+        of the batch, that is too small for the schedule or does not suit it.
+    """
+    if mesh.shape[pipeline.PIPE] > 1:
+        for _, sequences in batch_stages(config.train):
+            _schedule(config, mesh, sequences // config.micro_batch_size)
+
+
+def _schedule(config: Config, mesh: Mesh | AbstractMesh, microbatches: int) -> Schedule:
+    ranks, name = mesh.shape[pipeline.PIPE], config.mesh.schedule
+    stages = ranks * schedules.stages_per_rank(name)
+    model = config.model
+    kind = "MoE" if model.n_moe_layers else "dense"
+    layers = model.n_moe_layers or model.n_layers
+    if layers % stages:
+        fitting = [n for n in range(1, layers + 1) if layers % (n * stages // ranks) == 0]
+        raise ValueError(
+            f"the model's {layers} {kind} layers do not divide into the {stages} stages of "
+            f"mesh.schedule={name} on mesh.pipe={ranks}; "
+            + (f"use mesh.pipe={', '.join(map(str, fitting))}" if fitting else "use 1f1b")
+        )
+    if microbatches < ranks:
+        raise ValueError(
+            f"{microbatches} micro-batches cannot keep the ranks of mesh.pipe={ranks} busy; set "
+            f"mesh.microbatches to {2 * ranks} or more"
+        )
+    try:
+        return schedules.build(name, stages, microbatches)
+    except ValueError as error:
+        raise ValueError(
+            f"mesh.schedule={name} on mesh.pipe={ranks} with {microbatches} micro-batches "
+            f"(mesh.microbatches): {error}"
+        ) from None
+
+
+def gradients(
+    declared: Transformer,
+    config: Config,
+    params: nnx.State,
+    router: nnx.State,
+    batch: dict[str, jax.Array],
+    weights: dict[str, jax.Array],
+) -> tuple[nnx.State, Losses]:
+    """Computes what the step without a pipeline sums up over the micro-batches one by one.
+
+    Args:
+      declared: the model without values.
+      batch: `tokens` and `segment_ids`, int32 [micro-batches, B, T + 1].
+      weights: what each kind of loss counts, float32 [micro-batches]: `main` and `mtp`, of sums,
+        and `balance`, of an average over tokens.
+
+    Returns:
+      the gradients, and the losses with the weighted sum of the balance losses.
+    """
+    name, mesh = declared.body, jax.sharding.get_abstract_mesh()
+    schedule = _schedule(config, mesh, batch["tokens"].shape[0])
+    body, outer = zip(*(_cut(state, name) for state in (params, router)), strict=True)
+    found = pipeline.run(
+        schedule,
+        _pieces(declared, config),
+        jax.tree.map(lambda x: x.reshape(schedule.n_stages, -1, *x.shape[1:]), body),
+        outer,
+        {**batch, **weights},
+    )
+    body_grads, stage_reports = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[2:]), (found.stages[0], found.stage_reports)
+    )
+    sums = sum_over_micro_batches(lambda report: report, found.reports)
+    if stage_reports:
+        counts_LE = stage_reports["counts"]
+        if sums.counts_LE is not None:
+            counts_LE = jnp.concatenate([counts_LE, sums.counts_LE])
+        sums = sums._replace(
+            balance=sums.balance + stage_reports["balance"].sum(),
+            dropped_tokens=sums.dropped_tokens + stage_reports["dropped_tokens"].sum(),
+            counts_LE=counts_LE,
+        )
+    return nnx.merge_state(found.outer[0], body_grads), sums
+
+
+def _cut(state: nnx.State, body: str) -> tuple[nnx.State, nnx.State]:
+    """Returns the body's part and the rest."""
+    inside, outside = nnx.split_state(state, lambda path, _: path[0] == body, ...)
+    return inside, outside
+
+
+def _pieces(declared: Transformer, config: Config) -> pipeline.Pieces:
+    structure, *whole = nnx.split(declared, nnx.Param, RouterState)
+    placeholders = [_cut(state, declared.body)[0] for state in whole]
+    isolate, remat = config.data.isolate_documents, config.train.remat
+    balance = BalanceWeights.of(config)
+
+    def ends(outer: Tree) -> Transformer:
+        """The model without values in its body."""
+        return _merge(structure, outer, placeholders)
+
+    def read(model: Transformer, inputs: Tree):
+        tokens_BT = inputs["tokens"][:, :-1]
+        return tokens_BT, model.context(tokens_BT, inputs["segment_ids"][:, :-1], isolate)
+
+    def enter(outer: Tree, inputs: Tree) -> jax.Array:
+        model = ends(outer)
+        return model.enter(*read(model, inputs), remat)
+
+    def stage(body: Tree, x_BTD: jax.Array, inputs: Tree) -> tuple[jax.Array, jax.Array, Tree]:
+        model = _merge(structure, body, [_cut(state, declared.body)[1] for state in whole])
+        layers = getattr(model, declared.body)
+        x_BTD, routing = run_layers(layers, x_BTD, read(model, inputs)[1], balance, remat)
+        if routing is None:
+            return x_BTD, jnp.float32(0), {}
+        weighted_L = routing.balance_loss * inputs["balance"]
+        report = {
+            "balance": weighted_L,
+            "counts": routing.counts_E,
+            "dropped_tokens": routing.dropped_tokens,
+        }
+        return x_BTD, weighted_L.sum(), report
+
+    def leave(outer: Tree, x_BTD: jax.Array, inputs: Tree) -> tuple[jax.Array, Losses]:
+        model = ends(outer)
+        hidden = model.leave(x_BTD, *read(model, inputs), mtp=True, balance=balance, remat=remat)
+        sums = losses_of_hidden(model, hidden, inputs, config)
+        sums = sums._replace(balance=sums.balance * inputs["balance"])
+        total = sums.main * inputs["main"] + sums.mtp * inputs["mtp"] + sums.balance
+        return total, sums
+
+    return pipeline.Pieces(enter, stage, leave)
+
+
+def _merge(structure: Any, some: Tree, others: Tree) -> Transformer:
+    return nnx.merge(structure, *map(nnx.merge_state, some, others))

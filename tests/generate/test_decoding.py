@@ -1,0 +1,77 @@
+"""What one decoding program does: steps, limits, stop ids and early return."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsjax.generate import decoding
+from dsjax.generate.sampling import Sampling, knobs
+from tests.model.tiny import tiny_model
+
+LENGTH = 64
+PROMPTS = np.array([[3, 4, 5, 6], [50, 20, 80, 0]], np.int32)
+LENGTHS = np.array([4, 3], np.int32)
+
+
+def prefilled():
+    carry = decoding.empty_carry(tiny_model(), 2, LENGTH, 0)
+    settings = knobs([Sampling(0.0)] * 2)
+    padded = np.pad(PROMPTS, ((0, 0), (0, 12)))
+    first = np.zeros(2, np.int32)
+    run = jax.jit(decoding.prefill)
+    return run(tiny_model(), carry, padded, np.int32(0), LENGTHS, first, settings)
+
+
+decode = jax.jit(decoding.decode)
+
+
+def decoded(left, steps, stop_ids=(-1, -1), state=None):
+    carry, first = prefilled()
+    stops = np.array(stop_ids, np.int32)[:, None]
+    carry, out = decode(
+        tiny_model(), carry, LENGTHS, first[:, None], np.array(left, np.int32), stops,
+        knobs([Sampling(0.0)] * 2), np.int32(steps),
+    )  # fmt: skip
+    return carry, first, decoding.Decoded(*jax.device_get(out))
+
+
+def test_first_tokens_are_the_likeliest_after_each_prompt():
+    _, first = prefilled()
+    logits = np.asarray(tiny_model()(jnp.asarray(PROMPTS)))
+    assert first.tolist() == [int(logits[0, 3].argmax()), int(logits[1, 2].argmax())]
+
+
+def test_rows_take_their_own_number_of_steps():
+    _, _, out = decoded(left=[5, 2], steps=9)
+    assert int(out.n_steps) == 5  # none is left
+    assert [len(row) for row in out.tokens()] == [5, 2]
+    assert out.ran_NB[:6].tolist() == [[True] * 2] * 2 + [[True, False]] * 3 + [[False] * 2]
+    assert out.position_B.tolist() == [9, 5] and out.left_B.tolist() == [0, 0]
+    assert out.recent_BW[:, 0].tolist() == [row[-1] for row in out.tokens()]
+
+
+def test_calls_with_fewer_steps_go_on_where_the_last_one_stopped():
+    _, _, whole = decoded(left=[6, 6], steps=6)
+    carry, _, out = decoded(left=[6, 6], steps=2)
+    assert int(out.n_steps) == 2 and out.left_B.tolist() == [4, 4]
+    _, rest = decode(
+        tiny_model(), carry, *out[:3], np.full((2, 1), -1, np.int32),
+        knobs([Sampling(0.0)] * 2), np.int32(4),
+    )  # fmt: skip
+    rest = decoding.Decoded(*jax.device_get(rest))
+    joined = [a + b for a, b in zip(out.tokens(), rest.tokens(), strict=True)]
+    assert joined == whole.tokens()
+
+
+def test_finished_rows_stay_where_they_are():
+    _, first, out = decoded(left=[3, 0], steps=3)
+    assert out.tokens()[1] == [] and out.position_B[1] == LENGTHS[1]
+    assert out.recent_BW[1].tolist() == [int(first[1])]
+
+
+def test_stop_id_ends_a_row_after_it():
+    tokens = decoded(left=[6, 6], steps=6)[2].tokens()[0]
+    _, _, out = decoded(left=[6, 6], steps=6, stop_ids=(tokens[2], -1))
+    end = tokens.index(tokens[2]) + 1
+    assert out.tokens()[0] == tokens[:end]
+    assert out.left_B.tolist() == [0, 0] and out.ran_NB[:, 0].sum() == end

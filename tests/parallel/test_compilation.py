@@ -1,0 +1,47 @@
+"""One compilation for each shape, and a cache that the user's own choice overrules."""
+
+import jax
+import numpy as np
+import pytest
+
+from dsjax.parallel import compilation
+from dsjax.parallel.mesh import make_mesh
+
+
+def test_compiled_compiles_once_for_each_batch_shape():
+    traces, announced = [], []
+
+    def step(state, batch):
+        traces.append(batch["tokens"].shape)
+        return state + batch["tokens"].sum()
+
+    mesh = make_mesh({"data": -1})
+    program = compilation.Compiled(jax.jit(step), mesh, announce=lambda: announced.append(True))
+    state = jax.numpy.int32(0)
+    for rows in (2, 2, 4, 2, 4):
+        state = program(state, {"tokens": np.ones((rows, 3), np.int32)})
+    assert state == 3 * 14
+    assert traces == [(2, 3), (4, 3)] and len(announced) == 2 and program.seconds > 0
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_compiler_knows_the_options_of_a_platform(platform):
+    # Options of GPUs are parsed on any machine; TPUs' by libtpu alone (tests/plan).
+    options = compilation.compiler_options(platform, n_devices=2)
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+
+
+@pytest.fixture
+def cache_setting():
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_persistent_cache_is_on_unless_the_user_chose(tmp_path, monkeypatch, cache_setting):
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compilation.use_persistent_cache("")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "dsjax" / "compiled")
+    compilation.use_persistent_cache(str(tmp_path / "elsewhere"))
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "dsjax" / "compiled")
