@@ -1,0 +1,107 @@
+"""Every rule of a model's shape, and the sizes that follow from it."""
+
+import dataclasses
+
+import pytest
+
+from dsjax.config import ModelConfig
+
+DENSE = {
+    "vocab_size": 64,
+    "dim": 16,
+    "n_layers": 2,
+    "n_dense_layers": 2,
+    "n_heads": 2,
+    "inter_dim": 32,
+    "attention": "gqa",
+}
+LATENT = {
+    "attention": "mla",
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 2,
+    "v_head_dim": 4,
+}
+MOE = {
+    "n_dense_layers": 1,
+    "n_routed_experts": 8,
+    "n_activated_experts": 2,
+    "moe_inter_dim": 8,
+    "n_expert_groups": 4,
+    "n_limited_groups": 2,
+}
+
+
+def dense(**changes):
+    return ModelConfig(**(DENSE | changes))
+
+
+def moe(**changes):
+    return ModelConfig(**(DENSE | MOE | changes))
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "message"),
+    [
+        (dense, {"vocab_size": 0}, r"model\.vocab_size=0 must be greater than 0"),
+        (dense, {"init_std": 0.0}, r"model\.init_std=0\.0 must be greater than 0"),
+        (dense, {"n_mtp": -1}, r"model\.n_mtp=-1 must not be negative"),
+        (dense, {"attention": "mla"}, r"model\.kv_lora_rank=0 must be greater than 0"),
+        (dense, {"n_heads": 3}, r"model\.dim=16 does not divide by model\.n_heads=3; set model\.h"),
+        (dense, {"n_heads": 4, "n_kv_heads": 3}, r"n_heads=4 does not divide by model\.n_kv_heads"),
+        (dense, {"head_dim": 3}, r"rope rotates pairs, so its head dim must be even, not 3"),
+        (
+            dense,
+            {"beta_slow": 40.0},
+            r"model\.beta_slow=40\.0 must be below model\.beta_fast=32\.0",
+        ),
+        (
+            dense,
+            {"rope_scaling": "llama3", "low_freq_factor": 4.0},
+            r"model\.low_freq_factor=4\.0 must be below model\.high_freq_factor=4\.0",
+        ),
+        (dense, {"n_dense_layers": 3}, r"model\.n_dense_layers=3 exceeds model\.n_layers=2"),
+        (dense, {"n_dense_layers": 1}, r"so all layers are dense: set model\.n_dense_layers=2"),
+        (moe, {"moe_inter_dim": 0}, r"model\.moe_inter_dim=0 must be greater than 0"),
+        (moe, {"n_expert_groups": 3}, r"n_routed_experts=8 does not divide into .*groups=3 equal"),
+        (moe, {"n_limited_groups": 5}, r"n_limited_groups=5 exceeds model\.n_expert_groups=4"),
+        (
+            moe,
+            {"n_activated_experts": 5},
+            r"n_activated_experts=5 exceeds the 4 experts of 2 groups of 2; raise model\.n_limited",
+        ),
+        (
+            moe,
+            {"n_expert_groups": 8},
+            r"model\.group_score=top2 needs at least two experts a group",
+        ),
+    ],
+)
+def test_model_refuses(make, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+def test_sizes_of_latent_attention():
+    model = dense(**LATENT)
+    assert (model.qk_head_dim, model.value_head_dim, model.rope_dim) == (6, 4, 2)
+    assert model.cache_values_per_token == 8 + 2
+
+
+def test_sizes_of_grouped_attention():
+    model = dense(n_heads=4, n_kv_heads=2)
+    assert (model.qk_head_dim, model.value_head_dim, model.rope_dim) == (4, 4, 4)
+    assert (model.kv_heads, model.cache_values_per_token) == (2, 2 * 2 * 4)
+    assert dense().kv_heads == 2
+    assert dense(head_dim=32).qk_head_dim == 32
+
+
+def test_moe_layers_follow_the_dense_ones():
+    assert (dense().n_moe_layers, moe().n_moe_layers) == (0, 1)
+
+
+def test_groups_are_frozen():
+    for group in (dense(), moe()):
+        field = dataclasses.fields(group)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(group, field, 1)
