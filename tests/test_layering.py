@@ -88,6 +88,55 @@ def test_violations_are_found(source, found):
     assert found in " ".join(violations(ROOT / "dsjax/model/x.py", source))
 
 
+def circles(sources):
+    """Yields the import circles among modules, given as {dotted name: text}; imports for type
+    checkers alone and inside functions count.
+    """
+    needs = {}
+    for name, text in sources.items():
+        needs[name] = set()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                submodules = [f"{node.module}.{alias.name}" for alias in node.names]
+                found = [module if module in sources else node.module for module in submodules]
+            else:
+                continue
+            needs[name] |= {module for module in found if module in sources and module != name}
+
+    def visit(name, path):
+        if name in path:
+            yield " -> ".join([*path[path.index(name) :], name])
+        elif name not in done:
+            for module in sorted(needs[name]):
+                yield from visit(module, [*path, name])
+            done.add(name)
+
+    done = set()
+    for name in sorted(sources):
+        yield from visit(name, [])
+
+
+def dotted(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_modules_do_not_import_each_other_in_circles():
+    modules = {dotted(path): path.read_text() for path in (ROOT / "dsjax").rglob("*.py")}
+    assert list(circles(modules)) == []
+
+
+def test_circles_are_found():
+    sources = {
+        "dsjax.a": "from dsjax.b import x",
+        "dsjax.b": "if TYPE_CHECKING:\n    from dsjax import c",
+        "dsjax.c": "def f():\n    import dsjax.a",
+        "dsjax.d": "import dsjax.a",
+    }
+    assert list(circles(sources)) == ["dsjax.a -> dsjax.b -> dsjax.c -> dsjax.a"]
+
+
 def test_config_is_refused_to_the_low_floors():
     found = list(violations(ROOT / "dsjax/parallel/x.py", "from dsjax.config import Config"))
     assert found == ["parallel (floor 3) imports dsjax.config; pass explicit arguments"]

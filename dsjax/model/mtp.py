@@ -17,7 +17,6 @@ Paper: V3 (arXiv:2412.19437) section 2.2, equations 21 to 25. Departures:
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +24,12 @@ from flax import nnx
 
 from dsjax.config import ModelConfig
 from dsjax.model.balance import BalanceWeights
+from dsjax.model.block import Block, Context
 from dsjax.model.layers import Normal, RMSNorm, declare
 from dsjax.model.moe import RoutingStatistics
 from dsjax.parallel.context import arrange, restore
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
-
-if TYPE_CHECKING:
-    from dsjax.model.transformer import Block, Context
 
 
 def shift_left(tokens_BT: jax.Array) -> jax.Array:

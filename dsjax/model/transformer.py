@@ -8,8 +8,7 @@ forward pass changes nothing: routing statistics and balance losses come out as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,34 +17,15 @@ from flax import nnx
 from dsjax.config import ModelConfig
 from dsjax.model import rope
 from dsjax.model.balance import BalanceWeights
-from dsjax.model.cache import Cache, Entries, LayerCache
-from dsjax.model.gqa import GQA
-from dsjax.model.layers import Embedding, FeedForward, Head, RMSNorm, stack
-from dsjax.model.mla import MLA
-from dsjax.model.moe import Experts, MoE, RoutingStatistics
+from dsjax.model.block import Block, Context, Extension, extend_layers, rematerialized, run_layers
+from dsjax.model.cache import Cache, LayerCache
+from dsjax.model.layers import Embedding, Head, RMSNorm, stack
+from dsjax.model.moe import RoutingStatistics
 from dsjax.model.mtp import MTP, shift_left
 from dsjax.model.parameters import pinned
 from dsjax.parallel.context import arrange, restore
-from dsjax.parallel.sharding import constrain
 from dsjax.precision.matmul import vocabulary_logits
 from dsjax.precision.policy import Policy
-
-_REMAT_POLICIES = {
-    # V3 section 3.2.3: norms, MLA up-projections and the SwiGLU product are computed again; so is
-    # the attention core. Routing is kept: little to keep, and sorting takes time.
-    "selective": jax.checkpoint_policies.save_only_these_names(
-        "latent", "attention", "routing", "swiglu_input"
-    ),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-class Context(NamedTuple):
-    """What every layer needs besides the hidden state, in the hidden state's order."""
-
-    angles: tuple[jax.Array, jax.Array]  # rope cosine and sine, float32 [B, T, R/2]
-    segment_ids_BT: jax.Array | None  # attention stays inside a segment; None: it does not care
-    documents_BT: jax.Array  # int32, sequences of the balance loss; 0 is padding
 
 
 class Hidden(NamedTuple):
@@ -56,72 +36,12 @@ class Hidden(NamedTuple):
     routing: RoutingStatistics | None  # stacked over MoE layers, then MTP modules
 
 
-class Extension(NamedTuple):
-    """What every layer needs besides the hidden state when tokens are added to a cache."""
-
-    positions_BT: jax.Array  # int32, consecutive in a row
-    angles: tuple[jax.Array, jax.Array]  # rope cosine and sine, float32 [B, T, R/2]
-    absorbed: bool  # how MLA attends to the cache
-
-
 class Extended(NamedTuple):
     """What the added tokens give, and the cache that holds them."""
 
     main_BTD: jax.Array  # after the final norm
     mtp_input_BTD: jax.Array  # what the first MTP module reads
     cache: Cache
-
-
-class Block(nnx.Module):
-    """One pre-norm transformer layer."""
-
-    def __init__(self, config: ModelConfig, policy: Policy, *, moe: bool):
-        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attn = MLA(config, policy) if config.attention == "mla" else GQA(config, policy)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn = (
-            MoE(config, policy)
-            if moe
-            else FeedForward(config.dim, config.inter_dim, config.init_std, policy)
-        )
-
-    def __call__(
-        self, x_BTD: jax.Array, context: Context, balance: BalanceWeights | None
-    ) -> tuple[jax.Array, RoutingStatistics | None]:
-        x_BTD = constrain(x_BTD, "batch", "length", "width")
-        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), context.angles, context.segment_ids_BT)
-        normed_BTD = self.ffn_norm(x_BTD)
-        if isinstance(self.ffn, FeedForward):
-            return x_BTD + self.ffn(normed_BTD), None
-        y_BTD, statistics = self.ffn(normed_BTD, context.documents_BT, balance)
-        return x_BTD + y_BTD, statistics
-
-    def extend(
-        self,
-        x_BTD: jax.Array,
-        cache: LayerCache,
-        extension: Extension,
-        experts: Experts | None,
-    ) -> tuple[jax.Array, LayerCache]:
-        """Adds tokens to the layer's cache.
-
-        Args:
-          experts: those of the whole stack, of which this is layer `cache.layer`; None if dense.
-        """
-        x_BTD = constrain(x_BTD, "batch", "tokens", "width")
-        y_BTD, cache = self.attn.extend(
-            self.attn_norm(x_BTD),
-            extension.angles,
-            cache,
-            extension.positions_BT,
-            absorbed=extension.absorbed,
-        )
-        x_BTD = x_BTD + y_BTD
-        normed_BTD = self.ffn_norm(x_BTD)
-        if isinstance(self.ffn, FeedForward):
-            return x_BTD + self.ffn(normed_BTD), cache
-        assert experts is not None
-        return x_BTD + self.ffn.extend(normed_BTD, experts, cache.layer), cache
 
 
 class Transformer(nnx.Module):
@@ -238,7 +158,7 @@ class Transformer(nnx.Module):
             return Hidden(main_BTD, None, None)
         first = main_BTD if self.config.mtp_after_final_norm else x_BTD
         start = (first, arrange(tokens_BT), context.documents_BT)
-        _, (mtp_DBTD, routing) = jax.lax.scan(_remat(mtp_module, remat), start, self.mtp)
+        _, (mtp_DBTD, routing) = jax.lax.scan(rematerialized(mtp_module, remat), start, self.mtp)
         return Hidden(main_BTD, mtp_DBTD, routing)
 
     def extend(
@@ -258,9 +178,9 @@ class Transformer(nnx.Module):
         x_BTD = self.embed(tokens_BT)
         dense, moe = cache.dense, cache.moe
         if dense is not None:
-            x_BTD, dense = _extend_layers(self.dense_layers, x_BTD, dense, extension)
+            x_BTD, dense = extend_layers(self.dense_layers, x_BTD, dense, extension)
         if moe is not None:
-            x_BTD, moe = _extend_layers(self.moe_layers, x_BTD, moe, extension)
+            x_BTD, moe = extend_layers(self.moe_layers, x_BTD, moe, extension)
         main_BTD = self.norm(x_BTD)
         mtp_input_BTD = main_BTD if self.config.mtp_after_final_norm else x_BTD
         return Extended(main_BTD, mtp_input_BTD, cache._replace(dense=dense, moe=moe))
@@ -292,7 +212,10 @@ class Transformer(nnx.Module):
         module = jax.tree.map(lambda stack: stack[depth], self.mtp)
         pair_BTD = module.join(self.embed(tokens_BT), hidden_BTD)
         hidden_BTD, layer_cache = module.layer.extend(
-            pair_BTD, LayerCache(cache.mtp, jnp.int32(depth)), extension, _experts(self.mtp.layer)
+            pair_BTD,
+            LayerCache(cache.mtp, jnp.int32(depth)),
+            extension,
+            self.mtp.layer.routed_experts,
         )
         return hidden_BTD, module.norm(hidden_BTD), cache._replace(mtp=layer_cache.entries)
 
@@ -316,40 +239,3 @@ class Transformer(nnx.Module):
             documents_BT = (segment_ids_BT > 0).astype(jnp.int32)
         angles = rope.angles(arrange(positions_BT), self.config)
         return Context(angles, arrange(segment_ids_BT) if isolate else None, arrange(documents_BT))
-
-
-def run_layers(
-    layers: Block, x_BTD: jax.Array, context: Context, balance: BalanceWeights | None, remat: str
-) -> tuple[jax.Array, RoutingStatistics | None]:
-    """Walks a stack of layers; None is the routing of dense ones."""
-
-    def layer(x_BTD: jax.Array, block: Block):
-        return pinned(block, block.attn.policy)(x_BTD, context, balance)
-
-    return jax.lax.scan(_remat(layer, remat), x_BTD, layers)
-
-
-def _remat(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    if remat == "none":
-        return function
-    return jax.checkpoint(function, policy=_REMAT_POLICIES[remat])
-
-
-def _extend_layers(
-    layers: Block, x_BTD: jax.Array, entries: Entries, extension: Extension
-) -> tuple[jax.Array, Entries]:
-    """Walks a stack of layers. The entries are carried whole: scanned over layer by layer they
-    would be copied out and in again.
-    """
-
-    def layer(carry: tuple[jax.Array, Entries, jax.Array], block: Block):
-        x_BTD, entries, index = carry
-        x_BTD, cache = block.extend(x_BTD, LayerCache(entries, index), extension, _experts(layers))
-        return (x_BTD, cache.entries, index + 1), None
-
-    (x_BTD, entries, _), _ = jax.lax.scan(layer, (x_BTD, entries, jnp.int32(0)), layers)
-    return x_BTD, entries
-
-
-def _experts(layers: Block) -> Experts | None:
-    return layers.ffn.experts if isinstance(layers.ffn, MoE) else None

@@ -21,8 +21,9 @@ from jax.sharding import AbstractMesh, Mesh
 
 from dsjax.config import Config
 from dsjax.model.balance import BalanceWeights
+from dsjax.model.block import run_layers
 from dsjax.model.layers import RouterState
-from dsjax.model.transformer import Transformer, run_layers
+from dsjax.model.transformer import Transformer
 from dsjax.parallel import pipeline, schedules
 from dsjax.parallel.timetable import Schedule
 from dsjax.train.hyperparameters import batch_stages

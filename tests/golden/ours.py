@@ -15,7 +15,8 @@ from flax import nnx
 
 from dsjax.config import ModelConfig
 from dsjax.model import rope
-from dsjax.model.transformer import Block, Transformer
+from dsjax.model.block import Block
+from dsjax.model.transformer import Transformer
 from dsjax.precision.policy import Policy
 from tests.golden import checkpoint
 from tests.golden.cases import Case

@@ -48,23 +48,6 @@ def test_batch_rows_do_not_meet():
     assert_close(logits(model, rows)[1:2], logits(model, rows[1:2]), F32, "logits")
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("remat", ["selective", "full"])
-def test_rematerialised_gradients_are_the_same(remat):
-    config = dataclasses.replace(TINY, n_layers=2, n_dense_layers=0, n_mtp=0)
-    model, row = tiny_model(config), tokens(2, 24)
-
-    def loss(model, remat):
-        return jnp.square(model.hidden(row, remat=remat).main_BTD).sum()
-
-    gradient = jax.jit(jax.grad(loss), static_argnums=1)
-    got, want = gradient(model, remat), gradient(model, "none")
-    for declared, g, w in zip(
-        declarations(model), jax.tree.leaves(got), jax.tree.leaves(want), strict=True
-    ):
-        assert_close(g, w, F32, declared.path)
-
-
 def test_second_call_does_not_trace_again():
     @jax.jit
     @chex.assert_max_traces(n=1)

@@ -1,0 +1,143 @@
+"""One transformer layer, and how a stack of layers runs.
+
+A stack is one `Block` whose parameters have a leading layer dimension, which `lax.scan` walks: once
+for whole sequences (`run_layers`), once for tokens that are added to a cache (`extend_layers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsjax.config import ModelConfig
+from dsjax.model.balance import BalanceWeights
+from dsjax.model.cache import Entries, LayerCache
+from dsjax.model.gqa import GQA
+from dsjax.model.layers import FeedForward, RMSNorm
+from dsjax.model.mla import MLA
+from dsjax.model.moe import Experts, MoE, RoutingStatistics
+from dsjax.model.parameters import pinned
+from dsjax.parallel.sharding import constrain
+from dsjax.precision.policy import Policy
+
+_REMAT_POLICIES = {
+    # V3 section 3.2.3: norms, MLA up-projections and the SwiGLU product are computed again; so is
+    # the attention core. Routing is kept: little to keep, and sorting takes time.
+    "selective": jax.checkpoint_policies.save_only_these_names(
+        "latent", "attention", "routing", "swiglu_input"
+    ),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Context(NamedTuple):
+    """What every layer needs besides the hidden state, in the hidden state's order."""
+
+    angles: tuple[jax.Array, jax.Array]  # rope cosine and sine, float32 [B, T, R/2]
+    segment_ids_BT: jax.Array | None  # attention stays inside a segment; None: it does not care
+    documents_BT: jax.Array  # int32, sequences of the balance loss; 0 is padding
+
+
+class Extension(NamedTuple):
+    """What every layer needs besides the hidden state when tokens are added to a cache."""
+
+    positions_BT: jax.Array  # int32, consecutive in a row
+    angles: tuple[jax.Array, jax.Array]  # rope cosine and sine, float32 [B, T, R/2]
+    absorbed: bool  # how MLA attends to the cache
+
+
+class Block(nnx.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: ModelConfig, policy: Policy, *, moe: bool):
+        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attn = MLA(config, policy) if config.attention == "mla" else GQA(config, policy)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn = (
+            MoE(config, policy)
+            if moe
+            else FeedForward(config.dim, config.inter_dim, config.init_std, policy)
+        )
+
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, balance: BalanceWeights | None
+    ) -> tuple[jax.Array, RoutingStatistics | None]:
+        x_BTD = constrain(x_BTD, "batch", "length", "width")
+        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), context.angles, context.segment_ids_BT)
+        normed_BTD = self.ffn_norm(x_BTD)
+        if isinstance(self.ffn, FeedForward):
+            return x_BTD + self.ffn(normed_BTD), None
+        y_BTD, statistics = self.ffn(normed_BTD, context.documents_BT, balance)
+        return x_BTD + y_BTD, statistics
+
+    @property
+    def routed_experts(self) -> Experts | None:
+        """The routed experts' weights; None for a dense layer."""
+        return self.ffn.experts if isinstance(self.ffn, MoE) else None
+
+    def extend(
+        self,
+        x_BTD: jax.Array,
+        cache: LayerCache,
+        extension: Extension,
+        experts: Experts | None,
+    ) -> tuple[jax.Array, LayerCache]:
+        """Adds tokens to the layer's cache.
+
+        Args:
+          experts: those of the whole stack, of which this is layer `cache.layer`; None if dense.
+        """
+        x_BTD = constrain(x_BTD, "batch", "tokens", "width")
+        y_BTD, cache = self.attn.extend(
+            self.attn_norm(x_BTD),
+            extension.angles,
+            cache,
+            extension.positions_BT,
+            absorbed=extension.absorbed,
+        )
+        x_BTD = x_BTD + y_BTD
+        normed_BTD = self.ffn_norm(x_BTD)
+        if isinstance(self.ffn, FeedForward):
+            return x_BTD + self.ffn(normed_BTD), cache
+        assert experts is not None
+        return x_BTD + self.ffn.extend(normed_BTD, experts, cache.layer), cache
+
+
+def run_layers(
+    layers: Block, x_BTD: jax.Array, context: Context, balance: BalanceWeights | None, remat: str
+) -> tuple[jax.Array, RoutingStatistics | None]:
+    """Walks a stack of layers; None is the routing of dense ones."""
+
+    def layer(x_BTD: jax.Array, block: Block):
+        return pinned(block, block.attn.policy)(x_BTD, context, balance)
+
+    return jax.lax.scan(rematerialized(layer, remat), x_BTD, layers)
+
+
+def rematerialized(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """The function, whose backward pass recomputes what `remat` does not keep."""
+    if remat == "none":
+        return function
+    return jax.checkpoint(function, policy=_REMAT_POLICIES[remat])
+
+
+def extend_layers(
+    layers: Block, x_BTD: jax.Array, entries: Entries, extension: Extension
+) -> tuple[jax.Array, Entries]:
+    """Walks a stack of layers. The entries are carried whole: scanned over layer by layer they
+    would be copied out and in again.
+    """
+
+    def layer(carry: tuple[jax.Array, Entries, jax.Array], block: Block):
+        x_BTD, entries, index = carry
+        x_BTD, cache = block.extend(
+            x_BTD, LayerCache(entries, index), extension, layers.routed_experts
+        )
+        return (x_BTD, cache.entries, index + 1), None
+
+    (x_BTD, entries, _), _ = jax.lax.scan(layer, (x_BTD, entries, jnp.int32(0)), layers)
+    return x_BTD, entries

@@ -1,0 +1,78 @@
+"""A stack of layers against its layers one by one, and what its backward pass computes again."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsjax.model import block
+from dsjax.model.cache import LayerCache, empty_cache
+from dsjax.model.parameters import declarations
+from tests.closeness import F32, assert_close
+from tests.model.tiny import TINY, tiny_model, tokens
+
+
+def one_by_one(layers):
+    """The layers of a stack, each without the leading dimension."""
+    count = len(jax.tree.leaves(layers)[0])
+    return [jax.tree.map(lambda stack, i=i: stack[i], layers) for i in range(count)]
+
+
+def test_stack_runs_its_layers_in_order():
+    model, row = tiny_model(), tokens(2, 24)
+
+    @jax.jit
+    def both(model):
+        context = model.context(row, None, False)
+        start_BTD = model.embed(row)
+        stacked = block.run_layers(model.moe_layers, start_BTD, context, None, "none")
+        x_BTD, counts = start_BTD, []
+        for layer in one_by_one(model.moe_layers):
+            x_BTD, statistics = layer(x_BTD, context, None)
+            counts.append(statistics.counts_E)
+        return stacked, x_BTD, jnp.stack(counts)
+
+    (got_BTD, routing), want_BTD, counts_LE = both(model)
+    assert_close(got_BTD, want_BTD, F32, "hidden")
+    np.testing.assert_array_equal(routing.counts_E, counts_LE)
+
+
+def test_extended_stack_runs_its_layers_in_order_each_on_its_own_entries():
+    row = tokens(2, 24)
+    starts_B = jnp.asarray([0, 5], jnp.int32)
+
+    @jax.jit
+    def both(model):
+        entries = empty_cache(TINY, 2, 64, jnp.float32).moe
+        extension = model._extension(row, starts_B, False)
+        start_BTD = model.embed(row)
+        stacked = block.extend_layers(model.moe_layers, start_BTD, entries, extension)
+        x_BTD, experts = start_BTD, model.moe_layers.routed_experts
+        for index, layer in enumerate(one_by_one(model.moe_layers)):
+            cache = LayerCache(entries, jnp.int32(index))
+            x_BTD, cache = layer.extend(x_BTD, cache, extension, experts)
+            entries = cache.entries
+        return stacked, (x_BTD, entries)
+
+    got, want = both(tiny_model())
+    for ours, one in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert_close(ours, one, F32, "hidden state and entries")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("remat", ["selective", "full"])
+def test_rematerialised_gradients_are_the_same(remat):
+    config = dataclasses.replace(TINY, n_layers=2, n_dense_layers=0, n_mtp=0)
+    model, row = tiny_model(config), tokens(2, 24)
+
+    def loss(model, remat):
+        return jnp.square(model.hidden(row, remat=remat).main_BTD).sum()
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    got, want = gradient(model, remat), gradient(model, "none")
+    for declared, g, w in zip(
+        declarations(model), jax.tree.leaves(got), jax.tree.leaves(want), strict=True
+    ):
+        assert_close(g, w, F32, declared.path)
