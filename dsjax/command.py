@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsjax import settings
+from dsjax import files, settings
 from dsjax.config import Config, MeshConfig
 
 SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -45,6 +45,22 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="on failure, print the traceback too")
     return parser
+
+
+def add_commands(
+    parser: argparse.ArgumentParser, explained: Mapping[str, str]
+) -> dict[str, argparse.ArgumentParser]:
+    """Adds COMMAND (`arguments.command`), one parser per name; `explained` says what each does."""
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    result = {}
+    for name, what in explained.items():
+        result[name] = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
+        # `--debug` is understood after the command too. Without a default of its own it leaves what
+        # stands before the command alone.
+        result[name].add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+    return result
 
 
 def add_config(
@@ -174,6 +190,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16"),
         help="element type of weights and computation (default: the checkpoint's)",
     )
+    add_overrides(parser)
     parser.add_argument(
         "--mesh",
         metavar="AXIS=N,...",
@@ -182,6 +199,34 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         help=f"devices along the axes {', '.join(_CHECKPOINT_AXES)}, e.g. data=2,tensor=4; one may "
         "be -1 for what is left (default: one device)",
     )
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Adds `--override`: `dict(arguments.override)` holds the fields of a Hugging Face config.json
+    to read as if the file said so.
+    """
+    parser.add_argument(
+        "--override",
+        metavar="KEY=VALUE",
+        type=_field,
+        nargs="+",
+        action="extend",
+        default=[],
+        help="read fields of a Hugging Face config.json as these JSON values, e.g. "
+        "num_nextn_predict_layers=0 rope_scaling=null; the file stays as it is; repeatable",
+    )
+
+
+def _field(text: str) -> tuple[str, Any]:
+    key, _, value = text.partition("=")
+    if not key or not value:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not KEY=VALUE, such as num_nextn_predict_layers=0"
+        )
+    try:
+        return key, files.parse(value.encode(), key)
+    except ValueError:
+        return key, value  # so that a string needs no quotes: torch_dtype=float32
 
 
 def mesh_sizes(text: str, axes: Sequence[str] = _CHECKPOINT_AXES) -> dict[str, int]:

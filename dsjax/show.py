@@ -10,13 +10,10 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from rich import box
-from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from dsjax import settings
+from dsjax import settings, tables
 from dsjax.config import Config
 from dsjax.model import flops
 from dsjax.model.layers import RouterState
@@ -110,80 +107,58 @@ def _mesh_axes(config: Config, logical_axis: str) -> list[str]:
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
     """Prints the resolved config, the parameters with their sharding, and the totals."""
-    groups = summary["config"]
-    for group in (name for name, values in groups.items() if isinstance(values, dict)):
-        console.rule(f"{summary['name']}: {group}", align="left")
-        pairs = [Text(f"{key}={value}") for key, value in groups[group].items()]
-        console.print(Columns(pairs, column_first=True, padding=(0, 3)))
+    for group, values in summary["config"].items():
+        if isinstance(values, dict):
+            tables.print_values(console, f"{summary['name']}: {group}", values)
     console.print(_parameter_table(summary))
-    console.print(_totals_table(summary))
+    console.print(tables.figures("totals", _totals(summary)))
 
 
 def _parameter_table(summary: dict[str, Any]) -> Table:
-    table = Table(title=Text("parameters (weights are [in, out])"), box=box.SIMPLE_HEAD)
-    table.add_column("parameter", no_wrap=True)
-    table.add_column("shape", no_wrap=True)
-    table.add_column("count", justify="right")
-    table.add_column("logical axes -> mesh axes")
-    shards = summary.get("shards")
+    axes = "logical axes -> mesh axes"
+    columns, shards = ["parameter", "shape", ">count", axes], summary.get("shards")
     if shards:
-        table.add_column("on a device", no_wrap=True)
-        table.add_column("bytes", justify="right", no_wrap=True)
-        table.add_column("optimizer", justify="right", no_wrap=True)
+        columns += ["on a device", ">bytes", ">optimizer"]
+    rows = []
     for parameter in summary["parameters"]:
         path = parameter["path"]
         placed = zip(parameter["axes"], summary["sharding"][path], strict=True)
-        row = [
-            path,
-            _times(parameter["shape"]),
-            f"{parameter['count']:,}",
-            ", ".join(f"{axis}->{'+'.join(mesh)}" if mesh else axis for axis, mesh in placed),
-        ]
-        if shards:
-            shard = shards[path]
-            row += [
-                _times(shard["shape"]),
-                f"{shard['bytes']:,}",
-                f"{shard['optimizer_bytes']:,}",
-            ]
-        table.add_row(*row)
-    return table
+        arrows = [f"{axis}->{'+'.join(mesh)}" if mesh else axis for axis, mesh in placed]
+        local = shards[path].values() if shards else ()
+        rows.append((path, parameter["shape"], parameter["count"], ", ".join(arrows), *local))
+    return tables.table("parameters (weights are [in, out])", columns, rows, wraps=axes)
 
 
-def _times(shape: list[int]) -> str:
-    return " x ".join(map(str, shape))
-
-
-def _totals_table(summary: dict[str, Any]) -> Table:
-    length, train = summary["sequence_length"], summary["train_flops_per_token"]
-    rows = {
-        "total_params (main model)": f"{summary['total_params']:,}",
-        "activated_params (a token; embedding and head included)": (
-            f"{summary['activated_params']:,}"
+def _totals(summary: dict[str, Any]) -> list[tuple[str, object]]:
+    train, at = summary["train_flops_per_token"], f"at {summary['sequence_length']:,}"
+    rows = [
+        ("total_params (main model)", summary["total_params"]),
+        (
+            "activated_params (per token; embedding and head included)",
+            summary["activated_params"],
         ),
-        "mtp_params (MTP modules, besides the shared embedding and head)": (
-            f"{summary['mtp_params']:,}"
+        (
+            "mtp_params (MTP modules, without the shared embedding and head)",
+            summary["mtp_params"],
         ),
-        f"training FLOPs a token at {length:,}, causal, no MTP": _giga(train["causal"]),
-        f"training FLOPs a token at {length:,}, full square, no MTP": _giga(train["full_square"]),
-        f"training FLOPs a token at {length:,}, causal, with MTP": _giga(train["causal_with_mtp"]),
-        f"forward FLOPs a token at {length:,}, causal, no MTP": _giga(
-            summary["forward_flops_per_token"]
+        (f"training FLOPs per token {at}, causal, no MTP", _flops(train["causal"])),
+        (f"training FLOPs per token {at}, full square, no MTP", _flops(train["full_square"])),
+        (f"training FLOPs per token {at}, causal, with MTP", _flops(train["causal_with_mtp"])),
+        (
+            f"forward FLOPs per token {at}, causal, no MTP",
+            _flops(summary["forward_flops_per_token"]),
         ),
-        "KV-cache bytes a token, bfloat16": f"{summary['kv_cache_bytes_per_token']:,}",
-    }
+        ("KV-cache bytes per token, bfloat16", summary["kv_cache_bytes_per_token"]),
+    ]
     if "device" in summary:
         axes = [f"{axis}={size}" for axis, size in summary["mesh"].items() if size > 1]
         where = f"a device of mesh {' x '.join(axes)}" if axes else "the one device"
-        rows[f"bytes of parameters on {where}"] = f"{summary['device']['bytes']:,}"
-        rows[f"bytes of optimizer state on {where}"] = f"{summary['device']['optimizer_bytes']:,}"
-    table = Table(title="totals", box=box.SIMPLE_HEAD, show_header=False)
-    table.add_column("what")
-    table.add_column("value", justify="right")
-    for what, value in rows.items():
-        table.add_row(what, value)
-    return table
+        rows += [
+            (f"bytes of parameters on {where}", summary["device"]["bytes"]),
+            (f"bytes of optimizer state on {where}", summary["device"]["optimizer_bytes"]),
+        ]
+    return rows
 
 
-def _giga(operations: int) -> str:
+def _flops(operations: int) -> str:
     return f"{operations / 1e9:,.2f} G" if operations >= 1e8 else f"{operations / 1e6:,.2f} M"

@@ -163,6 +163,29 @@ def test_checkpoint_arguments_are_read():
     assert arguments.dtype is None and arguments.mesh == {}
 
 
+def test_overrides_are_json_values_or_text():
+    arguments = checkpoint_arguments(
+        "ckpt", "--override", "num_nextn_predict_layers=0", "rope_scaling=null",
+        "--override", "torch_dtype=float32", 'rope_scaling={"type": "yarn"}', "a=b=c", "x=true",
+    )  # fmt: skip
+    assert dict(arguments.override) == {
+        "num_nextn_predict_layers": 0,
+        "rope_scaling": {"type": "yarn"},  # the later value holds
+        "torch_dtype": "float32",
+        "a": "b=c",
+        "x": True,
+    }
+    assert checkpoint_arguments("ckpt").override == []
+
+
+@pytest.mark.parametrize("text", ["rope_scaling", "=1", "rope_theta="])
+def test_overrides_of_another_form_are_wrong_usage(text, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        checkpoint_arguments("ckpt", "--override", text)
+    assert stopped.value.code == 2
+    assert f"{text!r} is not KEY=VALUE" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
@@ -181,6 +204,21 @@ def test_checkpoint_mesh_is_checked(mesh, message, capsys):
         checkpoint_arguments("ckpt", "--mesh", mesh)
     assert exit_info.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_commands_take_debug_before_and_after(capsys):
+    example = parser()
+    commands = command.add_commands(example, {"list": "all of them", "show": "one of them"})
+    commands["show"].add_argument("path")
+    arguments = example.parse_args(["show", "x"])
+    assert (arguments.command, arguments.path, arguments.debug) == ("show", "x", False)
+    for argv in (["--debug", "list"], ["list", "--debug"]):
+        arguments = example.parse_args(argv)
+        assert arguments.command == "list" and arguments.debug
+    with pytest.raises(SystemExit):
+        example.parse_args([])
+    assert "all of them" in example.format_help()
+    assert "--debug" not in commands["list"].format_help()
 
 
 def test_forms_of_a_tool_are_kept_apart(capsys):

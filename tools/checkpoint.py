@@ -18,30 +18,24 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from dsjax import command
 
 
 def parser() -> argparse.ArgumentParser:
     result = command.make_parser(__doc__)
-    commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    inherited = argparse.ArgumentParser(add_help=False)
-    hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-    inherited.add_argument("--debug", action="store_true", **hidden)
-    inherited.add_argument("--json", action="store_true", help="print one JSON object instead")
-    explained = {
-        "verify": "check every byte of a checkpoint",
-        "list": "the checkpoints of a run, with size, time and state",
-        "compare": "what differs between two checkpoints",
-    }
-    for name, what in explained.items():
-        sub = commands.add_parser(
-            name, help=what, description=what, parents=[inherited], allow_abbrev=False
-        )
+    commands = command.add_commands(
+        result,
+        {
+            "verify": "check every byte of a checkpoint",
+            "list": "the checkpoints of a run, with size, time and state",
+            "compare": "what differs between two checkpoints",
+        },
+    )
+    for name, sub in commands.items():
         sub.add_argument("path", metavar="RUN" if name == "list" else "CKPT", type=Path)
-        if name == "compare":
-            sub.add_argument("other", metavar="OTHER", type=Path)
+        sub.add_argument("--json", action="store_true", help="print one JSON object instead")
+    commands["compare"].add_argument("other", metavar="OTHER", type=Path)
     return result
 
 

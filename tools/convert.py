@@ -14,37 +14,36 @@ goes on where it stopped. Exit codes: 0 finished, 1 failed, 2 wrong usage, 130 C
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 from dsjax import command
 
+_COMMANDS = {
+    "import": "Hugging Face folder -> ours",
+    "export": "the way back",
+    "inspect": "family, shapes, tensors and bytes, found and expected",
+}
 _DTYPES = ("keep", "bfloat16", "float32", "fp8")
 
 
 def parser() -> argparse.ArgumentParser:
     result = command.make_parser(__doc__)
-    commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    debug = argparse.ArgumentParser(add_help=False)  # also after the command
-    hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-    debug.add_argument("--debug", action="store_true", **hidden)
-    options: dict[str, Any] = {"parents": [debug], "allow_abbrev": False}
-    for name, what in (("import", "Hugging Face folder -> ours"), ("export", "the way back")):
-        sub = commands.add_parser(name, help=what, description=what, **options)
+    commands = command.add_commands(result, _COMMANDS)
+    explained = "element type to store; keep: as it is (default: %(default)s)"
+    for sub in (commands["import"], commands["export"]):
         sub.add_argument("source", metavar="SRC", type=Path, help="the checkpoint to convert")
         sub.add_argument("target", metavar="DST", type=Path, help="a new or an empty folder")
-        explained = "element type to store; keep: as it is (default: %(default)s)"
         sub.add_argument("--dtype", choices=_DTYPES, default="keep", help=explained)
-    what = "family, shapes, tensors and bytes, found and expected"
-    sub = commands.add_parser("inspect", help=what, description=what, **options)
+    sub = commands["inspect"]
     sub.add_argument("source", metavar="SRC", type=Path, help="checkpoint, or a config.json")
     sub.add_argument("--expect", action="store_true", help="look at config.json alone")
     sub.add_argument("--json", action="store_true", help="print one JSON object instead")
+    command.add_overrides(commands["import"])
+    command.add_overrides(sub)
     return result
 
 
@@ -54,24 +53,23 @@ def execute(arguments: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     from rich.console import Console
 
+    options = {} if arguments.command == "export" else {"overrides": dict(arguments.override)}
     if arguments.command == "inspect":
+        from dsjax import tables
         from dsjax.checkpoint import inspection
 
-        summary = inspection.summarize(arguments.source, expect=arguments.expect)
-        if arguments.json:
-            return print(json.dumps(summary, indent=2))
-        width = None if sys.stdout.isatty() else 140  # room for the table in a file or a pipe
-        return inspection.print_summary(summary, Console(width=width))
+        summary = inspection.summarize(arguments.source, expect=arguments.expect, **options)
+        return tables.show(summary, inspection.print_summary, as_json=arguments.json)
     if arguments.command == "import":
         from dsjax.checkpoint.importing import import_checkpoint as convert
     else:
         from dsjax.checkpoint.exporting import export_checkpoint as convert
     from dsjax.checkpoint.progress import Transfer
 
-    source, target = arguments.source, arguments.target
     following = "generate.py" if arguments.command == "import" else "convert.py inspect"
+    target, options["dtype"] = arguments.target, arguments.dtype
     with Transfer(Console()) as progress:
-        done = convert(source, target, dtype=arguments.dtype, progress=progress)
+        done = convert(arguments.source, target, progress=progress, **options)
         progress.say(f"{done}; all in {target}")
         progress.say(f"next: python tools/{following} {shlex.quote(str(target))}")
 

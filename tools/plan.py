@@ -67,9 +67,9 @@ def execute(arguments: argparse.Namespace) -> None:
         summary = report.make(config, slice_, step, compiled=not arguments.no_compile)
         show = report.print_plan
     if command.write_json(summary, arguments.json):
-        from rich.console import Console
+        from dsjax import tables
 
-        show(summary, Console())
+        tables.show(summary, show)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ def execute(arguments: argparse.Namespace) -> None:
     # Imported here, so that --help and wrong usage need not wait for jax.
     from rich.console import Console
 
+    from dsjax.checkpoint.load import open_checkpoint
     from dsjax.infer import score
     from dsjax.parallel import compilation
     from dsjax.parallel.mesh import submesh
@@ -49,7 +50,7 @@ def execute(arguments: argparse.Namespace) -> None:
 
     compilation.use_persistent_cache("")
     result = score.score_files(
-        arguments.checkpoint,
+        open_checkpoint(arguments.checkpoint, dict(arguments.override)),
         text=arguments.text,
         tokens=arguments.tokens,
         outputs=score.Outputs(arguments.logits, arguments.mtp_logits),

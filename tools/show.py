@@ -11,7 +11,6 @@ examples:
 """
 
 import argparse
-import json
 import sys
 
 from dsjax import command
@@ -27,18 +26,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def execute(arguments: argparse.Namespace) -> None:
     config = command.on_mesh(command.load(arguments), arguments.mesh)
-    from rich.console import Console
+    from dsjax import show, tables
 
-    from dsjax import show
-
-    summary = show.summarize(config)
-    if arguments.json:
-        print(json.dumps(summary, indent=2))
-        return
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=180)  # room for the table in a file or a pipe
-    show.print_summary(summary, console)
+    tables.show(show.summarize(config), show.print_summary, as_json=arguments.json)
 
 
 if __name__ == "__main__":

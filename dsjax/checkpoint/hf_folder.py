@@ -82,14 +82,17 @@ def is_hf(path: Path) -> bool:
     return "model_type" in config or any(name.endswith(_WEIGHT_FILES) for name in os.listdir(path))
 
 
-def open_hf(path: Path) -> HfFolder:
+def open_hf(path: Path, overrides: Mapping[str, Any] | None = None) -> HfFolder:
     """Opens a folder of config.json and safetensors files.
+
+    Args:
+      overrides: fields of config.json, read as if the file said so.
 
     Raises:
       ValueError: config.json or the files cannot be read or honoured, or they disagree: tensors
         missing, unexpected, of another shape or dtype, or without their scales; all are listed.
     """
-    config, family, model, block = read_config(path / "config.json")
+    config, family, model, block = read_config(path / "config.json", overrides)
     files = open_folder(path)
     model = without_absent_mtp(model, files.tensors)
     rows, mismatches = compare(model, family, block, files.tensors)
@@ -126,13 +129,17 @@ def compare(
 
 def read_config(
     path: Path,
+    overrides: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], Family, ModelConfig, tuple[int, int] | None]:
     """Reads a config.json: as published, and the family, model and FP8 block that it describes.
+
+    Args:
+      overrides: fields, read as if the file said so.
 
     Raises:
       ValueError: it cannot be read, or asks for what this package does not have.
     """
-    config = read_json(path)
+    config = read_json(path) | dict(overrides or {})
     try:
         return config, family_of(config), from_hf(config), weight_block(config)
     except ValueError as error:

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,13 +69,22 @@ class Part(NamedTuple):
         return self.info.n_bytes
 
 
-def import_checkpoint(source: Path, target: Path, *, dtype: str, progress: Transfer) -> Converted:
+def import_checkpoint(
+    source: Path,
+    target: Path,
+    *,
+    dtype: str,
+    progress: Transfer,
+    overrides: Mapping[str, Any] | None = None,
+) -> Converted:
     """Makes the converted folder `target` of the Hugging Face folder `source`.
 
     An import that was interrupted goes on where it was.
 
     Args:
       dtype: one of `recode.CHOICES`.
+      overrides: fields of config.json, read as if the file said so; the copy kept in `target` says
+        them.
 
     Raises:
       ValueError: the source is not a whole checkpoint, does not fit `dtype`, or holds NaN or
@@ -85,7 +95,7 @@ def import_checkpoint(source: Path, target: Path, *, dtype: str, progress: Trans
     check_choice(dtype)
     source, target = source.resolve(), target.resolve()
     check_target(target, source)
-    folder = open_hf(source)
+    folder = open_hf(source, overrides)
     parts = _plan(folder, dtype)
     leaves = _leaves(parts, folder.block or BLOCK)
     small = list(side_files(source))
@@ -97,6 +107,7 @@ def import_checkpoint(source: Path, target: Path, *, dtype: str, progress: Trans
         "the source": str(source),
         "the state of its files": fingerprint([source / "config.json", *folder.files.files]),
         "--dtype": dtype,
+        "--override": json.dumps(dict(overrides), sort_keys=True) if overrides else None,
     }
     with Staging(target, identity, progress.say) as work, writing(work.content):
         left = [part for part in parts if part.row.tensor.name not in work.finished]
@@ -105,6 +116,8 @@ def import_checkpoint(source: Path, target: Path, *, dtype: str, progress: Trans
         _write_weights(folder, left, leaves, work, progress)
         (work.content / "hf").mkdir(exist_ok=True)
         copy_side_files(small, work.content / "hf")
+        if overrides:
+            write_json(work.content / "hf" / "config.json", folder.config)
         write_json(
             work.content / "config.json",
             {

@@ -17,13 +17,11 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from rich import box
-from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dsjax import settings
+from dsjax import settings, tables
 from dsjax.checkpoint import names
 from dsjax.checkpoint.hf_config import family_for
 from dsjax.checkpoint.hf_folder import (
@@ -67,7 +65,9 @@ class Implied(NamedTuple):
     block: tuple[int, int] | None  # rows and columns that share a scale, if weights are in FP8
 
 
-def summarize(path: Path, expect: bool) -> dict[str, Any]:
+def summarize(
+    path: Path, expect: bool, overrides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Describes a checkpoint of any kind, as JSON holds it.
 
     Args:
@@ -75,17 +75,18 @@ def summarize(path: Path, expect: bool) -> dict[str, Any]:
         config.json will do.
       expect: to count what the config implies and look at no weights; else what is there is counted
         and held against that.
+      overrides: fields of a Hugging Face config.json, read as if the file said so.
 
     Raises:
       ValueError: config or headers cannot be read.
     """
     if expect:
-        implied = implied_by(path)
+        implied = implied_by(path, overrides)
         return _described(path, implied, list(published(*implied)), None)
-    return _inspect_hf(path) if is_hf(path) else _inspect_ours(path)
+    return _inspect_hf(path, overrides) if is_hf(path) else _inspect_ours(path, overrides)
 
 
-def implied_by(path: Path) -> Implied:
+def implied_by(path: Path, overrides: Mapping[str, Any] | None = None) -> Implied:
     """Reads a config: Hugging Face's, that of a converted folder, or that of a run.
 
     A run keeps no word of what it will be published in, so it counts as bfloat16.
@@ -101,7 +102,7 @@ def implied_by(path: Path) -> Implied:
     if "model" in config and "model_type" not in config:
         model = settings.from_dict(config, str(path)).model
         return Implied(family_for(model), model, BFLOAT16, None)
-    _, family, model, block = read_config(path)
+    config, family, model, block = read_config(path, overrides)
     return Implied(family, model, _stored_dtype(config, path), block)
 
 
@@ -130,14 +131,14 @@ def _stored_dtype(config: Mapping[str, Any], path: Path) -> np.dtype:
     return BFLOAT16
 
 
-def _inspect_hf(path: Path) -> dict[str, Any]:
+def _inspect_hf(path: Path, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     try:
         files = open_folder(path)
     except ValueError as error:
         no_weights = not any(path.glob("*.safetensors"))
         hint = "; with --expect the config alone is counted" if no_weights else ""
         raise ValueError(f"{error}{hint}") from None
-    implied = implied_by(path)
+    implied = implied_by(path, overrides)
     model = without_absent_mtp(implied.model, files.tensors)
     _, mismatches = compare(model, implied.family, implied.block, files.tensors)
     expected = list(published(*implied._replace(model=model)))
@@ -153,12 +154,12 @@ def _inspect_hf(path: Path) -> dict[str, Any]:
     return summary
 
 
-def _inspect_ours(path: Path) -> dict[str, Any]:
+def _inspect_ours(path: Path, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     # These bring jax with them, which the rest of this module does without.
     from dsjax.checkpoint.load import open_checkpoint
     from dsjax.checkpoint.weights import leaf_name, scales_name
 
-    checkpoint = open_checkpoint(path)  # compares the arrays with the config
+    checkpoint = open_checkpoint(path, overrides)  # compares the arrays with the config
     weights = checkpoint.weights
     assert weights is not None, path
     found = []
@@ -246,10 +247,13 @@ def _patterns(entries: Iterable[Entry]) -> list[dict[str, Any]]:
 def print_summary(summary: dict[str, Any], console: Console) -> None:
     """Prints the model, its tensors, the totals expected and found, and where they disagree."""
     title = f"{summary['path']}: {summary['family']}"
-    console.rule(Text(title), align="left")
-    pairs = [Text(f"{name}={value}") for name, value in summary["model"].items()]
-    console.print(Columns(pairs, column_first=True, padding=(0, 3)))
-    console.print(_tensor_table(summary["tensors"]))
+    tables.print_values(console, title, summary["model"])
+    columns = ("tensor", "dtype", "shape", ">count", ">bytes")
+    rows = (
+        [row[name.removeprefix(">")] for name in ("name", *columns[1:])]
+        for row in summary["tensors"]
+    )
+    console.print(tables.table("tensors (weights are [out, in])", columns, rows, wraps="tensor"))
     console.print(_totals_table(summary))
     for kind in Mismatches._fields:
         lines = summary[kind]
@@ -261,44 +265,26 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
             console.print(Text(f"... and {len(lines) - MAX_LISTED:,} more; --json has them all"))
 
 
-def _tensor_table(patterns: Iterable[Mapping[str, Any]]) -> Table:
-    table = Table(title=Text("tensors (weights are [out, in])"), box=box.SIMPLE_HEAD)
-    table.add_column("tensor", overflow="fold")
-    for column in ("dtype", "shape"):
-        table.add_column(column, no_wrap=True)
-    for column in ("count", "bytes"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in patterns:
-        shape = " x ".join(map(str, row["shape"]))
-        counts = f"{row['count']:,}", f"{row['bytes']:,}"
-        table.add_row(Text(row["name"]), row["dtype"], shape, *counts)
-    return table
-
-
 def _totals_table(summary: Mapping[str, Any]) -> Table:
     expected, found = summary["expected"], summary["found"]
     sides = [expected] if found is None else [expected, found]
-    table = Table(title="totals", box=box.SIMPLE_HEAD)
-    table.add_column("what")
-    for title in ("expected from the config", "found")[: len(sides)]:
-        table.add_column(title, justify="right")
-
-    def add(what: str, *values: int | None) -> None:
-        table.add_row(what, *("" if value is None else f"{value:,}" for value in values))
-
-    for what, key in (
-        ("tensors", "tensor_count"),
-        ("of these, scales", "scale_tensors"),
-        ("bytes", "total_bytes"),
-        ("MTP layers", "mtp_layers"),
-    ):
-        add(what, *(side[key] for side in sides))
+    columns = ["what", ">expected from the config", ">found"][: 1 + len(sides)]
+    rows: list[list[object]] = [
+        [what, *(side[key] for side in sides)]
+        for what, key in (
+            ("tensors", "tensor_count"),
+            ("of these, scales", "scale_tensors"),
+            ("bytes", "total_bytes"),
+            ("MTP layers", "mtp_layers"),
+        )
+    ]
     for dtype in sorted({dtype for side in sides for dtype in side["dtypes"]}):
-        add(f"bytes in {dtype}", *(side["dtypes"].get(dtype, {}).get("bytes") for side in sides))
+        sizes = (side["dtypes"].get(dtype, {"bytes": None})["bytes"] for side in sides)
+        rows.append([f"bytes in {dtype}", *sizes])
     if found and "files" in found:
-        add("files", None, found["files"])
-        add("bytes of the files, headers included", None, found["file_bytes"])
-    add("parameters of the main model", summary["total_params"])
+        rows.append(["files", "", found["files"]])
+        rows.append(["bytes of the files, headers included", "", found["file_bytes"]])
+    rows.append(["parameters of the main model", summary["total_params"]])
     if summary["mtp_params"]:
-        add("parameters of the MTP layers, without copies", summary["mtp_params"])
-    return table
+        rows.append(["parameters of the MTP layers, without copies", summary["mtp_params"]])
+    return tables.table("totals", columns, rows)

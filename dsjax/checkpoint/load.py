@@ -123,13 +123,18 @@ def load(
     return jax.tree_util.tree_map_with_path(fill, model, placement, is_leaf=_is_variable)
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None
+) -> Checkpoint:
     """Opens a checkpoint of any kind. Of a converted folder every file's size is checked now, and
     its bytes before they are read; a run's files are all hashed now.
 
+    Args:
+      overrides: fields of a Hugging Face config.json, read as if the file said so.
+
     Raises:
       ValueError: there is none, it is not as it was written, or its config and its arrays
-        disagree (all disagreements are listed).
+        disagree (all disagreements are listed); overrides are given for a folder of our own.
     """
     path = Path(path)
     if not path.is_dir():
@@ -139,6 +144,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             f"{path} {what}; name the folder of a checkpoint"
             + (f". {begun} is a conversion to it that is not finished" if begun.is_dir() else "")
         )
+    if overrides and not is_hf(path):
+        raise ValueError(
+            f"--override {', '.join(overrides)}: {path} has no config.json of Hugging Face; give "
+            "the fields when its source is imported"
+        )
     if (path / "weights").is_dir():
         return _open_converted(path)
     if (path / "checkpoints").is_dir():
@@ -146,15 +156,15 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if path.name.isdecimal() and path.absolute().parent.name == "checkpoints":
         return _open_run(path.absolute().parent.parent, int(path.name))
     if is_hf(path):
-        return _open_hf(path)
+        return _open_hf(path, overrides)
     raise ValueError(
         f"{path} holds no checkpoint: it has neither config.json with safetensors files, as from "
         "Hugging Face, nor weights/, as from tools/convert.py, nor checkpoints/, as of a run"
     )
 
 
-def _open_hf(path: Path) -> Checkpoint:
-    folder = open_hf(path)
+def _open_hf(path: Path, overrides: Mapping[str, Any] | None) -> Checkpoint:
+    folder = open_hf(path, overrides)
     rows: dict[tuple[str, ...], dict[tuple[int, ...], Row]] = defaultdict(dict)
     for row in folder.rows:
         if not row.tensor.is_copy:

@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,7 +35,9 @@ class Staging:
       finished: the parts that this or an earlier call has finished, and what was noted of each.
     """
 
-    def __init__(self, target: Path, identity: dict[str, str], say: Callable[[str], None]):
+    def __init__(
+        self, target: Path, identity: Mapping[str, str | None], say: Callable[[str], None]
+    ):
         """Begins a conversion, or takes up the one that was interrupted.
 
         Args:
@@ -65,7 +67,7 @@ class Staging:
             self._journal.close()
             raise
 
-    def _resume(self, identity: dict[str, str]) -> dict[str, Any]:
+    def _resume(self, identity: Mapping[str, str | None]) -> dict[str, Any]:
         self._journal.seek(0)
         lines, whole = [], 0
         for line in self._journal:

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
       ValueError: the checkpoint, its tokenizer or the given tokens cannot be used, the prompt is
         too long, or a base model is to chat. All this is checked before the weights are read.
     """
-    checkpoint = load.open_checkpoint(arguments.checkpoint)
+    checkpoint = load.open_checkpoint(arguments.checkpoint, dict(arguments.override))
     named = {key: getattr(arguments, key) for key in ("temperature", "top_k", "top_p", "min_p")}
     given = {key: value for key, value in named.items() if value is not None}
     defaults = default_sampling(checkpoint.tokenizer_folder)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dsjax.checkpoint.load import load, open_checkpoint
+from dsjax.checkpoint.load import Checkpoint, load
 from dsjax.infer import token_files, windows
 from dsjax.infer.token_files import ArrayWriter
 from dsjax.infer.windows import Text, Window
@@ -158,7 +158,7 @@ class Scorer:
 
 
 def score_files(
-    path: Path,
+    checkpoint: Checkpoint,
     *,
     text: Sequence[str] | None = None,
     tokens: Path | None = None,
@@ -171,7 +171,6 @@ def score_files(
     """Scores text files, or a .npy of token ids, under a checkpoint.
 
     Args:
-      path: a checkpoint that `load.open_checkpoint` takes.
       text: files or globs; with `length`, of a window, 0 for the default.
       tokens: ids [batch, length], where there is no text; with `outputs`.
       dtype: of weights and computation; None: the checkpoint's.
@@ -180,7 +179,6 @@ def score_files(
       ValueError: the checkpoint, the text or the ids cannot be used, or a file not be written; all
         that is found before the weights are read, but for logits that are not finite.
     """
-    checkpoint = open_checkpoint(path)
     model = checkpoint.model
     if text:
         length = windows.window_length(length, model.max_seq_len)

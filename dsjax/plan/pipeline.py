@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from dsjax import tables
 from dsjax.command import writing
 from dsjax.parallel import lockstep, schedules
 from dsjax.parallel.schedules import expected
@@ -80,28 +79,28 @@ def summarize(schedule: Schedule, costs: Costs | None = None) -> dict[str, Any]:
 def print_summary(summary: dict[str, Any], console: Console) -> None:
     """Prints the ranks, and the figures beside the formulas."""
     title = "{schedule}: {stages} stages on {ranks} ranks, {microbatches} micro-batches"
-    ranks = Table(title=Text(title.format(**summary)), box=box.SIMPLE_HEAD)
-    for name in ("rank", "stages", "busy", "bubble", "peak activations", "with deferred W"):
-        ranks.add_column(name, justify="right")
+    columns = (">rank", ">stages", ">busy", ">bubble", ">peak activations", ">with deferred W")
+    rows = []
     for row in summary["per_rank"]:
         stages = ", ".join(map(str, row["stages"]))
         figures = (row["busy"], row["bubble"], row["peak_activations"], row["peak_kept"])
-        ranks.add_row(str(row["rank"]), stages, *map(_number, figures))
-    console.print(ranks)
+        rows.append((row["rank"], stages, *map(_number, figures)))
+    console.print(tables.table(title.format(**summary), columns, rows))
     formula = summary["formula"]
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("", "measured", "published"):
-        table.add_column(name, justify="right" if name else "left")
-    for label, key in (
-        (f"bubble of a rank, {formula['bubble_text']}", "bubble"),
-        ("peak activations, chunks of micro-batches", "peak_activations"),
-        ("parameters per device, stages", "parameters_per_device"),
-    ):
-        table.add_row(Text(label), _number(summary[key]), _number(formula[key]))
-    table.add_row("bubble, share of all time", f"{summary['bubble_share']:.1%}", "")
-    table.add_row("makespan", _number(summary["makespan"]), "")
-    table.add_row("makespan with all ranks in step", _number(summary["lock_step_makespan"]), "")
-    console.print(table)
+    rows = [
+        (label, _number(summary[key]), _number(formula[key]))
+        for label, key in (
+            (f"bubble of a rank, {formula['bubble_text']}", "bubble"),
+            ("peak activations, chunks of micro-batches", "peak_activations"),
+            ("parameters per device, stages", "parameters_per_device"),
+        )
+    ]
+    rows += [
+        ("bubble, share of all time", f"{summary['bubble_share']:.1%}"),
+        ("makespan", _number(summary["makespan"])),
+        ("makespan with all ranks in step", _number(summary["lock_step_makespan"])),
+    ]
+    console.print(tables.table("", ("", ">measured", ">published"), rows))
     times = (
         "times: F = {forward:g}, B = {backward:g}, of which W = {weights:g}; F&B = {overlapped:g}"
     )

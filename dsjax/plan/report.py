@@ -5,11 +5,10 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from dsjax import tables
 from dsjax.config import Config
 from dsjax.model import flops
 from dsjax.parallel.mesh import describe_mesh, resolve
@@ -116,14 +115,19 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         f"({mesh or 'one device'}), {how}"
     )
     console.print(Text(title), soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD, show_header=False)
-    table.add_column("what")
-    table.add_column("value", justify="right")
-    for what, value in _rows(plan):
-        table.add_row(Text(what), Text(value))
-    console.print(table)
-    _print_parts(plan, console)
-    _print_collectives(plan, console)
+    console.print(tables.figures("", _rows(plan)))
+    parts = plan["estimated_parts"] | {"total": plan["estimated_peak_bytes_per_device"]}
+    rows = ((part, _giga(size, "B")) for part, size in parts.items())
+    title = "where memory goes at its peak, reckoned"
+    console.print(tables.table(title, ("part", ">a device"), rows))
+    if plan.get("collectives") is not None:
+        columns = ("kind", ">calls", ">a device sends")
+        rows = (
+            (item["kind"], item["calls"], _giga(item["bytes"], "B")) for item in plan["collectives"]
+        )
+        console.print(tables.table("collectives of a step", columns, rows))
+    elif plan.get("collectives_error"):
+        console.print(Text(f"collectives: {plan['collectives_error']}"))
 
 
 def _rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
@@ -153,29 +157,6 @@ def _rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("compilation", _seconds(plan["compile_seconds"])))
         rows.append(("    of all cores", _seconds(plan["compile_cpu_seconds"])))
     return rows
-
-
-def _print_parts(plan: dict[str, Any], console: Console) -> None:
-    table = Table(title="where memory goes at its peak, reckoned", box=box.SIMPLE_HEAD)
-    table.add_column("part")
-    table.add_column("a device", justify="right")
-    for part, size in plan["estimated_parts"].items():
-        table.add_row(part, _giga(size, "B"))
-    table.add_row("total", _giga(plan["estimated_peak_bytes_per_device"], "B"))
-    console.print(table)
-
-
-def _print_collectives(plan: dict[str, Any], console: Console) -> None:
-    if plan.get("collectives") is None:
-        if plan.get("collectives_error"):
-            console.print(Text(f"collectives: {plan['collectives_error']}"))
-        return
-    table = Table(title="collectives of a step", box=box.SIMPLE_HEAD)
-    for name in ("kind", "calls", "a device sends"):
-        table.add_column(name, justify="left" if name == "kind" else "right")
-    for item in plan["collectives"]:
-        table.add_row(item["kind"], f"{item['calls']:,}", _giga(item["bytes"], "B"))
-    console.print(table)
 
 
 def _giga(value: float | None, unit: str, scale: float = 1e9, prefix: str = "G") -> str:

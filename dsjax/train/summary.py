@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from dsjax import tables
 from dsjax.train.report import duration
 
 LARGEST_TEXT = 32 << 20  # bytes; xz takes a minute for as much
@@ -36,10 +36,8 @@ def compressed_bits_per_byte(texts: Iterable[str]) -> dict[str, float]:
 
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """Prints the table of a summary.json, and its sample."""
-    table = Table(title=f"{summary['name']}: {summary['steps']} steps", show_header=False)
-    for label, text in _rows(summary):
-        table.add_row(label, text)
-    console.print(table)
+    title = f"{summary['name']}: {summary['steps']} steps"
+    console.print(tables.figures(title, _rows(summary)))
     sample = summary.get("sample")
     if sample:
         console.print("Sample of its writing, after the prompt", highlight=False)

@@ -22,12 +22,13 @@ import dsjax
 from dsjax.checkpoint import load, names
 from dsjax.checkpoint.hf_folder import scale_name
 from dsjax.checkpoint.importing import import_checkpoint
+from dsjax.checkpoint.inspection import summarize
 from dsjax.checkpoint.load import open_checkpoint
 from dsjax.checkpoint.progress import Transfer
 from dsjax.checkpoint.tensor_files import TensorFolder
 from dsjax.parallel.mesh import make_mesh
 from tests.checkpoint import hf_files
-from tests.checkpoint.conversions import seal
+from tests.checkpoint.conversions import quiet, seal
 from tests.checkpoint.runs import write_run
 from tests.closeness import EXACT, assert_close
 from tests.golden import checkpoint as golden
@@ -255,6 +256,32 @@ def test_checkpoint_that_is_still_converted_is_refused(tmp_path):
     (tmp_path / "new.partial").mkdir()
     with pytest.raises(ValueError, match=r"new does not exist.*new\.partial is a conversion to it"):
         open_checkpoint(tmp_path / "new")
+
+
+def test_overrides_stand_in_for_fields_of_config_json(folders, tmp_path):
+    overrides = {"rope_theta": 5e4, "num_nextn_predict_layers": None}
+    opened = open_checkpoint(folders["hf"], {"rope_theta": 5e4})
+    assert opened.model == dataclasses.replace(model_of(folders["hf"]), rope_theta=5e4)
+    assert dsjax.load(folders["hf"], overrides={"rope_theta": 5e4}).config.rope_theta == 5e4
+    import_checkpoint(
+        folders["hf"],
+        tmp_path / "new",
+        dtype="keep",
+        progress=quiet(),
+        overrides={"rope_theta": 5e4},
+    )
+    assert model_of(tmp_path / "new").rope_theta == 5e4
+    assert json.loads((tmp_path / "new/hf/config.json").read_text())["rope_theta"] == 5e4
+    assert summarize(folders["hf"], False, {"rope_theta": 5e4})["model"]["rope_theta"] == 5e4
+    for kind in ("converted", "run"):
+        with pytest.raises(
+            ValueError, match=r"--override rope_theta, num_next.*: .* has no config"
+        ):
+            open_checkpoint(folders[kind], overrides)
+
+
+def model_of(path):
+    return open_checkpoint(path).model
 
 
 def test_folder_without_checkpoint_is_refused(tmp_path):

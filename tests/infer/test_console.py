@@ -240,7 +240,7 @@ def checkpoint(tmp_path, monkeypatch):
             model=types.SimpleNamespace(vocab_size=VOCAB_SIZE, max_seq_len=500),
         )
         engine = ScriptedEngine(*replies)
-        monkeypatch.setattr(console.load, "open_checkpoint", lambda path: opened)
+        monkeypatch.setattr(console.load, "open_checkpoint", lambda path, overrides: opened)
         monkeypatch.setattr(console.load, "load", lambda *args, **options: (args, options))
         monkeypatch.setattr(console, "Engine", lambda model, **options: engine)
         return engine
@@ -253,6 +253,7 @@ def run(**options):
         "prompt tokens out max_new_tokens temperature top_k top_p min_p stop dtype".split()
     )
     flags = {"raw": False, "thinking": False, "speculative": False, "seed": 0, "mesh": {}}
+    flags["override"] = []
     console.run(argparse.Namespace(checkpoint=Path("x"), **defaults | flags | options))
 
 

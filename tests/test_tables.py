@@ -1,0 +1,63 @@
+"""Tables say what they are given, to people and to programs."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from dsjax import tables
+
+
+def printed(renderable, width=80):
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(renderable)
+    return console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "-"), (1234567, "1,234,567"), ("1.5 G", "1.5 G"), ([58, 256], "58 x 256"), ([], "")],
+)
+def test_cell_writes_each_kind_of_value(value, text):
+    assert tables.cell(value) == text
+
+
+def test_table_aligns_marked_columns_right_and_reads_no_markup():
+    text = printed(tables.table("of [in, out]", ("name", ">count"), [("[bold]", 5), ("b", 12345)]))
+    assert "of [in, out]" in text
+    lines = [line.rstrip() for line in text.splitlines()]
+    header, first, second = (
+        next(line for line in lines if word in line) for word in ("name", "[bold]", "12,345")
+    )
+    assert len(header) == len(first) == len(second)  # count, 5 and 12,345 end in one column
+
+
+def test_only_the_named_column_wraps():
+    rows = [("a" * 20, " ".join(["word"] * 30), 7)]
+    lines = printed(tables.table("", ("path", "text", ">n"), rows, wraps="text"), 60).splitlines()
+    assert sum("a" * 20 in line for line in lines) == 1
+    assert sum("word" in line for line in lines) > 3
+
+
+def test_figures_have_no_header():
+    lines = [line for line in printed(tables.figures("", [("tokens", 5)])).splitlines() if line]
+    assert [line.split() for line in lines if line.strip()] == [["tokens", "5"]]
+
+
+def test_values_are_printed_as_they_are_set():
+    console = Console(width=60, record=True, file=io.StringIO())
+    tables.print_values(console, "tiny: [data]", {"files": "[red]*.txt", "seed": 0})
+    text = console.export_text()
+    assert "tiny: [data]" in text and "files=[red]*.txt" in text and "seed=0" in text
+
+
+def test_summary_is_shown_to_people_or_as_json(capsys):
+    def print_summary(summary, console):
+        console.print("n" * 150, summary["a"])
+
+    tables.show({"a": 1}, print_summary, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"a": 1}
+    tables.show({"a": 1}, print_summary)
+    # a pipe is wide, so that lines of tables stay whole
+    assert capsys.readouterr().out == "n" * 150 + " 1\n"
