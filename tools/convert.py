@@ -19,6 +19,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from dsjax import command
 
@@ -42,8 +43,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("source", metavar="SRC", type=Path, help="checkpoint, or a config.json")
     sub.add_argument("--expect", action="store_true", help="look at config.json alone")
     sub.add_argument("--json", action="store_true", help="print one JSON object instead")
-    command.add_overrides(commands["import"])
-    command.add_overrides(sub)
+    for name in ("import", "inspect"):
+        command.add_overrides(commands[name])
     return result
 
 
@@ -53,7 +54,9 @@ def execute(arguments: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     from rich.console import Console
 
-    options = {} if arguments.command == "export" else {"overrides": dict(arguments.override)}
+    options: dict[str, Any] = {}
+    if "override" in arguments:
+        options["overrides"] = dict(arguments.override)
     if arguments.command == "inspect":
         from dsjax import tables
         from dsjax.checkpoint import inspection
@@ -67,11 +70,11 @@ def execute(arguments: argparse.Namespace) -> None:
     from dsjax.checkpoint.progress import Transfer
 
     following = "generate.py" if arguments.command == "import" else "convert.py inspect"
-    target, options["dtype"] = arguments.target, arguments.dtype
     with Transfer(Console()) as progress:
-        done = convert(arguments.source, target, progress=progress, **options)
-        progress.say(f"{done}; all in {target}")
-        progress.say(f"next: python tools/{following} {shlex.quote(str(target))}")
+        options |= {"dtype": arguments.dtype, "progress": progress}
+        done = convert(arguments.source, arguments.target, **options)
+        progress.say(f"{done}; all in {arguments.target}")
+        progress.say(f"next: python tools/{following} {shlex.quote(str(arguments.target))}")
 
 
 if __name__ == "__main__":
