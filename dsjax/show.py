@@ -15,6 +15,7 @@ from rich.table import Table
 
 from dsjax import settings, tables
 from dsjax.config import Config
+from dsjax.kernels.target import Target
 from dsjax.model import flops
 from dsjax.model.layers import RouterState
 from dsjax.model.parameters import Declaration, declarations
@@ -33,8 +34,8 @@ def summarize(config: Config) -> dict[str, Any]:
       ValueError: parameters that do not divide over the mesh, all listed.
     """
     model, length = config.model, config.data.sequence_length
-    # The shapes are the same everywhere; a named platform keeps jax from starting a backend to ask.
-    policy = Policy(compute=jnp.dtype(config.precision.compute), platform="cpu")
+    # The shapes are the same everywhere; a named target keeps jax from starting a backend to ask.
+    policy = Policy(jnp.dtype(config.precision.compute), Target("cpu"))
     declared = declarations(Transformer(model, policy))
     counts = flops.count_parameters(declared, model)
     train = {

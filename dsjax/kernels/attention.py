@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsjax.kernels.gpu import is_hopper, tokamax
+from dsjax.kernels.target import Target, tokamax
 from dsjax.kernels.varying import shipped_promotion
 
 # Small chunks stay in cache and skip more of the square; their loop is unrolled, so they are few.
@@ -39,23 +39,22 @@ def causal_attention(
     v_BTPW: jax.Array,
     *,
     scale: float,
-    platform: str,
+    target: Target,
     segment_ids_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Attends causally; each of P key heads serves N / P consecutive query heads.
 
     Args:
-      platform: "cpu", "gpu" or "tpu", the kind of machine the program is compiled for.
       segment_ids_BT: int32; a query only sees keys of its own segment. None: all earlier ones.
 
     Returns:
       [B, T, N, W] in q's dtype.
     """
-    if platform == "tpu" and q_BTNH.shape[1] % _MIN_TILE == 0:
+    if target.kind == "tpu" and q_BTNH.shape[1] % _MIN_TILE == 0:
         return splash_attention(q_BTNH, k_BTPH, v_BTPW, scale, segment_ids_BT)
-    if platform == "gpu" and segment_ids_BT is None and _cudnn_takes(q_BTNH, v_BTPW):
+    if target.is_hopper and segment_ids_BT is None and _cudnn_takes(q_BTNH, v_BTPW):
         return cudnn_attention(q_BTNH, k_BTPH, v_BTPW, scale)
-    if platform == "gpu" and tokamax():
+    if target.kind == "gpu" and tokamax():
         return tokamax_attention(q_BTNH, k_BTPH, v_BTPW, scale, segment_ids_BT)
     grouped = _group_heads(q_BTNH, k_BTPH, v_BTPW)
     return _ungroup_heads(_attention(*grouped, segment_ids_BT, scale))
@@ -64,7 +63,7 @@ def causal_attention(
 def _cudnn_takes(q_BTNH: jax.Array, v_BTPW: jax.Array) -> bool:
     two_bytes = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
     widths = q_BTNH.shape[-1], v_BTPW.shape[-1]
-    return is_hopper() and two_bytes and all(w % 8 == 0 and w <= 256 for w in widths)
+    return two_bytes and all(w % 8 == 0 and w <= 256 for w in widths)
 
 
 def cudnn_attention(

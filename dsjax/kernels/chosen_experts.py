@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsjax.kernels.target import Target
+
 
 def chosen_experts(
     x_MD: jax.Array,
@@ -23,7 +25,7 @@ def chosen_experts(
     w_down_EFD: jax.Array,
     experts_MK: jax.Array,
     weights_MK: jax.Array,
-    platform: str,
+    target: Target,
 ) -> jax.Array:
     """Sums each token's SwiGLU experts by weight.
 
@@ -31,22 +33,22 @@ def chosen_experts(
       x_MD: tokens; a matrix is cast to their dtype after it is taken from its stack.
       experts_MK: int32, the experts of each token.
       weights_MK: float32.
-      platform: "cpu" or "gpu", the kind of machine the program is compiled for.
+      target: not a TPU.
 
     Returns:
       [M, D] in x's dtype, summed in float32.
     """
-    compute = _at_once if platform == "gpu" else _one_by_one
+    compute = _at_once if target.kind == "gpu" else _one_by_one
     y_MD = compute(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK)
     return y_MD.astype(x_MD.dtype)
 
 
-def is_few(n_tokens: int, top_k: int, n_experts: int, platform: str) -> bool:
+def is_few(n_tokens: int, top_k: int, n_experts: int, target: Target) -> bool:
     """Whether `chosen_experts` is better than the grouped product."""
-    if platform == "gpu":
+    if target.kind == "gpu":
         return n_tokens * top_k <= n_experts  # it reads no more matrices than there are
     # So many rows the grouped product gives an expert at least.
-    return platform == "cpu" and n_tokens <= 32
+    return target.kind == "cpu" and n_tokens <= 32
 
 
 def _at_once(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK):

@@ -4,7 +4,7 @@ sum brought to float32, scaled there, and added up.
 `scaled_matmul` is the definition, whatever sums a slice:
 
 * `e4m3_product`: the machine's own E4M3 product. That is what training runs where matrix units
-  multiply E4M3 (`dsjax.precision.policy.multiplies_e4m3`), with `scaled_grouped_matmul` and
+  multiply E4M3 (`Target.multiplies_e4m3`), with `scaled_grouped_matmul` and
   `scaled_grouped_outer` for the experts.
 * `float32_product`: float32, the reference.
 * `tensor_core_product`: what a Hopper tensor core does, to study why DeepSeek promotes every 128

@@ -5,7 +5,7 @@
 that its weight gradient needs. Every row belongs to a group (the sizes sum to A), so nothing is
 dropped and nothing is left uninitialised.
 
-Three ways, the same numbers, chosen by `platform`, the kind of machine the program is compiled for:
+Three ways, the same numbers, chosen by the target:
 
 * tpu: the Mosaic kernel that ships with JAX (megablox). `lax.ragged_dot` turns into a dense masked
   product on v5e, v6e and tpu7x, E times the useful work.
@@ -30,7 +30,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from dsjax.kernels import hopper_grouped
-from dsjax.kernels.gpu import is_hopper, tokamax
+from dsjax.kernels.target import Target, tokamax
 from dsjax.kernels.varying import call_shipped, vary_as
 
 _LARGE_BLOCK, _SMALL_BLOCK = 256, 32
@@ -41,7 +41,7 @@ def grouped_matmul(
     x_AD: jax.Array,
     w_EDF: jax.Array,
     sizes_E: jax.Array,
-    platform: str,
+    target: Target,
     *,
     transpose_w: bool = False,
     dtype: DTypeLike | None = None,
@@ -57,16 +57,20 @@ def grouped_matmul(
     Returns:
       [A, F], accumulated in float32.
     """
-    matmul = {"cpu": _blocked_matmul, "gpu": _gpu_matmul, "tpu": _megablox_matmul}[platform]
+    gpu = functools.partial(_gpu_matmul, target)
+    matmul = {"cpu": _blocked_matmul, "gpu": gpu, "tpu": _megablox_matmul}[target.kind]
     return matmul(x_AD, w_EDF, sizes_E, transpose_w, dtype or x_AD.dtype)
 
 
-def grouped_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array, platform: str) -> jax.Array:
+def grouped_outer(
+    x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array, target: Target
+) -> jax.Array:
     """Sums x^T y over each group's rows: [A, D], [A, F] -> [E, D, F] float32.
 
     Rows after the last group's are left out.
     """
-    outer = {"cpu": _blocked_outer, "gpu": _gpu_outer, "tpu": _megablox_outer}[platform]
+    gpu = functools.partial(_gpu_outer, target)
+    outer = {"cpu": _blocked_outer, "gpu": gpu, "tpu": _megablox_outer}[target.kind]
     return outer(x_AD, y_AF, sizes_E)
 
 
@@ -186,19 +190,30 @@ def _blocked_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.
 
 
 def _gpu_matmul(
-    x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose_w: bool, dtype: DTypeLike
+    target: Target,
+    x_AD: jax.Array,
+    w_EDF: jax.Array,
+    sizes_E: jax.Array,
+    transpose_w: bool,
+    dtype: DTypeLike,
 ) -> jax.Array:
-    if is_hopper() and hopper_grouped.fits(x_AD, w_EDF):
-        multiply = functools.partial(hopper_grouped.matmul, dtype=dtype, transpose_w=transpose_w)
+    if target.is_hopper and hopper_grouped.fits(x_AD, w_EDF):
+        multiply = functools.partial(
+            hopper_grouped.matmul,
+            dtype=dtype,
+            transpose_w=transpose_w,
+            multiprocessors=target.multiprocessors,
+        )
         # Without a barrier XLA computes the product twice, for its users and for where it is kept.
         return lax.optimization_barrier(call_shipped(multiply, x_AD, w_EDF, sizes_E))
     contracted = ((1,), (2 if transpose_w else 1,))
     return _ragged_dot(x_AD, w_EDF, sizes_E, contracted, [0], dtype)
 
 
-def _gpu_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    if is_hopper() and hopper_grouped.fits(x_AD, y_AF):
-        return call_shipped(hopper_grouped.outer, x_AD, y_AF, sizes_E)
+def _gpu_outer(target: Target, x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    if target.is_hopper and hopper_grouped.fits(x_AD, y_AF):
+        sum_up = functools.partial(hopper_grouped.outer, multiprocessors=target.multiprocessors)
+        return call_shipped(sum_up, x_AD, y_AF, sizes_E)
     return _ragged_dot(x_AD, y_AF, sizes_E, ((0,), (0,)), [], jnp.float32)
 
 

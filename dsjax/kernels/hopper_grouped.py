@@ -76,6 +76,7 @@ def matmul(
     dtype: DTypeLike,
     *,
     transpose_w: bool = False,
+    multiprocessors: int,
 ) -> jax.Array:
     """Each group's rows times its matrix, [D, F], or [F, D] with `transpose_w`: [A, F]."""
     (A, D), E, F = x_AD.shape, len(w_EDF), w_EDF.shape[1 if transpose_w else 2]
@@ -117,10 +118,13 @@ def matmul(
         (x_AD, w_EDF, *tiles),
         ((_ROWS, _SLICE), (_COLUMNS, _SLICE) if transpose_w else (_SLICE, _COLUMNS)),
         jax.ShapeDtypeStruct((A, F), dtype),
+        multiprocessors,
     )
 
 
-def outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+def outer(
+    x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array, *, multiprocessors: int
+) -> jax.Array:
     """Sums x^T y over each group's rows: float32 [E, D, F]. Other rows must be finite."""
     (A, D), F = x_AD.shape, y_AF.shape[1]
     n_tall = pl.cdiv(D, _ROWS)
@@ -166,6 +170,7 @@ def outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
         (x_AD, y_AF, starts_E, ends_E),
         ((_SLICE, _ROWS), (_SLICE, _COLUMNS)),
         jax.ShapeDtypeStruct((len(sizes_E), D, F), jnp.float32),
+        multiprocessors,
     )
 
 
@@ -186,6 +191,7 @@ def _launch(
     operands: tuple[jax.Array, ...],
     blocks: tuple[tuple[int, int], tuple[int, int]],
     out: jax.ShapeDtypeStruct,
+    multiprocessors: int,
 ) -> jax.Array:
     """Calls `tile(row tile, column tile, *references, run=run)` for each tile of the result.
 
@@ -223,7 +229,7 @@ def _launch(
     return plgpu.kernel(
         kernel,
         out_type=out,
-        grid=(_multiprocessors(),),
+        grid=(multiprocessors,),
         grid_names=("multiprocessor",),
         num_threads=_WARPGROUPS + 1,
         thread_name="warpgroup",
@@ -309,7 +315,3 @@ def _copy(piece: Any, target: Any, written: tuple[jax.Array, jax.Array] | None) 
             begin += size & some
 
     plgpu.commit_smem_to_gmem_group()
-
-
-def _multiprocessors() -> int:
-    return jax.devices()[0].core_count if jax.default_backend() == "gpu" else 132

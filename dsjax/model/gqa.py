@@ -65,7 +65,7 @@ class GQA(nnx.Module):
             lambda k_BSPH, v_BSPH, _: (k_BSPH, v_BSPH),
             scale=rope.attention_scale(self.config),
             segment_ids_BT=segment_ids_BT,
-            platform=self.policy.platform,
+            target=self.policy.target,
         )
         out_BTX = out_BTNH.reshape(*x_BTD.shape[:2], -1)
         return attention_linear(out_BTX, self.wo[...], self.policy)

@@ -116,7 +116,7 @@ class MLA(nnx.Module):
             self._expand,
             scale=rope.attention_scale(self.config),
             segment_ids_BT=segment_ids_BT,
-            platform=self.policy.platform,
+            target=self.policy.target,
         )
         out_BTX = out_BTNW.reshape(*x_BTD.shape[:2], -1)
         return attention_linear(out_BTX, self.wo[...], self.policy)

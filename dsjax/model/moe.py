@@ -91,7 +91,7 @@ class Experts(nnx.Module):
             flat(self.w_down),
             routing.experts_MK + layer * E,
             routing.weights_MK,
-            self.policy.platform,
+            self.policy.target,
         )
 
 
@@ -169,7 +169,7 @@ class MoE(nnx.Module):
             routing.weights_MK,
             n_experts=E,
             n_ranks=n_ranks,
-            way=expert_parallel.choose_way(n_ranks, fanout, policy.platform),
+            way=expert_parallel.choose_way(n_ranks, fanout, policy.target),
             fanout=fanout,
             fp8=policy.fp8 is not None,
         )
@@ -193,7 +193,7 @@ class MoE(nnx.Module):
         """
         config, policy = self.config, stack.policy
         n_tokens = x_BTD.shape[0] * x_BTD.shape[1]
-        few = is_few(n_tokens, config.n_activated_experts, config.n_routed_experts, policy.platform)
+        few = is_few(n_tokens, config.n_activated_experts, config.n_routed_experts, policy.target)
         one_device = parts_here("experts") == parts_here("expert_embed") == parts_here("ffn") == 1
         if not (few and one_device) or policy.fp8:
             documents_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)

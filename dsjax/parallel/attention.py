@@ -6,6 +6,7 @@ import jax
 from jax.sharding import AbstractMesh
 
 from dsjax.kernels.attention import causal_attention
+from dsjax.kernels.target import Target
 from dsjax.parallel.sharding import Specs, on_shards, partition_spec
 
 
@@ -16,7 +17,7 @@ def attend_here(
     segment_ids_BT: jax.Array | None,
     *,
     scale: float,
-    platform: str,
+    target: Target,
 ) -> jax.Array:
     """`dsjax.kernels.attention.causal_attention` under the current mesh.
 
@@ -28,7 +29,7 @@ def attend_here(
         arguments += (segment_ids_BT,)
 
     def attention(q, k, v, segments=None):
-        return causal_attention(q, k, v, segment_ids_BT=segments, scale=scale, platform=platform)
+        return causal_attention(q, k, v, segment_ids_BT=segments, scale=scale, target=target)
 
     def specs(mesh: AbstractMesh) -> Specs:
         axes = ("batch", "length", "heads", "width")
@@ -37,6 +38,6 @@ def attend_here(
         )
         return placed, placed[0]
 
-    if platform == "cpu":
+    if target.kind == "cpu":
         return attention(*arguments)
     return on_shards(attention, arguments, specs, checked=False)

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from dsjax.kernels.target import Target
+
 # What is sent between GPUs starts as early as it can, beside products that do not need it. (A TPU's
 # compiler does so by itself.)
 _BETWEEN_GPUS: dict[str, bool | str] = {"xla_gpu_enable_latency_hiding_scheduler": True}
@@ -21,11 +23,11 @@ _TPU: dict[str, bool | str] = {
 }
 
 
-def compiler_options(platform: str, n_devices: int) -> dict[str, bool | str]:
-    """What the compiler of a platform is told of a program for so many devices."""
-    if platform == "gpu" and n_devices > 1:
+def compiler_options(target: Target, n_devices: int) -> dict[str, bool | str]:
+    """Returns what to tell the compiler about a program for this many devices."""
+    if target.kind == "gpu" and n_devices > 1:
         return dict(_BETWEEN_GPUS)
-    return dict(_TPU) if platform == "tpu" else {}
+    return dict(_TPU) if target.kind == "tpu" else {}
 
 
 def use_persistent_cache(cache_dir: str) -> None:

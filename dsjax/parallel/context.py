@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 
+from dsjax.kernels.target import Target
 from dsjax.kernels.tiled_attention import Segments, Tiles, tiled_attention
 from dsjax.kernels.varying import vary_as
 from dsjax.parallel.attention import attend_here
@@ -97,7 +98,7 @@ def attend(
     *,
     scale: float,
     segment_ids_BT: jax.Array | None,
-    platform: str,
+    target: Target,
 ) -> jax.Array:
     """Attends causally to keys and values that are made of what each token keeps.
 
@@ -106,14 +107,13 @@ def attend(
       weights: arrays [..., heads] that `expand` needs.
       expand: (*kept, weights) of some sequences and heads -> their keys and values.
       segment_ids_BT: int32; a query only sees keys of its own segment. None: all earlier ones.
-      platform: "cpu", "gpu" or "tpu", the kind of machine the program is compiled for.
 
     Returns:
       [B, T, N, W].
     """
     if parts_here("length") == 1:
         k_BTPH, v_BTPW = expand(*kept, weights)
-        return attend_here(q_BTNH, k_BTPH, v_BTPW, segment_ids_BT, scale=scale, platform=platform)
+        return attend_here(q_BTNH, k_BTPH, v_BTPW, segment_ids_BT, scale=scale, target=target)
 
     def specs(mesh: AbstractMesh):
         def spec(x: jax.Array, *axes: str):

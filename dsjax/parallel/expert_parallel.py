@@ -36,6 +36,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from dsjax.kernels.target import Target
 from dsjax.kernels.varying import varies_over, vary_as
 from dsjax.parallel.routing_plan import (
     Plan,
@@ -55,13 +56,13 @@ SLACK = 1.5  # rows that a rank computes at once, as a multiple of those of an e
 _FEW_ROWS = 64  # so many a rank, or from one rank to another, are never worth a second round
 
 
-def choose_way(n_ranks: int, fanout: int, platform: str) -> Way:
-    """The way that sends least and runs on the platform."""
+def choose_way(n_ranks: int, fanout: int, target: Target) -> Way:
+    """The way that sends least and runs on the target."""
     if n_ranks == 1:
         return "local"
     if n_ranks <= fanout:
         return "all_gather"
-    return "ragged" if platform == "tpu" else "all_to_all"
+    return "ragged" if target.kind == "tpu" else "all_to_all"
 
 
 def fanout(n_experts: int, n_ranks: int, top_k: int, n_groups: int, n_kept: int) -> int:

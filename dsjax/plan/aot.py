@@ -52,7 +52,7 @@ def compile_step(config: Config, topology: Topology, step: str) -> Compiled:
 def _compile(config: Config, topology: Topology, step: str, folder: Path) -> Compiled:
     """`compile_step`; the compiler writes what it made into `folder`."""
     mesh = make_mesh(config.mesh.sizes, devices=devices(topology))
-    program = programs.STEPS[step](config, mesh)
+    program = programs.STEPS[step](config, mesh, topology.target)
     function = jax.jit(
         program.function,
         donate_argnums=program.donated,
@@ -60,7 +60,7 @@ def _compile(config: Config, topology: Topology, step: str, folder: Path) -> Com
         # What a step leaves alone, as decoding does the MTP modules, is in memory all the same.
         keep_unused=True,
         compiler_options={
-            **compiler_options(programs.PLATFORM, mesh.size),
+            **compiler_options(topology.target, mesh.size),
             "xla_dump_to": str(folder),
             "xla_dump_hlo_as_text": True,
         },
@@ -68,7 +68,7 @@ def _compile(config: Config, topology: Topology, step: str, folder: Path) -> Com
     start, cpu_start = time.perf_counter(), time.process_time()
     with jax.set_mesh(mesh):
         traced = function.trace(*program.arguments)
-        lowered = traced.lower(lowering_platforms=(programs.PLATFORM,))
+        lowered = traced.lower(lowering_platforms=(topology.target.kind,))
         flops = operations.count(traced.jaxpr, rows_per_expert(config, program))
         text_bytes = len(lowered.as_text())
         used, executable = 0, None

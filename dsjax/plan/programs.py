@@ -13,14 +13,13 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from dsjax.config import Config
 from dsjax.generate import decoding
 from dsjax.generate.sampling import Knobs
+from dsjax.kernels.target import Target
 from dsjax.model.layers import RouterState
 from dsjax.model.parameters import shardings
 from dsjax.parallel.sharding import partition_spec
 from dsjax.train import pipelined_step
 from dsjax.train.batches import batch_sharding
 from dsjax.train.step import abstract_state, declared_model, train_step
-
-PLATFORM = "tpu"
 
 
 class Program(NamedTuple):
@@ -50,7 +49,7 @@ def _is_key(leaf: jax.ShapeDtypeStruct) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def train(config: Config, mesh: Mesh | AbstractMesh) -> Program:
+def train(config: Config, mesh: Mesh | AbstractMesh, target: Target) -> Program:
     """One optimizer step of the full batch, as `dsjax.train` runs it.
 
     Raises:
@@ -72,7 +71,7 @@ def train(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     }
     placement = jax.tree.map(lambda leaf: leaf.sharding, state)
     return Program(
-        train_step(config, PLATFORM),
+        train_step(config, target),
         (state, batch, knobs),
         (0,),
         (placement, None),
@@ -81,7 +80,7 @@ def train(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     )
 
 
-def decode(config: Config, mesh: Mesh | AbstractMesh) -> Program:
+def decode(config: Config, mesh: Mesh | AbstractMesh, target: Target) -> Program:
     """One call of the decoding program, as `dsjax.infer` runs it: one token for each of
     a micro-batch's sequences, with a cache of `data.sequence_length` positions and weights in the
     compute type.
@@ -89,7 +88,7 @@ def decode(config: Config, mesh: Mesh | AbstractMesh) -> Program:
     Raises:
       ValueError: parameters or sequences do not divide over the mesh.
     """
-    declared = declared_model(config, PLATFORM)
+    declared = declared_model(config, target)
     rows, length = config.micro_batch_size, config.data.sequence_length
 
     def weights(variable: Any, placed: Any) -> Any:

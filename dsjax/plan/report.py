@@ -28,7 +28,7 @@ def make(config: Config, topology: Topology, step: str, *, compiled: bool) -> di
       ValueError: config and slice do not fit each other, or there is no compiler.
     """
     mesh = describe_mesh(resolve(config.mesh.sizes, topology.n_devices))
-    program = programs.STEPS[step](config, mesh)
+    program = programs.STEPS[step](config, mesh, topology.target)
     reckoned = estimate.reckon(config, mesh, program, step)
     model_flops = _model_flops(config, step) * program.tokens
     result = aot.compile_step(config, topology, step) if compiled else None

@@ -14,6 +14,8 @@ import re
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+from dsjax.kernels.target import Target
+
 _GIB = 2**30
 
 
@@ -50,6 +52,11 @@ class Topology(NamedTuple):
     name: str
     device: Device
     shape: tuple[int, ...]  # chips along each dimension of the torus
+
+    @property
+    def target(self) -> Target:
+        version = re.sub(r"\D", "", self.device.generation)
+        return Target("tpu", (int(version),))
 
     @property
     def n_chips(self) -> int:

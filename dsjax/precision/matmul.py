@@ -67,7 +67,7 @@ def _operand(x: jax.Array, block: tuple[int, int], policy: Policy) -> jax.Array 
     if policy.native_fp8:
         return quantize_block(x, block, policy.fp8)
     # A CPU without bfloat16 instructions multiplies float32 two to three times as fast.
-    exact = jnp.bfloat16 if policy.fp8 == "pow2" and policy.platform != "cpu" else jnp.float32
+    exact = jnp.bfloat16 if policy.fp8 == "pow2" and policy.target.kind != "cpu" else jnp.float32
     return round_trip(x, block, policy.fp8, exact)
 
 
@@ -139,14 +139,14 @@ def _grouped_matmul(x, w, sizes_E: jax.Array, policy: Policy, transpose_w: bool 
         out_AF = scaled_grouped_matmul(x.values, x.scales, w.values, w.scales, sizes_E)
         return out_AF.astype(policy.compute)
     return grouped_matmul(
-        x, w, sizes_E, policy.platform, transpose_w=transpose_w, dtype=policy.compute
+        x, w, sizes_E, policy.target, transpose_w=transpose_w, dtype=policy.compute
     )
 
 
 def _grouped_outer(x, dy, sizes_E: jax.Array, policy: Policy) -> jax.Array:
     if isinstance(x, BlockScaled):
         return scaled_grouped_outer(x.values, x.scales, dy.values, dy.scales, sizes_E)
-    return grouped_outer(x, dy, sizes_E, policy.platform)
+    return grouped_outer(x, dy, sizes_E, policy.target)
 
 
 _grouped = jax.custom_vjp(grouped_forward, nondiff_argnums=(3,))

@@ -17,7 +17,7 @@ from dsjax.config import Config
 from dsjax.data.corpus import Corpus, Progress, prepare_corpus
 from dsjax.data.loader import Loader
 from dsjax.data.packing import HeldoutSequences, PackedSequences, heldout_sequences
-from dsjax.kernels.gpu import is_hopper, tokamax
+from dsjax.kernels.target import Target, tokamax
 from dsjax.model.flops import train_flops_per_token
 from dsjax.parallel import processes
 from dsjax.parallel.compilation import Compiled, compiler_options
@@ -100,8 +100,9 @@ def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -
         f"text: {corpus.train.total_tokens:,} tokens in {len(corpus.train):,} documents, "
         f"{corpus.heldout.total_tokens:,} in {len(corpus.heldout):,} held out"
     )
-    own_kernels = is_hopper() and config.precision.compute == "bfloat16"
-    if jax.default_backend() == "gpu" and not own_kernels and not tokamax():
+    target = Target.here()
+    own_kernels = target.is_hopper and config.precision.compute == "bfloat16"
+    if target.kind == "gpu" and not own_kernels and not tokamax():
         display.say(
             "experts and attention run without kernels of their own, slowly: on an H100 or H200 "
             "set precision.compute=bfloat16; on other GPUs, with Python 3.12: "
@@ -196,7 +197,7 @@ def _compiled_step(config: Config, mesh: Mesh, placement: TrainState, display: D
         train_step(config),
         donate_argnums=0,
         out_shardings=(placement, _everywhere(mesh)),
-        compiler_options=compiler_options(jax.default_backend(), mesh.size),
+        compiler_options=compiler_options(Target.here(), mesh.size),
     )
     return Compiled(step, mesh, announce=lambda: display.say("compiling the training step"))
 

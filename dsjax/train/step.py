@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from dsjax.config import Config
+from dsjax.kernels.target import Target
 from dsjax.model.balance import max_violation, update_bias
 from dsjax.model.layers import RouterState
 from dsjax.model.parameters import initialize, shardings
@@ -41,16 +42,16 @@ class TrainState:
     optimizer: Any
 
 
-def declared_model(config: Config, platform: str | None = None) -> Transformer:
+def declared_model(config: Config, target: Target | None = None) -> Transformer:
     """The config's model without values.
 
     Args:
-      platform: the kind of machine it is to run on; None: where JAX runs.
+      target: the machine it is compiled for; None: JAX's own devices.
     """
     precision = config.precision
     fp8 = precision.fp8_scale if precision.fp8 == "on" else None
-    platform = platform or jax.default_backend()
-    return Transformer(config.model, Policy(jnp.dtype(precision.compute), platform, fp8))
+    policy = Policy(jnp.dtype(precision.compute), target or Target.here(), fp8)
+    return Transformer(config.model, policy)
 
 
 def split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:
@@ -90,7 +91,7 @@ def initial_state(config: Config, mesh: Mesh) -> TrainState:
     placement = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     # It runs once, and an optimised random generator per parameter takes the CPU's compiler longer
     # than it saves.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    options = {"xla_backend_optimization_level": 0} if Target.here().kind == "cpu" else None
     make = jax.jit(
         lambda key: _make_state(model, config, key),
         out_shardings=placement,
@@ -106,7 +107,7 @@ def restored_model(config: Config, state: TrainState) -> Transformer:
 
 
 def train_step(
-    config: Config, platform: str | None = None
+    config: Config, target: Target | None = None
 ) -> Callable[[TrainState, Batch, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """Builds the step: (state, batch, knobs) -> (state, metrics), to be jitted with the state
     donated.
@@ -117,9 +118,9 @@ def train_step(
     `skipped` is true.
 
     Args:
-      platform: the kind of machine the step is to run on; None: where JAX runs.
+      target: the machine the step is compiled for; None: JAX's own devices.
     """
-    model = declared_model(config, platform)
+    model = declared_model(config, target)
     adamw = optimizer.adamw(config.optim)
 
     def step(

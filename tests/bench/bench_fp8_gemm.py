@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from dsjax.kernels.fp8_gemm import e4m3_product, scaled_matmul
+from dsjax.kernels.target import Target
 from dsjax.precision.fp8 import CHANNEL_TILE, E4M3, WEIGHT_BLOCK, quantize_block
-from dsjax.precision.policy import multiplies_e4m3
 from tests.closeness import relative_l2
 
 ROWS = (64, 128, 4096)
@@ -91,7 +91,7 @@ def limits(size: int) -> dict[str, float]:
 
 def main() -> None:
     device = jax.devices()[0]
-    full = multiplies_e4m3(device)
+    full = Target.of(device).multiplies_e4m3
     large = LARGE if full else SMALL_LARGE
     limit = limits(large)
     print(f"jax {jax.__version__} on {device.device_kind}; {large}^3: ", end="")

@@ -22,6 +22,7 @@ import numpy as np
 
 from configs.small import config as SMALL
 from dsjax.config import Config, DataConfig, ModelConfig, OptimConfig, PrecisionConfig, TrainConfig
+from dsjax.kernels.target import Target
 from dsjax.parallel.compilation import compiler_options
 from dsjax.parallel.mesh import make_mesh
 from dsjax.train.step import initial_state, train_step
@@ -121,7 +122,7 @@ def random_tokens(config: Config) -> np.ndarray:
 def dsjax_step(config: Config) -> Step:
     """A training step of a config, on one device and random tokens; returns the loss."""
     state = initial_state(config, make_mesh({"data": 1}, n_devices=1))
-    options = compiler_options(jax.default_backend(), n_devices=1)
+    options = compiler_options(Target.here(), n_devices=1)
     step = jax.jit(train_step(config), donate_argnums=0, compiler_options=options)
     tokens = jnp.asarray(random_tokens(config))[None]
     batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens)}

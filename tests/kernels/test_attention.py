@@ -9,9 +9,10 @@ import pytest
 
 from dsjax.kernels import attention as module
 from dsjax.kernels.attention import reference_attention, splash_attention
+from dsjax.kernels.target import Target
 from tests.closeness import F32, assert_close
 
-causal_attention = functools.partial(module.causal_attention, platform="cpu")
+causal_attention = functools.partial(module.causal_attention, target=Target("cpu"))
 
 
 def _inputs(length, heads=4, key_heads=2, width=16, value_width=8):
@@ -28,9 +29,11 @@ def _segments(length):
     return jnp.asarray(np.repeat(np.arange(length) // 170 + 1, 2).reshape(length, 2).T, jnp.int32)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])  # "gpu" is tokamax's where it is installed
+@pytest.mark.parametrize(
+    "target", [Target("cpu"), Target("gpu")], ids=str
+)  # "gpu" is tokamax's where it is installed
 @pytest.mark.parametrize("isolated", [False, True])
-def test_attention_equals_reference_in_value_and_gradient(isolated, platform):
+def test_attention_equals_reference_in_value_and_gradient(isolated, target):
     q, k, v = _inputs(1100)
     segments = _segments(1100) if isolated else None
 
@@ -45,7 +48,7 @@ def test_attention_equals_reference_in_value_and_gradient(isolated, platform):
 
     for name, got, want in zip(
         ("dq", "dk", "dv", "out"),
-        jax.tree.leaves(run(functools.partial(module.causal_attention, platform=platform))),
+        jax.tree.leaves(run(functools.partial(module.causal_attention, target=target))),
         jax.tree.leaves(run(reference_attention)),
         strict=True,
     ):
@@ -76,7 +79,7 @@ def test_query_heads_share_keys_in_consecutive_groups():
 def test_tpu_takes_its_kernel_where_tiles_divide_the_length(monkeypatch, length):
     taken = []
     monkeypatch.setattr(module, "splash_attention", lambda *inputs: taken.append(1) or inputs[0])
-    module.causal_attention(*_inputs(length), scale=0.3, platform="tpu")
+    module.causal_attention(*_inputs(length), scale=0.3, target=Target("tpu"))
     assert bool(taken) == (length == 128)
 
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from dsjax.kernels.chosen_experts import chosen_experts, is_few
+from dsjax.kernels.target import Target
 from tests.closeness import BF16, F32, assert_close
 
 E, D, F, K = 12, 16, 24, 3
 
-compute = jax.jit(chosen_experts, static_argnames="platform")
+compute = jax.jit(chosen_experts, static_argnames="target")
 
 
 def _operands(tokens, dtype=jnp.float32):
@@ -36,18 +37,18 @@ def _definition(x_MD, w_gate, w_up, w_down, experts_MK, weights_MK):
     return y_MD
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("target", [Target("cpu"), Target("gpu")], ids=str)
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_chosen_experts_equal_the_definition(tokens, platform):
+def test_chosen_experts_equal_the_definition(tokens, target):
     operands = _operands(tokens)
-    got = compute(*operands, platform=platform)
+    got = compute(*operands, target=target)
     assert_close(got, _definition(*operands), F32, "experts")
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_float32_stacks_serve_bfloat16_tokens(platform):
+@pytest.mark.parametrize("target", [Target("cpu"), Target("gpu")], ids=str)
+def test_float32_stacks_serve_bfloat16_tokens(target):
     x, *stacks, experts, weights = _operands(4)
-    got = compute(x.astype(jnp.bfloat16), *stacks, experts, weights, platform=platform)
+    got = compute(x.astype(jnp.bfloat16), *stacks, experts, weights, target=target)
     assert got.dtype == jnp.bfloat16
     assert_close(got, _definition(x, *stacks, experts, weights), BF16, "experts")
 
@@ -60,13 +61,13 @@ def test_no_array_of_every_expert_is_made():
         *shapes,
         jax.ShapeDtypeStruct((4, K), jnp.int32),
         jax.ShapeDtypeStruct((4, K), jnp.float32),
-        platform="cpu",
+        target=Target("cpu"),
     ).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * 4 * 64 * 64
 
 
 def test_few_are_those_that_read_no_more_matrices_than_there_are_on_a_gpu():
-    assert is_few(7, top_k=8, n_experts=56, platform="gpu")
-    assert not is_few(8, top_k=8, n_experts=56, platform="gpu")
-    assert is_few(32, top_k=8, n_experts=56, platform="cpu")
-    assert not is_few(1, top_k=8, n_experts=256, platform="tpu")
+    assert is_few(7, top_k=8, n_experts=56, target=Target("gpu"))
+    assert not is_few(8, top_k=8, n_experts=56, target=Target("gpu"))
+    assert is_few(32, top_k=8, n_experts=56, target=Target("cpu"))
+    assert not is_few(1, top_k=8, n_experts=256, target=Target("tpu"))

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from dsjax.kernels import grouped_matmul as kernel
+from dsjax.kernels.target import Target
 from tests.closeness import BF16, F32, assert_close
 
-grouped_matmul = jax.jit(kernel.grouped_matmul, static_argnames=("platform", "dtype"))
-grouped_outer = jax.jit(kernel.grouped_outer, static_argnames="platform")
+grouped_matmul = jax.jit(kernel.grouped_matmul, static_argnames=("target", "dtype"))
+grouped_outer = jax.jit(kernel.grouped_outer, static_argnames="target")
 align_groups = jax.jit(kernel.align_groups, static_argnums=2)
 
 
@@ -29,13 +30,13 @@ def _operands(sizes, dim=24, width=40, dtype=jnp.float32):
 SIZES = [[5, 70, 33, 20], [0, 0, 128, 0], [64, 0, 1, 0, 63], [0, 3, 0]]
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("target", [Target("cpu"), Target("gpu")], ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_grouped_matmul_equals_definition(platform, sizes):
+def test_grouped_matmul_equals_definition(target, sizes):
     x_AD, w_EDF, y_AF, sizes_E = _operands(sizes)
-    got = grouped_matmul(x_AD, w_EDF, sizes_E, platform)
+    got = grouped_matmul(x_AD, w_EDF, sizes_E, target)
     assert_close(got, kernel.reference_matmul(x_AD, w_EDF, sizes_E), F32, "product")
-    got = grouped_outer(x_AD, y_AF, sizes_E, platform)
+    got = grouped_outer(x_AD, y_AF, sizes_E, target)
     assert_close(got, kernel.reference_outer(x_AD, y_AF, sizes_E), F32, "outer product")
 
 
@@ -44,13 +45,13 @@ def test_grouped_matmul_equals_definition(platform, sizes):
 def test_blocked_matmul_equals_definition_for_any_sizes(cuts):
     x_AD, w_EDF, y_AF, sizes_E = _operands(np.diff([0, *sorted(cuts), 90]))
     assert_close(
-        grouped_matmul(x_AD, w_EDF, sizes_E, "cpu"),
+        grouped_matmul(x_AD, w_EDF, sizes_E, Target("cpu")),
         kernel.reference_matmul(x_AD, w_EDF, sizes_E),
         F32,
         "product",
     )
     assert_close(
-        grouped_outer(x_AD, y_AF, sizes_E, "cpu"),
+        grouped_outer(x_AD, y_AF, sizes_E, Target("cpu")),
         kernel.reference_outer(x_AD, y_AF, sizes_E),
         F32,
         "outer product",
@@ -60,8 +61,8 @@ def test_blocked_matmul_equals_definition_for_any_sizes(cuts):
 def test_megablox_equals_definition_under_the_interpreter():
     x_AD, w_EDF, y_AF, sizes_E = _operands([130, 0, 200, 54], dim=128, width=128)
     with pltpu.force_tpu_interpret_mode():
-        product = grouped_matmul(x_AD, w_EDF, sizes_E, "tpu")
-        outer = grouped_outer(x_AD, y_AF, sizes_E, "tpu")
+        product = grouped_matmul(x_AD, w_EDF, sizes_E, Target("tpu"))
+        outer = grouped_outer(x_AD, y_AF, sizes_E, Target("tpu"))
     assert_close(product, kernel.reference_matmul(x_AD, w_EDF, sizes_E), F32, "product")
     assert_close(outer, kernel.reference_outer(x_AD, y_AF, sizes_E), F32, "outer product")
 
@@ -69,10 +70,10 @@ def test_megablox_equals_definition_under_the_interpreter():
 def test_bfloat16_rows_accumulate_in_float32():
     x_AD, w_EDF, y_AF, sizes_E = _operands([700, 900], dtype=jnp.bfloat16)
     exact = [jnp.asarray(a, jnp.float32) for a in (x_AD, w_EDF, y_AF)]
-    outer = grouped_outer(x_AD, y_AF, sizes_E, "cpu")
+    outer = grouped_outer(x_AD, y_AF, sizes_E, Target("cpu"))
     assert outer.dtype == jnp.float32
     assert_close(outer, kernel.reference_outer(exact[0], exact[2], sizes_E), F32, "outer product")
-    product = grouped_matmul(x_AD, w_EDF, sizes_E, "cpu")
+    product = grouped_matmul(x_AD, w_EDF, sizes_E, Target("cpu"))
     assert product.dtype == jnp.bfloat16
     assert_close(product, kernel.reference_matmul(exact[0], exact[1], sizes_E), BF16, "product")
 
@@ -89,18 +90,18 @@ def test_aligned_groups_keep_their_rows_and_share_no_tile(sizes):
         want[aligned : aligned + size] = x_AD[start : start + size]
     np.testing.assert_array_equal(x_aligned, want)
     np.testing.assert_array_equal(x_aligned[kernel.aligned_rows(len(x_AD), sizes_E, 16)], x_AD)
-    for platform in ("cpu", "gpu"):
-        got = grouped_outer(x_aligned, y_aligned, aligned_E, platform)
+    for target in (Target("cpu"), Target("gpu")):
+        got = grouped_outer(x_aligned, y_aligned, aligned_E, target)
         assert_close(got, kernel.reference_outer(x_AD, y_AF, sizes_E), F32, "outer product")
     with pltpu.force_tpu_interpret_mode():
-        got = grouped_outer(x_aligned, y_aligned, aligned_E, "tpu")
+        got = grouped_outer(x_aligned, y_aligned, aligned_E, Target("tpu"))
     assert_close(got, kernel.reference_outer(x_AD, y_AF, sizes_E), F32, "outer product")
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_grouped_matmul_returns_the_dtype_asked_for(platform):
+@pytest.mark.parametrize("target", [Target("cpu"), Target("gpu")], ids=str)
+def test_grouped_matmul_returns_the_dtype_asked_for(target):
     x_AD, w_EDF, _, sizes_E = _operands(SIZES[0], dtype=jnp.bfloat16)
-    got = grouped_matmul(x_AD, w_EDF, sizes_E, platform, dtype=jnp.float32)
+    got = grouped_matmul(x_AD, w_EDF, sizes_E, target, dtype=jnp.float32)
     assert got.dtype == jnp.float32
     exact = [jnp.asarray(a, jnp.float32) for a in (x_AD, w_EDF)]
     assert_close(got, kernel.reference_matmul(*exact, sizes_E), F32, "product")

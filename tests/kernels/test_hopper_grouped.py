@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsjax.kernels import hopper_grouped as hopper
-from dsjax.kernels.gpu import is_hopper
 from dsjax.kernels.grouped_matmul import reference_matmul, reference_outer
+from dsjax.kernels.target import Target
 from tests.closeness import BF16, F32, assert_close
 
 # Groups that end inside a tile and inside 8 rows, empty ones at either end and in the middle, one
@@ -27,14 +27,26 @@ tiles = jax.jit(hopper.Tiles.of, static_argnums=1)
 
 
 @pytest.fixture
-def kernels(monkeypatch):
-    if is_hopper():
+def kernels():
+    if Target.here().is_hopper:
         return contextlib.nullcontext()
     if jax.__version_info__ < (0, 11):
         pytest.skip("jax 0.10 has no complete interpreter of GPU kernels")
-    # One program walks over all tiles, so buffers are used again.
-    monkeypatch.setattr(hopper, "_multiprocessors", lambda: 1)
     return plgpu.force_gpu_interpret_mode()
+
+
+def matmul(*operands, **options):
+    return hopper.matmul(*operands, multiprocessors=_multiprocessors(), **options)
+
+
+def outer(*operands):
+    return hopper.outer(*operands, multiprocessors=_multiprocessors())
+
+
+def _multiprocessors():
+    # Interpreted, one program walks over all tiles, so buffers are used again.
+    target = Target.here()
+    return target.multiprocessors if target.is_hopper else 1
 
 
 def _operands(sizes, dtype=jnp.bfloat16, dim=320, width=192):
@@ -53,7 +65,7 @@ def _float32(*arrays):
 def test_matmul_equals_definition_and_leaves_no_row_unwritten(sizes, kernels):
     x, w, _, sizes_E = _operands(sizes)
     with kernels:
-        got = hopper.matmul(x, w, sizes_E, jnp.float32)
+        got = matmul(x, w, sizes_E, jnp.float32)
     x, w = _float32(x[:-ROWS_LEFT], w)
     assert_close(got[:-ROWS_LEFT], reference_matmul(x, w, sizes_E), F32, "product")
     assert not got[-ROWS_LEFT:].any()
@@ -62,7 +74,7 @@ def test_matmul_equals_definition_and_leaves_no_row_unwritten(sizes, kernels):
 def test_transposed_matmul_equals_definition(kernels):
     _, w, y, sizes_E = _operands(SIZES[0])
     with kernels:
-        got = hopper.matmul(y, w, sizes_E, jnp.float32, transpose_w=True)
+        got = matmul(y, w, sizes_E, jnp.float32, transpose_w=True)
     y, w = _float32(y[:-ROWS_LEFT], w.mT)
     assert_close(got[:-ROWS_LEFT], reference_matmul(y, w, sizes_E), F32, "product")
 
@@ -71,7 +83,7 @@ def test_transposed_matmul_equals_definition(kernels):
 def test_outer_equals_definition(sizes, kernels):
     x, _, y, sizes_E = _operands(sizes)
     with kernels:
-        got = hopper.outer(x, y, sizes_E)
+        got = outer(x, y, sizes_E)
     assert got.dtype == jnp.float32
     x, y = _float32(x[:-ROWS_LEFT], y[:-ROWS_LEFT])
     assert_close(got, reference_outer(x, y, sizes_E), F32, "outer product")
@@ -80,7 +92,7 @@ def test_outer_equals_definition(sizes, kernels):
 def test_results_of_two_bytes_are_rounded_once(kernels):
     x, w, _, sizes_E = _operands([70, 66], jnp.float16, dim=64, width=256)
     with kernels:
-        got = hopper.matmul(x, w, sizes_E, jnp.bfloat16)
+        got = matmul(x, w, sizes_E, jnp.bfloat16)
     assert got.dtype == jnp.bfloat16
     x, w = _float32(x[:-ROWS_LEFT], w)
     assert_close(got[:-ROWS_LEFT], reference_matmul(x, w, sizes_E), BF16, "product")
@@ -113,7 +125,7 @@ def test_tiles_write_each_row_once_and_for_its_own_group(cuts):
 @pytest.mark.gpu
 def test_any_sizes_on_the_gpu():
     """What an interpreter cannot show: copies and products that overlap in time."""
-    if not is_hopper():
+    if not Target.here().is_hopper:
         pytest.skip("needs a Hopper GPU")
     rows, n_groups, dim, width = 8192, 24, 512, 512
     rng = np.random.default_rng(0)
@@ -122,9 +134,9 @@ def test_any_sizes_on_the_gpu():
 
     def products(x, w, y, sizes_E):
         return (
-            hopper.matmul(x, w, sizes_E, jnp.float32),
-            hopper.matmul(y, w, sizes_E, jnp.float32, transpose_w=True),
-            hopper.outer(x, y, sizes_E),
+            matmul(x, w, sizes_E, jnp.float32),
+            matmul(y, w, sizes_E, jnp.float32, transpose_w=True),
+            outer(x, y, sizes_E),
         )
 
     def definitions(x, w, y, sizes_E):

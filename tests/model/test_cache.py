@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dsjax.kernels.target import Target
 from dsjax.model.cache import LayerCache, empty_cache
 from dsjax.model.flops import cache_bytes_per_token
 from dsjax.model.transformer import Transformer
@@ -58,7 +59,7 @@ def test_append_writes_its_own_entries_and_no_others():
 def test_decoding_changes_the_donated_cache_in_place(config):
     """Besides the cache itself, a step holds no more than a layer of it."""
     config = dataclasses.replace(config, n_layers=17, n_mtp=0)
-    model = Transformer(config, Policy(jnp.float32, "cpu"))
+    model = Transformer(config, Policy(jnp.float32, Target("cpu")))
     cache = jax.eval_shape(lambda: empty_cache(config, 2, 8192, jnp.float32))
     numbers = jax.ShapeDtypeStruct((2,), jnp.int32)
 

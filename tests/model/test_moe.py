@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsjax.kernels.target import Target
 from dsjax.model.layers import stack
 from dsjax.model.moe import MoE
 from dsjax.model.parameters import initialize
@@ -79,7 +80,7 @@ def test_tokens_added_to_a_cache_pass_through_their_own_layers_experts(tokens):
 def test_few_tokens_leave_the_other_experts_unread():
     """The program has room for a few experts besides its inputs, not for a layer of 256."""
     config = dataclasses.replace(TINY, n_routed_experts=256)
-    module = stack(MoE(config, Policy(jnp.float32, "cpu")), 3)
+    module = stack(MoE(config, Policy(jnp.float32, Target("cpu"))), 3)
 
     def layers(module, x):
         def layer(carry, block):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsjax.kernels import attention as kernels
+from dsjax.kernels.target import Target
 from dsjax.parallel.attention import attend_here
 from dsjax.parallel.mesh import make_mesh
 from tests.closeness import F32, assert_close
@@ -27,14 +28,14 @@ def test_attention_of_each_device_is_that_of_all(interpreted):
     segments = jnp.asarray(np.repeat(np.arange(4) + 1, 32)[None].repeat(4, 0), jnp.int32)
     weights = jnp.asarray(rng.normal(size=(4, 128, 4, 16)), jnp.float32)
 
-    def total(q, k, v, platform):
-        out = attend_here(q, k, v, segments, scale=0.3, platform=platform)
+    def total(q, k, v, target):
+        out = attend_here(q, k, v, segments, scale=0.3, target=target)
         return (out * weights).sum(), out
 
     gradient = jax.grad(total, (0, 1, 2), has_aux=True)
-    want = jax.jit(functools.partial(gradient, platform="cpu"))(q, k, v)
+    want = jax.jit(functools.partial(gradient, target=Target("cpu")))(q, k, v)
     with jax.set_mesh(make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})):
-        got = jax.jit(functools.partial(gradient, platform="tpu"))(q, k, v)
+        got = jax.jit(functools.partial(gradient, target=Target("tpu")))(q, k, v)
     names = ("dq", "dk", "dv", "out")
     for name, one, other in zip(names, jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert_close(one, other, F32, name)
@@ -47,4 +48,4 @@ def test_heads_that_do_not_divide_are_refused():
         jax.set_mesh(make_mesh({"data": 4, "tensor": 2})),
         pytest.raises(ValueError, match=r"attention: dimension heads=1 .* mesh.tensor=2"),
     ):
-        attend_here(q, kv, kv, None, scale=0.3, platform="tpu")
+        attend_here(q, kv, kv, None, scale=0.3, target=Target("tpu"))

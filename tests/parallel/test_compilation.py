@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from dsjax.kernels.target import Target
 from dsjax.parallel import compilation
 from dsjax.parallel.mesh import make_mesh
 
@@ -24,10 +25,10 @@ def test_compiled_compiles_once_for_each_batch_shape():
     assert traces == [(2, 3), (4, 3)] and len(announced) == 2 and program.seconds > 0
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_compiler_knows_the_options_of_a_platform(platform):
+@pytest.mark.parametrize("target", [Target("cpu"), Target("gpu")], ids=str)
+def test_compiler_knows_the_options_of_a_target(target):
     # Options of GPUs are parsed on any machine; TPUs' by libtpu alone (tests/plan).
-    options = compilation.compiler_options(platform, n_devices=2)
+    options = compilation.compiler_options(target, n_devices=2)
     assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
 
 

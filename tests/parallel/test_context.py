@@ -10,6 +10,7 @@ import pytest
 from dsjax.config import Config, DataConfig, PrecisionConfig, TrainConfig
 from dsjax.generate.engine import Engine, Request
 from dsjax.kernels.attention import reference_attention
+from dsjax.kernels.target import Target
 from dsjax.model import rope
 from dsjax.model.parameters import shardings
 from dsjax.parallel import context
@@ -80,7 +81,7 @@ def _on_mesh(sizes):
             _expand,
             scale=0.3,
             segment_ids_BT=_arranged(segments, n_parts),
-            platform="cpu",
+            target=Target("cpu"),
         )
         return _weighted(context.restore(out)), context.restore(out)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from dsjax.kernels.target import Target
 from dsjax.parallel import expert_parallel
 from dsjax.parallel.mesh import make_mesh
 from dsjax.precision.fp8 import CHANNEL_TILE, quantize_block
@@ -143,12 +144,12 @@ def test_fanout_is_bounded_by_groups_experts_and_ranks(n_ranks, groups, kept, to
     assert expert_parallel.fanout(64, n_ranks, top_k, groups, kept) == most
 
 
-def test_way_sends_least_and_runs_on_the_platform():
-    assert expert_parallel.choose_way(1, 1, "cpu") == "local"
-    assert expert_parallel.choose_way(4, 4, "tpu") == "all_gather"
-    assert expert_parallel.choose_way(8, 4, "tpu") == "ragged"
+def test_way_sends_least_and_runs_on_the_target():
+    assert expert_parallel.choose_way(1, 1, Target("cpu")) == "local"
+    assert expert_parallel.choose_way(4, 4, Target("tpu")) == "all_gather"
+    assert expert_parallel.choose_way(8, 4, Target("tpu")) == "ragged"
     assert (
-        expert_parallel.choose_way(8, 4, "cpu")
-        == expert_parallel.choose_way(8, 4, "gpu")
+        expert_parallel.choose_way(8, 4, Target("cpu"))
+        == expert_parallel.choose_way(8, 4, Target("gpu"))
         == "all_to_all"
     )

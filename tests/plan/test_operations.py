@@ -7,6 +7,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from dsjax.kernels.attention import splash_attention
 from dsjax.kernels.grouped_matmul import grouped_matmul, grouped_outer
+from dsjax.kernels.target import Target
 from dsjax.plan import operations
 
 
@@ -59,8 +60,8 @@ def test_grouped_product_counts_the_rows_of_an_even_load(rows):
     x, w, y = shape(1024, 256), shape(4, 256, 128), shape(1024, 128)
     sizes = shape(4, dtype=jnp.int32)
     want = 2 * min(4 * rows, 1024) * 256 * 128
-    forward = lambda x, w, sizes: grouped_matmul(x, w, sizes, "tpu")  # noqa: E731
-    outer = lambda x, y, sizes: grouped_outer(x, y, sizes, "tpu")  # noqa: E731
+    forward = lambda x, w, sizes: grouped_matmul(x, w, sizes, Target("tpu"))  # noqa: E731
+    outer = lambda x, y, sizes: grouped_outer(x, y, sizes, Target("tpu"))  # noqa: E731
     assert count(forward, x, w, sizes, rows=rows) == want
     assert count(outer, x, y, sizes, rows=rows) == want
 

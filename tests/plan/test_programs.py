@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from dsjax import settings
+from dsjax.kernels.target import Target
 from dsjax.parallel.mesh import describe_mesh, resolve
 from dsjax.plan import programs
 
@@ -13,7 +14,9 @@ ROOT = Path(__file__).parents[2]
 
 def make(name, step, n_devices, *overrides):
     config = settings.override(settings.load_config(ROOT / f"configs/{name}.py"), list(overrides))
-    return programs.STEPS[step](config, describe_mesh(resolve(config.mesh.sizes, n_devices)))
+    return programs.STEPS[step](
+        config, describe_mesh(resolve(config.mesh.sizes, n_devices)), Target("tpu", (5,))
+    )
 
 
 def test_671b_is_split_over_all_chips():

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from dsjax.kernels.target import HOPPER, Target
 from dsjax.precision.matmul import float32_matmul, grouped_linear, linear, vocabulary_logits
-from dsjax.precision.policy import Policy, multiplies_e4m3
+from dsjax.precision.policy import Policy
 from tests.closeness import BF16, F32, FP8, assert_close, relative_l2
 from tests.oracles import fp8 as oracle
 
@@ -167,10 +168,12 @@ def test_fp8_tiles_every_dimension(native):
         assert_close(g, want, F32, "product")
 
 
-@pytest.mark.parametrize(("platform", "lowered_for"), [("gpu", "cuda"), ("tpu", "tpu")])
-def test_native_products_multiply_e4m3_and_nothing_else(platform, lowered_for):
-    """Read from the program for another platform, which needs none of its devices."""
-    policy = Policy(jnp.bfloat16, platform, fp8="fp32", native_fp8=True)
+@pytest.mark.parametrize(
+    ("target", "lowered_for"), [(HOPPER, "cuda"), (Target("tpu", (7,)), "tpu")]
+)
+def test_native_products_multiply_e4m3_and_nothing_else(target, lowered_for):
+    """Read from the program for another machine, which need not be here."""
+    policy = Policy(jnp.bfloat16, target, fp8="fp32")
     sizes = jnp.asarray(FP8_SIZES, jnp.int32)
 
     def products(x, w, dy):
@@ -210,7 +213,7 @@ def test_native_products_run_inside_shard_map():
 @pytest.mark.parametrize("kind", ["fp32", "pow2"])
 def test_native_products_on_this_device_are_near_their_definition(kind):
     """A Hopper accumulator of 14 bits is off by 0.1 % (`docs/fp8_accumulation.md`)."""
-    if not multiplies_e4m3(jax.devices()[0]):
+    if not Target.here().multiplies_e4m3:
         pytest.skip(f"{jax.devices()[0].device_kind} has no E4M3 units")
     x, w, dy = _fp8_operands(512, dim=1024, width=384)
     policy = Policy(jnp.float32, fp8=kind)
