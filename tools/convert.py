@@ -7,8 +7,8 @@
   # what config.json alone implies: shapes, number of tensors, bytes; no weights needed
   python tools/convert.py inspect DeepSeek-V3/config.json --expect
 
-DST is there when it is whole; until then the work is in DST.partial, and the same command again
-goes on where it stopped. Exit codes: 0 finished, 1 failed, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM.
+DST appears when it is whole; until then DST.partial holds the work, and the same command resumes
+it. Exit codes: 0 finished, 1 failed, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -28,23 +28,22 @@ _COMMANDS = {
     "export": "the way back",
     "inspect": "family, shapes, tensors and bytes, found and expected",
 }
+_NEXT = {"import": "generate.py", "export": "convert.py inspect"}
 _DTYPES = ("keep", "bfloat16", "float32", "fp8")
 
 
 def parser() -> argparse.ArgumentParser:
     result = command.make_parser(__doc__)
-    commands = command.add_commands(result, _COMMANDS)
-    explained = "element type to store; keep: as it is (default: %(default)s)"
-    for sub in (commands["import"], commands["export"]):
+    importing, exporting, inspecting = command.add_commands(result, _COMMANDS).values()
+    for sub in (importing, exporting):
         sub.add_argument("source", metavar="SRC", type=Path, help="the checkpoint to convert")
         sub.add_argument("target", metavar="DST", type=Path, help="a new or an empty folder")
-        sub.add_argument("--dtype", choices=_DTYPES, default="keep", help=explained)
-    sub = commands["inspect"]
-    sub.add_argument("source", metavar="SRC", type=Path, help="checkpoint, or a config.json")
-    sub.add_argument("--expect", action="store_true", help="look at config.json alone")
-    sub.add_argument("--json", action="store_true", help="print one JSON object instead")
-    for name in ("import", "inspect"):
-        command.add_overrides(commands[name])
+        sub.add_argument("--dtype", choices=_DTYPES, default="keep", help="default: keep, as it is")
+    inspecting.add_argument("source", metavar="SRC", type=Path, help="checkpoint, or a config.json")
+    inspecting.add_argument("--expect", action="store_true", help="look at config.json alone")
+    inspecting.add_argument("--json", action="store_true", help="print one JSON object instead")
+    command.add_overrides(importing)
+    command.add_overrides(inspecting)
     return result
 
 
@@ -69,12 +68,13 @@ def execute(arguments: argparse.Namespace) -> None:
         from dsjax.checkpoint.exporting import export_checkpoint as convert
     from dsjax.checkpoint.progress import Transfer
 
-    following = "generate.py" if arguments.command == "import" else "convert.py inspect"
     with Transfer(Console()) as progress:
-        options |= {"dtype": arguments.dtype, "progress": progress}
-        done = convert(arguments.source, arguments.target, **options)
+        options["dtype"] = arguments.dtype
+        done = convert(arguments.source, arguments.target, progress=progress, **options)
         progress.say(f"{done}; all in {arguments.target}")
-        progress.say(f"next: python tools/{following} {shlex.quote(str(arguments.target))}")
+        progress.say(
+            f"next: python tools/{_NEXT[arguments.command]} {shlex.quote(str(arguments.target))}"
+        )
 
 
 if __name__ == "__main__":
