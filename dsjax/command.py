@@ -15,14 +15,13 @@ A tool parses before it imports anything heavy, so that `--help` and wrong usage
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import errno
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,19 +158,17 @@ def require(
         parser.error(f"the following arguments are required: {', '.join(missing)}")
 
 
-def write_json(summary: Mapping[str, Any], destination: str | None) -> bool:
+def write_summary(summary: Mapping[str, Any], destination: str | None) -> bool:
     """Writes a summary as the argument of `--json` says: nowhere, to a file, or (`-`) to standard
     output.
 
     Returns:
       whether standard output is left for people.
     """
-    text = json.dumps(summary, indent=2) + "\n"
     if destination == "-":
-        sys.stdout.write(text)
+        print(json.dumps(summary, indent=2))
     elif destination:
-        with writing(destination):
-            Path(destination).write_text(text)
+        files.write_json(Path(destination), summary)
     return destination != "-"
 
 
@@ -305,16 +302,3 @@ def describe(error: Exception) -> str:
     return (
         f"internal error: {type(error).__name__}: {error}; run again with --debug for the traceback"
     )
-
-
-@contextlib.contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Gives an OSError of the block the path that it concerns: the system names it on open, but not
-    on write.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            error.filename = str(path)
-        raise

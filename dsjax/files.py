@@ -1,21 +1,28 @@
-"""JSON files of a checkpoint, read strictly: what loaders disagree about is refused.
+"""Files: read strictly, replaced atomically, and kept through a power cut.
 
-Python's own reader takes the last of two equal keys, reads NaN and Infinity, makes an infinity of
-1e999, and runs out of stack on a file of brackets. A config or an index that does any of these is
-damaged, or made to be read differently by two programs.
+Reading. Python's own JSON reader takes the last of two equal keys, reads NaN and Infinity, turns
+1e999 into an infinity, and runs out of stack on a file of brackets. A config or an index that does
+any of these is damaged, or made to be read differently by two programs, so `read_json` refuses it.
+
+Writing. Every file that a reader may find half-written goes through `replacing`: the bytes are
+written to `NAME.partial` and synced, then the file takes its name, then the folder is synced. After
+a crash at any point there is either the old file or the new one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import stat
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MAX_BYTES = 64 * 2**20  # the index of V3's 91,991 tensors has 9 MB
 MAX_DEPTH = 64
+MAX_LISTED = 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -31,16 +38,83 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes an object so that a crash leaves the old file or the new one, and no half."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Context that yields an open binary file, which becomes `path` when the block succeeds.
+
+    If the block raises, what it wrote is removed and the old `path`, if any, stays. A `path` that
+    is a device or a pipe, such as /dev/stdout, is written directly.
+
+    Raises:
+      OSError: the file cannot be written; its `filename` is set.
+    """
+    if path.exists() and not path.is_file():
+        with writing(path), path.open("wb") as file:
+            yield file
+        return
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(values, file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
+    with writing(path):
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+        sync_folder(path.parent)
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Replaces `path` by a file with this content (text as UTF-8), see `replacing`."""
+    with replacing(path) as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Replaces `path` by a file that holds one JSON object, see `replacing`.
+
+    Raises:
+      ValueError: a number is not finite, which JSON cannot hold; see `finite`.
+    """
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # A file name that is not UTF-8 holds lone surrogates; JSON spells them as Python does, \udc80.
+    write(path, text.encode("utf-8", "backslashreplace"))
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `values` with each number that is not finite as text ("nan", "inf")."""
+    return {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Renames a finished folder to `target`, so that the whole tree survives a power cut.
+
+    The files in it must have been synced; the folders are synced here.
+    """
+    for inner, _, _ in os.walk(folder):
+        sync_folder(Path(inner))
+    folder.rename(target)
+    sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Adds `path` to an OSError of the block that names no file.
+
+    The system names the file when opening fails, but not when a write does (a full disk).
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def parse(data: bytes, place: str) -> Any:
@@ -149,7 +223,7 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` survive a power cut, as fsync does a file's bytes."""
+    """Syncs the names in `folder` to the disk, as fsync does the bytes of a file."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -160,3 +234,10 @@ def sync_folder(folder: Path) -> None:
 def shown(text: str) -> str:
     """A name that came from a file, made safe and short for a message."""
     return ascii(text if len(text) <= 100 else f"{text[:100]}...")
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Joins problems into one line: the first MAX_LISTED of them, then how many more there are."""
+    more = len(problems) - MAX_LISTED
+    end = f"; and {more:,} more ({len(problems):,} in all)" if more > 0 else ""
+    return "; ".join(problems[:MAX_LISTED]) + end

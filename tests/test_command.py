@@ -123,16 +123,6 @@ def test_config_argument_is_optional_only_with_default():
         without.parse_args([])
 
 
-def test_writing_names_the_path_of_a_full_disk(tmp_path):
-    path = tmp_path / "out"
-    with pytest.raises(OSError) as error_info, command.writing(path):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert error_info.value.filename == str(path)
-    with pytest.raises(FileNotFoundError) as error_info, command.writing("elsewhere"):
-        open(path)
-    assert error_info.value.filename == str(path)
-
-
 def test_help_answers_before_heavy_imports():
     code = "import sys\nfrom dsjax import command\n"
     code += "heavy = {'jax', 'flax', 'orbax', 'grain', 'numpy', 'rich'} & set(sys.modules)\n"
@@ -244,9 +234,11 @@ def test_forms_of_a_tool_are_kept_apart(capsys):
 
 
 def test_json_goes_where_its_flag_says(tmp_path, capsys):
-    assert command.write_json({"a": 1}, None) and capsys.readouterr().out == ""
-    assert not command.write_json({"a": 1}, "-") and capsys.readouterr().out == '{\n  "a": 1\n}\n'
-    assert command.write_json({"a": 1}, str(tmp_path / "F"))
+    assert command.write_summary({"a": 1}, None) and capsys.readouterr().out == ""
+    assert (
+        not command.write_summary({"a": 1}, "-") and capsys.readouterr().out == '{\n  "a": 1\n}\n'
+    )
+    assert command.write_summary({"a": 1}, str(tmp_path / "F"))
     assert (tmp_path / "F").read_text() == '{\n  "a": 1\n}\n'
     with pytest.raises(FileNotFoundError):
-        command.write_json({}, str(tmp_path / "none/F"))
+        command.write_summary({}, str(tmp_path / "none/F"))

@@ -1,10 +1,22 @@
+import errno
 import os
+import resource
+import signal
 import socket
 
 import pytest
 
 from dsjax import files
-from dsjax.files import open_regular, parse, read_json, read_regular, write_json
+from dsjax.files import (
+    open_regular,
+    parse,
+    publish,
+    read_json,
+    read_regular,
+    replacing,
+    write,
+    write_json,
+)
 
 
 def test_object_is_read_as_written(tmp_path):
@@ -22,6 +34,82 @@ def test_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(ValueError):
         write_json(path, {"a": float("nan")})
     assert read_json(path) == {"a": 1}
+    with pytest.raises(KeyboardInterrupt), replacing(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["config.json"]
+
+
+def test_full_disk_leaves_the_old_file_and_is_named(tmp_path):
+    """A file size limit makes the kernel refuse to write, as a full disk does."""
+    path = tmp_path / "summary.json"
+    write_json(path, {"loss": 1.0})
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(OSError) as error:
+            write_json(path, {"text": "x" * 1000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert error.value.filename == str(path)
+    assert read_json(path) == {"loss": 1.0} and os.listdir(tmp_path) == ["summary.json"]
+
+
+def test_file_is_on_the_disk_before_it_takes_its_name_and_the_name_after(tmp_path, monkeypatch):
+    """What makes a crash at any point leave the old file or the new one, whole."""
+    calls, path = [], tmp_path / "a"
+    write(path, "old")
+    fsync = os.fsync
+
+    def seen(descriptor):
+        fsync(descriptor)
+        target = os.readlink(f"/proc/self/fd/{descriptor}")
+        calls.append((os.path.basename(target), path.read_text()))
+
+    monkeypatch.setattr(os, "fsync", seen)
+    write(path, b"new")
+    assert calls == [("a.partial", "old"), (tmp_path.name, "new")]
+
+
+def test_device_is_written_and_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    descriptor = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_json(tmp_path / "pipe", {"a": 1})
+    assert os.read(descriptor, 99) == b'{\n  "a": 1\n}\n'
+    os.close(descriptor)
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_name_that_is_not_utf_8_is_written_and_read(tmp_path):
+    values = {"files": os.fsdecode(b"caf\xe9/*.txt")}
+    write_json(tmp_path / "config.json", values)
+    assert read_json(tmp_path / "config.json") == values
+
+
+def test_numbers_that_are_not_finite_become_text():
+    values = {"loss": float("nan"), "worst": -float("inf"), "step": 3, "name": "x"}
+    assert files.finite(values) == {"loss": "nan", "worst": "-inf", "step": 3, "name": "x"}
+
+
+def test_published_folder_has_its_name_and_its_folders_synced(tmp_path, monkeypatch):
+    (tmp_path / "work/inner").mkdir(parents=True)
+    synced = []
+    monkeypatch.setattr(files, "sync_folder", synced.append)
+    publish(tmp_path / "work", tmp_path / "whole")
+    assert os.listdir(tmp_path) == ["whole"]
+    assert synced == [tmp_path / "work", tmp_path / "work/inner", tmp_path]
+
+
+def test_writing_names_the_path_of_a_full_disk(tmp_path):
+    path = tmp_path / "out"
+    with pytest.raises(OSError) as error_info, files.writing(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert error_info.value.filename == str(path)
+    with pytest.raises(FileNotFoundError) as error_info, files.writing("elsewhere"):
+        open(path)
+    assert error_info.value.filename == str(path)
 
 
 @pytest.mark.parametrize(
@@ -116,3 +204,9 @@ def test_link_to_a_regular_file_is_followed(tmp_path):
 def test_name_with_a_null_byte_is_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot be read: embedded null byte"):
         open_regular(tmp_path / "a\0b")
+
+
+def test_many_problems_are_cut_in_the_message():
+    assert files.listed(["a", "b"]) == "a; b"
+    many = files.listed([str(n) for n in range(1234)])
+    assert many.startswith("0; 1; ") and many.endswith("; 19; and 1,214 more (1,234 in all)")

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "config": 0.0,
     "files": 0.0,
+    "display": 0.0,
     "tables": 0.0,
     "settings": 0.1,
     "command": 0.2,

@@ -66,7 +66,7 @@ def execute(arguments: argparse.Namespace) -> None:
         from dsjax.checkpoint.importing import import_checkpoint as convert
     else:
         from dsjax.checkpoint.exporting import export_checkpoint as convert
-    from dsjax.checkpoint.progress import Transfer
+    from dsjax.display import Transfer
 
     with Transfer(Console()) as progress:
         options["dtype"] = arguments.dtype

@@ -66,7 +66,7 @@ def execute(arguments: argparse.Namespace) -> None:
         step = arguments.step or "train"
         summary = report.make(config, slice_, step, compiled=not arguments.no_compile)
         show = report.print_plan
-    if command.write_json(summary, arguments.json):
+    if command.write_summary(summary, arguments.json):
         from dsjax import tables
 
         tables.show(summary, show)

@@ -43,10 +43,10 @@ def execute(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from dsjax.checkpoint.load import open_checkpoint
+    from dsjax.display import Display
     from dsjax.infer import score
     from dsjax.parallel import compilation
     from dsjax.parallel.mesh import submesh
-    from dsjax.train import report
 
     compilation.use_persistent_cache("")
     result = score.score_files(
@@ -57,7 +57,7 @@ def execute(arguments: argparse.Namespace) -> None:
         length=arguments.sequence_length,
         dtype=arguments.dtype,
         mesh=submesh(arguments.mesh),
-        progress=report.Display(Console(stderr=True), total_steps=0).counting("scoring"),
+        progress=Display(Console(stderr=True)).counting("scoring"),
     )
     figures = result.figures()
     if arguments.json:

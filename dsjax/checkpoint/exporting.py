@@ -27,7 +27,6 @@ from dsjax.checkpoint.hf_config import quantization_config, to_hf
 from dsjax.checkpoint.hf_folder import FLOAT32, FP8, scale_name, scale_shape
 from dsjax.checkpoint.importing import copy_side_files, side_files
 from dsjax.checkpoint.load import Checkpoint, open_checkpoint
-from dsjax.checkpoint.progress import Converted, Transfer
 from dsjax.checkpoint.recode import (
     BLOCK,
     Stored,
@@ -36,12 +35,12 @@ from dsjax.checkpoint.recode import (
     recode,
     stored_dtype,
 )
-from dsjax.checkpoint.staging import Staging, check_space, check_target, fingerprint
+from dsjax.checkpoint.staging import Converted, Staging, check_space, check_target, fingerprint
 from dsjax.checkpoint.streaming import stream
 from dsjax.checkpoint.tensor_files import Shard, plan_shards, write_index, write_shard
 from dsjax.checkpoint.weights import Weights, leaf_name, scales_name
-from dsjax.command import writing
-from dsjax.files import read_json, write_json
+from dsjax.display import Transfer
+from dsjax.files import read_json, write_json, writing
 from dsjax.text.tokenizer import load_tokenizer
 
 
@@ -169,7 +168,7 @@ def _write_shards(
     for shard in shards:
         write_shard(work.content, shard, produce)
         work.finish(shard.file_name)
-    progress.end()
+    progress.stop()
 
 
 def _config(

@@ -27,9 +27,9 @@ import numpy as np
 from dsjax.checkpoint import names
 from dsjax.checkpoint.hf_config import family_of, from_hf, weight_block
 from dsjax.checkpoint.names import Family
-from dsjax.checkpoint.tensor_files import TensorFolder, TensorInfo, listed, open_folder
+from dsjax.checkpoint.tensor_files import TensorFolder, TensorInfo, open_folder
 from dsjax.config import ModelConfig
-from dsjax.files import read_json, shown
+from dsjax.files import listed, read_json, shown
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 FLOAT32 = np.dtype(np.float32)

@@ -30,7 +30,6 @@ from dsjax import __version__
 from dsjax.checkpoint import manifest
 from dsjax.checkpoint.hf_folder import FLOAT32, FP8, HfFolder, Row, open_hf, scale_shape
 from dsjax.checkpoint.manifest import File, Manifest
-from dsjax.checkpoint.progress import Converted, Transfer
 from dsjax.checkpoint.recode import (
     BLOCK,
     Stored,
@@ -41,12 +40,12 @@ from dsjax.checkpoint.recode import (
     stored_dtype,
 )
 from dsjax.checkpoint.slices import Leaf
-from dsjax.checkpoint.staging import Staging, check_space, check_target, fingerprint
+from dsjax.checkpoint.staging import Converted, Staging, check_space, check_target, fingerprint
 from dsjax.checkpoint.streaming import stream
-from dsjax.checkpoint.tensor_files import MAX_LISTED, TensorFolder, TensorInfo, listed
+from dsjax.checkpoint.tensor_files import TensorFolder, TensorInfo
 from dsjax.checkpoint.weights import Name, WeightsWriter, leaf_name, scales_name
-from dsjax.command import writing
-from dsjax.files import sync_folder, write_json
+from dsjax.display import Transfer
+from dsjax.files import MAX_LISTED, listed, sync_folder, write_json, writing
 
 _COMPARED_TOGETHER = 64 << 20  # bytes
 
@@ -257,7 +256,7 @@ def _write_weights(
                     break
             elif not damaged:
                 work.finish(part.row.tensor.name, files)
-    progress.end()
+    progress.stop()
     if damaged:
         raise ValueError(
             f"{folder.path} has tensors with NaN or infinity, or with FP8 scales that are not "

@@ -36,9 +36,9 @@ from dsjax.checkpoint.hf_folder import (
     without_absent_mtp,
 )
 from dsjax.checkpoint.names import Family
-from dsjax.checkpoint.tensor_files import MAX_LISTED, open_folder
+from dsjax.checkpoint.tensor_files import open_folder
 from dsjax.config import ModelConfig
-from dsjax.files import read_json
+from dsjax.files import MAX_LISTED, read_json
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _STORED = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}

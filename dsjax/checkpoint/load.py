@@ -29,10 +29,9 @@ from dsjax.checkpoint.hf_config import family_for
 from dsjax.checkpoint.hf_folder import HfFolder, Row, is_hf, open_hf
 from dsjax.checkpoint.names import FAMILIES, Family
 from dsjax.checkpoint.slices import Index, Leaf, Tensors, bounds, dequantize_rows, read_slice
-from dsjax.checkpoint.tensor_files import listed
 from dsjax.checkpoint.weights import Weights, is_chunk
 from dsjax.config import ModelConfig
-from dsjax.files import read_json
+from dsjax.files import listed, read_json
 from dsjax.model.layers import RouterState
 from dsjax.model.parameters import shardings
 from dsjax.model.transformer import Transformer

@@ -27,8 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsjax.checkpoint.tensor_files import listed
-from dsjax.files import open_regular, parse, read_regular, shown, sync_folder
+from dsjax.files import listed, open_regular, parse, read_regular, shown, sync_folder
 
 NAME = "manifest.json"
 FORMAT = 1

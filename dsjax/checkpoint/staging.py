@@ -22,9 +22,10 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
-from dsjax.files import sync_folder
+from dsjax.display import size
+from dsjax.files import publish
 
 
 class Staging:
@@ -107,10 +108,7 @@ class Staging:
 
     def publish(self) -> None:
         """Gives the complete content its name."""
-        for folder, _, _ in os.walk(self.content):
-            sync_folder(Path(folder))
-        self.content.rename(self.target)
-        sync_folder(self.target.parent)
+        publish(self.content, self.target)
         self.discard()
 
     def discard(self) -> None:
@@ -134,6 +132,18 @@ class Staging:
                 f"stopped with {len(self.finished):,} finished parts in {self._folder}; the same "
                 "command goes on from there"
             )
+
+
+class Converted(NamedTuple):
+    """What one call has done; what an interrupted one had done before it is not counted."""
+
+    tensors: int
+    n_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        rate = size(self.n_bytes / max(self.seconds, 1e-9))
+        return f"{self.tensors:,} tensors, {size(self.n_bytes)} in {self.seconds:.1f} s, {rate}/s"
 
 
 def partial_folder(target: Path) -> Path:

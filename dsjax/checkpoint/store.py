@@ -32,8 +32,7 @@ from orbax.checkpoint import multihost
 
 from dsjax.checkpoint import fingerprint, manifest
 from dsjax.checkpoint.manifest import Damage, File, Manifest
-from dsjax.checkpoint.tensor_files import listed
-from dsjax.files import read_json, sync_folder, write_json
+from dsjax.files import listed, read_json, sync_folder, write_json
 
 # A larger array is stored matrix by matrix, in chunks of at most this size, so that a part of it
 # can be read without the whole.

@@ -25,6 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from dsjax.files import (
+    listed,
     open_regular,
     parse,
     read_json,
@@ -37,7 +38,6 @@ INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 16 * 2**20  # a shard of V3 has about 100 KB, V3 in a single file 12 MB
 MAX_NAME = 512  # characters of a tensor's name
 MAX_SHARD_BYTES = 5_000_000_000  # what transformers writes by default
-MAX_LISTED = 20
 
 _DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -257,13 +257,6 @@ def write_index(folder: Path, shards: Sequence[Shard]) -> None:
     total = sum(tensor.n_bytes for shard in shards for tensor in shard.tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / INDEX, index)
-
-
-def listed(problems: Sequence[str]) -> str:
-    """One line with all problems, or the first ones and how many there are."""
-    more = len(problems) - MAX_LISTED
-    end = f"; and {more:,} more ({len(problems):,} in all)" if more > 0 else ""
-    return "; ".join(problems[:MAX_LISTED]) + end
 
 
 def _listing(path: Path) -> list[str]:

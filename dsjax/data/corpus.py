@@ -32,12 +32,14 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsjax.data import documents
 from dsjax.data.documents import Document, Source
+from dsjax.files import publish
 from dsjax.text import tokenizer
 from dsjax.text.tokenizer import Tokenizer
 
@@ -428,7 +430,7 @@ def _publish(temporary: str, folder: str, loaded: Tokenizer | None) -> None:
     if os.path.isdir(folder) and _open(folder, loaded) is None:
         shutil.rmtree(folder, ignore_errors=True)
     try:
-        os.rename(temporary, folder)
+        publish(Path(temporary), Path(folder))
     except OSError:
         if not os.path.isdir(folder):
             raise

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+
+from dsjax import files
 
 
 def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
@@ -51,17 +54,17 @@ def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
 class ArrayWriter:
     """Writes a .npy piece by piece, so that the whole array is never in memory.
 
-    The bytes go to a hidden `.partial` file beside `path`, which takes the name when the block ends
-    without an error; what was there before stays until then.
+    What was at `path` before stays until the block ends without an error (see files.replacing).
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
         self.path, self.shape, self.dtype = path, shape, dtype
-        self._partial = path.with_name(f".{path.name}.partial")
         self._left = int(np.prod(shape, dtype=np.int64))
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> ArrayWriter:
-        self._file = open(self._partial, "wb")
+        self._file = self._open.enter_context(files.replacing(self.path))
+        self._open.push(self._check_whole)  # runs first, so that it can keep the file from its name
         header = {
             "descr": np.lib.format.dtype_to_descr(self.dtype),
             "fortran_order": False,
@@ -82,16 +85,10 @@ class ArrayWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
-            if kind is None:
-                assert self._left == 0, f"{self.path} lacks {self._left} elements"
-                self._file.flush()
-                os.fsync(self._file.fileno())
-            self._file.close()
-            if kind is None:
-                self._partial.replace(self.path)
-        finally:
-            self._partial.unlink(missing_ok=True)
+        self._open.__exit__(kind, error, trace)
+
+    def _check_whole(self, kind: type[BaseException] | None, *_: object) -> None:
+        assert kind is not None or self._left == 0, f"{self.path} lacks {self._left} elements"
 
 
 def check_outputs(outputs: Iterable[Path | None], source: Path) -> None:

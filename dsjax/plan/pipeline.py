@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dsjax import tables
-from dsjax.command import writing
+from dsjax.files import writing
 from dsjax.parallel import lockstep, schedules
 from dsjax.parallel.schedules import expected
 from dsjax.parallel.timetable import Costs, Schedule, simulate

@@ -7,10 +7,11 @@ it and `balance` turns it into a placement.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
+
+from dsjax.files import replacing
 
 FILE_NAME = "expert_load.npz"
 
@@ -34,8 +35,6 @@ class ExpertLoad:
         """
         if self._sum_LE is None:
             return
-        partial = folder / f"{FILE_NAME}.partial"
-        with partial.open("wb") as file:
+        with replacing(folder / FILE_NAME) as file:
             np.savez(file, load_LE=self._sum_LE / self._steps, steps=self._steps, last_step=step)
-        os.replace(partial, folder / FILE_NAME)
         self._sum_LE, self._steps = None, 0

@@ -27,14 +27,15 @@ from rich.console import Console
 
 from dsjax import settings
 from dsjax.checkpoint import store
-from dsjax.checkpoint.tensor_files import listed
 from dsjax.config import Config
+from dsjax.display import Display
+from dsjax.files import listed, write_json
 from dsjax.generate.engine import Engine, Request
 from dsjax.generate.sampling import Sampling
 from dsjax.parallel import processes, replicas
 from dsjax.train import hyperparameters, plots, workdir
 from dsjax.train.evaluate import Evaluation, evaluate
-from dsjax.train.report import Display
+from dsjax.train.report import described
 from dsjax.train.setup import Run, prepare
 from dsjax.train.signals import StopRequest
 from dsjax.train.step import restored_model
@@ -81,7 +82,7 @@ def _train(config: Config, folder: Path, command: str, console: Console) -> int:
         return 0
     if processes.is_first():
         (folder / "summary.json").unlink(missing_ok=True)
-    with StopRequest() as stop, Display(console, total_steps=config.train.steps) as display:
+    with StopRequest() as stop, Display(console) as display:
         run = prepare(config, folder, display, stop)
         try:
             _run_steps(run)
@@ -119,7 +120,7 @@ def _run_steps(run: Run) -> None:
             _settle(run, on_the_way, leave=0)
             run.train_step.compile(run.state, batch, knobs)
             run.stop.defer()
-            run.display.start_steps(run.step)
+            run.display.start_steps(run.step, train.steps)
             run.meter.start()
         run.state, metrics = run.train_step(run.state, batch, knobs)
         on_the_way.append((index, metrics, processes.highest(run.stop.exit_code or 0)))
@@ -208,7 +209,7 @@ def _log(run: Run, loss: float, grad_norm: float, metrics: dict[str, jax.Array])
         "skipped_steps": run.faults.skipped,
     }
     run.metrics.write(line)
-    run.display.log(line)
+    run.display.log(run.step, *described(line), line["step_seconds"])
 
 
 def _evaluate(run: Run, rows: Sequence[int], **options: Any) -> Evaluation | None:
@@ -305,7 +306,7 @@ def _finish(run: Run) -> dict[str, Any] | None:
         "peak": run.peak.source,
         "sample": sample,
     }
-    workdir.write_json(run.folder / "summary.json", summary)
+    write_json(run.folder / "summary.json", summary)
     return summary
 
 

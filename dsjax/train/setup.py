@@ -17,6 +17,7 @@ from dsjax.config import Config
 from dsjax.data.corpus import Corpus, Progress, prepare_corpus
 from dsjax.data.loader import Loader
 from dsjax.data.packing import HeldoutSequences, PackedSequences, heldout_sequences
+from dsjax.display import Display
 from dsjax.kernels.target import Target, tokamax
 from dsjax.model.flops import train_flops_per_token
 from dsjax.parallel import processes
@@ -28,7 +29,7 @@ from dsjax.train.batches import batch_sharding, held_rows, place_all, place_held
 from dsjax.train.evaluate import scorer
 from dsjax.train.expert_load import ExpertLoad
 from dsjax.train.faults import Faults
-from dsjax.train.report import Display, Metrics
+from dsjax.train.report import Metrics
 from dsjax.train.signals import StopRequest
 from dsjax.train.step import TrainState, abstract_state, initial_state, train_step
 from dsjax.train.throughput import Meter, Peak, peak_flops

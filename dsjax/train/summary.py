@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from dsjax import tables
-from dsjax.train.report import duration
+from dsjax.display import duration
 
 LARGEST_TEXT = 32 << 20  # bytes; xz takes a minute for as much
 

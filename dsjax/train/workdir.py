@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import functools
 import importlib.metadata
-import json
 import os
 import platform
 import socket
@@ -18,8 +17,8 @@ from typing import Any
 import jax
 
 from dsjax import settings
-from dsjax.command import writing
 from dsjax.config import Config
+from dsjax.files import read_json, write_json
 
 # Keys that a resumed run may change, because what has been trained so far stays what it was.
 _FREE = (
@@ -100,8 +99,8 @@ def check_shared(workdir: Path) -> None:
 
 def _check_same_run(path: Path, wanted: dict[str, Any]) -> None:
     try:
-        stored = flatten(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError) as error:
+        stored = flatten(read_json(path))
+    except ValueError as error:
         raise ValueError(
             f"{path} is not the config of a run ({error}); use another --workdir"
         ) from error
@@ -183,11 +182,3 @@ def git_commit(folder: Path) -> str | None:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Writes `values` so that a reader finds the old file or the new one, never half of one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with writing(partial):
-        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)

@@ -36,9 +36,9 @@ import numpy as np
 from dsjax.checkpoint import names
 from dsjax.checkpoint.hf_config import to_hf
 from dsjax.checkpoint.hf_folder import FLOAT32, FP8, scale_name, scale_shape
-from dsjax.checkpoint.progress import size
 from dsjax.checkpoint.tensor_files import plan_shards, write_index, write_shard
 from dsjax.config import ModelConfig
+from dsjax.display import size
 from dsjax.files import write_json
 from dsjax.settings import load_config
 
@@ -121,7 +121,7 @@ _IMPORT = """
 import json, pathlib, sys, time
 from rich.console import Console
 from dsjax.checkpoint.importing import import_checkpoint
-from dsjax.checkpoint.progress import Transfer
+from dsjax.display import Transfer
 source, target, dtype = sys.argv[1:]
 with Transfer(Console(stderr=True)) as progress:
     started = time.perf_counter()

@@ -11,7 +11,8 @@ from rich.console import Console
 from dsjax.checkpoint import manifest
 from dsjax.checkpoint.exporting import export_checkpoint
 from dsjax.checkpoint.importing import import_checkpoint
-from dsjax.checkpoint.progress import Converted, Transfer
+from dsjax.checkpoint.staging import Converted
+from dsjax.display import Transfer
 
 
 def bring_in(source: Path, target: Path, dtype: str = "keep") -> Converted:

@@ -51,7 +51,7 @@ class Counter:
 def main(module: str, function: str, source: str, target: str, *points: str) -> None:
     from rich.console import Console
 
-    from dsjax.checkpoint.progress import Transfer
+    from dsjax.display import Transfer
 
     convert = getattr(importlib.import_module(module), function)
     progress = Transfer(Console(file=io.StringIO()))

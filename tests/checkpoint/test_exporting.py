@@ -14,8 +14,8 @@ from dsjax.checkpoint.exporting import export_checkpoint
 from dsjax.checkpoint.hf_config import from_hf
 from dsjax.checkpoint.hf_folder import FP8, open_hf, scale_name
 from dsjax.checkpoint.load import open_checkpoint
-from dsjax.checkpoint.progress import Transfer
 from dsjax.checkpoint.tensor_files import MAX_SHARD_BYTES, open_folder, plan_shards
+from dsjax.display import Transfer
 from dsjax.files import write_json
 from dsjax.text.tokenizer import BOS, EOS, PAD, load_tokenizer, train_tokenizer
 from tests import closeness

@@ -13,7 +13,7 @@ from dsjax import settings
 from dsjax.checkpoint.hf_config import from_hf, to_hf
 from dsjax.checkpoint.importing import import_checkpoint
 from dsjax.checkpoint.inspection import implied_by, print_summary, summarize
-from dsjax.checkpoint.progress import Transfer
+from dsjax.display import Transfer
 from dsjax.files import write_json
 from tests.checkpoint.hf_files import in_fp8, plain, quantization, write
 from tests.checkpoint.runs import write_run

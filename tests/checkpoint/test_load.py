@@ -24,8 +24,8 @@ from dsjax.checkpoint.hf_folder import scale_name
 from dsjax.checkpoint.importing import import_checkpoint
 from dsjax.checkpoint.inspection import summarize
 from dsjax.checkpoint.load import open_checkpoint
-from dsjax.checkpoint.progress import Transfer
 from dsjax.checkpoint.tensor_files import TensorFolder
+from dsjax.display import Transfer
 from dsjax.parallel.mesh import make_mesh
 from tests.checkpoint import hf_files
 from tests.checkpoint.conversions import quiet, seal

@@ -21,8 +21,8 @@ from dsjax.checkpoint.exporting import export_checkpoint
 from dsjax.checkpoint.hf_folder import scale_name
 from dsjax.checkpoint.importing import import_checkpoint
 from dsjax.checkpoint.load import open_checkpoint
-from dsjax.checkpoint.progress import Transfer
 from dsjax.checkpoint.tensor_files import open_folder
+from dsjax.display import Transfer
 from dsjax.generate.engine import Engine, Request
 from dsjax.generate.sampling import Sampling
 from dsjax.model.transformer import Transformer

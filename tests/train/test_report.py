@@ -1,11 +1,9 @@
 """The files and the lines of a run's report."""
 
 import dataclasses
-import io
 import json
 
 import pytest
-from rich.console import Console
 
 from dsjax.config import Config, DataConfig, ModelConfig, TrainConfig
 from dsjax.train import report
@@ -65,6 +63,14 @@ def test_metrics_writes_tensorboard(tmp_path):
     assert b"train/loss" in events.read_bytes() and b"speed/mfu" in events.read_bytes()
 
 
+def test_line_is_described_in_short_and_in_full():
+    assert report.described(LINE) == (
+        "loss 2.500  4,096 tokens/s",
+        "loss 2.5000  mtp 2.7500  grad_norm 1.000  lr 0.001  max_violation 0.50  "
+        "4,096 tokens/s  mfu 25.0%",
+    )
+
+
 def test_metrics_says_how_to_get_wandb(tmp_path, monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(name)
@@ -75,41 +81,3 @@ def test_metrics_says_how_to_get_wandb(tmp_path, monkeypatch):
         ValueError, match=r"train\.wandb_project=deep needs the package wandb; install it"
     ):
         report.Metrics(tmp_path, config, first_step=0)
-
-
-def test_display_logs_one_plain_line_without_a_terminal():
-    output = io.StringIO()
-    with report.Display(Console(file=output, width=200), total_steps=8) as display:
-        display.start_steps(0)
-        display.log(LINE)
-    assert output.getvalue().split("\n") == [
-        "step 4/8  loss 2.5000  mtp 2.7500  grad_norm 1.000  lr 0.001  max_violation 0.50  "
-        "4,096 tokens/s  mfu 25.0%  eta 0:08",
-        "",
-    ]
-
-
-def test_display_shows_a_bar_on_a_terminal():
-    output = io.StringIO()
-    console = Console(file=output, width=120, force_terminal=True)
-    with report.Display(console, total_steps=8) as display:
-        display.start_steps(2)
-        display.step(4)
-        display.log(LINE)
-    assert "4/8" in output.getvalue() and "loss 2.500  4,096 tokens/s" in output.getvalue()
-
-
-def test_display_counts_in_quarters_without_a_terminal():
-    output = io.StringIO()
-    with report.Display(Console(file=output), total_steps=8) as display:
-        show = display.counting("tokenizing")
-        for done in range(0, 101, 5):
-            show(done, 100)
-    assert output.getvalue().split() == [
-        word for n in (0, 25, 50, 75, 100) for word in ("tokenizing:", f"{n}%")
-    ]
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(3725.0, "1:02:05"), (59.6, "1:00"), (5, "0:05")])
-def test_duration_reads_as_a_clock(seconds, text):
-    assert report.duration(seconds) == text

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
-from dsjax.train import loop, report, setup
+from dsjax.display import Display
+from dsjax.train import loop, setup
 from dsjax.train.signals import StopRequest
 from tests.checkpoint.damage import with_flipped_bit
 
@@ -45,7 +46,7 @@ def config(tmp_path_factory):
 
 def prepare(config, folder):
     output = io.StringIO()
-    display = report.Display(Console(file=output, width=150), total_steps=config.train.steps)
+    display = Display(Console(file=output, width=150))
     return setup.prepare(config, folder, display, StopRequest()), output
 
 

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 
@@ -153,20 +151,3 @@ def test_lock_ends_with_a_process_that_is_killed(tmp_path):
         process.kill()
     with workdir.locked(tmp_path):
         pass
-
-
-def test_full_disk_leaves_the_old_file_and_is_named(tmp_path):
-    """A file size limit makes the kernel refuse to write, as a full disk does."""
-    path = tmp_path / "summary.json"
-    workdir.write_json(path, {"loss": 1.0})
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-        with pytest.raises(OSError) as error:
-            workdir.write_json(path, {"text": "x" * 1000})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert "summary.json" in error.value.filename
-    assert json.loads(path.read_text()) == {"loss": 1.0}
