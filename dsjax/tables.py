@@ -60,7 +60,7 @@ def figures(title: str, rows: Iterable[Sequence[object]]) -> Table:
     return table(title, ("", ">"), rows)
 
 
-def cell(value: object) -> str:
+def cell(value: Any) -> str:
     """Writes a whole number with separators, a shape as 2 x 3, and None as a dash."""
     if value is None:
         return "-"

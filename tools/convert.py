@@ -53,14 +53,14 @@ def execute(arguments: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     from rich.console import Console
 
-    options: dict[str, Any] = {}
-    if "override" in arguments:
-        options["overrides"] = dict(arguments.override)
+    more: dict[str, Any] = (
+        {"overrides": dict(arguments.override)} if "override" in arguments else {}
+    )
     if arguments.command == "inspect":
         from dsjax import tables
         from dsjax.checkpoint import inspection
 
-        summary = inspection.summarize(arguments.source, expect=arguments.expect, **options)
+        summary = inspection.summarize(arguments.source, expect=arguments.expect, **more)
         return tables.show(summary, inspection.print_summary, as_json=arguments.json)
     if arguments.command == "import":
         from dsjax.checkpoint.importing import import_checkpoint as convert
@@ -69,8 +69,8 @@ def execute(arguments: argparse.Namespace) -> None:
     from dsjax.display import Transfer
 
     with Transfer(Console()) as progress:
-        options["dtype"] = arguments.dtype
-        done = convert(arguments.source, arguments.target, progress=progress, **options)
+        more["dtype"] = arguments.dtype
+        done = convert(arguments.source, arguments.target, progress=progress, **more)
         progress.say(f"{done}; all in {arguments.target}")
         progress.say(
             f"next: python tools/{_NEXT[arguments.command]} {shlex.quote(str(arguments.target))}"
