@@ -19,7 +19,6 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 from dsjax import command
 
@@ -53,9 +52,7 @@ def execute(arguments: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     from rich.console import Console
 
-    more: dict[str, Any] = (
-        {"overrides": dict(arguments.override)} if "override" in arguments else {}
-    )
+    more = {"overrides": dict(arguments.override)} if "override" in arguments else {}
     if arguments.command == "inspect":
         from dsjax import tables
         from dsjax.checkpoint import inspection
@@ -68,13 +65,11 @@ def execute(arguments: argparse.Namespace) -> None:
         from dsjax.checkpoint.exporting import export_checkpoint as convert
     from dsjax.display import Transfer
 
+    source, target = arguments.source, arguments.target
     with Transfer(Console()) as progress:
-        more["dtype"] = arguments.dtype
-        done = convert(arguments.source, arguments.target, progress=progress, **more)
-        progress.say(f"{done}; all in {arguments.target}")
-        progress.say(
-            f"next: python tools/{_NEXT[arguments.command]} {shlex.quote(str(arguments.target))}"
-        )
+        done = convert(source, target, dtype=arguments.dtype, progress=progress, **more)
+        progress.say(f"{done}; all in {target}")
+        progress.say(f"next: python tools/{_NEXT[arguments.command]} {shlex.quote(str(target))}")
 
 
 if __name__ == "__main__":
