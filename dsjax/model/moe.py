@@ -25,7 +25,8 @@ from dsjax.model.router import Router, Routing
 from dsjax.parallel import expert_parallel
 from dsjax.parallel.expert_parallel import gather_weight
 from dsjax.parallel.routing_plan import count
-from dsjax.parallel.sharding import Specs, on_shards, partition_spec, parts_here, split_axes
+from dsjax.parallel.sharding import partition_spec, parts_here, split_axes
+from dsjax.parallel.shards import Specs, on_shards
 from dsjax.precision.activations import swiglu_grouped_linear
 from dsjax.precision.matmul import grouped_linear
 from dsjax.precision.policy import Policy

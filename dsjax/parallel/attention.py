@@ -7,7 +7,8 @@ from jax.sharding import AbstractMesh
 
 from dsjax.kernels.attention import causal_attention
 from dsjax.kernels.target import Target
-from dsjax.parallel.sharding import Specs, on_shards, partition_spec
+from dsjax.parallel.sharding import partition_spec
+from dsjax.parallel.shards import Specs, on_shards
 
 
 def attend_here(

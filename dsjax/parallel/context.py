@@ -28,7 +28,8 @@ from dsjax.kernels.target import Target
 from dsjax.kernels.tiled_attention import Segments, Tiles, tiled_attention
 from dsjax.kernels.varying import vary_as
 from dsjax.parallel.attention import attend_here
-from dsjax.parallel.sharding import constrain, on_shards, partition_spec, parts, parts_here
+from dsjax.parallel.sharding import constrain, partition_spec, parts, parts_here
+from dsjax.parallel.shards import on_shards
 
 _AXIS = "context"
 _MOST_BLOCK = 512  # queries of a tile

@@ -4,18 +4,16 @@ A parameter names its dimensions where it is declared; an activation names them 
 through `constrain`. Both are looked up here and nowhere else.
 
 The compiler splits the rest of the program accordingly. Where collectives are written by hand,
-`on_shards` gives each device its part of the arguments, by the same table.
+`dsjax.parallel.shards.on_shards` gives each device its shard of the arguments, by the same table.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -192,77 +190,3 @@ def split_axes(*logical: str) -> tuple[str, ...]:
     if mesh.empty:
         return ()
     return tuple(name for axis in logical for name in AXIS_TABLE[axis] if mesh.shape[name] > 1)
-
-
-Specs = tuple[Any, Any]  # of arguments and of results: trees of PartitionSpec, or prefixes of them
-
-
-def on_shards(
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    specs: Callable[[AbstractMesh], Specs],
-    *,
-    checked: bool = True,
-) -> Any:
-    """Calls `function` on every device of the current mesh with that device's part of `arguments`.
-
-    Without a mesh it is a plain call. The caller may itself be inside `shard_map` over some axes,
-    as a pipeline's stages are; then the others are split, and the backward pass computes the
-    function again: JAX (0.10) cannot differentiate one `shard_map` inside another.
-
-    Args:
-      specs: gives the PartitionSpecs on a mesh; asked only if there is one.
-      checked: whether JAX checks what differs between devices; a kernel may not be able to say.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    split = {name for name in mesh.axis_names if name not in mesh.manual_axes}
-    if all(mesh.shape[name] == 1 for name in split):
-        return function(*arguments)
-    in_specs, out_specs = specs(mesh)
-    shard_map = partial(jax.shard_map, axis_names=split, check_vma=checked)
-    if not mesh.manual_axes:
-        return shard_map(function, in_specs=in_specs, out_specs=out_specs)(*arguments)
-    return _differentiated_inside(shard_map, function, arguments, in_specs, out_specs)
-
-
-def _differentiated_inside(
-    shard_map: Any, function: Callable[..., Any], arguments: tuple[Any, ...], in_specs, out_specs
-) -> Any:
-    """The sharded call, with a backward pass that is a sharded call of its own."""
-    leaves, tree = jax.tree.flatten(arguments)
-    leaf_specs = tuple(jax.tree.leaves(jax.tree.broadcast(in_specs, arguments)))
-    real = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
-
-    def select(kept: Sequence[bool], values: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(value for value, keep in zip(values, kept, strict=True) if keep)
-
-    def flat(*values: jax.Array) -> Any:
-        return function(*jax.tree.unflatten(tree, values))
-
-    @jax.custom_vjp
-    def call(*values: jax.Array) -> Any:
-        return shard_map(flat, in_specs=leaf_specs, out_specs=out_specs)(*values)
-
-    def backward(values: tuple[jax.Array, ...], cotangent: Any) -> tuple[Any, ...]:
-        wanted = [leaf.dtype != jax.dtypes.float0 for leaf in jax.tree.leaves(cotangent)]
-        result_specs = jax.tree.leaves(jax.tree.broadcast(out_specs, cotangent))
-
-        def pull(values: tuple[jax.Array, ...], cotangents: tuple[jax.Array, ...]) -> Any:
-            def of_real(*chosen: jax.Array) -> tuple[jax.Array, ...]:
-                given = iter(chosen)
-                full = [next(given) if r else v for v, r in zip(values, real, strict=True)]
-                return select(wanted, jax.tree.leaves(flat(*full)))
-
-            return jax.vjp(of_real, *select(real, values))[1](cotangents)
-
-        gradients = iter(
-            shard_map(
-                pull,
-                in_specs=(leaf_specs, select(wanted, result_specs)),
-                out_specs=select(real, leaf_specs),
-            )(values, select(wanted, jax.tree.leaves(cotangent)))
-        )
-        return tuple(next(gradients) if r else None for r in real)
-
-    call.defvjp(lambda *values: (call(*values), values), backward)
-    return call(*leaves)

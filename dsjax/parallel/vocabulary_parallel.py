@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from dsjax.parallel.sharding import Specs, on_shards, partition_spec, parts_here, split_axes
+from dsjax.parallel.sharding import partition_spec, parts_here, split_axes
+from dsjax.parallel.shards import Specs, on_shards
 
 
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
