@@ -266,7 +266,7 @@ RIGHT_PRODUCT, RIGHT_COMBINE, RIGHT_NORM = (
     routing_plan.combine,
     layers.rms_norm,
 )
-RIGHT_ATTENTION, RIGHT_UPDATE = context.attend_here, balance.update_bias
+RIGHT_ATTENTION, RIGHT_UPDATE = context.sharded_attention, balance.update_bias
 RIGHT_SHIFT, RIGHT_MASK_OF_TARGETS = transformer.shift_left, loss.target_mask
 
 
@@ -329,9 +329,9 @@ MUTATIONS = [
     Mutation(7, "norms of a layer swapped", LLAMA_LOGITS,
              edit=_swap("dense_layers", (), "attn_norm", "ffn_norm")),
     Mutation(7, "no key bias", QWEN2_ATTENTION, edit=_no_key_bias),
-    Mutation(7, "key heads tiled, not repeated", LLAMA_ATTENTION, context, "attend_here",
+    Mutation(7, "key heads tiled, not repeated", LLAMA_ATTENTION, context, "sharded_attention",
              _tile_key_heads),
-    Mutation(7, "one later token visible", V3_ATTENTION, context, "attend_here",
+    Mutation(7, "one later token visible", V3_ATTENTION, context, "sharded_attention",
              _attend_to_one_later),
     Mutation(8, "wrong sign", BIAS_UPDATE, balance, "update_bias", _update_backwards),
     Mutation(8, "step by the difference", BIAS_UPDATE, balance, "update_bias",

@@ -27,7 +27,7 @@ from jax.sharding import AbstractMesh, Mesh
 from dsjax.kernels.target import Target
 from dsjax.kernels.tiled_attention import Segments, Tiles, tiled_attention
 from dsjax.kernels.varying import vary_as
-from dsjax.parallel.attention import attend_here
+from dsjax.parallel.sharded_attention import sharded_attention
 from dsjax.parallel.sharding import constrain, partition_spec, parts, parts_here
 from dsjax.parallel.shards import on_shards
 
@@ -114,7 +114,7 @@ def attend(
     """
     if parts_here("length") == 1:
         k_BTPH, v_BTPW = expand(*kept, weights)
-        return attend_here(q_BTNH, k_BTPH, v_BTPW, segment_ids_BT, scale=scale, target=target)
+        return sharded_attention(q_BTNH, k_BTPH, v_BTPW, segment_ids_BT, scale=scale, target=target)
 
     def specs(mesh: AbstractMesh):
         def spec(x: jax.Array, *axes: str):
@@ -128,11 +128,11 @@ def attend(
         segments = None if segment_ids_BT is None else spec(segment_ids_BT, "batch", "length")
         return (q, tokens, heads, segments), q
 
-    attention = functools.partial(_attend_here, expand=expand, scale=scale)
+    attention = functools.partial(_attend_shard, expand=expand, scale=scale)
     return on_shards(attention, (q_BTNH, kept, weights, segment_ids_BT), specs)
 
 
-def _attend_here(
+def _attend_shard(
     q_btNH: jax.Array,
     kept: tuple[jax.Array, ...],
     weights: Any,

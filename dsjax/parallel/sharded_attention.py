@@ -11,7 +11,7 @@ from dsjax.parallel.sharding import partition_spec
 from dsjax.parallel.shards import Specs, on_shards
 
 
-def attend_here(
+def sharded_attention(
     q_BTNH: jax.Array,
     k_BTPH: jax.Array,
     v_BTPW: jax.Array,

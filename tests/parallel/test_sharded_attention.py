@@ -9,8 +9,8 @@ import pytest
 
 from dsjax.kernels import attention as kernels
 from dsjax.kernels.target import Target
-from dsjax.parallel.attention import attend_here
 from dsjax.parallel.mesh import make_mesh
+from dsjax.parallel.sharded_attention import sharded_attention
 from tests.closeness import F32, assert_close
 
 
@@ -29,7 +29,7 @@ def test_attention_of_each_device_is_that_of_all(interpreted):
     weights = jnp.asarray(rng.normal(size=(4, 128, 4, 16)), jnp.float32)
 
     def total(q, k, v, target):
-        out = attend_here(q, k, v, segments, scale=0.3, target=target)
+        out = sharded_attention(q, k, v, segments, scale=0.3, target=target)
         return (out * weights).sum(), out
 
     gradient = jax.grad(total, (0, 1, 2), has_aux=True)
@@ -48,4 +48,4 @@ def test_heads_that_do_not_divide_are_refused():
         jax.set_mesh(make_mesh({"data": 4, "tensor": 2})),
         pytest.raises(ValueError, match=r"attention: dimension heads=1 .* mesh.tensor=2"),
     ):
-        attend_here(q, kv, kv, None, scale=0.3, target=Target("tpu"))
+        sharded_attention(q, kv, kv, None, scale=0.3, target=Target("tpu"))
