@@ -22,9 +22,10 @@ from flax import nnx
 
 from dsjax import settings
 from dsjax.config import Config, PrecisionConfig
+from dsjax.model.transformer import Transformer
 from dsjax.parallel.mesh import make_mesh
-from dsjax.train import optimizer
-from dsjax.train.step import abstract_state, declared_model, split
+from dsjax.train.optimizer import adamw
+from dsjax.train.step import TrainState, abstract_state, declared_model, split
 
 MODELS = {
     "small without MTP, 16 x 2048 tokens": (
@@ -54,10 +55,18 @@ PRECISIONS = {
 GIB = 1024**3
 
 
+def _declared(config: Config) -> Transformer:
+    return declared_model(config.model, config.precision)
+
+
+def _state(config: Config) -> TrainState:
+    mesh = make_mesh({"data": 1}, n_devices=1)
+    return abstract_state(_declared(config), adamw(config.optim), mesh)
+
+
 def forward_bytes(config: Config) -> int:
     """What a forward pass keeps for its backward pass besides weights."""
-    state = abstract_state(config, make_mesh({"data": 1}, n_devices=1))
-    structure, *_ = split(declared_model(config))
+    state, structure = _state(config), split(_declared(config))[0]
     shape = (config.train.batch_size, config.data.sequence_length)
 
     def kept(params: nnx.State, router: nnx.State, tokens_BT: jax.Array) -> list[jax.Array]:
@@ -78,8 +87,7 @@ def forward_bytes(config: Config) -> int:
 
 
 def optimizer_bytes(config: Config) -> int:
-    state = abstract_state(config, make_mesh({"data": 1}, n_devices=1))
-    return result_bytes(optimizer.adamw(config.optim).init, state.params)
+    return result_bytes(adamw(config.optim).init, _state(config).params)
 
 
 def result_bytes(function: Callable[..., Any], *operands: Any) -> int:

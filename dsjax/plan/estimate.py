@@ -50,7 +50,7 @@ def reckon(config: Config, mesh: AbstractMesh, program: Program, step: str) -> E
 
 
 def _weights(config: Config, mesh: AbstractMesh) -> _Weights:
-    declared = declarations(declared_model(config))
+    declared = declarations(declared_model(config.model, config.precision))
     layers: dict[str, float] = {}
     kept = gathered = head = 0.0
     for parameter in declared:

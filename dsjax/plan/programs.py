@@ -19,6 +19,8 @@ from dsjax.model.parameters import shardings
 from dsjax.parallel.sharding import partition_spec
 from dsjax.train import pipelined_step
 from dsjax.train.batches import batch_sharding
+from dsjax.train.loss import pretraining
+from dsjax.train.optimizer import adamw
 from dsjax.train.step import abstract_state, declared_model, train_step
 
 
@@ -59,7 +61,9 @@ def train(config: Config, mesh: Mesh | AbstractMesh, target: Target) -> Program:
     rows, batch_size = config.micro_batch_size, config.train.batch_size
     shape = (batch_size // rows, rows, config.data.sequence_length + 1)
     sharding = batch_sharding(shape, mesh)
-    state = abstract_state(config, mesh)
+    declared = declared_model(config.model, config.precision, target)
+    optimizer = adamw(config.optim)
+    state = abstract_state(declared, optimizer, mesh)
     batch = {
         name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
         for name in ("tokens", "segment_ids")
@@ -71,7 +75,7 @@ def train(config: Config, mesh: Mesh | AbstractMesh, target: Target) -> Program:
     }
     placement = jax.tree.map(lambda leaf: leaf.sharding, state)
     return Program(
-        train_step(config, target),
+        train_step(declared, optimizer, pretraining(config), schedule=config.mesh.schedule),
         (state, batch, knobs),
         (0,),
         (placement, None),
@@ -88,7 +92,7 @@ def decode(config: Config, mesh: Mesh | AbstractMesh, target: Target) -> Program
     Raises:
       ValueError: parameters or sequences do not divide over the mesh.
     """
-    declared = declared_model(config, target)
+    declared = declared_model(config.model, config.precision, target)
     rows, length = config.micro_batch_size, config.data.sequence_length
 
     def weights(variable: Any, placed: Any) -> Any:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dsjax.config import Config
 from dsjax.data.packing import HeldoutSequences
+from dsjax.model.transformer import Transformer
 from dsjax.parallel.context import arrange
 from dsjax.train.loss import cross_entropy, target_mask
 from dsjax.train.step import TrainState, restored_model
@@ -24,18 +24,22 @@ class Evaluation(NamedTuple):
 
 
 def scorer(
-    config: Config,
+    declared: Transformer, *, isolate: bool, chunk: int
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:
     """Builds (state, batch) -> (summed loss in nats, number of targets), to be jitted.
 
     The batch is `tokens` and `segment_ids`, int32 [B, T + 1]. The main model alone, without MTP and
     balance losses.
+
+    Args:
+      declared: the model without values.
+      isolate: whether documents of a row are kept apart.
+      chunk: as in `cross_entropy`.
     """
 
     def score(state: TrainState, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        model = restored_model(config, state)
+        model = restored_model(declared, state)
         tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-        isolate = config.data.isolate_documents
         hidden = model.hidden(tokens[:, :-1], segment_ids[:, :-1], isolate=isolate, mtp=False)
         mask_BT = target_mask(segment_ids, 1, isolate)
         nats = cross_entropy(
@@ -44,7 +48,7 @@ def scorer(
             arrange(tokens[:, 1:]),
             arrange(mask_BT),
             model.policy,
-            config.train.loss_chunk,
+            chunk,
         )
         return nats, mask_BT.sum()
 

@@ -38,7 +38,7 @@ from dsjax.train.evaluate import Evaluation, evaluate
 from dsjax.train.report import described
 from dsjax.train.setup import Run, prepare
 from dsjax.train.signals import StopRequest
-from dsjax.train.step import restored_model
+from dsjax.train.step import declared_model, restored_model
 from dsjax.train.summary import compressed_bits_per_byte, print_summary
 
 _PROMPT_TOKENS = 32  # of a held-out document, for the sample at the end
@@ -329,6 +329,7 @@ def _sample(run: Run) -> dict[str, str] | None:
         Sampling(temperature=0.7, top_p=0.95, seed=run.config.train.seed % 2**32),
     )
     completion: list[int] = []
-    for (new,) in Engine(restored_model(run.config, run.state)).generate([request]):
+    declared = declared_model(run.config.model, run.config.precision)
+    for (new,) in Engine(restored_model(declared, run.state)).generate([request]):
         completion += new
     return {"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(completion)}

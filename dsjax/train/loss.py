@@ -1,4 +1,4 @@
-"""The training loss: next-token cross-entropy, multi-token prediction and balance.
+"""The objective of pre-training: next-token cross-entropy, multi-token prediction and balance.
 
 The logits of a batch never exist at once. `cross_entropy` walks over chunks of positions; since the
 loss is a plain sum, each chunk's gradient is known as soon as its logits are, so the forward pass
@@ -13,8 +13,6 @@ writes it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,33 +23,7 @@ from dsjax.model.transformer import Hidden, Transformer
 from dsjax.parallel.context import arrange, pieces
 from dsjax.parallel.sharding import at_use, into_parts, parts_here
 from dsjax.precision.policy import Policy
-
-
-class Losses(NamedTuple):
-    """Sums over a micro-batch; dividing is left to whoever knows the whole batch."""
-
-    main: jax.Array  # float32, nats over the main model's targets
-    main_targets: jax.Array  # float32
-    mtp: jax.Array  # float32, nats over all depths' targets
-    mtp_targets: jax.Array  # float32
-    balance: jax.Array  # float32, weighted, summed over layers, averaged over tokens
-    dropped_tokens: jax.Array  # int32
-    counts_LE: jax.Array | None  # int32, tokens of each expert
-
-
-def sum_over_micro_batches(function: Callable[[Any], Any], batch: Any) -> Any:
-    """Adds up a function's values over the leading dimension, one micro-batch at a time."""
-    first = jax.tree.map(lambda x: x[0], batch)
-    if jax.tree.leaves(batch)[0].shape[0] == 1:
-        return function(first)
-    zeros = jax.tree.map(
-        lambda value: jnp.zeros(value.shape, value.dtype), jax.eval_shape(function, first)
-    )
-    return jax.lax.scan(
-        lambda total, micro_batch: (jax.tree.map(jnp.add, total, function(micro_batch)), None),
-        zeros,
-        batch,
-    )[0]
+from dsjax.train.objective import Batch, ForwardPass, Knobs, Metrics, Objective, Weights
 
 
 def target_mask(segment_ids_BX: jax.Array, ahead: int, isolate: bool) -> jax.Array:
@@ -173,52 +145,53 @@ def _hits(targets: jax.Array, vocab_size: int) -> jax.Array:
     return jnp.arange(vocab_size, dtype=targets.dtype)[None, None] == targets[..., None]
 
 
-def losses(model: Transformer, batch: dict[str, jax.Array], config: Config) -> Losses:
-    """Runs the model on a micro-batch and sums its losses.
+def pretraining(config: Config) -> Objective:
+    """Next-token prediction, MTP and balance losses.
 
-    Args:
-      batch: `tokens` and `segment_ids`, int32 [B, T + 1]; position t predicts token t + 1.
+    Its knobs are `mtp_weight`, and its sums `main` and `mtp` (nats over the targets of the main
+    model and of all MTP depths) with their counts `main_targets` and `mtp_targets`. Position t of a
+    batch predicts token t + 1.
     """
-    tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-    hidden = model.hidden(
-        tokens[:, :-1],
-        segment_ids[:, :-1],
-        isolate=config.data.isolate_documents,
-        balance=BalanceWeights.of(config),
-        remat=config.train.remat,
-    )
-    return losses_of_hidden(model, hidden, batch, config)
-
-
-def losses_of_hidden(
-    model: Transformer, hidden: Hidden, batch: dict[str, jax.Array], config: Config
-) -> Losses:
-    """Sums the losses of a micro-batch whose forward pass is done; `model` gives the head."""
-    tokens, segment_ids = batch["tokens"], batch["segment_ids"]
     isolate, chunk = config.data.isolate_documents, config.train.loss_chunk
-    weight = model.head_weight()
+    n_mtp = config.model.n_mtp
 
-    def nll(hidden_BTD: jax.Array, ahead: int) -> tuple[jax.Array, jax.Array]:
-        mask_BT = target_mask(segment_ids, ahead, isolate)
-        targets_BT = jnp.pad(tokens[:, ahead:], ((0, 0), (0, ahead - 1)))
-        total = cross_entropy(
-            hidden_BTD, weight, arrange(targets_BT), arrange(mask_BT), model.policy, chunk
-        )
-        return total, mask_BT.sum().astype(jnp.float32)
+    def weights(batch: Batch, knobs: Knobs) -> Weights:
+        n_micro_batches, rows, _ = (segment_ids := batch["segment_ids"]).shape
+        mask = target_mask(segment_ids.reshape(n_micro_batches * rows, -1), 1, isolate)
+        targets = mask.reshape(n_micro_batches, -1).sum(axis=1).astype(jnp.float32)
+        n_targets = jnp.maximum(targets.sum(), 1.0)
+        main = jnp.broadcast_to(1.0 / n_targets, targets.shape)
+        mtp = knobs["mtp_weight"] / max(n_mtp, 1) * main
+        return Weights({"main": main, "mtp": mtp}, targets / n_targets)
 
-    main, main_targets = nll(hidden.main_BTD, 1)
-    mtp = mtp_targets = jnp.float32(0)
-    modules = [] if hidden.mtp_DBTD is None else hidden.mtp_DBTD
-    for depth, hidden_BTD in enumerate(modules, start=1):
-        depth_nll, depth_targets = nll(hidden_BTD, depth + 1)
-        mtp, mtp_targets = mtp + depth_nll, mtp_targets + depth_targets
-    routing = hidden.routing
-    return Losses(
-        main,
-        main_targets,
-        mtp,
-        mtp_targets,
-        routing.balance_loss.sum() if routing else jnp.float32(0),
-        routing.dropped_tokens.sum() if routing else jnp.int32(0),
-        routing.counts_E if routing else None,
-    )
+    def sums(
+        model: Transformer, hidden: Hidden, batch: Batch, knobs: Knobs
+    ) -> dict[str, jax.Array]:
+        tokens, segment_ids = batch["tokens"], batch["segment_ids"]
+        weight = model.head_weight()
+
+        def nll(hidden_BTD: jax.Array, ahead: int) -> tuple[jax.Array, jax.Array]:
+            mask_BT = target_mask(segment_ids, ahead, isolate)
+            targets_BT = jnp.pad(tokens[:, ahead:], ((0, 0), (0, ahead - 1)))
+            total = cross_entropy(
+                hidden_BTD, weight, arrange(targets_BT), arrange(mask_BT), model.policy, chunk
+            )
+            return total, mask_BT.sum().astype(jnp.float32)
+
+        main, main_targets = nll(hidden.main_BTD, 1)
+        mtp = mtp_targets = jnp.float32(0)
+        modules = [] if hidden.mtp_DBTD is None else hidden.mtp_DBTD
+        for depth, hidden_BTD in enumerate(modules, start=1):
+            depth_nll, depth_targets = nll(hidden_BTD, depth + 1)
+            mtp, mtp_targets = mtp + depth_nll, mtp_targets + depth_targets
+        counts = {"main_targets": main_targets, "mtp_targets": mtp_targets}
+        return {"main": main, "mtp": mtp, **counts}
+
+    def metrics(sums: dict[str, jax.Array]) -> Metrics:
+        return {
+            "loss": sums["main"] / jnp.maximum(sums["main_targets"], 1.0),
+            "mtp_loss": sums["mtp"] / jnp.maximum(sums["mtp_targets"], 1.0),
+        }
+
+    forward = ForwardPass(isolate, n_mtp > 0, BalanceWeights.of(config), config.train.remat)
+    return Objective(forward, weights, sums, metrics)

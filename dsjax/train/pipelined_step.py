@@ -19,15 +19,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from dsjax.config import Config
-from dsjax.model.balance import BalanceWeights
+from dsjax.config import Config, ModelConfig
 from dsjax.model.block import run_layers
 from dsjax.model.layers import RouterState
 from dsjax.model.transformer import Transformer
 from dsjax.parallel import pipeline, schedules
 from dsjax.parallel.timetable import Schedule
 from dsjax.train.hyperparameters import batch_stages
-from dsjax.train.loss import Losses, losses_of_hidden, sum_over_micro_batches
+from dsjax.train.objective import (
+    Batch,
+    Knobs,
+    Objective,
+    Totals,
+    Weights,
+    sum_over_micro_batches,
+    weigh,
+)
 
 Tree = Any
 
@@ -41,13 +48,16 @@ def check(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """
     if mesh.shape[pipeline.PIPE] > 1:
         for _, sequences in batch_stages(config.train):
-            _schedule(config, mesh, sequences // config.micro_batch_size)
+            _schedule(
+                config.model, config.mesh.schedule, mesh, sequences // config.micro_batch_size
+            )
 
 
-def _schedule(config: Config, mesh: Mesh | AbstractMesh, microbatches: int) -> Schedule:
-    ranks, name = mesh.shape[pipeline.PIPE], config.mesh.schedule
+def _schedule(
+    model: ModelConfig, name: str, mesh: Mesh | AbstractMesh, microbatches: int
+) -> Schedule:
+    ranks = mesh.shape[pipeline.PIPE]
     stages = ranks * schedules.stages_per_rank(name)
-    model = config.model
     kind = "MoE" if model.n_moe_layers else "dense"
     layers = model.n_moe_layers or model.n_layers
     if layers % stages:
@@ -73,47 +83,44 @@ def _schedule(config: Config, mesh: Mesh | AbstractMesh, microbatches: int) -> S
 
 def gradients(
     declared: Transformer,
-    config: Config,
+    objective: Objective,
     params: nnx.State,
     router: nnx.State,
-    batch: dict[str, jax.Array],
-    weights: dict[str, jax.Array],
-) -> tuple[nnx.State, Losses]:
+    batch: tuple[Batch, Weights],
+    knobs: Knobs,
+    schedule_name: str,
+) -> tuple[nnx.State, Totals]:
     """Computes what the step without a pipeline sums up over the micro-batches one by one.
 
     Args:
       declared: the model without values.
-      batch: `tokens` and `segment_ids`, int32 [micro-batches, B, T + 1].
-      weights: what each kind of loss counts, float32 [micro-batches]: `main` and `mtp`, of sums,
-        and `balance`, of an average over tokens.
-
-    Returns:
-      the gradients, and the losses with the weighted sum of the balance losses.
+      batch: the batch and its weights, each array [micro-batches, ...].
+      schedule_name: one of `schedules.NAMES`.
     """
     name, mesh = declared.body, jax.sharding.get_abstract_mesh()
-    schedule = _schedule(config, mesh, batch["tokens"].shape[0])
+    schedule = _schedule(declared.config, schedule_name, mesh, batch[0]["tokens"].shape[0])
     body, outer = zip(*(_cut(state, name) for state in (params, router)), strict=True)
     found = pipeline.run(
         schedule,
-        _pieces(declared, config),
+        _pieces(declared, objective, knobs),
         jax.tree.map(lambda x: x.reshape(schedule.n_stages, -1, *x.shape[1:]), body),
         outer,
-        {**batch, **weights},
+        batch,
     )
     body_grads, stage_reports = jax.tree.map(
         lambda x: x.reshape(-1, *x.shape[2:]), (found.stages[0], found.stage_reports)
     )
-    sums = sum_over_micro_batches(lambda report: report, found.reports)
+    totals = sum_over_micro_batches(lambda report: report, found.reports)
     if stage_reports:
         counts_LE = stage_reports["counts"]
-        if sums.counts_LE is not None:
-            counts_LE = jnp.concatenate([counts_LE, sums.counts_LE])
-        sums = sums._replace(
-            balance=sums.balance + stage_reports["balance"].sum(),
-            dropped_tokens=sums.dropped_tokens + stage_reports["dropped_tokens"].sum(),
+        if totals.counts_LE is not None:
+            counts_LE = jnp.concatenate([counts_LE, totals.counts_LE])
+        totals = totals._replace(
+            balance=totals.balance + stage_reports["balance"].sum(),
+            dropped_tokens=totals.dropped_tokens + stage_reports["dropped_tokens"].sum(),
             counts_LE=counts_LE,
         )
-    return nnx.merge_state(found.outer[0], body_grads), sums
+    return nnx.merge_state(found.outer[0], body_grads), totals
 
 
 def _cut(state: nnx.State, body: str) -> tuple[nnx.State, nnx.State]:
@@ -122,19 +129,19 @@ def _cut(state: nnx.State, body: str) -> tuple[nnx.State, nnx.State]:
     return inside, outside
 
 
-def _pieces(declared: Transformer, config: Config) -> pipeline.Pieces:
+def _pieces(declared: Transformer, objective: Objective, knobs: Knobs) -> pipeline.Pieces:
     structure, *whole = nnx.split(declared, nnx.Param, RouterState)
     placeholders = [_cut(state, declared.body)[0] for state in whole]
-    isolate, remat = config.data.isolate_documents, config.train.remat
-    balance = BalanceWeights.of(config)
+    forward = objective.forward
+    balance, remat = forward.balance, forward.remat
 
     def ends(outer: Tree) -> Transformer:
         """The model without values in its body."""
         return _merge(structure, outer, placeholders)
 
-    def read(model: Transformer, inputs: Tree):
-        tokens_BT = inputs["tokens"][:, :-1]
-        return tokens_BT, model.context(tokens_BT, inputs["segment_ids"][:, :-1], isolate)
+    def read(model: Transformer, inputs: tuple[Batch, Weights]):
+        tokens_BT, segment_ids_BT = (inputs[0][name][:, :-1] for name in ("tokens", "segment_ids"))
+        return tokens_BT, model.context(tokens_BT, segment_ids_BT, forward.isolate)
 
     def enter(outer: Tree, inputs: Tree) -> jax.Array:
         model = ends(outer)
@@ -146,7 +153,7 @@ def _pieces(declared: Transformer, config: Config) -> pipeline.Pieces:
         x_BTD, routing = run_layers(layers, x_BTD, read(model, inputs)[1], balance, remat)
         if routing is None:
             return x_BTD, jnp.float32(0), {}
-        weighted_L = routing.balance_loss * inputs["balance"]
+        weighted_L = routing.balance_loss * inputs[1].balance
         report = {
             "balance": weighted_L,
             "counts": routing.counts_E,
@@ -154,13 +161,14 @@ def _pieces(declared: Transformer, config: Config) -> pipeline.Pieces:
         }
         return x_BTD, weighted_L.sum(), report
 
-    def leave(outer: Tree, x_BTD: jax.Array, inputs: Tree) -> tuple[jax.Array, Losses]:
+    def leave(
+        outer: Tree, x_BTD: jax.Array, inputs: tuple[Batch, Weights]
+    ) -> tuple[jax.Array, Totals]:
         model = ends(outer)
-        hidden = model.leave(x_BTD, *read(model, inputs), mtp=True, balance=balance, remat=remat)
-        sums = losses_of_hidden(model, hidden, inputs, config)
-        sums = sums._replace(balance=sums.balance * inputs["balance"])
-        total = sums.main * inputs["main"] + sums.mtp * inputs["mtp"] + sums.balance
-        return total, sums
+        hidden = model.leave(
+            x_BTD, *read(model, inputs), mtp=forward.mtp, balance=balance, remat=remat
+        )
+        return weigh(objective, model, hidden, inputs, knobs)
 
     return pipeline.Pieces(enter, stage, leave)
 

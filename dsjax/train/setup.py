@@ -29,9 +29,17 @@ from dsjax.train.batches import batch_sharding, held_rows, place_all, place_held
 from dsjax.train.evaluate import scorer
 from dsjax.train.expert_load import ExpertLoad
 from dsjax.train.faults import Faults
+from dsjax.train.loss import pretraining
+from dsjax.train.optimizer import adamw
 from dsjax.train.report import Metrics
 from dsjax.train.signals import StopRequest
-from dsjax.train.step import TrainState, abstract_state, initial_state, train_step
+from dsjax.train.step import (
+    TrainState,
+    abstract_state,
+    declared_model,
+    initial_state,
+    train_step,
+)
 from dsjax.train.throughput import Meter, Peak, peak_flops
 
 
@@ -94,7 +102,9 @@ def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -
     batch_sharding((config.micro_batch_size, length + 1), mesh)
     check_length(length, mesh)
     pipelined_step.check(config, mesh)
-    abstract = abstract_state(config, mesh)
+    declared = declared_model(config.model, config.precision)
+    optimizer = adamw(config.optim)
+    abstract = abstract_state(declared, optimizer, mesh)
     placement = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     corpus = corpus_of(config, display.counting("preparing the text"))
     display.say(
@@ -120,6 +130,7 @@ def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -
         loader.restore(record["data"])
     checkpoints = store.Store(folder / "checkpoints", keep=config.train.keep)
     peak = peak_flops(list(mesh.devices.flat))
+    score = scorer(declared, isolate=config.data.isolate_documents, chunk=config.train.loss_chunk)
     return Run(
         config=config,
         folder=folder,
@@ -133,7 +144,7 @@ def prepare(config: Config, folder: Path, display: Display, stop: StopRequest) -
         step=record.get("step", 0),
         seconds_before=record.get("seconds", 0.0),
         train_step=_compiled_step(config, mesh, placement, display),
-        score=Compiled(jax.jit(scorer(config), out_shardings=_everywhere(mesh)), mesh),
+        score=Compiled(jax.jit(score, out_shardings=_everywhere(mesh)), mesh),
         checkpoints=checkpoints,
         metrics=Metrics(folder, config, first_step=record.get("step", 0))
         if processes.is_first()
@@ -180,7 +191,9 @@ def _restore_or_make(
     directory = folder / "checkpoints"
     step = store.newest_whole(directory, set_aside=True, say=display.say)
     if step is None:
-        return initial_state(config, mesh), {}
+        optimizer = adamw(config.optim)
+        declared = declared_model(config.model, config.precision)
+        return initial_state(declared, optimizer, mesh, config.train.seed), {}
     record = store.read_record(directory, step)
     state = store.restore(directory, step, abstract)
     display.say(f"resuming {folder} after step {step} of {config.train.steps}")
@@ -194,8 +207,11 @@ def _restore_or_make(
 
 def _compiled_step(config: Config, mesh: Mesh, placement: TrainState, display: Display) -> Compiled:
     # Without out_shardings the compiler may place the new state where the next step cannot take it.
+    declared = declared_model(config.model, config.precision)
     step = jax.jit(
-        train_step(config),
+        train_step(
+            declared, adamw(config.optim), pretraining(config), schedule=config.mesh.schedule
+        ),
         donate_argnums=0,
         out_shardings=(placement, _everywhere(mesh)),
         compiler_options=compiler_options(Target.here(), mesh.size),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from dsjax.config import Config
+from dsjax.config import ModelConfig, PrecisionConfig
 from dsjax.kernels.target import Target
 from dsjax.model.balance import max_violation, update_bias
 from dsjax.model.layers import RouterState
@@ -25,11 +26,18 @@ from dsjax.model.transformer import Transformer
 from dsjax.parallel.pipeline import PIPE
 from dsjax.parallel.sharding import constrain
 from dsjax.precision.policy import Policy
-from dsjax.train import optimizer, pipelined_step
-from dsjax.train.loss import Losses, losses, sum_over_micro_batches, target_mask
-
-Batch = dict[str, jax.Array]  # tokens and segment_ids, int32 [micro-batches, sequences, T + 1]
-Metrics = dict[str, jax.Array]
+from dsjax.train import pipelined_step
+from dsjax.train.objective import (
+    Batch,
+    Knobs,
+    Metrics,
+    Objective,
+    Totals,
+    Weights,
+    sum_over_micro_batches,
+    weigh,
+)
+from dsjax.train.optimizer import Optimizer
 
 
 @jax.tree_util.register_dataclass
@@ -42,16 +50,17 @@ class TrainState:
     optimizer: Any
 
 
-def declared_model(config: Config, target: Target | None = None) -> Transformer:
+def declared_model(
+    model: ModelConfig, precision: PrecisionConfig, target: Target | None = None
+) -> Transformer:
     """The config's model without values.
 
     Args:
       target: the machine it is compiled for; None: JAX's own devices.
     """
-    precision = config.precision
     fp8 = precision.fp8_scale if precision.fp8 == "on" else None
     policy = Policy(jnp.dtype(precision.compute), target or Target.here(), fp8)
-    return Transformer(config.model, policy)
+    return Transformer(model, policy)
 
 
 def split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:
@@ -60,19 +69,20 @@ def split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:
     return structure, params, router
 
 
-def _make_state(model: Transformer, config: Config, key: jax.Array) -> TrainState:
-    _, params, router = split(initialize(model, key))
-    return TrainState(params, router, optimizer.adamw(config.optim).init(params))
+def _make_state(declared: Transformer, optimizer: Optimizer, key: jax.Array) -> TrainState:
+    _, params, router = split(initialize(declared, key))
+    return TrainState(params, router, optimizer.init(params))
 
 
-def abstract_state(config: Config, mesh: Mesh | AbstractMesh) -> TrainState:
+def abstract_state(
+    declared: Transformer, optimizer: Optimizer, mesh: Mesh | AbstractMesh
+) -> TrainState:
     """The state's shapes, dtypes and shardings, to restore a checkpoint into or to compile for.
 
     Raises:
       ValueError: parameters that do not divide over the mesh.
     """
-    model = declared_model(config)
-    shapes = jax.eval_shape(lambda key: _make_state(model, config, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: _make_state(declared, optimizer, key), jax.random.key(0))
     placement = TrainState(
         shardings(shapes.params, mesh),
         shardings(shapes.router, mesh),
@@ -85,58 +95,58 @@ def abstract_state(config: Config, mesh: Mesh | AbstractMesh) -> TrainState:
     )
 
 
-def initial_state(config: Config, mesh: Mesh) -> TrainState:
-    """Makes the state of step 0, each device its own part; values depend on `train.seed` alone."""
-    model = declared_model(config)
-    placement = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+def initial_state(declared: Transformer, optimizer: Optimizer, mesh: Mesh, seed: int) -> TrainState:
+    """Makes the state of step 0, each device its own part; values depend on the seed alone."""
+    placement = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(declared, optimizer, mesh))
     # It runs once, and an optimised random generator per parameter takes the CPU's compiler longer
     # than it saves.
     options = {"xla_backend_optimization_level": 0} if Target.here().kind == "cpu" else None
     make = jax.jit(
-        lambda key: _make_state(model, config, key),
+        lambda key: _make_state(declared, optimizer, key),
         out_shardings=placement,
         compiler_options=options,
     )
-    return make(jax.random.key(config.train.seed))
+    return make(jax.random.key(seed))
 
 
-def restored_model(config: Config, state: TrainState) -> Transformer:
+def restored_model(declared: Transformer, state: TrainState) -> Transformer:
     """The model with a state's values."""
-    structure, *_ = split(declared_model(config))
+    structure, *_ = split(declared)
     return nnx.merge(structure, state.params, state.router)
 
 
 def train_step(
-    config: Config, target: Target | None = None
-) -> Callable[[TrainState, Batch, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+    declared: Transformer, optimizer: Optimizer, objective: Objective, *, schedule: str = "1f1b"
+) -> Callable[[TrainState, Batch, Knobs], tuple[TrainState, Metrics]]:
     """Builds the step: (state, batch, knobs) -> (state, metrics), to be jitted with the state
     donated.
 
-    Knobs are float32 scalars: `learning_rate`, `mtp_weight`, `bias_update_speed`. Metrics are
-    scalars, but for `expert_load` [MoE layers and MTP modules, E], each expert's share of its
-    layer's assignments. Where loss or gradient is not finite, the state comes back as it was, and
-    `skipped` is true.
+    Knobs are `learning_rate`, `bias_update_speed` (float32 scalars) and what the objective asks
+    for. Metrics are scalars, but for `expert_load` [MoE layers and MTP modules, E], each expert's
+    share of its layer's assignments. Where loss or gradient is not finite, the state comes back as
+    it was, and `skipped` is true.
 
     Args:
-      target: the machine the step is compiled for; None: JAX's own devices.
+      declared: the model without values.
+      schedule: of the pipeline, where the mesh has one.
     """
-    model = declared_model(config, target)
-    adamw = optimizer.adamw(config.optim)
 
-    def step(
-        state: TrainState, batch: Batch, knobs: dict[str, jax.Array]
-    ) -> tuple[TrainState, Metrics]:
-        weights = _loss_weights(batch, knobs["mtp_weight"], config)
+    def step(state: TrainState, batch: Batch, knobs: Knobs) -> tuple[TrainState, Metrics]:
+        weights = objective.weights(batch, knobs)
         pipelined = jax.sharding.get_abstract_mesh().shape.get(PIPE, 1) > 1
-        gradients = pipelined_step.gradients if pipelined else _gradients
-        grads, sums = gradients(model, config, state.params, state.router, batch, weights)
-        params, optimizer_state, grad_norm = adamw.update(
+        gradients = partial(pipelined_step.gradients, schedule_name=schedule)
+        grads, totals = (gradients if pipelined else _gradients)(
+            declared, objective, state.params, state.router, (batch, weights), knobs
+        )
+        params, optimizer_state, grad_norm = optimizer.update(
             grads, state.optimizer, state.params, knobs["learning_rate"]
         )
         router = state.router
-        metrics = _metrics(sums, grad_norm)
-        if sums.counts_LE is not None and config.model.router_bias:
-            router = _update_router(router, sums.counts_LE, knobs["bias_update_speed"], config)
+        metrics = objective.metrics(totals.sums) | _metrics(totals, grad_norm)
+        if totals.counts_LE is not None and declared.config.router_bias:
+            router = _update_router(
+                router, totals.counts_LE, knobs["bias_update_speed"], declared.config.n_moe_layers
+            )
         updated = TrainState(params, router, optimizer_state)
         fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         metrics["skipped"] = ~fine
@@ -147,57 +157,40 @@ def train_step(
     return step
 
 
-def _loss_weights(batch: Batch, mtp_weight: jax.Array, config: Config) -> dict[str, jax.Array]:
-    """What the losses of each micro-batch count in the batch's: float32 [micro-batches]. Those of
-    targets are sums, those of balance averages over the micro-batch.
-    """
-    n_micro_batches, rows, _ = (segment_ids := batch["segment_ids"]).shape
-    mask = target_mask(
-        segment_ids.reshape(n_micro_batches * rows, -1), 1, config.data.isolate_documents
-    )
-    targets = mask.reshape(n_micro_batches, -1).sum(axis=1).astype(jnp.float32)
-    n_targets = jnp.maximum(targets.sum(), 1.0)
-    main = jnp.broadcast_to(1.0 / n_targets, targets.shape)
-    mtp_depths = max(config.model.n_mtp, 1)
-    return {"main": main, "mtp": mtp_weight / mtp_depths * main, "balance": targets / n_targets}
-
-
 def _gradients(
     declared: Transformer,
-    config: Config,
+    objective: Objective,
     params: nnx.State,
     router: nnx.State,
-    batch: Batch,
-    weights: dict[str, jax.Array],
-) -> tuple[nnx.State, Losses]:
-    """The gradients, and the losses with the weighted sum of the balance losses."""
+    batch: tuple[Batch, Weights],
+    knobs: Knobs,
+) -> tuple[nnx.State, Totals]:
     structure, *_ = split(declared)
 
-    def weighted(params: nnx.State, micro_batch: Batch) -> tuple[jax.Array, Losses]:
-        sums = losses(nnx.merge(structure, params, router), micro_batch, config)
-        sums = sums._replace(balance=sums.balance * micro_batch["balance"])
-        total = sums.main * micro_batch["main"] + sums.mtp * micro_batch["mtp"] + sums.balance
-        return total, sums
+    def weighted(params: nnx.State, micro_batch: tuple[Batch, Weights]):
+        model, (inputs, _) = nnx.merge(structure, params, router), micro_batch
+        tokens, segment_ids = inputs["tokens"][:, :-1], inputs["segment_ids"][:, :-1]
+        hidden = model.hidden(tokens, segment_ids, **objective.forward._asdict())
+        return weigh(objective, model, hidden, micro_batch, knobs)
 
-    def micro_step(micro_batch: Batch) -> tuple[nnx.State, Losses]:
-        (_, sums), grads = jax.value_and_grad(weighted, has_aux=True)(params, micro_batch)
-        return grads, sums
+    def micro_step(micro_batch: tuple[Batch, Weights]) -> tuple[nnx.State, Totals]:
+        (_, totals), grads = jax.value_and_grad(weighted, has_aux=True)(params, micro_batch)
+        return grads, totals
 
-    return sum_over_micro_batches(micro_step, {**batch, **weights})
+    return sum_over_micro_batches(micro_step, batch)
 
 
-def _metrics(sums: Losses, grad_norm: jax.Array) -> Metrics:
+def _metrics(totals: Totals, grad_norm: jax.Array) -> Metrics:
+    """What a step reports whatever the objective."""
     metrics = {
-        "loss": sums.main / jnp.maximum(sums.main_targets, 1.0),
-        "mtp_loss": sums.mtp / jnp.maximum(sums.mtp_targets, 1.0),
-        "balance_loss": sums.balance,
+        "balance_loss": totals.balance,
         "grad_norm": grad_norm,
-        "dropped_tokens": sums.dropped_tokens,
+        "dropped_tokens": totals.dropped_tokens,
         "max_violation": jnp.float32(0),
     }
-    if sums.counts_LE is not None:
-        counts_LE = sums.counts_LE.astype(jnp.float32)
-        metrics["max_violation"] = max_violation(sums.counts_LE).mean()
+    if totals.counts_LE is not None:
+        counts_LE = totals.counts_LE.astype(jnp.float32)
+        metrics["max_violation"] = max_violation(totals.counts_LE).mean()
         load_LE = counts_LE / jnp.maximum(counts_LE.sum(axis=-1, keepdims=True), 1.0)
         # Whole on every device, so that every process can read it.
         metrics["expert_load"] = constrain(load_LE, "norm", "norm")
@@ -205,11 +198,15 @@ def _metrics(sums: Losses, grad_norm: jax.Array) -> Metrics:
 
 
 def _update_router(
-    router: nnx.State, counts_LE: jax.Array, speed: jax.Array, config: Config
+    router: nnx.State, counts_LE: jax.Array, speed: jax.Array, n_main: int
 ) -> nnx.State:
-    """Moves every layer's bias; counts list the main stack's layers first, then the MTP modules."""
-    n_main = config.model.n_moe_layers
+    """Moves every layer's bias. Counts list the main stack's layers first, then the MTP modules;
+    those of modules that did not run are absent, and their bias rests.
+    """
     stacks = {"moe_layers": counts_LE[:n_main], "mtp": counts_LE[n_main:]}
-    return jax.tree_util.tree_map_with_path(
-        lambda path, bias_LE: update_bias(bias_LE, stacks[path[0].key], speed), router
-    )
+
+    def moved(path: Any, bias_LE: jax.Array) -> jax.Array:
+        counts_LE = stacks[path[0].key]
+        return update_bias(bias_LE, counts_LE, speed) if len(counts_LE) else bias_LE
+
+    return jax.tree_util.tree_map_with_path(moved, router)

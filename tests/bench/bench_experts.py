@@ -50,7 +50,8 @@ def main() -> None:
     seconds = median_seconds({config.name: dsjax_step(config) for config in configs}, ROUNDS)
     first = seconds[configs[0].name]
     for config in configs:
-        counts = count_parameters(declarations(declared_model(config)), config.model)
+        declared = declared_model(config.model, config.precision)
+        counts = count_parameters(declarations(declared), config.model)
         taken = seconds[config.name]
         print(
             f"{config.name:>11}: {counts.total:>11,} parameters, {counts.activated:,} activated; "

@@ -31,8 +31,10 @@ from dsjax.data.loader import Loader
 from dsjax.model.flops import train_flops_per_token
 from dsjax.parallel.mesh import make_mesh
 from dsjax.train import hyperparameters
+from dsjax.train.loss import pretraining
+from dsjax.train.optimizer import adamw
 from dsjax.train.setup import corpus_of, training_rows
-from dsjax.train.step import initial_state, train_step
+from dsjax.train.step import declared_model, initial_state, train_step
 from dsjax.train.throughput import measure_matmul_flops
 
 PARTS = ("attention", "experts", "router", "feed-forward", "norm", "embedding", "head", "optimizer")
@@ -75,7 +77,9 @@ def main() -> None:
     config = command.load(parser.parse_args())
 
     mesh = make_mesh({"data": 1}, n_devices=1)
-    state, loader = initial_state(config, mesh), Loader(training_rows(config, corpus_of(config)))
+    declared, optimizer = declared_model(config.model, config.precision), adamw(config.optim)
+    state = initial_state(declared, optimizer, mesh, config.train.seed)
+    loader = Loader(training_rows(config, corpus_of(config)))
     size = hyperparameters.batch_size(config.train, 0)
     tokens = size * config.data.sequence_length
 
@@ -87,7 +91,8 @@ def main() -> None:
 
     knobs = {name: np.float32(value) for name, value in hyperparameters.knobs(config, 0).items()}
     start = time.perf_counter()
-    step = jax.jit(train_step(config), donate_argnums=0).lower(state, take(), knobs).compile()
+    step = jax.jit(train_step(declared, optimizer, pretraining(config)), donate_argnums=0)
+    step = step.lower(state, take(), knobs).compile()
     compile_seconds = time.perf_counter() - start
 
     def run() -> float:

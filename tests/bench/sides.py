@@ -25,7 +25,9 @@ from dsjax.config import Config, DataConfig, ModelConfig, OptimConfig, Precision
 from dsjax.kernels.target import Target
 from dsjax.parallel.compilation import compiler_options
 from dsjax.parallel.mesh import make_mesh
-from dsjax.train.step import initial_state, train_step
+from dsjax.train.loss import pretraining
+from dsjax.train.optimizer import adamw
+from dsjax.train.step import declared_model, initial_state, train_step
 
 Step = Callable[[], float]
 
@@ -121,9 +123,12 @@ def random_tokens(config: Config) -> np.ndarray:
 
 def dsjax_step(config: Config) -> Step:
     """A training step of a config, on one device and random tokens; returns the loss."""
-    state = initial_state(config, make_mesh({"data": 1}, n_devices=1))
+    declared, optimizer = declared_model(config.model, config.precision), adamw(config.optim)
+    mesh = make_mesh({"data": 1}, n_devices=1)
+    state = initial_state(declared, optimizer, mesh, config.train.seed)
     options = compiler_options(Target.here(), n_devices=1)
-    step = jax.jit(train_step(config), donate_argnums=0, compiler_options=options)
+    step = train_step(declared, optimizer, pretraining(config))
+    step = jax.jit(step, donate_argnums=0, compiler_options=options)
     tokens = jnp.asarray(random_tokens(config))[None]
     batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens)}
     knobs = {"learning_rate": 1e-4, "mtp_weight": 0.3, "bias_update_speed": 1e-3}

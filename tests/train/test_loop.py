@@ -22,7 +22,8 @@ from dsjax.config import Config, DataConfig, ModelConfig, OptimConfig, Precision
 from dsjax.data.loader import Loader
 from dsjax.parallel.mesh import make_mesh
 from dsjax.train import hyperparameters, loop, setup
-from dsjax.train.step import abstract_state
+from dsjax.train.optimizer import adamw
+from dsjax.train.step import abstract_state, declared_model
 
 MODEL = ModelConfig(
     vocab_size=300,
@@ -97,7 +98,7 @@ def cheap_programs(tmp_path_factory):
         jax.config.update(name, value)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "make_mesh", functools.partial(make_mesh, n_devices=1))
-        for name in ("train_step", "scorer"):
+        for name in ("declared_model", "adamw", "pretraining", "train_step", "scorer"):
             patch.setattr(setup, name, functools.cache(getattr(setup, name)))
         yield
     for name, value in before.items():
@@ -134,7 +135,8 @@ def untimed(folder):
 
 def checkpoint(config, folder, step):
     """Names and bytes of every array of a checkpoint, and its place in the data."""
-    abstract = abstract_state(config, make_mesh({}, n_devices=1))
+    declared = declared_model(config.model, config.precision)
+    abstract = abstract_state(declared, adamw(config.optim), make_mesh({}, n_devices=1))
     state = store.restore(folder / "checkpoints", step, abstract)
     leaves = jax.tree_util.tree_leaves_with_path(state)
     arrays = {

@@ -11,7 +11,7 @@ import pytest
 
 from dsjax.config import Config, DataConfig, PrecisionConfig, TrainConfig
 from dsjax.precision.policy import Policy
-from dsjax.train.loss import cross_entropy, losses, target_mask
+from dsjax.train.loss import cross_entropy, pretraining, target_mask
 from tests.closeness import BF16, F32, assert_close
 from tests.model.tiny import TINY, tiny_model, tokens
 
@@ -96,24 +96,34 @@ def _config(**data):
     )
 
 
+def _sums(model, batch, config):
+    """The sums of a micro-batch, and the balance losses of its layers."""
+    objective = pretraining(config)
+    rows = (batch[name][:, :-1] for name in ("tokens", "segment_ids"))
+    hidden = model.hidden(*rows, **objective.forward._asdict())
+    return objective.sums(model, hidden, batch, {}), hidden.routing
+
+
 @pytest.mark.parametrize("isolate", [pytest.param(False, marks=pytest.mark.heavy), True])
 def test_losses_ignore_what_follows_padding(isolate):
     row = tokens(1, 25)
     segments = jnp.asarray([[1] * 11 + [2] * 6 + [0] * 8], jnp.int32)
     run = jax.jit(
-        lambda model, row: losses(
+        lambda model, row: _sums(
             model, {"tokens": row, "segment_ids": segments}, _config(isolate_documents=isolate)
         )
     )
     first, second = run(tiny_model(), row), run(tiny_model(), row.at[0, 17:].set(3))
-    for name in ("main", "mtp", "balance"):
-        assert_close(getattr(second, name), getattr(first, name), F32, name)
-    assert float(first.main_targets) == (15 if isolate else 16)
+    assert first[0].keys() == {"main", "mtp", "main_targets", "mtp_targets"}
+    for name, value in first[0].items():
+        assert_close(second[0][name], value, F32, name)
+    assert_close(second[1].balance_loss, first[1].balance_loss, F32, "balance")
+    assert float(first[0]["main_targets"]) == (15 if isolate else 16)
 
 
 def test_model_without_experts_has_no_routing_terms():
     dense = dataclasses.replace(TINY, n_routed_experts=0, n_dense_layers=3, n_mtp=0)
     row = tokens(1, 25)
     batch = {"tokens": row, "segment_ids": jnp.ones_like(row)}
-    got = losses(tiny_model(dense), batch, dataclasses.replace(_config(), model=dense))
-    assert got.counts_LE is None and float(got.balance) == float(got.mtp) == 0
+    sums, routing = _sums(tiny_model(dense), batch, dataclasses.replace(_config(), model=dense))
+    assert routing is None and float(sums["mtp"]) == 0 < float(sums["main"])

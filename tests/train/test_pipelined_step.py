@@ -22,8 +22,9 @@ from dsjax.config import (
 from dsjax.parallel import schedules
 from dsjax.parallel.mesh import AXES, make_mesh
 from dsjax.train import pipelined_step
+from dsjax.train.loss import pretraining
 from dsjax.train.optimizer import adamw
-from dsjax.train.step import TrainState, abstract_state, split, train_step
+from dsjax.train.step import TrainState, abstract_state, declared_model, split, train_step
 from tests.closeness import EXACT, Level, assert_close, relative_l2
 from tests.model.tiny import TINY, tiny_model, tokens
 
@@ -56,12 +57,23 @@ def _config(model, schedule="1f1b", microbatches=4, **train):
     )
 
 
+def _abstract(config, mesh):
+    declared = declared_model(config.model, config.precision)
+    return abstract_state(declared, adamw(config.optim), mesh)
+
+
+def _train_step(config):
+    declared = declared_model(config.model, config.precision)
+    objective = pretraining(config)
+    return train_step(declared, adamw(config.optim), objective, schedule=config.mesh.schedule)
+
+
 def _state(config, mesh):
     """A state with values from NumPy, laid out on the mesh."""
     _, params, router = split(tiny_model(config.model))
     made = TrainState(params, router, adamw(config.optim).init(params))
     return jax.tree.map(
-        lambda x, a: jax.device_put(np.asarray(x), a.sharding), made, abstract_state(config, mesh)
+        lambda x, a: jax.device_put(np.asarray(x), a.sharding), made, _abstract(config, mesh)
     )
 
 
@@ -76,7 +88,7 @@ def _batch(microbatches):
 def _step(config, sizes):
     """One step; without optimisation losses would not be equal to the bit (see pipelines.py)."""
     mesh = make_mesh(sizes, math.prod(sizes.values()))
-    step = jax.jit(train_step(config), compiler_options={"xla_backend_optimization_level": 1})
+    step = jax.jit(_train_step(config), compiler_options={"xla_backend_optimization_level": 1})
     with jax.set_mesh(mesh):
         state = _state(config, mesh)
         knobs = {k: jnp.float32(v) for k, v in KNOBS.items()}
@@ -134,7 +146,7 @@ def test_stages_compile_beside_any_two_axes(pair):
     mesh = make_mesh(sizes, 8)
     with jax.set_mesh(mesh):
         knobs = {name: jnp.float32(value) for name, value in KNOBS.items()}
-        jax.jit(train_step(config)).lower(abstract_state(config, mesh), _batch(4), knobs).compile()
+        jax.jit(_train_step(config)).lower(_abstract(config, mesh), _batch(4), knobs).compile()
 
 
 @pytest.mark.slow
@@ -144,10 +156,10 @@ def test_program_does_not_grow_with_layers():
         mesh = make_mesh({"pipe": 2}, 2)
         with jax.set_mesh(mesh):
             state, knobs = (
-                abstract_state(config, mesh),
+                _abstract(config, mesh),
                 {k: jnp.float32(v) for k, v in KNOBS.items()},
             )
-            lowered = jax.jit(train_step(config)).lower(state, _batch(4), knobs)
+            lowered = jax.jit(_train_step(config)).lower(state, _batch(4), knobs)
         return len(lowered.as_text().splitlines())
 
     # A few lines differ where a dimension is as long as another.
@@ -163,7 +175,7 @@ def test_checkpoint_of_a_pipeline_is_that_of_any_mesh(tmp_path):
     kept = store.Store(tmp_path, keep=1)
     kept.save(1, state, {})
     kept.close()
-    restored = store.restore(tmp_path, 1, abstract_state(config, one))
+    restored = store.restore(tmp_path, 1, _abstract(config, one))
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(restored)} == {1}
     for found, leaf in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(found, leaf)

@@ -14,6 +14,7 @@ from dsjax.config import Config, DataConfig, OptimConfig, PrecisionConfig, Train
 from dsjax.model.parameters import declarations
 from dsjax.parallel.mesh import make_mesh
 from dsjax.parallel.sharding import AXIS_TABLE
+from dsjax.train.loss import pretraining
 from dsjax.train.optimizer import adamw
 from dsjax.train.step import (
     TrainState,
@@ -43,12 +44,19 @@ def _config(model=TINY, fp8="off", scale="fp32", **train):
     )
 
 
+def _declared(config):
+    return declared_model(config.model, config.precision)
+
+
 def _state(config, mesh):
     """A state with values from NumPy, laid out on the mesh."""
     _, params, router = split(tiny_model(config.model, config.train.seed))
-    made = TrainState(params, router, adamw(config.optim).init(params))
+    optimizer = adamw(config.optim)
+    made = TrainState(params, router, optimizer.init(params))
     return jax.tree.map(
-        lambda x, a: jax.device_put(np.asarray(x), a.sharding), made, abstract_state(config, mesh)
+        lambda x, a: jax.device_put(np.asarray(x), a.sharding),
+        made,
+        abstract_state(_declared(config), optimizer, mesh),
     )
 
 
@@ -65,7 +73,8 @@ def _prepared(sizes, micro_batch=BATCH, **train):
         spec = jax.sharding.PartitionSpec(None, AXIS_TABLE["batch"], None)
         batch = jax.device_put(batch, jax.sharding.NamedSharding(mesh, spec))
         placement = jax.tree.map(lambda leaf: leaf.sharding, state)
-        step = jax.jit(train_step(config), donate_argnums=0, out_shardings=(placement, None))
+        step = train_step(_declared(config), adamw(config.optim), pretraining(config))
+        step = jax.jit(step, donate_argnums=0, out_shardings=(placement, None))
     return mesh, step, state, batch
 
 
@@ -192,16 +201,19 @@ def test_metrics_say_what_routing_did(eight_devices):
 def test_abstract_state_is_the_initial_state_without_memory():
     config, mesh = _config(), make_mesh({"fsdp": 4, "tensor": 2})
     config = dataclasses.replace(config, optim=OptimConfig(moment_dtype="bfloat16"))
-    abstract, state = abstract_state(config, mesh), initial_state(config, mesh)
+    declared, optimizer = _declared(config), adamw(config.optim)
+    abstract = abstract_state(declared, optimizer, mesh)
+    state = initial_state(declared, optimizer, mesh, seed=0)
     assert jax.tree.structure(abstract) == jax.tree.structure(state)
     for a, b in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
         assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
 
 
 def test_restored_model_has_the_state_s_values(eight_devices):
-    model = restored_model(_config(), eight_devices[0])
+    declared = _declared(_config())
+    model = restored_model(declared, eight_devices[0])
     paths = [d.path for d in declarations(model)]
-    assert paths == [d.path for d in declarations(declared_model(_config()))]
+    assert paths == [d.path for d in declarations(declared)]
     np.testing.assert_array_equal(
         model.embed.weight[...], eight_devices[0].params["embed"]["weight"][...]
     )
@@ -212,7 +224,7 @@ def test_fp8_is_for_linear_layers_and_experts_alone():
     embedding, head, router and norms do not ask the policy.
     """
     for fp8, scale, want in [("off", "pow2", None), ("on", "pow2", "pow2"), ("on", "fp32", "fp32")]:
-        model = declared_model(_config(fp8=fp8, scale=scale))
+        model = _declared(_config(fp8=fp8, scale=scale))
         ffn = model.moe_layers.ffn
         for part in (model.moe_layers.attn, ffn.experts, ffn.shared, model.dense_layers.ffn):
             assert part.policy.fp8 == want
