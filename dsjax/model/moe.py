@@ -160,7 +160,7 @@ class MoE(nnx.Module):
         x_mD = x_btD.reshape(-1, x_btD.shape[-1])
         routing = gate(x_mD)
         E, n_ranks = config.n_routed_experts, parts_here("experts")
-        fanout = expert_parallel.fanout(
+        max_ranks = expert_parallel.max_ranks_per_token(
             E, n_ranks, config.n_activated_experts, config.n_expert_groups, config.n_limited_groups
         )
         y_mD, computed = expert_parallel.mixture(
@@ -170,8 +170,8 @@ class MoE(nnx.Module):
             routing.weights_MK,
             n_experts=E,
             n_ranks=n_ranks,
-            way=expert_parallel.choose_way(n_ranks, fanout, policy.target),
-            fanout=fanout,
+            transport=expert_parallel.choose_transport(n_ranks, max_ranks, policy.target),
+            max_ranks=max_ranks,
             fp8=policy.fp8 is not None,
         )
         y_mD = jax.lax.psum(y_mD, split_axes("ffn"))

@@ -12,7 +12,7 @@ interface; how tokens travel is its argument `way`:
 
 A token travels once to each rank that holds any of its experts, with all its expert ids and
 weights, and that rank sends one sum back, as in DeepEP. Routers that keep few groups of experts
-thereby bound the traffic, groups being on neighbouring ranks (`fanout`; DeepSeek-V3,
+thereby bound the traffic, groups being on neighbouring ranks (`max_ranks_per_token`; DeepSeek-V3,
 arXiv:2412.19437, section 2.1.2). With `fp8` what is sent, activations forward and gradients
 backward, is E4M3 in 1 x 128 tiles with power-of-two scales, and what comes back is not (section
 3.3.3).
@@ -49,23 +49,25 @@ from dsjax.parallel.routing_plan import (
 )
 from dsjax.precision.fp8 import CHANNEL_TILE, BlockScaled, quantize_block
 
-Way = Literal["local", "all_gather", "all_to_all", "ragged"]
+Transport = Literal["local", "all_gather", "all_to_all", "ragged"]
 
 _AXIS = "expert"
 SLACK = 1.5  # rows that a rank computes at once, as a multiple of those of an even load
 _FEW_ROWS = 64  # so many a rank, or from one rank to another, are never worth a second round
 
 
-def choose_way(n_ranks: int, fanout: int, target: Target) -> Way:
+def choose_transport(n_ranks: int, max_ranks: int, target: Target) -> Transport:
     """The way that sends least and runs on the target."""
     if n_ranks == 1:
         return "local"
-    if n_ranks <= fanout:
+    if n_ranks <= max_ranks:
         return "all_gather"
     return "ragged" if target.kind == "tpu" else "all_to_all"
 
 
-def fanout(n_experts: int, n_ranks: int, top_k: int, n_groups: int, n_kept: int) -> int:
+def max_ranks_per_token(
+    n_experts: int, n_ranks: int, top_k: int, n_groups: int, n_kept: int
+) -> int:
     """The most ranks that hold experts of one token, which chooses among `n_kept` groups."""
     per_rank, per_group = n_experts // n_ranks, n_experts // n_groups
     if per_rank % per_group == 0:
@@ -85,8 +87,8 @@ def mixture(
     *,
     n_experts: int,
     n_ranks: int,
-    way: Way,
-    fanout: int,
+    transport: Transport,
+    max_ranks: int,
     fp8: bool = False,
     slack: float = SLACK,
 ) -> tuple[jax.Array, jax.Array]:
@@ -97,7 +99,7 @@ def mixture(
         in its token's sum) -> [A, D] weighted; this rank's.
       experts_mK: int32, below `n_experts`, no expert twice for one token.
       weights_mK: float32.
-      fanout: the most ranks that one token has experts on.
+      max_ranks: the most ranks that one token has experts on.
       slack: rows computed at once, as a multiple of those of an even load.
 
     Returns:
@@ -108,25 +110,27 @@ def mixture(
         weights_A = dispatch_choices(weights_RK.T, here)
         return combine(experts(dispatch(x_RD, here), here.sizes_E, weights_A), here)
 
-    if way == "local":
+    if transport == "local":
         local = plan(experts_mK, n_experts)
         return compute(x_mD, weights_mK, local), local.sizes_E.sum()
 
-    trip_kind = _AllGather if way == "all_gather" else _AllToAll
-    trip = trip_kind.arrange(way, x_mD, experts_mK, weights_mK, n_experts, n_ranks, fanout, slack)
+    exchange_kind = _AllGather if transport == "all_gather" else _AllToAll
+    exchange = exchange_kind.arrange(
+        transport, x_mD, experts_mK, weights_mK, n_experts, n_ranks, max_ranks, slack
+    )
 
     def make_round(index: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        x_RD, experts_RK, weights_RK, returning = trip.send(index, fp8)
-        here = plan(experts_RK, n_experts // n_ranks, min(trip.rows, experts_RK.size))
-        y_mD = trip.bring_back(compute(x_RD, weights_RK, here), returning, fp8)
+        x_RD, experts_RK, weights_RK, returning = exchange.send_tokens(index, fp8)
+        here = plan(experts_RK, n_experts // n_ranks, min(exchange.rows, experts_RK.size))
+        y_mD = exchange.return_sums(compute(x_RD, weights_RK, here), returning, fp8)
         return y_mD, here.sizes_E.sum()
 
     y_mD, computed = make_round(0)
-    if trip.most_rounds > 1:
+    if exchange.most_rounds > 1:
 
         def later_round(carry, index):
             more = lax.cond(
-                index < trip.n_rounds,
+                index < exchange.n_rounds,
                 lambda: make_round(index),
                 lambda: tuple(vary_as(jnp.zeros_like(x), x) for x in (y_mD, computed)),
             )
@@ -135,7 +139,7 @@ def mixture(
         (y_mD, computed), _ = lax.scan(
             jax.checkpoint(later_round),
             (y_mD, computed),
-            jnp.arange(1, trip.most_rounds, dtype=jnp.int32),
+            jnp.arange(1, exchange.most_rounds, dtype=jnp.int32),
         )
     return y_mD.astype(x_mD.dtype), computed
 
@@ -158,7 +162,7 @@ class _AllGather(NamedTuple):
     per_rank: int
 
     @classmethod
-    def arrange(cls, way, x_mD, experts_mK, weights_mK, n_experts, n_ranks, fanout, slack):
+    def arrange(cls, transport, x_mD, experts_mK, weights_mK, n_experts, n_ranks, max_ranks, slack):
         per_rank = n_experts // n_ranks
         most_each = min(experts_mK.shape[1], per_rank)
         at_once, most_rounds = _divide(experts_mK.size, slack, n_ranks * len(x_mD) * most_each)
@@ -176,22 +180,22 @@ class _AllGather(NamedTuple):
             per_rank,
         )
 
-    def send(self, index: jax.Array | int, fp8: bool) -> _Arrival:
+    def send_tokens(self, index: jax.Array | int, fp8: bool) -> _Arrival:
         # x[m, D] -> all_gather(expert) -> x[R, D]
-        x_RD = carry("all_gather", True, fp8, self.x_mD, None)
-        weights_RK = carry("all_gather", True, False, self.weights_mK, None)
+        x_RD = send("all_gather", True, fp8, self.x_mD, None)
+        weights_RK = send("all_gather", True, False, self.weights_mK, None)
         due_R1 = (self.turn_R == index)[:, None]
         return x_RD, jnp.where(due_R1, self.experts_RK, self.per_rank), weights_RK, None
 
-    def bring_back(self, y_RD: jax.Array, returning: None, fp8: bool) -> jax.Array:
+    def return_sums(self, y_RD: jax.Array, returning: None, fp8: bool) -> jax.Array:
         # y[R, D] -> psum_scatter(expert) -> y[m, D]
-        return carry("all_gather", False, fp8, y_RD, None).astype(jnp.float32)
+        return send("all_gather", False, fp8, y_RD, None).astype(jnp.float32)
 
 
 class _AllToAll(NamedTuple):
     """Each round every rank sends the tokens whose turn it is at their destination."""
 
-    way: Way
+    transport: Transport
     x_mD: jax.Array
     experts_mK: jax.Array
     weights_mK: jax.Array
@@ -205,13 +209,13 @@ class _AllToAll(NamedTuple):
     n_ranks: int
 
     @classmethod
-    def arrange(cls, way, x_mD, experts_mK, weights_mK, n_experts, n_ranks, fanout, slack):
+    def arrange(cls, transport, x_mD, experts_mK, weights_mK, n_experts, n_ranks, max_ranks, slack):
         m, per_rank = len(x_mD), n_experts // n_ranks
         most_each = min(experts_mK.shape[1], per_rank)
         rank_mK = experts_mK // per_rank
         n_mE = jax.nn.one_hot(rank_mK, n_ranks, dtype=jnp.int32).sum(axis=1)
         start_mE = jnp.cumsum(n_mE, axis=0) - n_mE
-        if way == "ragged":
+        if transport == "ragged":
             # Rows of all ranks come one after the other, so each rank knows where its own start.
             n_EE = lax.all_gather(n_mE.sum(axis=0), _AXIS)
             before_EE = jnp.cumsum(n_EE, axis=0) - n_EE
@@ -220,11 +224,11 @@ class _AllToAll(NamedTuple):
         else:
             sources, average = 1, experts_mK.size / n_ranks
         at_once, most_rounds = _divide(average, slack, sources * m * most_each)
-        ranks_mN = _destinations(rank_mK, n_ranks)[:, :fanout]
+        ranks_mN = _destinations(rank_mK, n_ranks)[:, :max_ranks]
         start_mN = jnp.take_along_axis(start_mE, jnp.minimum(ranks_mN, n_ranks - 1), axis=1)
         turn_mN = jnp.where(ranks_mN < n_ranks, start_mN // at_once, 0)
         return cls(
-            way,
+            transport,
             x_mD,
             experts_mK,
             weights_mK,
@@ -232,33 +236,33 @@ class _AllToAll(NamedTuple):
             turn_mN,
             _rounds(turn_mN.max() + 1, x_mD),
             most_rounds,
-            (1 if way == "ragged" else n_ranks) * (at_once + most_each - 1),
+            (1 if transport == "ragged" else n_ranks) * (at_once + most_each - 1),
             at_once,
             n_experts,
             n_ranks,
         )
 
-    def send(self, index: jax.Array | int, fp8: bool) -> _Arrival:
+    def send_tokens(self, index: jax.Array | int, fp8: bool) -> _Arrival:
         ranks_mN = jnp.where(self.turn_mN == index, self.ranks_mN, self.n_ranks)
-        if self.way == "ragged":
+        if self.transport == "ragged":
             out = plan(ranks_mN, self.n_ranks)
             route = _Route.of(out.sizes_E, ranks_mN.size, self.at_once)
         else:
             out, route = padded_plan(ranks_mN, self.n_ranks, self.at_once), None
         # x[m, D] -> dispatch -> x[S, D] -> all_to_all(expert) -> x[R, D]
-        x_RD = carry(self.way, True, fp8, dispatch(self.x_mD, out), route)
-        weights_RK = carry(self.way, True, False, dispatch(self.weights_mK, out), route)
+        x_RD = send(self.transport, True, fp8, dispatch(self.x_mD, out), route)
+        weights_RK = send(self.transport, True, False, dispatch(self.weights_mK, out), route)
         # Rows that nobody sends arrive as 0, which must not be an expert.
         sent_SK = jnp.take(self.experts_mK + 1, out.tokens_A, axis=0, mode="fill", fill_value=0)
-        experts_RK = _move(self.way, True, sent_SK, route) - 1
+        experts_RK = _move(self.transport, True, sent_SK, route) - 1
         return x_RD, _here(experts_RK, self.n_experts // self.n_ranks), weights_RK, (out, route)
 
-    def bring_back(
+    def return_sums(
         self, y_RD: jax.Array, returning: tuple[Plan, _Route | None], fp8: bool
     ) -> jax.Array:
         # y[R, D] -> all_to_all(expert) -> y[S, D] -> undispatch, sum -> y[m, D]
         out, route = returning
-        y_SD = carry(self.way, False, fp8, y_RD, route)
+        y_SD = send(self.transport, False, fp8, y_RD, route)
         return undispatch(y_SD, out).astype(jnp.float32).sum(axis=0)
 
 
@@ -308,47 +312,46 @@ class _Route:
         return cls(sizes, sent, received, rows_sent, rows_received)
 
 
-def _move(way: Way, there: bool, x: jax.Array, route: _Route | None) -> jax.Array:
+def _move(transport: Transport, forward: bool, x: jax.Array, route: _Route | None) -> jax.Array:
     """Sends rows to other ranks, or brings them back; the one is the other's transpose."""
-    if way == "all_to_all":
+    if transport == "all_to_all":
         return lax.all_to_all(x, _AXIS, 0, 0, tiled=True)
-    if way == "all_gather":
-        if there:
+    if transport == "all_gather":
+        if forward:
             return lax.all_gather(x, _AXIS, axis=0, tiled=True)
         return lax.psum_scatter(x, _AXIS, scatter_dimension=0, tiled=True)
     assert route is not None
     me = lax.axis_index(_AXIS)
     outgoing, incoming = (route.sizes[me], route.sizes[:, me])
     begins, lands, rows = route.sent[me], route.received[me], route.rows_received
-    if not there:
+    if not forward:
         outgoing, incoming = incoming, outgoing
         begins, lands, rows = route.received[:, me], route.sent[:, me], route.rows_sent
     room = vary_as(jnp.zeros((rows, *x.shape[1:]), x.dtype), x, outgoing)
     return lax.ragged_all_to_all(x, room, begins, outgoing, lands, incoming, axis_name=_AXIS)
 
 
-def carry(way: Way, there: bool, fp8: bool, x: jax.Array, route: _Route | None) -> jax.Array:
-    """`_move`; what goes there is rounded to E4M3 if `fp8`, in the backward pass too."""
-    return _carry(way, there, fp8, x, route)
+def send(
+    transport: Transport, forward: bool, fp8: bool, x: jax.Array, route: _Route | None
+) -> jax.Array:
+    """`_move`; what goes forward is rounded to E4M3 if `fp8`, in the backward pass too."""
+    return _send(transport, forward, fp8, x, route)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _carry(way: Way, there: bool, fp8: bool, x: jax.Array, route: _Route | None):
-    if not (there and fp8):
-        return _move(way, there, x, route)
+def _send(transport: Transport, forward: bool, fp8: bool, x: jax.Array, route: _Route | None):
+    if not (forward and fp8):
+        return _move(transport, forward, x, route)
     sent = quantize_block(x, CHANNEL_TILE, "pow2")
     bits = lax.bitcast_convert_type(sent.values, jnp.uint8)
-    values = lax.bitcast_convert_type(_move(way, there, bits, route), sent.values.dtype)
-    scales = _move(way, there, sent.scales, route)
+    values = lax.bitcast_convert_type(_move(transport, forward, bits, route), sent.values.dtype)
+    scales = _move(transport, forward, sent.scales, route)
     return BlockScaled(values, scales, sent.block).dequantize(x.dtype)
 
 
-def _carry_backward(way: Way, there: bool, fp8: bool, route: _Route | None, dy: jax.Array):
-    return carry(way, not there, fp8, dy, route), None
-
-
-_carry.defvjp(
-    lambda way, there, fp8, x, route: (carry(way, there, fp8, x, route), route), _carry_backward
+_send.defvjp(
+    lambda transport, forward, fp8, x, route: (send(transport, forward, fp8, x, route), route),
+    lambda transport, forward, fp8, route, dy: (send(transport, not forward, fp8, dy, route), None),
 )
 
 

@@ -1,4 +1,4 @@
-"""Every way of sending tokens gives what `local` gives, to the bit, whatever the imbalance.
+"""Every transport of tokens gives what `local` gives, to the bit, whatever the imbalance.
 
 Tokens, weights and experts are whole numbers, so that all sums are exact in any order.
 """
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.heavy
 EXPERTS, GROUPS, KEPT, K, RANKS, D = 16, 8, 2, 3, 4, 4
 TOKENS = 8 * 40  # of eight devices; so many that one round is not enough for the crowd
 GAINS = jnp.arange(1, EXPERTS + 1, dtype=jnp.float32)
-FANOUT = expert_parallel.fanout(EXPERTS, RANKS, K, GROUPS, KEPT)
+MAX_RANKS = expert_parallel.max_ranks_per_token(EXPERTS, RANKS, K, GROUPS, KEPT)
 
 
 def _choices(kind):
@@ -65,9 +65,11 @@ def _emulated_ragged_all_to_all(
 
 
 @functools.cache
-def _program(way, slack, fp8):
+def _program(transport, slack, fp8):
     """The mixture and its gradients on eight devices, jitted; local: on one."""
-    options = dict(n_experts=EXPERTS, way=way, fanout=FANOUT, slack=slack, fp8=fp8)
+    options = dict(
+        n_experts=EXPERTS, transport=transport, max_ranks=MAX_RANKS, slack=slack, fp8=fp8
+    )
 
     def local(x, experts, weights):
         rank = jax.lax.axis_index("expert")
@@ -81,7 +83,7 @@ def _program(way, slack, fp8):
         compute = functools.partial(_experts, 0)
         return expert_parallel.mixture(compute, x, experts, weights, n_ranks=1, **options)
 
-    if way != "local":
+    if transport != "local":
         tokens = PartitionSpec(("data", "expert"))
         whole = jax.shard_map(
             local,
@@ -103,13 +105,13 @@ def _inputs(kind, D=D):
     return x, _choices(kind), rng.integers(1, 9, (TOKENS, K)).astype(np.float32), cotangent
 
 
-@pytest.mark.parametrize("way", ["all_gather", "all_to_all", "ragged"])
-def test_every_way_equals_local_to_the_bit(way, monkeypatch):
+@pytest.mark.parametrize("transport", ["all_gather", "all_to_all", "ragged"])
+def test_every_transport_equals_local_to_the_bit(transport, monkeypatch):
     """Evenly, in one round; all tokens to three experts of one rank, in many."""
     monkeypatch.setattr(expert_parallel.lax, "ragged_all_to_all", _emulated_ragged_all_to_all)
     for kind in ("even", "crowd"):
         *want, _ = _program("local", 2.0, False)(*_inputs(kind))
-        *got, computed = _program(way, 1.5, False)(*_inputs(kind))
+        *got, computed = _program(transport, 1.5, False)(*_inputs(kind))
         assert int(computed) == TOKENS * K
         for name, g, w in zip(("y", "dx", "dweights"), got, want, strict=True):
             np.testing.assert_array_equal(g, w, f"{kind}: {name}")
@@ -140,16 +142,16 @@ def test_fp8_rounds_what_is_sent_and_not_what_comes_back():
         (2, 8, 4, 8, 2),
     ],
 )
-def test_fanout_is_bounded_by_groups_experts_and_ranks(n_ranks, groups, kept, top_k, most):
-    assert expert_parallel.fanout(64, n_ranks, top_k, groups, kept) == most
+def test_ranks_of_a_token_are_bounded(n_ranks, groups, kept, top_k, most):
+    assert expert_parallel.max_ranks_per_token(64, n_ranks, top_k, groups, kept) == most
 
 
-def test_way_sends_least_and_runs_on_the_target():
-    assert expert_parallel.choose_way(1, 1, Target("cpu")) == "local"
-    assert expert_parallel.choose_way(4, 4, Target("tpu")) == "all_gather"
-    assert expert_parallel.choose_way(8, 4, Target("tpu")) == "ragged"
+def test_transport_sends_least_and_runs_on_the_target():
+    assert expert_parallel.choose_transport(1, 1, Target("cpu")) == "local"
+    assert expert_parallel.choose_transport(4, 4, Target("tpu")) == "all_gather"
+    assert expert_parallel.choose_transport(8, 4, Target("tpu")) == "ragged"
     assert (
-        expert_parallel.choose_way(8, 4, Target("cpu"))
-        == expert_parallel.choose_way(8, 4, Target("gpu"))
+        expert_parallel.choose_transport(8, 4, Target("cpu"))
+        == expert_parallel.choose_transport(8, 4, Target("gpu"))
         == "all_to_all"
     )
