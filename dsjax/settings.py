@@ -1,8 +1,10 @@
-"""Reads experiments: config files, `--set` overrides, and the JSON form that a run keeps.
+"""Reads experiments: config files, `--set` assignments, and the JSON form that a run keeps.
 
-A config file is Python that assigns one `Config` to `config`; a run's `config.json` is the same
-values as JSON. The types of both, and of overrides, come from the dataclasses' annotations, so a
-key is declared once. Nothing here imports jax.
+An experiment is a frozen dataclass whose fields are values or groups, themselves dataclasses of
+values: its root. `dsjax.config.Config` is the root of pre-training; another kind of experiment
+brings another root, and every function here takes either. A config file is Python that assigns a
+root to `config`; a run's config.json holds the same values. The types of all values come from the
+dataclasses' annotations, so a key is declared once. Nothing here imports jax.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
+import logging
 import math
 import sys
 import traceback
@@ -19,20 +23,31 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dsjax.config import Config
+from dsjax.files import read_json
+
+Root = TypeVar("Root")
 
 _SWITCH = {"on": True, "true": True, "off": False, "false": False}
 _KIND_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
 
+_logger = logging.getLogger(__name__)
 
-def load_config(path: str | Path) -> Config:
+
+def load_config(path: str | Path, kind: type[Root] = Config) -> Root:
     """Reads a config file (.py), a run's config.json, or the folder of a run.
+
+    Keys that an older version did not write take their defaults, and one line of the log names
+    them.
+
+    Args:
+      kind: the root that the file must hold.
 
     Raises:
       FileNotFoundError: there is no such file; names the nearest ones.
-      ValueError: the file is not a config; names the file and, where there is one, the line.
+      ValueError: the file is not such a config; names the file and, where there is one, the line.
     """
     path = Path(path)
     if path.is_dir():
@@ -45,24 +60,24 @@ def load_config(path: str | Path) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"there is no config {path}{_nearest_files(path)}")
     if path.suffix == ".py":
-        return _load_python(path)
+        return _load_python(path, kind)
     if path.suffix == ".json":
-        return _load_json(path)
+        return from_dict(read_json(path), str(path), kind)
     raise ValueError(
         f"{path} is not a config: name a .py file, a config.json or the folder of a run"
     )
 
 
-def override(config: Config, assignments: Sequence[str]) -> Config:
+def override(config: Root, assignments: Sequence[str]) -> Root:
     """Returns `config` with `["train.steps=300", ...]` applied together, then checked once.
 
-    Where a key appears twice, the later value holds.
+    Of two assignments to one key the later one holds.
 
     Raises:
       ValueError: an assignment names no key or its value is not of the key's type (all such are
         listed), or the result breaks a rule of the config.
     """
-    kinds = field_types()
+    kinds = field_types(type(config))
     changes: dict[str, dict[str, Any]] = {}
     problems = []
     for assignment in assignments:
@@ -86,22 +101,28 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
         group: dataclasses.replace(getattr(config, group), **values)
         for group, values in changes.items()
     }
-    return dataclasses.replace(config, **groups, **top)
+    return dataclasses.replace(config, **groups, **top)  # pyright: ignore[reportArgumentType]
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def to_dict(config: Any) -> dict[str, Any]:
     """Returns the config as nested dicts of what JSON can hold; `from_dict` reads it back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_dict(values: Mapping[str, Any], place: str = "the config") -> Config:
-    """Builds a config from `to_dict`'s form; `place` says in errors where the values came from.
+def from_dict(
+    values: Mapping[str, Any], place: str = "the config", kind: type[Root] = Config
+) -> Root:
+    """Builds a config from `to_dict`'s form, which may lack keys that have a default.
+
+    Args:
+      place: where the values came from, for messages.
+      kind: the root to build; a group, such as ModelConfig, will do.
 
     Raises:
-      ValueError: keys are unknown, missing or of the wrong type (all are listed), or a rule of the
-        config is broken.
+      ValueError: keys are unknown, missing without a default, or of the wrong type (all are
+        listed), or a rule of the config is broken.
     """
-    groups = _groups()
+    groups, kinds = _groups(kind), field_types(kind)
     flat: dict[str, Any] = {}
     problems = []
     for name, value in values.items():
@@ -111,59 +132,82 @@ def from_dict(values: Mapping[str, Any], place: str = "the config") -> Config:
             flat.update({f"{name}.{key}": inner for key, inner in value.items()})
         else:
             problems.append(f"{name} must be an object of keys, not {value!r}")
-            flat.update({key: value for key in field_types() if key.startswith(f"{name}.")})
-    kinds = field_types()
-    typed: dict[str, dict[str, Any]] = {group: {} for group in ("", *groups)}
-    problems += [
-        f"{key} is not a config key{_nearest_keys(key, list(kinds))}"
-        for key in flat
-        if key not in kinds
-    ]
-    problems += [f"{key} is missing" for key in kinds if key not in flat]
-    if not problems:
-        for key, kind in kinds.items():
-            group, _, name = key.rpartition(".")
-            try:
-                typed[group][name] = _convert(flat[key], kind)
-            except ValueError as error:
-                problems.append(f"{key}={flat[key]!r} {error}")
+            flat.update({key: value for key in kinds if key.startswith(f"{name}.")})
+    unknown = [key for key in flat if key not in kinds]
+    problems += [f"{key} is not a config key{_nearest_keys(key, list(kinds))}" for key in unknown]
+    settled = _defaults(kind)
+    absent = [key for key in kinds if key not in flat]
+    problems += [f"{key} is missing" for key in absent if key not in settled]
+    for key in [] if problems else [key for key in kinds if key in flat]:
+        try:
+            settled[key] = _convert(flat[key], kinds[key])
+        except ValueError as error:
+            problems.append(f"{key}={flat[key]!r} {error}")
+    if unknown:
+        problems.append("a newer version of dsjax may have written the unknown keys")
     if problems:
         raise ValueError(f"{place}: " + "; ".join(problems))
     try:
-        return Config(
-            **{group: kind(**typed[group]) for group, kind in groups.items()}, **typed[""]
-        )
+        built = {
+            name: group(**{key: settled[f"{name}.{key}"] for key in typing.get_type_hints(group)})
+            for name, group in groups.items()
+        }
+        config = kind(**built, **{key: settled[key] for key in kinds if "." not in key})
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
+    if absent:
+        _say_absent(place, tuple(absent))
+    return config
 
 
-def content_hash(config: Config) -> str:
+@functools.cache  # so that a file that is read twice is mentioned once
+def _say_absent(place: str, absent: tuple[str, ...]) -> None:
+    _logger.warning(
+        "%s comes from an older version and lacks %s; defaults are used", place, ", ".join(absent)
+    )
+
+
+def content_hash(config: Any) -> str:
     """Returns the SHA-256, in hexadecimal, of the config's canonical JSON."""
     text = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def field_types() -> dict[str, Any]:
+def field_types(root: type[Any] = Config) -> dict[str, Any]:
     """Returns every dotted key with its type, in the order of declaration."""
     kinds: dict[str, Any] = {}
-    groups = _groups()
-    for name, kind in typing.get_type_hints(Config).items():
-        if name in groups:
+    for name, kind in typing.get_type_hints(root).items():
+        if dataclasses.is_dataclass(kind):
             kinds |= {f"{name}.{key}": hint for key, hint in typing.get_type_hints(kind).items()}
         else:
             kinds[name] = kind
     return kinds
 
 
-def _groups() -> dict[str, Any]:
-    return {
-        name: kind
-        for name, kind in typing.get_type_hints(Config).items()
-        if dataclasses.is_dataclass(kind)
-    }
+def _groups(root: type[Any]) -> dict[str, Any]:
+    hints = typing.get_type_hints(root)
+    return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
 
 
-def _load_python(path: Path) -> Config:
+def _defaults(root: type[Any]) -> dict[str, Any]:
+    """Returns the default of every dotted key that has one."""
+    found: dict[str, Any] = {}
+    groups = _groups(root)
+    for field in dataclasses.fields(root):
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if field.name in groups:
+            # What a root says of a group goes before the group's own defaults.
+            given = default is not dataclasses.MISSING
+            inside = vars(default) if given else _defaults(groups[field.name])
+            found |= {f"{field.name}.{key}": value for key, value in inside.items()}
+        elif default is not dataclasses.MISSING:
+            found[field.name] = default
+    return found
+
+
+def _load_python(path: Path, kind: type[Root]) -> Root:
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
     try:
@@ -180,30 +224,18 @@ def _load_python(path: Path) -> Config:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}{at}: {reason}") from error
     config = getattr(module, "config", None)
-    if not isinstance(config, Config):
+    if not isinstance(config, kind):
         found = (
             "assigns no `config`"
             if config is None
             else f"assigns a {type(config).__name__} to `config`"
         )
         raise ValueError(
-            f"{path} {found}; a config file ends with `config = Config(...)` of dsjax.config"
+            f"{path} {found}; a config file of this command ends with "
+            f"`config = {kind.__name__}(...)`"
         )
-    return from_dict(dataclasses.asdict(config), str(path))
-
-
-def _load_json(path: Path) -> Config:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {error.lineno}: not JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"{path}: holds a {type(values).__name__}, not the object that a run's config.json is"
-        )
-    return from_dict(values, str(path))
+    # Values that are not of their annotated type are named here, not where they do harm.
+    return from_dict(dataclasses.asdict(config), str(path), kind)  # pyright: ignore[reportArgumentType]
 
 
 def _parse(text: str, kind: Any) -> Any:
@@ -237,7 +269,7 @@ def _convert(value: Any, kind: Any) -> Any:
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ValueError("must be a list of numbers")
+            raise ValueError(f"must be a list, each item {_KIND_NAMES[typing.get_args(kind)[0]]}")
         return tuple(_convert(item, typing.get_args(kind)[0]) for item in value)
     if isinstance(value, bool) != (kind is bool):
         raise ValueError(f"must be {_KIND_NAMES[kind]}")

@@ -1,5 +1,6 @@
 """Config files, overrides and the JSON form: values come back typed, and mistakes are named."""
 
+import dataclasses
 import json
 
 import pytest
@@ -46,7 +47,10 @@ def test_load_config_reads_json_and_run_folder(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("x = 1\n", r"example\.py assigns no `config`; a config file ends with `config = Config"),
+        (
+            "x = 1\n",
+            r"example\.py assigns no `config`; a config file of this command ends with `config = Config\(\.\.\.\)",
+        ),
         ("config = 3\n", r"example\.py assigns a int to `config`"),
         ("x = 1\nconfig = (\n", r"example\.py line 2: syntax error: '\(' was never closed"),
         ("\nimport nowhere_to_be_found\n", r"example\.py line 2: ModuleNotFoundError: No module"),
@@ -72,9 +76,10 @@ def test_load_config_names_file_and_line(tmp_path, source, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{\n"name": }', r"config\.json line 2: not JSON"),
-        ("[1]", r"config\.json: holds a list, not the object"),
-        ('"\xff"', r"config\.json: not UTF-8 text"),
+        ('{\n"name": }', r"config\.json is not JSON: .* at line 2"),
+        ("[1]", r"config\.json holds a JSON list, not an object"),
+        ('"\xff"', r"config\.json is not UTF-8 text"),
+        ('{"name": "a", "name": "b"}', r"config\.json has the key 'name' twice"),
     ],
 )
 def test_load_config_refuses_broken_json(tmp_path, text, message):
@@ -180,13 +185,82 @@ def test_dict_round_trip_survives_json():
 def test_from_dict_names_unknown_and_missing_keys():
     values = settings.to_dict(CONFIG)
     values["model"]["n_layer"] = values["model"].pop("n_layers")
-    del values["train"]["steps"]
-    with pytest.raises(
-        ValueError, match=r"^run: model\.n_layer is not.*n_layers.*train\.steps is missing"
-    ):
+    message = (
+        r"^run: model\.n_layer is not a config key; did you mean model\.n_layers\?; "
+        r"model\.n_layers is missing; a newer version of dsjax may have written the unknown keys$"
+    )
+    with pytest.raises(ValueError, match=message):
         settings.from_dict(values, "run")
     with pytest.raises(ValueError, match=r"train must be an object of keys, not 3"):
         settings.from_dict(settings.to_dict(CONFIG) | {"train": 3})
+
+
+def test_absent_keys_take_their_defaults_and_are_said_once(caplog, tmp_path):
+    values = settings.to_dict(CONFIG)
+    del values["mesh"], values["train"]["compare_every"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    for _ in range(2):
+        assert settings.load_config(tmp_path) == CONFIG
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert message.startswith(f"{tmp_path / 'config.json'} comes from an older version and lacks ")
+    assert "train.compare_every, mesh.data, " in message and message.endswith("defaults are used")
+    caplog.clear()
+    assert settings.from_dict(settings.to_dict(CONFIG)) == CONFIG and not caplog.records
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reward:
+    names: tuple[str, ...] = ("math", "format")
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """A root of another kind of experiment, which shares groups with pre-training."""
+
+    name: str
+    model: ModelConfig
+    train: TrainConfig = dataclasses.field(default_factory=lambda: TrainConfig(steps=7))
+    reward: Reward = dataclasses.field(default_factory=Reward)
+    init: str = ""
+
+
+TUNING = Tuning(name="example", model=DENSE, init="converted/v3", reward=Reward(scale=0.5))
+
+
+def test_another_root_is_read_overridden_and_kept(tmp_path, caplog):
+    (tmp_path / "config.json").write_text(json.dumps(settings.to_dict(TUNING)))
+    assert settings.load_config(tmp_path, Tuning) == TUNING
+    changed = settings.override(TUNING, ["reward.names=code", "train.seed=3", "init="])
+    assert changed.reward == Reward(names=("code",), scale=0.5)
+    assert (changed.train.seed, changed.train.steps, changed.init) == (3, 7, "")
+    with pytest.raises(
+        ValueError, match=r"^data\.seed is not a config key; did you mean train\.seed"
+    ):
+        settings.override(TUNING, ["data.seed=1"])
+    assert not caplog.records
+    # A root's own default of a group goes before that of the group.
+    assert settings.from_dict(
+        {"name": "example", "model": settings.to_dict(DENSE)}, "x", Tuning
+    ) == (Tuning(name="example", model=DENSE))
+    assert (
+        "lacks train.steps, " in caplog.text and "reward.names, reward.scale, init;" in caplog.text
+    )
+
+
+def test_a_group_alone_is_read():
+    assert settings.from_dict(settings.to_dict(DENSE), "x", ModelConfig) == DENSE
+    with pytest.raises(ValueError, match=r"^x: dim is missing; n_layers is missing"):
+        settings.from_dict({"vocab_size": 3}, "x", ModelConfig)
+
+
+def test_config_file_of_another_root_is_refused(tmp_path):
+    text = SOURCE.format(n_layers=2, attention="'gqa'")
+    with pytest.raises(ValueError, match=r"assigns a Config to `config`; .* `config = Tuning\("):
+        settings.load_config(write(tmp_path, text), Tuning)
+    made = f"import sys\nconfig = sys.modules[{__name__!r}].TUNING\n"
+    assert settings.load_config(write(tmp_path, made), Tuning) == TUNING
 
 
 @pytest.mark.parametrize(
