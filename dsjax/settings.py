@@ -122,6 +122,8 @@ def from_dict(
       ValueError: keys are unknown, missing without a default, or of the wrong type (all are
         listed), or a rule of the config is broken.
     """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{place} must be an object of keys, not {values!r}")
     groups, kinds = _groups(kind), field_types(kind)
     flat: dict[str, Any] = {}
     problems = []

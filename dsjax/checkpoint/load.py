@@ -203,7 +203,9 @@ def _open_converted(path: Path) -> Checkpoint:
     guard = manifest.Guard(path, later=is_chunk)
     config = read_json(path / "config.json")
     try:
-        model, family = ModelConfig(**config["model"]), config["family"]
+        place = f"{path / 'config.json'}: model"
+        model = settings.from_dict(config["model"], place, ModelConfig)
+        family = config["family"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path / 'config.json'} does not describe a converted checkpoint ({error!r}); convert "

@@ -18,7 +18,7 @@ import jax
 
 from dsjax import settings
 from dsjax.config import Config
-from dsjax.files import read_json, write_json
+from dsjax.files import write_json
 
 # Keys that a resumed run may change, because what has been trained so far stays what it was.
 _FREE = (
@@ -73,7 +73,7 @@ def claim(workdir: Path, config: Config) -> None:
     has_checkpoints = checkpoints.is_dir() and any(checkpoints.iterdir())
     has_steps = has_checkpoints or (metrics.is_file() and metrics.stat().st_size > 0)
     if path.is_file() and has_steps:
-        _check_same_run(path, wanted)
+        _check_same_run(path, wanted, type(config))
     elif has_checkpoints:
         raise ValueError(
             f"{workdir} holds checkpoints but no config.json, so nobody knows what they are; "
@@ -97,18 +97,16 @@ def check_shared(workdir: Path) -> None:
         )
 
 
-def _check_same_run(path: Path, wanted: dict[str, Any]) -> None:
+def _check_same_run(path: Path, wanted: dict[str, Any], kind: type[Any]) -> None:
     try:
-        stored = flatten(read_json(path))
+        stored = flatten(settings.to_dict(settings.load_config(path, kind)))
     except ValueError as error:
-        raise ValueError(
-            f"{path} is not the config of a run ({error}); use another --workdir"
-        ) from error
+        raise ValueError(f"{error}; use another --workdir") from error
     asked = flatten(wanted)
     differences = {
-        key: (stored.get(key, "absent"), asked.get(key, "absent"))
-        for key in [*stored, *(asked.keys() - stored.keys())]
-        if stored.get(key, "absent") != asked.get(key, "absent") and not key.startswith(_FREE)
+        key: (was, asked[key])
+        for key, was in stored.items()
+        if was != asked[key] and not key.startswith(_FREE)
     }
     if "train.steps" in differences and not asked["train.batch_size_start"]:
         # More steps stretch the schedule from here on. With a batch ramp they would also change the

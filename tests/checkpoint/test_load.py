@@ -316,18 +316,31 @@ def test_config_that_disagrees_with_the_arrays_is_refused(folders, tmp_path):
     [
         ({"model": {"vocab_size": -1}}, "does not describe a converted checkpoint.*vocab_size"),
         ({"model": {"color": 1}}, "does not describe a converted checkpoint.*color"),
+        ({"model": [1]}, "does not describe a converted checkpoint.*must be an object of keys"),
         ({"family": "gpt"}, "family='gpt' is not one of deepseek, deepseek_v2"),
     ],
-    ids=["value", "field", "family"],
+    ids=["value", "field", "list", "family"],
 )
 def test_converted_config_that_is_none_is_refused(folders, tmp_path, change, message):
     (tmp_path / "weights").mkdir()
     values = json.loads((folders["converted"] / "config.json").read_text())
-    model = values["model"] | change.pop("model", {})
-    (tmp_path / "config.json").write_text(json.dumps(values | {"model": model} | change))
+    if isinstance(change.get("model"), dict):
+        change = {"model": values["model"] | change["model"]}
+    (tmp_path / "config.json").write_text(json.dumps(values | change))
     seal(tmp_path)
     with pytest.raises(ValueError, match=message):
         open_checkpoint(tmp_path)
+
+
+def test_converted_config_of_an_older_version_takes_defaults(folders, tmp_path, caplog):
+    shutil.copytree(folders["converted"], tmp_path / "copy")
+    path = tmp_path / "copy" / "config.json"
+    values = json.loads(path.read_text())
+    del values["model"]["mtp_after_final_norm"], values["model"]["qkv_bias"]
+    path.write_text(json.dumps(values))
+    seal(tmp_path / "copy")
+    assert model_of(tmp_path / "copy") == model_of(folders["converted"])
+    assert "lacks qkv_bias, mtp_after_final_norm; defaults are used" in caplog.text
 
 
 def test_importing_the_package_needs_no_jax():

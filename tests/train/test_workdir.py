@@ -91,6 +91,26 @@ def test_claim_keeps_the_length_of_a_ramped_run(tmp_path):
         workdir.claim(tmp_path, change(ramped, train={"steps": 20}))
 
 
+def test_claim_takes_a_run_of_an_older_version(tmp_path, caplog):
+    """Keys added since stand at their defaults; one that is set otherwise makes another run."""
+    begin(tmp_path, CONFIG)
+    values = json.loads((tmp_path / "config.json").read_text())
+    for group, key in (
+        ("train", "sequence_balance"),
+        ("train", "compare_every"),
+        ("optim", "epsilon"),
+    ):
+        del values[group][key]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(
+        ValueError, match=r"another config: optim\.epsilon was 1e-08 and is now 0\.1"
+    ):
+        workdir.claim(tmp_path, change(CONFIG, optim={"epsilon": 0.1}))
+    workdir.claim(tmp_path, CONFIG)
+    assert "lacks train.sequence_balance, train.compare_every, optim.epsilon;" in caplog.text
+    assert json.loads((tmp_path / "config.json").read_text())["optim"]["epsilon"] == 1e-8
+
+
 def test_claim_refuses_checkpoints_without_a_config(tmp_path):
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"holds checkpoints but no config\.json"):
@@ -100,7 +120,7 @@ def test_claim_refuses_checkpoints_without_a_config(tmp_path):
 def test_claim_refuses_a_broken_config(tmp_path):
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(ValueError, match=r"config\.json is not the config of a run"):
+    with pytest.raises(ValueError, match=r"config\.json is not JSON.*; use another --workdir"):
         workdir.claim(tmp_path, CONFIG)
 
 
