@@ -40,11 +40,11 @@ from dsjax.kernels.target import Target
 from dsjax.kernels.varying import varies_over, vary_as
 from dsjax.parallel.routing_plan import (
     Plan,
+    bucket_by_expert,
     combine,
     dispatch,
     dispatch_choices,
-    padded_plan,
-    plan,
+    sort_by_expert,
     undispatch,
 )
 from dsjax.precision.fp8 import CHANNEL_TILE, BlockScaled, quantize_block
@@ -111,7 +111,7 @@ def mixture(
         return combine(experts(dispatch(x_RD, here), here.sizes_E, weights_A), here)
 
     if transport == "local":
-        local = plan(experts_mK, n_experts)
+        local = sort_by_expert(experts_mK, n_experts)
         return compute(x_mD, weights_mK, local), local.sizes_E.sum()
 
     exchange_kind = _AllGather if transport == "all_gather" else _AllToAll
@@ -121,7 +121,7 @@ def mixture(
 
     def make_round(index: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         x_RD, experts_RK, weights_RK, returning = exchange.send_tokens(index, fp8)
-        here = plan(experts_RK, n_experts // n_ranks, min(exchange.rows, experts_RK.size))
+        here = sort_by_expert(experts_RK, n_experts // n_ranks, min(exchange.rows, experts_RK.size))
         y_mD = exchange.return_sums(compute(x_RD, weights_RK, here), returning, fp8)
         return y_mD, here.sizes_E.sum()
 
@@ -245,10 +245,10 @@ class _AllToAll(NamedTuple):
     def send_tokens(self, index: jax.Array | int, fp8: bool) -> _Arrival:
         ranks_mN = jnp.where(self.turn_mN == index, self.ranks_mN, self.n_ranks)
         if self.transport == "ragged":
-            out = plan(ranks_mN, self.n_ranks)
+            out = sort_by_expert(ranks_mN, self.n_ranks)
             route = _Route.of(out.sizes_E, ranks_mN.size, self.at_once)
         else:
-            out, route = padded_plan(ranks_mN, self.n_ranks, self.at_once), None
+            out, route = bucket_by_expert(ranks_mN, self.n_ranks, self.at_once), None
         # x[m, D] -> dispatch -> x[S, D] -> all_to_all(expert) -> x[R, D]
         x_RD = send(self.transport, True, fp8, dispatch(self.x_mD, out), route)
         weights_RK = send(self.transport, True, False, dispatch(self.weights_mK, out), route)

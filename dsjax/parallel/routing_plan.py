@@ -1,7 +1,6 @@
 """Which row holds which assignment, and back: permutations that never drop a token.
 
-`plan` sorts assignments by expert, so that each expert's rows lie together; `dispatch` copies
-tokens to their rows and `combine` sums what came of them. Both are permutations, and so are their
+`sort_by_expert` makes each expert's rows contiguous; `dispatch` copies tokens to their rows and `combine` sums what came of them. Both are permutations, and so are their
 gradients: gathers both ways, no scatter, bit-reproducible. `dsjax.parallel.expert_parallel` uses
 the same plans between devices, with a device in the place of an expert.
 """
@@ -38,7 +37,7 @@ class Plan(NamedTuple):
         return jnp.where(self.order_A < self.rows_KM.size, self.order_A % M, M)
 
 
-def plan(experts_MK: jax.Array, n_experts: int, n_rows: int | None = None) -> Plan:
+def sort_by_expert(experts_MK: jax.Array, n_experts: int, n_rows: int | None = None) -> Plan:
     """Sorts assignments by expert, keeping token order inside an expert.
 
     Args:
@@ -83,11 +82,11 @@ def count(experts: jax.Array, n_experts: int) -> jax.Array:
     return named.sum(axis=1, dtype=jnp.int32)
 
 
-def padded_plan(experts_MK: jax.Array, n_experts: int, capacity: int) -> Plan:
-    """Like `plan`, but expert e's rows start at e * capacity, and rows without assignment fill the
-    gaps. No expert must have more than `capacity` assignments.
+def bucket_by_expert(experts_MK: jax.Array, n_experts: int, capacity: int) -> Plan:
+    """Like `sort_by_expert`, but expert e's rows start at e * capacity, and rows without assignment
+    fill the gaps. No expert must have more than `capacity` assignments.
     """
-    order_A, rows_KM, sizes_E = plan(experts_MK, n_experts)
+    order_A, rows_KM, sizes_E = sort_by_expert(experts_MK, n_experts)
     starts_E = jnp.cumsum(sizes_E) - sizes_E
     place_EX = jnp.arange(capacity, dtype=jnp.int32)[None]
     row_EX = jnp.where(place_EX < sizes_E[:, None], starts_E[:, None] + place_EX, order_A.size)

@@ -23,7 +23,7 @@ def _choice(kind):
 @pytest.mark.parametrize("kind", ["even", "crowded"])
 def test_dispatch_brings_each_token_to_each_of_its_experts(kind):
     choice = _choice(kind)
-    plan = routing_plan.plan(jnp.asarray(choice), EXPERTS)
+    plan = routing_plan.sort_by_expert(jnp.asarray(choice), EXPERTS)
     assert int(plan.sizes_E.sum()) == TOKENS * K
     rows = np.asarray(routing_plan.dispatch(jnp.arange(TOKENS, dtype=jnp.float32)[:, None], plan))[
         :, 0
@@ -50,7 +50,7 @@ def test_combine_sums_what_each_expert_said(kind):
     choice, weights = _choice(kind), rng.normal(size=(TOKENS, K)).astype(np.float32)
     x_MD = rng.normal(size=(TOKENS, D)).astype(np.float32)
     gain_E = np.arange(1, EXPERTS + 1, dtype=np.float32)
-    plan = routing_plan.plan(jnp.asarray(choice), EXPERTS)
+    plan = routing_plan.sort_by_expert(jnp.asarray(choice), EXPERTS)
 
     def through(x_MD, weights):
         gain_A = jnp.repeat(gain_E, plan.sizes_E, total_repeat_length=TOKENS * K)
