@@ -1,8 +1,10 @@
 """Which row holds which assignment, and back: permutations that never drop a token.
 
-`sort_by_expert` makes each expert's rows contiguous; `dispatch` copies tokens to their rows and `combine` sums what came of them. Both are permutations, and so are their
-gradients: gathers both ways, no scatter, bit-reproducible. `dsjax.parallel.expert_parallel` uses
-the same plans between devices, with a device in the place of an expert.
+An assignment is a pair of a token and one of its experts. `sort_by_expert` makes each expert's rows
+contiguous, `dispatch` copies tokens to their rows, and `combine` sums each token's rows. Both are
+permutations and so are their gradients: gathers in both directions, no scatter, reproducible to the
+bit. `dsjax.parallel.expert_parallel` uses the same plans between devices, a device taking the place
+of an expert.
 """
 
 from __future__ import annotations

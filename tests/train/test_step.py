@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dsjax.config import Config, DataConfig, OptimConfig, PrecisionConfig, TrainConfig
+from dsjax.kernels.target import HOPPER, Target
 from dsjax.model.parameters import declarations
 from dsjax.parallel.mesh import make_mesh
 from dsjax.parallel.sharding import AXIS_TABLE
@@ -239,3 +240,27 @@ def test_fp8_steps_are_near_those_in_float32(eight_devices):
         for name, bound in {"loss": 0.01, "mtp_loss": 0.01, "grad_norm": 0.1}.items():
             assert 0 < abs(got[name] / want[name] - 1) < bound, name
         assert got["dropped_tokens"] == 0
+
+
+@pytest.mark.parametrize("target", [HOPPER, Target("gpu", (8, 0))], ids=["hopper", "ampere"])
+def test_step_is_lowered_for_a_gpu_that_is_not_here(target):
+    """What compiling takes beyond that is the GPU compiler alone."""
+    wide = dataclasses.replace(TINY, dim=64, moe_inter_dim=64)
+    config = dataclasses.replace(
+        _config(wide, remat="none"),
+        data=DataConfig(sequence_length=LENGTH, isolate_documents=True),
+        precision=PrecisionConfig(compute="bfloat16"),
+    )
+    declared, optimizer = declared_model(wide, config.precision, target), adamw(config.optim)
+    mesh = make_mesh({}, 1)
+    step = jax.jit(train_step(declared, optimizer, pretraining(config)))
+    rows = jax.ShapeDtypeStruct((1, BATCH, LENGTH + 1), jnp.int32)
+    state, batch = (
+        abstract_state(declared, optimizer, mesh),
+        {"tokens": rows, "segment_ids": rows},
+    )
+    with jax.set_mesh(mesh):
+        traced = step.trace(state, batch, {name: jnp.float32(x) for name, x in KNOBS.items()})
+        lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("mosaic_gpu" in lowered) == target.is_hopper
+    assert ("ragged_dot" in lowered) != target.is_hopper
