@@ -160,29 +160,30 @@ class ModelConfig:
         return self.n_kv_heads or self.n_heads
 
     @property
+    def _head_widths(self) -> tuple[int, int, int]:
+        """One head's widths: query and key, value, and the channels of a key that rope rotates."""
+        if self.attention == "mla":
+            query_key = self.qk_nope_head_dim + self.qk_rope_head_dim
+            return query_key, self.v_head_dim, self.qk_rope_head_dim
+        width = self.head_dim or self.dim // self.n_heads
+        return width, width, width
+
+    @property
     def qk_head_dim(self) -> int:
         """Width of one head's query and key."""
-        if self.attention == "mla":
-            return self.qk_nope_head_dim + self.qk_rope_head_dim
-        return self.head_dim or self.dim // self.n_heads
+        return self._head_widths[0]
 
     @property
     def value_head_dim(self) -> int:
-        return self.v_head_dim if self.attention == "mla" else self.qk_head_dim
+        """Width of one head's value."""
+        return self._head_widths[1]
 
     @property
     def rope_dim(self) -> int:
         """Channels of a head that are rotated."""
-        return self.qk_rope_head_dim if self.attention == "mla" else self.qk_head_dim
+        return self._head_widths[2]
 
     @property
     def n_moe_layers(self) -> int:
         """Mixture-of-experts layers of the main stack."""
         return self.n_layers - self.n_dense_layers
-
-    @property
-    def cache_values_per_token(self) -> int:
-        """Values a token and layer that decoding keeps: latent and rope key, or keys and values."""
-        if self.attention == "mla":
-            return self.kv_lora_rank + self.qk_rope_head_dim
-        return 2 * self.kv_heads * self.qk_head_dim

@@ -76,7 +76,7 @@ def prefill(
     n_drafts = carry.hidden_BWD.shape[1] - 1
     T = tokens_BX.shape[1] - n_drafts
     starts_B = jnp.broadcast_to(start, lengths_B.shape)
-    extended = model.extend(tokens_BX[:, :T], starts_B, carry.cache, absorbed=False)
+    extended = model.extend(tokens_BX[:, :T], starts_B, carry.cache)
     cache, hidden_BWD = extended.cache, carry.hidden_BWD
     if n_drafts:
         counts_B = jnp.clip(lengths_B - start, 0, T)
@@ -150,7 +150,7 @@ def decode(
 
 def _step(model: Transformer, state: State, knobs: Knobs, most_B: jax.Array) -> Step:
     """Runs each row's newest token and draws the next one; `speculative.step` without drafts."""
-    extended = model.extend(state.tokens_BW, state.position_B, state.cache, absorbed=True)
+    extended = model.extend(state.tokens_BW, state.position_B, state.cache)
     drawn_B = sample(model.logits(extended.main_BTD)[:, 0], knobs, state.position_B + 1)
     n_new_B = jnp.minimum(most_B, 1)
     tokens_B1 = jnp.where(n_new_B[:, None] > 0, drawn_B[:, None], state.tokens_BW)

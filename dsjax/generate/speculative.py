@@ -123,9 +123,7 @@ def prefill(
     T = hidden_BTD.shape[1]
     for depth in range(model.config.n_mtp):
         ahead_BT = tokens_BX[:, depth + 1 :][:, :T]
-        hidden_BTD, _, cache = model.extend_mtp(
-            depth, ahead_BT, hidden_BTD, starts_B, cache, absorbed=False
-        )
+        hidden_BTD, _, cache = model.extend_mtp(depth, ahead_BT, hidden_BTD, starts_B, cache)
     return cache, slide(hidden_BWD, extended.mtp_input_BTD, counts_B)
 
 
@@ -171,7 +169,7 @@ def verify(
     token more.
     """
     given_BW = jnp.concatenate([state.tokens_BW[:, -1:], drafts.tokens_BJ], axis=1)
-    extended = model.extend(given_BW, state.position_B, drafts.cache, absorbed=True)
+    extended = model.extend(given_BW, state.position_B, drafts.cache)
     logits_BWV = model.logits(extended.main_BTD)
     each = Knobs(*(jnp.repeat(field, given_BW.shape[1], axis=0) for field in knobs))
     p_XV = probabilities(logits_BWV.reshape(-1, logits_BWV.shape[-1]), each)

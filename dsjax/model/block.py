@@ -14,11 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.config import ModelConfig
+from dsjax.model.attention import attention_class
 from dsjax.model.balance import BalanceWeights
-from dsjax.model.cache import Entries, LayerCache
-from dsjax.model.gqa import GQA
+from dsjax.model.layer_cache import Entries, LayerCache
 from dsjax.model.layers import FeedForward, RMSNorm
-from dsjax.model.mla import MLA
 from dsjax.model.moe import Experts, MoE, RoutingStatistics
 from dsjax.model.parameters import pinned
 from dsjax.parallel.sharding import constrain
@@ -47,7 +46,6 @@ class Extension(NamedTuple):
 
     positions_BT: jax.Array  # int32, consecutive in a row
     angles: tuple[jax.Array, jax.Array]  # rope cosine and sine, float32 [B, T, R/2]
-    absorbed: bool  # how MLA attends to the cache
 
 
 class Block(nnx.Module):
@@ -55,7 +53,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, policy: Policy, *, moe: bool):
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attn = MLA(config, policy) if config.attention == "mla" else GQA(config, policy)
+        self.attn = attention_class(config)(config, policy)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = (
             MoE(config, policy)
@@ -64,14 +62,23 @@ class Block(nnx.Module):
         )
 
     def __call__(
-        self, x_BTD: jax.Array, context: Context, balance: BalanceWeights | None
+        self,
+        x_BTD: jax.Array,
+        context: Context,
+        balance: BalanceWeights | None,
+        experts_BTK: jax.Array | None = None,
     ) -> tuple[jax.Array, RoutingStatistics | None]:
+        """Runs the layer on whole sequences.
+
+        Args:
+          experts_BTK: int32, choices of a MoE layer to replay; None: its router chooses.
+        """
         x_BTD = constrain(x_BTD, "batch", "length", "width")
         x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), context.angles, context.segment_ids_BT)
         normed_BTD = self.ffn_norm(x_BTD)
         if isinstance(self.ffn, FeedForward):
             return x_BTD + self.ffn(normed_BTD), None
-        y_BTD, statistics = self.ffn(normed_BTD, context.documents_BT, balance)
+        y_BTD, statistics, _ = self.ffn(normed_BTD, context.documents_BT, balance, experts_BTK)
         return x_BTD + y_BTD, statistics
 
     @property
@@ -85,37 +92,47 @@ class Block(nnx.Module):
         cache: LayerCache,
         extension: Extension,
         experts: Experts | None,
-    ) -> tuple[jax.Array, LayerCache]:
+    ) -> tuple[jax.Array, LayerCache, jax.Array | None]:
         """Adds tokens to the layer's cache.
 
         Args:
           experts: those of the whole stack, of which this is layer `cache.layer`; None if dense.
+
+        Returns:
+          the hidden state, the cache, and the chosen experts, int32 [B, T, K]; None if dense.
         """
         x_BTD = constrain(x_BTD, "batch", "tokens", "width")
         y_BTD, cache = self.attn.extend(
-            self.attn_norm(x_BTD),
-            extension.angles,
-            cache,
-            extension.positions_BT,
-            absorbed=extension.absorbed,
+            self.attn_norm(x_BTD), extension.angles, cache, extension.positions_BT
         )
         x_BTD = x_BTD + y_BTD
         normed_BTD = self.ffn_norm(x_BTD)
         if isinstance(self.ffn, FeedForward):
-            return x_BTD + self.ffn(normed_BTD), cache
+            return x_BTD + self.ffn(normed_BTD), cache, None
         assert experts is not None
-        return x_BTD + self.ffn.extend(normed_BTD, experts, cache.layer), cache
+        y_BTD, experts_BTK = self.ffn.extend(normed_BTD, experts, cache.layer)
+        return x_BTD + y_BTD, cache, experts_BTK
 
 
 def run_layers(
-    layers: Block, x_BTD: jax.Array, context: Context, balance: BalanceWeights | None, remat: str
+    layers: Block,
+    x_BTD: jax.Array,
+    context: Context,
+    balance: BalanceWeights | None,
+    remat: str,
+    experts_LBTK: jax.Array | None = None,
 ) -> tuple[jax.Array, RoutingStatistics | None]:
-    """Walks a stack of layers; None is the routing of dense ones."""
+    """Walks a stack of layers; None is the routing of dense ones.
 
-    def layer(x_BTD: jax.Array, block: Block):
-        return pinned(block, block.attn.policy)(x_BTD, context, balance)
+    Args:
+      experts_LBTK: int32, the layers' choices to replay; None: their routers choose.
+    """
 
-    return jax.lax.scan(rematerialized(layer, remat), x_BTD, layers)
+    def layer(x_BTD: jax.Array, inputs: tuple[Block, jax.Array | None]):
+        block, experts_BTK = inputs
+        return pinned(block, block.attn.policy)(x_BTD, context, balance, experts_BTK)
+
+    return jax.lax.scan(rematerialized(layer, remat), x_BTD, (layers, experts_LBTK))
 
 
 def rematerialized(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
@@ -126,18 +143,26 @@ def rematerialized(function: Callable[..., Any], remat: str) -> Callable[..., An
 
 
 def extend_layers(
-    layers: Block, x_BTD: jax.Array, entries: Entries, extension: Extension
-) -> tuple[jax.Array, Entries]:
-    """Walks a stack of layers. The entries are carried whole: scanned over layer by layer they
-    would be copied out and in again.
+    layers: Block,
+    x_BTD: jax.Array,
+    entries: Entries,
+    extension: Extension,
+    *,
+    routing: bool = False,
+) -> tuple[jax.Array, Entries, jax.Array | None]:
+    """Walks a stack of layers and adds tokens to its entries.
+
+    Args:
+      routing: whether to return the chosen experts, int32 [L, B, T, K].
     """
 
     def layer(carry: tuple[jax.Array, Entries, jax.Array], block: Block):
         x_BTD, entries, index = carry
-        x_BTD, cache = block.extend(
-            x_BTD, LayerCache(entries, index), extension, layers.routed_experts
-        )
-        return (x_BTD, cache.entries, index + 1), None
+        own = LayerCache(entries, index)
+        x_BTD, own, experts_BTK = block.extend(x_BTD, own, extension, layers.routed_experts)
+        return (x_BTD, own.entries, index + 1), experts_BTK if routing else None
 
-    (x_BTD, entries, _), _ = jax.lax.scan(layer, (x_BTD, entries, jnp.int32(0)), layers)
-    return x_BTD, entries
+    # The entries are carried whole: scanned over layer by layer they would be copied out and in.
+    start = (x_BTD, entries, jnp.int32(0))
+    (x_BTD, entries, _), experts_LBTK = jax.lax.scan(layer, start, layers)
+    return x_BTD, entries, experts_LBTK

@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import NamedTuple, Protocol
 
 from dsjax.config import ModelConfig
+from dsjax.model.attention import attention_class
 
 
 class Declared(Protocol):
@@ -65,13 +66,12 @@ def forward_flops_per_token(
     if mtp:
         weights += model.n_mtp * mtp_matmul_parameters(model)
         layers += model.n_mtp
-    square = 2 * length * model.n_heads * (model.qk_head_dim + model.value_head_dim)
-    return 2 * weights + layers * (square // 2 if causal else square)
+    return 2 * weights + layers * attention_class(model).context_flops(model, length, causal)
 
 
 def matmul_parameters(model: ModelConfig) -> int:
     """Returns the weights that multiply a token in the main model: activated experts, no lookup."""
-    layers = model.n_layers * _attention(model)
+    layers = model.n_layers * attention_class(model).matmul_parameters(model)
     layers += model.n_dense_layers * _feed_forward(model.dim, model.inter_dim)
     layers += model.n_moe_layers * _experts(model)
     return layers + model.dim * model.vocab_size
@@ -80,27 +80,15 @@ def matmul_parameters(model: ModelConfig) -> int:
 def mtp_matmul_parameters(model: ModelConfig) -> int:
     """Returns the same for one MTP module: the projection, its layer, and the shared head again."""
     dense = _feed_forward(model.dim, model.inter_dim)
-    layer = _attention(model) + (_experts(model) if model.n_moe_layers else dense)
+    layer = attention_class(model).matmul_parameters(model)
+    layer += _experts(model) if model.n_moe_layers else dense
     return 2 * model.dim**2 + layer + model.dim * model.vocab_size
 
 
 def cache_bytes_per_token(model: ModelConfig, bytes_per_value: int = 2) -> int:
     """Returns what decoding keeps for a token over all layers, in bytes; 2 bytes is bfloat16."""
-    return model.n_layers * model.cache_values_per_token * bytes_per_value
-
-
-def _attention(model: ModelConfig) -> int:
-    heads_out = model.n_heads * model.value_head_dim * model.dim
-    if model.attention == "gqa":
-        return model.dim * (model.n_heads + 2 * model.kv_heads) * model.qk_head_dim + heads_out
-    queries = model.n_heads * model.qk_head_dim
-    if model.q_lora_rank:
-        query = model.q_lora_rank * (model.dim + queries)
-    else:
-        query = model.dim * queries
-    latent = model.dim * (model.kv_lora_rank + model.qk_rope_head_dim)
-    keys_values = model.n_heads * (model.qk_nope_head_dim + model.v_head_dim)
-    return query + latent + model.kv_lora_rank * keys_values + heads_out
+    entries = attention_class(model).cached(model).values()
+    return model.n_layers * sum(entry.heads * entry.width for entry in entries) * bytes_per_value
 
 
 def _experts(model: ModelConfig) -> int:

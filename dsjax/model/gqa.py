@@ -11,7 +11,7 @@ from flax import nnx
 from dsjax.config import ModelConfig
 from dsjax.kernels import cached_attention
 from dsjax.model import rope
-from dsjax.model.cache import LayerCache
+from dsjax.model.layer_cache import EntryShape, LayerCache
 from dsjax.model.layers import Constant, Normal, declare
 from dsjax.parallel import context
 from dsjax.precision.activations import attention_linear
@@ -34,6 +34,24 @@ class GQA(nnx.Module):
             self.bv = declare((kv_width,), ("heads",), Constant(0.0))
         self.config = config
         self.policy = policy
+
+    @staticmethod
+    def cached(config: ModelConfig) -> dict[str, EntryShape]:
+        shape = EntryShape(config.kv_heads, config.qk_head_dim)
+        return {"key": shape, "value": shape}
+
+    @staticmethod
+    def matmul_parameters(config: ModelConfig) -> int:
+        return 2 * config.dim * (config.n_heads + config.kv_heads) * config.qk_head_dim
+
+    @staticmethod
+    def context_flops(config: ModelConfig, length: int, causal: bool) -> int:
+        square = 4 * length * config.n_heads * config.qk_head_dim
+        return square // 2 if causal else square
+
+    @staticmethod
+    def latent_values(config: ModelConfig) -> int:
+        return 0
 
     def _project(self, x_BTD: jax.Array, name: str) -> jax.Array:
         """[B, T, heads, H] of queries, keys or values (name q, k or v)."""
@@ -76,19 +94,14 @@ class GQA(nnx.Module):
         angles: tuple[jax.Array, jax.Array],
         cache: LayerCache,
         positions_BT: jax.Array,
-        *,
-        absorbed: bool,
     ) -> tuple[jax.Array, LayerCache]:
-        """Attends from tokens at consecutive positions to the cache, to which it adds them.
-
-        Args:
-          absorbed: as for MLA; makes no difference here.
-        """
-        cache = cache.append(positions_BT[:, 0], *self.keys_values(x_BTD, angles))
+        """Adds tokens at consecutive positions to the cache and attends from them to it."""
+        key_BTPH, value_BTPH = self.keys_values(x_BTD, angles)
+        cache = cache.append(positions_BT[:, 0], key=key_BTPH, value=value_BTPH)
 
         def block(start: jax.Array | int, size: int) -> cached_attention.Block:
-            k_BPSH, v_BPSH = cache.read(start, size)
-            return cached_attention.Block((k_BPSH,), v_BPSH)
+            entries = cache.read(start, size)
+            return cached_attention.Block((entries["key"],), entries["value"])
 
         out_BTNH = cached_attention.cached_attention(
             (self.queries(x_BTD, angles),),

@@ -4,12 +4,10 @@ Keys and values are projected up, per head, from one normed latent a token; one 
 shared by all heads. Decoding then keeps only the latent and that key. Queries come from a latent of
 their own, or straight from the hidden state (V2-Lite).
 
-`extend` attends to a cache in one of two ways that differ in cost alone. Expanded: keys and values
-of the cached latents are computed, as in training. Absorbed (V2 section 2.1.2): the projection of
-the keys moves to the queries and that of the values to the output, so that the heads share one key
-and one value a position, the latent itself: (C + R + C) multiplications a head, query and position
-where expanded keys take H + R + W, and nothing to compute for each position. For a few queries
-absorbed is cheaper, for many expanded.
+`extend` attends to a cache in one of two ways that differ only in cost. Expanded: keys and values
+are computed from the cached latents, as in training. Absorbed (V2 section 2.1.2): the projection of
+the keys moves to the queries and that of the values to the output, so that all heads share one key
+and one value per position, the latent itself. `absorbs` picks the cheaper.
 
 Paper: DeepSeek-V2 (arXiv:2405.04434) section 2.1, equations 9 to 19; V3 (arXiv:2412.19437) section
 2.1.1.
@@ -25,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from dsjax.config import ModelConfig
 from dsjax.kernels import cached_attention
 from dsjax.model import rope
-from dsjax.model.cache import LayerCache
+from dsjax.model.layer_cache import EntryShape, LayerCache
 from dsjax.model.layers import Normal, RMSNorm, declare
 from dsjax.parallel import context
 from dsjax.precision.activations import attention_linear
@@ -71,6 +69,40 @@ class MLA(nnx.Module):
         self.wo = declare((N * config.v_head_dim, D), ("heads", "embed"), init)
         self.config = config
         self.policy = policy
+
+    @staticmethod
+    def cached(config: ModelConfig) -> dict[str, EntryShape]:
+        return {
+            "latent": EntryShape(1, config.kv_lora_rank),
+            "rope_key": EntryShape(1, config.qk_rope_head_dim),
+        }
+
+    @staticmethod
+    def matmul_parameters(config: ModelConfig) -> int:
+        queries = config.n_heads * config.qk_head_dim
+        rank = config.q_lora_rank
+        query = rank * (config.dim + queries) if rank else config.dim * queries
+        latent = config.dim * (config.kv_lora_rank + config.qk_rope_head_dim)
+        keys_values = config.n_heads * (config.qk_nope_head_dim + config.v_head_dim)
+        out = config.n_heads * config.v_head_dim * config.dim
+        return query + latent + config.kv_lora_rank * keys_values + out
+
+    @staticmethod
+    def context_flops(config: ModelConfig, length: int, causal: bool) -> int:
+        square = 2 * length * config.n_heads * (config.qk_head_dim + config.v_head_dim)
+        return square // 2 if causal else square
+
+    @staticmethod
+    def latent_values(config: ModelConfig) -> int:
+        return config.q_lora_rank + config.kv_lora_rank + config.qk_rope_head_dim
+
+    @staticmethod
+    def absorbs(config: ModelConfig, n_queries: int) -> bool:
+        """Whether absorbed attention needs fewer multiplications for so many queries per row."""
+        C, R = config.kv_lora_rank, config.qk_rope_head_dim
+        H, W = config.qk_nope_head_dim, config.v_head_dim
+        # Per head and cached position; expanded, each position's key and value are computed first.
+        return n_queries * (C + R + C) < C * (H + W) + n_queries * (H + R + W)
 
     def queries(self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
         """[B, T, N, H + R], the last R channels rotated."""
@@ -127,28 +159,30 @@ class MLA(nnx.Module):
         angles: tuple[jax.Array, jax.Array],
         cache: LayerCache,
         positions_BT: jax.Array,
-        *,
-        absorbed: bool,
     ) -> tuple[jax.Array, LayerCache]:
-        """Attends from tokens at consecutive positions to the cache, to which it adds them."""
+        """Adds tokens at consecutive positions to the cache and attends from them to it."""
         config = self.config
+        absorbed = self.absorbs(config, x_BTD.shape[1])
         q_nope, q_rope = jnp.split(self.queries(x_BTD, angles), [config.qk_nope_head_dim], axis=-1)
         c_BTC, k_rope_BTR = self.latents(x_BTD, angles)
-        cache = cache.append(positions_BT[:, 0], c_BTC[:, :, None], k_rope_BTR[:, :, None])
+        cache = cache.append(
+            positions_BT[:, 0], latent=c_BTC[:, :, None], rope_key=k_rope_BTR[:, :, None]
+        )
         weight_NCX = jnp.reshape(
             self.wkv_b[...].astype(q_nope.dtype), (config.kv_lora_rank, config.n_heads, -1)
         ).swapaxes(0, 1)
 
         def latent_block(start: jax.Array | int, size: int) -> cached_attention.Block:
-            c_B1SC, k_B1SR = cache.read(start, size)
-            return cached_attention.Block((c_B1SC, k_B1SR), c_B1SC)
+            entries = cache.read(start, size)
+            c_B1SC = entries["latent"]
+            return cached_attention.Block((c_B1SC, entries["rope_key"]), c_B1SC)
 
         def expanded_block(start: jax.Array | int, size: int) -> cached_attention.Block:
-            c_B1SC, k_B1SR = cache.read(start, size)
-            expanded = linear(c_B1SC[:, 0], self.wkv_b[...], self.policy)
+            entries = cache.read(start, size)
+            expanded = linear(entries["latent"][:, 0], self.wkv_b[...], self.policy)
             expanded = expanded.reshape(*expanded.shape[:2], config.n_heads, -1).swapaxes(1, 2)
             k_BNSH, v_BNSW = jnp.split(expanded, [config.qk_nope_head_dim], axis=-1)
-            return cached_attention.Block((k_BNSH, k_B1SR), v_BNSW)
+            return cached_attention.Block((k_BNSH, entries["rope_key"]), v_BNSW)
 
         if absorbed:
             # Zeros where the weight holds values: to take it apart would cost more than they do.

@@ -111,23 +111,30 @@ class MoE(nnx.Module):
         x_BTD: jax.Array,
         documents_BT: jax.Array,
         balance: BalanceWeights | None,
+        experts_BTK: jax.Array | None = None,
         *,
         length: str = "length",
-    ) -> tuple[jax.Array, RoutingStatistics]:
-        """
+    ) -> tuple[jax.Array, RoutingStatistics, jax.Array]:
+        """Routes whole sequences.
+
         Args:
+          experts_BTK: int32, choices to replay; None: the router chooses.
           length: logical name of the tokens' dimension; "tokens" where sequences are whole.
+
+        Returns:
+          the output, the statistics, and the chosen experts, int32 [B, T, K].
         """
         config = self.config
         y_BTD, routing, counts_E, dropped_tokens = on_shards(
             partial(self._routed, length=length),
-            (self.gate, self.experts, x_BTD, documents_BT),
+            (self.gate, self.experts, x_BTD, documents_BT, experts_BTK),
             self._specs(x_BTD, length),
         )
         if config.n_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
         loss = balance_loss(routing, documents_BT, balance, config) if balance else jnp.float32(0)
-        return y_BTD, RoutingStatistics(counts_E, loss, dropped_tokens)
+        statistics = RoutingStatistics(counts_E, loss, dropped_tokens)
+        return y_BTD, statistics, routing.experts_MK.reshape(*x_BTD.shape[:2], -1)
 
     def _specs(self, x_BTD: jax.Array, length: str) -> Callable[[AbstractMesh], Specs]:
         def specs(mesh: AbstractMesh) -> Specs:
@@ -135,7 +142,7 @@ class MoE(nnx.Module):
             rows = partition_spec(("batch", length), x_BTD.shape[:2], mesh, "tokens")
             everywhere = PartitionSpec()
             return (
-                (everywhere, partition_specs(self.experts, mesh), tokens, rows),
+                (everywhere, partition_specs(self.experts, mesh), tokens, rows, tokens),
                 (tokens, tokens, everywhere, everywhere),
             )
 
@@ -147,6 +154,7 @@ class MoE(nnx.Module):
         experts: Experts,
         x_btD: jax.Array,
         documents_bt: jax.Array,
+        experts_btK: jax.Array | None,
         *,
         length: str,
     ) -> tuple[jax.Array, Routing, jax.Array, jax.Array]:
@@ -158,7 +166,8 @@ class MoE(nnx.Module):
         """
         config, policy = self.config, experts.policy
         x_mD = x_btD.reshape(-1, x_btD.shape[-1])
-        routing = gate(x_mD)
+        replayed = experts_btK is not None
+        routing = gate(x_mD, experts_btK.reshape(len(x_mD), -1) if replayed else None)
         E, n_ranks = config.n_routed_experts, parts_here("experts")
         max_ranks = expert_parallel.max_ranks_per_token(
             E, n_ranks, config.n_activated_experts, config.n_expert_groups, config.n_limited_groups
@@ -186,11 +195,16 @@ class MoE(nnx.Module):
             jax.lax.psum(missing, everywhere),
         )
 
-    def extend(self, x_BTD: jax.Array, stack: Experts, layer: jax.Array) -> jax.Array:
-        """The output alone, for tokens that are added to a cache.
+    def extend(
+        self, x_BTD: jax.Array, stack: Experts, layer: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Routes tokens that are added to a cache.
 
         Args:
           stack: the experts of all layers, of which this is number `layer`.
+
+        Returns:
+          the output, and the chosen experts, int32 [B, T, K].
         """
         config, policy = self.config, stack.policy
         n_tokens = x_BTD.shape[0] * x_BTD.shape[1]
@@ -198,7 +212,11 @@ class MoE(nnx.Module):
         one_device = parts_here("experts") == parts_here("expert_embed") == parts_here("ffn") == 1
         if not (few and one_device) or policy.fp8:
             documents_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
-            return self(x_BTD, documents_BT, None, length="tokens")[0]
+            y_BTD, _, experts_BTK = self(x_BTD, documents_BT, None, length="tokens")
+            return y_BTD, experts_BTK
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        y_BTD = stack.few(x_MD, self.gate(x_MD), layer).reshape(x_BTD.shape)
-        return y_BTD + self.shared(x_BTD) if config.n_shared_experts else y_BTD
+        routing = self.gate(x_MD)
+        y_BTD = stack.few(x_MD, routing, layer).reshape(x_BTD.shape)
+        if config.n_shared_experts:
+            y_BTD = y_BTD + self.shared(x_BTD)
+        return y_BTD, routing.experts_MK.reshape(*x_BTD.shape[:2], -1)

@@ -55,9 +55,10 @@ class MTP(nnx.Module):
         hidden_BTD: jax.Array,
         context: Context,
         balance: BalanceWeights | None,
+        experts_BTK: jax.Array | None = None,
     ) -> tuple[jax.Array, RoutingStatistics | None]:
         """Advances the hidden state one token further ahead, given that token's embedding."""
-        return self.layer(self.join(embedding_BTD, hidden_BTD), context, balance)
+        return self.layer(self.join(embedding_BTD, hidden_BTD), context, balance, experts_BTK)
 
     def join(self, embedding_BTD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
         """What the module's layer reads: the pair, projected to the model width."""

@@ -8,7 +8,7 @@ forward pass changes nothing: routing statistics and balance losses come out as 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ from dsjax.config import ModelConfig
 from dsjax.model import rope
 from dsjax.model.balance import BalanceWeights
 from dsjax.model.block import Block, Context, Extension, extend_layers, rematerialized, run_layers
-from dsjax.model.cache import Cache, LayerCache
+from dsjax.model.cache import Cache
+from dsjax.model.layer_cache import LayerCache
 from dsjax.model.layers import Embedding, Head, RMSNorm, stack
 from dsjax.model.moe import RoutingStatistics
 from dsjax.model.mtp import MTP, shift_left
@@ -42,6 +43,14 @@ class Extended(NamedTuple):
     main_BTD: jax.Array  # after the final norm
     mtp_input_BTD: jax.Array  # what the first MTP module reads
     cache: Cache
+    experts_LBTK: jax.Array | None = None  # int32, what the MoE layers chose, where asked for
+
+
+class Embeddings(NamedTuple):
+    """Embeddings that stand in for those of some tokens, such as a picture's."""
+
+    given_BT: jax.Array  # bool, where they do
+    values_BTD: jax.Array  # elsewhere they are ignored
 
 
 class Transformer(nnx.Module):
@@ -92,6 +101,8 @@ class Transformer(nnx.Module):
         mtp: bool = True,
         balance: BalanceWeights | None = None,
         remat: str = "none",
+        embeddings: Embeddings | None = None,
+        experts_LBTK: jax.Array | None = None,
     ) -> Hidden:
         """Runs the model up to the states that the output head reads. They lie as
         `dsjax.parallel.context.arrange` brings the tokens to lie, which it does here.
@@ -102,29 +113,61 @@ class Transformer(nnx.Module):
           mtp: whether to run the MTP modules.
           balance: weights of the balance losses; None leaves them out.
           remat: what a layer's backward pass computes again: "none", "selective" or "full".
+          embeddings: replace those of some tokens in the main model.
+          experts_LBTK: int32, choices to replay, in the hidden state's order: those of every MoE
+            layer, then, where they are given too, those of every MTP module. Weights still come
+            from the routers, with gradients. None: the routers choose.
         """
         context = self.context(tokens_BT, segment_ids_BT, isolate)
-        x_BTD = self.enter(tokens_BT, context, remat)
+        x_BTD = self.enter(tokens_BT, context, remat, embeddings)
         body = getattr(self, self.body)
-        x_BTD, statistics = run_layers(body, x_BTD, context, balance, remat)
-        hidden = self.leave(x_BTD, tokens_BT, context, mtp=mtp, balance=balance, remat=remat)
+        own, ahead = self._replayed(experts_LBTK)
+        x_BTD, statistics = run_layers(body, x_BTD, context, balance, remat, own)
+        hidden = self.leave(
+            x_BTD, tokens_BT, context, mtp=mtp, balance=balance, remat=remat, experts_LBTK=ahead
+        )
         if statistics is not None and hidden.routing is not None:
             statistics = jax.tree.map(
                 lambda *stacks: jnp.concatenate(stacks), statistics, hidden.routing
             )
         return hidden._replace(routing=statistics)
 
+    def _replayed(self, experts_LBTK: jax.Array | None) -> tuple[Any, Any]:
+        """The choices of the MoE layers and those of the MTP modules; None where none are given."""
+        n_moe, n_mtp = self.config.n_moe_layers, self.config.n_mtp
+        if experts_LBTK is None:
+            return None, None
+        if len(experts_LBTK) not in (n_moe, n_moe + n_mtp):
+            raise ValueError(
+                f"choices of {len(experts_LBTK)} layers cannot be replayed in {n_moe} MoE layers "
+                f"and {n_mtp} MTP modules; give those of the {n_moe} layers, or of all"
+            )
+        return experts_LBTK[:n_moe], experts_LBTK[n_moe:] if len(experts_LBTK) > n_moe else None
+
     @property
     def body(self) -> str:
         """The name of the stack that makes up the model, between its ends `enter` and `leave`."""
         return "moe_layers" if self.config.n_moe_layers else "dense_layers"
 
-    def enter(self, tokens_BT: jax.Array, context: Context, remat: str) -> jax.Array:
+    def enter(
+        self,
+        tokens_BT: jax.Array,
+        context: Context,
+        remat: str,
+        embeddings: Embeddings | None = None,
+    ) -> jax.Array:
         """What the body's first layer reads: embedding and, before a MoE body, dense layers."""
-        x_BTD = self.embed(arrange(tokens_BT))
+        x_BTD = self._embed(arrange(tokens_BT), embeddings)
         if self.config.n_moe_layers and self.config.n_dense_layers:
             x_BTD, _ = run_layers(self.dense_layers, x_BTD, context, None, remat)
         return x_BTD
+
+    def _embed(self, tokens_BT: jax.Array, embeddings: Embeddings | None) -> jax.Array:
+        x_BTD = self.embed(tokens_BT)
+        if embeddings is None:
+            return x_BTD
+        values_BTD = embeddings.values_BTD.astype(x_BTD.dtype)
+        return jnp.where(embeddings.given_BT[..., None], values_BTD, x_BTD)
 
     def leave(
         self,
@@ -135,10 +178,16 @@ class Transformer(nnx.Module):
         mtp: bool,
         balance: BalanceWeights | None,
         remat: str,
+        experts_LBTK: jax.Array | None = None,
     ) -> Hidden:
-        """Final norm and MTP modules, whose routing alone is in the result."""
+        """Final norm and MTP modules, whose routing alone is in the result.
 
-        def mtp_module(carry: tuple[jax.Array, jax.Array, jax.Array], module: MTP):
+        Args:
+          experts_LBTK: the modules' choices to replay.
+        """
+
+        def mtp_module(carry: tuple[jax.Array, jax.Array, jax.Array], inputs: tuple[MTP, Any]):
+            module, experts_BTK = inputs
             module = pinned(module, self.policy)
             hidden_BTD, tokens_BT, ahead_BT = carry
             tokens_BT, ahead_BT = shift_left(tokens_BT), shift_left(ahead_BT)
@@ -150,6 +199,7 @@ class Transformer(nnx.Module):
                 hidden_BTD,
                 context._replace(documents_BT=documents_BT),
                 balance,
+                experts_BTK,
             )
             return (hidden_BTD, tokens_BT, ahead_BT), (module.norm(hidden_BTD), statistics)
 
@@ -158,11 +208,19 @@ class Transformer(nnx.Module):
             return Hidden(main_BTD, None, None)
         first = main_BTD if self.config.mtp_after_final_norm else x_BTD
         start = (first, arrange(tokens_BT), context.documents_BT)
-        _, (mtp_DBTD, routing) = jax.lax.scan(rematerialized(mtp_module, remat), start, self.mtp)
+        _, (mtp_DBTD, routing) = jax.lax.scan(
+            rematerialized(mtp_module, remat), start, (self.mtp, experts_LBTK)
+        )
         return Hidden(main_BTD, mtp_DBTD, routing)
 
     def extend(
-        self, tokens_BT: jax.Array, starts_B: jax.Array, cache: Cache, *, absorbed: bool
+        self,
+        tokens_BT: jax.Array,
+        starts_B: jax.Array,
+        cache: Cache,
+        *,
+        routing: bool = False,
+        embeddings: Embeddings | None = None,
     ) -> Extended:
         """Runs tokens whose predecessors are in the cache, and adds them to it.
 
@@ -171,19 +229,22 @@ class Transformer(nnx.Module):
             end in padding: what that leaves in the cache, tokens written there later replace before
             anyone sees it.
           starts_B: int32; starts_B + T must not exceed the cache's length.
-          absorbed: how MLA attends (see `dsjax.model.mla`): the same values, cheaper for few
-            tokens.
+          routing: whether to return the experts that the MoE layers choose.
+          embeddings: replace those of some tokens.
         """
-        extension = self._extension(tokens_BT, starts_B, absorbed)
-        x_BTD = self.embed(tokens_BT)
-        dense, moe = cache.dense, cache.moe
+        extension = self._extension(tokens_BT, starts_B)
+        x_BTD = self._embed(tokens_BT, embeddings)
+        dense, moe, experts_LBTK = cache.dense, cache.moe, None
         if dense is not None:
-            x_BTD, dense = extend_layers(self.dense_layers, x_BTD, dense, extension)
+            x_BTD, dense, _ = extend_layers(self.dense_layers, x_BTD, dense, extension)
         if moe is not None:
-            x_BTD, moe = extend_layers(self.moe_layers, x_BTD, moe, extension)
+            x_BTD, moe, experts_LBTK = extend_layers(
+                self.moe_layers, x_BTD, moe, extension, routing=routing
+            )
         main_BTD = self.norm(x_BTD)
         mtp_input_BTD = main_BTD if self.config.mtp_after_final_norm else x_BTD
-        return Extended(main_BTD, mtp_input_BTD, cache._replace(dense=dense, moe=moe))
+        cache = cache._replace(dense=dense, moe=moe)
+        return Extended(main_BTD, mtp_input_BTD, cache, experts_LBTK)
 
     def extend_mtp(
         self,
@@ -192,8 +253,6 @@ class Transformer(nnx.Module):
         hidden_BTD: jax.Array,
         starts_B: jax.Array,
         cache: Cache,
-        *,
-        absorbed: bool = True,
     ) -> tuple[jax.Array, jax.Array, Cache]:
         """Runs one MTP module on positions starts_B, starts_B + 1, ... and adds them to its cache.
 
@@ -208,10 +267,10 @@ class Transformer(nnx.Module):
           the hidden state for the next module, the normed one for the output head, and the cache.
         """
         assert cache.mtp is not None, "the cache has no room for the MTP modules"
-        extension = self._extension(tokens_BT, starts_B, absorbed)
+        extension = self._extension(tokens_BT, starts_B)
         module = jax.tree.map(lambda stack: stack[depth], self.mtp)
         pair_BTD = module.join(self.embed(tokens_BT), hidden_BTD)
-        hidden_BTD, layer_cache = module.layer.extend(
+        hidden_BTD, layer_cache, _ = module.layer.extend(
             pair_BTD,
             LayerCache(cache.mtp, jnp.int32(depth)),
             extension,
@@ -219,10 +278,10 @@ class Transformer(nnx.Module):
         )
         return hidden_BTD, module.norm(hidden_BTD), cache._replace(mtp=layer_cache.entries)
 
-    def _extension(self, tokens_BT: jax.Array, starts_B: jax.Array, absorbed: bool) -> Extension:
+    def _extension(self, tokens_BT: jax.Array, starts_B: jax.Array) -> Extension:
         steps_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
         positions_BT = starts_B[:, None] + steps_T[None]
-        return Extension(positions_BT, rope.angles(positions_BT, self.config), absorbed)
+        return Extension(positions_BT, rope.angles(positions_BT, self.config))
 
     def context(
         self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None, isolate: bool

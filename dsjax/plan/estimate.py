@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh
 
 from dsjax.config import Config, ModelConfig
 from dsjax.model import flops
+from dsjax.model.attention import attention_class
 from dsjax.model.parameters import Declaration, declarations
 from dsjax.parallel.expert_parallel import SLACK
 from dsjax.parallel.sharding import AXIS_TABLE, parts
@@ -138,8 +139,7 @@ def _kept_values(config: Config, mesh: AbstractMesh) -> float:
     if config.train.remat == "full":
         return kept
     kept += model.n_heads * model.value_head_dim / tensor
-    if model.attention == "mla":
-        kept += model.q_lora_rank + model.kv_lora_rank + model.qk_rope_head_dim
+    kept += attention_class(model).latent_values(model)
     shared = model.n_shared_experts * model.moe_inter_dim
     routed = _rows_per_token(model, mesh) * model.moe_inter_dim
     moe_share = model.n_moe_layers / model.n_layers

@@ -14,6 +14,7 @@ from dsjax.config import Config
 from dsjax.generate import decoding
 from dsjax.generate.sampling import Knobs
 from dsjax.kernels.target import Target
+from dsjax.model.cache import entry_axes
 from dsjax.model.layers import RouterState
 from dsjax.model.parameters import shardings
 from dsjax.parallel.sharding import partition_spec
@@ -116,14 +117,14 @@ def decode(config: Config, mesh: Mesh | AbstractMesh, target: Target) -> Program
     carry = jax.eval_shape(lambda: decoding.empty_carry(declared, rows, length, 0))
     carry = carry._replace(
         cache=jax.tree.map(
-            lambda leaf: laid_out(leaf, "layers", "batch", "width", "length", "width"), carry.cache
+            lambda entry: laid_out(entry, *entry_axes(entry.shape, mesh)), carry.cache
         ),
-        hidden_BWD=laid_out(carry.hidden_BWD, "batch", "length", "width"),
+        hidden_BWD=laid_out(carry.hidden_BWD, "batch", "tokens", "width"),
     )
 
     def row(dtype: Any, *more: int) -> Any:
         struct = jax.ShapeDtypeStruct((rows, *more), dtype)
-        return laid_out(struct, "batch", *("length",) * len(more))
+        return laid_out(struct, "batch", *("tokens",) * len(more))
 
     ints = jnp.int32
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))

@@ -56,7 +56,7 @@ class Decoded(NamedTuple):
 
 @jax.jit
 def prefill_chunk(model, tokens_BX, starts_B, counts_B, cache, hidden_BWD):
-    extended = model.extend(tokens_BX[:, :CHUNK], starts_B, cache, absorbed=False)
+    extended = model.extend(tokens_BX[:, :CHUNK], starts_B, cache)
     cache, hidden_BWD = speculative.prefill(
         model, tokens_BX, starts_B, counts_B, extended, hidden_BWD
     )
@@ -205,7 +205,7 @@ class Chain(NamedTuple):
     def config(self) -> ModelConfig:
         return dataclasses.replace(TINY, vocab_size=len(self.p_VV), n_mtp=len(self.q_JVV))
 
-    def extend(self, tokens_BT, starts_B, cache, *, absorbed):
+    def extend(self, tokens_BT, starts_B, cache):
         logits_BTV = jnp.log(self.p_VV)[tokens_BT]
         return Extended(logits_BTV, logits_BTV, cache)
 

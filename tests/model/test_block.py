@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.model import block
-from dsjax.model.cache import LayerCache, empty_cache
+from dsjax.model import block, rope
+from dsjax.model.cache import empty_cache
+from dsjax.model.layer_cache import LayerCache
 from dsjax.model.parameters import declarations
 from tests.closeness import F32, assert_close
 from tests.model.tiny import TINY, tiny_model, tokens
@@ -46,15 +47,19 @@ def test_extended_stack_runs_its_layers_in_order_each_on_its_own_entries():
     @jax.jit
     def both(model):
         entries = empty_cache(TINY, 2, 64, jnp.float32).moe
-        extension = model._extension(row, starts_B, False)
+        assert entries is not None
+        positions_BT = starts_B[:, None] + jnp.arange(24, dtype=jnp.int32)[None]
+        extension = block.Extension(positions_BT, rope.angles(positions_BT, TINY))
         start_BTD = model.embed(row)
-        stacked = block.extend_layers(model.moe_layers, start_BTD, entries, extension)
+        stacked = block.extend_layers(model.moe_layers, start_BTD, entries, extension, routing=True)
+        chosen = []
         x_BTD, experts = start_BTD, model.moe_layers.routed_experts
         for index, layer in enumerate(one_by_one(model.moe_layers)):
             cache = LayerCache(entries, jnp.int32(index))
-            x_BTD, cache = layer.extend(x_BTD, cache, extension, experts)
+            x_BTD, cache, experts_BTK = layer.extend(x_BTD, cache, extension, experts)
             entries = cache.entries
-        return stacked, (x_BTD, entries)
+            chosen.append(experts_BTK)
+        return stacked, (x_BTD, entries, jnp.stack(chosen))
 
     got, want = both(tiny_model())
     for ours, one in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):

@@ -1,4 +1,4 @@
-"""What a cache holds, and that adding to it touches nothing else."""
+"""What a cache holds, and that adding to it or replacing its rows touches nothing else."""
 
 import dataclasses
 
@@ -9,12 +9,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsjax.kernels.target import Target
-from dsjax.model.cache import LayerCache, empty_cache
+from dsjax.model.cache import empty_cache, entry_axes
 from dsjax.model.flops import cache_bytes_per_token
 from dsjax.model.transformer import Transformer
 from dsjax.parallel.mesh import make_mesh
+from dsjax.parallel.sharding import partition_spec
 from dsjax.precision.policy import Policy
-from tests.model.tiny import TINY
+from tests.closeness import F32, assert_close
+from tests.model.tiny import TINY, tiny_model, tokens
 
 GQA = dataclasses.replace(TINY, attention="gqa", n_kv_heads=2, head_dim=8)
 
@@ -29,30 +31,10 @@ def test_cache_takes_the_bytes_that_flops_counts(config):
 
 def test_mla_keeps_one_latent_and_one_rotated_key_a_token():
     cache = jax.eval_shape(lambda: empty_cache(TINY, 3, 256, jnp.float32, mtp=True))
-    shapes = [[entry.shape for entry in entries] for entries in cache if entries]
-    assert shapes == [[(L, 3, 1, 256, 8), (L, 3, 1, 256, 4)] for L in (1, 2, 2)]
-
-
-def test_append_writes_its_own_entries_and_no_others():
-    L, B, P, S, T = 3, 2, 2, 16, 4
-    rng = np.random.default_rng(0)
-    stacks = [rng.normal(size=(L, B, P, S, X)).astype(np.float32) for X in (5, 3)]
-    new = [rng.normal(size=(B, T, P, X)).astype(np.float32) for X in (5, 3)]
-    starts_B = jnp.asarray([12, 3], jnp.int32)  # the first row's end with the cache
-
-    @jax.jit
-    def append(entries, layer):
-        return LayerCache(entries, layer).append(starts_B, *new)
-
-    got = append(tuple(map(jnp.asarray, stacks)), jnp.int32(1))
-    want = [stack.copy() for stack in stacks]
-    for stack, entry in zip(want, new, strict=True):
-        stack[1, 0, :, 12:16] = entry[0].swapaxes(0, 1)
-        stack[1, 1, :, 3:7] = entry[1].swapaxes(0, 1)
-    for entry, expected in zip(got.entries, want, strict=True):
-        np.testing.assert_array_equal(entry, expected)
-    for entry, expected in zip(got.read(3, 9), want, strict=True):
-        np.testing.assert_array_equal(entry, expected[1, :, :, 3:12])
+    shapes = [{name: entry.shape for name, entry in entries.items()} for entries in cache]
+    assert shapes == [
+        {"latent": (L, 3, 1, 256, 8), "rope_key": (L, 3, 1, 256, 4)} for L in (1, 2, 2)
+    ]
 
 
 @pytest.mark.parametrize("config", [TINY, GQA], ids=["mla", "gqa"])
@@ -64,7 +46,7 @@ def test_decoding_changes_the_donated_cache_in_place(config):
     numbers = jax.ShapeDtypeStruct((2,), jnp.int32)
 
     def step(model, tokens_B, starts_B, cache):
-        return model.extend(tokens_B[:, None], starts_B, cache, absorbed=True).cache
+        return model.extend(tokens_B[:, None], starts_B, cache).cache
 
     program = jax.jit(step, donate_argnums=3).lower(model, numbers, numbers, cache).compile()
     memory, bytes_ = program.memory_analysis(), sum(4 * x.size for x in jax.tree.leaves(cache))
@@ -83,3 +65,63 @@ def test_pinned_cache_is_split_over_rows_and_key_heads(config, spec):
         cache = jax.jit(lambda: empty_cache(config, 4, 256, jnp.float32).pinned())()
     for leaf in jax.tree.leaves(cache):
         assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(*spec)), leaf.ndim)
+
+
+@pytest.mark.parametrize("config", [TINY, GQA], ids=["mla", "gqa"])
+def test_inserted_rows_decode_as_they_would_alone(config):
+    """A running batch of three rows; new prompts with a shorter cache replace the last and the
+    first.
+    """
+    model = tiny_model(config)
+
+    @jax.jit
+    def extend(model, tokens_BT, starts_B, cache):
+        extended = model.extend(tokens_BT, starts_B, cache)
+        return model.logits(extended.main_BTD), extended.cache
+
+    def begun(batch, length, seed):
+        cache = empty_cache(config, batch, length, jnp.float32, mtp=True)
+        return extend(model, tokens(batch, 16, seed), jnp.zeros(batch, jnp.int32), cache)[1]
+
+    running, new = begun(3, 64, 0), begun(2, 32, 1)
+    inserted = running.insert(jnp.asarray([2, 0], jnp.int32), new)
+    row, at = tokens(3, 4, 2), jnp.full(3, 16, jnp.int32)
+    got, _ = extend(model, row, at, inserted)
+    old, _ = extend(model, row, at, running)
+    alone, _ = extend(model, row[jnp.asarray([2, 0])], at[:2], new)
+    np.testing.assert_array_equal(got[1], old[1])
+    assert_close(got[jnp.asarray([2, 0])], alone, F32, "logits of new rows")
+
+
+def test_a_row_outside_is_not_inserted():
+    mine, other = (
+        jax.tree.map(lambda x, value=value: x + value, empty_cache(TINY, n, 32, jnp.float32))
+        for n, value in ((3, 1.0), (2, 2.0))
+    )
+    got = mine.insert(jnp.asarray([3, 1], jnp.int32), other)
+    for entry in jax.tree.leaves(got):
+        assert [float(entry[:, row].mean()) for row in range(3)] == [1, 2, 1]
+
+
+@pytest.mark.parametrize("n_devices", [1, 4])
+def test_insertion_changes_the_donated_cache_in_place(n_devices):
+    """Besides the cache it holds no more than the rows that it brings; rows over devices too."""
+    mesh = make_mesh({"data": n_devices}, n_devices=n_devices)
+    big, small = (
+        jax.eval_shape(lambda b=batch, s=length: empty_cache(TINY, b, s, jnp.float32))
+        for batch, length in ((16, 8192), (1, 1024))
+    )
+
+    def insert(mine, rows_X, other):
+        return mine.pinned().insert(rows_X, other).pinned()
+
+    with jax.set_mesh(mesh):
+        place = lambda x, axes: jax.ShapeDtypeStruct(  # noqa: E731
+            x.shape, x.dtype, sharding=NamedSharding(mesh, partition_spec(axes, x.shape, mesh, ""))
+        )
+        big = jax.tree.map(lambda x: place(x, entry_axes(x.shape, mesh)), big)
+        rows = jax.ShapeDtypeStruct((1,), jnp.int32)
+        program = jax.jit(insert, donate_argnums=0).lower(big, rows, small).compile()
+    memory, bytes_ = program.memory_analysis(), sum(4 * x.size for x in jax.tree.leaves(big))
+    assert memory.alias_size_in_bytes == bytes_ // n_devices
+    assert memory.temp_size_in_bytes < bytes_ / n_devices / 8

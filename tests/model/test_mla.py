@@ -55,7 +55,7 @@ def test_latents_are_the_normed_latent_and_one_rotated_key():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, TINY.dim)), jnp.float32)
     angles = rope.angles(jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), (2, 9)), TINY)
     latent, key = module.latents(x, angles)
-    assert latent.shape[-1] + key.shape[-1] == TINY.cache_values_per_token
+    assert (latent.shape[-1], key.shape[-1]) == (TINY.kv_lora_rank, TINY.qk_rope_head_dim)
     raw = x @ module.wkv_a[...]
     assert_close(latent, module.kv_norm(raw[..., : TINY.kv_lora_rank]), F32, "latent")
     assert_close(key[:, 0], raw[:, 0, TINY.kv_lora_rank :], F32, "key at position 0")

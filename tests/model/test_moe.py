@@ -30,7 +30,7 @@ def test_moe_equals_oracle(shared):
     config = dataclasses.replace(TINY, n_shared_experts=shared)
     module = _module(config)
     x = np.random.default_rng(0).normal(size=(30, config.dim)).astype(np.float32)
-    got, statistics = apply(module, jnp.asarray(x)[None], jnp.ones((1, 30), jnp.int32), None)
+    got, statistics, _ = apply(module, jnp.asarray(x)[None], jnp.ones((1, 30), jnp.int32), None)
     want, choices = oracle_moe(x.astype(np.float64), _tree(module), config)
     assert_close(got[0], want, F32, "mixture")
     counts = np.bincount(
@@ -42,8 +42,8 @@ def test_moe_equals_oracle(shared):
 def test_bfloat16_moe_stays_near_float32():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 30, TINY.dim)), jnp.bfloat16)
     documents = jnp.ones((1, 30), jnp.int32)
-    want, _ = apply(_module(), x.astype(jnp.float32), documents, None)
-    got, _ = apply(_module(compute=jnp.bfloat16), x, documents, None)
+    want, *_ = apply(_module(), x.astype(jnp.float32), documents, None)
+    got, *_ = apply(_module(compute=jnp.bfloat16), x, documents, None)
     assert got.dtype == jnp.bfloat16
     assert_close(got, want, BF16, "mixture")
 
@@ -52,7 +52,7 @@ def test_all_tokens_to_the_same_experts_drop_none():
     module = _module()
     module.gate.bias.set_value(jnp.asarray([99.0, 98.0, 0, 0, 0, 0, 0, 0]))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 50, TINY.dim)), jnp.float32)
-    got, statistics = apply(module, x, jnp.ones((2, 50), jnp.int32), None)
+    got, statistics, _ = apply(module, x, jnp.ones((2, 50), jnp.int32), None)
     np.testing.assert_array_equal(statistics.counts_E, [100, 100, 0, 0, 0, 0, 0, 0])
     assert int(statistics.dropped_tokens) == 0
     want, _ = oracle_moe(np.asarray(x[0], np.float64), _tree(module), TINY)
@@ -62,7 +62,7 @@ def test_all_tokens_to_the_same_experts_drop_none():
 def test_padding_is_not_counted():
     x = jnp.ones((1, 10, TINY.dim))
     documents = jnp.asarray([[1] * 6 + [0] * 4], jnp.int32)
-    _, statistics = apply(_module(), x, documents, None)
+    _, statistics, _ = apply(_module(), x, documents, None)
     assert int(statistics.counts_E.sum()) == 6 * TINY.n_activated_experts
 
 
@@ -72,9 +72,10 @@ def test_tokens_added_to_a_cache_pass_through_their_own_layers_experts(tokens):
     module, other = _module(), initialize(MoE(TINY, Policy(jnp.float32)), jax.random.key(1))
     both = jax.tree.map(lambda *layers: jnp.stack(layers), other.experts, module.experts)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, tokens, TINY.dim)), jnp.float32)
-    got = jax.jit(lambda module, x: module.extend(x, both, jnp.int32(1)))(module, x)
-    want, _ = apply(module, x, jnp.ones((1, tokens), jnp.int32), None)
+    got, chosen = jax.jit(lambda module, x: module.extend(x, both, jnp.int32(1)))(module, x)
+    want, _, experts = apply(module, x, jnp.ones((1, tokens), jnp.int32), None)
     assert_close(got, want, F32, "mixture")
+    np.testing.assert_array_equal(chosen, experts)
 
 
 def test_few_tokens_leave_the_other_experts_unread():
@@ -85,7 +86,7 @@ def test_few_tokens_leave_the_other_experts_unread():
     def layers(module, x):
         def layer(carry, block):
             x, index = carry
-            return (block.extend(x, module.experts, index), index + 1), None
+            return (block.extend(x, module.experts, index)[0], index + 1), None
 
         return jax.lax.scan(layer, (x, jnp.int32(0)), module)[0][0]
 

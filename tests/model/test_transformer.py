@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from dsjax.model.cache import empty_cache
+from dsjax.model.mla import MLA
 from dsjax.model.parameters import declarations
-from dsjax.model.transformer import Transformer
+from dsjax.model.transformer import Embeddings, Transformer
 from dsjax.precision.policy import Policy
 from tests.closeness import BF16, F32, LOGITS, assert_close
 from tests.model.tiny import TINY, tiny_model, tokens
@@ -107,12 +108,14 @@ YARN = dataclasses.replace(
     mscale_all_dim=0.707,
 )  # fmt: skip
 GROUPED = dataclasses.replace(TINY, attention="gqa", n_kv_heads=2, head_dim=8, qkv_bias=True)
+# With a latent of this width one token is cheaper absorbed and a chunk of 16 expanded.
+WIDE = dataclasses.replace(TINY, kv_lora_rank=32)
 LENGTH, ENDS = 40, (25, 7, 16)  # of the rows' prompts
 
 
-@functools.partial(jax.jit, static_argnames="absorbed", donate_argnums=3)
-def extend(model, tokens_BT, starts_B, cache, *, absorbed):
-    extended = model.extend(tokens_BT, starts_B, cache, absorbed=absorbed)
+@functools.partial(jax.jit, donate_argnums=3)
+def extend(model, tokens_BT, starts_B, cache):
+    extended = model.extend(tokens_BT, starts_B, cache)
     return model.logits(extended.main_BTD), extended.mtp_input_BTD, extended.cache
 
 
@@ -126,12 +129,12 @@ def cached_model(config):
 
 @pytest.mark.parametrize(
     "config",
-    [TINY, pytest.param(YARN, marks=pytest.mark.heavy), GROUPED],
+    [WIDE, pytest.param(YARN, marks=pytest.mark.heavy), GROUPED],
     ids=["mla", "yarn", "gqa"],
 )
 def test_decode_logits_equal_teacher_forced_logits(config):
     """Prompts of different lengths run in two chunks of 16, filled up with whatever; then rows
-    decode, each at a position of its own. What comes in chunks comes expanded, the rest absorbed.
+    decode, each at a position of its own. The first model expands chunks and absorbs single tokens.
     """
     model, cache = cached_model(config)
     rows = np.asarray(tokens(3, LENGTH))
@@ -139,27 +142,31 @@ def test_decode_logits_equal_teacher_forced_logits(config):
     prompts = np.where(np.arange(32) < np.array(ENDS)[:, None], rows[:, :32], 95)
     for start in (0, 16):
         starts = np.full(3, start, np.int32)
-        got, _, cache = extend(model, prompts[:, start : start + 16], starts, cache, absorbed=False)
+        got, _, cache = extend(model, prompts[:, start : start + 16], starts, cache)
         for row, end in enumerate(ENDS):
             own = slice(0, max(end - start, 0))
             assert_close(got[row, own], want[row, start : start + 16][own], LOGITS, "prefill")
     for step in range(LENGTH - max(ENDS)):
         at = np.array(ENDS, np.int32) + step
         new = rows[np.arange(3), at][:, None]
-        got, _, cache = extend(model, new, at, cache, absorbed=True)
+        got, _, cache = extend(model, new, at, cache)
         assert_close(got[:, 0], want[np.arange(3), at], LOGITS, f"step {step}")
 
 
 def test_absorbed_attention_equals_expanded():
     """Beyond YaRN's original length, where a forgotten mscale would show in either."""
-    model, cache = cached_model(YARN)
+    config = dataclasses.replace(YARN, kv_lora_rank=32)
+    assert MLA.absorbs(config, 4) and not MLA.absorbs(config, 16)
+    model, absorbed = cached_model(config)
     rows, starts = tokens(3, 16), jnp.asarray([0, 0, 0], jnp.int32)
-    copy = jax.tree.map(jnp.copy, cache)
-    absorbed, hidden, cache = extend(model, rows, starts, cache, absorbed=True)
-    expanded, other_hidden, copy = extend(model, rows, starts, copy, absorbed=False)
-    assert_close(absorbed, expanded, F32, "logits")
-    assert_close(hidden, other_hidden, F32, "hidden")
-    for got, want in zip(jax.tree.leaves(cache), jax.tree.leaves(copy), strict=True):
+    expanded = jax.tree.map(jnp.copy, absorbed)
+    want, want_hidden, expanded = extend(model, rows, starts, expanded)
+    for start in range(0, 16, 4):
+        few = slice(start, start + 4)
+        got, hidden, absorbed = extend(model, rows[:, few], starts + start, absorbed)
+        assert_close(got, want[:, few], F32, "logits")
+        assert_close(hidden, want_hidden[:, few], F32, "hidden")
+    for got, want in zip(jax.tree.leaves(absorbed), jax.tree.leaves(expanded), strict=True):
         assert_close(got, want, F32, "entries")
 
 
@@ -178,7 +185,7 @@ def test_cached_mtp_modules_equal_the_training_forward(after_norm):
     padded = jnp.pad(rows, ((0, 0), (0, 2)))
     for start in (0, 16):
         starts = jnp.full((3,), start, jnp.int32)
-        _, hidden, cache = extend(model, rows[:, start : start + 16], starts, cache, absorbed=False)
+        _, hidden, cache = extend(model, rows[:, start : start + 16], starts, cache)
         for depth in range(2):
             ahead = padded[:, start + depth + 1 :][:, :16]
             hidden, normed, cache = run(model, depth, ahead, hidden, starts, cache)
@@ -194,9 +201,126 @@ def test_size_of_decoding_program_does_not_grow_with_depth():
         model = Transformer(config, Policy(jnp.float32))
         cache = jax.eval_shape(lambda: empty_cache(config, 2, 64, jnp.float32))
         row = jax.ShapeDtypeStruct((2,), jnp.int32)
-        step = jax.jit(
-            lambda model, row, cache: model.extend(row[:, None], row, cache, absorbed=True)
-        )
+        step = jax.jit(lambda model, row, cache: model.extend(row[:, None], row, cache))
         return len(step.lower(model, row, cache).as_text())
 
     assert size(12) < 1.02 * size(3)
+
+
+def expert_choices(model, rows):
+    """Natural choices of all MoE layers, in the order of a cache's prefill."""
+    cache = empty_cache(model.config, *rows.shape, jnp.float32)
+    starts_B = jnp.zeros(len(rows), jnp.int32)
+    return jax.jit(lambda m, r, c: m.extend(r, starts_B, c, routing=True).experts_LBTK)(
+        model, rows, cache
+    )
+
+
+def states(model, rows, experts_LBTK=None):
+    hidden = jax.jit(lambda m, r, e: m.hidden(r, experts_LBTK=e))(model, rows, experts_LBTK)
+    return hidden.main_BTD, hidden.mtp_DBTD, hidden.routing.counts_E
+
+
+def test_extend_returns_the_choices_of_every_layer():
+    model, rows = tiny_model(), tokens(2, 24)
+    chosen = np.asarray(expert_choices(model, rows))
+    assert chosen.shape == (TINY.n_moe_layers, 2, 24, TINY.n_activated_experts)
+    counts = [np.bincount(layer.ravel(), minlength=TINY.n_routed_experts) for layer in chosen]
+    np.testing.assert_array_equal(states(model, rows)[2][: TINY.n_moe_layers], counts)
+
+
+def test_decoding_without_choices_is_the_program_without_them():
+    """Not asked for, choices leave no trace in the program."""
+    model, cache = cached_model(TINY)
+    row, at = jnp.zeros((3, 1), jnp.int32), jnp.zeros(3, jnp.int32)
+
+    def results(routing):
+        run = jax.jit(lambda m, c: m.extend(row, at, c, routing=routing))
+        return len(jax.tree.leaves(jax.eval_shape(run, model, cache)))
+
+    assert results(True) == results(False) + 1
+
+
+def test_replayed_natural_choices_change_no_bit():
+    model, rows = tiny_model(), tokens(2, 24)
+    for got, want in zip(
+        states(model, rows, expert_choices(model, rows)), states(model, rows), strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_other_choices_are_obeyed():
+    model, rows = tiny_model(), tokens(2, 24)
+    others = (expert_choices(model, rows) + 1) % TINY.n_routed_experts
+    got, want = states(model, rows, others), states(model, rows)
+    assert np.abs(got[0] - want[0]).max() > 1e-2
+    counts = [np.bincount(x.ravel(), minlength=TINY.n_routed_experts) for x in np.asarray(others)]
+    np.testing.assert_array_equal(got[2][: TINY.n_moe_layers], counts)
+    # The modules' choices may be given as well.
+    everywhere = jnp.zeros((4, *others.shape[1:]), jnp.int32).at[..., 1].set(1)
+    counts_E = states(model, rows, everywhere)[2]
+    assert (counts_E[:, :2] > 0).all() and (counts_E[:, 2:] == 0).all()
+
+
+def test_choices_of_another_number_of_layers_are_refused():
+    model, rows = tiny_model(), tokens(1, 8)
+    with pytest.raises(ValueError, match="choices of 3 layers cannot be replayed in 2 MoE layers"):
+        model.hidden(rows, experts_LBTK=jnp.zeros((3, 1, 8, 2), jnp.int32))
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("remat", ["none", "selective"])
+def test_gradients_reach_routers_through_replayed_choices(remat):
+    """The same gradients as with natural choices, to the bit."""
+    model, rows = tiny_model(), tokens(2, 24)
+
+    def loss(model, experts_LBTK):
+        hidden = model.hidden(rows, remat=remat, experts_LBTK=experts_LBTK)
+        return jnp.square(hidden.main_BTD).sum()
+
+    gradient = jax.jit(jax.grad(loss))
+    got, want = gradient(model, expert_choices(model, rows)), gradient(model, None)
+    assert np.abs(got.moe_layers.ffn.gate.weight[...]).max(axis=(1, 2)).min() > 0
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(g, w)
+
+
+def test_embeddings_replace_those_of_their_tokens_alone():
+    """Given the tokens' own embeddings nothing changes, whatever ids stand there. Other embeddings
+    change only what follows. Gradients go to the given embeddings instead of the table.
+    """
+    model, rows = tiny_model(), tokens(2, 24)
+    given_BT = jnp.zeros((2, 24), bool).at[1, 5:9].set(True)
+    pictures = jnp.where(given_BT, TINY.vocab_size + 7, rows)  # no ids of the vocabulary
+
+    def main(model, rows, values_BTD):
+        embeddings = values_BTD if values_BTD is None else Embeddings(given_BT, values_BTD)
+        return model.hidden(rows, mtp=False, embeddings=embeddings).main_BTD
+
+    run = jax.jit(main)
+    own_BTD = model.embed(rows)
+    want, got = run(model, rows, None), run(model, pictures, own_BTD)
+    np.testing.assert_array_equal(got, want)
+    other = run(model, pictures, own_BTD + 1)
+    np.testing.assert_array_equal(other[0], want[0])
+    np.testing.assert_array_equal(other[1, :5], want[1, :5])
+    assert (np.abs(other[1, 5:] - want[1, 5:]).max(axis=-1) > 1e-3).all()
+
+    def loss(model, values_BTD):
+        return jnp.square(main(model, pictures, values_BTD)[1, 5]).sum()
+
+    _, into_values = jax.jit(jax.grad(loss, (0, 1)))(model, own_BTD)
+    assert (np.abs(into_values).max(axis=-1) > 0).tolist() == [
+        [False] * 24,
+        [i == 5 for i in range(24)],
+    ]
+
+
+def test_extend_takes_embeddings():
+    model, cache = cached_model(TINY)
+    rows, starts = tokens(3, 16), jnp.zeros(3, jnp.int32)
+    given_BT = jnp.zeros((3, 16), bool).at[:, 2:5].set(True)
+    embeddings = Embeddings(given_BT, model.embed(rows))
+    run = jax.jit(lambda m, r, c, e: m.extend(r, starts, c, embeddings=e).main_BTD)
+    got = run(model, jnp.where(given_BT, 0, rows), cache, embeddings)
+    np.testing.assert_array_equal(got, run(model, rows, cache, None))
