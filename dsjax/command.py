@@ -26,11 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from dsjax import files, settings
+from dsjax.axes import AXES, CHECKPOINT_AXES
 from dsjax.config import Config, MeshConfig
 
 SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
-_AXES = ("data", "fsdp", "expert", "tensor", "context", "pipe")
-_CHECKPOINT_AXES = ("data", "fsdp", "expert", "tensor")  # training alone has the others
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -118,9 +117,9 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh",
         metavar="AXIS=N,...",
-        type=lambda text: mesh_sizes(text, _AXES),
+        type=lambda text: mesh_sizes(text, AXES),
         default={},
-        help=f"devices along the axes {', '.join(_AXES)}, e.g. fsdp=8,expert=64; 1 along those not "
+        help=f"devices along the axes {', '.join(AXES)}, e.g. fsdp=8,expert=64; 1 along those not "
         "named (default: the config's mesh)",
     )
 
@@ -129,7 +128,7 @@ def on_mesh(config: Config, sizes: Mapping[str, int]) -> Config:
     """Returns the config on another mesh, or as it is if none is named."""
     if not sizes:
         return config
-    all_sizes = dict.fromkeys(_AXES, 1) | dict(sizes)
+    all_sizes = dict.fromkeys(AXES, 1) | dict(sizes)
     return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **all_sizes))
 
 
@@ -193,7 +192,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         metavar="AXIS=N,...",
         type=mesh_sizes,
         default={},
-        help=f"devices along the axes {', '.join(_CHECKPOINT_AXES)}, e.g. data=2,tensor=4; one may "
+        help=f"devices along the axes {', '.join(CHECKPOINT_AXES)}, e.g. data=2,tensor=4; one may "
         "be -1 for what is left (default: one device)",
     )
 
@@ -226,7 +225,7 @@ def _field(text: str) -> tuple[str, Any]:
         return key, value  # so that a string needs no quotes: torch_dtype=float32
 
 
-def mesh_sizes(text: str, axes: Sequence[str] = _CHECKPOINT_AXES) -> dict[str, int]:
+def mesh_sizes(text: str, axes: Sequence[str] = CHECKPOINT_AXES) -> dict[str, int]:
     """Reads `data=2,tensor=4`.
 
     Raises:

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {
+    "axes": -0.1,
     "config": 0.0,
     "files": 0.0,
     "display": 0.0,
@@ -144,7 +145,7 @@ def test_config_is_refused_to_the_low_floors():
     assert found == ["parallel (floor 3) imports dsjax.config; pass explicit arguments"]
 
 
-@pytest.mark.parametrize("name", ["config", "files", "settings", "command"])
+@pytest.mark.parametrize("name", ["axes", "config", "files", "settings", "command"])
 def test_ground_floor_needs_only_the_standard_library(name):
     place = ROOT / "dsjax" / name
     paths = sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")]

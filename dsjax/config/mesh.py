@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from dsjax.axes import AXES
 from dsjax.config.rules import require, require_not_negative
 
 
@@ -38,5 +39,4 @@ class MeshConfig:
     @property
     def sizes(self) -> dict[str, int]:
         """Devices along each axis, what `dsjax.parallel.mesh.make_mesh` takes."""
-        axes = ("data", "fsdp", "expert", "tensor", "context", "pipe")
-        return {axis: getattr(self, axis) for axis in axes}
+        return {axis: getattr(self, axis) for axis in AXES}

@@ -11,8 +11,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-# The slowest network first: neighbours along the last axes talk most.
-AXES = ("pipe", "data", "fsdp", "expert", "context", "tensor")
+from dsjax.axes import AXES
 
 
 def resolve(sizes: Mapping[str, int], n_devices: int) -> dict[str, int]:

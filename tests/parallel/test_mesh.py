@@ -3,7 +3,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from dsjax.parallel.mesh import AXES, make_mesh, resolve, submesh
+from dsjax.axes import AXES
+from dsjax.parallel.mesh import make_mesh, resolve, submesh
 
 
 def sizes_above_one(mesh):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from dsjax.parallel.mesh import AXES, make_mesh
+from dsjax.axes import AXES
+from dsjax.parallel.mesh import make_mesh
 from dsjax.parallel.sharding import (
     AXIS_TABLE,
     at_use,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsjax.axes import AXES
 from dsjax.checkpoint import store
 from dsjax.config import (
     Config,
@@ -20,7 +21,7 @@ from dsjax.config import (
     TrainConfig,
 )
 from dsjax.parallel import schedules
-from dsjax.parallel.mesh import AXES, make_mesh
+from dsjax.parallel.mesh import make_mesh
 from dsjax.train import pipelined_step
 from dsjax.train.loss import pretraining
 from dsjax.train.optimizer import adamw
