@@ -11,37 +11,19 @@ Cost: 300.6K H800-hours per trillion tokens (DeepSeek-V2 paper, section 3.2.3).
 Expected: not run.
 """
 
-from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from dsjax.config import Config, DataConfig, MeshConfig, OptimConfig, TrainConfig
+from dsjax.config.shapes import LLM_67B
 
 config = Config(
     name="llm_67b",
-    model=ModelConfig(
-        vocab_size=102400,
-        dim=8192,
-        n_layers=95,
-        n_dense_layers=95,
-        n_heads=64,
-        inter_dim=22016,
-        norm_eps=1e-6,
-        init_std=0.006,
-        max_seq_len=4096,
-        attention="gqa",
-        n_kv_heads=8,
-        head_dim=128,
-        rope_theta=10000.0,
-    ),
+    model=LLM_67B,
     data=DataConfig(sequence_length=4096, fim_rate=0.0),
     train=TrainConfig(steps=105_964, batch_size=4608, micro_batch_size=256),
     optim=OptimConfig(
         learning_rate=3.2e-4,
         schedule="multistep",
-        warmup_steps=2000,
         decay_points=(0.8, 0.9),
         decay_ratios=(0.316, 0.1),
-        weight_decay=0.1,
-        beta1=0.9,
-        beta2=0.95,
-        clip_norm=1.0,
     ),
     mesh=MeshConfig(data=1, fsdp=-1),
 )

@@ -11,37 +11,19 @@ Cost: 8.5e22 FLOPs (paper, section 3: 42.3 GFLOPs a token without embeddings).
 Expected: not run.
 """
 
-from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from dsjax.config import Config, DataConfig, MeshConfig, OptimConfig, TrainConfig
+from dsjax.config.shapes import LLM_7B
 
 config = Config(
     name="llm_7b",
-    model=ModelConfig(
-        vocab_size=102400,
-        dim=4096,
-        n_layers=30,
-        n_dense_layers=30,
-        n_heads=32,
-        inter_dim=11008,
-        norm_eps=1e-6,
-        init_std=0.006,
-        max_seq_len=4096,
-        attention="gqa",
-        n_kv_heads=32,
-        head_dim=128,
-        rope_theta=10000.0,
-    ),
+    model=LLM_7B,
     data=DataConfig(sequence_length=4096, fim_rate=0.0),
     train=TrainConfig(steps=211_928, batch_size=2304, micro_batch_size=256),
     optim=OptimConfig(
         learning_rate=4.2e-4,
         schedule="multistep",
-        warmup_steps=2000,
         decay_points=(0.8, 0.9),
         decay_ratios=(0.316, 0.1),
-        weight_decay=0.1,
-        beta1=0.9,
-        beta2=0.95,
-        clip_norm=1.0,
     ),
     mesh=MeshConfig(data=1, fsdp=-1),
 )

@@ -13,33 +13,12 @@ Cost: not published.
 Expected: not run; the paper counts 144.6B parameters, 22.2B activated.
 """
 
-from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from dsjax.config import Config, DataConfig, MeshConfig, OptimConfig, TrainConfig
+from dsjax.config.shapes import MOE_145B
 
 config = Config(
     name="moe_145b",
-    model=ModelConfig(
-        vocab_size=102400,
-        dim=4096,
-        n_layers=62,
-        n_dense_layers=1,
-        n_heads=32,
-        inter_dim=22528,
-        norm_eps=1e-6,
-        init_std=0.006,
-        max_seq_len=4096,
-        attention="gqa",
-        n_kv_heads=32,
-        head_dim=128,
-        rope_theta=10000.0,
-        n_routed_experts=128,
-        n_shared_experts=4,
-        n_activated_experts=12,
-        moe_inter_dim=1408,
-        score_func="softmax",
-        group_score="max",
-        norm_topk=False,
-        route_scale=1.0,
-    ),
+    model=MOE_145B,
     data=DataConfig(sequence_length=4096, fim_rate=0.0),
     train=TrainConfig(
         steps=13_000,
@@ -54,11 +33,6 @@ config = Config(
     optim=OptimConfig(
         learning_rate=3.0e-4,
         schedule="constant",
-        warmup_steps=2000,
-        weight_decay=0.1,
-        beta1=0.9,
-        beta2=0.95,
-        clip_norm=1.0,
     ),
     mesh=MeshConfig(data=1, fsdp=-1),
 )

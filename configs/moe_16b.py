@@ -13,33 +13,12 @@ Cost: not published.
 Expected: not run; the paper counts 16.4B parameters, 2.8B activated.
 """
 
-from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from dsjax.config import Config, DataConfig, MeshConfig, OptimConfig, TrainConfig
+from dsjax.config.shapes import MOE_16B
 
 config = Config(
     name="moe_16b",
-    model=ModelConfig(
-        vocab_size=102400,
-        dim=2048,
-        n_layers=28,
-        n_dense_layers=1,
-        n_heads=16,
-        inter_dim=10944,
-        norm_eps=1e-6,
-        init_std=0.006,
-        max_seq_len=4096,
-        attention="gqa",
-        n_kv_heads=16,
-        head_dim=128,
-        rope_theta=10000.0,
-        n_routed_experts=64,
-        n_shared_experts=2,
-        n_activated_experts=6,
-        moe_inter_dim=1408,
-        score_func="softmax",
-        group_score="max",
-        norm_topk=False,
-        route_scale=1.0,
-    ),
+    model=MOE_16B,
     data=DataConfig(sequence_length=4096, fim_rate=0.0),
     train=TrainConfig(
         steps=106_449,
@@ -52,13 +31,8 @@ config = Config(
     optim=OptimConfig(
         learning_rate=4.2e-4,
         schedule="multistep",
-        warmup_steps=2000,
         decay_points=(0.8, 0.9),
         decay_ratios=(0.316, 0.316**2),
-        weight_decay=0.1,
-        beta1=0.9,
-        beta2=0.95,
-        clip_norm=1.0,
     ),
     mesh=MeshConfig(data=1, fsdp=-1),
 )

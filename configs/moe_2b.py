@@ -13,33 +13,12 @@ Cost: not published.
 Expected: not run; the paper counts 2.0B parameters, 0.3B activated.
 """
 
-from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from dsjax.config import Config, DataConfig, MeshConfig, OptimConfig, TrainConfig
+from dsjax.config.shapes import MOE_2B
 
 config = Config(
     name="moe_2b",
-    model=ModelConfig(
-        vocab_size=8192,
-        dim=1280,
-        n_layers=9,
-        n_dense_layers=0,
-        n_heads=10,
-        inter_dim=3520,
-        norm_eps=1e-6,
-        init_std=0.006,
-        max_seq_len=2048,
-        attention="gqa",
-        n_kv_heads=10,
-        head_dim=128,
-        rope_theta=10000.0,
-        n_routed_experts=63,
-        n_shared_experts=1,
-        n_activated_experts=7,
-        moe_inter_dim=880,
-        score_func="softmax",
-        group_score="max",
-        norm_topk=False,
-        route_scale=1.0,
-    ),
+    model=MOE_2B,
     data=DataConfig(sequence_length=2048, fim_rate=0.0),
     train=TrainConfig(
         steps=23_842,
@@ -52,13 +31,8 @@ config = Config(
     optim=OptimConfig(
         learning_rate=1.08e-3,
         schedule="multistep",
-        warmup_steps=2000,
         decay_points=(0.8, 0.9),
         decay_ratios=(0.316, 0.316**2),
-        weight_decay=0.1,
-        beta1=0.9,
-        beta2=0.95,
-        clip_norm=1.0,
     ),
     mesh=MeshConfig(data=1, fsdp=-1),
 )

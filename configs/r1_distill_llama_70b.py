@@ -15,42 +15,7 @@ Cost: not published.
 Expected: not run.
 """
 
-from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from dsjax.config.recipes import r1_distillation
+from dsjax.config.shapes import LLAMA_70B
 
-config = Config(
-    name="r1_distill_llama_70b",
-    model=ModelConfig(
-        vocab_size=128256,
-        dim=8192,
-        n_layers=80,
-        n_dense_layers=80,
-        n_heads=64,
-        inter_dim=28672,
-        norm_eps=1e-5,
-        init_std=0.02,
-        max_seq_len=131072,
-        attention="gqa",
-        n_kv_heads=8,
-        head_dim=128,
-        rope_theta=500000.0,
-        rope_scaling="llama3",
-        rope_factor=8.0,
-        original_seq_len=8192,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-    ),
-    data=DataConfig(sequence_length=32768, fim_rate=0.0, isolate_documents=True),
-    train=TrainConfig(steps=4110, batch_size=64, micro_batch_size=16),
-    optim=OptimConfig(
-        learning_rate=2e-5,
-        schedule="v3",
-        warmup_steps=0,
-        decay_points=(0.0, 1.0, 1.0),
-        decay_ratios=(0.1, 0.1),
-        weight_decay=0.1,
-        beta1=0.9,
-        beta2=0.95,
-        clip_norm=1.0,
-    ),
-    mesh=MeshConfig(data=1, fsdp=-1),
-)
+config = r1_distillation("r1_distill_llama_70b", LLAMA_70B, learning_rate=2e-5)

@@ -16,38 +16,7 @@ Cost: not published.
 Expected: not run.
 """
 
-from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from dsjax.config.recipes import r1_distillation
+from dsjax.config.shapes import QWEN_1P5B
 
-config = Config(
-    name="r1_distill_qwen_1p5b",
-    model=ModelConfig(
-        vocab_size=151936,
-        dim=1536,
-        n_layers=28,
-        n_dense_layers=28,
-        n_heads=12,
-        inter_dim=8960,
-        norm_eps=1e-6,
-        init_std=0.02,
-        max_seq_len=131072,
-        attention="gqa",
-        n_kv_heads=2,
-        head_dim=128,
-        qkv_bias=True,
-        rope_theta=10000.0,
-    ),
-    data=DataConfig(sequence_length=32768, fim_rate=0.0, isolate_documents=True),
-    train=TrainConfig(steps=4110, batch_size=64, micro_batch_size=16),
-    optim=OptimConfig(
-        learning_rate=1e-4,
-        schedule="v3",
-        warmup_steps=0,
-        decay_points=(0.0, 1.0, 1.0),
-        decay_ratios=(0.1, 0.1),
-        weight_decay=0.1,
-        beta1=0.9,
-        beta2=0.95,
-        clip_norm=1.0,
-    ),
-    mesh=MeshConfig(data=1, fsdp=-1),
-)
+config = r1_distillation("r1_distill_qwen_1p5b", QWEN_1P5B, learning_rate=1e-4)

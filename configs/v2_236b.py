@@ -20,44 +20,12 @@ Cost: 172.8K H800-hours per trillion tokens (paper, section 3.2.3).
 Expected: not run.
 """
 
-from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from dsjax.config import Config, DataConfig, MeshConfig, OptimConfig, TrainConfig
+from dsjax.config.shapes import V2
 
 config = Config(
     name="v2_236b",
-    model=ModelConfig(
-        vocab_size=102400,
-        dim=5120,
-        n_layers=60,
-        n_dense_layers=1,
-        n_heads=128,
-        inter_dim=12288,
-        norm_eps=1e-6,
-        init_std=0.006,
-        max_seq_len=163840,
-        q_lora_rank=1536,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        rope_theta=10000.0,
-        rope_scaling="yarn",
-        rope_factor=40.0,
-        original_seq_len=4096,
-        beta_fast=32.0,
-        beta_slow=1.0,
-        mscale=0.707,
-        mscale_all_dim=0.707,
-        n_routed_experts=160,
-        n_shared_experts=2,
-        n_activated_experts=6,
-        moe_inter_dim=1536,
-        n_expert_groups=8,
-        n_limited_groups=3,
-        score_func="softmax",
-        group_score="max",
-        norm_topk=False,
-        route_scale=16.0,
-    ),
+    model=V2,
     data=DataConfig(sequence_length=4096, fim_rate=0.0),
     train=TrainConfig(
         steps=218_154,
@@ -74,13 +42,8 @@ config = Config(
     optim=OptimConfig(
         learning_rate=2.4e-4,
         schedule="multistep",
-        warmup_steps=2000,
         decay_points=(0.6, 0.9),
         decay_ratios=(0.316, 0.316**2),
-        weight_decay=0.1,
-        beta1=0.9,
-        beta2=0.95,
-        clip_norm=1.0,
     ),
     mesh=MeshConfig(data=1, fsdp=-1),
 )

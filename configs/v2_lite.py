@@ -14,42 +14,12 @@ Cost: 9.4e22 FLOPs (16.4 G a token).
 Expected: not run; `tools/show.py` gives 15,706,484,224 parameters.
 """
 
-from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from dsjax.config import Config, DataConfig, MeshConfig, OptimConfig, TrainConfig
+from dsjax.config.shapes import V2_LITE
 
 config = Config(
     name="v2_lite",
-    model=ModelConfig(
-        vocab_size=102400,
-        dim=2048,
-        n_layers=27,
-        n_dense_layers=1,
-        n_heads=16,
-        inter_dim=10944,
-        norm_eps=1e-6,
-        init_std=0.006,
-        max_seq_len=163840,
-        q_lora_rank=0,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        rope_theta=10000.0,
-        rope_scaling="yarn",
-        rope_factor=40.0,
-        original_seq_len=4096,
-        beta_fast=32.0,
-        beta_slow=1.0,
-        mscale=0.707,
-        mscale_all_dim=0.707,
-        n_routed_experts=64,
-        n_shared_experts=2,
-        n_activated_experts=6,
-        moe_inter_dim=1408,
-        score_func="softmax",
-        group_score="max",
-        norm_topk=False,
-        route_scale=1.0,
-    ),
+    model=V2_LITE,
     data=DataConfig(sequence_length=4096, fim_rate=0.0),
     train=TrainConfig(
         steps=301_996,
@@ -62,13 +32,8 @@ config = Config(
     optim=OptimConfig(
         learning_rate=4.2e-4,
         schedule="multistep",
-        warmup_steps=2000,
         decay_points=(0.8, 0.9),
         decay_ratios=(0.316, 0.316**2),
-        weight_decay=0.1,
-        beta1=0.9,
-        beta2=0.95,
-        clip_norm=1.0,
     ),
     mesh=MeshConfig(data=1, fsdp=-1),
 )

@@ -1,0 +1,43 @@
+"""The shapes of published models: one config trains each, and none inherits what is not its own."""
+
+from pathlib import Path
+
+import pytest
+
+from dsjax import settings
+from dsjax.config import ModelConfig, shapes
+
+ROOT = Path(__file__).parents[2]
+SHAPES = {name: value for name, value in vars(shapes).items() if isinstance(value, ModelConfig)}
+
+
+def test_one_config_trains_each_shape():
+    models = [settings.load_config(path).model for path in sorted((ROOT / "configs").glob("*.py"))]
+    assert {name: models.count(shape) for name, shape in SHAPES.items()} == dict.fromkeys(SHAPES, 1)
+    assert len(models) == len(SHAPES) + 2  # tiny and small are shapes of our own
+
+
+@pytest.mark.parametrize(
+    ("names", "fields"),
+    [
+        (
+            "LLM_7B LLM_67B MOE_2B MOE_16B MOE_145B",
+            {"attention": "gqa", "rope_scaling": "none", "rope_theta": 1e4, "norm_eps": 1e-6},
+        ),
+        ("V2 V2_LITE", {"score_func": "softmax", "mscale": 0.707, "norm_topk": False, "n_mtp": 0}),
+        ("V3", {"score_func": "sigmoid", "mscale": 1.0, "norm_topk": True, "n_mtp": 1}),
+        ("V2 V2_LITE V3", {"attention": "mla", "kv_lora_rank": 512, "rope_factor": 40.0}),
+        ("QWEN_1P5B QWEN_7B", {"norm_eps": 1e-6, "rope_theta": 1e4, "qkv_bias": True}),
+        ("QWEN_14B QWEN_32B", {"norm_eps": 1e-5, "rope_theta": 1e6, "qkv_bias": True}),
+        ("LLAMA_8B LLAMA_70B", {"rope_scaling": "llama3", "rope_theta": 5e5, "qkv_bias": False}),
+    ],
+)
+def test_shapes_have_the_fields_of_their_family(names, fields):
+    for name in names.split():
+        assert {key: getattr(SHAPES[name], key) for key in fields} == fields, name
+
+
+def test_shapes_without_routed_experts_are_dense_throughout():
+    for name, shape in SHAPES.items():
+        assert bool(shape.n_moe_layers) == bool(shape.n_routed_experts), name
+        assert name.startswith(("MOE", "V")) == bool(shape.n_routed_experts), name
