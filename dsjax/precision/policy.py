@@ -7,7 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from dsjax.kernels.target import Target
+from dsjax.kernels.target import Target, tokamax
 from dsjax.precision.fp8 import Scale
 
 
@@ -47,3 +47,20 @@ class Policy:
         for the master weights.
         """
         return jnp.float32 if self.fp8 else self.compute
+
+
+def advice(compute: DTypeLike, target: Target) -> str | None:
+    """Returns what to set where a machine trains slowly in `compute`; None where it does not."""
+    is_bfloat16 = jnp.dtype(compute) == jnp.bfloat16
+    if target.kind == "cpu" and is_bfloat16:
+        return (
+            "a CPU multiplies bfloat16 more than ten times slower than float32: set "
+            "precision.compute=float32"
+        )
+    if target.kind == "gpu" and not (target.is_hopper and is_bfloat16) and not tokamax():
+        return (
+            "experts and attention run without kernels of their own, slowly: on an H100 or H200 "
+            "set precision.compute=bfloat16; on other GPUs, with Python 3.12: "
+            "pip install -e '.[kernels]'"
+        )
+    return None
