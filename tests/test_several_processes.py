@@ -69,9 +69,9 @@ def free_port():
         return server.getsockname()[1]
 
 
-def start_two(folder, *arguments):
+def start_two(folder, run="two"):
     given = ["--coordinator", f"localhost:{free_port()}", "--num-processes", "2", "--process-id"]
-    return [start(folder, "two", *given, str(i), *arguments, devices=4) for i in range(2)]
+    return [start(folder, run, *given, str(i), devices=4) for i in range(2)]
 
 
 def read_until(process, step):
@@ -155,3 +155,16 @@ def test_process_with_other_arguments_is_named(folder):
     outputs = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [1, 1]
     assert any("the config of process 1 is not that of process 0" in output for output in outputs)
+
+
+def test_process_that_falls_silent_ends_the_others(folder):
+    """Its connections stay open, as those of a host do that vanishes from the network."""
+    first, second = start_two(folder, "silent")
+    read_until(first, 3)
+    second.send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    output, _ = first.communicate(timeout=90)
+    second.kill()
+    second.communicate()
+    assert first.returncode == -signal.SIGABRT and time.monotonic() - begin < 60
+    assert "stopped sending heartbeats" in output

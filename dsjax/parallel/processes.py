@@ -35,6 +35,9 @@ _CLUSTERS = {
     ),
     "Open MPI": (("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_RANK"), "OMPI_COMM_WORLD_SIZE"),
 }
+# JAX ends the processes when one is not heard of for so long: it has vanished without closing its
+# connections, which `lifeline` cannot see. JAX's own default is 100.
+_HEARTBEAT_SECONDS = 30
 _GRACE_SECONDS = 5.0  # for the last words of a process that fails
 _ADDRESS_BYTES = 512
 
@@ -153,7 +156,7 @@ def _initialize(coordinator: str | None, count: int | None, index: int | None) -
         if not _in_cluster():
             return False
         with _joining("the cluster's processes"):
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
         return True
     if not 0 <= index < count:
         raise ValueError(
@@ -162,7 +165,13 @@ def _initialize(coordinator: str | None, count: int | None, index: int | None) -
     if count == 1:
         return False
     with _joining(f"the {count} processes at {coordinator}"):
-        jax.distributed.initialize(coordinator, count, index, cluster_detection_method="deactivate")
+        jax.distributed.initialize(
+            coordinator,
+            count,
+            index,
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+        )
     return True
 
 
