@@ -44,7 +44,7 @@ def test_command_prints_only_json():
     assert json.loads(done.stdout)["bubble"] == 3
 
 
-def test_command_reckons_a_step_without_the_compiler(tmp_path):
+def test_command_estimates_a_step_without_the_compiler(tmp_path):
     done = run(TINY, "--topology", "v5e:2x4", "--no-compile", "--json", "F.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "train step on v5e:2x4, 8 devices" in done.stdout and "fits" in done.stdout

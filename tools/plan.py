@@ -2,7 +2,7 @@
 
 CONFIG with --topology compiles the real train or decode step with the TPU compiler (extra `plan`)
 and prints what it says: memory of a device, whether it fits, FLOPs, collectives, how fast a step
-can be at best. --no-compile reckons the same by arithmetic, for slices of any size, in seconds.
+can be at best. --no-compile estimates the same by arithmetic, for slices of any size, in seconds.
 --schedule prints a pipeline's bubble, its peak activations and what each rank does, a forward of
 one chunk taking 1 and a backward 2.
 
@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--topology", metavar="NAME", help="generation and shape in chips, such as v5p:8x8x8")
     add("--step", choices=("train", "decode"), help="the program (default: train)")
-    add("--no-compile", action="store_true", help="reckon, without the compiler")
+    add("--no-compile", action="store_true", help="estimate without the compiler")
     add("--schedule", metavar="NAME", help="gpipe, 1f1b, interleaved, zb1p, dualpipe, dualpipev")
     add(
         "--stages",
@@ -57,15 +57,14 @@ def execute(arguments: argparse.Namespace) -> None:
         show = pipeline.print_summary
     else:
         command.require(make_parser(), arguments, ("config", "topology"), without=SCHEDULE_ONLY)
-        from dsjax.plan import topology
-
-        config, slice_ = command.load(arguments), topology.parse(arguments.topology)
+        config = command.load(arguments)
         os.environ["JAX_PLATFORMS"] = "cpu"  # no device takes part, so that none is looked for
-        from dsjax.plan import report
+        from dsjax.plan import figures, topology
 
+        slice_ = topology.parse(arguments.topology)
         step = arguments.step or "train"
-        summary = report.make(config, slice_, step, compiled=not arguments.no_compile)
-        show = report.print_plan
+        summary = figures.make(config, slice_, step, compiled=not arguments.no_compile)
+        show = figures.print_plan
     if command.write_summary(summary, arguments.json):
         from dsjax import tables
 

@@ -21,24 +21,25 @@ from dsjax.plan import collectives, operations, programs
 from dsjax.plan.topology import Topology, devices
 
 
-class Compiled(NamedTuple):
-    """What the compiler says; bytes are those of one device."""
+class CompilerFigures(NamedTuple):
+    """What the compiler says; bytes are per device."""
 
     fits: bool
-    arguments: int
-    temporaries: int | None  # None where the program does not fit
-    output: int | None  # what of the results takes memory of its own
-    peak: int
-    code: int | None
-    program_flops: float  # all devices together
-    collectives: list[collectives.Collective] | None
-    collectives_error: str | None  # why there are none
+    peak_bytes_per_device: int
+    argument_bytes: int
+    program_flops: float  # of all devices together
     compile_seconds: float
     compile_cpu_seconds: float
-    program_bytes: int  # of the program's text before optimisation
+    program_text_bytes: int  # before optimisation
+    # None where the program does not fit.
+    temporary_bytes: int | None = None
+    output_bytes: int | None = None  # results that do not take the memory of arguments
+    code_bytes: int | None = None
+    collectives: list[collectives.Collective] | None = None
+    collectives_error: str | None = "the program does not fit"  # why there are none
 
 
-def compile_step(config: Config, topology: Topology, step: str) -> Compiled:
+def compile_step(config: Config, topology: Topology, step: str) -> CompilerFigures:
     """Compiles the train step or the decode step of a config.
 
     Raises:
@@ -49,7 +50,7 @@ def compile_step(config: Config, topology: Topology, step: str) -> Compiled:
         return _compile(config, topology, step, Path(folder))
 
 
-def _compile(config: Config, topology: Topology, step: str, folder: Path) -> Compiled:
+def _compile(config: Config, topology: Topology, step: str, folder: Path) -> CompilerFigures:
     """`compile_step`; the compiler writes what it made into `folder`."""
     mesh = make_mesh(config.mesh.sizes, devices=devices(topology))
     program = programs.STEPS[step](config, mesh, topology.target)
@@ -80,25 +81,22 @@ def _compile(config: Config, topology: Topology, step: str, folder: Path) -> Com
                 raise
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     if executable is None:
-        return Compiled(
-            False, program.argument_bytes, None, None, used, None, flops, None,
-            "the program does not fit", seconds, cpu_seconds, text_bytes,
-        )  # fmt: skip
+        arguments = program.argument_bytes
+        return CompilerFigures(False, used, arguments, flops, seconds, cpu_seconds, text_bytes)
     memory: Any = executable.memory_analysis()
-    found, problem = _collectives(folder)
-    return Compiled(
-        memory.peak_memory_in_bytes <= topology.device.hbm,
+    peak = memory.peak_memory_in_bytes
+    return CompilerFigures(
+        peak <= topology.device.hbm,
+        peak,
         memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-        memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        memory.peak_memory_in_bytes,
-        memory.generated_code_size_in_bytes,
         flops,
-        found,
-        problem,
         seconds,
         cpu_seconds,
         text_bytes,
+        memory.temp_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        memory.generated_code_size_in_bytes,
+        *_collectives(folder),
     )
 
 

@@ -25,14 +25,17 @@ _COMPUTE = {"bfloat16": 2, "float32": 4}
 
 
 class Estimate(NamedTuple):
-    """Bytes of one device; `parts` says what `peak` is made of."""
+    """Bytes are per device, FLOPs of all devices together; all are per step."""
 
-    arguments: int
-    peak: int
-    parts: dict[str, int]
-    memory_traffic: float  # read and written in a step
-    network: float  # sent in a step
-    program_flops: float  # of all devices
+    parts: dict[str, int]  # bytes that exist at the step's peak
+    memory_traffic: float  # bytes read and written
+    network: float  # bytes sent
+    program_flops: float  # recomputation included
+    model_flops: float  # what the model needs (`dsjax.model.flops`)
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
 
 
 class _Weights(NamedTuple):
@@ -44,7 +47,7 @@ class _Weights(NamedTuple):
     head: float  # gathered
 
 
-def reckon(config: Config, mesh: AbstractMesh, program: Program, step: str) -> Estimate:
+def estimate(config: Config, mesh: AbstractMesh, program: Program, step: str) -> Estimate:
     """Estimates a step of `dsjax.plan.programs`."""
     weights = _weights(config, mesh)
     return (_train if step == "train" else _decode)(config, mesh, program, weights)
@@ -102,14 +105,8 @@ def _train(config: Config, mesh: AbstractMesh, program: Program, weights: _Weigh
     per_pass += weights.gathered * _FLOAT32  # gradients, summed into their parts
     sent = per_pass + _dispatch_bytes(model, mesh, tokens, item) * 2 * (1 + again)
     needed = flops.train_flops_per_token(model, config.data.sequence_length) * program.tokens
-    return Estimate(
-        program.argument_bytes,
-        sum(memory.values()),
-        memory,
-        traffic,
-        passes * sent if parts("batch", mesh) > 1 else 0.0,
-        needed * (1 + again / 3),
-    )
+    network = passes * sent if parts("batch", mesh) > 1 else 0.0
+    return Estimate(memory, traffic, network, needed * (1 + again / 3), needed)
 
 
 def _decode(config: Config, mesh: AbstractMesh, program: Program, weights: _Weights) -> Estimate:
@@ -121,15 +118,12 @@ def _decode(config: Config, mesh: AbstractMesh, program: Program, weights: _Weig
         "a layer's gathered weights": int(2 * weights.largest_layer * item),
         "activations and logits": int(work),
     }
+    gathered = (weights.gathered - weights.kept) * item
+    # A new token attends to the whole cache.
     length = config.data.sequence_length
-    return Estimate(
-        program.argument_bytes,
-        sum(memory.values()),
-        memory,
-        program.argument_bytes + 2.0 * (weights.gathered - weights.kept) * item,
-        (weights.gathered - weights.kept) * item + _dispatch_bytes(model, mesh, tokens, item),
-        float(flops.forward_flops_per_token(model, length, causal=False) * program.tokens),
-    )
+    needed = flops.forward_flops_per_token(model, length, causal=False) * program.tokens
+    network = gathered + _dispatch_bytes(model, mesh, tokens, item)
+    return Estimate(memory, program.argument_bytes + 2.0 * gathered, network, needed, needed)
 
 
 def _kept_values(config: Config, mesh: AbstractMesh) -> float:

@@ -11,14 +11,12 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dsjax.config import Config
-from dsjax.generate import decoding
-from dsjax.generate.sampling import Knobs
+from dsjax.generate import decoding, sampling
 from dsjax.kernels.target import Target
-from dsjax.model.cache import entry_axes
 from dsjax.model.layers import RouterState
 from dsjax.model.parameters import shardings
 from dsjax.parallel.sharding import partition_spec
-from dsjax.train import pipelined_step
+from dsjax.train import hyperparameters, pipelined_step
 from dsjax.train.batches import batch_sharding
 from dsjax.train.loss import pretraining
 from dsjax.train.optimizer import adamw
@@ -72,7 +70,7 @@ def train(config: Config, mesh: Mesh | AbstractMesh, target: Target) -> Program:
     everywhere = NamedSharding(mesh, PartitionSpec())
     knobs = {
         name: jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
-        for name in ("learning_rate", "mtp_weight", "bias_update_speed")
+        for name in hyperparameters.knobs(config, step=0)
     }
     placement = jax.tree.map(lambda leaf: leaf.sharding, state)
     return Program(
@@ -111,30 +109,34 @@ def decode(config: Config, mesh: Mesh | AbstractMesh, target: Target) -> Program
 
     def laid_out(leaf: jax.ShapeDtypeStruct, *axes: str) -> Any:
         spec = partition_spec(axes, leaf.shape, mesh, "sequences of train.micro_batch_size")
-        sharding = NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     carry = jax.eval_shape(lambda: decoding.empty_carry(declared, rows, length, 0))
     carry = carry._replace(
         cache=jax.tree.map(
-            lambda entry: laid_out(entry, *entry_axes(entry.shape, mesh)), carry.cache
+            lambda leaf: laid_out(leaf, "end_layers", "batch", "width", "tokens", "width"),
+            carry.cache,
         ),
         hidden_BWD=laid_out(carry.hidden_BWD, "batch", "tokens", "width"),
     )
 
-    def row(dtype: Any, *more: int) -> Any:
-        struct = jax.ShapeDtypeStruct((rows, *more), dtype)
-        return laid_out(struct, "batch", *("tokens",) * len(more))
+    def per_row() -> tuple[Any, ...]:
+        number_B = jnp.zeros(rows, jnp.int32)
+        number_B1 = number_B[:, None]
+        return (
+            number_B,
+            number_B1,
+            number_B,
+            number_B1,
+            sampling.knobs([sampling.Sampling()] * rows),
+        )
 
-    ints = jnp.int32
-    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    rate: Any = row(jnp.float32)
-    top_k: Any = row(ints)
-    keys: Any = laid_out(key, "batch")
-    knobs = Knobs(rate, top_k, rate, rate, keys)
-    one = jax.ShapeDtypeStruct((), ints, sharding=NamedSharding(mesh, PartitionSpec()))
-    arguments = (model, carry, row(ints), row(ints, 1), row(ints), row(ints, 1), knobs, one)
-    return Program(decoding.decode, arguments, (1,), None, rows, rows)
+    arguments = jax.tree.map(
+        lambda leaf: laid_out(leaf, "batch", *("width",) * (leaf.ndim - 1)),
+        jax.eval_shape(per_row),
+    )
+    steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    return Program(decoding.decode, (model, carry, *arguments, steps), (1,), None, rows, rows)
 
 
 STEPS = {"train": train, "decode": decode}

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from dsjax import settings
-from dsjax.plan import aot, report, topology
+from dsjax.plan import aot, figures, topology
 
 ROOT = Path(__file__).parents[2]
 CASES = json.loads(Path(__file__).with_name("compiled.json").read_text())
@@ -64,7 +64,7 @@ def test_collectives_are_those_of_the_largest_program_that_was_written(tmp_path)
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_shipped_config_compiles_and_fits(case, tpu_compiler):
-    plan = report.make(load(case), topology.parse(case["topology"]), case["step"], compiled=True)
+    plan = figures.make(load(case), topology.parse(case["topology"]), case["step"], compiled=True)
     print(json.dumps(plan, indent=2))
     assert plan["fits"]
     assert plan["peak_bytes_per_device"] == pytest.approx(case["peak_bytes_per_device"], rel=0.03)
@@ -75,7 +75,7 @@ def test_shipped_config_compiles_and_fits(case, tpu_compiler):
 def test_program_does_not_grow_with_layers(tpu_compiler):
     """Twice the layers: the same program before the compiler, and nearly the same time in it."""
     plans = [
-        report.make(
+        figures.make(
             settings.override(
                 settings.load_config(ROOT / "configs/r1_distill_qwen_1p5b.py"),
                 [

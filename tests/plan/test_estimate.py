@@ -6,30 +6,30 @@ from pathlib import Path
 import pytest
 
 from dsjax import settings
-from dsjax.plan import report, topology
+from dsjax.plan import figures, topology
 
 ROOT = Path(__file__).parents[2]
 CASES = json.loads(Path(__file__).with_name("compiled.json").read_text())
 
 
-def reckon(case, *overrides):
+def estimated(case, *overrides):
     config = settings.load_config(ROOT / "configs" / f"{case['config']}.py")
     config = settings.override(config, [*case["set"], *overrides])
-    return report.make(config, topology.parse(case["topology"]), case["step"], compiled=False)
+    return figures.make(config, topology.parse(case["topology"]), case["step"], compiled=False)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_memory_is_within_15_percent_of_the_compiler(case):
-    plan = reckon(case)
+    plan = estimated(case)
     assert plan["argument_bytes"] == pytest.approx(case["argument_bytes"], rel=0.01)
     assert plan["peak_bytes_per_device"] == pytest.approx(case["peak_bytes_per_device"], rel=0.15)
     assert plan["peak_bytes_per_device"] == sum(plan["estimated_parts"].values())
 
 
-def test_thousands_of_chips_are_reckoned_without_a_compiler():
+def test_thousands_of_chips_are_estimated_without_a_compiler():
     config = settings.load_config(ROOT / "configs/v3_671b.py")
     batch = ["train.micro_batch_size=4096", "train.batch_size=16384", "train.batch_size_start=0"]
     config = settings.override(config, [*batch, "mesh.data=-1", "mesh.fsdp=8"])
-    plan = report.make(config, topology.parse("v5p:16x16x16"), "train", compiled=False)
+    plan = figures.make(config, topology.parse("v5p:16x16x16"), "train", compiled=False)
     assert plan["devices"] == 4096 and plan["mesh"]["data"] == 8 and plan["fits"]
     assert plan["tokens_per_device_and_pass"] == 4096

@@ -6,22 +6,23 @@ import pytest
 from rich.console import Console
 
 from dsjax import settings
-from dsjax.plan import aot, report, topology
+from dsjax.plan import aot, figures, topology
 from dsjax.plan.collectives import Collective
 
 ROOT = Path(__file__).parents[2]
 TINY = settings.load_config(ROOT / "configs/tiny.py")
 SLICE = topology.parse("v5e:2x4")
-COMPILED = aot.Compiled(
-    fits=True, arguments=10, temporaries=20, output=1, peak=31, code=5, program_flops=4e12,
-    collectives=[Collective("all-gather", 3, 4_500_000_000)], collectives_error=None,
-    compile_seconds=7.0, compile_cpu_seconds=9.0, program_bytes=100,
+COMPILED = aot.CompilerFigures(
+    fits=True, peak_bytes_per_device=31, argument_bytes=10, program_flops=4e12,
+    compile_seconds=7.0, compile_cpu_seconds=9.0, program_text_bytes=100, temporary_bytes=20,
+    output_bytes=1, code_bytes=5, collectives=[Collective("all-gather", 3, 4_500_000_000)],
+    collectives_error=None,
 )  # fmt: skip
 
 
 def printed(plan):
     console = Console(width=120, record=True, file=open("/dev/null", "w"))
-    report.print_plan(plan, console)
+    figures.print_plan(plan, console)
     console.file.close()
     return console.export_text()
 
@@ -30,7 +31,7 @@ def printed(plan):
 def answer(monkeypatch):
     def give(compiled):
         monkeypatch.setattr(aot, "compile_step", lambda *_: compiled)
-        return report.make(TINY, SLICE, "train", compiled=True)
+        return figures.make(TINY, SLICE, "train", compiled=True)
 
     return give
 
@@ -48,20 +49,15 @@ def test_plan_holds_what_the_compiler_says(answer):
 
 
 def test_plan_of_what_does_not_fit_says_so(answer):
-    plan = answer(
-        COMPILED._replace(
-            fits=False, temporaries=None, output=None, code=None, collectives=None,
-            collectives_error="the program does not fit", peak=31 * 10**9,
-        )
-    )  # fmt: skip
+    plan = answer(aot.CompilerFigures(False, 31 * 10**9, *COMPILED[2:7]))
     assert plan["network_bytes_per_device"] is None
     text = printed(plan)
     assert "DOES NOT FIT" in text and "collectives: the program does not fit" in text
 
 
 @pytest.mark.parametrize("step", ["train", "decode"])
-def test_reckoned_plan_needs_no_compiler(step):
-    plan = report.make(TINY, SLICE, step, compiled=False)
+def test_estimated_plan_needs_no_compiler(step):
+    plan = figures.make(TINY, SLICE, step, compiled=False)
     assert plan["fits"] and not plan["compiled"] and plan["step"] == step
     assert plan["peak_bytes_per_device"] == sum(plan["estimated_parts"].values())
-    assert f"{step} step on v5e:2x4, 8 devices (data=8), reckoned" in printed(plan)
+    assert f"{step} step on v5e:2x4, 8 devices (data=8), estimated" in printed(plan)
