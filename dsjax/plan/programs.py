@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from dsjax.config import Config
 from dsjax.generate import decoding, sampling
 from dsjax.kernels.target import Target
+from dsjax.model.cache import entry_axes
 from dsjax.model.layers import RouterState
 from dsjax.model.parameters import shardings
 from dsjax.parallel.sharding import partition_spec
@@ -114,22 +115,15 @@ def decode(config: Config, mesh: Mesh | AbstractMesh, target: Target) -> Program
     carry = jax.eval_shape(lambda: decoding.empty_carry(declared, rows, length, 0))
     carry = carry._replace(
         cache=jax.tree.map(
-            lambda leaf: laid_out(leaf, "end_layers", "batch", "width", "tokens", "width"),
-            carry.cache,
+            lambda entry: laid_out(entry, *entry_axes(entry.shape, mesh)), carry.cache
         ),
         hidden_BWD=laid_out(carry.hidden_BWD, "batch", "tokens", "width"),
     )
 
     def per_row() -> tuple[Any, ...]:
         number_B = jnp.zeros(rows, jnp.int32)
-        number_B1 = number_B[:, None]
-        return (
-            number_B,
-            number_B1,
-            number_B,
-            number_B1,
-            sampling.knobs([sampling.Sampling()] * rows),
-        )
+        pair = number_B, number_B[:, None]
+        return *pair, *pair, sampling.knobs([sampling.Sampling()] * rows)
 
     arguments = jax.tree.map(
         lambda leaf: laid_out(leaf, "batch", *("width",) * (leaf.ndim - 1)),
