@@ -1,6 +1,7 @@
-"""What every command shares: arguments, exit codes, and one clear message when something fails.
+"""What all commands share: arguments, exit codes, and one clear message on failure.
 
-A tool parses before it imports anything heavy, so that `--help` and wrong usage answer at once:
+A tool parses its arguments before it imports anything heavy, so `--help` and wrong usage answer at
+once:
 
     def execute(arguments):
         from dsjax.train import loop
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
-import json
 import os
 import sys
 import traceback
@@ -33,8 +33,8 @@ SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Returns a parser with `--debug`; `description` (a tool's docstring, with its examples) is
-    printed as it stands.
+    """Returns a parser with `--debug` that prints `description`, a tool's docstring with its
+    examples, unchanged.
     """
     parser = argparse.ArgumentParser(
         description=description,
@@ -48,13 +48,20 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 def add_commands(
     parser: argparse.ArgumentParser, explained: Mapping[str, str]
 ) -> dict[str, argparse.ArgumentParser]:
-    """Adds COMMAND (`arguments.command`), one parser per name; `explained` says what each does."""
+    """Adds the subcommands of a tool, stored as `arguments.command`.
+
+    Args:
+      explained: what each does, by name.
+
+    Returns:
+      The parser of each, by name.
+    """
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     result = {}
     for name, what in explained.items():
         result[name] = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
-        # `--debug` is understood after the command too. Without a default of its own it leaves what
-        # stands before the command alone.
+        # Accepts `--debug` after the subcommand too. A default here would overwrite the value of a
+        # `--debug` given before it.
         result[name].add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
@@ -64,7 +71,9 @@ def add_commands(
 def add_config(
     parser: argparse.ArgumentParser, default: str | Path | None = None, *, optional: bool = False
 ) -> None:
-    """Adds CONFIG (optional with a default or on request) and `--set`; `load` reads both."""
+    """Adds CONFIG and `--set`, which `load` reads. CONFIG may be left out if it has a default or is
+    `optional`.
+    """
     parser.add_argument(
         "config",
         metavar="CONFIG",
@@ -83,26 +92,30 @@ def add_config(
     )
 
 
-def load(arguments: argparse.Namespace) -> Config:
-    """Returns the config that the arguments of `add_config` describe."""
-    return settings.override(settings.load_config(arguments.config), arguments.set)
+def load(arguments: argparse.Namespace, kind: type[settings.Root] = Config) -> settings.Root:
+    """Returns the config that CONFIG and `--set` describe.
+
+    Args:
+      kind: its root; the tool of another kind of experiment names its own.
+    """
+    return settings.override(settings.load_config(arguments.config, kind), arguments.set)
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
-    """Adds `--coordinator`, `--num-processes` and `--process-id`, what
-    `parallel.processes.joined` takes.
+    """Adds `--coordinator`, `--num-processes` and `--process-id`, the arguments of
+    `parallel.processes.joined`.
     """
     group = parser.add_argument_group(
-        "several processes", "all three by hand; none where Slurm, Open MPI or GKE starts them"
+        "several processes", "give all three by hand, or none under Slurm, Open MPI or GKE"
     )
     group.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
         type=_address,
-        help="where process 0 listens, as the others reach it",
+        help="address of process 0 as the others reach it",
     )
-    group.add_argument("--num-processes", metavar="N", type=int, help="processes in all")
-    group.add_argument("--process-id", metavar="I", type=int, help="which one this is, from 0")
+    group.add_argument("--num-processes", metavar="N", type=int, help="total number of processes")
+    group.add_argument("--process-id", metavar="I", type=int, help="number of this process, from 0")
 
 
 def _address(text: str) -> str:
@@ -112,20 +125,23 @@ def _address(text: str) -> str:
     return text
 
 
-def add_mesh(parser: argparse.ArgumentParser) -> None:
-    """Adds `--mesh` (axis -> size), which `on_mesh` puts in the place of the config's."""
+def add_mesh(
+    parser: argparse.ArgumentParser,
+    axes: Sequence[str] = AXES,
+    explained: str = "e.g. fsdp=8,expert=64; axes left out have 1 (default: the config's mesh)",
+) -> None:
+    """Adds `--mesh`, a dict from axis to size; for a config, `on_mesh` applies it."""
     parser.add_argument(
         "--mesh",
         metavar="AXIS=N,...",
-        type=lambda text: mesh_sizes(text, AXES),
+        type=lambda text: mesh_sizes(text, axes),
         default={},
-        help=f"devices along the axes {', '.join(AXES)}, e.g. fsdp=8,expert=64; 1 along those not "
-        "named (default: the config's mesh)",
+        help=f"devices along the axes {', '.join(axes)}, {explained}",
     )
 
 
 def on_mesh(config: Config, sizes: Mapping[str, int]) -> Config:
-    """Returns the config on another mesh, or as it is if none is named."""
+    """Returns the config with the mesh of `--mesh`, or unchanged if that is empty."""
     if not sizes:
         return config
     all_sizes = dict.fromkeys(AXES, 1) | dict(sizes)
@@ -139,8 +155,9 @@ def require(
     *,
     without: Sequence[str],
 ) -> None:
-    """Leaves as wrong usage unless all of the arguments `wanted`, and none of the others, are
-    given: for a tool whose forms take different ones.
+    """Exits with wrong usage if a `wanted` argument is missing or a `without` argument is given.
+
+    For a tool with several forms that take different arguments.
     """
 
     def flag(name: str) -> str:
@@ -157,23 +174,16 @@ def require(
         parser.error(f"the following arguments are required: {', '.join(missing)}")
 
 
-def write_summary(summary: Mapping[str, Any], destination: str | None) -> bool:
-    """Writes a summary as the argument of `--json` says: nowhere, to a file, or (`-`) to standard
-    output.
-
-    Returns:
-      whether standard output is left for people.
-    """
-    if destination == "-":
-        print(json.dumps(summary, indent=2))
-    elif destination:
-        files.write_json(Path(destination), summary)
-    return destination != "-"
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Adds `--json`, which `tables.show` takes."""
+    parser.add_argument(
+        "--json", action="store_const", const="-", help="print one JSON object instead"
+    )
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Adds CKPT (`arguments.checkpoint`, a Path), `--dtype` (None: the checkpoint's) and `--mesh`
-    (axis -> size, what `parallel.mesh.submesh` takes).
+    """Adds CKPT (`arguments.checkpoint`, a Path), `--dtype` (None: the checkpoint's), `--override`
+    and `--mesh` (axis to size, as `parallel.mesh.submesh` takes).
     """
     parser.add_argument(
         "checkpoint",
@@ -187,19 +197,13 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         help="element type of weights and computation (default: the checkpoint's)",
     )
     add_overrides(parser)
-    parser.add_argument(
-        "--mesh",
-        metavar="AXIS=N,...",
-        type=mesh_sizes,
-        default={},
-        help=f"devices along the axes {', '.join(CHECKPOINT_AXES)}, e.g. data=2,tensor=4; one may "
-        "be -1 for what is left (default: one device)",
-    )
+    explained = "e.g. data=2,tensor=4; one may be -1 for the rest (default: one device)"
+    add_mesh(parser, CHECKPOINT_AXES, explained)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Adds `--override`: `dict(arguments.override)` holds the fields of a Hugging Face config.json
-    to read as if the file said so.
+    """Adds `--override`, pairs of a field of a Hugging Face config.json and the value to read in
+    its place.
     """
     parser.add_argument(
         "--override",
@@ -209,7 +213,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         help="read fields of a Hugging Face config.json as these JSON values, e.g. "
-        "num_nextn_predict_layers=0 rope_scaling=null; the file stays as it is; repeatable",
+        "num_nextn_predict_layers=0 rope_scaling=null; the file is not changed; repeatable",
     )
 
 
@@ -222,14 +226,14 @@ def _field(text: str) -> tuple[str, Any]:
     try:
         return key, files.parse(value.encode(), key)
     except ValueError:
-        return key, value  # so that a string needs no quotes: torch_dtype=float32
+        return key, value  # a string needs no quotes: torch_dtype=float32
 
 
-def mesh_sizes(text: str, axes: Sequence[str] = CHECKPOINT_AXES) -> dict[str, int]:
-    """Reads `data=2,tensor=4`.
+def mesh_sizes(text: str, axes: Sequence[str]) -> dict[str, int]:
+    """Parses `data=2,tensor=4`.
 
     Raises:
-      argparse.ArgumentTypeError: an unknown axis, one named twice, or a size that is none.
+      argparse.ArgumentTypeError: an axis is unknown or named twice, or a size is not valid.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -241,8 +245,7 @@ def mesh_sizes(text: str, axes: Sequence[str] = CHECKPOINT_AXES) -> dict[str, in
             )
         if size != "-1" and not (size.isdecimal() and int(size) > 0):
             raise argparse.ArgumentTypeError(
-                f"{part!r}: the size of a mesh axis is a whole number above 0, or -1 for what is "
-                "left"
+                f"{part!r}: the size of a mesh axis is a whole number above 0, or -1 for the rest"
             )
         sizes[axis] = int(size)
     try:
@@ -257,11 +260,10 @@ def run(
     execute: Callable[[argparse.Namespace], int | None],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parses the arguments, executes, and returns the exit code: 0, 1 on a failure (printed), 130
-    on Ctrl-C.
+    """Parses the arguments, executes, and returns the exit code: 0, 1 on failure (after printing
+    it), 130 on Ctrl-C.
 
-    Wrong usage leaves through argparse's SystemExit (2), and a SystemExit of `execute` passes
-    through.
+    Wrong usage raises argparse's SystemExit (2); a SystemExit raised by `execute` passes through.
     """
     arguments = parser.parse_args(argv)
     try:
@@ -270,8 +272,8 @@ def run(
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output (head, less) has closed it; keep the interpreter from complaining
-        # at exit.
+        # The reader of our output (head, less) has closed it. Python flushes standard output once
+        # more at exit, which would fail and print a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except Exception as error:
@@ -283,19 +285,15 @@ def run(
 
 def describe(error: Exception) -> str:
     """Returns one message for a failure: what is wrong, where, and what to do."""
+    reason = error.strerror if isinstance(error, OSError) else None
+    place = str(error.filename) if isinstance(error, OSError) and error.filename else ""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left on device" in str(error):  # TensorStore reports a full disk as text
-        where = (
-            f" writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
-        )
+        where = f" writing {place}" if place else ""
         detail = "" if full else f" ({error})"
         return f"error: no space left on device{where}{detail}; free some, or choose another place"
-    if isinstance(error, OSError) and error.strerror:
-        return (
-            f"error: {error.strerror}: {error.filename}"
-            if error.filename
-            else f"error: {error.strerror}"
-        )
+    if reason:
+        return f"error: {reason}: {place}" if place else f"error: {reason}"
     if isinstance(error, (ValueError, OSError)):
         return f"error: {error}"
     return (

@@ -1,9 +1,10 @@
-"""Tables and lists of figures on a terminal, in a file or in a pipe."""
+"""Prints summaries, tables and lists of values, to a terminal, a file or a pipe."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -12,32 +13,40 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dsjax.files import write_json
+
 _PIPE_WIDTH = 180  # columns; a file or a pipe has no width of its own, and rich would take 80
 
 
 def show(
     summary: dict[str, Any],
     print_summary: Callable[[dict[str, Any], Console], None],
-    *,
-    as_json: bool = False,
+    destination: str | None,
 ) -> None:
-    """Prints a summary on standard output: for people, or as one JSON object."""
-    if as_json:
+    """Shows a summary as the argument of `--json` says.
+
+    Args:
+      destination: None prints it for people; "-" prints one JSON object instead; anything else is
+        a file that gets the object, besides the print.
+    """
+    if destination == "-":
         print(json.dumps(summary, indent=2))
-    else:
-        console = Console()
-        print_summary(summary, console if console.is_terminal else Console(width=_PIPE_WIDTH))
+        return
+    if destination:
+        write_json(Path(destination), summary)
+    console = Console()
+    print_summary(summary, console if console.is_terminal else Console(width=_PIPE_WIDTH))
 
 
 def table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, wraps: str = ""
 ) -> Table:
-    """Returns a table of values as `cell` writes them.
+    """Returns a table of values, formatted by `cell`.
 
     Args:
-      columns: a leading ">" aligns a column to the right; a table whose columns are all named
-        ">" or "" has no header.
-      wraps: the column that breaks its lines where the terminal is narrow; the others never do.
+      columns: headings; a leading ">" aligns a column to the right. Without any heading there is no
+        header.
+      wraps: the one column that may wrap on a narrow terminal.
     """
     header = any(name.lstrip(">") for name in columns)
     result = Table(title=Text(title) if title else None, box=box.SIMPLE_HEAD, show_header=header)
@@ -50,18 +59,18 @@ def table(
             overflow="fold",
         )
     for row in rows:
-        # As Text, so that rich reads no markup in a name that holds brackets.
+        # As Text, because rich takes brackets in a plain string for markup.
         result.add_row(*(Text(cell(value)) for value in row))
     return result
 
 
 def figures(title: str, rows: Iterable[Sequence[object]]) -> Table:
-    """Returns a table of pairs, a label and its value, without a header."""
+    """Returns a table of labels and values without a header."""
     return table(title, ("", ">"), rows)
 
 
 def cell(value: Any) -> str:
-    """Writes a whole number with separators, a shape as 2 x 3, and None as a dash."""
+    """Formats a value: 1,234 for an integer, 2 x 3 for a shape, a dash for None."""
     if value is None:
         return "-"
     if isinstance(value, int):
@@ -70,7 +79,7 @@ def cell(value: Any) -> str:
 
 
 def print_values(console: Console, title: str, values: Mapping[str, object]) -> None:
-    """Prints `key=value` for each value, in as many columns as fit below the title."""
+    """Prints a title and below it `key=value` pairs in as many columns as fit."""
     console.rule(Text(title), align="left")
     pairs = [Text(f"{key}={value}") for key, value in values.items()]
     console.print(Columns(pairs, column_first=True, padding=(0, 3)))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dsjax import command
-from dsjax.config import Config, ModelConfig
+from dsjax.config import Config, ModelConfig, TrainConfig
 
 MODEL = ModelConfig(
     vocab_size=64, dim=16, n_layers=2, n_dense_layers=2, n_heads=2, inter_dim=32, attention="gqa"
@@ -233,12 +233,10 @@ def test_forms_of_a_tool_are_kept_apart(capsys):
         assert message in capsys.readouterr().err
 
 
-def test_json_goes_where_its_flag_says(tmp_path, capsys):
-    assert command.write_summary({"a": 1}, None) and capsys.readouterr().out == ""
-    assert (
-        not command.write_summary({"a": 1}, "-") and capsys.readouterr().out == '{\n  "a": 1\n}\n'
-    )
-    assert command.write_summary({"a": 1}, str(tmp_path / "F"))
-    assert (tmp_path / "F").read_text() == '{\n  "a": 1\n}\n'
-    with pytest.raises(FileNotFoundError):
-        command.write_summary({}, str(tmp_path / "none/F"))
+def test_config_of_another_root_is_loaded(tmp_path):
+    (tmp_path / "config.json").write_text('{"steps": 3}')
+    example = parser()
+    command.add_config(example)
+    arguments = example.parse_args([str(tmp_path), "--set", "seed=5"])
+    config = command.load(arguments, TrainConfig)
+    assert (type(config), config.steps, config.seed) == (TrainConfig, 3, 5)

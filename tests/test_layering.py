@@ -14,7 +14,7 @@ FLOORS = {
     "config": 0.0,
     "files": 0.0,
     "display": 0.0,
-    "tables": 0.0,
+    "tables": 0.1,
     "settings": 0.1,
     "command": 0.2,
     "kernels": 1,

@@ -52,12 +52,17 @@ def test_values_are_printed_as_they_are_set():
     assert "tiny: [data]" in text and "files=[red]*.txt" in text and "seed=0" in text
 
 
-def test_summary_is_shown_to_people_or_as_json(capsys):
+def test_summary_goes_where_its_flag_says(tmp_path, capsys):
     def print_summary(summary, console):
         console.print("n" * 150, summary["a"])
 
-    tables.show({"a": 1}, print_summary, as_json=True)
+    lines = "n" * 150 + " 1\n"  # a pipe is wide enough for most tables
+    tables.show({"a": 1}, print_summary, None)
+    assert capsys.readouterr().out == lines
+    tables.show({"a": 1}, print_summary, "-")
     assert json.loads(capsys.readouterr().out) == {"a": 1}
-    tables.show({"a": 1}, print_summary)
-    # a pipe is wide, so that lines of tables stay whole
-    assert capsys.readouterr().out == "n" * 150 + " 1\n"
+    tables.show({"a": 1}, print_summary, str(tmp_path / "F"))
+    assert capsys.readouterr().out == lines
+    assert json.loads((tmp_path / "F").read_text()) == {"a": 1}
+    with pytest.raises(FileNotFoundError):
+        tables.show({}, print_summary, str(tmp_path / "none/F"))

@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     )
     for name, sub in commands.items():
         sub.add_argument("path", metavar="RUN" if name == "list" else "CKPT", type=Path)
-        sub.add_argument("--json", action="store_true", help="print one JSON object instead")
+        command.add_json(sub)
     commands["compare"].add_argument("other", metavar="OTHER", type=Path)
     return result
 

@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--dtype", choices=_DTYPES, default="keep", help="default: keep, as it is")
     inspecting.add_argument("source", metavar="SRC", type=Path, help="checkpoint, or a config.json")
     inspecting.add_argument("--expect", action="store_true", help="look at config.json alone")
-    inspecting.add_argument("--json", action="store_true", help="print one JSON object instead")
+    command.add_json(inspecting)
     command.add_overrides(importing)
     command.add_overrides(inspecting)
     return result
@@ -58,7 +58,7 @@ def execute(arguments: argparse.Namespace) -> None:
         from dsjax.checkpoint import inspection
 
         summary = inspection.summarize(arguments.source, expect=arguments.expect, **more)
-        return tables.show(summary, inspection.print_summary, as_json=arguments.json)
+        return tables.show(summary, inspection.print_summary, arguments.json)
     if arguments.command == "import":
         from dsjax.checkpoint.importing import import_checkpoint as convert
     else:

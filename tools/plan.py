@@ -65,10 +65,9 @@ def execute(arguments: argparse.Namespace) -> None:
         step = arguments.step or "train"
         summary = figures.make(config, slice_, step, compiled=not arguments.no_compile)
         show = figures.print_plan
-    if command.write_summary(summary, arguments.json):
-        from dsjax import tables
+    from dsjax import tables
 
-        tables.show(summary, show)
+    tables.show(summary, show, arguments.json)
 
 
 if __name__ == "__main__":

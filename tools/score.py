@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     add("--mtp-logits", metavar="M.npy", type=Path, help=help_mtp)
     help_length = "tokens a window of text has (default: 4096, or the model's limit if lower)"
     add("--sequence-length", metavar="N", type=int, default=0, help=help_length)
-    add("--json", action="store_true", help="print one JSON object instead")
+    command.add_json(result)
     return result
 
 

@@ -20,7 +20,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = command.make_parser(__doc__)
     command.add_config(parser)
     command.add_mesh(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    command.add_json(parser)
     return parser
 
 
@@ -28,7 +28,7 @@ def execute(arguments: argparse.Namespace) -> None:
     config = command.on_mesh(command.load(arguments), arguments.mesh)
     from dsjax import show, tables
 
-    tables.show(show.summarize(config), show.print_summary, as_json=arguments.json)
+    tables.show(show.summarize(config), show.print_summary, arguments.json)
 
 
 if __name__ == "__main__":
