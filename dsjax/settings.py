@@ -1,9 +1,9 @@
 """Reads experiments: config files, `--set` assignments, and the JSON form that a run keeps.
 
-An experiment is a frozen dataclass whose fields are values or groups, themselves dataclasses of
-values: its root. `dsjax.config.Config` is the root of pre-training; another kind of experiment
-brings another root, and every function here takes either. A config file is Python that assigns a
-root to `config`; a run's config.json holds the same values. The types of all values come from the
+The root of an experiment is a frozen dataclass whose fields are values or groups, and a group is a
+frozen dataclass of values. `dsjax.config.Config` is the root for pre-training; another kind of
+experiment brings its own, and every function here accepts any root. A config file is Python that
+assigns a root to `config`; a run's config.json holds the same values. All types come from the
 dataclasses' annotations, so a key is declared once. Nothing here imports jax.
 """
 
@@ -39,15 +39,15 @@ _logger = logging.getLogger(__name__)
 def load_config(path: str | Path, kind: type[Root] = Config) -> Root:
     """Reads a config file (.py), a run's config.json, or the folder of a run.
 
-    Keys that an older version did not write take their defaults, and one line of the log names
-    them.
+    Keys that a JSON file lacks take their defaults; a warning names them.
 
     Args:
       kind: the root that the file must hold.
 
     Raises:
-      FileNotFoundError: there is no such file; names the nearest ones.
-      ValueError: the file is not such a config; names the file and, where there is one, the line.
+      FileNotFoundError: the file does not exist; suggests the most similar one.
+      ValueError: the file does not hold a valid config; names the file and the line, if there is
+        one.
     """
     path = Path(path)
     if path.is_dir():
@@ -69,16 +69,16 @@ def load_config(path: str | Path, kind: type[Root] = Config) -> Root:
 
 
 def override(config: Root, assignments: Sequence[str]) -> Root:
-    """Returns `config` with `["train.steps=300", ...]` applied together, then checked once.
+    """Returns `config` with assignments such as `train.steps=300` applied, then checked.
 
-    Of two assignments to one key the later one holds.
+    The rules of the config apply to the result, not to each assignment. The last assignment to a
+    key wins.
 
     Raises:
-      ValueError: an assignment names no key or its value is not of the key's type (all such are
-        listed), or the result breaks a rule of the config.
+      ValueError: an assignment names no key or has a value of the wrong type (all such are listed),
+        or the result breaks a rule of the config.
     """
-    kinds = field_types(type(config))
-    changes: dict[str, dict[str, Any]] = {}
+    kinds, values = field_types(type(config)), flatten(config)
     problems = []
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -88,39 +88,31 @@ def override(config: Root, assignments: Sequence[str]) -> Root:
             problems.append(f"{key} is not a config key{_nearest_keys(key, list(kinds))}")
         else:
             try:
-                value = _parse(text.strip(), kinds[key])
+                values[key] = _parse(text.strip(), kinds[key])
             except ValueError as error:
                 problems.append(f"{key}={text!r} {error}")
-            else:
-                group, _, name = key.rpartition(".")
-                changes.setdefault(group, {})[name] = value
     if problems:
         raise ValueError("\n".join(problems))
-    top = changes.pop("", {})
-    groups = {
-        group: dataclasses.replace(getattr(config, group), **values)
-        for group, values in changes.items()
-    }
-    return dataclasses.replace(config, **groups, **top)  # pyright: ignore[reportArgumentType]
+    return _build(type(config), values)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Returns the config as nested dicts of what JSON can hold; `from_dict` reads it back."""
+    """Returns the config as nested dicts of JSON values; `from_dict` reads them back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(
     values: Mapping[str, Any], place: str = "the config", kind: type[Root] = Config
 ) -> Root:
-    """Builds a config from `to_dict`'s form, which may lack keys that have a default.
+    """Builds a config from the output of `to_dict`; keys that are absent take their defaults.
 
     Args:
-      place: where the values came from, for messages.
-      kind: the root to build; a group, such as ModelConfig, will do.
+      place: the source of the values, for messages.
+      kind: the root to build; a group such as ModelConfig works too.
 
     Raises:
-      ValueError: keys are unknown, missing without a default, or of the wrong type (all are
-        listed), or a rule of the config is broken.
+      ValueError: keys are unknown, absent without a default, or of the wrong type (all are listed),
+        or a rule of the config is broken.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{place} must be an object of keys, not {values!r}")
@@ -150,11 +142,7 @@ def from_dict(
     if problems:
         raise ValueError(f"{place}: " + "; ".join(problems))
     try:
-        built = {
-            name: group(**{key: settled[f"{name}.{key}"] for key in typing.get_type_hints(group)})
-            for name, group in groups.items()
-        }
-        config = kind(**built, **{key: settled[key] for key in kinds if "." not in key})
+        config = _build(kind, settled)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
     if absent:
@@ -162,7 +150,7 @@ def from_dict(
     return config
 
 
-@functools.cache  # so that a file that is read twice is mentioned once
+@functools.cache  # warns once about a file that is read twice
 def _say_absent(place: str, absent: tuple[str, ...]) -> None:
     _logger.warning(
         "%s comes from an older version and lacks %s; defaults are used", place, ", ".join(absent)
@@ -186,6 +174,20 @@ def field_types(root: type[Any] = Config) -> dict[str, Any]:
     return kinds
 
 
+def flatten(config: Any) -> dict[str, Any]:
+    """Returns every dotted key of a config with its value."""
+    keys = field_types(type(config))
+    return {key: functools.reduce(getattr, key.split("."), config) for key in keys}
+
+
+def _build(root: type[Root], values: Mapping[str, Any]) -> Root:
+    groups = {
+        name: kind(**{key: values[f"{name}.{key}"] for key in typing.get_type_hints(kind)})
+        for name, kind in _groups(root).items()
+    }
+    return root(**groups, **{key: value for key, value in values.items() if "." not in key})
+
+
 def _groups(root: type[Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(root)
     return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
@@ -200,9 +202,9 @@ def _defaults(root: type[Any]) -> dict[str, Any]:
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         if field.name in groups:
-            # What a root says of a group goes before the group's own defaults.
+            # A root's default for a group takes precedence over the group's own defaults.
             given = default is not dataclasses.MISSING
-            inside = vars(default) if given else _defaults(groups[field.name])
+            inside = flatten(default) if given else _defaults(groups[field.name])
             found |= {f"{field.name}.{key}": value for key, value in inside.items()}
         elif default is not dataclasses.MISSING:
             found[field.name] = default
@@ -227,21 +229,17 @@ def _load_python(path: Path, kind: type[Root]) -> Root:
         raise ValueError(f"{path}{at}: {reason}") from error
     config = getattr(module, "config", None)
     if not isinstance(config, kind):
-        found = (
-            "assigns no `config`"
-            if config is None
-            else f"assigns a {type(config).__name__} to `config`"
-        )
+        found = "nothing" if config is None else f"an object of type {type(config).__name__}"
         raise ValueError(
-            f"{path} {found}; a config file of this command ends with "
+            f"{path} assigns {found} to `config`; a config file for this command ends with "
             f"`config = {kind.__name__}(...)`"
         )
-    # Values that are not of their annotated type are named here, not where they do harm.
+    # Dataclasses do not check types: name wrong ones here rather than fail far from their cause.
     return from_dict(dataclasses.asdict(config), str(path), kind)  # pyright: ignore[reportArgumentType]
 
 
 def _parse(text: str, kind: Any) -> Any:
-    """Reads a command-line value; the ValueError completes the sentence `key='text' ...`."""
+    """Parses a command-line value; the ValueError completes the sentence `key='text' ...`."""
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         return tuple(_parse(part.strip(), item) for part in text.split(",") if part.strip())
@@ -283,14 +281,13 @@ def _convert(value: Any, kind: Any) -> Any:
 
 
 def _nearest_keys(key: str, keys: Sequence[str]) -> str:
-    """Returns the end of the message about an unknown key: the keys that it may have meant."""
+    """Completes the message about an unknown key with the keys that may have been meant."""
     inside = [known for known in keys if known.startswith(f"{key}.")]
     if inside:
         return f" but a group of keys such as {inside[0]}"
 
     def likeness(known: str) -> float:
-        # A key named without its group, or with the wrong one, is as near as one that is misspelt
-        # by a letter.
+        # The right name in the wrong group, or in none, counts almost as much as a misspelt key.
         leaves = key.rpartition(".")[2], known.rpartition(".")[2]
         return max(_likeness(key, known), _likeness(*leaves) - 0.01)
 

@@ -49,9 +49,9 @@ def test_load_config_reads_json_and_run_folder(tmp_path):
     [
         (
             "x = 1\n",
-            r"example\.py assigns no `config`; .* of this command ends with `config = Config\(",
+            r"example\.py assigns nothing to `config`; .* ends with `config = Config\(",
         ),
-        ("config = 3\n", r"example\.py assigns a int to `config`"),
+        ("config = 3\n", r"example\.py assigns an object of type int to `config`"),
         ("x = 1\nconfig = (\n", r"example\.py line 2: syntax error: '\(' was never closed"),
         ("\nimport nowhere_to_be_found\n", r"example\.py line 2: ModuleNotFoundError: No module"),
         (
@@ -257,7 +257,7 @@ def test_a_group_alone_is_read():
 
 def test_config_file_of_another_root_is_refused(tmp_path):
     text = SOURCE.format(n_layers=2, attention="'gqa'")
-    with pytest.raises(ValueError, match=r"assigns a Config to `config`; .* `config = Tuning\("):
+    with pytest.raises(ValueError, match=r"of type Config to `config`; .* `config = Tuning\("):
         settings.load_config(write(tmp_path, text), Tuning)
     made = f"import sys\nconfig = sys.modules[{__name__!r}].TUNING\n"
     assert settings.load_config(write(tmp_path, made), Tuning) == TUNING

@@ -68,18 +68,17 @@ def claim(workdir: Path, config: Config) -> None:
     """
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
-    wanted = settings.to_dict(config)
     checkpoints, metrics = workdir / "checkpoints", workdir / "metrics.jsonl"
     has_checkpoints = checkpoints.is_dir() and any(checkpoints.iterdir())
     has_steps = has_checkpoints or (metrics.is_file() and metrics.stat().st_size > 0)
     if path.is_file() and has_steps:
-        _check_same_run(path, wanted, type(config))
+        _check_same_run(path, config)
     elif has_checkpoints:
         raise ValueError(
             f"{workdir} holds checkpoints but no config.json, so nobody knows what they are; "
             "use another --workdir"
         )
-    write_json(path, wanted)
+    write_json(path, settings.to_dict(config))
     write_json(workdir / "versions.json", versions())
 
 
@@ -97,12 +96,12 @@ def check_shared(workdir: Path) -> None:
         )
 
 
-def _check_same_run(path: Path, wanted: dict[str, Any], kind: type[Any]) -> None:
+def _check_same_run(path: Path, config: Any) -> None:
     try:
-        stored = flatten(settings.to_dict(settings.load_config(path, kind)))
+        stored = settings.flatten(settings.load_config(path, type(config)))
     except ValueError as error:
         raise ValueError(f"{error}; use another --workdir") from error
-    asked = flatten(wanted)
+    asked = settings.flatten(config)
     differences = {
         key: (was, asked[key])
         for key, was in stored.items()
@@ -122,18 +121,6 @@ def _check_same_run(path: Path, wanted: dict[str, Any], kind: type[Any]) -> None
             f"{path.parent} holds a run of another config: {listed}. "
             "Use another --workdir, or set these keys back"
         )
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"steps": 3}} -> {"train.steps": 3}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(
-            flatten(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
-    return flat
 
 
 def versions() -> dict[str, Any]:
