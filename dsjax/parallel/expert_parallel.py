@@ -114,16 +114,17 @@ def mixture(
         local = sort_by_expert(experts_mK, n_experts)
         return compute(x_mD, weights_mK, local), local.sizes_E.sum()
 
-    exchange_kind = _AllGather if transport == "all_gather" else _AllToAll
-    exchange = exchange_kind.arrange(
-        transport, x_mD, experts_mK, weights_mK, n_experts, n_ranks, max_ranks, slack
-    )
+    per_rank = n_experts // n_ranks
+    tokens = x_mD, experts_mK, weights_mK
+    if transport == "all_gather":
+        exchange = _exchange_all(*tokens, per_rank, n_ranks, slack, fp8)
+    else:
+        exchange = _exchange_some(transport, *tokens, per_rank, n_ranks, max_ranks, slack, fp8)
 
     def make_round(index: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        x_RD, experts_RK, weights_RK, returning = exchange.send_tokens(index, fp8)
-        here = sort_by_expert(experts_RK, n_experts // n_ranks, min(exchange.rows, experts_RK.size))
-        y_mD = exchange.return_sums(compute(x_RD, weights_RK, here), returning, fp8)
-        return y_mD, here.sizes_E.sum()
+        x_RD, experts_RK, weights_RK, return_sums = exchange.send_tokens(index)
+        here = sort_by_expert(experts_RK, per_rank, min(exchange.rows, experts_RK.size))
+        return return_sums(compute(x_RD, weights_RK, here)), here.sizes_E.sum()
 
     y_mD, computed = make_round(0)
     if exchange.most_rounds > 1:
@@ -144,126 +145,102 @@ def mixture(
     return y_mD.astype(x_mD.dtype), computed
 
 
-# Rows that have come to a rank: tokens [R, D], their experts [R, K] numbered from this rank's own,
-# those of other ranks being e, and weights [R, K]; then what the way back needs to know.
-_Arrival = tuple[jax.Array, jax.Array, jax.Array, Any]
+class _Exchange(NamedTuple):
+    """Rounds in which tokens travel to the ranks of their experts, and sums back."""
+
+    # Index of a round -> what this rank receives: tokens [R, D], their experts [R, K] (this rank's
+    # from 0 on, e for other ranks'), weights [R, K], and a function that returns the sums
+    # [R, D] -> float32 [m, D].
+    send_tokens: Callable[[Any], tuple[jax.Array, jax.Array, jax.Array, Callable[..., jax.Array]]]
+    n_rounds: jax.Array  # int32, rounds that this batch needs
+    most_rounds: int  # rounds that the worst imbalance needs
+    rows: int  # assignments that a rank computes at most in a round
 
 
-class _AllGather(NamedTuple):
-    """Each round every rank sees all tokens, and computes those whose turn it is on that rank."""
+def _exchange_all(
+    x_mD: jax.Array,
+    experts_mK: jax.Array,
+    weights_mK: jax.Array,
+    per_rank: int,
+    n_ranks: int,
+    slack: float,
+    fp8: bool,
+) -> _Exchange:
+    """In each round every rank sees all tokens and computes those whose turn it is there."""
+    most_each = min(experts_mK.shape[1], per_rank)
+    at_once, most_rounds = _divide(experts_mK.size, slack, n_ranks * len(x_mD) * most_each)
+    experts_RK = _here(_move("all_gather", True, experts_mK, None), per_rank)
+    n_R = (experts_RK < per_rank).sum(axis=1, dtype=jnp.int32)
+    turn_R = (jnp.cumsum(n_R) - n_R) // at_once
 
-    x_mD: jax.Array
-    weights_mK: jax.Array
-    experts_RK: jax.Array  # all ranks' tokens; this rank's experts from 0, e for others
-    turn_R: jax.Array  # int32, the round of each token
-    n_rounds: jax.Array
-    most_rounds: int
-    rows: int
-    per_rank: int
-
-    @classmethod
-    def arrange(cls, transport, x_mD, experts_mK, weights_mK, n_experts, n_ranks, max_ranks, slack):
-        per_rank = n_experts // n_ranks
-        most_each = min(experts_mK.shape[1], per_rank)
-        at_once, most_rounds = _divide(experts_mK.size, slack, n_ranks * len(x_mD) * most_each)
-        experts_RK = _here(_move("all_gather", True, experts_mK, None), per_rank)
-        n_R = (experts_RK < per_rank).sum(axis=1, dtype=jnp.int32)
-        turn_R = (jnp.cumsum(n_R) - n_R) // at_once
-        return cls(
-            x_mD,
-            weights_mK,
-            experts_RK,
-            turn_R,
-            _rounds(jnp.where(n_R > 0, turn_R, 0).max() + 1, x_mD),
-            most_rounds,
-            at_once + most_each - 1,
-            per_rank,
-        )
-
-    def send_tokens(self, index: jax.Array | int, fp8: bool) -> _Arrival:
+    def send_tokens(index: jax.Array | int):
         # x[m, D] -> all_gather(expert) -> x[R, D]
-        x_RD = send("all_gather", True, fp8, self.x_mD, None)
-        weights_RK = send("all_gather", True, False, self.weights_mK, None)
-        due_R1 = (self.turn_R == index)[:, None]
-        return x_RD, jnp.where(due_R1, self.experts_RK, self.per_rank), weights_RK, None
+        x_RD = send("all_gather", True, fp8, x_mD, None)
+        weights_RK = send("all_gather", True, False, weights_mK, None)
+        due_RK = jnp.where((turn_R == index)[:, None], experts_RK, per_rank)
+        return x_RD, due_RK, weights_RK, return_sums
 
-    def return_sums(self, y_RD: jax.Array, returning: None, fp8: bool) -> jax.Array:
+    def return_sums(y_RD: jax.Array) -> jax.Array:
         # y[R, D] -> psum_scatter(expert) -> y[m, D]
         return send("all_gather", False, fp8, y_RD, None).astype(jnp.float32)
 
+    n_rounds = _rounds(jnp.where(n_R > 0, turn_R, 0).max() + 1, x_mD)
+    return _Exchange(send_tokens, n_rounds, most_rounds, at_once + most_each - 1)
 
-class _AllToAll(NamedTuple):
-    """Each round every rank sends the tokens whose turn it is at their destination."""
 
-    transport: Transport
-    x_mD: jax.Array
-    experts_mK: jax.Array
-    weights_mK: jax.Array
-    ranks_mN: jax.Array  # int32, the ranks that hold experts of a token, n_ranks for none
-    turn_mN: jax.Array  # int32, the round of each
-    n_rounds: jax.Array
-    most_rounds: int
-    rows: int
-    at_once: int  # rows of one round at a rank (ragged), or from one rank (all_to_all)
-    n_experts: int
-    n_ranks: int
+def _exchange_some(
+    transport: Transport,
+    x_mD: jax.Array,
+    experts_mK: jax.Array,
+    weights_mK: jax.Array,
+    per_rank: int,
+    n_ranks: int,
+    max_ranks: int,
+    slack: float,
+    fp8: bool,
+) -> _Exchange:
+    """In each round every rank sends the tokens whose turn it is at their destination."""
+    most_each = min(experts_mK.shape[1], per_rank)
+    rank_mK = experts_mK // per_rank
+    n_mE = jax.nn.one_hot(rank_mK, n_ranks, dtype=jnp.int32).sum(axis=1)
+    start_mE = jnp.cumsum(n_mE, axis=0) - n_mE
+    if transport == "ragged":
+        # The rows of all ranks lie one after the other, so each rank must know where its own start.
+        n_EE = lax.all_gather(n_mE.sum(axis=0), _AXIS)
+        before_EE = jnp.cumsum(n_EE, axis=0) - n_EE
+        start_mE = start_mE + before_EE[lax.axis_index(_AXIS)][None]
+        buckets, sources, average = 1, n_ranks, experts_mK.size
+    else:
+        buckets, sources, average = n_ranks, 1, experts_mK.size / n_ranks
+    # Rows of a round at a rank (ragged), or from one rank to another (all_to_all).
+    at_once, most_rounds = _divide(average, slack, sources * len(x_mD) * most_each)
+    all_ranks_mN = _destinations(rank_mK, n_ranks)[:, :max_ranks]
+    start_mN = jnp.take_along_axis(start_mE, jnp.minimum(all_ranks_mN, n_ranks - 1), axis=1)
+    turn_mN = jnp.where(all_ranks_mN < n_ranks, start_mN // at_once, 0)
 
-    @classmethod
-    def arrange(cls, transport, x_mD, experts_mK, weights_mK, n_experts, n_ranks, max_ranks, slack):
-        m, per_rank = len(x_mD), n_experts // n_ranks
-        most_each = min(experts_mK.shape[1], per_rank)
-        rank_mK = experts_mK // per_rank
-        n_mE = jax.nn.one_hot(rank_mK, n_ranks, dtype=jnp.int32).sum(axis=1)
-        start_mE = jnp.cumsum(n_mE, axis=0) - n_mE
+    def send_tokens(index: jax.Array | int):
+        ranks_mN = jnp.where(turn_mN == index, all_ranks_mN, n_ranks)
         if transport == "ragged":
-            # Rows of all ranks come one after the other, so each rank knows where its own start.
-            n_EE = lax.all_gather(n_mE.sum(axis=0), _AXIS)
-            before_EE = jnp.cumsum(n_EE, axis=0) - n_EE
-            start_mE = start_mE + before_EE[lax.axis_index(_AXIS)][None]
-            sources, average = n_ranks, experts_mK.size
+            out = sort_by_expert(ranks_mN, n_ranks)
+            route = _Route.of(out.sizes_E, ranks_mN.size, at_once)
         else:
-            sources, average = 1, experts_mK.size / n_ranks
-        at_once, most_rounds = _divide(average, slack, sources * m * most_each)
-        ranks_mN = _destinations(rank_mK, n_ranks)[:, :max_ranks]
-        start_mN = jnp.take_along_axis(start_mE, jnp.minimum(ranks_mN, n_ranks - 1), axis=1)
-        turn_mN = jnp.where(ranks_mN < n_ranks, start_mN // at_once, 0)
-        return cls(
-            transport,
-            x_mD,
-            experts_mK,
-            weights_mK,
-            ranks_mN,
-            turn_mN,
-            _rounds(turn_mN.max() + 1, x_mD),
-            most_rounds,
-            (1 if transport == "ragged" else n_ranks) * (at_once + most_each - 1),
-            at_once,
-            n_experts,
-            n_ranks,
-        )
-
-    def send_tokens(self, index: jax.Array | int, fp8: bool) -> _Arrival:
-        ranks_mN = jnp.where(self.turn_mN == index, self.ranks_mN, self.n_ranks)
-        if self.transport == "ragged":
-            out = sort_by_expert(ranks_mN, self.n_ranks)
-            route = _Route.of(out.sizes_E, ranks_mN.size, self.at_once)
-        else:
-            out, route = bucket_by_expert(ranks_mN, self.n_ranks, self.at_once), None
+            out, route = bucket_by_expert(ranks_mN, n_ranks, at_once), None
         # x[m, D] -> dispatch -> x[S, D] -> all_to_all(expert) -> x[R, D]
-        x_RD = send(self.transport, True, fp8, dispatch(self.x_mD, out), route)
-        weights_RK = send(self.transport, True, False, dispatch(self.weights_mK, out), route)
-        # Rows that nobody sends arrive as 0, which must not be an expert.
-        sent_SK = jnp.take(self.experts_mK + 1, out.tokens_A, axis=0, mode="fill", fill_value=0)
-        experts_RK = _move(self.transport, True, sent_SK, route) - 1
-        return x_RD, _here(experts_RK, self.n_experts // self.n_ranks), weights_RK, (out, route)
+        x_RD = send(transport, True, fp8, dispatch(x_mD, out), route)
+        weights_RK = send(transport, True, False, dispatch(weights_mK, out), route)
+        # Rows that no rank fills arrive as 0, which must not be an expert.
+        sent_SK = jnp.take(experts_mK + 1, out.tokens_A, axis=0, mode="fill", fill_value=0)
+        experts_RK = _here(_move(transport, True, sent_SK, route) - 1, per_rank)
 
-    def return_sums(
-        self, y_RD: jax.Array, returning: tuple[Plan, _Route | None], fp8: bool
-    ) -> jax.Array:
-        # y[R, D] -> all_to_all(expert) -> y[S, D] -> undispatch, sum -> y[m, D]
-        out, route = returning
-        y_SD = send(self.transport, False, fp8, y_RD, route)
-        return undispatch(y_SD, out).astype(jnp.float32).sum(axis=0)
+        def return_sums(y_RD: jax.Array) -> jax.Array:
+            # y[R, D] -> all_to_all(expert) -> y[S, D] -> undispatch, sum -> y[m, D]
+            y_SD = send(transport, False, fp8, y_RD, route)
+            return undispatch(y_SD, out).astype(jnp.float32).sum(axis=0)
+
+        return x_RD, experts_RK, weights_RK, return_sums
+
+    n_rounds = _rounds(turn_mN.max() + 1, x_mD)
+    return _Exchange(send_tokens, n_rounds, most_rounds, buckets * (at_once + most_each - 1))
 
 
 def _divide(average: float, slack: float, worst: int) -> tuple[int, int]:
