@@ -1,6 +1,6 @@
-"""A model on paper: what a config declares, how big it is, what it costs and where it lies.
+"""Describes a config: the parameters it declares, their count, cost and placement.
 
-Everything comes from the declared shapes; no device is touched, so 671B shows in a second.
+All figures come from declared shapes. No device is used, so 671B parameters take a second.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from dsjax.precision.policy import Policy
 
 
 def summarize(config: Config) -> dict[str, Any]:
-    """Returns all that is shown, as JSON holds it. FLOPs are for `data.sequence_length`.
+    """Returns everything that is shown, as JSON values. FLOPs are for `data.sequence_length`.
 
-    With no mesh axis left open (-1) there is also what each device holds.
+    If no mesh axis is open (-1), this includes what each device holds.
 
     Raises:
-      ValueError: parameters that do not divide over the mesh, all listed.
+      ValueError: parameters do not divide over the mesh; lists them all.
     """
     model, length = config.model, config.data.sequence_length
     # The shapes are the same everywhere; a named target keeps jax from starting a backend to ask.
@@ -73,7 +73,7 @@ def summarize(config: Config) -> dict[str, Any]:
 
 
 def _placed(declared: list[Declaration], config: Config) -> dict[str, Any]:
-    """What one device holds of the parameters and of the optimizer's two moments, in bytes."""
+    """Returns what one device holds of the parameters and the optimizer's two moments, in bytes."""
     mesh = describe_mesh(config.mesh.sizes)
     moment = jnp.dtype(config.optim.moment_dtype)
     shards, problems = {}, []
@@ -102,7 +102,7 @@ def _placed(declared: list[Declaration], config: Config) -> dict[str, Any]:
 
 
 def _mesh_axes(config: Config, logical_axis: str) -> list[str]:
-    """Returns the mesh axes that may split a logical dim; one of size 1 splits nothing."""
+    """Returns the mesh axes of size above 1, or open, over which a logical axis may be split."""
     return [axis for axis in AXIS_TABLE[logical_axis] if getattr(config.mesh, axis) != 1]
 
 

@@ -1,9 +1,19 @@
-"""Every hyper-parameter of an experiment, as frozen dataclasses that check themselves.
+"""The hyperparameters of an experiment: frozen dataclasses that check themselves.
+
+  model.py        ModelConfig: the shape of a model
+  data.py         DataConfig: the text and how it becomes sequences
+  train.py        TrainConfig, OptimConfig, PrecisionConfig: run, optimizer, element types
+  mesh.py         MeshConfig: devices along each mesh axis, and the pipeline schedule
+  pretraining.py  Config: one pre-training experiment, the root that holds all groups
+  shapes.py       the ModelConfig of each published model
+  recipes.py      experiments that differ only in model and learning rate
+  rules.py        the checks that groups are written with
 
 Field names follow DeepSeek's inference code (`q_lora_rank`, `n_routed_experts`). A group checks its
-own fields when it is made; `Config` checks what spans groups. Nothing here imports jax, so that a
-command can answer `--help` and refuse bad input at once. Reading files and `--set` overrides is in
-`dsjax.settings`.
+own fields when it is created; a root checks what spans groups. Another kind of experiment adds a
+root of its own that reuses these groups; `dsjax.settings` reads files and `--set` for any root.
+
+Nothing here imports jax, so that a command answers `--help` and refuses bad input at once.
 """
 
 from dsjax.config.data import DataConfig

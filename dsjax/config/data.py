@@ -1,4 +1,4 @@
-"""Where the text comes from."""
+"""The text of a run."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from dsjax.config.rules import require, require_fraction, require_not_negative
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the text comes from and how it becomes sequences."""
+    """The source of the text and how it becomes sequences."""
 
-    # glob of text, .jsonl(.gz|.zst), .parquet; empty: the standard library's source on this machine
+    # Glob of text, .jsonl(.gz|.zst) or .parquet. Empty: the source code of this machine's Python
+    # standard library, which is there without a download.
     files: str = ""
     heldout_files: str = ""  # glob of held-out text; empty: heldout_fraction of the documents
     heldout_fraction: float = 0.05
-    text_field: str = "text"  # the column of JSON lines and parquet that holds the text
-    # path of a tokenizer.json; empty: byte-level BPE trained on the corpus, cached with it
+    text_field: str = "text"  # column of JSON lines and parquet files that holds the text
+    # path of a tokenizer.json; empty: a byte-level BPE trained on the corpus and cached with it
     tokenizer: str = ""
-    sequence_length: int = 4096  # tokens a sequence
-    fim_rate: float = 0.1  # share of documents rearranged as prefix-suffix-middle (V3 section 4.1)
-    # attention stays inside a document; V3 pre-training leaves this off
+    sequence_length: int = 4096  # tokens per sequence
+    # fraction of documents rearranged as prefix-suffix-middle (V3 section 4.1)
+    fim_rate: float = 0.1
+    # restricts attention to one document; off in V3's pre-training
     isolate_documents: bool = False
-    cache_dir: str = ""  # token cache; empty: $XDG_CACHE_HOME/dsjax or ~/.cache/dsjax
+    cache_dir: str = ""  # of tokens; empty: $XDG_CACHE_HOME/dsjax or ~/.cache/dsjax
     seed: int = 0
 
     def __post_init__(self) -> None:

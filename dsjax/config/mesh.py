@@ -1,4 +1,4 @@
-"""Devices along each mesh axis."""
+"""The device mesh of a run and its pipeline schedule."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from dsjax.config.rules import require, require_not_negative
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis; one size may be -1 and takes all the devices that are left."""
+    """Devices along each mesh axis. One size may be -1, which takes all remaining devices."""
 
     data: int = -1  # copies of the model
-    fsdp: int = 1  # weights and optimizer state split, gathered at use
-    expert: int = 1  # routed experts split, tokens sent to them
-    tensor: int = 1  # heads, feed-forward width and vocabulary split
-    context: int = 1  # sequences split along their length
-    pipe: int = 1  # layers split into stages
+    fsdp: int = 1  # splits weights and optimizer state; weights are gathered at use
+    expert: int = 1  # splits the routed experts; tokens are sent to them
+    tensor: int = 1  # splits heads, feed-forward width and vocabulary
+    context: int = 1  # splits sequences along their length
+    pipe: int = 1  # splits the layers into stages
 
-    # The order in which the stages of a pipeline work (dsjax.parallel.schedules)
+    # order in which pipeline stages do their forward and backward passes (dsjax.parallel.schedules)
     schedule: Literal["gpipe", "1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev"] = "1f1b"
-    # micro-batches that a batch is cut into; 0: into those of train.micro_batch_size
+    # micro-batches per batch; 0: as many as train.micro_batch_size implies
     microbatches: int = 0
 
     def __post_init__(self) -> None:
@@ -30,7 +30,7 @@ class MeshConfig:
         for name, size in sizes.items():
             require(
                 size > 0 or size == -1,
-                f"mesh.{name}={size} must be greater than 0, or -1 for what is left",
+                f"mesh.{name}={size} must be greater than 0, or -1 for the rest",
             )
         unknown = [name for name, size in sizes.items() if size == -1]
         require(len(unknown) <= 1, f"only one mesh axis may be -1, not {' and '.join(unknown)}")
@@ -38,5 +38,5 @@ class MeshConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Devices along each axis, what `dsjax.parallel.mesh.make_mesh` takes."""
+        """Devices along each axis, as `dsjax.parallel.mesh.make_mesh` takes them."""
         return {axis: getattr(self, axis) for axis in AXES}

@@ -10,11 +10,11 @@ from dsjax.config.rules import require, require_not_negative, require_positive
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The shape of a model: all that changes its mathematics, and nothing else.
+    """The shape of a model: everything that changes its mathematics, and nothing else.
 
-    One config covers the dense family (DeepSeek LLM and the R1 distills: `attention="gqa"`, no
-    routed experts), DeepSeekMoE (`gqa` with experts), V2 and V3/R1 (`mla` with experts). `n_layers`
-    counts the main stack; `n_mtp` multi-token prediction modules come on top of it.
+    One class covers the dense models (DeepSeek LLM and the R1 distills: `attention="gqa"`, no
+    routed experts), DeepSeekMoE (`gqa` with experts), V2, V3 and R1 (`mla` with experts).
+    `n_layers` counts the main stack; the `n_mtp` multi-token prediction modules are extra.
     """
 
     vocab_size: int
@@ -22,10 +22,10 @@ class ModelConfig:
     n_layers: int
     n_heads: int
     inter_dim: int  # hidden width of a dense feed-forward layer
-    # leading layers with a dense feed-forward; all of them when there are no routed experts
+    # leading layers with a dense feed-forward; must be n_layers if there are no routed experts
     n_dense_layers: int = 0
     norm_eps: float = 1e-6
-    tie_embed: bool = False  # the output head is the embedding, transposed
+    tie_embed: bool = False  # the output head is the transposed embedding
     init_std: float = 0.006  # V3 section 4.2
     max_seq_len: int = 4096
 
@@ -37,9 +37,9 @@ class ModelConfig:
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
     # gqa
-    n_kv_heads: int = 0  # 0: as many as n_heads (multi-head attention)
+    n_kv_heads: int = 0  # 0: n_heads, that is, multi-head attention
     head_dim: int = 0  # 0: dim / n_heads
-    qkv_bias: bool = False  # Qwen2
+    qkv_bias: bool = False  # biases on queries, keys and values (Qwen2)
 
     rope_theta: float = 10000.0
     rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"
@@ -54,19 +54,19 @@ class ModelConfig:
 
     n_routed_experts: int = 0
     n_shared_experts: int = 0
-    n_activated_experts: int = 0  # routed experts a token
+    n_activated_experts: int = 0  # routed experts per token
     moe_inter_dim: int = 0  # hidden width of one expert
     n_expert_groups: int = 1
-    n_limited_groups: int = 1  # groups a token may choose from
+    n_limited_groups: int = 1  # groups that a token may choose experts from
     score_func: Literal["sigmoid", "softmax"] = "sigmoid"
-    group_score: Literal["top2", "max"] = "top2"  # V3: sum of a group's two best; V2: its best
-    # V3: a bias per expert steers selection (auxiliary-loss-free balancing)
+    group_score: Literal["top2", "max"] = "top2"  # V3: sum of the two best scores; V2: the best
+    # a bias per expert that only affects selection (V3's balancing without an auxiliary loss)
     router_bias: bool = False
-    norm_topk: bool = False  # the chosen experts' weights are normalised to sum to route_scale
+    norm_topk: bool = False  # normalize the weights of the chosen experts to sum to route_scale
     route_scale: float = 1.0
 
     n_mtp: int = 0
-    # the MTP module reads the main model's hidden state after its final norm
+    # the first MTP module reads the main model's hidden state after its final norm, not before it
     mtp_after_final_norm: bool = True
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ class ModelConfig:
         )
         require(
             self.rope_dim % 2 == 0,
-            f"rope rotates pairs, so its head dim must be even, not {self.rope_dim}",
+            f"rope rotates pairs of channels, so its head dim must be even, not {self.rope_dim}",
         )
         require(
             self.beta_slow < self.beta_fast,
@@ -152,7 +152,7 @@ class ModelConfig:
         )
         require(
             self.group_score == "max" or self.n_expert_groups == 1 or experts_per_group >= 2,
-            "model.group_score=top2 needs at least two experts a group",
+            "model.group_score=top2 needs at least two experts per group",
         )
 
     @property
@@ -180,7 +180,7 @@ class ModelConfig:
 
     @property
     def rope_dim(self) -> int:
-        """Channels of a head that are rotated."""
+        """Channels per head that are rotated."""
         return self._head_widths[2]
 
     @property

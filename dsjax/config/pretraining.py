@@ -1,4 +1,4 @@
-"""One pre-training experiment: all groups, and the rules that span them."""
+"""A pre-training experiment: all groups, and the rules that span them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dsjax.config.train import OptimConfig, PrecisionConfig, TrainConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One experiment."""
+    """A pre-training experiment, the root that `dsjax.settings` reads by default."""
 
     name: str
     model: ModelConfig
@@ -27,8 +27,8 @@ class Config:
         length, limit = self.data.sequence_length, self.model.max_seq_len
         require(
             length <= limit,
-            f"data.sequence_length={length} exceeds model.max_seq_len={limit}; lower the one or "
-            "raise the other",
+            f"data.sequence_length={length} exceeds model.max_seq_len={limit}; lower the "
+            "one or raise the other",
         )
         require(
             length > self.model.n_mtp + 1,
@@ -58,6 +58,6 @@ class Config:
 
     @property
     def micro_batch_size(self) -> int:
-        """Sequences of one forward pass."""
+        """Sequences per forward pass."""
         train = self.train
         return train.micro_batch_size or train.batch_size // (self.mesh.microbatches or 1)

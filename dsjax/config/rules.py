@@ -1,4 +1,4 @@
-"""Checks of a config's values; each message names the key, its value and the rule."""
+"""Checks of config values. Each message names the key, its value and the rule."""
 
 from __future__ import annotations
 

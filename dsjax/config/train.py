@@ -1,4 +1,4 @@
-"""How a model trains: length and batches of a run, optimizer, element types."""
+"""How a model trains: the run, the optimizer and the element types."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from dsjax.config.rules import require, require_fraction, require_not_negative, 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Length, batches, balancing and bookkeeping of a run. An `_every` of 0 turns it off."""
+    """Length, batches, balancing and bookkeeping of a run. An `_every` of 0 turns that off."""
 
     steps: int = 1000
-    batch_size: int = 8  # sequences an optimizer step, over all devices
-    batch_size_start: int = 0  # first batch size of the ramp; 0: no ramp
-    batch_ramp_fraction: float = 0.0  # share of the run's steps over which the batch grows
-    # sequences a forward pass; smaller than the batch: gradients accumulate; 0: the batch
+    batch_size: int = 8  # sequences per optimizer step, over all devices
+    batch_size_start: int = 0  # batch size at the start of a ramp; 0: no ramp
+    batch_ramp_fraction: float = 0.0  # fraction of the run's steps over which the batch grows
+    # sequences per forward pass; gradients accumulate over the batch; 0: the whole batch at once
     micro_batch_size: int = 0
     seed: int = 0
 
     mtp_weight: float = 0.3  # lambda of V3 equation 25
     mtp_weight_final: float = 0.1
-    mtp_switch: float = 10.0 / 14.8  # share of the run's tokens after which mtp_weight_final holds
+    mtp_switch: float = 10.0 / 14.8  # fraction of the run's tokens before mtp_weight_final applies
     bias_update_speed: float = 0.001  # gamma of V3 section 2.1.2
-    bias_update_until: float = 14.3 / 14.8  # share of the run's tokens after which the bias rests
+    bias_update_until: float = 14.3 / 14.8  # fraction of the run's tokens; then the bias is fixed
     sequence_balance: float = 0.0001  # V3's sequence-wise loss
     expert_balance: float = 0.0  # V1 and V2's expert-level loss
-    device_balance: float = 0.0  # V1 and V2's device-level loss, a device being an expert group
+    device_balance: float = 0.0  # V1 and V2's device-level loss; a device is an expert group
     communication_balance: float = 0.0  # V2's communication loss
     n_balance_devices: int = 0  # expert groups of the two losses above; 0: model.n_expert_groups
 
-    # what the backward pass computes again
+    # which activations the backward pass recomputes
     remat: Literal["none", "selective", "full"] = "selective"
-    loss_chunk: int = 1024  # tokens whose logits exist at one time on a device
+    loss_chunk: int = 1024  # tokens per device whose logits exist at the same time
 
     log_every: int = 10
     eval_every: int = 100
-    # held-out sequences of an evaluation during the run; the last one takes all
+    # held-out sequences per evaluation during the run; the final evaluation uses all
     eval_sequences: int = 64
     checkpoint_every: int = 100
-    keep: int = 3  # newest checkpoints kept
-    # compare the copies that several devices hold of the state; also done before each checkpoint
+    keep: int = 3  # newest checkpoints to keep
+    # compares the copies of the state on different devices; each checkpoint does so too
     compare_every: int = 100
-    sample_tokens: int = 128  # length of the sample written at the end; 0: none
+    sample_tokens: int = 128  # length of the sample generated at the end; 0: none
     tensorboard: bool = True
     wandb_project: str = ""  # empty: no Weights & Biases
 
@@ -79,16 +79,15 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its learning-rate schedule; defaults are V3's (section 4.2)."""
+    """AdamW and its learning-rate schedule. The defaults are V3's (section 4.2)."""
 
-    learning_rate: float = 2.2e-4  # the highest
+    learning_rate: float = 2.2e-4  # the peak
     schedule: Literal["v3", "multistep", "constant"] = "v3"
     warmup_steps: int = 2000
-    # Shares of the run's tokens where the rate changes. v3: start of the cosine, its end, start of
-    # the last tail.
+    # Fractions of the run's tokens at which the rate changes. v3: start of the cosine, its end, and
+    # the last drop.
     decay_points: tuple[float, ...] = (10.0 / 14.8, 14.3 / 14.8, 14.633 / 14.8)
-    # Rate after each point as a share of the highest. v3: the cosine's end and first tail, then the
-    # last tail.
+    # Rate after each point, relative to the peak. v3: after the cosine, then after the last drop.
     decay_ratios: tuple[float, ...] = (0.1, 7.3e-6 / 2.2e-4)
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -125,12 +124,11 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    """Element types: of masters, and (`compute`) of activations and of weights at use."""
+    """Element types of a run."""
 
-    compute: Literal["bfloat16", "float32"] = "bfloat16"
+    compute: Literal["bfloat16", "float32"] = "bfloat16"  # activations, and weights at use
     params: Literal["float32"] = "float32"  # master weights and gradients
-    # linear layers and experts multiply in E4M3: natively where the device can, else emulated
+    # E4M3 products in linear layers and experts, emulated on devices without such matrix units
     fp8: Literal["on", "off"] = "off"
-    fp8_scale: Literal["fp32", "pow2"] = (
-        "fp32"  # the report's, or powers of two: cheaper to emulate
-    )
+    # fp32 as in the V3 report; powers of two are cheaper to emulate
+    fp8_scale: Literal["fp32", "pow2"] = "fp32"

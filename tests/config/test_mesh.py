@@ -10,7 +10,7 @@ from dsjax.config import MeshConfig
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fsdp": 0}, r"mesh\.fsdp=0 must be greater than 0, or -1 for what is left"),
+        ({"fsdp": 0}, r"mesh\.fsdp=0 must be greater than 0, or -1 for the rest"),
         ({"fsdp": -1}, r"only one mesh axis may be -1, not data and fsdp"),
     ],
 )

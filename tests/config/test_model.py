@@ -49,7 +49,11 @@ def moe(**changes):
         (dense, {"attention": "mla"}, r"model\.kv_lora_rank=0 must be greater than 0"),
         (dense, {"n_heads": 3}, r"model\.dim=16 does not divide by model\.n_heads=3; set model\.h"),
         (dense, {"n_heads": 4, "n_kv_heads": 3}, r"n_heads=4 does not divide by model\.n_kv_heads"),
-        (dense, {"head_dim": 3}, r"rope rotates pairs, so its head dim must be even, not 3"),
+        (
+            dense,
+            {"head_dim": 3},
+            r"rope rotates pairs of channels, so its head dim .* even, not 3",
+        ),
         (
             dense,
             {"beta_slow": 40.0},
@@ -73,7 +77,7 @@ def moe(**changes):
         (
             moe,
             {"n_expert_groups": 8},
-            r"model\.group_score=top2 needs at least two experts a group",
+            r"model\.group_score=top2 needs at least two experts per group",
         ),
     ],
 )
