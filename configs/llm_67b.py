@@ -1,8 +1,9 @@
 r"""DeepSeek LLM 67B: the released shape and the pre-training recipe.
 
 Paper: DeepSeek LLM (arXiv:2401.02954), sections 2.2 and 2.3, table 2. Dense, grouped-query
-attention with 8 key-value heads. 2T tokens in batches of 4,608 sequences of 4,096; learning rate
-3.2e-4 to 80% of the tokens, 31.6% of it to 90%, 10% to the end. `micro_batch_size` is our choice.
+attention with 8 key-value heads. 2T tokens in batches of 4,608 sequences of 4,096; the learning
+rate is 3.2e-4 up to 80% of the tokens, 31.6% of that up to 90%, and 10% to the end.
+`micro_batch_size` is our choice.
 
 Command: python tools/train.py configs/llm_67b.py --workdir runs/llm_67b \
     --set data.files='text/*.parquet' data.tokenizer=deepseek-llm/tokenizer.json

@@ -1,10 +1,10 @@
 r"""DeepSeekMoE 145B (22.2B activated): the preliminary model of the paper.
 
-Paper: DeepSeekMoE (arXiv:2401.06066), section 7 and appendix A. Sequences of 4,096 in batches of
-4.5K, constant learning rate, expert- and device-level balance losses. Never released: the widths
-are inferred (an expert is 1/8 of 2.75 * dim, the dense first layer 16 of them, as many as a token
-uses), and give the paper's 144.6B and 22.2B. `n_balance_devices`, the number of devices that the
-device-level loss counts over, `micro_batch_size` and the length (245B tokens) are our choices.
+Paper: DeepSeekMoE (arXiv:2401.06066), section 7 and appendix A. Batches of 4.5K sequences of 4,096,
+constant learning rate, expert- and device-level balance losses. Not released: the widths are
+inferred (`dsjax.config.shapes`) and give the paper's 144.6B and 22.2B parameters.
+`n_balance_devices`, over which the device-level loss counts, `micro_batch_size` and the length of
+245B tokens are our choices.
 
 Command: python tools/train.py configs/moe_145b.py --workdir runs/moe_145b \
     --set data.files='text/*.parquet' data.tokenizer=deepseek-moe/tokenizer.json

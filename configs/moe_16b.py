@@ -1,10 +1,10 @@
 r"""DeepSeekMoE 16B (2.8B activated): the released shape and the pre-training recipe.
 
-Paper: DeepSeekMoE (arXiv:2401.06066), section 5 and appendix A. 2T tokens in 106,449 steps,
-learning rate times 0.316 at 80% and at 90%, expert-level balance loss only (all experts of a layer
-on one device). Multi-head attention; fine-grained experts of a quarter of a standard feed-forward,
-2 of them shared. `micro_batch_size` is our choice; the batch is printed as 4.5K sequences, 4,608
-here.
+Paper: DeepSeekMoE (arXiv:2401.06066), section 5 and appendix A. 2T tokens in 106,449 steps; the
+learning rate is multiplied by 0.316 at 80% and at 90% of the tokens; only the expert-level balance
+loss, as all experts of a layer are on one device. Multi-head attention; fine-grained experts of a
+quarter of a standard feed-forward, 2 of them shared. `micro_batch_size` is our choice; the paper
+gives the batch as 4.5K sequences, here 4,608.
 
 Command: python tools/train.py configs/moe_16b.py --workdir runs/moe_16b \
     --set data.files='text/*.parquet' data.tokenizer=deepseek-moe/tokenizer.json

@@ -1,10 +1,9 @@
 """DeepSeekMoE 2B (0.3B activated): the validation model of the paper.
 
-Paper: DeepSeekMoE (arXiv:2401.06066), section 4 and appendix A. 100B tokens in sequences of 2,048
-and batches of 2K, learning rate times 0.316 at 80% and at 90%, expert-level balance loss. All 9
-layers are MoE, with 1 shared expert and 7 of 63 routed ones a token. Not released: the expert width
-of 880 is inferred (a quarter of 2.75 * dim, the ratio that gives the sizes of the 16B and the
-145B), and so is the 8K vocabulary as 8,192. `inter_dim` is not used, there being no dense layer.
+Paper: DeepSeekMoE (arXiv:2401.06066), section 4 and appendix A. 100B tokens in batches of 2K
+sequences of 2,048; the learning rate is multiplied by 0.316 at 80% and at 90% of the tokens;
+expert-level balance loss. All 9 layers are MoE, with 1 shared expert and 7 of 63 routed experts per
+token. Not released: `dsjax.config.shapes` says what is inferred.
 
 Command: python tools/train.py configs/moe_2b.py --workdir runs/moe_2b --set
   data.files='text/*.parquet'

@@ -1,13 +1,12 @@
 r"""DeepSeek-R1-Distill-Qwen-7B: the released shape and the fine-tuning recipe.
 
-Paper: DeepSeek-R1 (arXiv:2501.12948), section 2.4 and the supplement: fine-tuned from
-Qwen2.5-Math-7B on about 800K samples of R1, 2 to 3 epochs, batches of 64 sequences of 32,768
-tokens, cosine from 8e-5 to a tenth. Two epochs here: 804,745 samples of 5,355 tokens on average,
-packed and isolated. Qwen2's shape: biases on q, k and v. Warm-up is not published; there is none
-here.
+Paper: DeepSeek-R1 (arXiv:2501.12948), section 2.4 and the supplement. Qwen2.5-Math-7B fine-tuned on
+about 800K samples of R1; cosine from 8e-5 to a tenth. The rest of the recipe, which all six
+distills share, and our choices in it are in `dsjax.config.recipes`. Qwen2's shape: biases on
+queries, keys and values.
 
-What is missing for the real thing: the samples were not released, and this trains from scratch,
-since starting from a converted checkpoint is not there yet.
+To reproduce it, two things are missing: the samples were not released, and this trains from
+scratch, because starting from a converted checkpoint is not supported yet.
 
 Command: python tools/train.py configs/r1_distill_qwen_7b.py --workdir runs/r1_distill_qwen_7b \
     --set data.files='samples/*.jsonl' data.tokenizer=r1-distill/tokenizer.json

@@ -1,12 +1,12 @@
-"""Small: about 300M parameters with every DeepSeek-V3 mechanism but YaRN, for one GPU.
+"""Small: about 300M parameters with every DeepSeek-V3 mechanism except YaRN, for one GPU.
 
-The shape of `tiny` grown: 12 layers of width 768, 32 experts in 8 groups of which 4 are kept. The
-recipe is V3's with a learning rate for the size; 2.6B tokens. The embedded default is far too
-little text for it: give `data.files`.
+A larger `tiny`: 12 layers of width 768, 32 experts in 8 groups of which 4 are kept. The recipe is
+V3's with a learning rate for this size, for 2.6B tokens. The default text, Python's standard
+library, is far too little for it: give `data.files`.
 
 Command: python tools/train.py configs/small.py --workdir runs/small --set data.files='text/*.jsonl'
 Hardware: one GPU of 80 GB, or one TPU chip of 95 GB (v5p).
-Cost: not run yet. One H200 made 310,000 tokens/s in steps of 32,768 tokens without MTP, in 10 GB.
+Cost: not run yet. One H200 reached 310,000 tokens/s in steps of 32,768 tokens without MTP (10 GB).
 Expected: not run yet.
 """
 

@@ -1,16 +1,16 @@
-"""Tiny: about 10M parameters with every DeepSeek-V3 mechanism switched on, for a laptop or CI.
+"""Tiny: about 10M parameters with every DeepSeek-V3 mechanism except YaRN, for a laptop or CI.
 
-MLA with a query latent, one dense layer and then MoE layers with a shared expert, sigmoid routing
-with a bias in 4 groups of which 2 are kept, the bias update and the sequence-wise loss, one MTP
-module, fill-in-the-middle and the V3 schedule. YaRN alone is off: sequences are short (`v3_671b`
-has it). Trains on the embedded default, the source text of the machine's Python standard library.
+MLA with a query latent; one dense layer, then MoE layers with a shared expert and sigmoid routing
+with a bias in 4 groups of which 2 are kept; the bias update and the sequence-wise loss; one MTP
+module; fill-in-the-middle; the V3 schedule. YaRN is off because sequences are short (`v3_671b` has
+it). Trains on the default text, the source code of this machine's Python standard library.
 
 Command: python tools/train.py configs/tiny.py --workdir runs/tiny
 Hardware: 2 CPU cores, 8 GB of memory.
-Cost: 8.4 minutes with AVX2 alone, of it 23 seconds of compilation (jax 0.10.2, float32, dropless,
+Cost: 8.4 minutes with AVX2, including 23 seconds of compilation (jax 0.10.2, float32, dropless,
 natural routing); with AVX-512 a step takes about half as long.
-Expected: 1.79 held-out bits per byte. On the same text gzip -9 gets 2.10 file by file, and xz -9
-1.73 on all of it end to end, which train.steps=700 passes (1.63). MTP loss 4.3, where the unigram
+Expected: 1.79 held-out bits per byte. On the same text, gzip -9 reaches 2.10 file by file and xz -9
+1.73 on everything end to end; train.steps=700 does better (1.63). MTP loss 4.3, where the unigram
 distribution has 7.1. Max violation peaks at 3 near step 30 and ends below 0.5; with
 train.bias_update_speed=0 train.sequence_balance=0 it stays above 4.
 """
@@ -56,7 +56,7 @@ config = Config(
     train=TrainConfig(
         steps=360,
         batch_size=8,
-        remat="none",  # there is memory enough
+        remat="none",  # memory is sufficient
         bias_update_speed=0.01,  # ten times V3's, for a run ten thousand times shorter
         sequence_balance=0.0001,
         eval_every=90,

@@ -1,16 +1,16 @@
 r"""DeepSeek-V2, 236B: the released shape and the pre-training recipe.
 
-Paper: DeepSeek-V2 (arXiv:2405.04434), sections 2 and 3.1. 8.1T tokens, learning rate times 0.316 at
-60% and at 90%, batch of 2,304 sequences growing to 9,216 over the first 225B tokens (the ramp
-fraction is that in steps). Expert-, device- and communication-level balance losses with the paper's
-factors; no bias, no MTP. Where we depart: no token is dropped (the paper drops by capacity per
-device in training).
+Paper: DeepSeek-V2 (arXiv:2405.04434), sections 2 and 3.1. 8.1T tokens; the learning rate is
+multiplied by 0.316 at 60% and at 90% of the tokens; the batch of 2,304 sequences grows to 9,216
+over the first 225B tokens (the ramp fraction is that, in steps). Expert-, device- and
+communication-level balance losses with the paper's factors; no bias, no MTP. We depart from the
+paper in that no token is dropped; it drops tokens above a device's capacity in training.
 
-The published configs disagree about YaRN: this model's carry mscale = mscale_all_dim = 0.707, those
-of Coder-V2 and V2.5 (same shape) 1.0, and DeepSeek's own inference config omits the field. The
-values here are the first; a converted checkpoint keeps its own. Pre-training at 4,096 tokens ran
-without YaRN: add `--set model.rope_scaling=none`. `micro_batch_size` is our choice, and so is the
-plain fsdp layout.
+The published configs disagree about YaRN: this model's have mscale = mscale_all_dim = 0.707, those
+of Coder-V2 and V2.5 (same shape) 1.0, and DeepSeek's own inference config omits the field. This
+config has the first; a converted checkpoint keeps its own. Pre-training at 4,096 tokens ran without
+YaRN: add `--set model.rope_scaling=none`. `micro_batch_size` and the plain fsdp layout are our
+choices.
 
 Command: python tools/train.py configs/v2_236b.py --workdir runs/v2 --set model.rope_scaling=none \
     data.files='text/*.parquet' data.tokenizer=deepseek-v2/tokenizer.json

@@ -1,15 +1,16 @@
 r"""DeepSeek-V3 and R1, 671B: the released shape and the pre-training recipe.
 
-Paper: DeepSeek-V3 (arXiv:2412.19437), sections 2 and 4.2. 14.8T tokens: learning rate constant to
-10T, cosine to a tenth over 4.3T, then two tails; batch of 3,072 sequences growing to 15,360 over
-the first 469B tokens; Adam moments in bfloat16; MTP weight 0.3 to 10T tokens, then 0.1; bias update
-off for the last 500B. The ramp fraction is 469B tokens counted in steps.
+Paper: DeepSeek-V3 (arXiv:2412.19437), sections 2 and 4.2. 14.8T tokens. The learning rate is
+constant up to 10T, follows a cosine to a tenth over 4.3T, and ends with two constant parts. The
+batch of 3,072 sequences grows to 15,360 over the first 469B tokens (the ramp fraction is that, in
+steps). Adam moments in bfloat16; MTP weight 0.3 up to 10T tokens, then 0.1; no bias update during
+the last 500B.
 
 The rope fields are those of the released checkpoint, whose context was extended to 128K with YaRN.
 Pre-training at 4,096 tokens ran without it: add `--set model.rope_scaling=none`.
-`micro_batch_size`, `remat` and the layout over devices are our choice: 64-way expert parallelism
-as in the paper, and the rest of the devices splits weights and optimizer state (fsdp), where the
-paper had 16 pipeline stages. `docs/plan.md` has what the TPU compiler says of it.
+`micro_batch_size`, `remat` and the layout over devices are our choices: 64-way expert parallelism
+as in the paper; the remaining devices split weights and optimizer state (fsdp), where the paper has
+16 pipeline stages. `docs/plan.md` has the TPU compiler's figures for it.
 
 Command: python tools/train.py configs/v3_671b.py --workdir runs/v3 --set model.rope_scaling=none \
     data.files='text/*.parquet' data.tokenizer=deepseek-v3/tokenizer.json

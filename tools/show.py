@@ -1,7 +1,7 @@
-"""Print what a config means: its keys, parameters, counts, FLOPs, cache, sharding, and with --mesh
-what one device holds.
+"""Prints a config's keys, parameters, counts, FLOPs, cache size and sharding, and with --mesh what
+one device holds.
 
-No device is used: 671B shows in seconds on any machine.
+No device is used; 671B parameters take seconds on any machine.
 
 examples:
   python tools/show.py configs/tiny.py
