@@ -26,7 +26,6 @@ import numpy as np
 
 from dsjax.checkpoint import names
 from dsjax.checkpoint.hf_config import family_of, from_hf, weight_block
-from dsjax.checkpoint.names import Family
 from dsjax.checkpoint.tensor_files import TensorFolder, TensorInfo, open_folder
 from dsjax.config import ModelConfig
 from dsjax.files import listed, read_json, shown
@@ -64,7 +63,7 @@ class HfFolder:
 
     path: Path
     config: dict[str, Any]  # config.json as published
-    family: Family
+    family: str
     model: ModelConfig
     block: tuple[int, int] | None  # rows and columns of a weight that share a scale
     files: TensorFolder
@@ -108,7 +107,7 @@ def open_hf(path: Path, overrides: Mapping[str, Any] | None = None) -> HfFolder:
 
 def compare(
     model: ModelConfig,
-    family: Family,
+    family: str,
     block: tuple[int, int] | None,
     found: Mapping[str, TensorInfo],
 ) -> tuple[list[Row], Mismatches]:
@@ -130,7 +129,7 @@ def compare(
 def read_config(
     path: Path,
     overrides: Mapping[str, Any] | None = None,
-) -> tuple[dict[str, Any], Family, ModelConfig, tuple[int, int] | None]:
+) -> tuple[dict[str, Any], str, ModelConfig, tuple[int, int] | None]:
     """Reads a config.json: as published, and the family, model and FP8 block that it describes.
 
     Args:

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from dsjax import settings, tables
 from dsjax.checkpoint import names
-from dsjax.checkpoint.hf_config import family_for
+from dsjax.checkpoint.families import family_for
 from dsjax.checkpoint.hf_folder import (
     FLOAT32,
     FP8,
@@ -35,7 +35,6 @@ from dsjax.checkpoint.hf_folder import (
     scale_shape,
     without_absent_mtp,
 )
-from dsjax.checkpoint.names import Family
 from dsjax.checkpoint.tensor_files import open_folder
 from dsjax.config import ModelConfig
 from dsjax.files import MAX_LISTED, read_json
@@ -59,7 +58,7 @@ class Entry(NamedTuple):
 class Implied(NamedTuple):
     """What a config says of a checkpoint."""
 
-    family: Family
+    family: str
     model: ModelConfig
     dtype: np.dtype  # of the weights; with FP8 of those that are not
     block: tuple[int, int] | None  # rows and columns that share a scale, if weights are in FP8
@@ -107,7 +106,7 @@ def implied_by(path: Path, overrides: Mapping[str, Any] | None = None) -> Implie
 
 
 def published(
-    family: Family, model: ModelConfig, dtype: np.dtype, block: tuple[int, int] | None
+    family: str, model: ModelConfig, dtype: np.dtype, block: tuple[int, int] | None
 ) -> Iterator[Entry]:
     """Yields every tensor of a model as DeepSeek publishes it: with `block`, its linear weights in
     FP8 with scales, and the router's bias always in float32.

@@ -25,9 +25,8 @@ from jax.typing import DTypeLike
 
 from dsjax import settings
 from dsjax.checkpoint import manifest, store
-from dsjax.checkpoint.hf_config import family_for
+from dsjax.checkpoint.families import FAMILIES, family_for
 from dsjax.checkpoint.hf_folder import HfFolder, Row, is_hf, open_hf
-from dsjax.checkpoint.names import FAMILIES, Family
 from dsjax.checkpoint.slices import Index, Leaf, Tensors, bounds, dequantize_rows, read_slice
 from dsjax.checkpoint.weights import Weights, is_chunk
 from dsjax.config import ModelConfig
@@ -60,7 +59,7 @@ class Checkpoint:
 
     path: Path
     model: ModelConfig
-    family: Family
+    family: str
     dtype: np.dtype
     tokenizer_folder: Path
     weights: Weights | None  # the arrays as they are stored; None in a Hugging Face folder
@@ -213,7 +212,8 @@ def _open_converted(path: Path) -> Checkpoint:
         ) from error
     if family not in FAMILIES:
         raise ValueError(
-            f"{path / 'config.json'}: family={family!r} is not one of {', '.join(FAMILIES)}; "
+            f"{path / 'config.json'}: family={family!r} is not one of "
+            f"{', '.join(sorted(FAMILIES))}; "
             "convert it again"
         )
     return _with_weights(path, Weights(path / "weights", guard), model, family, path / "hf")
@@ -238,7 +238,7 @@ def _open_run(workdir: Path, step: int | None = None) -> Checkpoint:
 
 
 def _with_weights(
-    path: Path, weights: Weights, model: ModelConfig, family: Family, tokenizer_folder: Path
+    path: Path, weights: Weights, model: ModelConfig, family: str, tokenizer_folder: Path
 ) -> Checkpoint:
     """Checks arrays that are stored as leaves against the model's declarations."""
     tensors, problems = {}, []

@@ -102,13 +102,14 @@ class ModelConfig:
             f"rope rotates pairs of channels, so its head dim must be even, not {self.rope_dim}",
         )
         require(
-            self.beta_slow < self.beta_fast,
-            f"model.beta_slow={self.beta_slow} must be below model.beta_fast={self.beta_fast}",
+            # Equal is legal: Kimi-K2 has 1 and 1, which leaves a ramp of one channel.
+            self.beta_slow <= self.beta_fast,
+            f"model.beta_slow={self.beta_slow} must not exceed model.beta_fast={self.beta_fast}",
         )
         if self.rope_scaling == "llama3":
             require(
-                self.low_freq_factor < self.high_freq_factor,
-                f"model.low_freq_factor={self.low_freq_factor} must be below "
+                self.low_freq_factor <= self.high_freq_factor,
+                f"model.low_freq_factor={self.low_freq_factor} must not exceed "
                 f"model.high_freq_factor={self.high_freq_factor}",
             )
 

@@ -4,7 +4,8 @@ import pathlib
 
 import pytest
 
-from dsjax.checkpoint.hf_config import family_for, family_of, from_hf, to_hf, weight_block
+from dsjax.checkpoint.families import family_for
+from dsjax.checkpoint.hf_config import family_of, from_hf, to_hf, weight_block
 from dsjax.config import ModelConfig
 from dsjax.settings import load_config
 from tests.golden.cases import CASES, DEEPSEEK_MOE, LLAMA, ORACLE_CASES, QWEN2, V2, V2_LITE, V3
@@ -202,7 +203,7 @@ def test_mtp_layers_have_two_spellings():
         (V3, {"rope_scaling": YARN | {"mscale": None}}, r"only one of mscale and mscale_all_dim"),
         (
             V3,
-            {"rope_scaling": YARN | {"attention_factor": 1.2}},
+            {"rope_scaling": YARN | {"factor": 1, "attention_factor": 1.2}},
             r"attention_factor=1.2 is not supported",
         ),
         (
@@ -376,10 +377,10 @@ GQA = ModelConfig(
         (TINY, "deepseek_v3", {"group_score": "max"}, r"group_score='max' \(it reads as 'top2'\)"),
         (TINY, "deepseek_v3", {"router_bias": False}, r"model\.router_bias=False"),
         (TINY, "deepseek_v2", {"score_func": "softmax"}, r"norm_topk_prob=True is not supported"),
-        (TINY, "llama", {}, r"family llama cannot hold this model: .* has kv_lora_rank, q_lora"),
+        (TINY, "llama", {}, r"cannot say .*model\.attention='mla' \(it reads as 'gq"),
         (GQA, "llama", {"qkv_bias": True}, r"cannot say model\.qkv_bias=True"),
         (GQA, "qwen2", {}, r"cannot say model\.qkv_bias=False"),
-        (GQA, "deepseek", {"head_dim": 6}, r"model\.head_dim=6 for model\.dim=8"),
+        (GQA, "deepseek", {"head_dim": 6}, r"cannot say model\.head_dim=6 \(it reads as 4\)"),
         (
             GQA, "llama", {"rope_scaling": "yarn"},
             r"mscale and mscale_all_dim are read by the MLA families only",

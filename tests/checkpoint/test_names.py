@@ -135,5 +135,7 @@ def test_table_refuses_a_shape_the_family_lacks(change, family):
 
 
 def test_table_refuses_an_unknown_family():
-    with pytest.raises(ValueError, match="model family 'gpt2' is not one of deepseek, deepseek_v2"):
+    with pytest.raises(
+        ValueError, match="model_type='gpt2' is not supported, only deepseek, deepseek_v2"
+    ):
         next(names.tensors(PUBLISHED_V3, "gpt2"))

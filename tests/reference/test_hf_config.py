@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dsjax.checkpoint.hf_config import family_for, from_hf, to_hf
+from dsjax.checkpoint.families import family_for
+from dsjax.checkpoint.hf_config import from_hf, to_hf
 from tests.checkpoint.hf_files import plain, write
 from tests.golden.cases import CASES
 from tests.golden.checkpoint import tokens

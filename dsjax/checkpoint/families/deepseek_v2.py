@@ -1,0 +1,53 @@
+"""DeepSeek-V2, V2-Lite, V2.5 and Coder-V2: MLA, experts chosen by softmax, in groups or not.
+
+Nothing is guessed from a model's name: the two published values of mscale, for one, differ between
+checkpoints of the same shape. `norm_topk_prob` is refused: DeepSeek's code then drops
+`routed_scaling_factor`, transformers ignores the switch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsjax.checkpoint.families.family import EXPERTS, MLA, MLA_NEUTRAL, TEXT, Family, mla_rules
+from dsjax.checkpoint.families.table import Fields, Row, Values, field, fixed
+from dsjax.config import ModelConfig
+
+
+def _read_groups(fields: Fields, values: Values) -> None:
+    if fields.text("topk_method") == "greedy":
+        fields.seen |= {"n_group", "topk_group"}  # this method does not read them
+        return
+    fields.fixed("topk_method", "greedy", "group_limited_greedy")
+    values["n_expert_groups"] = fields.integer("n_group")
+    values["n_limited_groups"] = fields.integer("topk_group")
+
+
+def _write_groups(model: ModelConfig) -> dict[str, Any]:
+    method = "greedy" if model.n_expert_groups == 1 else "group_limited_greedy"
+    groups = {"n_group": model.n_expert_groups, "topk_group": model.n_limited_groups}
+    return groups | {"topk_method": method}
+
+
+DEEPSEEK_V2 = Family(
+    name="deepseek_v2",
+    architecture="DeepseekV2ForCausalLM",
+    constants={
+        "attention": "mla",
+        "score_func": "softmax",
+        "group_score": "max",
+        "router_bias": False,
+    },
+    rows=(
+        *TEXT,
+        *MLA,
+        fixed("use_mla", True, written=False),  # VL2-Tiny says false, and has plain heads
+        *EXPERTS,
+        fixed("scoring_func", "softmax", ours="score_func"),
+        fixed("norm_topk_prob", False, ours="norm_topk"),
+        field("routed_scaling_factor", "route_scale"),
+        Row(_read_groups, _write_groups),
+    ),
+    attention=mla_rules,
+    neutral=MLA_NEUTRAL,
+)

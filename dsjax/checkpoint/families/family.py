@@ -1,0 +1,243 @@
+"""What a family declares, and the parts that several families share: rows of config.json and rules
+that name tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dsjax.checkpoint.families.rope import ROPE
+from dsjax.checkpoint.families.table import Fields, Row, Values, field, fixed, written
+from dsjax.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A tensor of a layer: name and leaf relative to the layer, shape as published."""
+
+    name: str
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    expert: bool = False  # one tensor per expert; `name` has the place of its number
+    keep_float32: bool = False
+
+    @property
+    def transpose(self) -> bool:
+        return len(self.shape) == 2
+
+    @property
+    def quantized(self) -> bool:
+        """Every projection; of a layer's other matrices there is only the router's gate."""
+        return self.name.endswith("_proj.weight") or "_proj_with_mqa." in self.name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """How a family's checkpoints say what model they hold, and what they call its tensors.
+
+    Attributes:
+      name: config.json's `model_type`.
+      constants: fields of ModelConfig that are the same in every model of the family.
+      rows: the other fields, two-way.
+      attention: names the tensors of a layer's attention.
+      mtp: whether it publishes multi-token prediction modules.
+      neutral: fields of config.json that do not change what the model computes, beyond those of
+        every family.
+      section: the object in config.json that describes the language model, where it is one part of
+        several; None: config.json itself.
+      prefix: what the tensors of the language model begin with, such as `language.`.
+    """
+
+    name: str
+    architecture: str
+    constants: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    attention: Callable[[ModelConfig], list[Rule]]
+    mtp: bool = False
+    neutral: frozenset[str] = frozenset()
+    section: str | None = None
+    prefix: str = ""
+
+    @property
+    def has_experts(self) -> bool:
+        return "router_bias" in self.constants
+
+    def names(self, model: ModelConfig) -> bool:
+        """Whether the family has a name for each tensor of a model."""
+        wanted = {"qkv_bias": False, "router_bias": False} | dict(self.constants)
+        if not model.n_routed_experts:
+            del wanted["router_bias"]
+        named = ("attention", "qkv_bias", "router_bias")
+        return (
+            all(getattr(model, key) == wanted[key] for key in named if key in wanted)
+            and (self.has_experts or not model.n_routed_experts)
+            and (self.mtp or not model.n_mtp)
+        )
+
+    def layer(self, model: ModelConfig, *, moe: bool) -> list[Rule]:
+        """Names the tensors of a layer, in the order of publication."""
+        dim = model.dim
+        dense = ffn_rules("mlp.", ("ffn",), dim, model.inter_dim)
+        return [
+            Rule("input_layernorm.weight", ("attn_norm", "weight"), (dim,)),
+            *self.attention(model),
+            Rule("post_attention_layernorm.weight", ("ffn_norm", "weight"), (dim,)),
+            *(moe_rules(model) if moe else dense),
+        ]
+
+
+# Rows of config.json. Order matters where the default of a field is made of another.
+
+
+def _heads(values: Mapping[str, Any]) -> int:
+    return values["n_heads"]
+
+
+TEXT = (
+    field("vocab_size", "vocab_size"),
+    field("hidden_size", "dim"),
+    field("intermediate_size", "inter_dim"),
+    field("num_hidden_layers", "n_layers"),
+    field("num_attention_heads", "n_heads"),
+    fixed("hidden_act", "silu"),
+    field("max_position_embeddings", "max_seq_len"),
+    field("rms_norm_eps", "norm_eps"),
+    # V3 publishes 0.02 and was trained from 0.006, so it is not read.
+    written("initializer_range", "init_std"),
+    field("tie_word_embeddings", "tie_embed", False),
+    fixed("attention_dropout", 0.0),
+    # An embedding model made of a causal one says false here and has the same tensors.
+    fixed("is_causal", True, written=False),
+    fixed("use_rope", True, written=False),
+    ROPE,
+)
+
+MLA = (
+    fixed("attention_bias", False),
+    fixed("mlp_bias", False, written=False),
+    # MLA has no key-value heads of its own.
+    fixed("num_key_value_heads", _heads),
+    fixed("rope_interleave", True, written=False),
+    field("q_lora_rank", "q_lora_rank", 0, value=lambda model: model.q_lora_rank or None),
+    field("kv_lora_rank", "kv_lora_rank"),
+    field("qk_nope_head_dim", "qk_nope_head_dim"),
+    field("qk_rope_head_dim", "qk_rope_head_dim"),
+    field("v_head_dim", "v_head_dim"),
+)
+# The widths of MLA's heads are read one by one, whatever the file says of their sums.
+MLA_NEUTRAL = frozenset({"head_dim", "qk_head_dim"})
+
+
+def _equal_heads(values: Mapping[str, Any]) -> int:
+    return values["dim"] // max(values["n_heads"], 1)
+
+
+def _read_equal_heads(fields: Fields, values: Values) -> None:
+    values["head_dim"] = _equal_heads(values)
+    fields.fixed("head_dim", values["head_dim"])
+
+
+def _read_sliding_window(fields: Fields, values: Values) -> None:
+    if not fields.values.get("use_sliding_window"):
+        fields.seen.add("sliding_window")  # a width that the switch turns off
+
+
+def _read_layer_types(fields: Fields, values: Values) -> None:
+    kinds, layers = fields.values.get("layer_types"), values["n_layers"]
+    if isinstance(kinds, list) and kinds == ["full_attention"] * min(layers, len(kinds) + 1):
+        fields.seen.add("layer_types")
+    elif kinds is not None:
+        fields.seen.add("layer_types")
+        fields.problems.append(
+            f"{fields.place}.layer_types={str(kinds)[:80]} is not supported, only {layers} times "
+            "'full_attention'"
+        )
+
+
+# Grouped-query attention, and the width of its heads where a family may choose it.
+GQA = (
+    field("num_key_value_heads", "n_kv_heads", _heads, value=lambda model: model.kv_heads),
+    Row(_read_sliding_window, lambda model: {}),
+    Row(_read_layer_types, lambda model: {}),
+)
+HEAD_DIM = Row(
+    lambda fields, values: values.update(head_dim=fields.integer("head_dim", _equal_heads(values))),
+    lambda model: (
+        {} if model.qk_head_dim * model.n_heads == model.dim else {"head_dim": model.head_dim}
+    ),
+)
+EQUAL_HEADS = Row(_read_equal_heads, lambda model: {})
+
+EXPERTS = (
+    field("first_k_dense_replace", "n_dense_layers"),
+    fixed("moe_layer_freq", 1),
+    field("moe_intermediate_size", "moe_inter_dim"),
+    field("n_routed_experts", "n_routed_experts"),
+    field("n_shared_experts", "n_shared_experts", 0),
+    field("num_experts_per_tok", "n_activated_experts"),
+)
+
+
+# Rules that name the tensors of a layer.
+
+
+def mla_rules(model: ModelConfig) -> list[Rule]:
+    """Names the tensors of multi-head latent attention."""
+    dim, heads, latent, compressed = model.dim, model.n_heads, model.kv_lora_rank, model.q_lora_rank
+    queries = heads * model.qk_head_dim
+    if compressed:
+        query = [
+            Rule("self_attn.q_a_proj.weight", ("attn", "wq_a"), (compressed, dim)),
+            Rule("self_attn.q_a_layernorm.weight", ("attn", "q_norm", "weight"), (compressed,)),
+            Rule("self_attn.q_b_proj.weight", ("attn", "wq_b"), (queries, compressed)),
+        ]
+    else:
+        query = [Rule("self_attn.q_proj.weight", ("attn", "wq"), (queries, dim))]
+    key_value = (latent + model.qk_rope_head_dim, dim)
+    expanded = heads * (model.qk_nope_head_dim + model.v_head_dim)
+    return [
+        *query,
+        Rule("self_attn.kv_a_proj_with_mqa.weight", ("attn", "wkv_a"), key_value),
+        Rule("self_attn.kv_a_layernorm.weight", ("attn", "kv_norm", "weight"), (latent,)),
+        Rule("self_attn.kv_b_proj.weight", ("attn", "wkv_b"), (expanded, latent)),
+        Rule("self_attn.o_proj.weight", ("attn", "wo"), (dim, heads * model.v_head_dim)),
+    ]
+
+
+def gqa_rules(model: ModelConfig) -> list[Rule]:
+    """Names the tensors of grouped-query attention."""
+    dim = model.dim
+    queries, keys = model.n_heads * model.qk_head_dim, model.kv_heads * model.qk_head_dim
+    rules = []
+    for letter, width in (("q", queries), ("k", keys), ("v", keys)):
+        rules.append(Rule(f"self_attn.{letter}_proj.weight", ("attn", f"w{letter}"), (width, dim)))
+        if model.qkv_bias:
+            rules.append(Rule(f"self_attn.{letter}_proj.bias", ("attn", f"b{letter}"), (width,)))
+    return [*rules, Rule("self_attn.o_proj.weight", ("attn", "wo"), (dim, queries))]
+
+
+def ffn_rules(
+    prefix: str, path: tuple[str, ...], dim: int, hidden: int, *, expert: bool = False
+) -> list[Rule]:
+    """Names the three matrices of a feed-forward network."""
+    return [
+        Rule(f"{prefix}gate_proj.weight", (*path, "w_gate"), (hidden, dim), expert),
+        Rule(f"{prefix}up_proj.weight", (*path, "w_up"), (hidden, dim), expert),
+        Rule(f"{prefix}down_proj.weight", (*path, "w_down"), (dim, hidden), expert),
+    ]
+
+
+def moe_rules(model: ModelConfig) -> list[Rule]:
+    """Names the tensors of a mixture of experts: router, experts, shared experts."""
+    dim, hidden, experts = model.dim, model.moe_inter_dim, model.n_routed_experts
+    rules = [Rule("mlp.gate.weight", ("ffn", "gate", "weight"), (experts, dim))]
+    if model.router_bias:
+        bias = ("ffn", "gate", "bias")
+        rules.append(Rule("mlp.gate.e_score_correction_bias", bias, (experts,), keep_float32=True))
+    rules += ffn_rules("mlp.experts.{expert}.", ("ffn", "experts"), dim, hidden, expert=True)
+    if model.n_shared_experts:
+        shared = model.n_shared_experts * hidden  # published as one wide feed-forward
+        rules += ffn_rules("mlp.shared_experts.", ("ffn", "shared"), dim, shared)
+    return rules

@@ -1,0 +1,24 @@
+"""Qwen2: the R1 distills made of Qwen2.5. Its queries, keys and values have biases, which no field
+of config.json says.
+"""
+
+from __future__ import annotations
+
+from dsjax.checkpoint.families.family import GQA, HEAD_DIM, TEXT, Family, gqa_rules
+from dsjax.checkpoint.families.table import fixed
+
+QWEN2 = Family(
+    name="qwen2",
+    architecture="Qwen2ForCausalLM",
+    constants={"attention": "gqa", "qkv_bias": True},
+    rows=(
+        *TEXT,
+        *GQA,
+        HEAD_DIM,
+        fixed("use_sliding_window", False),
+        # On top of the three biases this one would add a fourth, on the output.
+        fixed("attention_bias", False, written=False),
+        fixed("mlp_bias", False, written=False),
+    ),
+    attention=gqa_rules,
+)

@@ -1,0 +1,128 @@
+"""Rope settings of config.json: `rope_theta` and `rope_scaling`, or both as `rope_parameters`.
+
+Where loaders disagree about a setting it is refused rather than read one way:
+1. YaRN with only one of `mscale` and `mscale_all_dim`: the missing one has two published defaults.
+2. YaRN without `original_max_position_embeddings`: 4096 in DeepSeek's code,
+   `max_position_embeddings` in transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dsjax.checkpoint.families.table import REQUIRED, Fields, Row, Values
+from dsjax.config import ModelConfig
+
+_KINDS = ("default", "linear", "yarn", "llama3")
+_NEUTRAL = frozenset({"finetuned"})  # YaRN's own code writes it and reads it for another kind
+
+
+def _read(fields: Fields, values: Values) -> None:
+    fields.seen |= {"rope_scaling", "rope_parameters"}
+    spellings = {}
+    for place in ("rope_scaling", "rope_parameters"):
+        value = fields.values.get(place)
+        if value and not isinstance(value, Mapping):
+            fields.problems.append(f"{fields.place}.{place}={value!r} is not an object")
+        elif value:
+            settings = dict(value)
+            kind = settings.pop("type", None)
+            spellings[place] = settings | {
+                "rope_type": settings.get("rope_type") or kind or "default"
+            }
+    theta = fields.number("rope_theta", 0.0)
+    inner = {
+        place: Fields(s, f"{fields.place}.{place}", fields.problems)
+        for place, s in spellings.items()
+    }
+    thetas = {one.number("rope_theta", 0.0) for one in inner.values()} | {theta}
+    thetas -= {0.0}
+    without_theta = [{k: v for k, v in s.items() if k != "rope_theta"} for s in spellings.values()]
+    if len(thetas) > 1 or (len(without_theta) == 2 and without_theta[0] != without_theta[1]):
+        fields.problems.append(
+            f"{fields.place} gives its rope settings more than once, with different values"
+        )
+    values["rope_theta"] = max(thetas, default=10000.0)
+    if inner:
+        _read_scaling(next(iter(inner.values())), values)
+
+
+def _read_scaling(inner: Fields, values: Values) -> None:
+    kind = inner.text("rope_type")
+    if kind not in _KINDS:
+        inner.problems.append(
+            f"{inner.place}.rope_type={kind!r} is not supported, only {', '.join(_KINDS)}"
+        )
+        return
+    inner.fixed("partial_rotary_factor", 1)
+    values["rope_scaling"] = "none" if kind == "default" else kind
+    if kind in ("yarn", "llama3"):
+        values["original_seq_len"] = inner.integer("original_max_position_embeddings")
+    if kind != "default":
+        # transformers takes the ratio of the lengths for YaRN's factor where it is null.
+        ratio = values["max_seq_len"] / max(values.get("original_seq_len", 0), 1)
+        values["rope_factor"] = inner.number("factor", ratio if kind == "yarn" else REQUIRED)
+    if kind == "llama3":
+        values["low_freq_factor"] = inner.number("low_freq_factor")
+        values["high_freq_factor"] = inner.number("high_freq_factor")
+    if kind == "yarn":
+        # transformers takes 0 for absent, which leaves no division by zero.
+        values["beta_fast"] = inner.number("beta_fast", 32.0) or 32.0
+        values["beta_slow"] = inner.number("beta_slow", 1.0) or 1.0
+        values |= _temperature(inner, values)
+        inner.fixed("truncate", True)
+    inner.refuse_rest(_NEUTRAL)
+
+
+def _temperature(inner: Fields, values: Values) -> dict[str, float]:
+    """Reads YaRN's attention temperature: `mscale_all_dim` for the scores, and the ratio of the
+    temperatures of `mscale` and `mscale_all_dim` for cos and sin. Without the two, cos and sin
+    carry it alone; `attention_factor` is that ratio in so many words, in place of `mscale`."""
+    given = {name: inner.number(name, 0.0) for name in ("mscale", "mscale_all_dim")}
+    explicit = inner.number("attention_factor", 0.0)
+    if any(given.values()) and values["attention"] != "mla":
+        inner.problems.append(
+            f"{inner.place}: mscale and mscale_all_dim are read by the MLA families only"
+        )
+    if explicit:
+        step = 0.1 * math.log(values["rope_factor"]) if values["rope_factor"] > 1 else 0.0
+        temperature = explicit * (step * given["mscale_all_dim"] + 1)
+        if step:
+            return given | {"mscale": (temperature - 1) / step}
+        inner.fixed("attention_factor", 1)  # all there is where the factor stretches nothing
+    elif any(given.values()) and not all(given.values()):
+        inner.problems.append(
+            f"{inner.place} has only one of mscale and mscale_all_dim, and their defaults differ "
+            "between loaders"
+        )
+    return given if any(given.values()) else {"mscale": 1.0, "mscale_all_dim": 0.0}
+
+
+def _write(model: ModelConfig) -> dict[str, Any]:
+    """The settings as published: `rope_theta` and `rope_scaling`, which every loader knows."""
+    kind = model.rope_scaling
+    if kind == "none":
+        return {"rope_theta": model.rope_theta, "rope_scaling": None}
+    # DeepSeek's own code and older loaders read `type`, newer ones `rope_type`.
+    scaling: dict[str, Any] = {"type": kind, "rope_type": kind, "factor": model.rope_factor}
+    if kind != "linear":
+        scaling["original_max_position_embeddings"] = model.original_seq_len
+    if kind == "llama3":
+        scaling |= {
+            "low_freq_factor": model.low_freq_factor,
+            "high_freq_factor": model.high_freq_factor,
+        }
+    if kind == "yarn":
+        scaling |= {"beta_fast": model.beta_fast, "beta_slow": model.beta_slow}
+        if (model.mscale, model.mscale_all_dim) != (1.0, 0.0):
+            if model.attention == "gqa" and not model.mscale_all_dim:
+                step = 0.1 * math.log(max(model.rope_factor, 1))
+                scaling["attention_factor"] = step * model.mscale + 1
+            else:
+                scaling |= {"mscale": model.mscale, "mscale_all_dim": model.mscale_all_dim}
+    return {"rope_theta": model.rope_theta, "rope_scaling": scaling}
+
+
+ROPE = Row(_read, _write)
