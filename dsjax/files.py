@@ -12,17 +12,47 @@ a crash at any point there is either the old file or the new one.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
+import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_BYTES = 64 * 2**20  # the index of V3's 91,991 tensors has 9 MB
 MAX_DEPTH = 64
-MAX_LISTED = 20
+MAX_LISTED = 20  # kinds of problems in a message
+EXAMPLES = 3  # of each kind
+LONG = 150  # characters of a problem
+
+# What sets a problem apart from others of its kind: quoted text, dotted names, lists, numbers.
+_SPECIFIC = re.compile(r"'[^']*'|[^\s\[\]();,:]*\w\.[^\s\[\]();,:]*\w|\[[^]]*\]|\d[\d,]*")
+
+_PICKLE = (
+    "a pickle, Python's own format, which runs code of the file's author when it is read, so dsjax "
+    "never does; download the safetensors file"
+)
+_PAGE = (
+    "a web page, such as a server's message in place of the file; download it again, logged in if "
+    "the repository asks for it (hf auth login)"
+)
+_SIGNATURES = {
+    b"version https://git-lfs": "a Git LFS pointer, which stands for the file in a clone made "
+    "without Git LFS; run `git lfs pull` in its folder",
+    b"PK\x03\x04": "a zip archive, as torch.save writes them around a pickle, which runs code of "
+    "the file's author when it is read, so dsjax never does; download the safetensors file",
+    b"GGUF": "a GGUF file, llama.cpp's format; download the safetensors files of the original",
+    b"\x1f\x8b": "compressed by gzip; decompress it, or download it again",
+    b'{"error"': "a server's message in place of the file; download it again",
+    b"Entry not found": "a server's message in place of the file; download it again",
+    b"Access to model": "a server's message in place of the file; ask for access, log in (hf auth "
+    "login) and download it again",
+    b"Invalid username or password": "a server's message in place of the file; log in (hf auth "
+    "login) and download it again",
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -139,6 +169,9 @@ def parse(data: bytes, place: str) -> Any:
             raise ValueError(f"{place} has the number {text[:40]}, which is not finite")
         return number
 
+    what = disguise(data)
+    if what and not data.lstrip().startswith(b"{"):
+        raise ValueError(f"{place} is {what}")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -236,8 +269,41 @@ def shown(text: str) -> str:
     return ascii(text if len(text) <= 100 else f"{text[:100]}...")
 
 
-def listed(problems: Sequence[str]) -> str:
-    """Joins problems into one line: the first MAX_LISTED of them, then how many more there are."""
-    more = len(problems) - MAX_LISTED
-    end = f"; and {more:,} more ({len(problems):,} in all)" if more > 0 else ""
-    return "; ".join(problems[:MAX_LISTED]) + end
+def listed(problems: Iterable[str]) -> str:
+    """Joins problems into one line, however many there are: three examples of each kind and how
+    many more there are.
+
+    Problems are of one kind if they differ only in names with a dot or in quotes, in numbers and in
+    lists, such as `missing model.norm.weight [64]`.
+    """
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(_SPECIFIC.sub("*", problem), []).append(problem)
+    parts = [_examples(found) for found in itertools.islice(kinds.values(), MAX_LISTED)]
+    left = len(kinds) - MAX_LISTED
+    return "; ".join(parts) + (f"; and problems of {left:,} more kinds" if left > 0 else "")
+
+
+def _examples(found: list[str]) -> str:
+    """Joins problems of one kind; long ones are told once, then only where else they are."""
+    first, *others = found[:EXAMPLES]
+    if len(first) > LONG:
+        others = [f"the same of {_SPECIFIC.search(other)[0]}" for other in others]  # pyright: ignore
+    more = len(found) - EXAMPLES
+    end = f"; and {more:,} more such ({len(found):,} in all)" if more > 0 else ""
+    return "; ".join([first, *others]) + end
+
+
+def disguise(data: bytes) -> str | None:
+    """Says what a file is that is not what its name says, and the remedy, judging by its first
+    bytes; None if it could be anything.
+    """
+    start = data[:512].lstrip()
+    for signature, what in _SIGNATURES.items():
+        if start.startswith(signature):
+            return what
+    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return _PICKLE
+    if start[:9].lower() in (b"<!doctype", b"<html") or start[:5].lower() in (b"<html", b"<?xml"):
+        return _PAGE
+    return None

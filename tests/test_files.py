@@ -209,4 +209,55 @@ def test_name_with_a_null_byte_is_refused(tmp_path):
 def test_many_problems_are_cut_in_the_message():
     assert files.listed(["a", "b"]) == "a; b"
     many = files.listed([str(n) for n in range(1234)])
-    assert many.startswith("0; 1; ") and many.endswith("; 19; and 1,214 more (1,234 in all)")
+    assert many == "0; 1; 2; and 1,231 more such (1,234 in all)"
+
+
+def test_message_has_a_line_for_each_kind_of_problem_however_many_there_are():
+    problems = [f"missing model.layers.{n}.a_proj.weight [{n}, 64]" for n in range(64)]
+    problems += ["missing model.b.weight_scale_inv, the scales of an FP8 weight"]
+    problems += [f"unexpected 'model.{n}' int8[3]" for n in range(9)]
+    first, second, third = (
+        "missing model.layers.0.a_proj.weight [0, 64]; missing model.layers.1.a_proj.weight "
+        "[1, 64]; missing model.layers.2.a_proj.weight [2, 64]; and 61 more such (64 in all)",
+        problems[64],
+        "unexpected 'model.0' int8[3]; unexpected 'model.1' int8[3]; unexpected 'model.2' "
+        "int8[3]; and 6 more such (9 in all)",
+    )
+    assert files.listed(problems) == f"{first}; {second}; {third}"
+    long = [f"model-{n}.safetensors is " + "far too long " * 20 for n in range(163)]
+    assert files.listed(long).endswith(
+        "; the same of model-1.safetensors; the same of model-2.safetensors; and 160 more such "
+        "(163 in all)"
+    )
+    kinds = ["kind " + "x" * n for n in range(100)]
+    assert files.listed(kinds).endswith("; and problems of 80 more kinds")
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "a Git LFS pointer"),
+        (b"\n<!DOCTYPE html>\n<html>", "a web page"),
+        (b"<HTML><body>404", "a web page"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code>', "a web page"),
+        (b"PK\x03\x04\x00\x00", "a zip archive, as torch.save writes"),
+        (b"\x80\x02}q\x00", "a pickle"),
+        (b"\x80\x04\x95", "a pickle"),
+        (b"GGUF\x03\x00", "a GGUF file"),
+        (b"\x1f\x8b\x08", "compressed by gzip"),
+        (b'{"error":"Repository not found"}', "a server's message"),
+        (b"Entry not found", "a server's message"),
+    ],
+)
+def test_file_that_is_not_what_its_name_says_is_named(tmp_path, data, what):
+    assert str(files.disguise(data)).startswith(what)
+    path = tmp_path / "config.json"
+    path.write_bytes(data)
+    if not data.startswith(b"{"):
+        with pytest.raises(ValueError, match=f"config.json is {what}"):
+            read_json(path)
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b'{"model_type": "llama"}', b"\x80\x00", b"hello"])
+def test_file_that_could_be_anything_is_not_named(data):
+    assert files.disguise(data) is None

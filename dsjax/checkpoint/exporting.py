@@ -179,7 +179,7 @@ def _config(
     Raises:
       ValueError: the model has no published form.
     """
-    dtype = parts["model.embed_tokens.weight"].dtype.name
+    dtype = next(iter(parts.values())).dtype.name  # the embedding
     in_fp8 = {part.stored for part in parts.values() if part.wanted == FP8}
     published = checkpoint.path / "hf" / "config.json"
     if not published.is_file():

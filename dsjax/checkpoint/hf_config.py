@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsjax.checkpoint import families
@@ -116,11 +116,16 @@ def weight_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
         fields.fixed("scale_fmt", "float", "ue8m0")  # of activations; a weight's scale is stored
         fields.fixed("dequantize", False)
         fields.fixed("expert_dtype", "fp8")
-        block = fields.block("weight_block_size")
+        fields.seen.add("weight_block_size")
+        block = values.get("weight_block_size")
+        if block is None:
+            problems.append(f"{place} lacks weight_block_size")
+        elif not isinstance(block, list) or [*map(type, block)] != [int, int] or min(block) < 1:
+            problems.append(f"{place}.weight_block_size={block!r} is not two integers above 0")
         # Which modules are in FP8 is seen from the tensors themselves.
         fields.refuse_rest(frozenset({"modules_to_not_convert", "modules_to_convert"}))
-        if not problems:
-            return block
+        if not problems and block:
+            return block[0], block[1]
     raise ValueError(
         "; ".join(problems) + ". Only FP8 as DeepSeek publishes it (quant_method fp8, e4m3, "
         "weight_block_size, dynamic activations) can be read; take the original checkpoint"
@@ -202,30 +207,31 @@ def _check_reads_back(values: Mapping[str, Any], model: ModelConfig, family: str
 def _in_use(model: ModelConfig) -> dict[str, Any]:
     """The fields that this model's mathematics depends on, defaults written out."""
     fields = dataclasses.asdict(model)
-    unused = {"init_std"}
-    if model.attention == "mla":
-        unused |= {"n_kv_heads", "head_dim", "qkv_bias"}
-    else:
+    if model.attention == "gqa":
         fields |= {"n_kv_heads": model.kv_heads, "head_dim": model.qk_head_dim}
-        unused |= {
-            "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
-        }  # fmt: skip
-    if model.rope_scaling == "none":
-        unused |= {"rope_factor"}
-    if model.rope_scaling not in ("yarn", "llama3"):
-        unused |= {"original_seq_len"}
-    if model.rope_scaling != "yarn":
-        unused |= {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
-    if model.rope_scaling != "llama3":
-        unused |= {"low_freq_factor", "high_freq_factor"}
-    if not model.n_routed_experts:
-        unused |= {
-            "n_shared_experts", "n_activated_experts", "moe_inter_dim", "n_expert_groups",
-            "n_limited_groups", "score_func", "group_score", "router_bias", "norm_topk",
-            "route_scale",
-        }  # fmt: skip
-    elif model.n_expert_groups == 1:
-        unused |= {"group_score"}
-    if not model.n_mtp:
-        unused |= {"mtp_after_final_norm"}
-    return {name: value for name, value in fields.items() if name not in unused}
+    for is_unused, names in _UNUSED:
+        for name in names.split() if is_unused(model) else ():
+            fields.pop(name, None)
+    return fields
+
+
+# Fields that the mathematics does not depend on, and of which models.
+_UNUSED: tuple[tuple[Callable[[ModelConfig], bool], str], ...] = (
+    (lambda model: True, "init_std"),
+    (lambda model: model.attention == "mla", "n_kv_heads head_dim qkv_bias"),
+    (
+        lambda model: model.attention == "gqa",
+        "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim",
+    ),
+    (lambda model: model.rope_scaling == "none", "rope_factor"),
+    (lambda model: model.rope_scaling not in ("yarn", "llama3"), "original_seq_len"),
+    (lambda model: model.rope_scaling != "yarn", "beta_fast beta_slow mscale mscale_all_dim"),
+    (lambda model: model.rope_scaling != "llama3", "low_freq_factor high_freq_factor"),
+    (
+        lambda model: not model.n_routed_experts,
+        "n_shared_experts n_activated_experts moe_inter_dim n_expert_groups n_limited_groups "
+        "score_func group_score router_bias norm_topk route_scale",
+    ),
+    (lambda model: model.n_expert_groups == 1, "group_score"),
+    (lambda model: not model.n_mtp, "mtp_after_final_norm"),
+)

@@ -1,18 +1,17 @@
 """A Hugging Face folder: config.json and tensors that agree, or a list of where they do not.
 
-Opening reads config.json and the headers of the weight files, no weight. Each tensor that the
-family's table names must be there, in its shape and a dtype that weights may have, and nothing else
-may be. What config.json alone cannot say is decided by the tensors:
-
-1. FP8. A weight is in FP8 if a `_scale_inv` lies beside it, whatever lists of modules say.
-2. Multi-token prediction. transformers drops the module's tensors when it saves a V3 and leaves
-   `num_nextn_predict_layers` as it was, so all of them missing means a model without the module.
+Opening reads config.json and the headers of the weight files, and weights only of a head that
+should equal the embedding. Each tensor that the family's table names must be there, in its shape
+and a dtype that weights may have, and nothing else may be. What config.json alone cannot say is
+decided by the tensors: a weight is in FP8 if a `_scale_inv` lies beside it, whatever lists of
+modules say, and `reconcile` has what config.json and files may differ about.
 
 No code of the folder is run: `auto_map` is not looked at.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -28,14 +27,15 @@ from dsjax.checkpoint import names
 from dsjax.checkpoint.hf_config import family_of, from_hf, weight_block
 from dsjax.checkpoint.tensor_files import TensorFolder, TensorInfo, open_folder
 from dsjax.config import ModelConfig
-from dsjax.files import listed, read_json, shown
+from dsjax.files import disguise, listed, read_json, shown
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 FLOAT32 = np.dtype(np.float32)
 # float16 is finer than bfloat16, so it is whole in float32 only: `load` reads it as that.
 PLAIN = (FLOAT32, np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
-# Old Llama checkpoints carry a table that is computed from rope_theta.
-_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_TABLES = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+_HUB = re.compile(r"^(https?:/+)?(www\.)?(huggingface\.co|hf\.co)/|^hf:/+|^/+")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 _logger = logging.getLogger(__name__)
@@ -85,24 +85,75 @@ def open_hf(path: Path, overrides: Mapping[str, Any] | None = None) -> HfFolder:
     """Opens a folder of config.json and safetensors files.
 
     Args:
-      overrides: fields of config.json, read as if the file said so.
+      overrides: fields of config.json, read as if the file said so, see `read_config`.
 
     Raises:
       ValueError: config.json or the files cannot be read or honoured, or they disagree: tensors
-        missing, unexpected, of another shape or dtype, or without their scales; all are listed.
+        missing, unexpected, of another shape or dtype, or without their scales.
     """
+    check_kind(path)
     config, family, model, block = read_config(path / "config.json", overrides)
     files = open_folder(path)
-    model = without_absent_mtp(model, files.tensors)
-    rows, mismatches = compare(model, family, block, files.tensors)
+    model, left_out = reconcile(model, family, files)
+    found = {name: info for name, info in files.tensors.items() if name not in left_out}
+    rows, mismatches = compare(model, family, block, found)
     problems = [*mismatches.missing, *mismatches.wrong, *mismatches.unexpected]
     if problems:
+        advice = "config.json and the files are of different checkpoints or revisions"
+        if mismatches.missing:
+            advice = f"Download what is missing; if the files are whole, {advice}"
+        if not model.tie_embed and names.head_name(family) not in found:
+            advice += "; a model whose head is its embedding has tie_word_embeddings true"
         raise ValueError(
             f"{path}: the tensors are not those that config.json describes for {family}: "
-            f"{listed(problems)}. Download what is missing; if the files are whole, config.json is "
-            "of another checkpoint"
+            f"{listed(problems)}. {advice}"
         )
     return HfFolder(path, config, family, model, block, files, rows)
+
+
+def check_kind(path: Path) -> None:
+    """Refuses by name what is often taken for a checkpoint's folder and is none.
+
+    Raises:
+      ValueError: it is a name on the Hub, a file, part of the Hub's cache, or a LoRA adapter.
+    """
+    if not path.exists():
+        name = _HUB.sub("", str(path))
+        if _HUB_NAME.fullmatch(name) and not Path(path.parts[0]).exists():
+            raise ValueError(
+                f"{path} is no folder on this machine. If it is a name on the Hugging Face Hub: "
+                f"hf download {name} --local-dir {name.split('/')[1]}, and name that folder"
+            )
+    elif not path.is_dir():
+        with path.open("rb") as file:
+            what = disguise(file.read(512))
+        raise ValueError(f"{path} is {what or 'not a folder; name the folder of a checkpoint'}")
+    elif (path / "snapshots").is_dir() and not (path / "config.json").exists():
+        revisions = sorted(os.listdir(path / "snapshots"))
+        raise ValueError(
+            f"{path} is a model's root in the Hub's cache, whose files are in "
+            f"{path / 'snapshots' / (revisions[-1] if revisions else 'REVISION')}: name that folder"
+        )
+    elif cached := sorted(path.glob("models--*")):
+        raise ValueError(
+            f"{path} is the Hub's cache; name the folder of one revision, such as "
+            f"{cached[0] / 'snapshots' / 'REVISION'}"
+        )
+    elif any(path.glob("adapter_model*")) or (
+        (path / "adapter_config.json").is_file() and not any(path.glob("*.safetensors"))
+    ):
+        raise ValueError(
+            f"{path} holds a LoRA adapter{_base_of(path)}, not a model. Merge it into its base "
+            "model (PEFT: merge_and_unload, then save_pretrained), and name the merged folder"
+        )
+
+
+def _base_of(path: Path) -> str:
+    """Names the model that an adapter belongs to, as far as its config can be read."""
+    with contextlib.suppress(ValueError):
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        return f" for {shown(base)}" if isinstance(base, str) and base else ""
+    return ""
 
 
 def compare(
@@ -111,17 +162,22 @@ def compare(
     block: tuple[int, int] | None,
     found: Mapping[str, TensorInfo],
 ) -> tuple[list[Row], Mismatches]:
-    """Holds the tensors found against the family's table; the rows are right if all is well."""
+    """Holds the tensors found against the family's table; the rows are right if all is well.
+
+    A copy that an MTP layer need not repeat may be missing.
+    """
     mismatches = Mismatches([], [], [])
     rows, used = [], set()
     for tensor in names.tensors(model, family):
+        if tensor.is_copy and tensor.name not in found:
+            continue
         row = _match(tensor, found, block, mismatches)
         rows.append(row)
         used |= {tensor.name, row.scale}
     mismatches.unexpected.extend(
         f"unexpected {shown(name)} {_described(info)}"
         for name, info in found.items()
-        if name not in used and not _IGNORED.fullmatch(name)
+        if name not in used
     )
     return rows, mismatches
 
@@ -133,31 +189,81 @@ def read_config(
     """Reads a config.json: as published, and the family, model and FP8 block that it describes.
 
     Args:
-      overrides: fields, read as if the file said so.
+      overrides: fields, read as if the file said so; null is as if it said nothing. A dot leads
+        into an object: `rope_scaling.factor`.
 
     Raises:
       ValueError: it cannot be read, or asks for what this package does not have.
     """
-    config = read_json(path) | dict(overrides or {})
+    config = read_json(path)
+    for key, value in (overrides or {}).items():
+        *outer, last = [key] if key in config else key.split(".")
+        place = config
+        for name in outer:
+            inner = place.get(name)
+            place[name] = dict(inner) if isinstance(inner, dict) else {}
+            place = place[name]
+        place[last] = value
     try:
         return config, family_of(config), from_hf(config), weight_block(config)
     except ValueError as error:
         raise ValueError(f"{path.parent}: {error}") from None
 
 
-def without_absent_mtp(model: ModelConfig, found: Mapping[str, TensorInfo]) -> ModelConfig:
-    """Returns the model, without multi-token prediction if none of its tensors is there."""
-    if not model.n_mtp:
-        return model
-    prefixes = [f"model.layers.{model.n_layers + depth}." for depth in range(model.n_mtp)]
-    if any(name.startswith(tuple(prefixes)) for name in found):
-        return model
-    _logger.info(
-        "config.json announces %d multi-token prediction layers, the files hold none of their "
-        "tensors: going on without",
-        model.n_mtp,
-    )
-    return dataclasses.replace(model, n_mtp=0)
+def reconcile(model: ModelConfig, family: str, files: TensorFolder) -> tuple[ModelConfig, set[str]]:
+    """Settles what config.json and whole files may differ about, and says how.
+
+    1. MTP layers that config.json announces and the files lack, or the other way round: the main
+       model goes on without.
+    2. A tied head that the files repeat: it is read as tied, if it equals the embedding.
+    3. Tables that old checkpoints carry and that are computed from rope_theta: left out.
+
+    Returns:
+      the model that the files hold, and the names of the tensors to leave out.
+
+    Raises:
+      ValueError: the head is not the embedding that it should be.
+    """
+    found = files.tensors
+    left_out = {name for name in found if _TABLES.search(name)}
+
+    def of_layer(layer: int) -> set[str]:
+        prefix = names.layer_prefix(family, layer)
+        return {name for name in found if name.startswith(prefix)}
+
+    announced = range(model.n_layers, model.n_layers + model.n_mtp)
+    if announced and not any(of_layer(layer) for layer in announced):
+        _logger.warning(
+            "%s: config.json announces %d multi-token prediction layers, and the files hold none "
+            "of their tensors: going on without",
+            files.path,
+            model.n_mtp,
+        )
+        model = dataclasses.replace(model, n_mtp=0)
+    layer = announced.stop
+    while f"{names.layer_prefix(family, layer)}eh_proj.weight" in found:
+        left_out |= of_layer(layer)
+        layer += 1
+    if layer > announced.stop:
+        _logger.warning(
+            "%s: the files hold %d multi-token prediction layers that config.json does not "
+            "announce (num_nextn_predict_layers is %d): left out",
+            files.path,
+            layer - announced.stop,
+            len(announced),
+        )
+    head = names.head_name(family)
+    if model.tie_embed and head in found:
+        embedding = next(names.tensors(model, family)).name
+        if embedding in found and not files.equal(head, embedding):
+            raise ValueError(
+                f"{files.path}: config.json has tie_word_embeddings true, and {head} differs from "
+                f"{embedding}. If the model was trained with a head of its own: --override "
+                "tie_word_embeddings=false"
+            )
+        _logger.warning("%s: %s repeats the embedding: read as tied", files.path, head)
+        left_out.add(head)
+    return model, left_out
 
 
 def scale_name(name: str) -> str:

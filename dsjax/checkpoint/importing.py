@@ -28,7 +28,15 @@ import numpy as np
 
 from dsjax import __version__
 from dsjax.checkpoint import manifest
-from dsjax.checkpoint.hf_folder import FLOAT32, FP8, HfFolder, Row, open_hf, scale_shape
+from dsjax.checkpoint.hf_folder import (
+    FLOAT32,
+    FP8,
+    HfFolder,
+    Row,
+    check_kind,
+    open_hf,
+    scale_shape,
+)
 from dsjax.checkpoint.manifest import File, Manifest
 from dsjax.checkpoint.recode import (
     BLOCK,
@@ -42,12 +50,10 @@ from dsjax.checkpoint.recode import (
 from dsjax.checkpoint.slices import Leaf
 from dsjax.checkpoint.staging import Converted, Staging, check_space, check_target, fingerprint
 from dsjax.checkpoint.streaming import stream
-from dsjax.checkpoint.tensor_files import TensorFolder, TensorInfo
+from dsjax.checkpoint.tensor_files import TensorInfo
 from dsjax.checkpoint.weights import Name, WeightsWriter, leaf_name, scales_name
 from dsjax.display import Transfer
 from dsjax.files import MAX_LISTED, listed, sync_folder, write_json, writing
-
-_COMPARED_TOGETHER = 64 << 20  # bytes
 
 # What lies beside the weights, as far as it is data.
 _SIDE_FILES = (".json", ".jinja", ".txt", ".model", ".md")
@@ -92,6 +98,7 @@ def import_checkpoint(
     """
     started = time.monotonic()
     check_choice(dtype)
+    check_kind(source)
     source, target = source.resolve(), target.resolve()
     check_target(target, source)
     folder = open_hf(source, overrides)
@@ -185,37 +192,22 @@ def _check_copies(folder: HfFolder) -> None:
       ValueError: a copy differs; names both.
     """
     mains = {row.tensor.path: row for row in folder.rows if not row.tensor.is_copy}
-    problems = [
-        f"{row.tensor.name} differs from {mains[row.tensor.path].tensor.name}"
-        for row in folder.rows
-        if row.tensor.is_copy and not _are_equal(folder.files, row, mains[row.tensor.path])
-    ]
+    problems, equal = [], folder.files.equal
+    for row in folder.rows:
+        main = mains[row.tensor.path]
+        alike = not row.tensor.is_copy or (
+            equal(row.tensor.name, main.tensor.name)
+            and (row.scale == main.scale or bool(row.scale and main.scale))
+            and (not row.scale or not main.scale or equal(row.scale, main.scale))
+        )
+        if not alike:
+            problems.append(f"{row.tensor.name} differs from {main.tensor.name}")
     if problems:
         raise ValueError(
             f"{folder.path}: {listed(problems)}, of which it should be a copy, and dsjax keeps one "
-            "for both; download the files again, or remove the MTP layers from them"
+            "for both; download the files again, or leave the MTP layers out: --override "
+            "num_nextn_predict_layers=0"
         )
-
-
-def _are_equal(files: TensorFolder, one: Row, other: Row) -> bool:
-    if one.dtype != other.dtype:
-        return False
-    if (
-        one.scale
-        and other.scale
-        and not _same_bytes(files.read(one.scale), files.read(other.scale))
-    ):
-        return False
-    rows, width = one.tensor.shape
-    step = max(1, _COMPARED_TOGETHER // (width * one.dtype.itemsize))
-    return all(
-        _same_bytes(files.read(one.tensor.name, piece), files.read(other.tensor.name, piece))
-        for piece in (slice(start, start + step) for start in range(0, rows, step))
-    )
-
-
-def _same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
-    return np.array_equal(one.view(np.uint8), other.view(np.uint8))
 
 
 def _write_weights(

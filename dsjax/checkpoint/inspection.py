@@ -28,12 +28,13 @@ from dsjax.checkpoint.hf_folder import (
     FLOAT32,
     FP8,
     Mismatches,
+    check_kind,
     compare,
     is_hf,
     read_config,
+    reconcile,
     scale_name,
     scale_shape,
-    without_absent_mtp,
 )
 from dsjax.checkpoint.tensor_files import open_folder
 from dsjax.config import ModelConfig
@@ -82,6 +83,7 @@ def summarize(
     if expect:
         implied = implied_by(path, overrides)
         return _described(path, implied, list(published(*implied)), None)
+    check_kind(path)
     return _inspect_hf(path, overrides) if is_hf(path) else _inspect_ours(path, overrides)
 
 
@@ -138,11 +140,12 @@ def _inspect_hf(path: Path, overrides: Mapping[str, Any] | None) -> dict[str, An
         hint = "; with --expect the config alone is counted" if no_weights else ""
         raise ValueError(f"{error}{hint}") from None
     implied = implied_by(path, overrides)
-    model = without_absent_mtp(implied.model, files.tensors)
-    _, mismatches = compare(model, implied.family, implied.block, files.tensors)
+    model, left_out = reconcile(implied.model, implied.family, files)
+    tensors = {name: info for name, info in files.tensors.items() if name not in left_out}
+    _, mismatches = compare(model, implied.family, implied.block, tensors)
     expected = list(published(*implied._replace(model=model)))
     order = {entry.name: number for number, entry in enumerate(expected)}
-    found = [Entry(info.name, info.dtype, info.shape) for info in files.tensors.values()]
+    found = [Entry(info.name, info.dtype, info.shape) for info in tensors.values()]
     found.sort(key=lambda entry: order.get(entry.name, len(order)))
     summary = _described(path, implied, expected, found, mismatches)
     summary["found"] |= {

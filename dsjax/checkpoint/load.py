@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from dsjax import settings
 from dsjax.checkpoint import manifest, store
 from dsjax.checkpoint.families import FAMILIES, family_for
-from dsjax.checkpoint.hf_folder import HfFolder, Row, is_hf, open_hf
+from dsjax.checkpoint.hf_folder import HfFolder, Row, check_kind, is_hf, open_hf
 from dsjax.checkpoint.slices import Index, Leaf, Tensors, bounds, dequantize_rows, read_slice
 from dsjax.checkpoint.weights import Weights, is_chunk
 from dsjax.config import ModelConfig
@@ -135,13 +135,14 @@ def open_checkpoint(
         disagree (all disagreements are listed); overrides are given for a folder of our own.
     """
     path = Path(path)
-    if not path.is_dir():
-        what = "is not a folder" if path.exists() else "does not exist"
-        begun = path.with_name(path.name + ".partial")
+    begun = path.with_name(path.name + ".partial")
+    if not path.exists() and begun.is_dir():
         raise ValueError(
-            f"{path} {what}; name the folder of a checkpoint"
-            + (f". {begun} is a conversion to it that is not finished" if begun.is_dir() else "")
+            f"{path} does not exist. {begun} is a conversion to it that is not finished"
         )
+    check_kind(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; name the folder of a checkpoint")
     if overrides and not is_hf(path):
         raise ValueError(
             f"--override {', '.join(overrides)}: {path} has no config.json of Hugging Face; give "

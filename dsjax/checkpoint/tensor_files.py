@@ -25,6 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from dsjax.files import (
+    disguise,
     listed,
     open_regular,
     parse,
@@ -38,6 +39,8 @@ INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 16 * 2**20  # a shard of V3 has about 100 KB, V3 in a single file 12 MB
 MAX_NAME = 512  # characters of a tensor's name
 MAX_SHARD_BYTES = 5_000_000_000  # what transformers writes by default
+
+_COMPARED_TOGETHER = 64 << 20  # bytes
 
 _DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -124,6 +127,21 @@ class TensorFolder:
             os.close(descriptor)
         return data.view(tensor.dtype).reshape(shape)
 
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same: bit for bit, or in value where their dtypes differ."""
+        left, right = self.tensors[one], self.tensors[other]
+        if left.shape != right.shape:
+            return False
+        same_dtype = left.dtype == right.dtype
+        rows = left.shape[0] if left.shape else 1
+        step = max(1, rows * _COMPARED_TOGETHER // max(left.n_bytes, 1))
+        for start in range(0, rows, step):
+            pieces = [self.read(name, slice(start, start + step)) for name in (one, other)]
+            a, b = (p.view(np.uint8) if same_dtype else p.astype(np.float32) for p in pieces)
+            if not np.array_equal(a, b):
+                return False
+        return True
+
 
 def open_folder(path: Path) -> TensorFolder:
     """Reads and checks the headers of every safetensors file in a folder, and its index.
@@ -168,28 +186,37 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], int]:
     """Reads and checks a file's header; returns its tensors by name and the file's bytes.
 
     Raises:
-      ValueError: the file is not a whole safetensors file; names the rule that it breaks.
+      ValueError: the file is not a whole safetensors file; names the rule that it breaks, or what
+        the file is instead.
     """
     descriptor = open_regular(file)
     try:
         size = os.fstat(descriptor).st_size
-        if size < 8:
-            raise ValueError(f"{file} has {size} bytes, too few for a safetensors file")
-        length = int.from_bytes(_pread(descriptor, file, 0, 8).tobytes(), "little")
-        if length > MAX_HEADER_BYTES:
-            raise ValueError(
-                f"{file} claims a header of {length:,} bytes, more than the "
-                f"{MAX_HEADER_BYTES:,} allowed; it is damaged or no safetensors file"
-            )
-        if 8 + length > size:
-            raise ValueError(
-                f"{file} is truncated: its header should end at byte {8 + length:,}, the file "
-                f"ends at {size:,}; download it again"
-            )
-        data = _pread(descriptor, file, 8, length).tobytes()
+        try:
+            return _parse_header(_read_header(descriptor, file, size), file, size), size
+        except ValueError:
+            if what := disguise(os.pread(descriptor, 512, 0)):
+                raise ValueError(f"{file} is {what}") from None
+            raise
     finally:
         os.close(descriptor)
-    return _parse_header(data, file, size), size
+
+
+def _read_header(descriptor: int, file: Path, size: int) -> bytes:
+    if size < 8:
+        raise ValueError(f"{file} has {size} bytes, too few for a safetensors file")
+    length = int.from_bytes(_pread(descriptor, file, 0, 8).tobytes(), "little")
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(
+            f"{file} claims a header of {length:,} bytes, more than the {MAX_HEADER_BYTES:,} "
+            "allowed; it is damaged or no safetensors file"
+        )
+    if 8 + length > size:
+        raise ValueError(
+            f"{file} is truncated: its header should end at byte {8 + length:,}, the file ends at "
+            f"{size:,}; download it again"
+        )
+    return _pread(descriptor, file, 8, length).tobytes()
 
 
 def plan_shards(

@@ -51,8 +51,10 @@ def _yarn(plain: np.ndarray, config: ModelConfig) -> np.ndarray:
 
 def _llama3(plain: np.ndarray, config: ModelConfig) -> np.ndarray:
     wavelength = 2 * math.pi / plain
+    turns = config.original_seq_len / wavelength - config.low_freq_factor
+    # Equal factors leave no ramp: a wavelength is either short or long.
     span = config.high_freq_factor - config.low_freq_factor
-    fast = np.clip((config.original_seq_len / wavelength - config.low_freq_factor) / span, 0, 1)
+    fast = np.clip(turns / span, 0, 1) if span else (turns > 0).astype(np.float64)
     return plain * fast + plain / config.rope_factor * (1 - fast)
 
 

@@ -32,6 +32,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from dsjax.files import disguise
+
 BOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
 EOS = "<\uff5cend\u2581of\u2581sentence\uff5c>"
 PAD = "<\uff5c\u2581pad\u2581\uff5c>"
@@ -184,6 +186,8 @@ def read_file(path: str, *, name: str) -> tokenizers.Tokenizer:
 
 def from_bytes(data: bytes, *, name: str) -> tokenizers.Tokenizer:
     """Reads the contents of a tokenizer.json, as `read_file` does."""
+    if what := disguise(data):
+        raise ValueError(f"{name} is {what}")
     message = f"{name} is not a tokenizer.json that can be read"
     try:
         text = data.decode()

@@ -1,5 +1,5 @@
-import logging
 import os
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -8,6 +8,7 @@ import pytest
 from dsjax.checkpoint import names
 from dsjax.checkpoint.hf_config import from_hf
 from dsjax.checkpoint.hf_folder import FP8, is_hf, open_hf, scale_name, scale_shape
+from dsjax.files import write_json
 from tests.checkpoint.hf_files import BLOCK, in_fp8, plain, quantization, write
 from tests.golden.cases import CASES, ORACLE_CASES
 
@@ -69,33 +70,106 @@ def test_router_bias_may_be_stored_narrow(tmp_path, dtype):
     }
 
 
-def test_absent_mtp_is_left_out(tmp_path, caplog):
-    """transformers saves a V3 without its MTP tensors and keeps the config's count."""
-    kept = {
+def without_mtp(tensors):
+    return {
         name: value
-        for name, value in plain(MTP).items()
+        for name, value in tensors.items()
         if not name.startswith(("model.layers.1.", "model.layers.2."))
     }
-    with caplog.at_level(logging.INFO):
-        folder = open_hf(write(tmp_path, MTP.config, kept))
+
+
+def test_absent_mtp_is_left_out_and_said(tmp_path, caplog):
+    """transformers saves a V3 without its MTP tensors and keeps the config's count."""
+    kept = without_mtp(plain(MTP))
+    folder = open_hf(write(tmp_path, MTP.config, kept))
     assert folder.model.n_mtp == 0 and folder.config["num_nextn_predict_layers"] == 2
     assert {row.tensor.name for row in folder.rows} == kept.keys()
-    assert "announces 2 multi-token prediction layers, the files hold none" in caplog.text
+    assert "announces 2 multi-token prediction layers, and the files hold none" in caplog.text
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(("announced", "left"), [(None, 2), (0, 2), (1, 1)])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_mtp_that_config_does_not_announce_is_left_out_and_said(
+    tmp_path, caplog, announced, left, fp8
+):
+    config, tensors = (fp8_config(MTP), in_fp8(MTP)) if fp8 else (MTP.config, plain(MTP))
+    folder = open_hf(write(tmp_path, config | {"num_nextn_predict_layers": announced}, tensors))
+    assert folder.model.n_mtp == (announced or 0)
+    kept = [f"model.layers.{layer}." for layer in range(1 + (announced or 0))]
+    names_kept = {name for name in tensors if not name.startswith("model.layers.")}
+    names_kept |= {name for name in tensors if name.startswith(tuple(kept))}
+    read = {row.tensor.name for row in folder.rows} | {row.scale for row in folder.rows} - {None}
+    assert read == names_kept
+    assert f"hold {left} multi-token prediction layers that config.json does not" in caplog.text
+    assert len(caplog.records) == 1
+
+
+def test_layers_beyond_the_model_that_are_no_mtp_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"unexpected 'model\.layers\.2\.input_layernorm"):
+        open_hf(write(tmp_path, V3.config | {"num_hidden_layers": 2}, plain(V3)))
+
+
+def test_copies_in_mtp_layers_may_be_missing(tmp_path):
+    """Savers that write a shared tensor once leave them out."""
+    tensors = {
+        name: value
+        for name, value in plain(MTP).items()
+        if not name.endswith((".embed_tokens.weight", ".shared_head.head.weight"))
+        or name == "model.embed_tokens.weight"
+    }
+    folder = open_hf(write(tmp_path, MTP.config, tensors))
+    assert folder.model.n_mtp == 2
+    assert {row.tensor.name for row in folder.rows} == tensors.keys()
+
+
+TIED = ALL_CASES["qwen2"]
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_tied_head_that_repeats_the_embedding_is_read_as_tied(tmp_path, caplog, dtype):
+    tensors = plain(TIED, BF16)
+    tensors[HEAD] = tensors[EMBEDDING].astype(dtype)
+    folder = open_hf(write(tmp_path, TIED.config, tensors))
+    assert folder.model.tie_embed
+    assert HEAD not in {row.tensor.name for row in folder.rows}
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path}: lm_head.weight repeats the embedding: read as tied"
+    ]
+
+
+@pytest.mark.parametrize("row", [0, -1])
+def test_tied_head_that_differs_is_refused(tmp_path, row):
+    tensors = plain(TIED)
+    tensors[HEAD] = tensors[EMBEDDING].copy()
+    tensors[HEAD][row, -1] += 1
+    write(tmp_path, TIED.config, tensors)
+    with pytest.raises(ValueError, match=r"tie_word_embeddings true, and lm_head\.weight differs"):
+        open_hf(tmp_path)
+    assert not open_hf(tmp_path, {"tie_word_embeddings": False}).model.tie_embed
+
+
+def test_missing_head_is_refused_with_the_switch_that_it_may_lack(tmp_path):
+    with pytest.raises(ValueError, match=r"missing lm_head.* has tie_word_embeddings true"):
+        open_hf(write(tmp_path, TIED.config | {"tie_word_embeddings": False}, plain(TIED)))
 
 
 def test_part_of_mtp_is_refused(tmp_path):
     tensors = {
         name: value for name, value in plain(MTP).items() if not name.startswith("model.layers.2.")
     }
-    with pytest.raises(ValueError, match=r"missing model\.layers\.2\.embed_tokens\.weight"):
+    with pytest.raises(ValueError, match=r"missing model\.layers\.2\.enorm\.weight"):
         open_hf(write(tmp_path, MTP.config, tensors))
 
 
 def test_old_rotary_tables_are_ignored(tmp_path):
     tensors = plain(LLAMA) | {
-        f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": np.zeros(12, np.float32)
+        f"model.layers.{layer}.self_attn.rotary_emb.{table}": np.zeros(12, np.float32)
         for layer in range(3)
+        for table in ("inv_freq", "cos_cached", "sin_cached")
     }
+    tensors["model.rotary_emb.inv_freq"] = np.zeros(12, np.float32)
     folder = open_hf(write(tmp_path, LLAMA.config, tensors))
     assert not any("rotary" in row.tensor.name for row in folder.rows)
 
@@ -165,7 +239,7 @@ def test_all_mismatches_are_listed_together(tmp_path):
 
 def test_long_lists_are_cut_and_counted(tmp_path):
     tensors = {name: value for name, value in plain(V3).items() if ".experts." not in name}
-    with pytest.raises(ValueError, match=r"; and 172 more \(192 in all\)\. Download"):
+    with pytest.raises(ValueError, match=r"; and 189 more such \(192 in all\)\. Download"):
         open_hf(write(tmp_path, V3.config, tensors))
 
 
@@ -215,3 +289,99 @@ def test_hf_folder_is_known_whole_or_not(tmp_path):
     assert not is_hf(tmp_path / "run")
     (tmp_path / "run" / "config.json").write_text('{"name": "tiny", "model": {}}')
     assert not is_hf(tmp_path / "run") and not is_hf(tmp_path / "run" / "config.json")
+
+
+def test_overrides_are_read_as_if_the_file_said_so(tmp_path):
+    scaling = V3.config["rope_scaling"]
+    config = V3.config | {"surprise": 1, "hidden_act": "gelu", "transformers.js_config": {"a": 1}}
+    write(tmp_path, config, plain(V3))
+    before = (tmp_path / "config.json").read_bytes()
+    folder = open_hf(
+        tmp_path,
+        {
+            "surprise": None,
+            "hidden_act": "silu",
+            "rope_scaling.factor": 7,
+            "transformers.js_config": None,
+        },
+    )
+    assert folder.model == from_hf(V3.config | {"rope_scaling": scaling | {"factor": 7}})
+    assert folder.config["rope_scaling"] == scaling | {"factor": 7}
+    assert (tmp_path / "config.json").read_bytes() == before
+    with pytest.raises(ValueError, match=r"config\.json\.rope_scaling\.factor='x' is not a number"):
+        open_hf(tmp_path, {"rope_scaling.factor": "x"})
+
+
+@pytest.mark.parametrize("given", ["deepseek-ai/DeepSeek-V3", "https://huggingface.co/a-b/c.d"])
+def test_name_on_the_hub_is_no_folder(given, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    name = given.removeprefix("https://huggingface.co/")
+    local = name.split("/")[1]
+    with pytest.raises(ValueError, match=rf"hf download {name} --local-dir {local}, and name that"):
+        open_hf(Path(given))
+    (tmp_path / name).parent.mkdir()  # then it is a path that was mistyped
+    with pytest.raises(ValueError, match=r"config\.json does not exist"):
+        open_hf(Path(name))
+
+
+def test_root_of_a_hub_cache_is_named(tmp_path):
+    root = tmp_path / "models--deepseek-ai--DeepSeek-V3"
+    snapshot = write(root / "snapshots" / "4c1f24", V3.config, plain(V3))
+    (root / "blobs").mkdir()
+    with pytest.raises(ValueError, match=rf"root in the Hub's cache.*{snapshot}: name that folder"):
+        open_hf(root)
+    with pytest.raises(ValueError, match=rf"is the Hub's cache; .* as {root}/snapshots/REVISION"):
+        open_hf(tmp_path)
+    assert open_hf(snapshot).model == from_hf(V3.config)
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_lora_adapter_is_named_with_its_base(tmp_path, with_config):
+    write_json(tmp_path / "adapter_config.json", {"base_model_name_or_path": "deepseek-ai/X"})
+    if with_config:
+        write_json(tmp_path / "config.json", LLAMA.config)
+    for weights in (False, True):
+        if weights:
+            (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+        with pytest.raises(
+            ValueError, match=r"a LoRA adapter for 'deepseek-ai/X', .*merge_and_unl"
+        ):
+            open_hf(tmp_path)
+
+
+def test_merged_model_may_keep_the_config_of_its_adapter(tmp_path):
+    write_json(tmp_path / "adapter_config.json", {"base_model_name_or_path": "x"})
+    assert open_hf(write(tmp_path, LLAMA.config, plain(LLAMA))).family == "llama"
+
+
+def test_file_in_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    with pytest.raises(ValueError, match=r"model\.gguf is a GGUF file"):
+        open_hf(tmp_path / "model.gguf")
+    write(tmp_path / "llama", LLAMA.config, plain(LLAMA))
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a folder; name the folder"):
+        open_hf(tmp_path / "llama" / "model.safetensors")
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 4302354432\n"
+
+
+def test_shards_that_are_lfs_pointers_are_named_once(tmp_path):
+    write(tmp_path, V3.config, plain(V3), max_bytes=20_000)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 20
+    for shard in shards:
+        shard.write_bytes(LFS)
+    with pytest.raises(ValueError, match=r"git lfs pull") as failure:
+        open_hf(tmp_path)
+    message = str(failure.value).replace(str(tmp_path), "")
+    assert len(message) < 600 and f"({len(shards)} in all)" in message
+
+
+def test_message_about_missing_scales_does_not_grow_with_the_checkpoint(tmp_path):
+    tensors = {name: value for name, value in in_fp8(V3).items() if not name.endswith("_scale_inv")}
+    with pytest.raises(
+        ValueError, match=r"the scales of an FP8 weight; and \d+ more such"
+    ) as failure:
+        open_hf(write(tmp_path, fp8_config(V3), tensors))
+    assert len(str(failure.value).replace(str(tmp_path), "")) < 700

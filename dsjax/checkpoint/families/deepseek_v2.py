@@ -15,12 +15,12 @@ from dsjax.config import ModelConfig
 
 
 def _read_groups(fields: Fields, values: Values) -> None:
-    if fields.text("topk_method") == "greedy":
+    if fields.read("topk_method", "str") == "greedy":
         fields.seen |= {"n_group", "topk_group"}  # this method does not read them
         return
     fields.fixed("topk_method", "greedy", "group_limited_greedy")
-    values["n_expert_groups"] = fields.integer("n_group")
-    values["n_limited_groups"] = fields.integer("topk_group")
+    values["n_expert_groups"] = fields.read("n_group", "int")
+    values["n_limited_groups"] = fields.read("topk_group", "int")
 
 
 def _write_groups(model: ModelConfig) -> dict[str, Any]:

@@ -163,7 +163,9 @@ GQA = (
     Row(_read_layer_types, lambda model: {}),
 )
 HEAD_DIM = Row(
-    lambda fields, values: values.update(head_dim=fields.integer("head_dim", _equal_heads(values))),
+    lambda fields, values: values.update(
+        head_dim=fields.read("head_dim", "int", _equal_heads(values))
+    ),
     lambda model: (
         {} if model.qk_head_dim * model.n_heads == model.dim else {"head_dim": model.head_dim}
     ),

@@ -32,12 +32,12 @@ def _read(fields: Fields, values: Values) -> None:
             spellings[place] = settings | {
                 "rope_type": settings.get("rope_type") or kind or "default"
             }
-    theta = fields.number("rope_theta", 0.0)
+    theta = fields.read("rope_theta", "float", 0.0)
     inner = {
         place: Fields(s, f"{fields.place}.{place}", fields.problems)
         for place, s in spellings.items()
     }
-    thetas = {one.number("rope_theta", 0.0) for one in inner.values()} | {theta}
+    thetas = {one.read("rope_theta", "float", 0.0) for one in inner.values()} | {theta}
     thetas -= {0.0}
     without_theta = [{k: v for k, v in s.items() if k != "rope_theta"} for s in spellings.values()]
     if len(thetas) > 1 or (len(without_theta) == 2 and without_theta[0] != without_theta[1]):
@@ -50,7 +50,7 @@ def _read(fields: Fields, values: Values) -> None:
 
 
 def _read_scaling(inner: Fields, values: Values) -> None:
-    kind = inner.text("rope_type")
+    kind = inner.read("rope_type", "str")
     if kind not in _KINDS:
         inner.problems.append(
             f"{inner.place}.rope_type={kind!r} is not supported, only {', '.join(_KINDS)}"
@@ -59,18 +59,18 @@ def _read_scaling(inner: Fields, values: Values) -> None:
     inner.fixed("partial_rotary_factor", 1)
     values["rope_scaling"] = "none" if kind == "default" else kind
     if kind in ("yarn", "llama3"):
-        values["original_seq_len"] = inner.integer("original_max_position_embeddings")
+        values["original_seq_len"] = inner.read("original_max_position_embeddings", "int")
     if kind != "default":
         # transformers takes the ratio of the lengths for YaRN's factor where it is null.
         ratio = values["max_seq_len"] / max(values.get("original_seq_len", 0), 1)
-        values["rope_factor"] = inner.number("factor", ratio if kind == "yarn" else REQUIRED)
+        values["rope_factor"] = inner.read("factor", "float", ratio if kind == "yarn" else REQUIRED)
     if kind == "llama3":
-        values["low_freq_factor"] = inner.number("low_freq_factor")
-        values["high_freq_factor"] = inner.number("high_freq_factor")
+        values["low_freq_factor"] = inner.read("low_freq_factor", "float")
+        values["high_freq_factor"] = inner.read("high_freq_factor", "float")
     if kind == "yarn":
         # transformers takes 0 for absent, which leaves no division by zero.
-        values["beta_fast"] = inner.number("beta_fast", 32.0) or 32.0
-        values["beta_slow"] = inner.number("beta_slow", 1.0) or 1.0
+        values["beta_fast"] = inner.read("beta_fast", "float", 32.0) or 32.0
+        values["beta_slow"] = inner.read("beta_slow", "float", 1.0) or 1.0
         values |= _temperature(inner, values)
         inner.fixed("truncate", True)
     inner.refuse_rest(_NEUTRAL)
@@ -80,8 +80,8 @@ def _temperature(inner: Fields, values: Values) -> dict[str, float]:
     """Reads YaRN's attention temperature: `mscale_all_dim` for the scores, and the ratio of the
     temperatures of `mscale` and `mscale_all_dim` for cos and sin. Without the two, cos and sin
     carry it alone; `attention_factor` is that ratio in so many words, in place of `mscale`."""
-    given = {name: inner.number(name, 0.0) for name in ("mscale", "mscale_all_dim")}
-    explicit = inner.number("attention_factor", 0.0)
+    given = {name: inner.read(name, "float", 0.0) for name in ("mscale", "mscale_all_dim")}
+    explicit = inner.read("attention_factor", "float", 0.0)
     if any(given.values()) and values["attention"] != "mla":
         inner.problems.append(
             f"{inner.place}: mscale and mscale_all_dim are read by the MLA families only"

@@ -6,7 +6,7 @@ writes it from one, so that what one direction understands the other cannot fail
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +16,13 @@ REQUIRED = object()
 MAX_INTEGER = 2**31 - 1  # shapes are made of them
 Values = dict[str, Any]  # of a ModelConfig, as far as read
 
-_READERS = {"int": "integer", "float": "number", "bool": "flag"}
+# Of a field's type: the JSON types that it takes, in words, and what stands in for a wrong one.
+_KINDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
+    "int": ((int,), "an integer", 0),
+    "float": ((int, float), "a number", 0.0),
+    "bool": ((bool,), "true or false", False),
+    "str": ((str,), "a string", ""),
+}
 
 
 class Fields:
@@ -29,64 +35,32 @@ class Fields:
         self.values, self.place, self.problems = values, place, problems
         self.seen: set[str] = set()
 
-    def _read(self, name: str, default: Any) -> Any:
+    def read(self, name: str, kind: str, default: Any = REQUIRED) -> Any:
+        """Reads a field of a kind: int (not negative), float (finite), bool or str."""
         self.seen.add(name)
-        if self.values.get(name) is not None:
-            return self.values[name]
-        if default is REQUIRED:
-            self.problems.append(f"{self.place} lacks {name}")
-            return None
-        return default
+        value: Any = self.values.get(name)
+        if value is None and default is not REQUIRED:
+            return default
+        types, wanted, blank = _KINDS[kind]
 
-    def _typed(
-        self, name: str, default: Any, kinds: tuple[type, ...], wanted: str, blank: Any
-    ) -> Any:
-        value = self._read(name, default)
+        problem = ""
         if value is None:
+            problem = f"{self.place} lacks {name}"
+        elif not isinstance(value, types) or (kind != "bool" and isinstance(value, bool)):
+            problem = f"{self.place}.{name}={value!r} is not {wanted}"
+        elif kind == "int" and not 0 <= value <= MAX_INTEGER:
+            problem = f"{self.place}.{name}={value} is not between 0 and {MAX_INTEGER:,}"
+        elif kind == "float" and not abs(value) <= sys.float_info.max:
+            problem = f"{self.place}.{name}={value!r} is not finite"
+        if problem:
+            self.problems.append(problem)
             return blank
-        if not isinstance(value, kinds) or (bool not in kinds and isinstance(value, bool)):
-            self.problems.append(f"{self.place}.{name}={value!r} is not {wanted}")
-            return blank
-        return value
-
-    def integer(self, name: str, default: Any = REQUIRED) -> int:
-        value = self._typed(name, default, (int,), "an integer", 0)
-        if not 0 <= value <= MAX_INTEGER:
-            self.problems.append(
-                f"{self.place}.{name}={value} is not between 0 and {MAX_INTEGER:,}"
-            )
-            return 0
-        return value
-
-    def number(self, name: str, default: Any = REQUIRED) -> float:
-        value = self._typed(name, default, (int, float), "a number", 0.0)
-        try:
-            number = float(value)
-        except OverflowError:  # an integer of hundreds of digits
-            number = math.inf
-        if not math.isfinite(number):
-            self.problems.append(f"{self.place}.{name}={value!r} is not finite")
-            return 0.0
-        return number
-
-    def flag(self, name: str, default: Any = REQUIRED) -> bool:
-        return self._typed(name, default, (bool,), "true or false", False)
-
-    def text(self, name: str, default: Any = REQUIRED) -> str:
-        return self._typed(name, default, (str,), "a string", "")
-
-    def block(self, name: str) -> tuple[int, int]:
-        value = self._typed(name, REQUIRED, (list, tuple), "two integers greater than 0", (1, 1))
-        if len(value) != 2 or not all(
-            type(size) is int and 0 < size <= MAX_INTEGER for size in value
-        ):
-            self.problems.append(f"{self.place}.{name}={value!r} is not two integers above 0")
-            return 1, 1
-        return value[0], value[1]
+        return 1.0 * value if kind == "float" else value
 
     def fixed(self, name: str, *supported: Any) -> None:
         """Accepts a field only if it is absent, null or one of `supported`."""
-        value = self._read(name, None)
+        self.seen.add(name)
+        value = self.values.get(name)
         if value is not None and not any(
             value == choice and isinstance(value, bool) == isinstance(choice, bool)
             for choice in supported
@@ -136,7 +110,7 @@ def field(
       alias: another name of the field, read but not written.
       value: what to write, where that is not the very value.
     """
-    kind = _READERS[ModelConfig.__dataclass_fields__[ours].type]
+    kind = str(ModelConfig.__dataclass_fields__[ours].type)
 
     def read(fields: Fields, values: Values) -> None:
         name = key
@@ -144,7 +118,7 @@ def field(
             fields.fixed(key, fields.values[alias])
             name = alias
         wanted = default(values) if callable(default) else default
-        values[ours] = getattr(fields, kind)(name, wanted)
+        values[ours] = fields.read(name, kind, wanted)
 
     return Row(read, lambda model: {key: value(model) if value else getattr(model, ours)})
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -77,7 +78,7 @@ def test_language_model_inside_another_is_loaded_and_converted(nested, tmp_path)
     tensors = {f"language.{name}": value for name, value in plain(case).items()}
     folder = write(tmp_path / "nested", nested, tensors)
     want = dsjax.load(write(tmp_path / "plain", case.config, plain(case)))
-    ids = np.arange(8)[None]
+    ids = jnp.arange(8)[None]
     np.testing.assert_array_equal(dsjax.load(folder)(ids), want(ids))
     conversions.bring_in(folder, tmp_path / "converted")
     conversions.send_out(tmp_path / "converted", tmp_path / "back")
