@@ -27,14 +27,7 @@ from dsjax.checkpoint.hf_config import quantization_config, to_hf
 from dsjax.checkpoint.hf_folder import FLOAT32, FP8, scale_name, scale_shape
 from dsjax.checkpoint.importing import copy_side_files, side_files
 from dsjax.checkpoint.load import Checkpoint, open_checkpoint
-from dsjax.checkpoint.recode import (
-    BLOCK,
-    Stored,
-    check_choice,
-    is_finite,
-    recode,
-    stored_dtype,
-)
+from dsjax.checkpoint.recode import BLOCK, Stored, check_choice, is_finite, recode, stored_dtype
 from dsjax.checkpoint.staging import Converted, Staging, check_space, check_target, fingerprint
 from dsjax.checkpoint.streaming import stream
 from dsjax.checkpoint.tensor_files import Shard, plan_shards, write_index, write_shard
@@ -221,11 +214,7 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> dict[str, int]:
     original = checkpoint.tokenizer_folder / "tokenizer.json"
     tokenizer = load_tokenizer(str(original))
     special = tokenizer.special
-    ids = {
-        "bos_token_id": special.bos,
-        "eos_token_id": special.eos,
-        "pad_token_id": special.pad,
-    }
+    ids = {"bos_token_id": special.bos, "eos_token_id": special.eos, "pad_token_id": special.pad}
     shutil.copyfile(original, folder / "tokenizer.json")
     tokens = {key.removesuffix("_id"): tokenizer.inner.id_to_token(i) for key, i in ids.items()}
     settings = {

@@ -157,10 +157,7 @@ def _base_of(path: Path) -> str:
 
 
 def compare(
-    model: ModelConfig,
-    family: str,
-    block: tuple[int, int] | None,
-    found: Mapping[str, TensorInfo],
+    model: ModelConfig, family: str, block: tuple[int, int] | None, found: Mapping[str, TensorInfo]
 ) -> tuple[list[Row], Mismatches]:
     """Holds the tensors found against the family's table; the rows are right if all is well.
 
@@ -183,8 +180,7 @@ def compare(
 
 
 def read_config(
-    path: Path,
-    overrides: Mapping[str, Any] | None = None,
+    path: Path, overrides: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], str, ModelConfig, tuple[int, int] | None]:
     """Reads a config.json: as published, and the family, model and FP8 block that it describes.
 

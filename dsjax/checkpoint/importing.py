@@ -28,15 +28,7 @@ import numpy as np
 
 from dsjax import __version__
 from dsjax.checkpoint import manifest
-from dsjax.checkpoint.hf_folder import (
-    FLOAT32,
-    FP8,
-    HfFolder,
-    Row,
-    check_kind,
-    open_hf,
-    scale_shape,
-)
+from dsjax.checkpoint.hf_folder import FLOAT32, FP8, HfFolder, Row, check_kind, open_hf, scale_shape
 from dsjax.checkpoint.manifest import File, Manifest
 from dsjax.checkpoint.recode import (
     BLOCK,

@@ -44,14 +44,7 @@ import tensorstore as ts
 
 from dsjax.checkpoint.manifest import File, Guard
 from dsjax.checkpoint.names import Tensor
-from dsjax.checkpoint.slices import (
-    Dequantized,
-    Index,
-    Leaf,
-    Tensors,
-    read_slice,
-    transpose_into,
-)
+from dsjax.checkpoint.slices import Dequantized, Index, Leaf, Tensors, read_slice, transpose_into
 from dsjax.files import open_regular, read_json, sync_folder, write_json
 
 Name = tuple[str, ...]

@@ -42,7 +42,6 @@ class Fields:
         if value is None and default is not REQUIRED:
             return default
         types, wanted, blank = _KINDS[kind]
-
         problem = ""
         if value is None:
             problem = f"{self.place} lacks {name}"
@@ -52,10 +51,10 @@ class Fields:
             problem = f"{self.place}.{name}={value} is not between 0 and {MAX_INTEGER:,}"
         elif kind == "float" and not abs(value) <= sys.float_info.max:
             problem = f"{self.place}.{name}={value!r} is not finite"
-        if problem:
+        if problem or value is None:
             self.problems.append(problem)
             return blank
-        return 1.0 * value if kind == "float" else value
+        return float(value) if kind == "float" else value
 
     def fixed(self, name: str, *supported: Any) -> None:
         """Accepts a field only if it is absent, null or one of `supported`."""
