@@ -71,7 +71,7 @@ def test_inspect_prints_json_of_a_config_alone(published, tmp_path):
 def test_convert_fails_with_one_message(published, tmp_path):
     done = run("import", published, published / "inside")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("convert.py: error: ") and "lies inside" in done.stderr
+    assert done.stderr.startswith("convert.py: error: ") and "is inside" in done.stderr
     done = run("export", published, tmp_path / "out", "--debug")
     assert done.returncode == 1 and "Traceback" in done.stderr
     assert run("import", published, tmp_path / "out", "--dtype", "int8").returncode == 2
@@ -110,9 +110,9 @@ def test_stopped_import_says_that_it_resumes(published, tmp_path, number, code):
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in errors, errors
-    assert "out.partial; the same command goes on from there" in output
+    assert "out.partial; the same command continues from there" in output
     done = run("import", published, tmp_path / "out")
-    assert done.returncode == 0 and done.stdout.startswith("going on after ")
+    assert done.returncode == 0 and done.stdout.startswith("continuing after ")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -1,4 +1,4 @@
-"""What tools/checkpoint.py says of checkpoints, from their manifests alone: no model, no jax."""
+"""The reports of tools/checkpoint.py, made from manifests alone: no model is built, jax not used."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dsjax.checkpoint.manifest import Damage, Manifest
 
 
 def locate(path: Path) -> Path:
-    """The folder with the manifest: a converted folder, a step of a run, a run's newest step.
+    """Finds the folder with the manifest: `path` itself, or the newest step if `path` is a run.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is no such folder.
     """
     if (path / "checkpoints").is_dir():
         steps = _steps(path)
@@ -31,7 +31,7 @@ def verify(path: Path) -> dict[str, Any]:
     """Checks every byte of a checkpoint.
 
     Returns:
-      what `describe` takes; `fine` says whether the checkpoint is as it was written.
+      a summary for `describe`; its `fine` is true if the checkpoint is as it was written.
 
     Raises:
       ValueError: there is no checkpoint.
@@ -56,7 +56,7 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def survey(path: Path) -> dict[str, Any]:
-    """Verifies all checkpoints of a run, and lists what was set aside.
+    """Verifies every checkpoint of a run, and lists the damaged ones that were set aside.
 
     Raises:
       ValueError: it is not the folder of a run.
@@ -73,10 +73,10 @@ def survey(path: Path) -> dict[str, Any]:
 
 
 def compare(one: Path, other: Path) -> dict[str, Any]:
-    """Compares arrays and records of two checkpoints, both as their manifests have them.
+    """Compares the arrays and records of two checkpoints, as their manifests describe them.
 
-    Arrays are compared by fingerprint, which does not depend on how they were sharded or stored;
-    those of converted folders, which have none, by the files that hold them.
+    The arrays of runs are compared by fingerprint, which does not depend on how they were sharded
+    or stored. Converted folders have no fingerprints: there the SHA-256 of the files is compared.
 
     Raises:
       ValueError: there is no checkpoint, or its manifest is damaged.
@@ -90,7 +90,7 @@ def compare(one: Path, other: Path) -> dict[str, Any]:
 
 
 def describe(found: Mapping[str, Any]) -> str:
-    """One checkpoint in a line, and a line for each of its problems."""
+    """Formats a summary of `verify`: one line, and one more per problem."""
     if "files" not in found:
         return f"{found['path']}  {'; '.join(found['problems'])}"
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["written"]))

@@ -1,14 +1,14 @@
-"""Fingerprints of arrays: the same however they are sharded, taken without gathering anything.
+"""Fingerprints of arrays: independent of how an array is sharded, computed without gathering it.
 
-A fingerprint is the sum, modulo 2^64, over the elements of an array, of an element's bits times an
-odd number that its place in the whole array decides. So each process sums up the shards that it
-owns, and the sums add up to the same on any mesh. An odd number has an inverse modulo 2^64, so
-whatever happens to one element, a single flipped bit too, changes the sum; changes of several
-cancel out with a chance of about 2^-64. It protects against accidents, not against somebody who
-looks for a collision.
+A fingerprint is a sum modulo 2^64 over the elements of an array: the element's bits times an odd
+number derived from its position in the whole array. Each process sums the shards that it owns, so
+the partial sums add up to the same total on any mesh. Odd numbers are invertible modulo 2^64, so any
+change of a single element, down to one bit, changes the sum; changes of several elements cancel with
+a probability of about 2^-64. This guards against accidents, not against someone who constructs a
+collision.
 
-NumPy on the host does it, a block at a time in threads: at 156 leaves a compiled program took the
-CPU's compiler thirty times as long as this takes in all.
+The sums are computed on the host with NumPy, a block at a time in threads: for 156 leaves, compiling
+a program for the CPU took thirty times as long as all of this.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 from jax.experimental import multihost_utils
 
-_BLOCK = 1 << 16  # elements: what is made of them on the way stays in cache
+_BLOCK = 1 << 16  # elements; small enough for the intermediate arrays to stay in cache
 _ADD, _FIRST, _SECOND = (
     np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
@@ -36,16 +36,16 @@ _EXPONENT = {  # the bits that are all set in NaN and infinity
 
 
 class Inspection(NamedTuple):
-    """What is known of named arrays."""
+    """Findings about named arrays."""
 
     fingerprints: dict[str, str]  # sixteen hexadecimal digits
     not_finite: list[str]
 
 
 def inspect(arrays: Mapping[str, jax.Array]) -> Inspection:
-    """Takes the fingerprints of arrays of elements of at most 32 bits, and finds NaN and infinity.
+    """Computes the fingerprints of arrays and finds NaN and infinity; elements have at most 32 bits.
 
-    Several processes each look at what they own, and agree.
+    With several processes, each one covers the shards that it owns, and all return the same.
     """
     sums = np.zeros((len(arrays), 2), np.uint64)  # fingerprint, blocks that are not finite
     with ThreadPoolExecutor(max(4, os.cpu_count() or 1), thread_name_prefix="inspect") as pool:
@@ -72,8 +72,8 @@ def _inspect(array: jax.Array) -> tuple[np.uint64, int]:
 def inspect_part(
     part: np.ndarray, index: tuple[slice, ...], shape: tuple[int, ...]
 ) -> tuple[np.uint64, int]:
-    """The sum over part = whole[index], `whole` being of this shape, and the number of its blocks
-    that hold NaN or infinity."""
+    """Returns the partial sum of part = whole[index], where `whole` has this shape, and the number
+    of blocks of `part` that contain NaN or infinity."""
     words = np.ascontiguousarray(part)
     words = words.view(f"u{part.dtype.itemsize}").reshape(part.shape)
     exponent = _EXPONENT.get(part.dtype)
@@ -88,7 +88,7 @@ def inspect_part(
 def _sum(
     words: np.ndarray, first: np.uint64, places: list[np.ndarray], exponent: int | None
 ) -> tuple[np.uint64, int]:
-    """Sums up a part; `places` has, for each dim, what an index adds to an element's place."""
+    """Sums a part. Per dimension, `places` holds what each index adds to an element's position."""
     if words.size > _BLOCK and words.ndim:
         step = max(1, _BLOCK * len(words) // words.size)
         blocks = [slice(start, start + step) for start in range(0, len(words), step)]

@@ -17,8 +17,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,7 +43,7 @@ from dsjax.checkpoint.streaming import stream
 from dsjax.checkpoint.tensor_files import TensorInfo
 from dsjax.checkpoint.weights import Name, WeightsWriter, leaf_name, scales_name
 from dsjax.display import Transfer
-from dsjax.files import MAX_LISTED, listed, sync_folder, write_json, writing
+from dsjax.files import MAX_LISTED, listed, write, write_json, writing
 
 # What lies beside the weights, as far as it is data.
 _SIDE_FILES = (".json", ".jinja", ".txt", ".model", ".md")
@@ -293,8 +291,4 @@ def side_files(source: Path) -> Iterator[Path]:
 def copy_side_files(files: Sequence[Path], folder: Path) -> None:
     """Copies files into a folder, to stay there through a power cut."""
     for file in files:
-        with file.open("rb") as original, (folder / file.name).open("wb") as copy:
-            shutil.copyfileobj(original, copy)
-            copy.flush()
-            os.fsync(copy.fileno())
-    sync_folder(folder)
+        write(folder / file.name, file.read_bytes())

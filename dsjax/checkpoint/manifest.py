@@ -1,18 +1,18 @@
-"""The manifest of a checkpoint: what it should hold, written last and checked before use.
+"""The manifest of a checkpoint: what it should contain, written last and checked before use.
 
     <folder>/manifest.json
         {"sha256": "<of the rest of this file>",
         "format": 1,
-        "record": {...},     what is known besides arrays: step, place in the data, versions, ...
-        "leaves": {...},     shape, dtype and, of a run's state, fingerprint of each array
+        "record": {...},     everything known besides arrays: step, data position, versions, ...
+        "leaves": {...},     shape, dtype and, for a run's state, fingerprint of each array
         "files": {...}}      size and SHA-256 of each file
 
-Neither Orbax nor safetensors notices a flipped bit in an array. Here every byte counts: each file
-has its SHA-256, the manifest has its own in its first line. A manifest proves that a checkpoint is
-as it was written; it is no signature, so it proves nothing about who wrote it.
+Neither Orbax nor safetensors notices a flipped bit in an array. Here every byte is covered: each file
+by its SHA-256, the manifest by the one in its first line. A manifest proves that a checkpoint is as
+it was written. It is not a signature, so it does not prove who wrote it.
 
-Hashing streams and runs in threads, each file in one. Several processes share the files out
-between them, so that each byte is hashed once.
+Files are hashed in threads, one file per thread, in pieces. With several processes each process
+hashes a share of the files, so that every byte is hashed once.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsjax.files import listed, open_regular, parse, read_regular, shown, sync_folder
+from dsjax.files import write as write_file
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -35,31 +36,31 @@ MAX_BYTES = 256 << 20  # V3 has 92,000 files, in 13 MB
 
 _FIRST_LINE = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n')
 _REMEDY = "copy or convert the checkpoint again, or take another one"
-_PIECE = 4 << 20  # bytes hashed at a time
+_PIECE = 4 << 20  # bytes read at a time while hashing
 _THREADS = max(4, os.cpu_count() or 1)
 
 
 class Damage(ValueError):
-    """A checkpoint is not as it was written; the message names the file."""
+    """Raised if a checkpoint is not as it was written; the message names the file."""
 
 
 class File(NamedTuple):
-    """What a file should be."""
+    """The expected size and hash of a file."""
 
     size: int
     sha256: str
 
 
 class Manifest(NamedTuple):
-    """What a checkpoint should hold; the fields are those of the file."""
+    """The expected contents of a checkpoint; the fields are those of manifest.json."""
 
     record: dict[str, Any]
     leaves: dict[str, dict[str, Any]]
-    files: dict[str, File]  # by path below the folder
+    files: dict[str, File]  # by path relative to the folder
 
 
 def write(folder: Path, manifest: Manifest) -> None:
-    """Writes the manifest, when all that it speaks of is on the disk, and syncs it and the folders.
+    """Writes and syncs the manifest; every file that it lists must be on the disk already.
 
     Raises:
       OSError: it cannot be written.
@@ -69,19 +70,14 @@ def write(folder: Path, manifest: Manifest) -> None:
         f'"format": {FORMAT},\n"record": {_json(manifest.record)},\n'
         f'"leaves": {_lines(manifest.leaves)},\n"files": {_lines(files)}}}\n'
     ).encode()
-    partial = folder / f"{NAME}.partial"
-    with partial.open("wb") as file:
-        file.write(b'{"sha256": "%s",\n' % hashlib.sha256(rest).hexdigest().encode() + rest)
-        file.flush()
-        os.fsync(file.fileno())
     for inner, _, _ in os.walk(folder):
         sync_folder(Path(inner))
-    partial.replace(folder / NAME)
-    sync_folder(folder)
+    first = b'{"sha256": "%s",\n' % hashlib.sha256(rest).hexdigest().encode()
+    write_file(folder / NAME, first + rest)
 
 
 def _lines(entries: Mapping[str, Any]) -> str:
-    """An object with a line for each of its entries."""
+    """Formats a JSON object with one line per entry."""
     lines = (f"{_json(key)}: {_json(value)}" for key, value in entries.items())
     return "{\n" + ",\n".join(lines) + "}"
 
@@ -91,22 +87,24 @@ def _json(value: Any) -> str:
 
 
 def read(folder: Path) -> Manifest:
-    """Reads the manifest of a checkpoint, and checks it.
+    """Reads the manifest of a checkpoint and checks it.
 
     Raises:
-      Damage: there is none, or it is not as it was written.
+      Damage: it is missing, or not as it was written.
     """
     path = folder / NAME
     if not path.is_file():
         raise Damage(
-            f"{path} is missing: it is written last, so {folder} is not whole, or of an early "
-            f"version of dsjax; {_REMEDY}"
+            f"{path} is missing. It is written last, so {folder} is incomplete, or was written by an "
+            f"early version of dsjax; {_REMEDY}"
         )
     try:
         data = read_regular(path, MAX_BYTES)
         first = _FIRST_LINE.match(data)
         if not first or hashlib.sha256(data[first.end() :]).hexdigest().encode() != first.group(1):
-            raise Damage(f"{path} is damaged: its SHA-256 is not what it names; {_REMEDY}")
+            raise Damage(
+                f"{path} is damaged: its SHA-256 is not the one in its first line; {_REMEDY}"
+            )
         values = parse(data, str(path))
         if values["format"] != FORMAT:
             raise Damage(
@@ -124,7 +122,7 @@ def read(folder: Path) -> Manifest:
 
 
 def listing(folder: Path) -> list[str]:
-    """The files below a folder, the manifest apart, sorted."""
+    """Lists the files below a folder, except the manifest, sorted by path."""
     return sorted(
         str((Path(inner) / name).relative_to(folder))
         for inner, _, names in os.walk(folder)
@@ -134,10 +132,10 @@ def listing(folder: Path) -> list[str]:
 
 
 def hash_files(folder: Path, names: Iterable[str]) -> dict[str, File]:
-    """Hashes files as they are on the disk, and syncs them.
+    """Hashes files and syncs them.
 
     Raises:
-      ValueError: one of them cannot be read.
+      ValueError: a file cannot be read.
     """
     names = list(names)
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="hash") as pool:
@@ -157,12 +155,12 @@ def _hash(path: Path, *, sync: bool = False) -> File:
 
 
 def problems(folder: Path, manifest: Manifest, *, contents: bool = True) -> list[str]:
-    """What is wrong with the files of a checkpoint, each message beginning with a file's path.
+    """Lists what is wrong with the files of a checkpoint; each message starts with a file's path.
 
-    Files that the manifest does not name are nobody's business: nothing reads them.
+    Files that the manifest does not list are ignored, because nothing reads them.
 
     Args:
-      contents: hash them too; False looks at sizes alone.
+      contents: also compare hashes; False compares sizes only.
     """
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="verify") as pool:
         found = pool.map(
@@ -175,7 +173,7 @@ def _problem(path: Path, wanted: File, contents: bool) -> str | None:
     try:
         size = path.stat().st_size
         if size != wanted.size:
-            return f"{path} has {size:,} bytes, and was written with {wanted.size:,}"
+            return f"{path} has {size:,} bytes, but was written with {wanted.size:,}"
         if contents and _hash(path) != wanted:
             return f"{path} is damaged: its bytes are not those that were written"
     except FileNotFoundError:
@@ -189,7 +187,7 @@ def verify(folder: Path) -> Manifest:
     """Reads the manifest and checks every byte of a checkpoint against it.
 
     Raises:
-      Damage: something is not as it was written; names each file.
+      Damage: files are not as they were written.
     """
     manifest = read(folder)
     _raise(problems(folder, manifest))
@@ -197,13 +195,13 @@ def verify(folder: Path) -> Manifest:
 
 
 class Guard:
-    """Checks the files of a checkpoint as they come to be read, each once; from any thread."""
+    """Checks each file of a checkpoint once, when it is first read; thread-safe."""
 
     def __init__(self, folder: Path, *, later: Callable[[str], bool]):
-        """Checks the manifest, the sizes of all files, and the bytes of those that are read first.
+        """Checks the manifest, the sizes of all files, and the bytes of those not left for later.
 
         Args:
-          later: whether a file, by its path, is one to `check` before it is read.
+          later: tells by its path whether a file will be passed to `check` before it is read.
 
         Raises:
           Damage: something is not as it was written.
@@ -220,7 +218,7 @@ class Guard:
         )
 
     def check(self, path: Path) -> None:
-        """Hashes a file, unless that has been done.
+        """Hashes a file, unless it has been checked before.
 
         Raises:
           Damage: it is not as it was written.

@@ -1,8 +1,8 @@
-"""The element types that a conversion stores weights in, and the ways between them.
+"""The element types that a conversion stores weights in, and conversions between them.
 
-`keep` leaves each tensor as it is; `bfloat16` and `float32` are plain arrays; `fp8` is DeepSeek's
-published layout: E4M3 numbers with a float32 scale a block for the linear weights of a layer,
-bfloat16 for the rest. The router's bias is float32 in all of them.
+`keep` leaves each tensor as it is; `bfloat16` and `float32` give plain arrays; `fp8` is the layout
+that DeepSeek publishes: the linear weights of a layer in E4M3 with one float32 scale per block, the
+rest in bfloat16. The router's bias is float32 in all of them.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ CHOICES = ("keep", "bfloat16", "float32", "fp8")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 BLOCK = WEIGHT_BLOCK
 
-# Bits without the sign, as an integer, and the smallest of them that is infinite or no number.
+# The integer type of a dtype's bits, the mask of all but the sign, and the smallest masked value that
+# is infinity or NaN.
 _NOT_FINITE = {
     FP8: (np.uint8, 0x7F, 0x7F),
     np.dtype(np.float16): (np.uint16, 0x7FFF, 0x7C00),
     BFLOAT16: (np.uint16, 0x7FFF, 0x7F80),
     FLOAT32: (np.uint32, 0x7FFF_FFFF, 0x7F80_0000),
 }
-_SCANNED_TOGETHER = 1 << 16  # elements, so that the copy without signs stays in the cache
+_SCANNED_TOGETHER = 1 << 16  # elements; small enough for the masked copy to stay in cache
 _CAST_TOGETHER = 64 << 20  # bytes
 
 
 class Stored(NamedTuple):
-    """A tensor as it is stored: FP8 values with their scales, or values alone."""
+    """A tensor as stored: FP8 values with their scales, or plain values."""
 
     values: np.ndarray
     scales: np.ndarray | None = None
@@ -45,7 +46,7 @@ def check_choice(choice: str) -> None:
 
 
 def stored_dtype(choice: str, tensor: Tensor, current: np.dtype) -> np.dtype:
-    """The dtype in which `tensor`, now of dtype `current`, is to be stored."""
+    """Returns the dtype to store `tensor` in; `current` is the dtype that it has now."""
     if tensor.keep_float32:
         return FLOAT32
     if choice == "fp8":
@@ -54,7 +55,7 @@ def stored_dtype(choice: str, tensor: Tensor, current: np.dtype) -> np.dtype:
 
 
 def recode(stored: Stored, dtype: np.dtype, block: tuple[int, int]) -> Stored:
-    """Converts between FP8 with scales and plain floats; the same dtype comes back untouched."""
+    """Converts between FP8 with scales and plain floats; returns the input if the dtype is the same."""
     if stored.values.dtype == dtype:
         return stored
     if dtype == FP8:
@@ -69,8 +70,9 @@ def recode(stored: Stored, dtype: np.dtype, block: tuple[int, int]) -> Stored:
 def cast_rows(
     read: Callable[[slice], np.ndarray], shape: tuple[int, ...], dtype: np.dtype
 ) -> np.ndarray:
-    """Reads a plain array into another dtype a few rows at a time: an embedding held twice takes
-    gigabytes.
+    """Reads a plain array into another dtype, a few rows at a time.
+
+    Holding an embedding in both dtypes at once would take gigabytes.
     """
     result = np.empty(shape, dtype)
     step = max(1, _CAST_TOGETHER // max(result[:1].nbytes, 1))
@@ -81,7 +83,7 @@ def cast_rows(
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Whether a C-contiguous float array holds neither NaN nor infinity."""
+    """Tells whether a C-contiguous float array is free of NaN and infinity."""
     integer, magnitude, limit = _NOT_FINITE[values.dtype]
     bits = values.reshape(-1).view(integer)
     unsigned = np.empty(min(_SCANNED_TOGETHER, bits.size), integer)

@@ -1,9 +1,9 @@
-"""Part of a leaf of the parameter tree, put together from the tensors that make it up.
+"""Reads part of a leaf of the parameter tree, assembled from the tensors that make it up.
 
-A leaf stacks tensors of a published checkpoint: one a slot, a slot being a layer, or a layer and an
-expert. `read_slice` reads only the slots and, of each, only the rows that a slice needs, a block at
-a time in a few threads, and turns, casts and places each block; so that it holds the slice and
-little more, whatever the size of the leaf or of its tensors.
+A leaf stacks tensors of a published checkpoint, one per slot; a slot is a layer, or a layer and an
+expert. `read_slice` reads only the slots, and within each only the rows, that a slice needs. It
+works on one block of rows at a time in several threads, and transposes, casts and places each block,
+so memory is bounded by the slice and a few blocks, whatever the size of the leaf.
 """
 
 from __future__ import annotations
@@ -16,47 +16,47 @@ import numpy as np
 
 from dsjax.checkpoint.streaming import stream
 
-# A thread reads this much at a time: enough for a disk to be quick, little enough to stay in cache
-# while it is turned.
+# Bytes that a thread reads at a time: enough for efficient disk access, few enough to stay in cache
+# while they are transposed.
 BLOCK_BYTES = 16 << 20
 
 Index = Sequence[slice | int]
 
 
 class Leaf(NamedTuple):
-    """A leaf: an array of our parameter tree, and how published tensors lie in it."""
+    """The layout of a leaf: an array of our parameter tree in which published tensors are stacked."""
 
     shape: tuple[int, ...]  # slots first
     dtype: np.dtype
-    slot_rank: int  # leading dimensions that count slots
-    transpose: bool  # tensors are published [out, in] and lie here as [in, out]
+    slot_rank: int  # number of leading dimensions that index slots
+    transpose: bool  # tensors are published [out, in] and stored here as [in, out]
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """Shape of one slot's tensor as published."""
+        """The published shape of one slot's tensor."""
         inner = self.shape[self.slot_rank :]
         return inner[::-1] if self.transpose else inner
 
 
 class Tensors(Protocol):
-    """The tensors of one leaf, wherever they are stored."""
+    """The tensors of one leaf, independent of how they are stored."""
 
     @property
     def leaf(self) -> Leaf: ...
 
     def rows(self, slot: tuple[int, ...], start: int, stop: int) -> np.ndarray:
-        """Rows of a slot's tensor in published orientation; thread-safe."""
+        """Reads rows of a slot's tensor in published orientation; thread-safe."""
         ...
 
 
 def dequantize_rows(
     values: np.ndarray, scales: np.ndarray, start: int, block: tuple[int, int]
 ) -> np.ndarray:
-    """Rows of a block-scaled FP8 tensor as float32: each value times its block's scale.
+    """Dequantizes rows of a block-scaled FP8 tensor to float32: each value times its block's scale.
 
     Args:
-      values: float8 [rows, in], from row `start` of the tensor on.
-      scales: float32, a row of scales for each row of blocks that `values` lies in.
+      values: float8 [rows, in], starting at row `start` of the tensor.
+      scales: float32, one row of scales per row of blocks that `values` overlaps.
       block: rows and columns, as published, that share a scale.
     """
     height, width = block
@@ -68,7 +68,7 @@ def dequantize_rows(
 
 
 class Dequantized:
-    """Block-scaled FP8 tensors, with a tensor of scales for each, as float32."""
+    """Presents block-scaled FP8 tensors and their scales as float32 tensors."""
 
     def __init__(self, values: Tensors, scales: Tensors, block: tuple[int, int]):
         self.leaf = values.leaf._replace(dtype=np.dtype(np.float32))
@@ -109,14 +109,14 @@ def read_slice(tensors: Tensors, index: Index, dtype: np.dtype) -> np.ndarray:
     tasks = itertools.product(
         itertools.product(*(range(*slot) for slot in slots)), range(first, last, height)
     )
-    # What is read and, of FP8, its float32 and the type asked for.
+    # A block as read, its float32 if it is FP8, and its cast.
     for _ in stream(place, tasks, lambda _: 8 * BLOCK_BYTES):
         pass
     return part[tuple(0 if isinstance(at, int) else slice(None) for at in index)]
 
 
 def bounds(index: Index, shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    """First and one past the last of each dimension; an integer spans one."""
+    """Returns (start, stop) for each dimension; an integer index spans one element."""
     assert len(index) == len(shape), (index, shape)
     box = []
     for at, size in zip(index, shape, strict=True):
@@ -130,7 +130,9 @@ def bounds(index: Index, shape: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def transpose_into(target: np.ndarray, array: np.ndarray) -> None:
-    """target[...] = array.T, 16 rows at a time: five times as fast as NumPy's own, whose writes
-    then stride over the cache."""
+    """Sets target[...] = array.T, 16 rows at a time.
+
+    This is five times as fast as NumPy's assignment, whose strided writes miss the cache.
+    """
     for start in range(0, len(array), 16):
         target[:, start : start + 16] = array[start : start + 16].T

@@ -1,15 +1,14 @@
-"""The folder in which a conversion is written: whole under its name, or not there at all.
+"""The folder in which a conversion is written: complete under its name, or not there at all.
 
-A conversion to `NAME` works in `NAME.partial`, which holds
+A conversion to `NAME` works in `NAME.partial`, which contains
 
-    content/       what becomes NAME when it is complete
-    journal.jsonl  first what is converted to what, then a line for each part that is finished, with
-                   what its writer wants to know of it at the end
+    content/       becomes NAME when it is complete
+    journal.jsonl  first what is converted to what, then one line per finished part, with what the
+                   writer needs to know about it at the end
 
-The last act is to rename `content` to `NAME`, so a crash, Ctrl-C or a full disk leaves nothing that
-could be taken for the result, and the same command again goes on after the last line of the
-journal. A line is written when its part is on the disk, and a line that a crash cut short counts as
-not written.
+The last step renames `content` to `NAME`. So a crash, Ctrl-C or a full disk leaves nothing that
+could be mistaken for the result, and the same command continues after the last line of the journal.
+A line is written once its part is on the disk; a line cut short by a crash is ignored.
 """
 
 from __future__ import annotations
@@ -29,24 +28,25 @@ from dsjax.files import publish
 
 
 class Staging:
-    """Context in which a conversion to `target` is written.
+    """Context for writing a conversion to `target`.
 
     Attributes:
       content: the folder to write into.
-      finished: the parts that this or an earlier call has finished, and what was noted of each.
+      finished: the parts that this or an earlier call has finished, and the note of each.
     """
 
     def __init__(
         self, target: Path, identity: Mapping[str, str | None], say: Callable[[str], None]
     ):
-        """Begins a conversion, or takes up the one that was interrupted.
+        """Starts a conversion, or continues one that was interrupted.
 
         Args:
-          identity: what decides the bytes of the result, by what to call it in a message.
-          say: tells the user a line.
+          identity: everything that determines the bytes of the result, keyed by what a message calls
+            it.
+          say: shows the user a line.
 
         Raises:
-          ValueError: another process is writing there, or what is left there is of another
+          ValueError: another process is writing there, or the folder belongs to another
             conversion.
           OSError: the folder cannot be made or written.
         """
@@ -85,10 +85,10 @@ class Staging:
             ]
             if changed:
                 raise ValueError(
-                    f"{self._folder} holds what is left of another conversion: "
-                    f"{'; '.join(changed)}; delete it to begin again, or name another folder"
+                    f"{self._folder} contains an unfinished conversion of something else: "
+                    f"{'; '.join(changed)}; delete it to start over, or name another folder"
                 )
-            self._say(f"going on after {len(lines) - 1:,} finished parts in {self._folder}")
+            self._say(f"continuing after {len(lines) - 1:,} finished parts in {self._folder}")
             return {line["part"]: line["note"] for line in lines[1:]}
         self._journal.truncate(0)
         if self.content.exists():
@@ -98,7 +98,7 @@ class Staging:
         return {}
 
     def finish(self, part: str, note: Any = None) -> None:
-        """Notes that a part is on the disk, and a JSON value with it."""
+        """Records that a part is on the disk, with a note that JSON can hold."""
         self._append({"part": part, "note": note})
         self.finished[part] = note
 
@@ -107,12 +107,12 @@ class Staging:
         self._journal.flush()
 
     def publish(self) -> None:
-        """Gives the complete content its name."""
+        """Renames the complete content to the target."""
         publish(self.content, self.target)
         self.discard()
 
     def discard(self) -> None:
-        """Removes what was written."""
+        """Removes everything that was written."""
         shutil.rmtree(self._folder)
 
     def __enter__(self) -> Staging:
@@ -126,16 +126,16 @@ class Staging:
     ) -> None:
         self._journal.close()
         if isinstance(error, ValueError):
-            self.discard()  # to go on from here would fail in the same way
+            self.discard()  # continuing from here would fail in the same way
         elif error is not None:
             self._say(
                 f"stopped with {len(self.finished):,} finished parts in {self._folder}; the same "
-                "command goes on from there"
+                "command continues from there"
             )
 
 
 class Converted(NamedTuple):
-    """What one call has done; what an interrupted one had done before it is not counted."""
+    """The work of one call, without that of interrupted calls before it."""
 
     tensors: int
     n_bytes: int
@@ -151,14 +151,14 @@ def partial_folder(target: Path) -> Path:
 
 
 def check_target(target: Path, source: Path) -> None:
-    """Raises ValueError if `target` cannot become the name of something new made from `source`."""
+    """Raises ValueError if `target` cannot be created as a conversion of `source`."""
     if target == source or source in target.parents:
         raise ValueError(
-            f"{target} lies inside {source}, which is converted; name a folder elsewhere"
+            f"{target} is inside {source}, the folder to convert; name a folder elsewhere"
         )
     if os.path.ismount(target):
         raise ValueError(
-            f"{target} is a mount point, which cannot be replaced; name a folder in it"
+            f"{target} is a mount point, which cannot be replaced; name a folder inside it"
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(
@@ -168,8 +168,10 @@ def check_target(target: Path, source: Path) -> None:
 
 
 def check_space(target: Path, needed: int) -> None:
-    """Raises ValueError if the disk of `target` has no room for the `needed` bytes of a conversion,
-    of which an interrupted one may have written a part."""
+    """Raises ValueError if the disk of `target` has no room for a conversion of `needed` bytes.
+
+    Bytes that an interrupted conversion has already written count as free.
+    """
     existing = target
     while not existing.exists():
         existing = existing.parent
@@ -187,7 +189,7 @@ def check_space(target: Path, needed: int) -> None:
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """A digest of names, sizes and times of files: it changes when one of them is written again."""
+    """Hashes names, sizes and modification times of files: a rewritten file changes the digest."""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(files):
         status = file.stat()

@@ -1,15 +1,15 @@
-"""Checkpoints of a run: the arrays of its state and a JSON record, written while it goes on.
+"""Checkpoints of a run: the arrays of its state and a JSON record, written while training continues.
 
-The only module that knows Orbax. A checkpoint is a folder named after its step,
+This is the only module that knows Orbax. A checkpoint is a folder named after its step:
 
     <directory>/<step>/state           every array under its name: params.embed.weight, ...
-    <directory>/<step>/manifest.json   the record (step, data position, versions, ...), and what
-                                       proves that arrays and files are as they were written
+    <directory>/<step>/manifest.json   the record (step, data position, versions, ...), and the hashes
+                                       that prove arrays and files unchanged
 
-While it is written it is called `<step>.partial`, and the last act is to rename it, so that a crash
-leaves either a whole checkpoint or none. A folder with a number for its name that the manifest does
-not confirm has been damaged since, and is never taken for a checkpoint: it becomes
-`<step>.damaged`, and the newest one that is as it was written takes its place.
+While it is being written the folder is called `<step>.partial`, and the last step is to rename it, so
+a crash leaves either a whole checkpoint or none. A numbered folder whose manifest does not match has
+been damaged since. It is never used: it is renamed to `<step>.damaged`, and the newest intact
+checkpoint takes its place.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from dsjax.checkpoint import fingerprint, manifest
 from dsjax.checkpoint.manifest import Damage, File, Manifest
 from dsjax.files import listed, read_json, sync_folder, write_json
 
-# A larger array is stored matrix by matrix, in chunks of at most this size, so that a part of it
-# can be read without the whole.
+# A larger array is stored matrix by matrix in chunks of at most this size, so that part of it can be
+# read without reading all of it.
 CHUNK_BYTES = 256 << 20
 
 _STATE, _PARTIAL, _OLD = "state", ".partial", ".old"
-_PATIENCE_MS = 3_600_000  # for the slowest process to hash its share
+_PATIENCE_MS = 3_600_000  # time for the slowest process to hash its share
 
-# Orbax warns of a folder that it did not make.
+# Orbax warns about folders that it did not create.
 logging.getLogger("absl").addFilter(lambda line: "_CHECKPOINT_METADATA" not in line.getMessage())
 
 
@@ -49,11 +49,12 @@ class Store:
     """The checkpoints of one run, open for writing."""
 
     def __init__(self, directory: Path, *, keep: int):
-        """Opens or makes `directory`, in which the newest `keep` checkpoints stay. What an
-        interrupted save or removal has left there goes.
+        """Opens or creates `directory`, which keeps the newest `keep` checkpoints.
+
+        The remains of an interrupted save or removal are deleted.
 
         Raises:
-          OSError: the directory cannot be made or written.
+          OSError: the directory cannot be created or written.
         """
         self._directory, self._keep = directory.absolute(), keep
         self._there = set(steps(self._directory))
@@ -70,13 +71,13 @@ class Store:
             self._checkpointer = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        """Starts to save `state` (arrays) and `record` (JSON), and returns while it is written.
+        """Starts saving `state` (arrays) and `record` (JSON), and returns while they are written.
 
-        The arrays are copied before this returns: the next step may overwrite their buffers.
+        The arrays are copied before this returns, so the next step may overwrite their buffers.
 
         Raises:
-          ValueError: the state holds NaN or infinity; nothing is written.
-          OSError: this checkpoint, or the one before it, cannot be written.
+          ValueError: the state contains NaN or infinity; nothing is written.
+          OSError: this checkpoint or the previous one cannot be written.
         """
         self.wait()
         if step in self._there:
@@ -102,7 +103,7 @@ class Store:
     def _finish(
         self, step: int, folder: Path, record: dict[str, Any], leaves: dict[str, dict[str, Any]]
     ) -> None:
-        """Runs in a thread: waits for Orbax, writes the manifest, and gives the folder its name."""
+        """Runs in a thread: waits for Orbax, writes the manifest and renames the folder."""
         try:
             self._checkpointer.wait_until_finished()
             files = _hash_together(folder)
@@ -112,17 +113,17 @@ class Store:
                 sync_folder(self._directory)
                 for old in steps(self._directory)[: -self._keep]:
                     self._remove(old)
-        except BaseException as error:  # told to whoever waits
+        except BaseException as error:  # raised by `wait`
             self._failure = error
 
     def _remove(self, step: int) -> None:
-        """Removes a checkpoint; what a crash leaves of it is none any more."""
+        """Removes a checkpoint; after a crash, what remains of it no longer counts as one."""
         old = self._directory / f"{step}{_OLD}"
         (self._directory / str(step)).rename(old)
         shutil.rmtree(old)
 
     def wait(self) -> None:
-        """Returns when the checkpoint that was started is complete.
+        """Waits until the checkpoint that was started is complete.
 
         Raises:
           OSError: it cannot be written.
@@ -136,7 +137,7 @@ class Store:
                 raise failure
 
     def close(self) -> None:
-        """Waits, as `wait` does, and lets go of Orbax's threads."""
+        """Waits, as `wait` does, and shuts down Orbax's threads."""
         try:
             self.wait()
         finally:
@@ -144,32 +145,32 @@ class Store:
 
 
 def steps(directory: Path) -> list[int]:
-    """The steps that have a checkpoint in `directory`, ascending, as far as names tell."""
+    """Lists the steps that have a checkpoint in `directory`, ascending; contents are not checked."""
     return sorted(
         int(folder.name) for folder in _numbered(directory) if (folder / manifest.NAME).is_file()
     )
 
 
 def latest(directory: Path) -> int | None:
-    """The newest step that has a checkpoint in `directory`, as far as names tell; None if there is
-    none."""
+    """Returns the newest step that has a checkpoint in `directory`, or None; contents are not
+    checked."""
     return max(steps(directory), default=None)
 
 
 def newest_whole(
     directory: Path, *, set_aside: bool = False, say: Callable[[str], None]
 ) -> int | None:
-    """The newest step whose checkpoint is as it was written, every byte of it.
+    """Returns the newest step whose checkpoint is as it was written, every byte of it.
 
     Args:
-      set_aside: whether to rename the newer ones, which are damaged, out of the way.
-      say: is told of each that is passed over, and why.
+      set_aside: rename the damaged checkpoints that are newer.
+      say: is told which checkpoints are skipped, and why.
 
     Returns:
-      None if there never was a checkpoint.
+      the step, or None if there is no checkpoint.
 
     Raises:
-      ValueError: there are checkpoints and each is damaged.
+      ValueError: there are checkpoints, and all of them are damaged.
     """
     numbered = sorted(_numbered(directory), key=lambda folder: int(folder.name), reverse=True)
     passed: list[tuple[Path, str]] = []
@@ -181,15 +182,15 @@ def newest_whole(
     else:
         if numbered:
             raise ValueError(
-                f"{directory} holds no checkpoint that is as it was written, and nothing is begun "
-                f"anew over what is left: {listed([trouble for _, trouble in passed])}. Bring one "
-                "back from a copy, or use another --workdir to begin again"
+                f"every checkpoint in {directory} is damaged, and training does not start over on top "
+                f"of them: {listed([trouble for _, trouble in passed])}. Restore one from a copy, or "
+                "use another --workdir to start over"
             )
         return None
     for bad, trouble in passed:
         name = _set_aside(bad).name if set_aside and jax.process_index() == 0 else bad.name
         say(
-            f"{trouble}. The checkpoint of step {bad.name} is not used (it is now {name}); taking "
+            f"{trouble}. The checkpoint of step {bad.name} is not used (it is now {name}); using "
             f"step {folder.name}"
         )
     return int(folder.name)
@@ -205,16 +206,16 @@ def read_record(directory: Path, step: int) -> dict[str, Any]:
 
 
 def restore(directory: Path, step: int, abstract_state: Any) -> Any:
-    """Reads the arrays of `step`, bit for bit, into the shape of `abstract_state`, and checks them
-    against the fingerprints that were taken before they were saved.
+    """Reads the arrays of `step`, bit for bit, into the structure of `abstract_state`, and checks
+    them against the fingerprints taken before they were saved.
 
     Args:
-      abstract_state: pytree of jax.ShapeDtypeStruct, each with its sharding, which may differ from
-        the one the arrays were saved from.
+      abstract_state: pytree of jax.ShapeDtypeStruct, each with a sharding, which may differ from
+        the one that the arrays were saved with.
 
     Raises:
       ValueError: names, shapes or dtypes differ from the checkpoint's; all of them are listed.
-      Damage: values are not those that were saved.
+      Damage: the values are not those that were saved.
     """
     folder = directory.absolute() / str(step)
     leaves = manifest.read(folder).leaves
@@ -227,29 +228,29 @@ def restore(directory: Path, step: int, abstract_state: Any) -> Any:
     if wrong := [name for name in found if inspected[name] != leaves[name]["fingerprint"]]:
         raise Damage(
             f"{folder}: {listed(wrong)} came back with other values than were saved, although the "
-            "files are right; this machine's memory or disk is not to be trusted: try another"
+            "files are intact. Do not trust this machine's memory and disk: try another"
         )
     return jax.tree.unflatten(structure, list(found.values()))
 
 
 def named_arrays(state: Any) -> dict[str, Any]:
-    """The arrays of a state by their names in a checkpoint: params.embed.weight, ..."""
+    """Returns the arrays of a state by their names in a checkpoint: params.embed.weight, ..."""
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     return {".".join(_name(path)): leaf for path, leaf in leaves}
 
 
 def _describe_finite(step: int, state: Any) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and fingerprint of each array of a state, by its name.
+    """Returns shape, dtype and fingerprint of each array of a state, by its name.
 
     Raises:
-      ValueError: arrays hold NaN or infinity.
+      ValueError: arrays contain NaN or infinity.
     """
     arrays = named_arrays(state)
     inspected = fingerprint.inspect(arrays)
     if inspected.not_finite:
         raise ValueError(
-            f"after step {step} the state holds NaN or infinity in {listed(inspected.not_finite)}; "
-            "no checkpoint of it is written"
+            f"after step {step} the state contains NaN or infinity in "
+            f"{listed(inspected.not_finite)}; no checkpoint of it is written"
         )
     return {
         name: {
@@ -262,7 +263,7 @@ def _describe_finite(step: int, state: Any) -> dict[str, dict[str, Any]]:
 
 
 def _hash_together(folder: Path) -> dict[str, File]:
-    """Hashes of all files below a folder, of which each process makes its share; for process 0."""
+    """Hashes all files below a folder, each process a share; process 0 gets all hashes."""
     names, index, count = manifest.listing(folder), jax.process_index(), jax.process_count()
     own = manifest.hash_files(folder, names[index::count])
     if count == 1:
@@ -279,7 +280,7 @@ def _hash_together(folder: Path) -> dict[str, File]:
         files |= {name: File(**entry) for name, entry in read_json(part).items()}
         part.unlink()
     if missing := sorted(set(names) - files.keys()):
-        raise OSError(f"{folder}: not every process sees all files; one lacks {missing[0]}")
+        raise OSError(f"{folder}: not every process sees all files; one does not see {missing[0]}")
     return files
 
 
@@ -301,7 +302,7 @@ def _check_matches(folder: Path, stored: dict[str, dict[str, Any]], asked: dict[
 
 
 def _name(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """The name of a leaf: its keys, without the `.value` between an nnx variable and its array."""
+    """Returns the name of a leaf: its keys, without the `.value` of an nnx variable."""
     keys = [
         str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path
     ]
@@ -309,7 +310,7 @@ def _name(path: tuple[Any, ...]) -> tuple[str, ...]:
 
 
 def _plain(tree: Any) -> dict[str, Any]:
-    """Nested dicts of the leaves, so that a checkpoint needs none of our classes."""
+    """Converts a tree to nested dicts, so that restoring needs none of our classes."""
     plain: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         *groups, last = _name(path)
@@ -323,7 +324,7 @@ def _plain(tree: Any) -> dict[str, Any]:
 def _chunks(array: jax.Array) -> ocp.SaveArgs:
     if math.prod(array.shape) * array.dtype.itemsize <= CHUNK_BYTES:
         return ocp.SaveArgs()
-    matrices = tuple(range(array.ndim - 2))  # the dimensions in front of them
+    matrices = tuple(range(array.ndim - 2))  # the dimensions that index matrices
     return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=matrices)
 
 
@@ -340,14 +341,13 @@ def _numbered(directory: Path) -> list[Path]:
 
 
 def _trouble(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, all processes looking at their share of the files; None if
-    it is as it was written."""
+    """Says what is wrong with a checkpoint, or None; each process checks a share of the files."""
     index, count = jax.process_index(), jax.process_count()
     found: str | None = None
     try:
         whole = manifest.read(folder)
         if (step := whole.record.get("step", int(folder.name))) != int(folder.name):
-            found = f"{folder} holds the checkpoint of step {step}"
+            found = f"{folder} contains the checkpoint of step {step}"
         share = dict(list(whole.files.items())[index::count])
         found = "; ".join(manifest.problems(folder, whole._replace(files=share))) or found
     except Damage as error:
@@ -355,7 +355,7 @@ def _trouble(folder: Path) -> str | None:
     if count > 1:
         bad = np.asarray(multihost_utils.process_allgather(np.int32(found is not None)))
         if found is None and bad.any():
-            found = f"{folder} is damaged, as process {int(bad.argmax())} says"
+            found = f"{folder} is damaged, according to process {int(bad.argmax())}"
     return found
 
 
@@ -370,7 +370,7 @@ def _set_aside(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _reporting_failure(what: str) -> Iterator[None]:
-    """Turns what Orbax and TensorStore raise on a full disk or a closed folder into one OSError."""
+    """Turns the errors of Orbax and TensorStore, on a full or read-only disk, into one OSError."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Work on many tensors in threads, with a bound on the bytes that are held at a time."""
+"""Processes many tensors in threads while bounding the bytes held at any time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Enough to keep a disk busy through the conversion of the largest expert matrices.
+# Enough to keep a disk busy while the largest expert matrices are converted.
 BYTES_HELD = 1 << 30
 
 
@@ -22,14 +22,14 @@ def stream(
     *,
     limit: int = BYTES_HELD,
 ) -> Generator[Result, None, None]:
-    """Yields `work(item)` for each item, in order, while threads work on the items after it.
+    """Yields `work(item)` for each item, in order, while threads work on later items.
 
-    The items under way, waiting to be yielded, and the one the consumer has in hand take at most
-    `limit` bytes together; one that is larger is worked on alone. If the work of an item raises, or
-    the consumer stops, no other item is begun, and those under way end first.
+    Items being processed, results waiting to be yielded, and the result that the consumer holds use
+    at most `limit` bytes together; an item that is larger is processed alone. If the work of an item
+    raises, or the consumer stops, no further item is started, and running ones finish first.
 
     Args:
-      n_bytes: bytes that the work of an item holds, its result included.
+      n_bytes: returns the bytes that the work of an item holds, including its result.
     """
     pool = ThreadPoolExecutor(max(4, os.cpu_count() or 1), thread_name_prefix="stream")
     waiting: deque[tuple[Future[Result], int]] = deque()
@@ -39,7 +39,7 @@ def stream(
             need = n_bytes(item)
             while waiting and held + need > limit:
                 held -= waiting[0][1]
-                # The consumer is done with it when it asks for the next one.
+                # By asking for the next result the consumer has released the previous one.
                 yield waiting.popleft()[0].result()
             waiting.append((pool.submit(work, item), need))
             held += need

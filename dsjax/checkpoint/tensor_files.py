@@ -13,10 +13,10 @@ that shrinks under a mapping kills the process.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +30,8 @@ from dsjax.files import (
     open_regular,
     parse,
     read_json,
+    replacing,
     shown,
-    sync_folder,
     write_json,
 )
 
@@ -253,27 +253,13 @@ def write_shard(folder: Path, shard: Shard, produce: Callable[[str], np.ndarray]
     Raises:
       OSError: it cannot be written; what was written of it is removed.
     """
-    target = folder / shard.file_name
-    partial = target.with_name(target.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(_header(shard.tensors))
-            for tensor in shard.tensors:
-                array = produce(tensor.name)
-                assert (array.dtype, array.shape) == (tensor.dtype, tensor.shape), (
-                    f"{tensor.name} is {array.dtype}{list(array.shape)}, "
-                    f"planned as {tensor.dtype}{list(tensor.shape)}"
-                )
-                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-                del array  # before the next one is made
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
-    sync_folder(folder)
+    with replacing(folder / shard.file_name) as file:
+        file.write(_header(shard.tensors))
+        for tensor in shard.tensors:
+            array = produce(tensor.name)
+            assert (array.dtype, array.shape) == (tensor.dtype, tensor.shape), tensor
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            del array  # before the next one is made
 
 
 def write_index(folder: Path, shards: Sequence[Shard]) -> None:
@@ -324,17 +310,15 @@ def _read_index(path: Path, found: Sequence[str], problems: list[str]) -> dict[s
         if file not in present:
             problems.append(
                 f"{file} is missing; download it"
-                if file.endswith(".safetensors") and _is_plain(file)
+                if re.fullmatch(r"[^/\\]+\.safetensors", file)
+                and ".." not in file
+                and file.isprintable()
                 else f"{INDEX} names {shown(file)}, which is not the plain name of a .safetensors "
                 "file in this folder"
             )
     extra = sorted(present - set(weight_map.values()))
     problems += [f"{name} is not in {INDEX}; remove it or the index" for name in extra]
     return weight_map
-
-
-def _is_plain(name: str) -> bool:
-    return name.isprintable() and not any(mark in name for mark in ("/", "\\", ".."))
 
 
 def _disagreements(

@@ -182,7 +182,7 @@ def test_import_refuses_to_go_on_when_the_source_has_changed(tmp_path):
     os.utime(source / "model.safetensors", ns=(1, 1))
     with pytest.raises(ValueError, match=r"another conversion: the state of its files was .* now"):
         bring_in(source, tmp_path / "out")
-    with pytest.raises(ValueError, match="--dtype was keep, now float32; delete it to begin again"):
+    with pytest.raises(ValueError, match="--dtype was keep, now float32; delete it to start over"):
         bring_in(source, tmp_path / "out", "float32")
 
 
@@ -266,7 +266,7 @@ def test_import_refuses_wrong_usage_before_it_writes(published, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"config\.json does not exist"):
         bring_in(tmp_path / "empty", tmp_path / "out")
-    with pytest.raises(ValueError, match="lies inside"):
+    with pytest.raises(ValueError, match="is inside"):
         bring_in(published, published / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("")

@@ -110,7 +110,7 @@ def test_other_damage_is_noticed(checkpoint, tmp_path, harm, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "manifest.json is missing: it is written last"),
+        (None, "manifest.json is missing. It is written last"),
         ("", "SHA-256"),
         ('{"sha256": 1}', "SHA-256"),
         ("{}\n", "SHA-256"),

@@ -63,7 +63,7 @@ def test_staging_goes_on_after_what_is_finished(tmp_path):
         assert work.finished == {"a": None, "b": None}
         assert (work.content / "a").read_text() == "a"
         work.finish("d", {"size": 1})
-    assert said == [f"going on after 2 finished parts in {folder}"]
+    assert said == [f"continuing after 2 finished parts in {folder}"]
     lines = (folder / "journal.jsonl").read_text().splitlines()
     notes = [(part, None) for part in "ab"] + [("d", {"size": 1})]
     wanted = [{"part": part, "note": note} for part, note in notes]
@@ -127,7 +127,7 @@ def test_staging_keeps_nothing_of_what_can_only_fail_again(tmp_path):
 
 def test_target_inside_the_source_is_refused(tmp_path):
     for target in (tmp_path, tmp_path / "a" / "b"):
-        with pytest.raises(ValueError, match=r"lies inside .* which is converted; name a folder"):
+        with pytest.raises(ValueError, match=r"is inside .* the folder to convert; name a folder"):
             check_target(target, tmp_path)
     check_target(tmp_path.parent / f"{tmp_path.name}-converted", tmp_path)
 
@@ -143,7 +143,7 @@ def test_target_that_is_taken_is_refused(tmp_path):
 
 def test_target_that_is_a_mount_point_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(staging.os.path, "ismount", lambda path: path == tmp_path / "disk")
-    with pytest.raises(ValueError, match=r"disk is a mount point, .* name a folder in it"):
+    with pytest.raises(ValueError, match=r"disk is a mount point, .* name a folder inside it"):
         check_target(tmp_path / "disk", tmp_path / "hf")
 
 

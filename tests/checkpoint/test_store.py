@@ -137,7 +137,7 @@ def test_store_passes_over_what_is_damaged_and_keeps_it_aside(saved, tmp_path):
         "9/manifest.json",
         "8/state/commit_success.txt",
     ]
-    assert "step 8 is not used (it is now 8.damaged); taking step 4" in said[2]
+    assert "step 8 is not used (it is now 8.damaged); using step 4" in said[2]
     checkpoints = store.Store(tmp_path, keep=2)
     checkpoints.save(8, state, {"step": 8})
     checkpoints.close()
@@ -158,7 +158,7 @@ def test_store_begins_nothing_anew_over_what_is_damaged(saved, tmp_path):
 def test_store_refuses_a_checkpoint_that_lies_under_another_name(saved, tmp_path):
     """Whole in itself, but of another step."""
     shutil.copytree(saved[0] / "4", tmp_path / "6")
-    with pytest.raises(ValueError, match="6 holds the checkpoint of step 4"):
+    with pytest.raises(ValueError, match="6 contains the checkpoint of step 4"):
         store.newest_whole(tmp_path, say=print)
 
 

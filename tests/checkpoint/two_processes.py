@@ -44,7 +44,7 @@ def main(index: int, port: str, folder: Path) -> None:
     multihost_utils.sync_global_devices("damaged")
     said: list[str] = []
     assert store.newest_whole(folder, set_aside=True, say=said.append) == 2
-    assert "is damaged" in said[0] and "taking step 2" in said[0]
+    assert "is damaged" in said[0] and "using step 2" in said[0]
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
     )

@@ -102,6 +102,6 @@ def test_restored_run_says_what_changed(config, tmp_path):
     close(run)
     assert run.step == 2 and run.loader.state()["next_row"] == 16 and run.seconds > 5
     assert "after step 2 of 3" in output.getvalue()
-    assert "3 is not used (it is now 3.damaged); taking step 2" in output.getvalue()
+    assert "3 is not used (it is now 3.damaged); using step 2" in output.getvalue()
     assert f"jax 0.0 -> {jax.__version__}" in output.getvalue()
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["bos_token"]
