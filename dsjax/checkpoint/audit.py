@@ -1,4 +1,5 @@
-"""The reports of tools/checkpoint.py, made from manifests alone: no model is built, jax not used."""
+"""The reports of tools/checkpoint.py, made from manifests alone: no model is built, jax not
+used."""
 
 from __future__ import annotations
 

@@ -2,13 +2,13 @@
 
 A fingerprint is a sum modulo 2^64 over the elements of an array: the element's bits times an odd
 number derived from its position in the whole array. Each process sums the shards that it owns, so
-the partial sums add up to the same total on any mesh. Odd numbers are invertible modulo 2^64, so any
-change of a single element, down to one bit, changes the sum; changes of several elements cancel with
-a probability of about 2^-64. This guards against accidents, not against someone who constructs a
-collision.
+the partial sums add up to the same total on any mesh. Odd numbers are invertible modulo 2^64, so
+any change of a single element, down to one bit, changes the sum; changes of several elements cancel
+with a probability of about 2^-64. This guards against accidents, not against someone who constructs
+a collision.
 
-The sums are computed on the host with NumPy, a block at a time in threads: for 156 leaves, compiling
-a program for the CPU took thirty times as long as all of this.
+The sums are computed on the host with NumPy, a block at a time in threads: for 156 leaves,
+compiling a program for the CPU took thirty times as long as all of this.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Inspection(NamedTuple):
 
 
 def inspect(arrays: Mapping[str, jax.Array]) -> Inspection:
-    """Computes the fingerprints of arrays and finds NaN and infinity; elements have at most 32 bits.
+    """Computes the fingerprints of arrays and finds NaN and infinity; elements have at most 32
+    bits.
 
     With several processes, each one covers the shards that it owns, and all return the same.
     """

@@ -7,9 +7,9 @@
         "leaves": {...},     shape, dtype and, for a run's state, fingerprint of each array
         "files": {...}}      size and SHA-256 of each file
 
-Neither Orbax nor safetensors notices a flipped bit in an array. Here every byte is covered: each file
-by its SHA-256, the manifest by the one in its first line. A manifest proves that a checkpoint is as
-it was written. It is not a signature, so it does not prove who wrote it.
+Neither Orbax nor safetensors notices a flipped bit in an array. Here every byte is covered: each
+file by its SHA-256, the manifest by the one in its first line. A manifest proves that a checkpoint
+is as it was written. It is not a signature, so it does not prove who wrote it.
 
 Files are hashed in threads, one file per thread, in pieces. With several processes each process
 hashes a share of the files, so that every byte is hashed once.
@@ -95,8 +95,8 @@ def read(folder: Path) -> Manifest:
     path = folder / NAME
     if not path.is_file():
         raise Damage(
-            f"{path} is missing. It is written last, so {folder} is incomplete, or was written by an "
-            f"early version of dsjax; {_REMEDY}"
+            f"{path} is missing. It is written last, so {folder} is incomplete, or of an early "
+            f"version of dsjax; {_REMEDY}"
         )
     try:
         data = read_regular(path, MAX_BYTES)

@@ -21,8 +21,8 @@ CHOICES = ("keep", "bfloat16", "float32", "fp8")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 BLOCK = WEIGHT_BLOCK
 
-# The integer type of a dtype's bits, the mask of all but the sign, and the smallest masked value that
-# is infinity or NaN.
+# The integer type of a dtype's bits, the mask of all but the sign, and the smallest masked value
+# that is infinity or NaN.
 _NOT_FINITE = {
     FP8: (np.uint8, 0x7F, 0x7F),
     np.dtype(np.float16): (np.uint16, 0x7FFF, 0x7C00),
@@ -55,8 +55,8 @@ def stored_dtype(choice: str, tensor: Tensor, current: np.dtype) -> np.dtype:
 
 
 def recode(stored: Stored, dtype: np.dtype, block: tuple[int, int]) -> Stored:
-    """Converts between FP8 with scales and plain floats; returns the input if the dtype is the same."""
-    if stored.values.dtype == dtype:
+    """Converts between FP8 with scales and plain floats; returns the input if the dtype is the
+    same.""" if stored.values.dtype == dtype:
         return stored
     if dtype == FP8:
         quantized = quantize_block(stored.values, block)

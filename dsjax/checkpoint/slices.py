@@ -2,8 +2,8 @@
 
 A leaf stacks tensors of a published checkpoint, one per slot; a slot is a layer, or a layer and an
 expert. `read_slice` reads only the slots, and within each only the rows, that a slice needs. It
-works on one block of rows at a time in several threads, and transposes, casts and places each block,
-so memory is bounded by the slice and a few blocks, whatever the size of the leaf.
+works on one block of rows at a time in several threads, and transposes, casts and places each
+block, so memory is bounded by the slice and a few blocks, whatever the size of the leaf.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ Index = Sequence[slice | int]
 
 
 class Leaf(NamedTuple):
-    """The layout of a leaf: an array of our parameter tree in which published tensors are stacked."""
+    """The layout of a leaf: an array of our parameter tree in which published tensors are
+    stacked."""
 
     shape: tuple[int, ...]  # slots first
     dtype: np.dtype

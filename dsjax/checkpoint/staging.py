@@ -41,7 +41,8 @@ class Staging:
         """Starts a conversion, or continues one that was interrupted.
 
         Args:
-          identity: everything that determines the bytes of the result, keyed by what a message calls
+          identity: everything that determines the bytes of the result, keyed by what a message
+          calls
             it.
           say: shows the user a line.
 

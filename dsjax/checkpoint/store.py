@@ -1,14 +1,16 @@
-"""Checkpoints of a run: the arrays of its state and a JSON record, written while training continues.
+"""Checkpoints of a run: the arrays of its state and a JSON record, written while training
+continues.
 
 This is the only module that knows Orbax. A checkpoint is a folder named after its step:
 
     <directory>/<step>/state           every array under its name: params.embed.weight, ...
-    <directory>/<step>/manifest.json   the record (step, data position, versions, ...), and the hashes
+    <directory>/<step>/manifest.json   the record (step, data position, versions, ...), and the
+    hashes
                                        that prove arrays and files unchanged
 
-While it is being written the folder is called `<step>.partial`, and the last step is to rename it, so
-a crash leaves either a whole checkpoint or none. A numbered folder whose manifest does not match has
-been damaged since. It is never used: it is renamed to `<step>.damaged`, and the newest intact
+While it is being written the folder is called `<step>.partial`, and the last step is to rename it,
+so a crash leaves either a whole checkpoint or none. A numbered folder whose manifest does not match
+has been damaged since. It is never used: it is renamed to `<step>.damaged`, and the newest intact
 checkpoint takes its place.
 """
 
@@ -34,8 +36,8 @@ from dsjax.checkpoint import fingerprint, manifest
 from dsjax.checkpoint.manifest import Damage, File, Manifest
 from dsjax.files import listed, read_json, sync_folder, write_json
 
-# A larger array is stored matrix by matrix in chunks of at most this size, so that part of it can be
-# read without reading all of it.
+# A larger array is stored matrix by matrix in chunks of at most this size, so that part of it can
+# be read without reading all of it.
 CHUNK_BYTES = 256 << 20
 
 _STATE, _PARTIAL, _OLD = "state", ".partial", ".old"
@@ -145,8 +147,8 @@ class Store:
 
 
 def steps(directory: Path) -> list[int]:
-    """Lists the steps that have a checkpoint in `directory`, ascending; contents are not checked."""
-    return sorted(
+    """Lists the steps that have a checkpoint in `directory`, ascending; contents are not
+    checked.""" return sorted(
         int(folder.name) for folder in _numbered(directory) if (folder / manifest.NAME).is_file()
     )
 
@@ -182,9 +184,9 @@ def newest_whole(
     else:
         if numbered:
             raise ValueError(
-                f"every checkpoint in {directory} is damaged, and training does not start over on top "
-                f"of them: {listed([trouble for _, trouble in passed])}. Restore one from a copy, or "
-                "use another --workdir to start over"
+                f"every checkpoint in {directory} is damaged, and training does not start over on "
+                f"top of them: {listed([trouble for _, trouble in passed])}. Restore one from a "
+                "copy, or use another --workdir to start over"
             )
         return None
     for bad, trouble in passed:

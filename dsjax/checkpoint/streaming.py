@@ -25,8 +25,8 @@ def stream(
     """Yields `work(item)` for each item, in order, while threads work on later items.
 
     Items being processed, results waiting to be yielded, and the result that the consumer holds use
-    at most `limit` bytes together; an item that is larger is processed alone. If the work of an item
-    raises, or the consumer stops, no further item is started, and running ones finish first.
+    at most `limit` bytes together; an item that is larger is processed alone. If the work of an
+    item raises, or the consumer stops, no further item is started, and running ones finish first.
 
     Args:
       n_bytes: returns the bytes that the work of an item holds, including its result.
