@@ -55,8 +55,8 @@ def stored_dtype(choice: str, tensor: Tensor, current: np.dtype) -> np.dtype:
 
 
 def recode(stored: Stored, dtype: np.dtype, block: tuple[int, int]) -> Stored:
-    """Converts between FP8 with scales and plain floats; returns the input if the dtype is the
-    same.""" if stored.values.dtype == dtype:
+    """Converts between FP8 with scales and plain floats; the same dtype returns the input."""
+    if stored.values.dtype == dtype:
         return stored
     if dtype == FP8:
         quantized = quantize_block(stored.values, block)

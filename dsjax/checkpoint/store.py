@@ -1,12 +1,10 @@
-"""Checkpoints of a run: the arrays of its state and a JSON record, written while training
-continues.
+"""Checkpoints of a run: arrays and a JSON record, written while training continues.
 
 This is the only module that knows Orbax. A checkpoint is a folder named after its step:
 
     <directory>/<step>/state           every array under its name: params.embed.weight, ...
     <directory>/<step>/manifest.json   the record (step, data position, versions, ...), and the
-    hashes
-                                       that prove arrays and files unchanged
+                                       hashes that prove arrays and files unchanged
 
 While it is being written the folder is called `<step>.partial`, and the last step is to rename it,
 so a crash leaves either a whole checkpoint or none. A numbered folder whose manifest does not match
@@ -147,15 +145,14 @@ class Store:
 
 
 def steps(directory: Path) -> list[int]:
-    """Lists the steps that have a checkpoint in `directory`, ascending; contents are not
-    checked.""" return sorted(
+    """Lists the steps with a checkpoint in `directory`, ascending; contents are not checked."""
+    return sorted(
         int(folder.name) for folder in _numbered(directory) if (folder / manifest.NAME).is_file()
     )
 
 
 def latest(directory: Path) -> int | None:
-    """Returns the newest step that has a checkpoint in `directory`, or None; contents are not
-    checked."""
+    """Returns the newest step with a checkpoint, or None; contents are not checked."""
     return max(steps(directory), default=None)
 
 

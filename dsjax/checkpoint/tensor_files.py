@@ -1,14 +1,14 @@
 """Safetensors files: the only module that opens Hugging Face's weight files.
 
-A file is `n` (8 bytes, little-endian), a JSON header of `n` bytes that gives each tensor's dtype,
-shape and byte range, then the bytes of the tensors. Headers are parsed here, strictly and in linear
-time: whatever a header claims (overlaps, holes, ranges outside the file, shapes that do not fit
-their range, 2^62 bytes of header) is checked against the file before a byte of data is read, and
-nothing that a header or an index says becomes a path. The Hugging Face library accepts a duplicate
-key, and joins the index's file names to the folder unchecked; here both are refused.
+A file is `n` (8 bytes, little-endian), a JSON header of `n` bytes with the dtype, shape and byte
+range of each tensor, then the bytes of the tensors. Headers are parsed here, strictly and in linear
+time. Everything that a header claims (overlaps, holes, ranges outside the file, shapes that do not
+fit their range, 2^62 bytes of header) is checked against the file before any data is read, and
+nothing that a header or an index says is used as a path. The Hugging Face library accepts duplicate
+keys and joins the index's file names to the folder unchecked; both are refused here.
 
-Reading is `pread` into an array of its own, not a mapping: mapped pages count as memory, and a file
-that shrinks under a mapping kills the process.
+Data is read with `pread` into arrays, not mapped: mapped pages count as memory, and a file that
+shrinks while mapped kills the process.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".distcp")
 
 
 class TensorInfo(NamedTuple):
-    """A tensor and where its bytes stand."""
+    """A tensor and the location of its bytes."""
 
     name: str
     dtype: np.dtype
@@ -84,11 +84,11 @@ class Shard(NamedTuple):
 
 
 class TensorFolder:
-    """The tensors of a folder of safetensors files, whose headers have all been checked.
+    """The tensors of a folder of safetensors files whose headers have been checked.
 
     Attributes:
       tensors: by name.
-      total_bytes: of all tensors, without the headers.
+      total_bytes: of all tensors, excluding headers.
     """
 
     def __init__(self, path: Path, tensors: dict[str, TensorInfo], sizes: dict[Path, int]):
@@ -100,18 +100,17 @@ class TensorFolder:
         return list(self._sizes)
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """Reads a tensor, or some `rows` of its first dim, into an array of its own, C order.
-
-        Threads may read at the same time.
+        """Reads a tensor, or `rows` of its first dimension, into a new C-ordered array;
+        thread-safe.
 
         Raises:
-          ValueError: the file has another length than when it was opened, or ends early.
+          ValueError: the length of the file has changed since it was opened.
         """
         tensor = self.tensors[name]
         shape, offset, n_bytes = tensor.shape, tensor.offset, tensor.n_bytes
         if rows is not None:
             start, stop, step = rows.indices(shape[0])
-            assert step == 1, f"rows are read in order, not in steps of {step}"
+            assert step == 1, step
             row_bytes = n_bytes // max(shape[0], 1)
             shape = (max(stop - start, 0), *shape[1:])
             offset, n_bytes = offset + start * row_bytes, shape[0] * row_bytes
@@ -128,7 +127,7 @@ class TensorFolder:
         return data.view(tensor.dtype).reshape(shape)
 
     def equal(self, one: str, other: str) -> bool:
-        """Whether two tensors hold the same: bit for bit, or in value where their dtypes differ."""
+        """Compares two tensors: bit for bit, or by value if their dtypes differ."""
         left, right = self.tensors[one], self.tensors[other]
         if left.shape != right.shape:
             return False
@@ -148,7 +147,7 @@ def open_folder(path: Path) -> TensorFolder:
 
     Raises:
       ValueError: there are no such files (pickled ones are refused), or files, headers and index
-        are not whole and in agreement; all that is wrong is listed.
+        are incomplete or disagree; every problem is listed.
     """
     names = _listing(path)
     found = [name for name in names if name.endswith(".safetensors")]
@@ -158,7 +157,7 @@ def open_folder(path: Path) -> TensorFolder:
     weight_map = _read_index(path, found, problems) if INDEX in names else None
     if weight_map is None and not problems and len(found) > 1:
         problems.append(
-            f"there are {len(found)} .safetensors files and no {INDEX} to say which belong "
+            f"there are {len(found)} .safetensors files but no {INDEX} to say which belong "
             "together; download it too"
         )
     tensors: dict[str, TensorInfo] = {}
@@ -183,11 +182,11 @@ def open_folder(path: Path) -> TensorFolder:
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], int]:
-    """Reads and checks a file's header; returns its tensors by name and the file's bytes.
+    """Reads and checks a file's header; returns its tensors by name and the size of the file.
 
     Raises:
-      ValueError: the file is not a whole safetensors file; names the rule that it breaks, or what
-        the file is instead.
+      ValueError: the file is not a whole safetensors file; says which rule it breaks, or what kind
+        of file it is instead.
     """
     descriptor = open_regular(file)
     try:
@@ -209,7 +208,7 @@ def _read_header(descriptor: int, file: Path, size: int) -> bytes:
     if length > MAX_HEADER_BYTES:
         raise ValueError(
             f"{file} claims a header of {length:,} bytes, more than the {MAX_HEADER_BYTES:,} "
-            "allowed; it is damaged or no safetensors file"
+            "allowed; it is damaged or not a safetensors file"
         )
     if 8 + length > size:
         raise ValueError(
@@ -222,10 +221,10 @@ def _read_header(descriptor: int, file: Path, size: int) -> bytes:
 def plan_shards(
     tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]], max_bytes: int = MAX_SHARD_BYTES
 ) -> list[Shard]:
-    """Spreads tensors (name, dtype, shape) over files of at most `max_bytes`, in order.
+    """Distributes tensors (name, dtype, shape), in order, over files of at most `max_bytes`.
 
-    A tensor larger than that has a file of its own. Inside a file wider dtypes come first, so that
-    each tensor starts at a multiple of its item size, which readers that map the file rely on.
+    A larger tensor gets a file of its own. Within a file wider dtypes come first, so that each
+    tensor starts at a multiple of its item size, which readers that map the file rely on.
     """
     groups: list[list[TensorInfo]] = [[]]
     room = max_bytes
@@ -245,13 +244,13 @@ def plan_shards(
 
 
 def write_shard(folder: Path, shard: Shard, produce: Callable[[str], np.ndarray]) -> None:
-    """Writes a file, holding one tensor at a time, under another name until it is whole.
+    """Writes a file atomically, holding one tensor in memory at a time.
 
     Args:
-      produce: returns the tensor of a name, in the planned dtype and shape.
+      produce: returns the tensor with a given name, in the planned dtype and shape.
 
     Raises:
-      OSError: it cannot be written; what was written of it is removed.
+      OSError: the file cannot be written; the partial file is removed.
     """
     with replacing(folder / shard.file_name) as file:
         file.write(_header(shard.tensors))
@@ -263,7 +262,7 @@ def write_shard(folder: Path, shard: Shard, produce: Callable[[str], np.ndarray]
 
 
 def write_index(folder: Path, shards: Sequence[Shard]) -> None:
-    """Writes the index that says which file holds which tensor; a single file needs none."""
+    """Writes the index of which file holds which tensor; a single file needs none."""
     if len(shards) == 1:
         return
     weight_map = {tensor.name: shard.file_name for shard in shards for tensor in shard.tensors}
@@ -281,17 +280,17 @@ def _listing(path: Path) -> list[str]:
 def _without_safetensors(path: Path, names: Sequence[str]) -> str:
     pickled = [name for name in names if name.removesuffix(".index.json").endswith(_PICKLED)]
     if not pickled:
-        return f"{path} holds no .safetensors files; download the weights into it"
+        return f"{path} has no .safetensors files; download the weights into it"
     return (
-        f"{path} holds its weights as {', '.join(pickled[:3])}, in Python's pickle format, which "
-        "runs code of the file's author when it is read, so dsjax never does; download the "
-        "safetensors files (on the Hub often the revision refs/pr/1 of such a repository), or "
-        "convert these elsewhere, on a machine with nothing to lose"
+        f"{path} has its weights as {', '.join(pickled[:3])}, in Python's pickle format. Reading a "
+        "pickle runs code of its author, so dsjax never does; download the safetensors files (on "
+        "the Hub often the revision refs/pr/1 of such a repository), or convert these elsewhere, "
+        "on a machine with nothing to lose"
     )
 
 
 def _read_index(path: Path, found: Sequence[str], problems: list[str]) -> dict[str, str] | None:
-    """Reads which file should hold which tensor, and compares the files with those `found`."""
+    """Reads the file of each tensor from the index, and compares the files with those `found`."""
     try:
         weight_map = read_json(path / INDEX).get("weight_map")
     except ValueError as error:
@@ -303,8 +302,8 @@ def _read_index(path: Path, found: Sequence[str], problems: list[str]) -> dict[s
     weight_map = {
         name: file if isinstance(file, str) else repr(file) for name, file in weight_map.items()
     }
-    # File names are compared with the folder's own listing and never joined to it: a separator,
-    # "..", or the name of a file elsewhere cannot be in a listing.
+    # File names are looked up in the folder's own listing and never joined to its path: a listing
+    # cannot contain a separator, "..", or a file elsewhere.
     present = set(found)
     for file in dict.fromkeys(weight_map.values()):
         if file not in present:
@@ -324,7 +323,7 @@ def _read_index(path: Path, found: Sequence[str], problems: list[str]) -> dict[s
 def _disagreements(
     weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo], read: set[str]
 ) -> list[str]:
-    """What the index says of the files that could be read and is not so."""
+    """Lists where the index contradicts the files that could be read."""
     problems = []
     for name, file in weight_map.items():
         if file in read and (name not in tensors or tensors[name].file.name != file):
@@ -337,7 +336,7 @@ def _disagreements(
 
 def _parse_header(data: bytes, file: Path, size: int) -> dict[str, TensorInfo]:
     if data[:1] != b"{":
-        raise ValueError(f"{file}: the header does not start with '{{'; no safetensors file")
+        raise ValueError(f"{file}: the header does not start with '{{'; not a safetensors file")
     header = parse(data, f"{file}: the header")
     metadata = header.pop("__metadata__", {})
     if type(metadata) is not dict or not all(type(text) is str for text in metadata.values()):
@@ -368,33 +367,29 @@ def _parse_header(data: bytes, file: Path, size: int) -> dict[str, TensorInfo]:
 
 
 def _check_entry(file: Path, name: str, entry: Any) -> tuple[int, int, np.dtype]:
-    """Checks a tensor's entry on its own; returns begin and end of its bytes, and its dtype."""
+    """Checks a tensor's entry by itself; returns the begin and end of its bytes, and its dtype."""
+    place = f"{file}: tensor {shown(name)}"
     if not name or len(name) > MAX_NAME or not name.isprintable():
         raise ValueError(
             f"{file}: the tensor name {shown(name)} is empty, longer than {MAX_NAME} characters or "
             "not printable"
         )
     if type(entry) is not dict or entry.keys() != _ENTRY:
-        raise ValueError(
-            f"{file}: tensor {shown(name)} must have exactly dtype, shape and data_offsets"
-        )
+        raise ValueError(f"{place} must have exactly dtype, shape and data_offsets")
+    shape, offsets, kind = entry["shape"], entry["data_offsets"], shown(str(entry["dtype"]))
     dtype = _DTYPES.get(entry["dtype"]) if type(entry["dtype"]) is str else None
     if dtype is None:
-        raise ValueError(
-            f"{file}: tensor {shown(name)} has dtype {shown(str(entry['dtype']))}, "
-            f"only {', '.join(_DTYPES)} can be read"
-        )
-    shape, offsets = entry["shape"], entry["data_offsets"]
+        raise ValueError(f"{place} has dtype {kind}, only {', '.join(_DTYPES)} can be read")
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or len(shape) > 32:
         raise ValueError(
-            f"{file}: tensor {shown(name)}: shape and data_offsets must be lists of integers that "
-            f"are not negative, not {str(shape)[:80]} and {str(offsets)[:80]}"
+            f"{place}: shape and data_offsets must be lists of integers that are not negative, not "
+            f"{str(shape)[:80]} and {str(offsets)[:80]}"
         )
     begin, end = offsets
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(
-            f"{file}: tensor {shown(name)} of shape {str(shape)[:80]} and dtype {entry['dtype']} "
-            f"does not fill its bytes {begin} to {end}"
+            f"{place} of shape {str(shape)[:80]} and dtype {entry['dtype']} does not fill its "
+            f"bytes {begin} to {end}"
         )
     return begin, end, dtype
 
@@ -404,7 +399,7 @@ def _counts(values: Any) -> bool:
 
 
 def _pread(descriptor: int, file: Path, offset: int, n_bytes: int) -> np.ndarray:
-    """Reads exactly `n_bytes`, in as many calls as the system takes (2 GB at most in one)."""
+    """Reads exactly `n_bytes`, in several calls if needed (at most 2 GB per call)."""
     data = np.empty(n_bytes, np.uint8)
     view = data.data
     done = 0
@@ -413,7 +408,7 @@ def _pread(descriptor: int, file: Path, offset: int, n_bytes: int) -> np.ndarray
         if count == 0:
             raise ValueError(
                 f"{file} ended at byte {offset + done:,}, {n_bytes - done:,} bytes early; it was "
-                "cut short while in use"
+                "truncated while in use"
             )
         done += count
     return data
@@ -430,7 +425,7 @@ def _lay_out(file_name: str, group: list[TensorInfo]) -> Shard:
 
 
 def _header(tensors: Sequence[TensorInfo]) -> bytes:
-    """The length and the JSON, padded with spaces so that data starts at a multiple of 8 bytes."""
+    """Formats length and JSON, padded with spaces so that data starts at a multiple of 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for tensor in tensors:

@@ -162,14 +162,14 @@ def test_weights_are_restored_by_orbax_onto_a_mesh(folder):
 
 def test_weights_without_metadata_are_refused(tmp_path):
     write(tmp_path, finish=False)
-    with pytest.raises(ValueError, match=r"no complete checkpoint: it has no _METADATA.*again"):
+    with pytest.raises(ValueError, match=r"not a complete checkpoint: it has no _METADATA.*again"):
         Weights(tmp_path)
 
 
 def test_weights_that_are_written_again_are_not_whole_meanwhile(tmp_path):
     write(tmp_path)
     again = WeightsWriter(tmp_path, LEAVES, BLOCK)
-    with pytest.raises(ValueError, match="no complete checkpoint"):
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
         Weights(tmp_path)
     again.finish()  # the chunks are still there
     assert_close(Weights(tmp_path).read(NORM, everything(NORM)), array(NORM), EXACT)
