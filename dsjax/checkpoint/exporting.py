@@ -1,12 +1,13 @@
-"""A checkpoint of ours -> a Hugging Face folder, as if DeepSeek had published it.
+"""Converts a checkpoint of ours to a Hugging Face folder, as if DeepSeek had published it.
 
-The source is a converted folder or the folder of a run. Its tensors go out under their published
-names in layer order, in shards of at most 5 GB, MTP layers with their copies of embedding and head.
-Reading and converting runs ahead of writing in threads; an export that was interrupted goes on
-after its last whole shard.
+The source is a converted folder or the folder of a run. Tensors are written under their published
+names in layer order, in shards of at most 5 GB; MTP layers include their copies of embedding and
+head. Threads read and convert ahead of the writer. An interrupted export continues after its last
+complete shard.
 
-config.json is the published one where there is one, with what is written now: dtype, FP8 blocks,
-number of MTP layers. Its `auto_map` goes, because the code that it names is not taken along.
+config.json is the published one, if there is one, with the dtype, FP8 blocks and number of MTP
+layers that are written now. Its `auto_map` is removed, because the code that it names is not
+copied.
 """
 
 from __future__ import annotations
@@ -54,19 +55,20 @@ class Part(NamedTuple):
 
     @property
     def bytes_held(self) -> int:
-        """While the part is made."""
+        """Memory used while the part is converted."""
         return math.prod(self.tensor.shape) * (self.stored.itemsize + self.wanted.itemsize)
 
 
 def export_checkpoint(source: Path, target: Path, *, dtype: str, progress: Transfer) -> Converted:
-    """Makes the Hugging Face folder `target` of a converted folder or a run's newest checkpoint.
+    """Creates the Hugging Face folder `target` from a converted folder or the newest checkpoint of
+    a run.
 
     Args:
       dtype: one of `recode.CHOICES`.
 
     Raises:
-      ValueError: the source is no whole checkpoint of ours, or holds NaN or infinity; its shape has
-        no published form; the target is taken or has no room.
+      ValueError: the source is not a complete checkpoint of ours, contains NaN or infinity, or has
+        a shape without a published form; the target exists or its disk is too full.
       OSError: a file cannot be read or written.
     """
     started = time.monotonic()
@@ -77,7 +79,7 @@ def export_checkpoint(source: Path, target: Path, *, dtype: str, progress: Trans
     weights = checkpoint.weights
     if weights is None:
         raise ValueError(
-            f"{source} is a Hugging Face folder already; import it, and export what that makes"
+            f"{source} is a Hugging Face folder already; import it, then export the result"
         )
     parts = _plan(checkpoint, weights, dtype)
     block = weights.block or BLOCK
@@ -113,7 +115,7 @@ def _n_bytes(shard: Shard) -> int:
 
 
 def _plan(checkpoint: Checkpoint, weights: Weights, choice: str) -> dict[str, Part]:
-    """Every tensor of the export by its published name, in layer order."""
+    """Returns every tensor of the export by its published name, in layer order."""
     parts = {}
     for tensor in names.tensors(checkpoint.model, checkpoint.family):
         stored = weights.leaves[leaf_name(tensor)].dtype
@@ -125,10 +127,10 @@ def _plan(checkpoint: Checkpoint, weights: Weights, choice: str) -> dict[str, Pa
 
 
 def _read(weights: Weights, part: Part, block: tuple[int, int]) -> np.ndarray:
-    """Makes a part, in published orientation.
+    """Converts a part, in published orientation.
 
     Raises:
-      ValueError: it holds NaN or infinity.
+      ValueError: it contains NaN or infinity.
     """
     name, slot, turned = leaf_name(part.tensor), part.tensor.slot, part.tensor.transpose
     if part.is_scales and part.stored == FP8:
@@ -142,8 +144,8 @@ def _read(weights: Weights, part: Part, block: tuple[int, int]) -> np.ndarray:
     assert array is not None
     if not is_finite(array):
         raise ValueError(
-            f"{weights.folder}: {'.'.join(name)} holds NaN or infinity where {part.tensor.name} "
-            "comes from; export an earlier checkpoint, or import the source again"
+            f"{weights.folder}: {'.'.join(name)} contains NaN or infinity in the part for "
+            f"{part.tensor.name}; export an earlier checkpoint, or import the source again"
         )
     return array
 
@@ -151,7 +153,7 @@ def _read(weights: Weights, part: Part, block: tuple[int, int]) -> np.ndarray:
 def _write_shards(
     work: Staging, shards: Sequence[Shard], arrays: Iterator[np.ndarray], progress: Transfer
 ) -> None:
-    """Writes shards, whose tensors come from `arrays` in their order."""
+    """Writes shards; `arrays` yields their tensors in order."""
 
     def produce(name: str) -> np.ndarray:
         array = next(arrays)
@@ -167,7 +169,7 @@ def _write_shards(
 def _config(
     checkpoint: Checkpoint, parts: Mapping[str, Part], block: tuple[int, int]
 ) -> dict[str, Any]:
-    """config.json of the export.
+    """Returns the config.json of the export.
 
     Raises:
       ValueError: the model has no published form.
@@ -183,7 +185,7 @@ def _config(
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     if not in_fp8:
         config.pop("quantization_config", None)
-    elif FP8 not in in_fp8:  # else they are as published, and so is what describes them
+    elif FP8 not in in_fp8:  # otherwise blocks are as published, and so is their description
         config["quantization_config"] = quantization_config(block)
     mtp = "num_mtp_layers" if "num_mtp_layers" in config else "num_nextn_predict_layers"
     if mtp in config:
@@ -194,9 +196,7 @@ def _config(
 def _write_small_files(
     folder: Path, checkpoint: Checkpoint, config: dict[str, Any], progress: Transfer
 ) -> None:
-    """Writes tokenizer and configs; config.json last, since a folder without it is none that can be
-    loaded.
-    """
+    """Writes tokenizer and configs; config.json last, for a folder without it cannot be loaded."""
     published = checkpoint.path / "hf"
     if published.is_dir():
         copy_side_files(
@@ -205,12 +205,12 @@ def _write_small_files(
     elif (checkpoint.tokenizer_folder / "tokenizer.json").is_file():
         config |= _write_tokenizer(checkpoint, folder)
     else:
-        progress.say(f"{checkpoint.tokenizer_folder} has no tokenizer.json, nor has the export")
+        progress.say(f"{checkpoint.tokenizer_folder} has no tokenizer.json; neither has the export")
     write_json(folder / "config.json", config)
 
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> dict[str, int]:
-    """Writes a run's tokenizer as transformers loads it; returns the ids of its special tokens."""
+    """Writes a run's tokenizer in transformers' form; returns the ids of its special tokens."""
     original = checkpoint.tokenizer_folder / "tokenizer.json"
     tokenizer = load_tokenizer(str(original))
     special = tokenizer.special

@@ -1,14 +1,14 @@
-"""A Hugging Face folder -> a converted folder, which any mesh can load.
+"""Converts a Hugging Face folder to a converted folder, which can be loaded on any mesh.
 
     config.json     what dsjax needs to know: its version, the family, the model
-    weights/        the arrays, as `weights.py` lays them out
+    weights/        the arrays, in the format of `weights.py`
     hf/             the small files as published: config.json, tokenizer, chat template, licence
     manifest.json   SHA-256 of each file, written last
 
-One tensor at a time: it is read, converted, checked to be finite and written to its slot, a few of
+Tensors are read, converted, checked to be finite and written to their slots one at a time, a few of
 them in threads, in the order of their bytes in the files. So memory is bounded by the largest
-tensor, whatever the size of the checkpoint. What can be known before anything is written is checked
-before: names, shapes and dtypes, the copies in MTP layers, the room on the disk.
+tensor, whatever the size of the checkpoint. Everything that can be known in advance is checked
+before anything is written: names, shapes and dtypes, the copies in MTP layers, the free disk space.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from dsjax.checkpoint.weights import Name, WeightsWriter, leaf_name, scales_name
 from dsjax.display import Transfer
 from dsjax.files import MAX_LISTED, listed, write, write_json, writing
 
-# What lies beside the weights, as far as it is data.
+# The files beside the weights that are data, not code.
 _SIDE_FILES = (".json", ".jinja", ".txt", ".model", ".md")
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE")
 _LARGEST_SIDE_FILE = 64 << 20
@@ -56,11 +56,11 @@ class Part(NamedTuple):
 
     row: Row
     info: TensorInfo
-    dtype: np.dtype  # to store it in
+    dtype: np.dtype  # to store it as
 
     @property
     def n_bytes(self) -> int:
-        """As published, without the scales."""
+        """Size as published, without scales."""
         return self.info.n_bytes
 
 
@@ -72,18 +72,18 @@ def import_checkpoint(
     progress: Transfer,
     overrides: Mapping[str, Any] | None = None,
 ) -> Converted:
-    """Makes the converted folder `target` of the Hugging Face folder `source`.
+    """Creates the converted folder `target` from the Hugging Face folder `source`.
 
-    An import that was interrupted goes on where it was.
+    An interrupted import continues where it stopped.
 
     Args:
       dtype: one of `recode.CHOICES`.
-      overrides: fields of config.json, read as if the file said so; the copy kept in `target` says
-        them.
+      overrides: values of fields of config.json, used instead of those in the file; the copy in
+        `target` contains them.
 
     Raises:
-      ValueError: the source is not a whole checkpoint, does not fit `dtype`, or holds NaN or
-        infinity; the target is taken or has no room.
+      ValueError: the source is not a complete checkpoint, does not fit `dtype`, or contains NaN or
+        infinity; the target exists or its disk is too full.
       OSError: a file cannot be read or written.
     """
     started = time.monotonic()
@@ -128,10 +128,10 @@ def import_checkpoint(
 
 
 def _plan(folder: HfFolder, choice: str) -> list[Part]:
-    """The tensors that fill the leaves, in the order of their bytes on the disk.
+    """Lists the tensors that fill the leaves, in the order of their bytes in the files.
 
     Raises:
-      ValueError: tensors that share a leaf would differ in dtype.
+      ValueError: tensors of one leaf would differ in dtype.
     """
     parts = []
     dtypes: dict[Name, dict[np.dtype, str]] = {}
@@ -148,14 +148,14 @@ def _plan(folder: HfFolder, choice: str) -> list[Part]:
     ]
     if mixed:
         raise ValueError(
-            f"{folder.path} has tensors of several dtypes where one array holds all layers: "
-            f"{listed(mixed)}; so they cannot be kept: use --dtype bfloat16, float32 or fp8"
+            f"{folder.path} has tensors of several dtypes in layers that share one array: "
+            f"{listed(mixed)}. So dtypes cannot be kept: use --dtype bfloat16, float32 or fp8"
         )
     return sorted(parts, key=lambda part: (part.info.file, part.info.offset))
 
 
 def _leaves(parts: Sequence[Part], block: tuple[int, int]) -> dict[Name, Leaf]:
-    """The arrays that the parts fill together."""
+    """Returns the layout of the arrays that the parts fill."""
     leaves: dict[Name, Leaf] = {}
     slots: dict[Name, list[tuple[int, ...]]] = {}
     for part in parts:
@@ -175,8 +175,7 @@ def _leaves(parts: Sequence[Part], block: tuple[int, int]) -> dict[Name, Leaf]:
 
 
 def _check_copies(folder: HfFolder) -> None:
-    """Checks that what MTP layers repeat of the main model is the same bit for bit: only one of the
-    two is kept.
+    """Checks that the copies in MTP layers equal the main model's tensors: only one is kept.
 
     Raises:
       ValueError: a copy differs; names both.
@@ -213,8 +212,11 @@ def _write_weights(
     damaged: list[str] = []
 
     def convert(part: Part) -> tuple[Part, bool, dict[str, File]]:
-        """Reads a part and, unless the import has failed already, writes it: the part, whether it
-        is sound, and the files that it fills."""
+        """Reads a part and, unless the import has failed already, writes it.
+
+        Returns:
+          the part, whether it is finite, and the files that hold it.
+        """
         tensor = part.row.tensor
         stored = _read(folder, part, block)
         if stored is None or not all(is_finite(array) for array in stored if array is not None):
@@ -248,8 +250,8 @@ def _write_weights(
 
 
 def _write_manifest(work: Staging, leaves: dict[Name, Leaf], dtype: str) -> None:
-    """Writes what proves the folder whole. A leaf's bytes are its chunks', a file each, which
-    were hashed in memory before they were written; the other files are hashed here."""
+    """Writes the manifest. Chunks were hashed in memory before they were written; the other files
+    are hashed here."""
     files = {
         f"weights/{name}": File(*file)
         for note in work.finished.values()
@@ -266,7 +268,7 @@ def _write_manifest(work: Staging, leaves: dict[Name, Leaf], dtype: str) -> None
 
 
 def _read(folder: HfFolder, part: Part, block: tuple[int, int]) -> Stored | None:
-    """Reads a part as it is to be stored; None if its scales are zero, negative or NaN."""
+    """Reads a part as it will be stored; None if its scales are zero, negative or NaN."""
     name, scale = part.row.tensor.name, part.row.scale
     if part.info.dtype != part.dtype != FP8 and scale is None:
         return Stored(
@@ -279,7 +281,7 @@ def _read(folder: HfFolder, part: Part, block: tuple[int, int]) -> Stored | None
 
 
 def side_files(source: Path) -> Iterator[Path]:
-    """The small files that are worth keeping: never weights, never code."""
+    """Yields the small files to keep: never weights, never code."""
     for file in sorted(source.iterdir()):
         licence = file.name.startswith(_LICENCES)
         index = file.name.endswith(".index.json")
@@ -289,6 +291,6 @@ def side_files(source: Path) -> Iterator[Path]:
 
 
 def copy_side_files(files: Sequence[Path], folder: Path) -> None:
-    """Copies files into a folder, to stay there through a power cut."""
+    """Copies files into a folder, synced to the disk."""
     for file in files:
         write(folder / file.name, file.read_bytes())

@@ -1,7 +1,7 @@
-"""Opens a checkpoint of any kind, and puts its weights into a model on any mesh.
+"""Opens a checkpoint of any kind, and loads its weights into a model on any mesh.
 
-A checkpoint is a folder as Hugging Face publishes it, one that `tools/convert.py import` has
-written, or the folder of a run; `open_checkpoint` tells which. From there on they are the same:
+A checkpoint is a folder as Hugging Face publishes it, a folder written by `tools/convert.py
+import`, or the folder of a run; `open_checkpoint` detects which. After that all kinds are alike:
 leaves of the parameter tree, of which any slice can be read.
 """
 
@@ -39,8 +39,8 @@ from dsjax.precision.policy import Policy
 FLOAT32 = np.dtype(np.float32)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
-# What the devices of a process need of a leaf is read at once up to this size, so that devices
-# whose slices share a tensor do not each read it.
+# Up to this size, everything that the devices of a process need of a leaf is read at once, so that
+# devices whose slices share a tensor do not each read it.
 HOST_BYTES = 4 << 30
 
 _logger = logging.getLogger(__name__)
@@ -51,10 +51,10 @@ class Checkpoint:
     """A checkpoint, open for reading.
 
     Attributes:
-      dtype: what its weights are stored in, and what they are loaded as: bfloat16, also for FP8, or
-        float32.
-      tokenizer_folder: where tokenizer.json, generation_config.json and a chat template lie, as far
-        as the checkpoint has them.
+      dtype: the dtype that weights are stored in and loaded as: float32 or bfloat16; FP8 counts as
+        bfloat16.
+      tokenizer_folder: the folder of tokenizer.json, generation_config.json and the chat template,
+        as far as the checkpoint has them.
     """
 
     path: Path
@@ -62,7 +62,7 @@ class Checkpoint:
     family: str
     dtype: np.dtype
     tokenizer_folder: Path
-    weights: Weights | None  # the arrays as they are stored; None in a Hugging Face folder
+    weights: Weights | None  # the arrays as stored; None for a Hugging Face folder
     _tensors: Mapping[tuple[str, ...], Tensors] = dataclasses.field(repr=False)
 
     def read(
@@ -71,8 +71,8 @@ class Checkpoint:
         """Reads part of a parameter; FP8 is dequantized in float32 first.
 
         Args:
-          path: the parameter's, as in `names.Tensor.path`.
-          index: a slice or an integer for each dimension.
+          path: path of the parameter, as in `names.Tensor.path`.
+          index: a slice or an integer per dimension.
           dtype: to cast to; None: the checkpoint's.
 
         Raises:
@@ -89,18 +89,19 @@ def load(
 ) -> Transformer:
     """Loads a model.
 
-    Each process reads what its own devices hold. Weights are cast slice by slice; the router's bias
-    is float32 in every case.
+    Each process reads only the slices of its own devices. Weights are cast slice by slice; the
+    router's bias is always float32.
 
     Args:
       path: a Hugging Face folder, a converted folder, the folder of a run, or one checkpoint of a
         run.
-      mesh: where the weights go, split as `parallel.sharding` says; None: the default device.
+      mesh: the mesh to shard the weights over, as `parallel.sharding` says; None: the default
+        device.
       dtype: of weights and activations, bfloat16 or float32; None: the checkpoint's.
 
     Raises:
-      ValueError: the folder holds no whole checkpoint, its config and its arrays disagree, the
-        model does not fit the mesh, or another dtype is asked for.
+      ValueError: the folder has no complete checkpoint, its config and its arrays disagree, the
+        model does not fit the mesh, or `dtype` is another one.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     wanted = checkpoint.dtype if dtype is None else _weight_dtype(dtype)
@@ -124,22 +125,23 @@ def load(
 def open_checkpoint(
     path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None
 ) -> Checkpoint:
-    """Opens a checkpoint of any kind. Of a converted folder every file's size is checked now, and
-    its bytes before they are read; a run's files are all hashed now.
+    """Opens a checkpoint of any kind.
+
+    For a converted folder, the sizes of all files are checked now, and their bytes before they are
+    read. For a run, all files are hashed now.
 
     Args:
-      overrides: fields of a Hugging Face config.json, read as if the file said so.
+      overrides: values of fields of a Hugging Face config.json, used instead of those in the file;
+        see `hf_folder.read_config`.
 
     Raises:
-      ValueError: there is none, it is not as it was written, or its config and its arrays
-        disagree (all disagreements are listed); overrides are given for a folder of our own.
+      ValueError: there is no checkpoint, it is not as it was written, or its config and its arrays
+        disagree; or overrides are given for a folder of our own.
     """
     path = Path(path)
     begun = path.with_name(path.name + ".partial")
     if not path.exists() and begun.is_dir():
-        raise ValueError(
-            f"{path} does not exist. {begun} is a conversion to it that is not finished"
-        )
+        raise ValueError(f"{path} does not exist. {begun} is an unfinished conversion to it")
     check_kind(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist; name the folder of a checkpoint")
@@ -157,8 +159,8 @@ def open_checkpoint(
     if is_hf(path):
         return _open_hf(path, overrides)
     raise ValueError(
-        f"{path} holds no checkpoint: it has neither config.json with safetensors files, as from "
-        "Hugging Face, nor weights/, as from tools/convert.py, nor checkpoints/, as of a run"
+        f"{path} contains no checkpoint: neither config.json with safetensors files, as from "
+        "Hugging Face, nor weights/, as from tools/convert.py, nor checkpoints/, as in a run"
     )
 
 
@@ -180,7 +182,7 @@ def _open_hf(path: Path, overrides: Mapping[str, Any] | None) -> Checkpoint:
 
 
 class _HfTensors:
-    """The tensors of a leaf in a Hugging Face folder."""
+    """The tensors of a leaf, in a Hugging Face folder."""
 
     def __init__(self, folder: HfFolder, rows: Mapping[tuple[int, ...], Row]):
         self._folder, self._rows = folder, rows
@@ -221,14 +223,14 @@ def _open_converted(path: Path) -> Checkpoint:
 
 
 def _open_run(workdir: Path, step: int | None = None) -> Checkpoint:
-    """Opens the checkpoint of a step, or the newest that is whole."""
+    """Opens the checkpoint of a step, or the newest intact one."""
     directory = workdir / "checkpoints"
     if step is None:
         step = store.newest_whole(directory, say=_logger.warning)
     if step is None:
         there = sorted(entry.name for entry in directory.iterdir())
         raise ValueError(
-            f"{directory} has no checkpoint; it holds {', '.join(there) or 'nothing'}. A run "
+            f"{directory} has no checkpoint; it contains {', '.join(there) or 'nothing'}. A run "
             "writes one every train.checkpoint_every steps and when it is stopped"
         )
     else:
@@ -241,7 +243,7 @@ def _open_run(workdir: Path, step: int | None = None) -> Checkpoint:
 def _with_weights(
     path: Path, weights: Weights, model: ModelConfig, family: str, tokenizer_folder: Path
 ) -> Checkpoint:
-    """Checks arrays that are stored as leaves against the model's declarations."""
+    """Checks arrays stored as leaves against the model's declarations."""
     tensors, problems = {}, []
     declared = jax.tree_util.tree_leaves_with_path(
         Transformer(model, Policy()), is_leaf=_is_variable
@@ -262,7 +264,7 @@ def _with_weights(
     if problems:
         raise ValueError(
             f"{weights.folder}: the arrays are not those that {path / 'config.json'} describes: "
-            f"{listed(problems)}. The two are of different checkpoints: copy or convert again"
+            f"{listed(problems)}. The two belong to different checkpoints: copy or convert again"
         )
     stored = (leaf.dtype for name, leaf in weights.leaves.items() if name[0] == "params")
     dtype = _loaded_dtype(stored)
@@ -270,7 +272,7 @@ def _with_weights(
 
 
 def _loaded_dtype(stored: Iterable[np.dtype]) -> np.dtype:
-    """The narrowest dtype that loses nothing of weights stored so, FP8 counting as bfloat16."""
+    """Returns the narrowest dtype that represents all stored weights; FP8 counts as bfloat16."""
     return BFLOAT16 if set(stored) <= {BFLOAT16, FP8} else FLOAT32
 
 
@@ -280,14 +282,14 @@ def _weight_dtype(dtype: DTypeLike) -> np.dtype:
     except TypeError:
         wanted = None
     if wanted is None or wanted not in (FLOAT32, BFLOAT16):
-        raise ValueError(f"dtype={dtype!r} is not one that a model runs in: bfloat16 or float32")
+        raise ValueError(f"dtype={dtype!r} is not supported; a model runs in bfloat16 or float32")
     return wanted
 
 
 def _distribute(
     read: Callable[[Index], np.ndarray], shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding
 ) -> jax.Array:
-    """Makes an array of which each device of this process holds its slice."""
+    """Creates a sharded array; `read` is called for the slices of this process's devices."""
     boxes = {
         device: tuple(bounds(index or (), shape))
         for device, index in sharding.addressable_devices_indices_map(shape).items()
@@ -309,7 +311,7 @@ def _distribute(
 
     arrays, last, own = [], None, None
     for device, box in sorted(boxes.items(), key=lambda item: item[1]):
-        if box != last:  # replicas follow one another
+        if box != last:  # replicas are adjacent in this order
             last, own = box, part(box)
         arrays.append(jax.device_put(own, device).block_until_ready())
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)

@@ -164,7 +164,7 @@ def test_run_without_a_tokenizer_is_exported_without_one(tmp_path):
     console = Console(file=io.StringIO(), width=500)
     source, target = tmp_path / "run", tmp_path / "back"
     export_checkpoint(source, target, dtype="keep", progress=Transfer(console))
-    assert "run has no tokenizer.json, nor has the export" in console.file.getvalue()
+    assert "run has no tokenizer.json; neither has the export" in console.file.getvalue()
     assert {path.name for path in target.iterdir()} == {"config.json", "model.safetensors"}
 
 
@@ -269,8 +269,8 @@ def test_export_of_nan_names_the_array(tmp_path):
     seal(tmp_path / "ours")
     with pytest.raises(
         ValueError,
-        match=r"params\.dense_layers\.ffn\.w_up holds NaN or infinity where "
-        r"model\.layers\.1\.mlp\.up_proj\.weight comes from",
+        match=r"params\.dense_layers\.ffn\.w_up contains NaN or infinity in the part for "
+        r"model\.layers\.1\.mlp\.up_proj\.weight; export an earlier",
     ):
         send_out(tmp_path / "ours", tmp_path / "back")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours"]

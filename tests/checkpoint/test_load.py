@@ -287,7 +287,7 @@ def model_of(path):
 
 
 def test_folder_without_checkpoint_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no checkpoint: it has neither config\.json with"):
+    with pytest.raises(ValueError, match=r"contains no checkpoint: neither config\.json with"):
         open_checkpoint(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"file is not a folder; name the folder"):
