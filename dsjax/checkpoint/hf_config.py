@@ -1,8 +1,8 @@
-"""Hugging Face's config.json <-> ModelConfig. Every field is honoured, known to leave the
-mathematics alone, or refused by name; families/ has the rows of each family's table.
+"""Converts Hugging Face's config.json to ModelConfig and back.
 
-What is written is read again before it is handed out, so that a model that the format cannot
-describe is refused and not changed.
+Every field is either used, known not to affect the mathematics, or refused by name; the tables of
+the families are in families/. A config that is written is read back before it is returned, so a
+model that the format cannot describe is refused, not changed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dsjax.config import ModelConfig
 _MAX_TENSORS = 1_000_000  # of a checkpoint; V3 has 92,000
 
 # Fields that do not change what the model computes: bookkeeping, text generation, training-only
-# losses, storage, and how a framework computes the same.
+# losses, storage, and implementation choices of a framework.
 _NEUTRAL = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _commit_hash _experts_implementation
@@ -48,7 +48,7 @@ def family_of(config: Mapping[str, Any]) -> str:
     """Returns the family of a config.json, its `model_type`.
 
     Raises:
-      ValueError: it names none, or one that is not supported.
+      ValueError: `model_type` is missing or not supported.
     """
     try:
         return families.find(config.get("model_type")).name
@@ -60,8 +60,8 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """Reads the contents of a config.json.
 
     Raises:
-      ValueError: a field is missing, has the wrong type, or asks for mathematics that this package
-        does not have; all such fields are named together.
+      ValueError: fields are missing, have the wrong type, or ask for mathematics that this package
+        does not implement; all of them are named in one message.
     """
     family = families.find(family_of(config))
     problems: list[str] = []
@@ -88,15 +88,15 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         )
     if problems:
         raise ValueError(
-            f"config.json cannot be honoured: {'; '.join(problems)}. This model is outside what "
-            "dsjax computes, unless you know better of a field: --override FIELD=VALUE (null: as "
-            "if it were absent) reads it so and leaves the file as it is"
+            f"config.json describes a model that dsjax cannot compute: {'; '.join(problems)}. If "
+            "you know that a field should have another value: --override FIELD=VALUE uses it and "
+            "leaves the file as it is (null: absent)"
         )
     return ModelConfig(**values)
 
 
 def weight_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns of a weight that share a scale; None without `quantization_config`.
+    """Returns the rows and columns of a weight that share a scale; None if nothing is quantized.
 
     Raises:
       ValueError: the weights are quantized in another way than DeepSeek's, FP8 E4M3 in blocks.
@@ -113,7 +113,7 @@ def weight_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
     if not problems:
         fields.fixed("fmt", "e4m3")
         fields.fixed("activation_scheme", "dynamic")
-        fields.fixed("scale_fmt", "float", "ue8m0")  # of activations; a weight's scale is stored
+        fields.fixed("scale_fmt", "float", "ue8m0")  # of activations; scales of weights are stored
         fields.fixed("dequantize", False)
         fields.fixed("expert_dtype", "fp8")
         fields.seen.add("weight_block_size")
@@ -122,7 +122,7 @@ def weight_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
             problems.append(f"{place} lacks weight_block_size")
         elif not isinstance(block, list) or [*map(type, block)] != [int, int] or min(block) < 1:
             problems.append(f"{place}.weight_block_size={block!r} is not two integers above 0")
-        # Which modules are in FP8 is seen from the tensors themselves.
+        # The tensors themselves show which modules are in FP8.
         fields.refuse_rest(frozenset({"modules_to_not_convert", "modules_to_convert"}))
         if not problems and block:
             return block[0], block[1]
@@ -141,18 +141,18 @@ def to_hf(
 ) -> dict[str, Any]:
     """Writes the contents of a config.json that transformers, vLLM and llama.cpp's converter read.
 
-    The ids of special tokens are the tokenizer's business: the caller adds them.
+    The caller adds the ids of special tokens.
 
     Args:
-      dtype: of the weights; with FP8 of those that are not.
-      block: rows and columns that share a scale, if the weights are in FP8.
+      dtype: of the weights, or with FP8 of the other weights.
+      block: rows and columns that share a scale, if weights are in FP8.
 
     Raises:
       ValueError: the family's config.json cannot describe this model; names the fields.
     """
     declared = families.find(family)
     written = model
-    if not model.n_routed_experts:  # the router's settings are required and not read
+    if not model.n_routed_experts:  # the router's settings are required, but without effect
         router = {"score_func", "norm_topk", "route_scale"} & declared.constants.keys()
         written = dataclasses.replace(
             model, norm_topk=False, **{key: declared.constants[key] for key in router}
@@ -175,7 +175,7 @@ def to_hf(
 
 
 def quantization_config(block: tuple[int, int]) -> dict[str, Any]:
-    """What config.json says of weights in FP8, `block` rows and columns of which share a scale."""
+    """Returns what config.json says about FP8 weights with one scale per block."""
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
@@ -193,7 +193,7 @@ def _check_reads_back(values: Mapping[str, Any], model: ModelConfig, family: str
     lost = [
         f"model.{name}={value!r} (it reads as {got.get(name)!r})"
         for name, value in wanted.items()
-        # mscale may go out as an attention_factor, which rounds it.
+        # mscale may be written as an attention_factor, which rounds it.
         if got.get(name) != value
         and not (name == "mscale" and math.isclose(value, got.get(name, 0.0), rel_tol=1e-9))
     ]
@@ -205,7 +205,7 @@ def _check_reads_back(values: Mapping[str, Any], model: ModelConfig, family: str
 
 
 def _in_use(model: ModelConfig) -> dict[str, Any]:
-    """The fields that this model's mathematics depends on, defaults written out."""
+    """Returns the fields that this model's mathematics depends on, with defaults filled in."""
     fields = dataclasses.asdict(model)
     if model.attention == "gqa":
         fields |= {"n_kv_heads": model.kv_heads, "head_dim": model.qk_head_dim}
@@ -215,7 +215,7 @@ def _in_use(model: ModelConfig) -> dict[str, Any]:
     return fields
 
 
-# Fields that the mathematics does not depend on, and of which models.
+# For which models the mathematics does not depend on which fields.
 _UNUSED: tuple[tuple[Callable[[ModelConfig], bool], str], ...] = (
     (lambda model: True, "init_std"),
     (lambda model: model.attention == "mla", "n_kv_heads head_dim qkv_bias"),

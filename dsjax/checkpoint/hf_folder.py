@@ -1,12 +1,12 @@
-"""A Hugging Face folder: config.json and tensors that agree, or a list of where they do not.
+"""Opens a Hugging Face folder, and checks that config.json and the tensors agree.
 
-Opening reads config.json and the headers of the weight files, and weights only of a head that
-should equal the embedding. Each tensor that the family's table names must be there, in its shape
-and a dtype that weights may have, and nothing else may be. What config.json alone cannot say is
-decided by the tensors: a weight is in FP8 if a `_scale_inv` lies beside it, whatever lists of
-modules say, and `reconcile` has what config.json and files may differ about.
+Opening reads config.json and the headers of the weight files. Weights are read in one case only: to
+compare a redundant output head with the embedding. Every tensor in the family's table must be
+there, with its shape and a supported dtype, and there must be no others. The tensors decide what
+config.json cannot say by itself: a weight is in FP8 if it has a `_scale_inv`, whatever lists of
+modules say; `reconcile` handles the parts that config.json and the files may disagree about.
 
-No code of the folder is run: `auto_map` is not looked at.
+No code from the folder is run: `auto_map` is ignored.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from dsjax.files import disguise, listed, read_json, shown
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 FLOAT32 = np.dtype(np.float32)
-# float16 is finer than bfloat16, so it is whole in float32 only: `load` reads it as that.
+# float16 has more mantissa bits than bfloat16, so `load` reads it as float32.
 PLAIN = (FLOAT32, np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
+# Tables computed from rope_theta, which old checkpoints contain.
 _TABLES = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _HUB = re.compile(r"^(https?:/+)?(www\.)?(huggingface\.co|hf\.co)/|^hf:/+|^/+")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -42,36 +43,36 @@ _logger = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
-    """A tensor of the table and how this folder stores it."""
+    """A tensor of the family's table, and how this folder stores it."""
 
     tensor: names.Tensor
     dtype: np.dtype  # as stored
-    scale: str | None  # the name of its scales, if it is in FP8
+    scale: str | None  # name of its scales, if it is in FP8
 
 
 class Mismatches(NamedTuple):
-    """Where tensors and config.json disagree, in words."""
+    """Messages about tensors that disagree with config.json."""
 
     missing: list[str]
-    wrong: list[str]  # of another shape or dtype, or without their scales
+    wrong: list[str]  # another shape or dtype
     unexpected: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
 class HfFolder:
-    """A checkpoint as Hugging Face stores it, checked."""
+    """A checkpoint in Hugging Face's form, checked."""
 
     path: Path
-    config: dict[str, Any]  # config.json as published
+    config: dict[str, Any]  # config.json, with overrides applied
     family: str
     model: ModelConfig
     block: tuple[int, int] | None  # rows and columns of a weight that share a scale
     files: TensorFolder
-    rows: list[Row]  # in the order of the name table
+    rows: list[Row]  # in the order of the family's table
 
 
 def is_hf(path: Path) -> bool:
-    """Whether a folder looks like Hugging Face's, whole or not: by its config or weight files."""
+    """Tells by config.json or weight files whether a folder is Hugging Face's, complete or not."""
     if not path.is_dir():
         return False
     try:
@@ -85,11 +86,13 @@ def open_hf(path: Path, overrides: Mapping[str, Any] | None = None) -> HfFolder:
     """Opens a folder of config.json and safetensors files.
 
     Args:
-      overrides: fields of config.json, read as if the file said so, see `read_config`.
+      overrides: values of fields of config.json, used instead of those in the file; see
+        `read_config`.
 
     Raises:
-      ValueError: config.json or the files cannot be read or honoured, or they disagree: tensors
-        missing, unexpected, of another shape or dtype, or without their scales.
+      ValueError: the folder is not a checkpoint; config.json or the files cannot be read or are not
+        supported; or they disagree: tensors are missing, unexpected, without scales, or of another
+        shape or dtype.
     """
     check_kind(path)
     config, family, model, block = read_config(path / "config.json", overrides)
@@ -99,11 +102,11 @@ def open_hf(path: Path, overrides: Mapping[str, Any] | None = None) -> HfFolder:
     rows, mismatches = compare(model, family, block, found)
     problems = [*mismatches.missing, *mismatches.wrong, *mismatches.unexpected]
     if problems:
-        advice = "config.json and the files are of different checkpoints or revisions"
+        advice = "config.json and the files belong to different checkpoints or revisions"
         if mismatches.missing:
-            advice = f"Download what is missing; if the files are whole, {advice}"
+            advice = f"Download what is missing; if the files are complete, {advice}"
         if not model.tie_embed and names.head_name(family) not in found:
-            advice += "; a model whose head is its embedding has tie_word_embeddings true"
+            advice += ". If the embedding is also the head: --override tie_word_embeddings=true"
         raise ValueError(
             f"{path}: the tensors are not those that config.json describes for {family}: "
             f"{listed(problems)}. {advice}"
@@ -112,17 +115,18 @@ def open_hf(path: Path, overrides: Mapping[str, Any] | None = None) -> HfFolder:
 
 
 def check_kind(path: Path) -> None:
-    """Refuses by name what is often taken for a checkpoint's folder and is none.
+    """Recognizes paths that are often mistaken for the folder of a checkpoint.
 
     Raises:
-      ValueError: it is a name on the Hub, a file, part of the Hub's cache, or a LoRA adapter.
+      ValueError: `path` is a name on the Hub, a file, part of the Hub's cache, or a LoRA adapter;
+        says which, and what to do.
     """
     if not path.exists():
         name = _HUB.sub("", str(path))
         if _HUB_NAME.fullmatch(name) and not Path(path.parts[0]).exists():
             raise ValueError(
-                f"{path} is no folder on this machine. If it is a name on the Hugging Face Hub: "
-                f"hf download {name} --local-dir {name.split('/')[1]}, and name that folder"
+                f"{path} is not a folder on this machine. If it is a name on the Hugging Face Hub: "
+                f"hf download {name} --local-dir {name.split('/')[1]}, then name that folder"
             )
     elif not path.is_dir():
         with path.open("rb") as file:
@@ -131,7 +135,7 @@ def check_kind(path: Path) -> None:
     elif (path / "snapshots").is_dir() and not (path / "config.json").exists():
         revisions = sorted(os.listdir(path / "snapshots"))
         raise ValueError(
-            f"{path} is a model's root in the Hub's cache, whose files are in "
+            f"{path} is the root of a model in the Hub's cache. Its files are in "
             f"{path / 'snapshots' / (revisions[-1] if revisions else 'REVISION')}: name that folder"
         )
     elif cached := sorted(path.glob("models--*")):
@@ -149,7 +153,7 @@ def check_kind(path: Path) -> None:
 
 
 def _base_of(path: Path) -> str:
-    """Names the model that an adapter belongs to, as far as its config can be read."""
+    """Returns words for the base model of an adapter, if its config names one."""
     with contextlib.suppress(ValueError):
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         return f" for {shown(base)}" if isinstance(base, str) and base else ""
@@ -159,9 +163,12 @@ def _base_of(path: Path) -> str:
 def compare(
     model: ModelConfig, family: str, block: tuple[int, int] | None, found: Mapping[str, TensorInfo]
 ) -> tuple[list[Row], Mismatches]:
-    """Holds the tensors found against the family's table; the rows are right if all is well.
+    """Compares the tensors found with the family's table.
 
-    A copy that an MTP layer need not repeat may be missing.
+    The copies in MTP layers may be missing.
+
+    Returns:
+      the rows of the table, valid if nothing mismatches, and the mismatches.
     """
     mismatches = Mismatches([], [], [])
     rows, used = [], set()
@@ -182,14 +189,14 @@ def compare(
 def read_config(
     path: Path, overrides: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], str, ModelConfig, tuple[int, int] | None]:
-    """Reads a config.json: as published, and the family, model and FP8 block that it describes.
+    """Reads a config.json; returns its contents, the family, the model and the FP8 block.
 
     Args:
-      overrides: fields, read as if the file said so; null is as if it said nothing. A dot leads
-        into an object: `rope_scaling.factor`.
+      overrides: values of fields, used instead of those in the file; None means that the field is
+        absent. A dot leads into an object: `rope_scaling.factor`.
 
     Raises:
-      ValueError: it cannot be read, or asks for what this package does not have.
+      ValueError: the file cannot be read, or describes a model that is not supported.
     """
     config = read_json(path)
     for key, value in (overrides or {}).items():
@@ -207,18 +214,18 @@ def read_config(
 
 
 def reconcile(model: ModelConfig, family: str, files: TensorFolder) -> tuple[ModelConfig, set[str]]:
-    """Settles what config.json and whole files may differ about, and says how.
+    """Resolves disagreements between config.json and complete files, and logs what it does.
 
-    1. MTP layers that config.json announces and the files lack, or the other way round: the main
-       model goes on without.
-    2. A tied head that the files repeat: it is read as tied, if it equals the embedding.
-    3. Tables that old checkpoints carry and that are computed from rope_theta: left out.
+    1. MTP layers that config.json announces and the files lack, or that the files contain and
+       config.json does not announce, are left out: the main model is complete without them.
+    2. The output head of a tied model is redundant, and left out if it equals the embedding.
+    3. Tables that are computed from rope_theta are left out (without a message).
 
     Returns:
-      the model that the files hold, and the names of the tensors to leave out.
+      the model that the files contain, and the names of the tensors to leave out.
 
     Raises:
-      ValueError: the head is not the embedding that it should be.
+      ValueError: the model is tied, and its output head differs from the embedding.
     """
     found = files.tensors
     left_out = {name for name in found if _TABLES.search(name)}
@@ -230,10 +237,8 @@ def reconcile(model: ModelConfig, family: str, files: TensorFolder) -> tuple[Mod
     announced = range(model.n_layers, model.n_layers + model.n_mtp)
     if announced and not any(of_layer(layer) for layer in announced):
         _logger.warning(
-            "%s: config.json announces %d multi-token prediction layers, and the files hold none "
-            "of their tensors: going on without",
-            files.path,
-            model.n_mtp,
+            f"{files.path}: config.json announces {model.n_mtp} multi-token prediction layers, and "
+            "the files contain none of their tensors: they are left out"
         )
         model = dataclasses.replace(model, n_mtp=0)
     layer = announced.stop
@@ -242,11 +247,8 @@ def reconcile(model: ModelConfig, family: str, files: TensorFolder) -> tuple[Mod
         layer += 1
     if layer > announced.stop:
         _logger.warning(
-            "%s: the files hold %d multi-token prediction layers that config.json does not "
-            "announce (num_nextn_predict_layers is %d): left out",
-            files.path,
-            layer - announced.stop,
-            len(announced),
+            f"{files.path}: the files contain {layer - announced.stop} multi-token prediction "
+            f"layers that config.json does not announce ({len(announced)}): they are left out"
         )
     head = names.head_name(family)
     if model.tie_embed and head in found:
@@ -257,18 +259,18 @@ def reconcile(model: ModelConfig, family: str, files: TensorFolder) -> tuple[Mod
                 f"{embedding}. If the model was trained with a head of its own: --override "
                 "tie_word_embeddings=false"
             )
-        _logger.warning("%s: %s repeats the embedding: read as tied", files.path, head)
+        _logger.warning(f"{files.path}: {head} repeats the embedding: read as tied")
         left_out.add(head)
     return model, left_out
 
 
 def scale_name(name: str) -> str:
-    """The name of the scales of the FP8 weight `name`."""
+    """Returns the name of the scales of an FP8 weight."""
     return f"{name}_scale_inv"
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
-    """Shape of the scales of a weight [out, in]; blocks at the edges may be ragged."""
+    """Returns the shape of the scales of a weight [out, in]; blocks at the edges may be partial."""
     return tuple(-(-size // step) for size, step in zip(shape, block, strict=True))
 
 
@@ -278,7 +280,7 @@ def _match(
     block: tuple[int, int] | None,
     mismatches: Mismatches,
 ) -> Row:
-    """Finds a tensor of the table, and its scales, among those found, or adds to `mismatches`."""
+    """Looks up a tensor of the table and its scales; adds to `mismatches` what is wrong."""
     name, problems = tensor.name, mismatches.wrong
     info, scale = found.get(name), found.get(scale_name(name))
     row = Row(tensor, info.dtype if info else FLOAT32, scale.name if scale else None)

@@ -1,9 +1,10 @@
-"""What a checkpoint holds beside what its config implies, from configs and headers alone.
+"""Summarizes what a checkpoint contains and what its config implies, from configs and headers
+alone.
 
-Tensors are counted as Hugging Face publishes them, whatever the folder: one a layer and expert, and
-one for the scales of each FP8 weight. Bytes are those of the tensors; the headers of the files come
-on top. In a converted folder and in a run's checkpoint an MTP layer's copies of embedding and head
-are left out, for there they are not stored twice.
+Tensors are counted as Hugging Face publishes them, for every kind of folder: one per layer and
+expert, and one for the scales of each FP8 weight. Bytes are those of the tensors, without the
+headers of the files. For a converted folder or a run, an MTP layer's copies of embedding and head
+are not counted, because they are not stored twice there.
 """
 
 from __future__ import annotations
@@ -57,25 +58,25 @@ class Entry(NamedTuple):
 
 
 class Implied(NamedTuple):
-    """What a config says of a checkpoint."""
+    """What a config implies about a checkpoint."""
 
     family: str
     model: ModelConfig
-    dtype: np.dtype  # of the weights; with FP8 of those that are not
+    dtype: np.dtype  # of the weights, or with FP8 of the other weights
     block: tuple[int, int] | None  # rows and columns that share a scale, if weights are in FP8
 
 
 def summarize(
     path: Path, expect: bool, overrides: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Describes a checkpoint of any kind, as JSON holds it.
+    """Describes a checkpoint of any kind, as a JSON object.
 
     Args:
-      path: a folder as from Hugging Face, one that was converted, or that of a run; with `expect` a
-        config.json will do.
-      expect: to count what the config implies and look at no weights; else what is there is counted
-        and held against that.
-      overrides: fields of a Hugging Face config.json, read as if the file said so.
+      path: a Hugging Face folder, a converted folder or the folder of a run; with `expect` also a
+        config.json.
+      expect: count what the config implies, without looking at weights; otherwise count what is
+        there, and compare.
+      overrides: values of fields of a Hugging Face config.json, used instead of those in the file.
 
     Raises:
       ValueError: config or headers cannot be read.
@@ -88,12 +89,12 @@ def summarize(
 
 
 def implied_by(path: Path, overrides: Mapping[str, Any] | None = None) -> Implied:
-    """Reads a config: Hugging Face's, that of a converted folder, or that of a run.
+    """Reads the config of a Hugging Face folder, a converted folder or a run.
 
-    A run keeps no word of what it will be published in, so it counts as bfloat16.
+    A run does not record a dtype to publish in, so bfloat16 is assumed.
 
     Raises:
-      ValueError: it cannot be read or honoured.
+      ValueError: the config cannot be read, or describes a model that is not supported.
     """
     path = path / "config.json" if path.is_dir() else path
     config = read_json(path)
@@ -110,8 +111,9 @@ def implied_by(path: Path, overrides: Mapping[str, Any] | None = None) -> Implie
 def published(
     family: str, model: ModelConfig, dtype: np.dtype, block: tuple[int, int] | None
 ) -> Iterator[Entry]:
-    """Yields every tensor of a model as DeepSeek publishes it: with `block`, its linear weights in
-    FP8 with scales, and the router's bias always in float32.
+    """Yields every tensor of a model as DeepSeek publishes it.
+
+    With `block`, linear weights are in FP8 with scales; the router's bias is always float32.
     """
     for tensor in names.tensors(model, family):
         if tensor.quantized and block:
@@ -122,7 +124,7 @@ def published(
 
 
 def _stored_dtype(config: Mapping[str, Any], path: Path) -> np.dtype:
-    """The dtype that a config.json announces; bfloat16, as all of DeepSeek's, if it does not."""
+    """Returns the dtype in a config.json, or bfloat16, DeepSeek's choice, if it names none."""
     for field in ("torch_dtype", "dtype"):
         value = config.get(field)
         if value is not None:
@@ -157,7 +159,7 @@ def _inspect_hf(path: Path, overrides: Mapping[str, Any] | None) -> dict[str, An
 
 
 def _inspect_ours(path: Path, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
-    # These bring jax with them, which the rest of this module does without.
+    # These import jax, which the rest of this module does not need.
     from dsjax.checkpoint.load import open_checkpoint
     from dsjax.checkpoint.weights import leaf_name, scales_name
 
@@ -229,7 +231,7 @@ def _totals(entries: Iterable[Entry]) -> dict[str, Any]:
 
 
 def _patterns(entries: Iterable[Entry]) -> list[dict[str, Any]]:
-    """Tensors alike but for the number of their layer or expert, counted together."""
+    """Counts tensors that differ only in the number of their layer or expert together."""
     counts: dict[tuple[str, np.dtype, tuple[int, ...]], int] = {}
     for entry in entries:
         key = (re.sub(r"\.\d+(?=\.)", ".*", entry.name), entry.dtype, entry.shape)
@@ -247,7 +249,7 @@ def _patterns(entries: Iterable[Entry]) -> list[dict[str, Any]]:
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
-    """Prints the model, its tensors, the totals expected and found, and where they disagree."""
+    """Prints the model, its tensors, expected and found totals, and mismatches."""
     title = f"{summary['path']}: {summary['family']}"
     tables.print_values(console, title, summary["model"])
     columns = ("tensor", "dtype", "shape", ">count", ">bytes")

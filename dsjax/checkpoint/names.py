@@ -1,21 +1,21 @@
 """The two-way table of tensor names: Hugging Face's tensors on one side, the leaves of our
 parameter tree on the other.
 
-`tensors(model, family)` writes out the family's rules (families/) for a config: every tensor that a
-published checkpoint of that shape holds, once. Both directions of a conversion read the same rows,
-so that what one renames the other cannot fail to name back.
+`tensors(model, family)` expands the rules of a family (families/) for a config: it yields every
+tensor of a published checkpoint of that shape once. Import and export read the same rows, so the
+renaming is invertible by construction.
 
-What differs between the two sides:
+The two sides differ in three ways:
 1. Hugging Face stores projections [out, in] and computes `x @ w.T`; ours are [in, out]. `transpose`
-   marks the rows concerned.
-2. Hugging Face keeps one tensor per layer and expert; ours stack them, so a row is one slot of a
+   marks these rows.
+2. Hugging Face stores one tensor per layer and expert; ours are stacked, so a row is one slot of a
    leaf [L, ...] or [L, E, ...].
 3. A multi-token prediction module is published as one more layer after the last (V3:
-   `model.layers.61`), with copies of the embedding and the head beside its own tensors. Ours reads
-   the main ones: a copy is checked on the way in and written again on the way out.
+   `model.layers.61`), with copies of the embedding and the head beside its own tensors. Our module
+   shares the main ones: a copy is compared on import and written again on export.
 
-No channel is permuted. MLA's rope channels are published as adjacent pairs and `model/mla.py`
-rotates adjacent pairs; the llama-like families are published for a half-split rotation and
+No channel is permuted. MLA's rope channels are published as adjacent pairs, and `model/mla.py`
+rotates adjacent pairs; the llama-like families are published for a half-split rotation, and
 `model/gqa.py` rotates halves.
 """
 
@@ -30,16 +30,16 @@ from dsjax.config import ModelConfig
 
 
 class Tensor(NamedTuple):
-    """One tensor of a Hugging Face checkpoint and where it lives in our parameter tree."""
+    """One tensor of a Hugging Face checkpoint, and its place in our parameter tree."""
 
     name: str
     path: tuple[str, ...]  # of the leaf
-    slot: tuple[int, ...]  # of the tensor in the leaf: (), (layer,) or (layer, expert)
+    slot: tuple[int, ...]  # index of the tensor in the leaf: (), (layer,) or (layer, expert)
     shape: tuple[int, ...]  # as published
     transpose: bool  # published [out, in], ours [in, out]
-    is_copy: bool = False  # a second copy of a leaf that another row fills
-    keep_float32: bool = False  # never stored narrower: the router's bias
-    quantized: bool = False  # an FP8 checkpoint stores it in FP8, with a `_scale_inv` beside it
+    is_copy: bool = False  # a copy of a tensor that another row describes
+    keep_float32: bool = False  # always float32: the router's bias
+    quantized: bool = False  # FP8 checkpoints store it in FP8, with a `_scale_inv`
 
     @property
     def target_shape(self) -> tuple[int, ...]:
@@ -51,7 +51,7 @@ def tensors(model: ModelConfig, family: str) -> Iterator[Tensor]:
     """Yields every tensor of a checkpoint of this family and shape.
 
     Raises:
-      ValueError: the family cannot hold a model of this shape.
+      ValueError: the family has no names for a model of this shape.
     """
     declared = families.find(family)
     if not declared.names(model):
@@ -80,12 +80,12 @@ def tensors(model: ModelConfig, family: str) -> Iterator[Tensor]:
 
 
 def layer_prefix(family: str, layer: int) -> str:
-    """What the names of a layer's tensors begin with."""
+    """Returns the prefix of the names of a layer's tensors."""
     return f"{families.find(family).prefix}model.layers.{layer}."
 
 
 def head_name(family: str) -> str:
-    """The name of the output head."""
+    """Returns the name of the output head."""
     return f"{families.find(family).prefix}lm_head.weight"
 
 

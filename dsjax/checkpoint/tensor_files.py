@@ -256,7 +256,10 @@ def write_shard(folder: Path, shard: Shard, produce: Callable[[str], np.ndarray]
         file.write(_header(shard.tensors))
         for tensor in shard.tensors:
             array = produce(tensor.name)
-            assert (array.dtype, array.shape) == (tensor.dtype, tensor.shape), tensor
+            assert (array.dtype, array.shape) == (tensor.dtype, tensor.shape), (
+                f"{tensor.name} is {array.dtype}{list(array.shape)}, "
+                f"planned as {tensor.dtype}{list(tensor.shape)}"
+            )
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             del array  # before the next one is made
 

@@ -84,7 +84,7 @@ def test_absent_mtp_is_left_out_and_said(tmp_path, caplog):
     folder = open_hf(write(tmp_path, MTP.config, kept))
     assert folder.model.n_mtp == 0 and folder.config["num_nextn_predict_layers"] == 2
     assert {row.tensor.name for row in folder.rows} == kept.keys()
-    assert "announces 2 multi-token prediction layers, and the files hold none" in caplog.text
+    assert "announces 2 multi-token prediction layers, and the files contain none" in caplog.text
     assert len(caplog.records) == 1
 
 
@@ -101,7 +101,7 @@ def test_mtp_that_config_does_not_announce_is_left_out_and_said(
     names_kept |= {name for name in tensors if name.startswith(tuple(kept))}
     read = {row.tensor.name for row in folder.rows} | {row.scale for row in folder.rows} - {None}
     assert read == names_kept
-    assert f"hold {left} multi-token prediction layers that config.json does not" in caplog.text
+    assert f"contain {left} multi-token prediction layers that config.json does not" in caplog.text
     assert len(caplog.records) == 1
 
 
@@ -151,7 +151,7 @@ def test_tied_head_that_differs_is_refused(tmp_path, row):
 
 
 def test_missing_head_is_refused_with_the_switch_that_it_may_lack(tmp_path):
-    with pytest.raises(ValueError, match=r"missing lm_head.* has tie_word_embeddings true"):
+    with pytest.raises(ValueError, match=r"missing lm_head.* --override tie_word_embeddings=true"):
         open_hf(write(tmp_path, TIED.config | {"tie_word_embeddings": False}, plain(TIED)))
 
 
@@ -317,7 +317,9 @@ def test_name_on_the_hub_is_no_folder(given, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     name = given.removeprefix("https://huggingface.co/")
     local = name.split("/")[1]
-    with pytest.raises(ValueError, match=rf"hf download {name} --local-dir {local}, and name that"):
+    with pytest.raises(
+        ValueError, match=rf"hf download {name} --local-dir {local}, then name that"
+    ):
         open_hf(Path(given))
     (tmp_path / name).parent.mkdir()  # then it is a path that was mistyped
     with pytest.raises(ValueError, match=r"config\.json does not exist"):
@@ -328,7 +330,9 @@ def test_root_of_a_hub_cache_is_named(tmp_path):
     root = tmp_path / "models--deepseek-ai--DeepSeek-V3"
     snapshot = write(root / "snapshots" / "4c1f24", V3.config, plain(V3))
     (root / "blobs").mkdir()
-    with pytest.raises(ValueError, match=rf"root in the Hub's cache.*{snapshot}: name that folder"):
+    with pytest.raises(
+        ValueError, match=rf"root of a model in the Hub's cache.*{snapshot}: name that folder"
+    ):
         open_hf(root)
     with pytest.raises(ValueError, match=rf"is the Hub's cache; .* as {root}/snapshots/REVISION"):
         open_hf(tmp_path)

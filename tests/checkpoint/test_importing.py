@@ -180,7 +180,7 @@ def test_import_refuses_to_go_on_when_the_source_has_changed(tmp_path):
     source = write(tmp_path / "llama", LLAMA.config, plain(LLAMA))
     begin_and_stop(source, tmp_path / "out")
     os.utime(source / "model.safetensors", ns=(1, 1))
-    with pytest.raises(ValueError, match=r"another conversion: the state of its files was .* now"):
+    with pytest.raises(ValueError, match=r"of something else: the state of its files was .* now"):
         bring_in(source, tmp_path / "out")
     with pytest.raises(ValueError, match="--dtype was keep, now float32; delete it to start over"):
         bring_in(source, tmp_path / "out", "float32")
@@ -204,7 +204,7 @@ def interrupt(*arguments):
     raise KeyboardInterrupt
 
 
-def test_import_of_nan_names_every_tensor(tmp_path):
+def test_import_of_nan_names_the_tensors(tmp_path):
     tensors = plain(V3, BFLOAT16)
     config = V3.config | {"quantization_config": quantization()}
     tensors |= {name: value for name, value in in_fp8(V3).items() if ".mlp." in name}
@@ -219,9 +219,9 @@ def test_import_of_nan_names_every_tensor(tmp_path):
             bring_in(tmp_path / "v3", tmp_path / "out", dtype)
         message = str(error.value)
         experts = (UP.replace("up_", kind) for kind in ("up_", "down_", "gate_"))
-        for name in ("model.norm.weight", "lm_head.weight", *experts):
-            assert f"{name} in model-0000" in message
-        assert message.count(" in model-0000") == 5
+        damaged = ("model.norm.weight", "lm_head.weight", *experts)
+        assert sum(f"{name} in model-0000" in message for name in damaged) == 3
+        assert message.count(" in model-0000") == 3 and "(5 in all)" in message
         assert [path.name for path in tmp_path.iterdir()] == ["v3"]
 
 

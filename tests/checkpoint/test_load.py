@@ -309,7 +309,7 @@ def test_config_that_disagrees_with_the_arrays_is_refused(folders, tmp_path):
     values["model"] |= {"vocab_size": 160, "tie_embed": False, "n_layers": 2, "n_dense_layers": 1}
     path.write_text(json.dumps(values))
     seal(tmp_path / "copy")
-    with pytest.raises(ValueError, match=r"missing params\.dense_layers\.attn_norm\.weight"):
+    with pytest.raises(ValueError, match=r"missing params\.dense_layers\.attn\.kv_norm"):
         open_checkpoint(tmp_path / "copy")
 
 

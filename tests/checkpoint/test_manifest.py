@@ -93,7 +93,7 @@ def test_manifest_says_what_was_saved(checkpoint):
         (lambda path: path.unlink(), r"_METADATA is missing"),
         (
             lambda path: path.write_bytes(path.read_bytes()[:-1]),
-            r"_METADATA has [0-9,]+ bytes, and was",
+            r"_METADATA has [0-9,]+ bytes, but was",
         ),
         (lambda path: path.write_bytes(bytes(path.stat().st_size)), r"_METADATA is damaged"),
         (lambda path: (path.unlink(), path.mkdir()), r"_METADATA (has|cannot be read)"),

@@ -86,7 +86,7 @@ def test_staging_refuses_what_is_left_of_another_conversion(tmp_path):
     changed = IDENTITY | {"--dtype": "bfloat16"}
     with pytest.raises(
         ValueError,
-        match=r"v3\.partial holds .*another conversion: --dtype was keep, now bfloat16; delete it",
+        match=r"v3\.partial contains .*something else: --dtype was keep, now bfloat16; delete it",
     ):
         Staging(tmp_path / "v3", changed, silent)
     assert (folder / "content" / "a").is_file()
@@ -111,7 +111,7 @@ def test_staging_says_how_to_go_on(tmp_path, error):
             work.finish("a")
             raise error
     assert said == [
-        f"stopped with 1 finished parts in {tmp_path}/v3.partial; the same command goes on from "
+        f"stopped with 1 finished parts in {tmp_path}/v3.partial; the same command continues from "
         "there"
     ]
 

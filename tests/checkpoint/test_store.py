@@ -149,9 +149,7 @@ def test_store_begins_nothing_anew_over_what_is_damaged(saved, tmp_path):
     shutil.copytree(saved[0] / "4", tmp_path / "4")
     (tmp_path / "4" / "state" / "_METADATA").write_text("")
     for _ in range(2):  # the same command again finds it no other way
-        with pytest.raises(
-            ValueError, match=r"no checkpoint .*_METADATA has 0 bytes.*Bring one back"
-        ):
+        with pytest.raises(ValueError, match=r"is damaged.*_METADATA has 0 bytes.*Restore one"):
             store.newest_whole(tmp_path, set_aside=True, say=print)
 
 

@@ -353,7 +353,7 @@ def test_tensor_in_two_files_is_refused(two_files):
 def test_several_files_need_an_index(two_files):
     (two_files / INDEX).unlink()
     with pytest.raises(
-        ValueError, match=r"there are 2 \.safetensors files and no model\.safe.*index"
+        ValueError, match=r"there are 2 \.safetensors files but no model\.safe.*index"
     ):
         open_folder(two_files)
 
@@ -367,10 +367,14 @@ def test_all_problems_are_listed_together(tmp_path):
     with pytest.raises(ValueError) as failure:
         open_folder(tmp_path)
     message = str(failure.value)
-    assert message.count("is missing; download it") == 5 and "has 0 bytes" in message
+    assert (
+        message.count("is missing; download it") == 3
+        and "(5 in all)" in message
+        and "has 0 bytes" in message
+    )
     for name in names[:30]:
         name.unlink(missing_ok=True)
-    with pytest.raises(ValueError, match=r"; and 10 more \(30 in all\)$"):
+    with pytest.raises(ValueError, match=r"; and 27 more such \(30 in all\)$"):
         open_folder(tmp_path)
 
 
@@ -396,14 +400,14 @@ def test_pickled_weights_are_refused_unread(tmp_path, name):
     canary = tmp_path / "ran"
     (tmp_path / name).write_bytes(f"cos\nsystem\n(S'touch {canary}'\ntR.".encode())
     with pytest.raises(
-        ValueError, match=rf"{name}, in Python's pickle format, which runs code.*saf"
+        ValueError, match=rf"{name}, in Python's pickle format. Reading a pickle runs code.*saf"
     ):
         open_folder(tmp_path)
     assert not canary.exists()
 
 
 def test_folder_without_weights_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no \.safetensors files; download the weights"):
+    with pytest.raises(ValueError, match=r"has no \.safetensors files; download the weights"):
         open_folder(tmp_path)
     with pytest.raises(ValueError, match=r"nowhere is not a folder of safetensors files"):
         open_folder(tmp_path / "nowhere")

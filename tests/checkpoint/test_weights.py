@@ -189,7 +189,7 @@ def test_weights_finish_only_when_every_slot_is_written(tmp_path):
 def test_weights_writer_goes_on_only_with_the_same_arrays(tmp_path):
     write(tmp_path, finish=False)
     changed = LEAVES | {NORM: Leaf((2, 9), FLOAT32, 1, False)}
-    with pytest.raises(ValueError, match=r"begun for an array of another shape or dtype; delete"):
+    with pytest.raises(ValueError, match=r"started for an array of another shape or dtype; delete"):
         WeightsWriter(tmp_path, changed, BLOCK)
 
 
