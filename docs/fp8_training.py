@@ -32,7 +32,7 @@ from dsjax.config import Config
 from dsjax.parallel import compilation
 from dsjax.precision import matmul
 from dsjax.precision.fp8 import TOKEN_TILE, WEIGHT_BLOCK
-from dsjax.train import loop
+from dsjax.train import pretraining
 
 BRIEF = [
     "train.log_every=1",
@@ -100,7 +100,7 @@ def train(model: str, variant: str, folder: Path) -> None:
     compilation.use_persistent_cache(config.data.cache_dir)
     changes = {"GRADIENT_TILE": matmul.GRADIENT_TILE} | CHANGES.get(variant, {})
     with mock.patch.multiple(matmul, **changes):
-        code = loop.train(config, folder, command=f"python {__file__} {folder.parents[1]}")
+        code = pretraining.train(config, folder, command=f"python {__file__} {folder.parents[1]}")
     if code:
         raise SystemExit(code)
 

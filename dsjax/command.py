@@ -4,8 +4,8 @@ A tool parses its arguments before it imports anything heavy, so `--help` and wr
 once:
 
     def execute(arguments):
-        from dsjax.train import loop
-        loop.train(command.load(arguments), ...)
+        from dsjax.train import pretraining
+        pretraining.train(command.load(arguments), ...)
 
     if __name__ == "__main__":
         parser = command.make_parser(__doc__)

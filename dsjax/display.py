@@ -29,7 +29,7 @@ class _Screen:
     """Context that prints lines and, on a terminal, shows at most one bar below them."""
 
     def __init__(self, console: Console):
-        self._console = console
+        self.console = console
         self._bar: Progress | None = None
 
     def __enter__(self) -> Self:
@@ -40,7 +40,7 @@ class _Screen:
 
     def say(self, text: str) -> None:
         """Prints a line as it stands: brackets are no markup, and only the terminal wraps it."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
         """Ends the bar, if there is one."""
@@ -52,8 +52,8 @@ class _Screen:
         self, *columns: ProgressColumn, total: int, done: int = 0, transient: bool = True
     ) -> None:
         """Starts a bar; on anything but a terminal, and while a bar is shown, does nothing."""
-        if self._console.is_terminal and self._bar is None:
-            self._bar = Progress(*columns, console=self._console, transient=transient)
+        if self.console.is_terminal and self._bar is None:
+            self._bar = Progress(*columns, console=self.console, transient=transient)
             self._task = self._bar.add_task("", total=total, completed=done)
             self._bar.start()
 
@@ -92,7 +92,7 @@ class Display(_Screen):
 
         def show(done: int, total: int) -> None:
             nonlocal shown
-            if self._console.is_terminal:
+            if self.console.is_terminal:
                 self._start(TextColumn(what), BarColumn(), TimeRemainingColumn(), total=total)
                 self._update(done)
                 if done >= total:

@@ -168,7 +168,7 @@ def repeat(root: Path, deadline: float) -> int:
     from dsjax import settings
     from dsjax.generate.engine import Engine, Request
     from dsjax.generate.sampling import Sampling
-    from dsjax.train import loop
+    from dsjax.train import pretraining
 
     console = Console(file=io.StringIO(), width=120)
     held: list[tuple[float, int]] = []
@@ -178,7 +178,7 @@ def repeat(root: Path, deadline: float) -> int:
             config = settings.override(
                 settings.load_config(root / "round.py"), [f"train.steps={steps}"]
             )
-            loop.train(config, root / "round", command="", console=console)
+            pretraining.train(config, root / "round", command="", console=console)
         engine = Engine(dsjax.load(root / "round"))
         for _ in engine.generate([Request((1, 2, 3), 8, Sampling(temperature=0.0))]):
             pass

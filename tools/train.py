@@ -31,11 +31,11 @@ def execute(arguments: argparse.Namespace) -> int:
     folder = arguments.workdir or Path("runs") / config.name
     # Imported here, so that --help and wrong usage need not wait for jax.
     from dsjax.parallel import compilation, processes
-    from dsjax.train import loop
+    from dsjax.train import pretraining
 
     compilation.use_persistent_cache(config.data.cache_dir)
     with processes.joined(arguments.coordinator, arguments.num_processes, arguments.process_id):
-        return loop.train(config, folder, command=shlex.join(["python", *sys.argv]))
+        return pretraining.train(config, folder, command=shlex.join(["python", *sys.argv]))
 
 
 def parser() -> argparse.ArgumentParser:

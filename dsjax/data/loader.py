@@ -10,12 +10,12 @@ memory, and killed parents leave grain's workers behind.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
-from dsjax.data.packing import PackedSequences, stack
+from dsjax.data.packing import stack
 
 _STATE_VERSION = 1
 _REMEDIES = {
@@ -27,6 +27,22 @@ _REMEDIES = {
 }
 
 
+class Rows(Protocol):
+    """Training rows by number, without end: a finite set comes again in every epoch.
+
+    `PackedSequences` is one. Several threads read at the same time.
+    """
+
+    @property
+    def identity(self) -> Mapping[str, int | float | str]:
+        """What decides every row: two sets of rows with the same identity are equal."""
+        ...
+
+    def __getitem__(self, row: int, /) -> dict[str, np.ndarray]:
+        """Returns the arrays of a row, in every row the same names, shapes and dtypes."""
+        ...
+
+
 class Loader:
     """Hands out this process's share of the rows, in order, from `state()["next_row"]` on.
 
@@ -34,11 +50,14 @@ class Loader:
       rows: the same on all processes.
       share: for a batch of n rows, which of 0 ... n - 1 this process reads, ascending.
       threads: readers; they keep two batches ready.
+
+    Attributes:
+      next_row: the first row of the next batch.
     """
 
     def __init__(
         self,
-        rows: PackedSequences,
+        rows: Rows,
         *,
         share: Callable[[int], np.ndarray] = np.arange,
         threads: int = 2,
@@ -46,7 +65,7 @@ class Loader:
         self._rows = rows
         self._share = share
         self._threads = threads
-        self._next_row = 0
+        self.next_row = 0
         self._batch_size = 0
         self._held = share(0)
         self._reader: Any = None
@@ -64,7 +83,7 @@ class Loader:
         except BaseException:
             self.close()  # an interrupt may have come between two rows
             raise
-        self._next_row += n
+        self.next_row += n
         return batch
 
     def __iter__(self) -> Loader:
@@ -76,29 +95,30 @@ class Loader:
 
     def state(self) -> dict[str, int | float | str]:
         """What `restore` needs: JSON, the same on all processes. Rows read ahead do not count."""
-        return {"version": _STATE_VERSION, "next_row": self._next_row, **self._rows.identity}
+        return {"version": _STATE_VERSION, "next_row": self.next_row, **self._rows.identity}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Goes to where `state` was taken, from whatever number of processes.
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """Goes to where `record`, a `state()`, was taken, from whatever number of processes.
 
         Raises:
-          ValueError: the state belongs to other rows; the message lists all that differs.
+          ValueError: the record belongs to other rows; the message lists all that differs.
         """
         own = self.state()
-        differing = [key for key in own if key != "next_row" and state.get(key) != own[key]]
+        differing = [key for key in own if key != "next_row" and record.get(key) != own[key]]
         if differing:
             lines = [
-                f"{key} was {state.get(key)}, is {own[key]} ({_REMEDIES[key]})" for key in differing
+                f"{key} was {record.get(key)}, is {own[key]} ({_REMEDIES.get(key, 'set it back')})"
+                for key in differing
             ]
             raise ValueError("the data is not that of the checkpoint: " + "; ".join(lines))
-        next_row = state.get("next_row")
+        next_row = record.get("next_row")
         if not isinstance(next_row, int) or next_row < 0:
             raise ValueError(
                 f"the checkpoint's data state has next_row={next_row!r}, which is no row number; "
                 "the checkpoint is damaged: go back to an earlier one"
             )
         self.close()
-        self._next_row = next_row
+        self.next_row = next_row
 
     def close(self) -> None:
         """Stops reading ahead. The loader can go on: the next `take` starts it again."""
@@ -109,7 +129,7 @@ class Loader:
     def _read_ahead(self) -> Any:
         import grain  # a second to import
 
-        share = _Share(self._rows, self._next_row, self._held, self._batch_size)
+        share = _Share(self._rows, self.next_row, self._held, self._batch_size)
         options = grain.ReadOptions(
             num_threads=self._threads, prefetch_buffer_size=2 * len(self._held)
         )
@@ -119,9 +139,7 @@ class Loader:
 class _Share:
     """One process's rows if every step takes `batch_size`, for grain to read by index."""
 
-    def __init__(
-        self, rows: PackedSequences, first: int, held: np.ndarray, batch_size: int
-    ) -> None:
+    def __init__(self, rows: Rows, first: int, held: np.ndarray, batch_size: int) -> None:
         self._rows = rows
         self._first = first
         self._held = held

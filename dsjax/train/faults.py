@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import collections
 import json
-import math
 import statistics
 from pathlib import Path
+
+from dsjax.files import finite
 
 MAX_SKIPPED = 5
 WINDOW, FEWEST, SIGMAS = 128, 32, 6.0
@@ -38,12 +39,12 @@ class Faults:
         self._losses: collections.deque[float] = collections.deque(maxlen=WINDOW)
 
     def check(
-        self, step: int, loss: float, grad_norm: float, rows: tuple[int, int], *, skipped: bool
+        self, step: int, loss: float, grad_norm: float, rows: range, *, skipped: bool
     ) -> str | None:
         """Takes note of a step.
 
         Args:
-          rows: the first row of its batch, and the one after the last.
+          rows: of the data, that its batch is made of.
 
         Returns:
           what there is to say of it; None if nothing.
@@ -52,7 +53,7 @@ class Faults:
           ValueError: too many steps in a row were skipped.
           OSError: the file cannot be written.
         """
-        place = f"rows {rows[0]} to {rows[1] - 1} of the data, in {self.path.name}"
+        place = f"rows {rows.start} to {rows.stop - 1} of the data, in {self.path.name}"
         if not skipped:
             self.in_a_row = 0
             above = self._above(loss)
@@ -82,19 +83,10 @@ class Faults:
             return None
         return f"the last {len(self._losses)} being {mean:.4f} +- {spread:.4f}"
 
-    def _write(
-        self, kind: str, step: int, loss: float, grad_norm: float, rows: tuple[int, int]
-    ) -> None:
+    def _write(self, kind: str, step: int, loss: float, grad_norm: float, rows: range) -> None:
         if self._silent:
             return
-        numbers = {"loss": loss, "grad_norm": grad_norm}
-        line = {
-            "step": step,
-            "kind": kind,
-            **{
-                key: value if math.isfinite(value) else str(value) for key, value in numbers.items()
-            },
-            "rows": list(rows),
-        }
+        line = {"step": step, "kind": kind, **finite({"loss": loss, "grad_norm": grad_norm})}
+        line["rows"] = [rows.start, rows.stop]
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

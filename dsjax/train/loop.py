@@ -1,335 +1,133 @@
-"""A training run from start to end: prepare or resume, step, log, evaluate, save, and sum up.
+"""The loop of every training run: take a batch, step, log, evaluate, save.
 
-Steps are dispatched one ahead: while the device computes one, the host prepares and dispatches the
-next, and reads the numbers of the one before. Before evaluating, saving or stopping, the steps on
-the way are waited for.
-
-How a run resumes:
-1. workdir.claim: the folder must hold this config's run, up to keys that do not matter.
-2. setup: the newest checkpoint that is as it was written, every byte of it, gives the state, the
-   position in the data and the number of steps done.
-3. Metrics: lines of later steps are dropped, since those steps will be done again.
-4. The schedule is a function of the step alone, so nothing else is remembered. On a CPU with the
-   same versions and cores the resumed run gives the same bits as one that was never stopped.
+Steps are dispatched one ahead: while the device computes one, the host takes and dispatches the
+next, and reads the numbers of the one before. Before evaluating, saving or stopping, the steps
+under way are waited for.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
 
-from dsjax import settings
-from dsjax.checkpoint import store
-from dsjax.config import Config
-from dsjax.display import Display
-from dsjax.files import listed, write_json
-from dsjax.generate.engine import Engine, Request
-from dsjax.generate.sampling import Sampling
-from dsjax.parallel import processes, replicas
-from dsjax.train import hyperparameters, plots, workdir
-from dsjax.train.evaluate import Evaluation, evaluate
+from dsjax.parallel import processes
+from dsjax.parallel.compilation import Compiled
 from dsjax.train.report import described
-from dsjax.train.setup import Run, prepare
-from dsjax.train.signals import StopRequest
-from dsjax.train.step import declared_model, restored_model
-from dsjax.train.summary import compressed_bits_per_byte, print_summary
+from dsjax.train.session import Session
+from dsjax.train.source import Taken
 
-_PROMPT_TOKENS = 32  # of a held-out document, for the sample at the end
-
-# Steps that were dispatched: number, metrics, and the signal's exit code that any process had.
-OnTheWay = collections.deque[tuple[int, dict[str, jax.Array], Any]]
+Metrics = Mapping[str, jax.Array]
 
 
-def train(config: Config, folder: Path, *, command: str, console: Console | None = None) -> int:
-    """Runs a config in `folder`, or takes it up where the folder's newest checkpoint is.
+class _Dispatched(NamedTuple):
+    """A step that was dispatched and whose numbers have not been read."""
+
+    step: int  # counted from 1
+    metrics: Metrics
+    taken: Taken  # without its batch, whose memory the step may have back
+    learning_rate: float
+    exit_code: Any  # of a signal to any process; not waited for
+
+
+def run_steps(
+    session: Session,
+    train_step: Compiled,
+    *,
+    batch_size: Callable[[int], int],
+    knobs: Callable[[int], Mapping[str, float]],
+    evaluate: Callable[[], Mapping[str, float]],
+    on_step: Callable[[Metrics], None] = lambda metrics: None,
+    on_save: Callable[[Metrics], None] = lambda metrics: None,
+) -> None:
+    """Takes steps until the run ends or a signal comes; the last step is saved either way.
 
     Args:
-      command: the command line that does this, shown to the user as the way to resume.
-
-    With several processes each of them calls this, and `folder` is one that all of them see. The
-    first one alone writes there, but for checkpoints, and shows how the run goes.
-
-    Returns:
-      exit code: 0; 130 or 143 after SIGINT or SIGTERM to any process, the run having been saved.
-
-    Raises:
-      ValueError: config, data, folder or checkpoint do not fit, or the loss stays not finite.
-      OSError: a file cannot be read or written.
+      train_step: (state, batch, knobs) -> (state, metrics). Metrics are scalars, which are logged,
+        with at least `loss`, `grad_norm` and `skipped`, true if the step left the state as it was.
+      batch_size: step (counted from 0) -> what to take from the source.
+      knobs: step (counted from 0) -> numbers given to the step, with at least `learning_rate`.
+      evaluate: returns the held-out numbers of `session.state`; called every train.eval_every steps
+        but the last, after which the recipe evaluates in full.
+      on_step: called with the metrics of each step, in order.
+      on_save: called with the metrics of the newest step before each checkpoint.
     """
-    console = console or Console(quiet=not processes.is_first())
-    # Where there are several processes, the first one writes.
-    with workdir.locked(folder) if processes.is_first() else contextlib.nullcontext():
-        return _train(config, folder, command, console)
+    train = session.config.train
+    under_way: collections.deque[_Dispatched] = collections.deque()
 
+    def settle(*, leave: int) -> None:
+        while len(under_way) > leave:
+            dispatched = under_way.popleft()
+            _settle(session, dispatched)
+            on_step(dispatched.metrics)
 
-def _train(config: Config, folder: Path, command: str, console: Console) -> int:
-    if processes.is_first():
-        workdir.claim(folder, config)
-    processes.wait("the folder is claimed")
-    workdir.check_shared(folder)
-    if processes.from_first(_is_finished(config, folder)):
-        console.print(
-            f"{folder} is finished: see summary.json, or raise train.steps to go on",
-            highlight=False,
-        )
-        return 0
-    if processes.is_first():
-        (folder / "summary.json").unlink(missing_ok=True)
-    with StopRequest() as stop, Display(console) as display:
-        run = prepare(config, folder, display, stop)
-        try:
-            _run_steps(run)
-            summary = _finish(run) if not run.exit_code else None
-        finally:
-            run.loader.close()
-            if run.metrics is not None:
-                run.metrics.close()
-            run.checkpoints.close()
-        if run.exit_code:
-            display.stop()
-            display.say(f"saved after step {run.step}; to resume: {command}")
-            return run.exit_code
-    if summary is not None:
-        print_summary(console, summary)
-    return 0
-
-
-def _is_finished(config: Config, folder: Path) -> bool:
-    step = store.latest(folder / "checkpoints")
-    return step is not None and step >= config.train.steps and (folder / "summary.json").is_file()
-
-
-def _run_steps(run: Run) -> None:
-    """Steps until the end of the run or a signal; the last step is saved either way."""
-    train = run.config.train
-    on_the_way: OnTheWay = collections.deque()
-    for index in range(run.step, train.steps):
-        batch = run.take_batch(hyperparameters.batch_size(train, index))
-        knobs = {
-            name: np.float32(value)
-            for name, value in hyperparameters.knobs(run.config, index).items()
-        }
-        if not run.train_step.is_compiled(batch):
-            _settle(run, on_the_way, leave=0)
-            run.train_step.compile(run.state, batch, knobs)
-            run.stop.defer()
-            run.display.start_steps(run.step, train.steps)
-            run.meter.start()
-        run.state, metrics = run.train_step(run.state, batch, knobs)
-        on_the_way.append((index, metrics, processes.highest(run.stop.exit_code or 0)))
+    for index in range(session.step, train.steps):
+        taken = session.source.take(batch_size(index), session.state)
+        numbers = knobs(index)
+        values = {name: np.float32(number) for name, number in numbers.items()}
+        if not train_step.is_compiled(taken.batch):
+            settle(leave=0)
+            train_step.compile(session.state, taken.batch, values)
+            session.stop.defer()
+            session.display.start_steps(session.step, train.steps)
+            session.meter.start()
+        session.state, metrics = train_step(session.state, taken.batch, values)
+        signal = processes.highest(session.stop.exit_code or 0)
+        taken = taken._replace(batch={})
+        under_way.append(_Dispatched(index + 1, metrics, taken, numbers["learning_rate"], signal))
         done = index + 1
         evaluates, saves = _due(train.eval_every, done), _due(train.checkpoint_every, done)
-        _settle(run, on_the_way, leave=1)
+        settle(leave=1)
         if jax.process_count() == 1:
-            run.exit_code = run.stop.exit_code or 0
-        stops = done == train.steps or run.exit_code > 0
+            session.exit_code = session.stop.exit_code or 0
+        stops = done == train.steps or session.exit_code > 0
         if evaluates or saves or stops:
-            _settle(run, on_the_way, leave=0)
+            settle(leave=0)
         if saves or stops or _due(train.compare_every, done):
-            _compare_replicas(run)
+            session.compare_replicas()
         if evaluates and done < train.steps:
-            _log_evaluation(run, _evaluate(run, run.heldout.spread(train.eval_sequences)))
-        if done == train.steps:
-            _draw_expert_load(run, metrics)
+            session.log_evaluation(evaluate())
         # The state of a step that was skipped is that of an earlier one, and may be why.
-        if stops or (saves and not run.faults.in_a_row):
-            _save(run)
+        if stops or (saves and not session.faults.in_a_row):
+            on_save(metrics)
+            session.save()
         if stops:
             return
         if evaluates or saves:
-            run.meter.start()
-    run.stop.defer()  # all steps were done before
+            session.meter.start()
+    session.stop.defer()  # all steps were done before
 
 
 def _due(every: int, done: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _settle(run: Run, on_the_way: OnTheWay, *, leave: int) -> None:
-    """Waits for the oldest steps until `leave` are left; checks their numbers, logs what is due."""
-    while len(on_the_way) > leave:
-        index, metrics, exit_code = on_the_way.popleft()
-        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        run.step, run.exit_code = index + 1, max(run.exit_code, int(exit_code))
-        run.meter.step(
-            hyperparameters.batch_size(run.config.train, index) * run.config.data.sequence_length
-        )
-        run.display.step(run.step)
-        if "expert_load" in metrics:
-            run.expert_load.add(np.asarray(metrics["expert_load"]))
-        skipped = bool(metrics["skipped"])
-        first = hyperparameters.sequences_before(run.config.train, index)
-        rows = first, hyperparameters.sequences_before(run.config.train, index + 1)
-        if said := run.faults.check(run.step, loss, grad_norm, rows, skipped=skipped):
-            run.display.say(said)
-        first_fine = run.step - run.faults.skipped == 1
-        due = _due(run.config.train.log_every, run.step) or run.step == run.config.train.steps
-        if not skipped and (due or first_fine):
-            _log(run, loss, grad_norm, metrics)
-
-
-def _compare_replicas(run: Run) -> None:
-    """Checks that devices which should hold equal copies do; each checkpoint is of such a state.
-
-    Raises:
-      ValueError: they do not; names arrays and devices.
-    """
-    found = replicas.mismatches(store.named_arrays(run.state), run.mesh)
-    if found:
-        devices = sorted({str(device) for wrong in found for device in wrong.devices})
-        raise ValueError(
-            f"after step {run.step} {', '.join(devices)} hold other values than their copies: "
-            f"{listed([wrong.name for wrong in found])}. Nothing of it was saved. Memory or link "
-            "of a device is not to be trusted: take it out of service, then run the same command "
-            "again: it goes on from the newest checkpoint, whose copies were equal"
-        )
-
-
-def _log(run: Run, loss: float, grad_norm: float, metrics: dict[str, jax.Array]) -> None:
-    if run.metrics is None:
+def _settle(session: Session, dispatched: _Dispatched) -> None:
+    """Waits for a step's numbers, checks them, and logs them if they are due."""
+    metrics, taken = dispatched.metrics, dispatched.taken
+    loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+    session.step, session.tokens = dispatched.step, session.tokens + taken.tokens
+    session.exit_code = max(session.exit_code, int(dispatched.exit_code))
+    session.meter.step(taken.tokens)
+    session.display.step(session.step)
+    skipped, faults, train = bool(metrics["skipped"]), session.faults, session.config.train
+    if said := faults.check(session.step, loss, grad_norm, taken.rows, skipped=skipped):
+        session.display.say(said)
+    first_fine = session.step - faults.skipped == 1
+    due = _due(train.log_every, session.step) or session.step == train.steps
+    if skipped or session.metrics is None or not (due or first_fine):
         return
-    line = {
-        "step": run.step,
-        "tokens": hyperparameters.tokens_before(run.config, run.step),
+    numbers = {
         "loss": loss,
-        "mtp_loss": float(metrics["mtp_loss"]),
-        "balance_loss": float(metrics["balance_loss"]),
-        "grad_norm": grad_norm,
-        "learning_rate": hyperparameters.knobs(run.config, run.step - 1)["learning_rate"],
-        **run.meter.take()._asdict(),
-        "max_violation": float(metrics["max_violation"]),
-        "dropped_tokens": int(metrics["dropped_tokens"]),
-        "skipped_steps": run.faults.skipped,
+        **{name: np.asarray(value).item() for name, value in metrics.items() if value.ndim == 0},
+        **taken.metrics,
+        "learning_rate": dispatched.learning_rate,
+        **session.meter.take()._asdict(),
+        "skipped_steps": faults.skipped,
     }
-    run.metrics.write(line)
-    run.display.log(run.step, *described(line), line["step_seconds"])
-
-
-def _evaluate(run: Run, rows: Sequence[int], **options: Any) -> Evaluation | None:
-    def score(batch: dict[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
-        return run.score(run.state, run.place(batch))
-
-    return evaluate(score, run.heldout, rows, batch_size=run.config.micro_batch_size, **options)
-
-
-def _log_evaluation(run: Run, result: Evaluation | None) -> None:
-    assert result is not None
-    if run.metrics is None:
-        return
-    line = {
-        "step": run.step,
-        "tokens": hyperparameters.tokens_before(run.config, run.step),
-        "eval_loss": result.loss,
-        "bits_per_byte": result.bits_per_byte,
-    }
-    run.metrics.write(line)
-    run.display.say(
-        f"held-out after step {run.step}: loss {result.loss:.4f}, "
-        f"{result.bits_per_byte:.4f} bits per byte"
-    )
-
-
-def _save(run: Run) -> None:
-    record = {
-        "step": run.step,
-        "tokens": hyperparameters.tokens_before(run.config, run.step),
-        "progress": hyperparameters.progress(run.config, run.step),
-        "data": run.loader.state(),
-        "seconds": run.seconds,
-        "skipped_steps": run.faults.skipped,
-        "config_hash": settings.content_hash(run.config),
-        "versions": workdir.versions(),
-    }
-    run.checkpoints.save(run.step, run.state, record)
-    if processes.is_first():
-        run.expert_load.write(run.folder, run.step)
-
-
-def _draw_expert_load(run: Run, metrics: dict[str, jax.Array]) -> None:
-    """Draws the experts' load, before the last checkpoint puts the last step out of reach."""
-    if "expert_load" in metrics and run.metrics is not None:
-        load_LE = np.asarray(metrics["expert_load"])
-        plots.draw_expert_load(
-            run.folder / "expert_load.png", run.metrics.lines(), load_LE, run.config.name
-        )
-
-
-def _finish(run: Run) -> dict[str, Any] | None:
-    """Evaluates on all held-out text, writes a sample, draws the loss and writes summary.json.
-
-    Returns:
-      what summary.json holds; None if a signal came (the same command finishes later), and in all
-      processes but the first.
-    """
-    run.display.stop()
-    run.checkpoints.wait()
-    if run.faults.skipped >= run.step:
-        raise ValueError(f"no step of this run had a finite loss; see {run.faults.path}")
-    run.display.say(f"scoring all {len(run.heldout):,} held-out sequences")
-    result = _evaluate(run, range(len(run.heldout)), interrupted=lambda: _is_interrupted(run))
-    if result is None:
-        return None
-    sample = _sample(run)
-    if run.metrics is None:
-        return None
-    if run.metrics.lines()[-1].get("eval_loss") is None:
-        _log_evaluation(run, result)
-    lines = run.metrics.lines()
-    plots.draw_loss(run.folder / "loss.png", lines, run.config.name)
-    logged = [line for line in lines if "loss" in line]
-    rates = run.meter.whole()
-    summary = {
-        "name": run.config.name,
-        "steps": run.step,
-        "tokens": hyperparameters.tokens_before(run.config, run.step),
-        "loss": logged[-1]["loss"],
-        "mtp_loss": logged[-1]["mtp_loss"],
-        "eval_loss": result.loss,
-        "bits_per_byte": result.bits_per_byte,
-        **compressed_bits_per_byte(text for _, text in run.corpus.heldout_texts()),
-        "max_violation_first": logged[0]["max_violation"],
-        "max_violation_last": logged[-1]["max_violation"],
-        "dropped_tokens": max(line["dropped_tokens"] for line in logged),
-        "skipped_steps": run.faults.skipped,
-        "wall_seconds": run.seconds,
-        "compile_seconds": run.train_step.seconds + run.score.seconds,
-        "median_step_seconds": rates and rates.step_seconds,
-        "tokens_per_second": rates and rates.tokens_per_second,
-        "mfu": rates and rates.mfu,
-        "peak": run.peak.source,
-        "sample": sample,
-    }
-    write_json(run.folder / "summary.json", summary)
-    return summary
-
-
-def _is_interrupted(run: Run) -> bool:
-    run.exit_code = int(processes.highest(run.stop.exit_code or 0))
-    return run.exit_code > 0
-
-
-def _sample(run: Run) -> dict[str, str] | None:
-    """Lets the model continue the beginning of the first held-out document."""
-    n_tokens, most = run.config.train.sample_tokens, run.config.model.max_seq_len
-    if not n_tokens:
-        return None
-    tokenizer = run.corpus.tokenizer
-    prompt = [tokenizer.special.bos, *run.corpus.heldout[0][:_PROMPT_TOKENS].tolist()]
-    prompt = prompt[: most // 2]
-    request = Request(
-        tuple(prompt),
-        min(n_tokens, most - len(prompt)),
-        Sampling(temperature=0.7, top_p=0.95, seed=run.config.train.seed % 2**32),
-    )
-    completion: list[int] = []
-    declared = declared_model(run.config.model, run.config.precision)
-    for (new,) in Engine(restored_model(declared, run.state)).generate([request]):
-        completion += new
-    return {"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(completion)}
+    del numbers["skipped"]
+    session.log(numbers)
+    session.display.log(session.step, *described(numbers), numbers["step_seconds"])

@@ -9,14 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from dsjax import settings
-from dsjax.config import Config
 from dsjax.files import write, writing
+from dsjax.train.workdir import RunConfig
+
+_SHOWN = {  # on the console, of a step's numbers, in this order
+    "loss": "loss {:.4f}",
+    "mtp_loss": "mtp {:.4f}",
+    "grad_norm": "grad_norm {:.3f}",
+    "learning_rate": "lr {:.3g}",
+    "max_violation": "max_violation {:.2f}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "mfu": "mfu {:.1%}",
+}
+_IN_SHORT = ("loss", "tokens_per_second")  # beside a progress bar
 
 
 class Metrics:
     """Sinks of the logged numbers; pictures and summary come from one of them, metrics.jsonl."""
 
-    def __init__(self, workdir: Path, config: Config, *, first_step: int):
+    def __init__(self, workdir: Path, config: RunConfig, *, first_step: int):
         """Opens the sinks of a run that continues after `first_step` steps.
 
         Lines of later steps, left by a run that ended after its last checkpoint, are dropped: they
@@ -90,7 +101,7 @@ def _open_tensorboard(workdir: Path, first_step: int) -> Any:
     )
 
 
-def _open_wandb(workdir: Path, config: Config) -> Any:
+def _open_wandb(workdir: Path, config: RunConfig) -> Any:
     try:
         wandb = importlib.import_module("wandb")
     except ModuleNotFoundError as error:
@@ -108,12 +119,7 @@ def _open_wandb(workdir: Path, config: Config) -> Any:
     )
 
 
-def described(line: Mapping[str, Any]) -> tuple[str, str]:
-    """A line of training metrics for the console: in short, and in full."""
-    return (
-        f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s",
-        f"loss {line['loss']:.4f}  "
-        f"mtp {line['mtp_loss']:.4f}  grad_norm {line['grad_norm']:.3f}  "
-        f"lr {line['learning_rate']:.3g}  max_violation {line['max_violation']:.2f}  "
-        f"{line['tokens_per_second']:,.0f} tokens/s  mfu {100 * line['mfu']:.1f}%",
-    )
+def described(numbers: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns what the console shows of a step's numbers: in short, and in full."""
+    texts = {key: text.format(numbers[key]) for key, text in _SHOWN.items() if key in numbers}
+    return "  ".join(texts[key] for key in _IN_SHORT if key in texts), "  ".join(texts.values())

@@ -12,12 +12,12 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
 from dsjax import settings
-from dsjax.config import Config
+from dsjax.config import TrainConfig
 from dsjax.files import write_json
 
 # Keys that a resumed run may change, because what has been trained so far stays what it was.
@@ -28,6 +28,15 @@ _FREE = (
     "train.tensorboard", "train.wandb_project", "mesh.",
 )  # fmt: skip
 _PACKAGES = ("dsjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class RunConfig(Protocol):
+    """What all that any run does reads of its config: a root with this name and group will do."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def train(self) -> TrainConfig: ...
 
 
 @contextlib.contextmanager
@@ -56,7 +65,7 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
-def claim(workdir: Path, config: Config) -> None:
+def claim(workdir: Path, config: RunConfig) -> None:
     """Makes `workdir` the folder of this config's run, or checks that it is already.
 
     A folder in which no step has been done yet is anybody's: a run that was refused, say for its

@@ -8,7 +8,7 @@ import pytest
 
 from dsjax.train.faults import FEWEST, MAX_SKIPPED, Faults
 
-ROWS = (8, 16)
+ROWS = range(8, 16)
 
 
 def test_steps_without_an_update_are_counted_and_written_down(tmp_path):

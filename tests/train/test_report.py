@@ -65,7 +65,7 @@ def test_metrics_writes_tensorboard(tmp_path):
 
 def test_line_is_described_in_short_and_in_full():
     assert report.described(LINE) == (
-        "loss 2.500  4,096 tokens/s",
+        "loss 2.5000  4,096 tokens/s",
         "loss 2.5000  mtp 2.7500  grad_norm 1.000  lr 0.001  max_violation 0.50  "
         "4,096 tokens/s  mfu 25.0%",
     )

@@ -20,7 +20,7 @@ from dsjax.config import (
     TrainConfig,
 )
 from dsjax.parallel.mesh import make_mesh
-from dsjax.train import loop, setup
+from dsjax.train import pretraining
 from dsjax.train.signals import StopRequest
 
 SHAPE = {
@@ -101,7 +101,7 @@ def digest(folder):
 
 def train(config, folder):
     console = Console(file=io.StringIO(), width=150)
-    return loop.train(config, folder, command="", console=console)
+    return pretraining.train(config, folder, command="", console=console)
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def test_resumed_run_ends_with_the_same_bits(model, mesh, tmp_path, monkeypatch)
     (tmp_path / "text").mkdir()
     config = config_of(model, mesh, tmp_path / "text")
     devices = 1 if not MESHES[mesh] else 4
-    monkeypatch.setattr(setup, "make_mesh", functools.partial(make_mesh, n_devices=devices))
+    monkeypatch.setattr(pretraining, "make_mesh", functools.partial(make_mesh, n_devices=devices))
     assert train(config, tmp_path / "whole") == 0
     seen = []
 

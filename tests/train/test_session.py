@@ -1,17 +1,18 @@
-"""What is checked and put in place before the first step."""
+"""What is checked and put in place before the first step, and what a checkpoint brings back."""
 
+import contextlib
 import dataclasses
 import io
 import json
 
 import jax
-import numpy as np
 import pytest
 from rich.console import Console
 
 from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from dsjax.display import Display
-from dsjax.train import loop, setup
+from dsjax.train import pretraining
+from dsjax.train.session import Session
 from dsjax.train.signals import StopRequest
 from tests.checkpoint.damage import with_flipped_bit
 
@@ -44,63 +45,58 @@ def config(tmp_path_factory):
     )
 
 
-def prepare(config, folder):
+@contextlib.contextmanager
+def prepared(config, folder):
     output = io.StringIO()
     display = Display(Console(file=output, width=150))
-    return setup.prepare(config, folder, display, StopRequest()), output
-
-
-def close(run):
-    run.loader.close()
-    run.metrics.close()
-    run.checkpoints.close()
+    with contextlib.closing(Session(config, folder, display, StopRequest())) as session:
+        pretraining.prepare(config, session)
+        yield session, output
 
 
 def test_prepared_run_is_spread_over_the_mesh(config, tmp_path):
     (tmp_path / "checkpoints" / "7.partial").mkdir(parents=True)  # of a save that was killed
-    run, _ = prepare(config, tmp_path)
-    try:
-        assert run.step == 0 and list((tmp_path / "checkpoints").iterdir()) == []
-        weight = run.state.params["embed"]["weight"].get_value()
+    with prepared(config, tmp_path) as (session, _):
+        assert session.step == 0 and list((tmp_path / "checkpoints").iterdir()) == []
+        weight = session.state.params["embed"]["weight"].get_value()
         assert weight.addressable_shards[0].data.shape == (300, 4)
-        batch = run.place({"tokens": np.zeros((1, 8, 9), np.int32)})
-        assert {shard.data.shape for shard in batch["tokens"].addressable_shards} == {(1, 1, 9)}
         assert (tmp_path / "tokenizer.json").is_file()
-        loop._compare_replicas(run)
-        norm = run.state.params["norm"]["weight"]
-        device = run.mesh.devices.flat[5]
+        session.compare_replicas()
+        norm = session.state.params["norm"]["weight"]
+        device = session.mesh.devices.flat[5]
         norm.set_value(with_flipped_bit(norm.get_value(), device, 9))
         with pytest.raises(ValueError, match=rf"after step 0 {device} hold other .*params\.norm"):
-            loop._compare_replicas(run)
-    finally:
-        close(run)
+            session.compare_replicas()
 
 
 def test_batch_that_does_not_divide_is_refused_first(config, tmp_path):
     odd = dataclasses.replace(config, train=TrainConfig(steps=3, batch_size=4))
-    with pytest.raises(
-        ValueError,
-        match=r"train\.micro_batch_size.*batch=4.*does not divide over mesh\.data=2 x mesh\.fsdp=4",
+    with (
+        pytest.raises(
+            ValueError,
+            match=r"train\.micro_batch_size.*batch=4.*does not divide over mesh\.data=2 x mesh\.f",
+        ),
+        prepared(odd, tmp_path),
     ):
-        prepare(odd, tmp_path)
+        raise AssertionError
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.heavy
 def test_restored_run_says_what_changed(config, tmp_path):
-    run, _ = prepare(config, tmp_path)
-    record = {
-        "step": 2,
-        "data": {**run.loader.state(), "next_row": 16},
-        "seconds": 5.0,
-        "versions": {"jax": "0.0"},
-    }
-    run.checkpoints.save(2, run.state, record)
-    close(run)
+    with prepared(config, tmp_path) as (session, _):
+        record = {
+            "step": 2,
+            "tokens": 128,
+            "data": {**session.source.state(), "next_row": 16},
+            "seconds": 5.0,
+            "versions": {"jax": "0.0"},
+        }
+        session.checkpoints.save(2, session.state, record)
     (tmp_path / "checkpoints" / "3").mkdir()  # what a copy that broke off may leave
-    run, output = prepare(config, tmp_path)
-    close(run)
-    assert run.step == 2 and run.loader.state()["next_row"] == 16 and run.seconds > 5
+    with prepared(config, tmp_path) as (session, output):
+        assert session.step == 2 and session.source.state()["next_row"] == 16
+        assert session.seconds > 5 and session.rates is None  # of an older version's record
     assert "after step 2 of 3" in output.getvalue()
     assert "3 is not used (it is now 3.damaged); using step 2" in output.getvalue()
     assert f"jax 0.0 -> {jax.__version__}" in output.getvalue()

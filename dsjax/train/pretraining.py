@@ -1,0 +1,289 @@
+"""Pre-training: text in rows, a score on held-out text, and at the end a summary and a sample."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+
+from dsjax.config import Config
+from dsjax.data.corpus import Corpus, Progress, prepare_corpus
+from dsjax.data.packing import HeldoutSequences, PackedSequences, heldout_sequences
+from dsjax.generate.engine import Engine, Request
+from dsjax.generate.sampling import Sampling
+from dsjax.kernels.target import Target, tokamax
+from dsjax.model.flops import train_flops_per_token
+from dsjax.model.transformer import Transformer
+from dsjax.parallel import processes
+from dsjax.parallel.compilation import Compiled, compiler_options
+from dsjax.parallel.context import check_length
+from dsjax.parallel.mesh import make_mesh
+from dsjax.train import hyperparameters, loop, pipelined_step, plots, session
+from dsjax.train.batches import batch_sharding, place_all
+from dsjax.train.evaluate import Evaluation, evaluate, scorer
+from dsjax.train.expert_load import ExpertLoad
+from dsjax.train.loss import pretraining
+from dsjax.train.optimizer import adamw
+from dsjax.train.session import Session
+from dsjax.train.source import RowSource
+from dsjax.train.step import (
+    TrainState,
+    abstract_state,
+    declared_model,
+    initial_state,
+    restored_model,
+    train_step,
+)
+from dsjax.train.summary import compressed_bits_per_byte, print_summary
+
+_PROMPT_TOKENS = 32  # of a held-out document, for the sample at the end
+
+
+def train(config: Config, folder: Path, *, command: str, console: Console | None = None) -> int:
+    """Pre-trains in `folder`; arguments, result and errors are those of `session.run`."""
+
+    def recipe(under_way: Session) -> None:
+        run = prepare(config, under_way)
+        loop.run_steps(
+            under_way,
+            run.train_step,
+            batch_size=lambda step: hyperparameters.batch_size(config.train, step),
+            knobs=lambda step: hyperparameters.knobs(config, step),
+            evaluate=run.evaluate_sample,
+            on_step=run.add_expert_load,
+            on_save=run.write_expert_load,
+        )
+        if not under_way.exit_code:
+            run.finish()
+
+    return session.run(config, folder, recipe, command=command, console=console)
+
+
+@dataclasses.dataclass
+class Pretraining:
+    """What pre-training adds to a session."""
+
+    config: Config
+    session: Session
+    declared: Transformer
+    corpus: Corpus
+    heldout: HeldoutSequences
+    train_step: Compiled
+    score: Compiled
+    expert_load: ExpertLoad = dataclasses.field(default_factory=ExpertLoad)
+
+    def evaluate_sample(self) -> dict[str, float]:
+        """Scores an even sample of the held-out rows, the same one every time."""
+        result = self._evaluate(self.heldout.spread(self.config.train.eval_sequences))
+        assert result is not None
+        return _numbers(result)
+
+    def _evaluate(
+        self, rows: Sequence[int], interrupted: Callable[[], bool] = lambda: False
+    ) -> Evaluation | None:
+        def score(batch: dict[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
+            return self.score(self.session.state, place_all(batch, self.session.mesh))
+
+        return evaluate(
+            score,
+            self.heldout,
+            rows,
+            batch_size=self.config.micro_batch_size,
+            interrupted=interrupted,
+        )
+
+    def add_expert_load(self, metrics: loop.Metrics) -> None:
+        if "expert_load" in metrics:
+            self.expert_load.add(np.asarray(metrics["expert_load"]))
+
+    def write_expert_load(self, metrics: loop.Metrics) -> None:
+        """Writes the experts' load since the last checkpoint and, after the last step, draws it."""
+        if self.session.metrics is None:
+            return
+        self.expert_load.write(self.session.folder, self.session.step)
+        # Drawn here and not in `finish`, which another session, without a last step, may run.
+        if "expert_load" in metrics and self.session.step == self.config.train.steps:
+            plots.draw_expert_load(
+                self.session.folder / "expert_load.png",
+                self.session.metrics.lines(),
+                np.asarray(metrics["expert_load"]),
+                self.config.name,
+            )
+
+    def finish(self) -> None:
+        """Scores all held-out text, writes a sample, and writes and shows summary.json.
+
+        After a signal it returns early, and the same command finishes later.
+        """
+        run = self.session
+        run.display.stop()
+        run.checkpoints.wait()
+        if run.faults.skipped >= run.step:
+            raise ValueError(f"no step of this run had a finite loss; see {run.faults.path}")
+        run.display.say(f"scoring all {len(self.heldout):,} held-out sequences")
+        result = self._evaluate(range(len(self.heldout)), run.interrupted)
+        if result is None:
+            return
+        sample = self._sample()  # all processes generate it together
+        if run.metrics is None:
+            return
+        if run.metrics.lines()[-1].get("eval_loss") is None:
+            run.log_evaluation(_numbers(result))
+        lines = run.metrics.lines()
+        plots.draw_loss(run.folder / "loss.png", lines, self.config.name)
+        summary = self._summary(result, [line for line in lines if "loss" in line], sample)
+        run.finish(summary)
+        print_summary(run.display.console, summary)
+
+    def _summary(
+        self, result: Evaluation, logged: Sequence[dict[str, Any]], sample: dict[str, str] | None
+    ) -> dict[str, Any]:
+        run, rates = self.session, self.session.rates
+        return {
+            "name": self.config.name,
+            "steps": run.step,
+            "tokens": run.tokens,
+            "loss": logged[-1]["loss"],
+            "mtp_loss": logged[-1]["mtp_loss"],
+            **_numbers(result),
+            **compressed_bits_per_byte(text for _, text in self.corpus.heldout_texts()),
+            "max_violation_first": logged[0]["max_violation"],
+            "max_violation_last": logged[-1]["max_violation"],
+            "dropped_tokens": max(line["dropped_tokens"] for line in logged),
+            "skipped_steps": run.faults.skipped,
+            "wall_seconds": run.seconds,
+            "compile_seconds": self.train_step.seconds + self.score.seconds,
+            "median_step_seconds": rates and rates.step_seconds,
+            "tokens_per_second": rates and rates.tokens_per_second,
+            "mfu": rates and rates.mfu,
+            "peak": run.peak.source,
+            "sample": sample,
+        }
+
+    def _sample(self) -> dict[str, str] | None:
+        """Lets the model continue the first tokens of the first held-out document."""
+        n_tokens, most = self.config.train.sample_tokens, self.config.model.max_seq_len
+        if not n_tokens:
+            return None
+        tokenizer = self.corpus.tokenizer
+        prompt = [tokenizer.special.bos, *self.corpus.heldout[0][:_PROMPT_TOKENS].tolist()]
+        prompt = prompt[: most // 2]
+        request = Request(
+            tuple(prompt),
+            min(n_tokens, most - len(prompt)),
+            Sampling(temperature=0.7, top_p=0.95, seed=self.config.train.seed % 2**32),
+        )
+        completion: list[int] = []
+        engine = Engine(restored_model(self.declared, self.session.state))
+        for (new,) in engine.generate([request]):
+            completion += new
+        return {"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(completion)}
+
+
+def _numbers(result: Evaluation) -> dict[str, float]:
+    return {"eval_loss": result.loss, "bits_per_byte": result.bits_per_byte}
+
+
+def prepare(config: Config, run: Session) -> Pretraining:
+    """Builds programs and data, and begins the session.
+
+    Raises:
+      ValueError: config, data, mesh, workdir or checkpoint do not fit; says what to do.
+      OSError: a file cannot be read or written.
+    """
+    mesh = make_mesh(config.mesh.sizes)
+    length = config.data.sequence_length
+    # Fail early: these checks allocate nothing.
+    batch_sharding((config.micro_batch_size, length + 1), mesh)
+    check_length(length, mesh)
+    pipelined_step.check(config, mesh)
+    declared, optimizer = declared_model(config.model, config.precision), adamw(config.optim)
+    abstract = abstract_state(declared, optimizer, mesh)
+    _say_if_slow(config, run)
+    corpus = corpus_of(config, run.display.counting("preparing the text"))
+    run.display.say(
+        f"text: {corpus.train.total_tokens:,} tokens in {len(corpus.train):,} documents, "
+        f"{corpus.heldout.total_tokens:,} in {len(corpus.heldout):,} held out"
+    )
+    rows = training_rows(config, corpus)
+    if processes.is_first():
+        corpus.tokenizer.save(str(run.folder))
+    run.begin(
+        RowSource(rows, mesh, micro_batch_size=config.micro_batch_size, length=length + 1),
+        abstract,
+        lambda: initial_state(declared, optimizer, mesh, config.train.seed),
+        mesh=mesh,
+        flops_per_token=train_flops_per_token(config.model, length),
+    )
+    heldout = heldout_sequences(corpus.heldout, corpus.tokenizer.special, sequence_length=length)
+    step = train_step(declared, optimizer, pretraining(config), schedule=config.mesh.schedule)
+    score = scorer(declared, isolate=config.data.isolate_documents, chunk=config.train.loss_chunk)
+    return Pretraining(
+        config,
+        run,
+        declared,
+        corpus,
+        heldout,
+        _compiled_step(step, abstract, run),
+        Compiled(jax.jit(score, out_shardings=_everywhere(mesh)), mesh),
+    )
+
+
+def _say_if_slow(config: Config, run: Session) -> None:
+    target = Target.here()
+    own_kernels = target.is_hopper and config.precision.compute == "bfloat16"
+    if target.kind == "gpu" and not own_kernels and not tokamax():
+        run.display.say(
+            "experts and attention run without kernels of their own, slowly: on an H100 or H200 "
+            "set precision.compute=bfloat16; on other GPUs, with Python 3.12: "
+            "pip install -e '.[kernels]'"
+        )
+
+
+def corpus_of(config: Config, progress: Progress | None = None) -> Corpus:
+    """Returns the text that a config trains on and is scored on, tokenized now or cached."""
+    data = config.data
+    return prepare_corpus(
+        files=data.files,
+        heldout_files=data.heldout_files,
+        heldout_fraction=data.heldout_fraction,
+        text_field=data.text_field,
+        tokenizer_path=data.tokenizer,
+        vocab_size=config.model.vocab_size,
+        cache_dir=data.cache_dir,
+        progress=progress,
+    )
+
+
+def training_rows(config: Config, corpus: Corpus) -> PackedSequences:
+    """Returns the rows that a config's steps take, in order."""
+    return PackedSequences(
+        corpus.train,
+        corpus.tokenizer.special,
+        sequence_length=config.data.sequence_length,
+        seed=config.data.seed,
+        fim_rate=config.data.fim_rate,
+    )
+
+
+def _compiled_step(train_step: Callable[..., Any], abstract: TrainState, run: Session) -> Compiled:
+    placement = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    # Without out_shardings the compiler may place the new state where the next step cannot take it.
+    step = jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(placement, _everywhere(run.mesh)),
+        compiler_options=compiler_options(Target.here(), run.mesh.size),
+    )
+    return Compiled(step, run.mesh, announce=lambda: run.display.say("compiling the training step"))
+
+
+def _everywhere(mesh: Mesh) -> NamedSharding:
+    """The placement of numbers that each process reads."""
+    return NamedSharding(mesh, PartitionSpec())
