@@ -1,17 +1,17 @@
-"""What the backward pass keeps of two layers' inputs, in how many bits.
+"""Which inputs the backward pass keeps of two kinds of layers, and in how many bits.
 
-A training step's memory is mostly activations kept for the backward pass. The two largest kinds are
-named for `jax.checkpoint`, which keeps what is named and computes the rest again:
+Most of a training step's memory holds activations for the backward pass. The two largest kinds have
+names for `jax.checkpoint`, which keeps what is named and recomputes the rest:
 
-* "swiglu_input": gate and up. The product of SwiGLU, which the layer after it needs for its weight
-  gradient, is computed again from them. With FP8 they are kept in 1 x 128 tiles of E4M3.
+* "swiglu_input": gate and up. The product of SwiGLU, which the following layer needs for its weight
+  gradient, is recomputed from them. With FP8 they are kept in 1 x 128 tiles of E4M3.
 * "attention": the input of the linear layer after attention. With FP8 it is kept in E5M6.
 
-The forward pass sees neither rounding: each function here computes its output from what it is
-given, and only its gradient from what was kept.
+The forward pass sees neither rounding: each function computes its output from its exact arguments
+and only its gradient from what was kept.
 
-Paper: DeepSeek-V3 (arXiv:2412.19437) section 3.3.3. Departure: the attention core is computed again
-whole, so of the E5M6 numbers only the linear layer's weight gradient is made.
+Paper: DeepSeek-V3 (arXiv:2412.19437) section 3.3.3. Departure: the attention core is recomputed
+whole, so the E5M6 numbers serve the linear layer's weight gradient alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def swiglu_linear(gate: jax.Array, up: jax.Array, w_FD: jax.Array, policy: Policy) -> jax.Array:
-    """linear(swiglu(gate, up), w): [..., F] twice -> [..., D]."""
+    """Returns linear(swiglu(gate, up), w): [..., F] twice -> [..., D]."""
     return _swiglu_linear(gate, up, w_FD, policy)
 
 
@@ -63,7 +63,7 @@ _swiglu_linear.defvjp(_swiglu_linear_forward, _swiglu_linear_backward)
 
 
 def weighted_swiglu(gate_AF: jax.Array, up_AF: jax.Array, weights_A: jax.Array) -> jax.Array:
-    """`swiglu` times each row's float32 weight: [A, F] in gate's type."""
+    """Multiplies each row of `swiglu` by its float32 weight: [A, F] in gate's type."""
     hidden_AF = swiglu(gate_AF, up_AF).astype(jnp.float32) * weights_A[:, None]
     return hidden_AF.astype(gate_AF.dtype)
 
@@ -76,13 +76,12 @@ def swiglu_grouped_linear(
     sizes_E: jax.Array,
     policy: Policy,
 ) -> jax.Array:
-    """`swiglu_linear` for rows sorted by expert, each row's result times its weight: [A, F] twice,
-    float32 [A] -> [A, D].
-
-    A row is weighted before the product, not after it: the weight's gradient is then a sum over F
-    numbers of what the backward pass has at hand anyway. After it, the product itself would have to
-    be kept, or computed again.
+    """Does what `swiglu_linear` does for rows sorted by expert, times each row's weight: [A, F]
+    twice, float32 [A] -> [A, D].
     """
+    # Rows are weighted before the product, not after: the weight's gradient is then a sum over F of
+    # numbers that the backward pass has anyway. After it, the product would have to be kept or
+    # recomputed.
     return _swiglu_grouped(gate_AF, up_AF, weights_A, w_EFD, sizes_E, policy)
 
 
@@ -109,7 +108,7 @@ _swiglu_grouped.defvjp(_swiglu_grouped_forward, _swiglu_grouped_backward)
 
 
 def attention_linear(x: jax.Array, w_DF: jax.Array, policy: Policy) -> jax.Array:
-    """linear(x, w) for attention's output x."""
+    """Returns linear(x, w) for attention's output x."""
     return _attention_linear(x, w_DF, policy)
 
 

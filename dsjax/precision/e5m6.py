@@ -1,16 +1,16 @@
 """E5M6: twelve-bit numbers in which the backward pass keeps the input of the linear layer after
 attention.
 
-Paper: DeepSeek-V3 (arXiv:2412.19437) section 3.3.3. Attention's output feeds both that layer and
-attention's own backward pass, so the report gives it three more mantissa bits than FP8 has, in
-1 x 128 tiles with power-of-two scales: those change no digit when the backward pass quantises the
-numbers again, in 128 x 1 tiles. Nothing public says more of the format. Here it is:
+Paper: DeepSeek-V3 (arXiv:2412.19437) section 3.3.3. Attention's own backward pass needs its output
+too, so the report gives this input three more mantissa bits than FP8 has, in 1 x 128 tiles with
+power-of-two scales. Such scales change no digits when the backward pass quantises the numbers again
+in 128 x 1 tiles. Nothing more about the format is public. Ours is:
 
 1. Bits. The upper twelve of an IEEE float16: sign, five exponent bits with bias 15, six mantissa
    bits, with subnormals, infinities and NaN. The largest number is 65024, the smallest 2^-20.
 2. Rounding. To the nearest, ties to even, in one step from float32.
-3. Scales. 2 ** ceil(log2(amax / 65024)), amax being at least 1e-4 as for FP8. What is not finite
-   becomes a NaN in its place, and amax does not see it.
+3. Scales. 2 ** ceil(log2(amax / 65024)) with amax at least 1e-4, as for FP8. A non-finite number
+   becomes a NaN in its place and does not enter amax.
 4. Layout. Two neighbours a, b in three bytes, low bits first: a[0:8], then a[8:12] below b[0:4],
    then b[4:12]. A tile row of 128 takes 192 bytes and a float32 scale.
 """
@@ -42,7 +42,7 @@ _MANTISSA_BITS, _SMALLEST_EXPONENT = 6, -14
 )
 @dataclasses.dataclass(frozen=True)
 class PackedE5M6:
-    """An array [..., rows, columns] in twelve bits a number.
+    """An array [..., rows, columns] at twelve bits per number.
 
     packed: uint8 [..., rows, 3 * ceil(columns / 2)].
     scales: float32 [..., rows, ceil(columns / 128)], powers of two, multipliers.
@@ -53,7 +53,7 @@ class PackedE5M6:
     columns: int
 
     def unpack(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
-        """number * scale in float32, then cast to `dtype`."""
+        """Returns number * scale, computed in float32 and cast to `dtype`."""
         bytes_ = self.packed.reshape(*self.packed.shape[:-1], -1, 3).astype(jnp.uint16)
         first = bytes_[..., 0] | (bytes_[..., 1] & 0xF) << 8
         second = bytes_[..., 1] >> 4 | bytes_[..., 2] << 4
@@ -64,7 +64,7 @@ class PackedE5M6:
 
 
 def pack(x: jax.Array) -> PackedE5M6:
-    """Rounds [..., rows, columns] to E5M6, a power-of-two scale for every 1 x 128 tile."""
+    """Rounds [..., rows, columns] to E5M6, with a power-of-two scale per 1 x 128 tile."""
     blocks = split_blocks(x.astype(jnp.float32), CHANNEL_TILE)
     finite = jnp.isfinite(blocks)
     sizes = jnp.where(finite, jnp.abs(blocks), 0.0)
@@ -72,7 +72,7 @@ def pack(x: jax.Array) -> PackedE5M6:
     scales = power_of_two_scale(amax, E5M6_MAX)
     rounded = jnp.where(finite, _round(blocks / scales), jnp.nan)
     numbers = join_blocks(rounded, x.shape).astype(jnp.float16)
-    codes = lax.bitcast_convert_type(numbers, jnp.uint16) >> 4
+    codes = lax.bitcast_convert_type(numbers, jnp.uint16) >> 4  # the lower four bits are zeros
     codes = jnp.pad(codes, [(0, 0)] * (x.ndim - 1) + [(0, x.shape[-1] % 2)])
     first, second = codes[..., ::2], codes[..., 1::2]
     triples = jnp.stack([first & 0xFF, first >> 8 | (second & 0xF) << 4, second >> 4], axis=-1)
@@ -81,7 +81,7 @@ def pack(x: jax.Array) -> PackedE5M6:
 
 
 def _round(x: jax.Array) -> jax.Array:
-    """Rounds to six fraction bits, or to the subnormals' spacing; float16 then holds it exactly."""
+    """Rounds to six fraction bits or the subnormals' spacing, which float16 holds exactly."""
     exponent = (lax.bitcast_convert_type(x, jnp.int32) >> 23 & 0xFF) - 127
     last_bit = jnp.maximum(exponent, _SMALLEST_EXPONENT) - _MANTISSA_BITS
     return jnp.round(x * _power_of_two(-last_bit)) * _power_of_two(last_bit)

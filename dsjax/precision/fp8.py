@@ -1,63 +1,56 @@
-"""Block-scaled FP8: arrays of E4M3 numbers with a float32 scale for every small block.
+"""Block-scaled FP8: arrays of E4M3 numbers with a float32 scale per small block.
 
 Paper: DeepSeek-V3 (arXiv:2412.19437) section 3.3; the ISCA paper (arXiv:2505.09343) section 3.
 
-What. A float8_e4m3fn number has a sign, four exponent bits and three mantissa bits: its largest
-value is 448, its smallest normal one 2^-6, its smallest one 2^-9, and it has a NaN but no infinity.
-That is four significant bits over 18 binary orders of magnitude, too few for a whole tensor, in
-which a single outlier would push the ordinary values down to where they vanish. So every block
-gets a scale of its own, which maps its largest magnitude (amax) onto 448:
+Format. A float8_e4m3fn number has a sign, four exponent bits and three mantissa bits. Its largest
+value is 448, the smallest normal one 2^-6, the smallest one 2^-9; it has a NaN but no infinity.
+Four significant bits over 18 binary orders of magnitude are too few for a whole tensor: a single
+outlier would push the ordinary values down to where they vanish. So each block has its own scale,
+which maps its largest magnitude (amax) to 448:
 
     scale = max(amax, 1e-4) / 448        value = e4m3(clip(x / scale, -448, 448))
 
-and `value * scale` gives the number back. Under the name `weight_scale_inv` the published
-checkpoints store this very multiplier. Amax is taken online, from the block at hand, not from the
-history of earlier steps.
+and `value * scale` recovers the number. Published checkpoints store this very multiplier, under the
+name `weight_scale_inv`. Amax is taken online from the block at hand, not from earlier steps.
 
-Why E4M3 everywhere. The usual hybrid gives gradients E5M2 for its range, at the cost of a mantissa
-bit. With a scale for each block the exponents of a block's elements share one offset, range is no
-longer short, and the mantissa bit is worth more.
+E4M3 everywhere. The usual hybrid gives gradients E5M2 for its range, at the cost of a mantissa bit.
+With a scale per block, the exponents in a block share one offset, range is no longer short, and the
+mantissa bit is worth more.
 
-Why these blocks. A matrix product on a tensor core sums over K inside the core, so a scale may
-change between slices of K only where the partial sum leaves the core anyway: every 128 elements,
-where DeepSeek promotes it to float32. Across rows and columns of the result a scale can change
-freely. Hence:
+Blocks. A tensor core sums over K internally, so a scale may change between slices of K only where
+the partial sum leaves the core anyway: every 128 elements, where DeepSeek promotes it to float32.
+Across rows and columns of the result a scale may change freely. Hence:
 
-* activations and their gradients: 1 x 128, a token's 128 channels. Outliers belong to tokens, so
-  a token must not share its scale with others. (The report tried 128 x 128 blocks for activation
+* activations and their gradients: 1 x 128, that is 128 channels of a token. Outliers belong to
+  tokens, so a token must not share its scale. (The report tried 128 x 128 blocks for activation
   gradients: the 16B model diverged.)
-* weights: 128 x 128. They have few outliers; one scale a block serves the forward product and the
-  input gradient, whose K is the other dimension, without quantising twice.
-* the weight gradient sums over tokens, so there both operands are activations with 128 x 1 tiles,
-  quantised again from what they are, not transposed from the 1 x 128 ones.
+* weights: 128 x 128. They have few outliers, and one scale per block serves both the forward
+  product and the input gradient, whose K is the other dimension, without quantising twice.
+* the weight gradient sums over tokens, so both of its operands are activations in 128 x 1 tiles,
+  quantised again from the original values, not transposed from the 1 x 128 tiles.
 
-Which stay as they are: embedding, head, router, norms and the attention core, as in the report.
+Not quantised: embedding, head, router, norms and the attention core, as in the report.
 
-Scales. "fp32" is the above. "pow2" (UE8M0) first rounds the scale up to a power of two and then
-quantises with that: up, so that nothing overflows. It wastes up to one bit of range but no bit of
-mantissa, and it moves between layouts without error: an E4M3 number times a power of two is exactly
-a bfloat16, which is what makes an exact emulation cheap.
+Scales. "fp32" is the formula above. "pow2" (UE8M0) first rounds the scale up to a power of two,
+then quantises with it; up, so that nothing overflows. That wastes up to one bit of range but no
+mantissa bit, and it moves between layouts without error: an E4M3 number times a power of two is
+exactly a bfloat16, which makes exact emulation cheap.
 
-Who multiplies. Matrix units that take E4M3 get `quantize_block`'s numbers (native); others get
-`round_trip`'s, which are the same times their scales (emulation). `dsjax.precision.matmul` has
-both, and `dsjax.precision.policy` says which machine is which.
+Products. Matrix units that take E4M3 multiply the numbers of `quantize_block` (native); other
+machines multiply those of `round_trip`, the same numbers times their scales (emulation).
+`dsjax.precision.matmul` has both; `dsjax.kernels.target` says which machine is which.
 
 Departures from the report, and what it leaves open:
 
-1. It gives amax no floor. 1e-4 is that of DeepSeek's later kernels; a block of zeros has the scale
-   1e-4 / 448, and one much smaller than the floor vanishes.
-2. It uses power-of-two scales for dispatched and for cached activations only; here the choice is
-   one for a run.
-3. It says nothing of NaN and infinity. Here either one becomes a NaN in its place, and amax does
-   not see it: clipping an infinity to 448 would hide that a run has diverged, an infinite amax
-   would wipe out the innocent rest of the block.
-4. Where a dimension is no multiple of the block, the last block is smaller. The report's are
+1. It has no floor for amax. 1e-4 is that of DeepSeek's later kernels: a block of zeros has the
+   scale 1e-4 / 448, and a block far below the floor vanishes.
+2. It uses power-of-two scales for dispatched and cached activations only; here one choice holds for
+   the whole run.
+3. It does not mention NaN and infinity. Here either becomes a NaN in its place and does not enter
+   amax: clipping an infinity to 448 would hide that a run has diverged, and an infinite amax would
+   wipe out the rest of the block.
+4. Where a dimension is not a multiple of the block, the last block is smaller. The report's are
    multiples, except for the 576 rows of the latent projection.
-
-Two traps. JAX casts what exceeds 464 to NaN where torch saturates, hence the clip. And XLA turns a
-division by a constant or a broadcast into a product with the reciprocal, whose last bit differs; at
-a tie that changes the code. `quantize_block` divides truly, so that its bits are those of any IEEE
-machine. (By a power of two the two are the same.)
 """
 
 from __future__ import annotations
@@ -92,11 +85,11 @@ WEIGHT_BLOCK = (128, 128)
 )
 @dataclasses.dataclass(frozen=True)
 class BlockScaled:
-    """A quantised array: a pytree of two leaves, so jit, scan, sharding and checkpoints carry it.
+    """A quantised array; a pytree of two leaves, so jit, scan, sharding and checkpoints take it.
 
     values: float8_e4m3fn [..., rows, columns].
     scales: float32 [..., ceil(rows / block[0]), ceil(columns / block[1])], multipliers.
-    block: rows and columns that share a scale; static. Leading dimensions share none.
+    block: rows and columns that share a scale; static. Leading dimensions never do.
     """
 
     values: jax.Array
@@ -105,12 +98,12 @@ class BlockScaled:
 
     @property
     def mT(self) -> BlockScaled:  # the name that arrays give it
-        """The last two dimensions exchanged."""
+        """Swaps the last two dimensions."""
         rows, columns = self.block
         return BlockScaled(self.values.mT, self.scales.mT, (columns, rows))
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
-        """value * scale in float32, then cast to `dtype`."""
+        """Returns value * scale, computed in float32 and cast to `dtype`."""
         return _dequantize(self.values, self.scales, self.block, jnp.dtype(dtype))
 
 
@@ -121,12 +114,12 @@ def quantize_block(
 
     Args:
       x: [..., rows, columns], float32 or a type that converts to it exactly.
-      block: rows and columns of a block; blocks at the far edges may be smaller.
+      block: rows and columns per block; blocks at the far edges may be smaller.
       scale: "fp32", or "pow2" for scales rounded up to a power of two.
 
     Raises:
       ValueError: x has fewer than two dimensions or is not of a floating type, `block` is not two
-        positive sizes, or `scale` is neither kind.
+        positive sizes, or `scale` is unknown.
     """
     x = jnp.asarray(x)
     if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
@@ -184,14 +177,14 @@ def _two_sizes(block: Sequence[int]) -> tuple[int, int]:
 def round_trip(
     x: jax.Array, block: tuple[int, int], scale: Scale, dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
-    """`quantize_block(x, block, scale).dequantize(dtype)`, to the bit, in two passes over x.
+    """Returns `quantize_block(x, block, scale).dequantize(dtype)` to the bit, in two passes over x.
 
-    What an emulated product multiplies. There is no E4M3 array between, which few machines make
-    or read fast.
+    Emulated products multiply these. No E4M3 array is made on the way: few machines read or write
+    one fast.
     """
     blocks = split_blocks(x.astype(jnp.float32), block)
     scales = _block_scales(blocks, scale)
-    # An infinity passes the rounding as a NaN, and what `_block_scales` has seen cannot exceed 448.
+    # Rounding turns an infinity into a NaN; finite numbers cannot exceed 448 after their scale.
     values = _round_to_e4m3(_divide(blocks, scales, scale))
     return join_blocks(values * scales, x.shape).astype(dtype)
 
@@ -201,7 +194,8 @@ def _quantize(x: jax.Array, block: tuple[int, int], scale: Scale) -> tuple[jax.A
     blocks = split_blocks(x.astype(jnp.float32), block)
     scales = _block_scales(blocks, scale)
     values = jnp.where(jnp.isfinite(blocks), _divide(blocks, scales, scale), jnp.nan)
-    # The quotient of amax is 448 at most; a machine that divides less carefully may exceed it.
+    # JAX casts values above 464 to NaN where torch saturates. Amax / scale is at most 448, but a
+    # machine with a less accurate division may exceed it.
     values = jnp.clip(values, -E4M3_MAX, E4M3_MAX).astype(E4M3)
     return join_blocks(values, x.shape), scales[..., 0, :, 0]
 
@@ -211,22 +205,23 @@ def _block_scales(blocks: jax.Array, scale: Scale) -> jax.Array:
     amax = jnp.max(magnitudes, axis=(-3, -1), keepdims=True, initial=AMAX_FLOOR)
     if scale == "pow2":
         return power_of_two_scale(amax, E4M3_MAX)
-    # Chosen by the data, lest the compiler make a product with 1 / 448 of it.
+    # XLA turns a division by a constant into a product with its reciprocal, whose last bit differs;
+    # at a tie that changes the code. A divisor that depends on the data prevents it.
     return amax / jnp.where(amax > 0, E4M3_MAX, jnp.nan)
 
 
 def _divide(blocks: jax.Array, scales: jax.Array, scale: Scale) -> jax.Array:
     if scale == "pow2":
         return blocks * (1.0 / scales)  # exact
-    # A divisor of each element's own, since XLA would replace a broadcast one by its reciprocal.
+    # A divisor per element, since XLA would multiply by the reciprocal of a broadcast one too.
     return blocks / jnp.where(jnp.isnan(blocks), jnp.nan, scales)
 
 
 def _round_to_e4m3(x: jax.Array) -> jax.Array:
-    """The nearest E4M3 number, ties to even, of float32 numbers up to 448 in size; of others a NaN.
+    """Rounds float32 numbers to the nearest E4M3, ties to even; those above 448 in size give NaN.
 
-    A float32 sum rounds to the spacing of the numbers near it: 2^20 times as large as the power of
-    two below |x|, that spacing is E4M3's.
+    A float32 sum rounds to the spacing of float32 numbers near it. Near 2^20 times the power of two
+    below |x|, that spacing is E4M3's near x.
     """
     bits = lax.bitcast_convert_type(x, jnp.int32)
     sign, exponent = bits & np.int32(-(2**31)), bits & np.int32(0xFF << 23)
@@ -238,10 +233,11 @@ def _round_to_e4m3(x: jax.Array) -> jax.Array:
 
 
 def power_of_two_scale(amax: jax.Array, largest: float) -> jax.Array:
-    """2 ** ceil(log2(amax / largest)), exactly.
+    """Returns 2 ** ceil(log2(amax / largest)), exactly.
 
-    The bits of a positive float32, read as a whole number, are 2^23 times its exponent plus its
-    mantissa: the quotient's exponent, rounded up, is their difference divided by 2^23 likewise.
+    The bits of a positive float32, read as an integer, are 2^23 times its exponent plus its
+    mantissa, so the difference of two such integers, divided by 2^23 and rounded up, is the
+    exponent of the quotient rounded up to a power of two.
     """
     bits, largest_bits = (
         lax.bitcast_convert_type(amax, jnp.int32),
@@ -260,9 +256,9 @@ def _dequantize(
 
 
 def split_blocks(x: jax.Array, block: tuple[int, int]) -> jax.Array:
-    """[..., R, C] -> [..., R / r, r, C / c, c], zeros filling the last blocks up.
+    """Reshapes [..., R, C] to [..., R / r, r, C / c, c], padding the last blocks with zeros.
 
-    A block larger than the array is cut down to it, so that small arrays are not filled up.
+    A block larger than the array is cut down to it, so that small arrays need no padding.
     """
     (rows, columns), leading = x.shape[-2:], x.shape[:-2]
     r, c = (max(1, min(size, dim)) for size, dim in zip(block, (rows, columns), strict=True))

@@ -1,12 +1,12 @@
-"""The one place that chooses the element type of a matrix product.
+"""The products of linear layers, and the one place that chooses their operands' types.
 
-A `linear` has three products: forward, input gradient and weight gradient. Autodiff alone would run
-the latter two in whatever types the cast left behind; here each is written down: operands in the
-policy's compute type, accumulation in float32, activations back in the compute type, weight
-gradients straight in float32.
+A linear layer has three products: forward, input gradient and weight gradient. Autodiff would run
+the latter two in whatever types the forward casts leave behind, so each is written out: operands in
+the policy's compute type, accumulation in float32, activations in the compute type, weight
+gradients in float32.
 
-With `policy.fp8` the operands are block-scaled E4M3 instead (`dsjax.precision.fp8` says why these
-blocks), quantised from the activation as it is and from the float32 master:
+With `policy.fp8` the operands are block-scaled E4M3 instead (`dsjax.precision.fp8` says why in
+these blocks), quantised from the activation itself and from the float32 master weight:
 
 | product         | operands                  | blocks             |
 |-----------------|---------------------------|--------------------|
@@ -14,18 +14,17 @@ blocks), quantised from the activation as it is and from the float32 master:
 | input gradient  | dy, w                     | 1 x 128, 128 x 128 |
 | weight gradient | x^T, dy (K runs over rows)| 128 x 1, 128 x 1   |
 
-`_operand` decides what the multiplier sees, by the policy:
+There are two ways to multiply them:
 
-* Native, where matrix units take E4M3 (`policy.native_fp8`): the E4M3 numbers themselves, and
-  `dsjax.kernels.fp8_gemm` multiplies, a product for every 128 of K, its sum brought to float32 and
-  scaled there. Within 1e-5 of the definition (`scaled_matmul` with float32 sums) where the unit
-  adds in float32; 0.1 % is what a Hopper unit's 14 bits should cost, by our model of it.
-* Emulated, everywhere else: the numbers times their scales in a type that the machine multiplies
-  anyway, accumulated in float32. An E4M3 number has 4 significant bits and a bfloat16 has 8 with
-  float32's range, so with power-of-two scales either type holds the operand exactly, the product of
-  two is exact in float32, and only the order of summation differs from the definition. Float32
-  scales take float32 operands, each rounded once to 24 bits; how a GPU or TPU multiplies those,
-  `jax_default_matmul_precision` says.
+* Native, where matrix units take E4M3 (`policy.native_fp8`): `dsjax.kernels.fp8_gemm` multiplies
+  the E4M3 numbers themselves, one product per 128 elements of K, whose sums are converted to
+  float32 and scaled. Within 1e-5 of the definition (`scaled_matmul` with float32 sums) where the
+  unit adds in float32; the 14 bits of a Hopper unit should cost 0.1 %, by our model of it.
+* Emulated, elsewhere: the numbers times their scales, in a type that the machine multiplies anyway,
+  accumulated in float32. With power-of-two scales bfloat16 and float32 both hold such an operand
+  exactly (4 significant bits), the product of two is exact in float32, and only the order of
+  summation differs from the definition. Float32 scales need float32 operands, each rounded once to
+  24 bits; `jax_default_matmul_precision` says how a GPU or TPU multiplies those.
 """
 
 from __future__ import annotations
@@ -51,28 +50,29 @@ from dsjax.precision.fp8 import (
 )
 from dsjax.precision.policy import Policy
 
-# Of activation gradients in the input gradient. `docs/fp8_training.py` shows what larger blocks do.
+# Block of the activation gradient in the input gradient. `docs/fp8_training.py` shows the effect of
+# larger blocks.
 GRADIENT_TILE = CHANNEL_TILE
 
 
 def linear(x: jax.Array, w_DF: jax.Array, policy: Policy) -> jax.Array:
-    """x[..., D] @ w[D, F] -> [..., F] in the compute type; w is the float32 master."""
+    """Multiplies x[..., D] by the float32 master w[D, F]: [..., F] in the compute type."""
     return _linear(x, w_DF, policy)
 
 
 def _operand(x: jax.Array, block: tuple[int, int], policy: Policy) -> jax.Array | BlockScaled:
-    """What the multiplier gets to see of an operand."""
+    """Casts or quantises an operand as the policy says."""
     if policy.fp8 is None:
         return x.astype(policy.compute)
     if policy.native_fp8:
         return quantize_block(x, block, policy.fp8)
-    # A CPU without bfloat16 instructions multiplies float32 two to three times as fast.
+    # A CPU without bfloat16 instructions multiplies float32 two to three times faster.
     exact = jnp.bfloat16 if policy.fp8 == "pow2" and policy.target.kind != "cpu" else jnp.float32
     return round_trip(x, block, policy.fp8, exact)
 
 
 def _matmul(x, y, dtype: DTypeLike) -> jax.Array:
-    """x[..., K] @ y[K, N] of two operands, accumulated in float32, as `dtype`."""
+    """Multiplies operands x[..., K] and y[K, N], accumulating in float32; returns `dtype`."""
     if isinstance(x, BlockScaled):
         return _native_matmul(x, y).astype(dtype)
     wide = jnp.float32 if x.dtype == jnp.float32 else dtype
@@ -108,7 +108,7 @@ _linear.defvjp(lambda x, w, policy: (linear_forward(x, w, policy), (x, w)), line
 def grouped_linear(
     x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, policy: Policy
 ) -> jax.Array:
-    """`linear` for rows sorted by expert: [A, D] with weights [E, D, F] -> [A, F]."""
+    """Does what `linear` does for rows sorted by expert: [A, D], weights [E, D, F] -> [A, F]."""
     return _grouped(x_AD, w_EDF, sizes_E, policy)
 
 
@@ -125,7 +125,7 @@ def grouped_backward(policy: Policy, residuals, dy_AF):
     dx_AD = _grouped_matmul(dy, w, sizes_E, policy, transpose_w=True)
     x, dy, sizes = x_AD, dy_AF, sizes_E
     if policy.fp8:
-        # A tile's rows share a scale, so they must belong to one expert.
+        # The rows of a tile share a scale, so they must belong to one expert.
         (x, dy), sizes = align_groups((x_AD, dy_AF), sizes_E, TOKEN_TILE[0])
     x, dy = _operand(x, TOKEN_TILE, policy), _operand(dy, TOKEN_TILE, policy)
     dw_EDF = _grouped_outer(x, dy, sizes, policy)
@@ -133,7 +133,7 @@ def grouped_backward(policy: Policy, residuals, dy_AF):
 
 
 def _grouped_matmul(x, w, sizes_E: jax.Array, policy: Policy, transpose_w: bool = False):
-    """[A, D] by [E, D, F], or [E, F, D] with `transpose_w`: [A, F] in the compute type."""
+    """Multiplies [A, D] by [E, D, F] ([E, F, D] with `transpose_w`): [A, F], compute type."""
     if isinstance(x, BlockScaled):
         w = w.mT if transpose_w else w
         out_AF = scaled_grouped_matmul(x.values, x.scales, w.values, w.scales, sizes_E)
@@ -157,8 +157,8 @@ _grouped.defvjp(
 
 
 def float32_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """A true float32 product on every platform (a TPU would otherwise round the operands to
-    bfloat16): the router's.
+    """Multiplies in true float32 on every machine, as the router needs: a TPU would otherwise round
+    the operands to bfloat16.
     """
     return jnp.matmul(
         x.astype(jnp.float32), w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
@@ -166,6 +166,6 @@ def float32_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def vocabulary_logits(x: jax.Array, w_DV: jax.Array, policy: Policy) -> jax.Array:
-    """The output head's product: operands in the compute type, logits [..., V] in float32."""
+    """Returns the head's logits, float32 [..., V], from operands in the compute type."""
     compute = policy.compute
     return jnp.matmul(x.astype(compute), w_DV.astype(compute), preferred_element_type=jnp.float32)

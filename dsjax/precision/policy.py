@@ -1,4 +1,4 @@
-"""Which element type does what, and on which machine."""
+"""Element types of a run, and the machine that it is compiled for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Policy:
     Attributes:
       compute: type of activations, and of weights at use.
       target: the machine that programs are compiled for; by default JAX's own devices.
-      fp8: scales with which linear layers quantize their operands; None: they do not.
+      fp8: scales with which linear layers quantise their operands; None: they do not.
       native_fp8: whether the matrix units multiply the E4M3 numbers themselves; by default they do
         where they can.
 
@@ -43,7 +43,7 @@ class Policy:
 
     @property
     def travels(self) -> DTypeLike:
-        """The type that weights are sent in: the multiplier's, unless scales must first be found
+        """Returns the type that weights are sent in: the multiplier's, unless scales must first be found
         for the master weights.
         """
         return jnp.float32 if self.fp8 else self.compute
