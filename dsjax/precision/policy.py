@@ -43,8 +43,8 @@ class Policy:
 
     @property
     def travels(self) -> DTypeLike:
-        """Returns the type that weights are sent in: the multiplier's, unless scales must first be found
-        for the master weights.
+        """Returns the type in which weights are sent: the multiplier's, unless scales must first be
+        found for the master weights.
         """
         return jnp.float32 if self.fp8 else self.compute
 
