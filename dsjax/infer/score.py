@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -25,7 +24,9 @@ from dsjax.checkpoint.load import Checkpoint, load
 from dsjax.infer import token_files, windows
 from dsjax.infer.token_files import ArrayWriter
 from dsjax.infer.windows import Text, Window
+from dsjax.model.head import predict, token_scores
 from dsjax.model.transformer import Transformer
+from dsjax.parallel.context import arrange, restore
 from dsjax.parallel.sharding import parts
 
 Progress = Callable[[int, int], None]
@@ -106,12 +107,8 @@ class Scorer:
 
     def _score_rows(self, rows: list[list[Window]], length: int) -> Iterator[WindowScore]:
         batch = windows.stack(rows, n_rows=self.rows, length=length)
-        n_rows, n_positions = batch.inputs.shape
-        width = min(max(_LOGITS // (n_rows * self.model.config.vocab_size), 1), n_positions)
         with self._on_mesh():
-            scores = _token_scores(
-                self.model, batch.inputs, batch.targets, batch.segment_ids, width=width
-            )
+            scores = _token_scores(self.model, batch.inputs, batch.targets, batch.segment_ids)
         nats, greedy = np.asarray(scores[0], np.float64), np.asarray(scores[1])
         for window, row, start in batch.places:
             scored = row, slice(start + window.first, start + window.size)
@@ -145,12 +142,12 @@ class Scorer:
         Args:
           targets: ids that the first positions predict; those after them predict nothing known.
         """
-        width = max(_LOGITS // self.model.config.vocab_size, 1)
+        width = _chunk(self.model)
         for start in range(0, len(hidden_TD), width):
             piece_TD, known = hidden_TD[start : start + width], targets[start : start + width]
             filled = np.pad(known, (0, len(piece_TD) - len(known)))
             with self._on_mesh():
-                logits, nats, _ = _head(self.model, piece_TD, filled)
+                logits, nats = _logits(self.model, piece_TD, filled)
             yield logits, np.asarray(nats, np.float64)[: len(known)]
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[object]:
@@ -282,47 +279,35 @@ def _checked(score: Score) -> Score:
     return score
 
 
-@functools.partial(jax.jit, static_argnames="width")
+def _chunk(model: Transformer) -> int:
+    """Tokens whose logits exist at once."""
+    return max(_LOGITS // model.config.vocab_size, 1)
+
+
+@jax.jit
 def _token_scores(
-    model: Transformer,
-    inputs_BT: jax.Array,
-    targets_BT: jax.Array,
-    segment_ids_BT: jax.Array,
-    *,
-    width: int,
+    model: Transformer, inputs_BT: jax.Array, targets_BT: jax.Array, segment_ids_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Nats of each target, float32 [B, T], and whether it is the likeliest token, bool [B, T].
-
-    `width` is of how many positions of a row the logits exist at once.
-    """
+    """Nats of each target, float32 [B, T], and whether it is the likeliest token, bool [B, T]."""
     hidden_BTD = model.hidden(inputs_BT, segment_ids_BT, mtp=False).main_BTD
-    batch, length = targets_BT.shape
-    filling = -length % width
-
-    def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [pieces, B, width, ...]
-        x = jnp.pad(x, ((0, 0), (0, filling)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(batch, -1, width, *x.shape[2:]).swapaxes(0, 1)
-
-    def join(x: jax.Array) -> jax.Array:
-        return x.swapaxes(0, 1).reshape(batch, -1)[:, :length]
-
-    nats, greedy = jax.lax.map(
-        lambda piece: _head(model, *piece)[1:], (cut(hidden_BTD), cut(targets_BT))
+    scores = token_scores(
+        hidden_BTD, model.head_weight(), arrange(targets_BT), model.policy, _chunk(model)
     )
-    return join(nats), join(greedy)
+    return restore(scores[0]), restore(scores[1])
 
 
 @functools.partial(jax.jit, static_argnames="mtp")
 def _hidden(model: Transformer, tokens_BT: jax.Array, *, mtp: bool) -> tuple[jax.Array, ...]:
     hidden = model.hidden(tokens_BT, mtp=mtp)
-    return (hidden.main_BTD,) if hidden.mtp_DBTD is None else (hidden.main_BTD, hidden.mtp_DBTD[0])
+    states = (
+        (hidden.main_BTD,) if hidden.mtp_DBTD is None else (hidden.main_BTD, hidden.mtp_DBTD[0])
+    )
+    return tuple(map(restore, states))
 
 
 @jax.jit
-def _head(
-    model: Transformer, hidden: jax.Array, targets: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of hidden states [..., D] and target ids [...]: logits [..., V], nats, and whether greedy."""
-    logits = model.logits(hidden)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return logits, jax.nn.logsumexp(logits, axis=-1) - chosen, logits.argmax(axis=-1) == targets
+def _logits(
+    model: Transformer, hidden_TD: jax.Array, targets_T: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Logits [T, V] of some hidden states, and the nats of the targets."""
+    return predict(hidden_TD, model.head_weight(), targets_T, model.policy)[:2]

@@ -91,6 +91,17 @@ def pieces(x_BTX: jax.Array) -> jax.Array:
     return constrain(x_CtX, "pieces", "tokens", *("width",) * len(rest))
 
 
+def join_pieces(x_CtX: jax.Array) -> jax.Array:
+    """Undoes `pieces`: [c * B, T / c, ...] -> [B, T, ...]; nothing moves."""
+    n_parts = parts_here("length")
+    if n_parts == 1:
+        return x_CtX
+    C, t, *rest = x_CtX.shape
+    x_BTX = x_CtX.reshape(n_parts, C // n_parts, t, *rest).swapaxes(0, 1)
+    x_BTX = x_BTX.reshape(C // n_parts, n_parts * t, *rest)
+    return constrain(x_BTX, "batch", "length", *("width",) * len(rest))
+
+
 def attend(
     q_BTNH: jax.Array,
     kept: tuple[jax.Array, ...],

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dsjax.data.packing import HeldoutSequences
+from dsjax.model.head import weighted_nll
 from dsjax.model.transformer import Transformer
 from dsjax.parallel.context import arrange
-from dsjax.train.loss import cross_entropy, target_mask
+from dsjax.train.loss import target_mask
 from dsjax.train.step import TrainState, restored_model
 
 
@@ -34,7 +36,7 @@ def scorer(
     Args:
       declared: the model without values.
       isolate: whether documents of a row are kept apart.
-      chunk: as in `cross_entropy`.
+      chunk: as in `weighted_nll`.
     """
 
     def score(state: TrainState, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -42,11 +44,11 @@ def scorer(
         tokens, segment_ids = batch["tokens"], batch["segment_ids"]
         hidden = model.hidden(tokens[:, :-1], segment_ids[:, :-1], isolate=isolate, mtp=False)
         mask_BT = target_mask(segment_ids, 1, isolate)
-        nats = cross_entropy(
+        nats = weighted_nll(
             hidden.main_BTD,
             model.head_weight(),
             arrange(tokens[:, 1:]),
-            arrange(mask_BT),
+            arrange(mask_BT.astype(jnp.float32)),
             model.policy,
             chunk,
         )
