@@ -1,10 +1,10 @@
-"""Verifies, lists and compares checkpoints by their manifests: of runs, and converted ones.
+"""Verifies, lists and compares checkpoints, of runs or converted, by their manifests.
 
   # every byte of the newest checkpoint of a run, of one of its steps, of a converted folder
   python tools/checkpoint.py verify runs/tiny
   python tools/checkpoint.py verify runs/tiny/checkpoints/300
   python tools/checkpoint.py verify converted/v3
-  # what a run keeps, and whether it is as it was written
+  # the checkpoints of a run, and whether each is as it was written
   python tools/checkpoint.py list runs/tiny
   # arrays and records that differ
   python tools/checkpoint.py compare runs/tiny/checkpoints/200 runs/tiny/checkpoints/300

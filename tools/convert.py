@@ -1,10 +1,10 @@
-"""Converts checkpoints between Hugging Face's folders and ours, and says what is in one.
+"""Converts checkpoints between Hugging Face's folders and ours, and describes them.
 
-  # a checkpoint as published, FP8 or bfloat16, into a folder that any mesh loads
+  # a published checkpoint, FP8 or bfloat16, into a folder that loads on any mesh
   python tools/convert.py import DeepSeek-V3 converted/v3
   # a trained model, for transformers, vLLM, SGLang and llama.cpp's converter
   python tools/convert.py export runs/tiny published/tiny --dtype bfloat16
-  # what config.json alone implies: shapes, number of tensors, bytes; no weights needed
+  # what config.json alone implies: shapes, number of tensors, bytes; needs no weights
   python tools/convert.py inspect DeepSeek-V3/config.json --expect
 
 DST appears when it is whole; until then DST.partial holds the work, and the same command resumes
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    # Conversion is the host's work; without this jax would take the accelerators for itself.
+    # Conversion runs on the host. Without this, jax would claim the accelerators.
     os.environ["JAX_PLATFORMS"] = "cpu"
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     from rich.console import Console
