@@ -38,7 +38,7 @@ def run_steps(
     train_step: Compiled,
     *,
     batch_size: Callable[[int], int],
-    knobs: Callable[[int], Mapping[str, float]],
+    knobs: Callable[[int], Mapping[str, Any]],
     evaluate: Callable[[], Mapping[str, float]],
     on_step: Callable[[Metrics], None] = lambda metrics: None,
     on_save: Callable[[Metrics], None] = lambda metrics: None,
@@ -49,7 +49,8 @@ def run_steps(
       train_step: (state, batch, knobs) -> (state, metrics). Metrics are scalars, which are logged,
         with at least `loss`, `grad_norm` and `skipped`, true if the step left the state as it was.
       batch_size: step (counted from 0) -> what to take from the source.
-      knobs: step (counted from 0) -> numbers given to the step, with at least `learning_rate`.
+      knobs: step (counted from 0) -> what else the step is given: floats, and arrays that it does
+        not train; the float `learning_rate` is among them.
       evaluate: returns the held-out numbers of `session.state`; called every train.eval_every steps
         but the last, after which the recipe evaluates in full.
       on_step: called with the metrics of each step, in order.
@@ -67,7 +68,10 @@ def run_steps(
     for index in range(session.step, train.steps):
         taken = session.source.take(batch_size(index), session.state)
         numbers = knobs(index)
-        values = {name: np.float32(number) for name, number in numbers.items()}
+        values = {
+            name: np.float32(number) if isinstance(number, float) else number
+            for name, number in numbers.items()
+        }
         if not train_step.is_compiled(taken.batch):
             settle(leave=0)
             train_step.compile(session.state, taken.batch, values)

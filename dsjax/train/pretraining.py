@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from dsjax.config import Config
 from dsjax.data.corpus import Corpus, Progress, prepare_corpus
-from dsjax.data.packing import HeldoutSequences, PackedSequences, heldout_sequences
+from dsjax.data.packing import PackedSequences, heldout_sequences
 from dsjax.generate.engine import Engine, Request
 from dsjax.generate.sampling import Sampling
-from dsjax.kernels.target import Target, tokamax
+from dsjax.kernels.target import Target
 from dsjax.model.flops import train_flops_per_token
-from dsjax.model.transformer import Transformer
 from dsjax.parallel import processes
 from dsjax.parallel.compilation import Compiled, compiler_options
 from dsjax.parallel.context import check_length
 from dsjax.parallel.mesh import make_mesh
+from dsjax.precision.policy import advice
 from dsjax.train import hyperparameters, loop, pipelined_step, plots, session
 from dsjax.train.batches import batch_sharding, place_all
 from dsjax.train.evaluate import Evaluation, evaluate, scorer
@@ -33,7 +33,6 @@ from dsjax.train.optimizer import adamw
 from dsjax.train.session import Session
 from dsjax.train.source import RowSource
 from dsjax.train.step import (
-    TrainState,
     abstract_state,
     declared_model,
     initial_state,
@@ -49,7 +48,7 @@ def train(config: Config, folder: Path, *, command: str, console: Console | None
     """Pre-trains in `folder`; arguments, result and errors are those of `session.run`."""
 
     def recipe(under_way: Session) -> None:
-        run = prepare(config, under_way)
+        run = Pretraining(config, under_way)
         loop.run_steps(
             under_way,
             run.train_step,
@@ -65,18 +64,60 @@ def train(config: Config, folder: Path, *, command: str, console: Console | None
     return session.run(config, folder, recipe, command=command, console=console)
 
 
-@dataclasses.dataclass
 class Pretraining:
-    """What pre-training adds to a session."""
+    """What pre-training adds to a session: text, programs, and the experts' load."""
 
-    config: Config
-    session: Session
-    declared: Transformer
-    corpus: Corpus
-    heldout: HeldoutSequences
-    train_step: Compiled
-    score: Compiled
-    expert_load: ExpertLoad = dataclasses.field(default_factory=ExpertLoad)
+    def __init__(self, config: Config, run: Session) -> None:
+        """Prepares data and programs, and begins the session.
+
+        Raises:
+          ValueError: config, data, mesh, workdir or checkpoint do not fit; says what to do.
+          OSError: a file cannot be read or written.
+        """
+        self.config, self.session, self.expert_load = config, run, ExpertLoad()
+        mesh, length = make_mesh(config.mesh.sizes), config.data.sequence_length
+        # Fail early: these checks allocate nothing.
+        batch_sharding((config.micro_batch_size, length + 1), mesh)
+        check_length(length, mesh)
+        pipelined_step.check(config, mesh)
+        declared, optimizer = declared_model(config.model, config.precision), adamw(config.optim)
+        abstract = abstract_state(declared, optimizer, mesh)
+        if slow := advice(config.precision.compute, Target.here()):
+            run.display.say(slow)
+        corpus = corpus_of(config, run.display.counting("preparing the text"))
+        run.display.say(
+            f"text: {corpus.train.total_tokens:,} tokens in {len(corpus.train):,} documents, "
+            f"{corpus.heldout.total_tokens:,} in {len(corpus.heldout):,} held out"
+        )
+        rows, special = training_rows(config, corpus), corpus.tokenizer.special
+        if processes.is_first():
+            corpus.tokenizer.save(str(run.folder))
+        run.begin(
+            RowSource(rows, mesh, micro_batch_size=config.micro_batch_size, length=length + 1),
+            abstract,
+            lambda: initial_state(declared, optimizer, mesh, config.train.seed),
+            mesh=mesh,
+            flops_per_token=train_flops_per_token(config.model, length),
+        )
+        self.declared, self.corpus = declared, corpus
+        self.heldout = heldout_sequences(corpus.heldout, special, sequence_length=length)
+        step = train_step(declared, optimizer, pretraining(config), schedule=config.mesh.schedule)
+        score = scorer(
+            declared, isolate=config.data.isolate_documents, chunk=config.train.loss_chunk
+        )
+        everywhere = NamedSharding(mesh, PartitionSpec())  # for numbers that each process reads
+        # Without out_shardings the compiler may place the new state where the next step cannot
+        # take it.
+        placement = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        step = jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(placement, everywhere),
+            compiler_options=compiler_options(Target.here(), mesh.size),
+        )
+        compiling = functools.partial(run.display.say, "compiling the training step")
+        self.train_step = Compiled(step, mesh, announce=compiling)
+        self.score = Compiled(jax.jit(score, out_shardings=everywhere), mesh)
 
     def evaluate_sample(self) -> dict[str, float]:
         """Scores an even sample of the held-out rows, the same one every time."""
@@ -87,11 +128,8 @@ class Pretraining:
     def _evaluate(
         self, rows: Sequence[int], interrupted: Callable[[], bool] = lambda: False
     ) -> Evaluation | None:
-        def score(batch: dict[str, np.ndarray]) -> tuple[jax.Array, jax.Array]:
-            return self.score(self.session.state, place_all(batch, self.session.mesh))
-
         return evaluate(
-            score,
+            lambda batch: self.score(self.session.state, place_all(batch, self.session.mesh)),
             self.heldout,
             rows,
             batch_size=self.config.micro_batch_size,
@@ -190,62 +228,6 @@ def _numbers(result: Evaluation) -> dict[str, float]:
     return {"eval_loss": result.loss, "bits_per_byte": result.bits_per_byte}
 
 
-def prepare(config: Config, run: Session) -> Pretraining:
-    """Builds programs and data, and begins the session.
-
-    Raises:
-      ValueError: config, data, mesh, workdir or checkpoint do not fit; says what to do.
-      OSError: a file cannot be read or written.
-    """
-    mesh = make_mesh(config.mesh.sizes)
-    length = config.data.sequence_length
-    # Fail early: these checks allocate nothing.
-    batch_sharding((config.micro_batch_size, length + 1), mesh)
-    check_length(length, mesh)
-    pipelined_step.check(config, mesh)
-    declared, optimizer = declared_model(config.model, config.precision), adamw(config.optim)
-    abstract = abstract_state(declared, optimizer, mesh)
-    _say_if_slow(config, run)
-    corpus = corpus_of(config, run.display.counting("preparing the text"))
-    run.display.say(
-        f"text: {corpus.train.total_tokens:,} tokens in {len(corpus.train):,} documents, "
-        f"{corpus.heldout.total_tokens:,} in {len(corpus.heldout):,} held out"
-    )
-    rows = training_rows(config, corpus)
-    if processes.is_first():
-        corpus.tokenizer.save(str(run.folder))
-    run.begin(
-        RowSource(rows, mesh, micro_batch_size=config.micro_batch_size, length=length + 1),
-        abstract,
-        lambda: initial_state(declared, optimizer, mesh, config.train.seed),
-        mesh=mesh,
-        flops_per_token=train_flops_per_token(config.model, length),
-    )
-    heldout = heldout_sequences(corpus.heldout, corpus.tokenizer.special, sequence_length=length)
-    step = train_step(declared, optimizer, pretraining(config), schedule=config.mesh.schedule)
-    score = scorer(declared, isolate=config.data.isolate_documents, chunk=config.train.loss_chunk)
-    return Pretraining(
-        config,
-        run,
-        declared,
-        corpus,
-        heldout,
-        _compiled_step(step, abstract, run),
-        Compiled(jax.jit(score, out_shardings=_everywhere(mesh)), mesh),
-    )
-
-
-def _say_if_slow(config: Config, run: Session) -> None:
-    target = Target.here()
-    own_kernels = target.is_hopper and config.precision.compute == "bfloat16"
-    if target.kind == "gpu" and not own_kernels and not tokamax():
-        run.display.say(
-            "experts and attention run without kernels of their own, slowly: on an H100 or H200 "
-            "set precision.compute=bfloat16; on other GPUs, with Python 3.12: "
-            "pip install -e '.[kernels]'"
-        )
-
-
 def corpus_of(config: Config, progress: Progress | None = None) -> Corpus:
     """Returns the text that a config trains on and is scored on, tokenized now or cached."""
     data = config.data
@@ -270,20 +252,3 @@ def training_rows(config: Config, corpus: Corpus) -> PackedSequences:
         seed=config.data.seed,
         fim_rate=config.data.fim_rate,
     )
-
-
-def _compiled_step(train_step: Callable[..., Any], abstract: TrainState, run: Session) -> Compiled:
-    placement = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    # Without out_shardings the compiler may place the new state where the next step cannot take it.
-    step = jax.jit(
-        train_step,
-        donate_argnums=0,
-        out_shardings=(placement, _everywhere(run.mesh)),
-        compiler_options=compiler_options(Target.here(), run.mesh.size),
-    )
-    return Compiled(step, run.mesh, announce=lambda: run.display.say("compiling the training step"))
-
-
-def _everywhere(mesh: Mesh) -> NamedSharding:
-    """The placement of numbers that each process reads."""
-    return NamedSharding(mesh, PartitionSpec())

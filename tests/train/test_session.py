@@ -50,7 +50,7 @@ def prepared(config, folder):
     output = io.StringIO()
     display = Display(Console(file=output, width=150))
     with contextlib.closing(Session(config, folder, display, StopRequest())) as session:
-        pretraining.prepare(config, session)
+        pretraining.Pretraining(config, session)
         yield session, output
 
 
