@@ -1,13 +1,12 @@
-"""Steps that went wrong: batches whose update was skipped, spikes of the loss, and when to stop.
+"""Steps that went wrong: skipped updates, spikes of the loss, and when to give up.
 
-The step itself leaves the state as it was when loss or gradient is not finite (`train.step`). Here
-the host counts such steps and writes down which rows of the data they were, a JSON object a line of
-`faults.jsonl`. One bad batch costs one step. Since a skipped step changes nothing, the next one has
-the same weights and other data; when MAX_SKIPPED of them fail in a row, it is not the data, and no
-further step can mend it.
+The step itself leaves the state unchanged when loss or gradient is not finite (`train.step`). Here
+the host counts such steps and records the data rows of each as a JSON line of `faults.jsonl`. One
+bad batch costs one step: the next step has the same weights and other data. If MAX_SKIPPED steps in
+a row fail, the data is not the cause, and no further step can help.
 
-A spike is a loss SIGMAS standard deviations above the mean of the last WINDOW steps. It is said and
-written down, and the run goes on: most spikes heal by themselves.
+A spike is a loss SIGMAS standard deviations above the mean of the last WINDOW steps. It is reported
+and recorded, and the run goes on: most spikes heal by themselves.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ from dsjax.files import finite
 
 MAX_SKIPPED = 5
 WINDOW, FEWEST, SIGMAS = 128, 32, 6.0
-_LEAST = 0.02  # of the mean: what a spike is above it at least, where the loss hardly varies
+_LEAST = 0.02  # of the mean: a smaller rise is no spike, however little the loss varies
 
 
 class Faults:
-    """What went wrong in a run so far.
+    """The faults of a run so far.
 
     Attributes:
       skipped: steps without an update, earlier sessions included.
-      in_a_row: how many of them were the last steps.
+      in_a_row: how many of the most recent steps were skipped.
     """
 
     def __init__(self, folder: Path, *, skipped: int, silent: bool = False):
-        """`silent` is for all processes but the one that writes."""
+        """`silent`: write no file, as in every process but the first."""
         self.path, self.skipped, self.in_a_row = folder / "faults.jsonl", skipped, 0
         self._silent = silent
         self._losses: collections.deque[float] = collections.deque(maxlen=WINDOW)
@@ -41,13 +40,13 @@ class Faults:
     def check(
         self, step: int, loss: float, grad_norm: float, rows: range, *, skipped: bool
     ) -> str | None:
-        """Takes note of a step.
+        """Checks the numbers of a step.
 
         Args:
-          rows: of the data, that its batch is made of.
+          rows: the data rows of its batch.
 
         Returns:
-          what there is to say of it; None if nothing.
+          a message for the user; None for an ordinary step.
 
         Raises:
           ValueError: too many steps in a row were skipped.
@@ -61,27 +60,28 @@ class Faults:
             if above is None:
                 return None
             self._write("spike", step, loss, grad_norm, rows)
-            return f"step {step}: loss {loss:.4f} is a spike, {above} ({place})"
+            return f"step {step}: loss {loss:.4f} is a spike: {above} ({place})"
         self.skipped += 1
         self.in_a_row += 1
         self._write("skipped", step, loss, grad_norm, rows)
         what = f"loss is {loss} and grad_norm {grad_norm}"
         if self.in_a_row == MAX_SKIPPED:
             raise ValueError(
-                f"step {step}: {what}, as in the {MAX_SKIPPED - 1} steps before it, so it is not "
-                f"the data; nothing of them was saved, and their batches are in {self.path}. Try a "
-                "lower optim.learning_rate or a longer optim.warmup_steps in another --workdir"
+                f"step {step}: {what}, as in the {MAX_SKIPPED - 1} steps before it, so the data is "
+                f"not the cause; none of these steps was saved, and {self.path} lists their rows. "
+                "Try a lower optim.learning_rate or a longer optim.warmup_steps in another "
+                "--workdir"
             )
-        return f"step {step}: {what}; skipped, the model is as it was ({place})"
+        return f"step {step}: {what}; skipped, the model is unchanged ({place})"
 
     def _above(self, loss: float) -> str | None:
-        """How far a loss is above the last ones, if that is far."""
+        """Describes how far a loss is above recent ones; None if it is no spike."""
         if len(self._losses) < FEWEST:
             return None
         mean, spread = statistics.fmean(self._losses), statistics.pstdev(self._losses)
         if loss <= mean + max(SIGMAS * spread, _LEAST * mean):
             return None
-        return f"the last {len(self._losses)} being {mean:.4f} +- {spread:.4f}"
+        return f"recent steps have {mean:.4f} +- {spread:.4f}"
 
     def _write(self, kind: str, step: int, loss: float, grad_norm: float, rows: range) -> None:
         if self._silent:

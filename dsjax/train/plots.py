@@ -1,4 +1,4 @@
-"""The two pictures of a run, drawn from its metrics."""
+"""The pictures of a run, drawn from its metrics: loss.png and expert_load.png."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def _figure(width: float, height: float) -> Any:
-    # Not pyplot: it keeps global state and looks for a display.
+    # pyplot would keep global state and look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -35,7 +35,7 @@ def draw_loss(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> Non
         points = [(line["tokens"], line[key]) for line in lines if line.get(key)]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set(xlabel="tokens", ylabel="loss, nats a token", title=title)
+    axes.set(xlabel="tokens", ylabel="loss, nats per token", title=title)
     axes.grid(alpha=0.3)
     if axes.get_lines():
         axes.legend()
@@ -45,11 +45,11 @@ def draw_loss(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> Non
 def draw_expert_load(
     path: Path, lines: Sequence[Mapping[str, Any]], load_LE: np.ndarray, title: str
 ) -> None:
-    """Draws the worst overload over the run, and each expert's load at its end.
+    """Draws the maximum violation over the run, and each expert's load at its end.
 
     Args:
       lines: the objects of metrics.jsonl.
-      load_LE: share of a layer's assignments that each expert takes; rows sum to 1.
+      load_LE: each expert's share of its layer's assignments; rows sum to 1.
     """
     figure = _figure(11, 4)
     over_time, final = figure.subplots(1, 2)

@@ -25,16 +25,16 @@ _IN_SHORT = ("loss", "tokens_per_second")  # beside a progress bar
 
 
 class Metrics:
-    """Sinks of the logged numbers; pictures and summary come from one of them, metrics.jsonl."""
+    """The sinks of logged numbers. Pictures and summary are made from one, metrics.jsonl."""
 
     def __init__(self, workdir: Path, config: RunConfig, *, first_step: int):
         """Opens the sinks of a run that continues after `first_step` steps.
 
-        Lines of later steps, left by a run that ended after its last checkpoint, are dropped: they
-        will be written again.
+        Lines of later steps are dropped: the run went on after its last checkpoint, and these steps
+        will be repeated.
 
         Raises:
-          ValueError: wandb is asked for and not installed.
+          ValueError: wandb is requested but not installed.
           OSError: the files cannot be written.
         """
         self.path = workdir / "metrics.jsonl"
@@ -46,7 +46,7 @@ class Metrics:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Appends one object; it has `step`, and numbers."""
+        """Appends a line: `step`, and numbers by name."""
         with writing(self.path):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
@@ -60,7 +60,7 @@ class Metrics:
             )
 
     def lines(self) -> list[dict[str, Any]]:
-        """All objects written so far, also before a resume."""
+        """Returns all lines so far, earlier sessions included."""
         return read_lines(self.path)
 
     def close(self) -> None:
@@ -76,7 +76,7 @@ class Metrics:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """Returns the lines of a metrics.jsonl, without a last one that a crash cut short."""
     lines = []
     if path.is_file():
         for text in path.read_text(encoding="utf-8").splitlines():

@@ -9,8 +9,8 @@ How a run resumes:
 2. Session.begin: the newest checkpoint whose bytes are all as they were written gives the state,
    the source's position and the number of steps done.
 3. Metrics: lines of later steps are dropped, since those steps will be done again.
-4. The schedule is a function of the step alone, so nothing else is remembered. On a CPU with the
-   same versions and cores the resumed run gives the same bits as one that was never stopped.
+4. The schedule is a function of the step alone, so nothing else needs to be saved. On a CPU with
+   the same versions and cores the resumed run gives the same bits as one never interrupted.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def run(
         finishes it.
       command: the command line that does this, shown to the user as the way to resume.
 
-    With several processes each of them calls this, and `folder` is one that all of them see. The
-    first one alone writes there, except for checkpoints, and shows how the run goes.
+    With several processes each calls this, with a `folder` that all of them see. Only the first
+    process writes there, checkpoints apart, and shows progress.
 
     Returns:
-      exit code: 0; 130 or 143 after SIGINT or SIGTERM to any process, the run having been saved.
+      the exit code: 0, or 130 or 143 after SIGINT or SIGTERM to any process and a save.
 
     Raises:
-      ValueError: config, data, folder or checkpoint do not fit, or the loss stays not finite.
+      ValueError: config, data, folder or checkpoint do not fit, or no step is finite any more.
       OSError: a file cannot be read or written.
     """
     console = console or Console(quiet=not processes.is_first())
@@ -206,19 +206,19 @@ class Session:
         return self.exit_code > 0
 
     def compare_replicas(self) -> None:
-        """Checks that devices which should hold equal copies of the state do.
+        """Checks that all devices that replicate a part of the state hold equal copies of it.
 
         Raises:
-          ValueError: they do not; names arrays and devices.
+          ValueError: some differ; names arrays and devices.
         """
         found = replicas.mismatches(store.named_arrays(self.state), self.mesh)
         if found:
             devices = sorted({str(device) for wrong in found for device in wrong.devices})
             raise ValueError(
                 f"after step {self.step} {', '.join(devices)} hold other values than their copies: "
-                f"{listed([wrong.name for wrong in found])}. Nothing of it was saved. Memory or "
-                "link of a device is not to be trusted: take it out of service, then run the same "
-                "command again: it goes on from the newest checkpoint, whose copies were equal"
+                f"{listed([wrong.name for wrong in found])}. This state was not saved. A device's "
+                "memory or link is faulty: take it out of service and run the same command again, "
+                "which resumes from the newest checkpoint, whose copies were equal"
             )
 
     def save(self) -> None:

@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM: the first lets the step finish and the run be saved, the second does not.
+"""Ctrl-C and SIGTERM: the first finishes the step and saves the run, the second ends it at once.
 
-Python runs signal handlers between its own instructions, so a handler alone would wait for a long
-step or compilation. The kernel therefore also writes each signal's number to a pipe, and a thread
-that reads it does the urgent part.
+Python runs signal handlers between two of its own instructions, so a handler alone would wait for a
+long step or compilation to return. The kernel therefore also writes each signal's number to a pipe,
+and a thread that reads the pipe does what is urgent.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import threading
 from types import FrameType, TracebackType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_GRACE_SECONDS = 2.0  # for the main thread to leave by itself where there is nothing to save
+_GRACE_SECONDS = 2.0  # for the main thread to exit by itself while there is nothing to save
 
 
 class StopRequest:
     """Context in which signals ask the training loop to stop instead of killing it.
 
-    Until `defer` is called there is nothing to save: the first signal raises SystemExit, and ends
-    the process where a compilation keeps Python from raising it. Outside the main thread, where
-    Python allows no handlers, signals keep their usual meaning.
+    Until `defer` is called there is nothing to save: the first signal raises SystemExit, or ends
+    the process if a compilation keeps Python from raising it. Outside the main thread, where Python
+    allows no handlers, signals keep their usual meaning.
     """
 
     def __init__(self) -> None:
@@ -32,11 +32,15 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int | None:
-        """128 + the signal that asked for a stop (130, 143); None while nobody has."""
+        """128 + the first signal received (130, 143); None before one."""
         return 128 + self._received[0] if self._received else None
 
     def defer(self) -> None:
-        """From here on the loop looks at `exit_code` after each step."""
+        """Makes signals wait: from here on the loop reads `exit_code` after each step.
+
+        Raises:
+          SystemExit: a signal came before.
+        """
         if not self._deferred and self.exit_code is not None:
             raise SystemExit(self.exit_code)
         self._deferred = True
@@ -64,13 +68,14 @@ class StopRequest:
             for number, handler in self._old_handlers.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._old_wakeup)
-            os.close(self._write_end)  # the watcher reads the end of the pipe and ends
+            os.close(self._write_end)  # the watcher reads the end of the pipe and returns
             self._watcher.join()
             os.close(self._read_end)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Runs in the main thread, when Python gets to it."""
-        # Raised inside jax's callback of the garbage collector it is lost; `_watch` leaves then.
+        """Runs in the main thread, between two Python instructions."""
+        # An exception raised inside JAX's garbage-collection callback is swallowed. Then `_watch`
+        # ends the process after the grace period.
         if not self._deferred and not (frame and frame.f_code.co_name.endswith("gc_callback")):
             raise SystemExit(128 + number)
 

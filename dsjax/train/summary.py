@@ -1,4 +1,4 @@
-"""The end of a run: what it reached, beside what a compressor reaches on the same held-out text."""
+"""The end of a run: its results, next to what compressors reach on the same held-out text."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rich.console import Console
 from dsjax import tables
 from dsjax.display import duration
 
-LARGEST_TEXT = 32 << 20  # bytes; xz takes a minute for as much
+LARGEST_TEXT = 32 << 20  # bytes, for which xz takes a minute
 
 
 def compressed_bits_per_byte(texts: Iterable[str]) -> dict[str, float]:
-    """Bits a byte of gzip -9 on each text by itself, and of xz -9 on all of them end to end.
+    """Returns the bits per byte of gzip -9 on each text alone, and of xz -9 on all concatenated.
 
-    Empty where there is more than LARGEST_TEXT, or nothing.
+    The result is empty for no text, and for more than LARGEST_TEXT.
     """
     raw: list[bytes] = []
     size = 0
@@ -35,12 +35,12 @@ def compressed_bits_per_byte(texts: Iterable[str]) -> dict[str, float]:
 
 
 def print_summary(console: Console, summary: Mapping[str, Any]) -> None:
-    """Prints the table of a summary.json, and its sample."""
+    """Prints a summary.json as a table, and its sample."""
     title = f"{summary['name']}: {summary['steps']} steps"
     console.print(tables.figures(title, _rows(summary)))
     sample = summary.get("sample")
     if sample:
-        console.print("Sample of its writing, after the prompt", highlight=False)
+        console.print("A sample, after [...] written by the model", highlight=False)
         console.print(
             f"{sample['prompt']}[...]{sample['completion']}", markup=False, highlight=False
         )
@@ -54,16 +54,16 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     compared = f"  ({', '.join(against)}, on the same text)" if against else ""
     violation = [f"{summary[f'max_violation_{when}']:.2f}" for when in ("first", "last")]
-    compiling = f"of it compiling {summary['compile_seconds']:.0f} s"
+    compiling = f"{summary['compile_seconds']:.0f} s of it compiling"
     rows = [
-        ("held-out loss", f"{summary['eval_loss']:.4f} nats a token"),
+        ("held-out loss", f"{summary['eval_loss']:.4f} nats per token"),
         ("held-out bits per byte", f"{summary['bits_per_byte']:.3f}{compared}"),
         ("training loss", f"{summary['loss']:.4f}, MTP {summary['mtp_loss']:.4f}"),
         ("max violation", " -> ".join(violation)),
         ("tokens", f"{summary['tokens']:,}"),
         ("wall time", f"{duration(summary['wall_seconds'])}, {compiling}"),
     ]
-    if summary["tokens_per_second"] is not None:  # None: this session had no step to do
+    if summary["tokens_per_second"] is not None:  # None after the checkpoint of an older version
         rows += [
             ("median step", f"{summary['median_step_seconds']:.3f} s"),
             ("tokens per second", f"{summary['tokens_per_second']:,.0f}"),

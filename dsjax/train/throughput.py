@@ -1,9 +1,9 @@
-"""How fast a run goes: tokens a second, seconds a step, share of the hardware's peak (MFU).
+"""How fast a run is: tokens per second, seconds per step, and model FLOPs utilization (MFU).
 
-MFU = training FLOPs that the model needs (dsjax.model.flops: causal attention, MTP included,
-recomputation not) / (seconds * peak of all devices). The peak is the vendor's dense bfloat16
-figure; for a device that is not in the table, such as a CPU, it is the rate of a large matrix
-product, measured at the start.
+MFU = training FLOPs of the model / (seconds * peak FLOP/s of all devices). The FLOPs are those of
+dsjax.model.flops: causal attention and MTP count, recomputation does not. The peak is the vendor's
+dense bfloat16 figure; for a device that is not in the table, such as a CPU, it is the measured rate
+of a large matrix product.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-# Dense bfloat16 FLOP/s of a device, by the beginning of its device_kind; the first match counts.
+# Dense bfloat16 FLOP/s per device, by prefix of its device_kind; the first match counts.
 _PEAKS = (
-    ("TPU7x", 2307e12 / 2),  # jax shows each of a chip's two cores as a device
+    ("TPU7x", 2307e12 / 2),  # each of a chip's two cores is a JAX device
     ("TPU v6", 918e12),
     ("TPU v5p", 459e12),
     ("TPU v5 lite", 197e12),
@@ -35,14 +35,14 @@ _PEAKS = (
 
 
 class Peak(NamedTuple):
-    """FLOP/s of all devices together, and where the number comes from."""
+    """FLOP/s of all devices together, and where the figure comes from."""
 
     flops: float
     source: str
 
 
 class Rates(NamedTuple):
-    """Rates over a stretch of steps."""
+    """Rates over several steps."""
 
     tokens_per_second: float
     step_seconds: float
@@ -50,7 +50,7 @@ class Rates(NamedTuple):
 
 
 def peak_flops(devices: Sequence[Any]) -> Peak:
-    """The most that `devices` (of jax) can do together, in FLOP/s."""
+    """Returns the peak of JAX devices together."""
     kind = devices[0].device_kind
     for prefix, flops in _PEAKS:
         if kind.startswith(prefix):
@@ -58,7 +58,7 @@ def peak_flops(devices: Sequence[Any]) -> Peak:
                 flops * len(devices), f"{len(devices)} x {kind}, dense bfloat16, as published"
             )
     measured = measure_matmul_flops()
-    if devices[0].platform == "cpu":  # a process's CPU devices share the cores
+    if devices[0].platform == "cpu":  # all CPU devices of a process share its cores
         count = len({device.process_index for device in devices})
         where = "this CPU" if count == 1 else f"one of {count} processes' CPU"
         return Peak(
@@ -71,8 +71,8 @@ def peak_flops(devices: Sequence[Any]) -> Peak:
 
 
 def measure_matmul_flops(size: int = 1536, dtype: DTypeLike = jnp.float32) -> float:
-    """FLOP/s of a square matrix product on the default device: the best of five."""
-    # Random, for zeros and ones draw less power, which lets some devices run faster.
+    """Returns the FLOP/s of a square matrix product on the default device, the best of five."""
+    # Random values: zeros and ones draw less power, which lets some devices run faster.
     x = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()
@@ -85,9 +85,10 @@ def measure_matmul_flops(size: int = 1536, dtype: DTypeLike = jnp.float32) -> fl
 
 
 class Meter:
-    """Times steps, each from the end of the one before; compiling, evaluating, saving left out.
+    """Times steps, each from the end of the previous one.
 
-    `start` marks the beginning of a stretch of back-to-back steps, `step` the end of each of them.
+    Compiling, evaluating and saving are left out: `start` is called after them, before the next
+    step.
     """
 
     def __init__(self, *, flops_per_token: float, peak: Peak):
@@ -99,23 +100,24 @@ class Meter:
         self._last = time.perf_counter()
 
     def start(self) -> None:
+        """Starts the clock of the next step."""
         self._last = time.perf_counter()
 
     def step(self, tokens: int) -> None:
-        """Counts a finished step of `tokens` tokens."""
+        """Records that a step of `tokens` tokens has ended."""
         now = time.perf_counter()
         self._seconds.append(now - self._last)
         self._tokens.append(tokens)
         self._last = now
 
     def take(self) -> Rates:
-        """Mean rates of the steps since the last call."""
+        """Returns the mean rates of the steps since the last call."""
         rates = self._rates(self._taken)
         self._taken = len(self._seconds)
         return rates
 
     def whole(self) -> Rates | None:
-        """Rates of all steps, `step_seconds` being the median; None before the first step."""
+        """Returns the rates of all steps, with the median `step_seconds`; None before the first."""
         if not self._seconds:
             return None
         return self._rates(0)._replace(step_seconds=statistics.median(self._seconds))

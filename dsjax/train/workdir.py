@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what it was made with, and whether it may go on."""
+"""The folder of a run: its lock, the config it belongs to, and the versions that wrote it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dsjax import settings
 from dsjax.config import TrainConfig
 from dsjax.files import write_json
 
-# Keys that a resumed run may change, because what has been trained so far stays what it was.
+# Keys that a resumed run may change: they do not alter what has been trained so far.
 _FREE = (
     "data.cache_dir", "train.remat", "train.loss_chunk", "train.log_every", "train.eval_every",
     "train.eval_sequences", "train.checkpoint_every", "train.keep", "train.compare_every",
@@ -31,7 +31,7 @@ _PACKAGES = ("dsjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gra
 
 
 class RunConfig(Protocol):
-    """What all that any run does reads of its config: a root with this name and group will do."""
+    """What the parts common to all runs read of a config; any root with these fields will do."""
 
     @property
     def name(self) -> str: ...
@@ -41,12 +41,13 @@ class RunConfig(Protocol):
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Context in which no other process writes to `workdir`, which is made. The lock is the
-    kernel's, so it ends with the process, however that ends.
+    """Context that creates `workdir` and locks it against other processes.
+
+    The lock is the kernel's, so it ends with the process, even if that is killed.
 
     Raises:
-      ValueError: another process holds it; names process and host.
-      OSError: the folder cannot be made or written.
+      ValueError: another process holds the lock; names process and host.
+      OSError: the folder cannot be created or written.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / "lock").open("a+", encoding="utf-8") as file:
@@ -66,14 +67,14 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def claim(workdir: Path, config: RunConfig) -> None:
-    """Makes `workdir` the folder of this config's run, or checks that it is already.
+    """Makes `workdir` the folder of this config's run, or checks that it already is.
 
-    A folder in which no step has been done yet is anybody's: a run that was refused, say for its
-    data, can be mended and started again there. Writes config.json and versions.json.
+    Writes config.json and versions.json. A folder without a finished step may be claimed by any
+    config: a run that was refused, say for its data, can be corrected and started there again.
 
     Raises:
       ValueError: the folder holds a run of another config, or checkpoints of an unknown one.
-      OSError: the folder cannot be made or written.
+      OSError: the folder cannot be created or written.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
@@ -84,7 +85,7 @@ def claim(workdir: Path, config: RunConfig) -> None:
         _check_same_run(path, config)
     elif has_checkpoints:
         raise ValueError(
-            f"{workdir} holds checkpoints but no config.json, so nobody knows what they are; "
+            f"{workdir} holds checkpoints but no config.json to say of which run they are; "
             "use another --workdir"
         )
     write_json(path, settings.to_dict(config))
@@ -92,7 +93,7 @@ def claim(workdir: Path, config: RunConfig) -> None:
 
 
 def check_shared(workdir: Path) -> None:
-    """Checks that this process sees the folder that the first one has claimed.
+    """Checks that this process sees the folder that the first process has claimed.
 
     Raises:
       ValueError: it does not.
@@ -117,8 +118,8 @@ def _check_same_run(path: Path, config: Any) -> None:
         if was != asked[key] and not key.startswith(_FREE)
     }
     if "train.steps" in differences and not asked["train.batch_size_start"]:
-        # More steps stretch the schedule from here on. With a batch ramp they would also change the
-        # steps behind us.
+        # More steps only stretch the schedule from here on. With a batch ramp they would also
+        # change the batch sizes of steps already done.
         before, now = differences["train.steps"]
         if now >= before:
             del differences["train.steps"]
@@ -133,7 +134,7 @@ def _check_same_run(path: Path, config: Any) -> None:
 
 
 def versions() -> dict[str, Any]:
-    """What decides a run's bits besides its config: versions, cores, flags, devices, commit."""
+    """Returns what decides a run's bits besides its config: versions, cores, flags, devices."""
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
@@ -149,7 +150,7 @@ def versions() -> dict[str, Any]:
 
 
 def changed_versions(then: dict[str, Any]) -> list[str]:
-    """What differs now from `then`: the bits of a resumed run may differ with it."""
+    """Lists what differs now from `then`, an earlier `versions()`."""
     return [
         f"{key} {then.get(key)} -> {now}" for key, now in versions().items() if then.get(key) != now
     ]
@@ -159,12 +160,12 @@ def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None  # dsjax runs from a checkout that is not installed
+        return None  # such as dsjax itself, run from a checkout that is not installed
 
 
-@functools.cache  # the code that runs is the one that was there at the start
+@functools.cache  # the running code was read at the start, so later commits do not matter
 def git_commit(folder: Path) -> str | None:
-    """The commit around `folder`, "-dirty" added when files differ from it; None outside git."""
+    """Returns the checked-out commit, with "-dirty" if files differ from it; None outside git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]

@@ -46,7 +46,7 @@ def test_spike_is_said_and_written_down_and_noise_is_not(tmp_path):
     ]
     assert not any(said) and not faults.path.exists()
     said = faults.check(300, 4.0, 1.0, ROWS, skipped=False)
-    assert said and "step 300: loss 4.0000 is a spike, the last 128 being 2.99" in said
+    assert said and "step 300: loss 4.0000 is a spike: recent steps have 2.99" in said
     assert json.loads(faults.path.read_text())["kind"] == "spike"
 
 

@@ -315,7 +315,7 @@ def test_step_that_is_not_finite_is_skipped_and_written_down(small, tmp_path, mo
     poison(monkeypatch, 3)
     code, output = run(small, tmp_path)
     assert code == 0 and "step 3: loss is 5." in output
-    assert "grad_norm nan; skipped, the model is as it was (rows 16 to 23 of the data" in output
+    assert "grad_norm nan; skipped, the model is unchanged (rows 16 to 23 of the data" in output
     logged = [line for line in lines(tmp_path) if "loss" in line]
     assert [line["skipped_steps"] for line in logged] == [0, 0, 1, 1]
     (fault,) = [json.loads(line) for line in (tmp_path / "faults.jsonl").read_text().splitlines()]

@@ -55,7 +55,7 @@ def test_table_shows_the_result_beside_the_compressors():
     summary.print_summary(Console(file=output, width=120), SUMMARY)
     for part in (
         "1.765  (gzip 2.100, xz 1.600, on the same text)",
-        "2.2345 nats a token",
+        "2.2345 nats per token",
         "2.00 -> 0.40",
         "3,277",
         "31.0 %",
