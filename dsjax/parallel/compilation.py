@@ -1,4 +1,4 @@
-"""Compilation kept apart from the steps, so that it is timed by itself and done once."""
+"""Compiling a step once per batch shape, apart from running it, so that it is timed by itself."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from jax.sharding import Mesh
 
 from dsjax.kernels.target import Target
 
-# What is sent between GPUs starts as early as it can, beside products that do not need it. (A TPU's
-# compiler does so by itself.)
+# Transfers between GPUs start as early as possible and overlap with products that do not need them.
+# (A TPU's compiler does so by default.)
 _BETWEEN_GPUS: dict[str, bool | str] = {"xla_gpu_enable_latency_hiding_scheduler": True}
 _TPU: dict[str, bool | str] = {
-    # Weights are gathered whole before a product, not piece by piece in a loop of its own for each:
-    # the program has 40 % less text (a dense model of two layers), and says plainly what it sends.
+    # Gather a weight whole before its product, not piece by piece in a loop per product: that makes
+    # the program 40 % shorter (for a dense model of two layers) and shows plainly what it sends.
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"
 }
 
@@ -31,10 +31,10 @@ def compiler_options(target: Target, n_devices: int) -> dict[str, bool | str]:
 
 
 def use_persistent_cache(cache_dir: str) -> None:
-    """Keeps compiled programs between runs, unless the user has chosen a place for them.
+    """Keeps compiled programs between runs, unless the user has configured a cache.
 
     Args:
-      cache_dir: data.cache_dir; empty is $XDG_CACHE_HOME/dsjax, else ~/.cache/dsjax.
+      cache_dir: data.cache_dir; if empty, $XDG_CACHE_HOME/dsjax or ~/.cache/dsjax.
     """
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
@@ -44,14 +44,18 @@ def use_persistent_cache(cache_dir: str) -> None:
 
 
 class Compiled:
-    """A jitted function of state and batch, compiled before the first call for each batch shape.
+    """A jitted function of state and batch, compiled on the first call per batch shape.
 
     Attributes:
-      seconds: time spent compiling so far.
+      seconds: time spent on compilation so far.
     """
 
     def __init__(self, function: Any, mesh: Mesh, *, announce: Callable[[], None] = lambda: None):
-        """`announce` is called when a compilation, for the devices of `mesh`, starts."""
+        """
+        Args:
+          mesh: the devices to compile for.
+          announce: called when a compilation starts.
+        """
         self._function = function
         self._mesh = mesh
         self._announce = announce
@@ -64,11 +68,11 @@ class Compiled:
         return self._programs[_shapes(batch)](state, batch, *rest)
 
     def is_compiled(self, batch: Any) -> bool:
-        """Whether there is a program for this shape of batch."""
+        """Returns whether there is a program for this batch shape."""
         return _shapes(batch) in self._programs
 
     def compile(self, state: Any, batch: Any, *rest: Any) -> None:
-        """Compiles the program for these arguments, without running it."""
+        """Compiles the program for these arguments without running it."""
         self._announce()
         start = time.perf_counter()
         with jax.set_mesh(self._mesh):

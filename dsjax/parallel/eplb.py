@@ -1,16 +1,15 @@
-"""Expert-parallel load balancing (EPLB): which experts to hold twice, and where to put them all.
+"""Expert-parallel load balancing (EPLB): which experts to replicate, and where replicas go.
 
-DeepSeek-V3 (arXiv:2412.19437), section 3.4, and its repository EPLB. For serving: an expert with
-much load gets several replicas, and the replicas are laid out so that devices have equal load.
+DeepSeek-V3 (arXiv:2412.19437), section 3.4, and its repository EPLB. For serving: a heavily loaded
+expert gets several replicas, and replicas are placed so that devices have equal load.
 
-1. Pack: groups of experts go onto nodes, equally many on each. Node-limited routing sends a token
-   to few groups, so a group that stays on a node keeps the traffic between nodes low.
-2. Replicate: within a node, one replica at a time is added to the expert with the largest load a
-   replica.
-3. Pack: the replicas go onto the node's devices, equally many on each.
+1. Pack groups of experts onto nodes, the same number on each. Node-limited routing sends a token to
+   few groups, so a group that stays on one node keeps traffic between nodes low.
+2. Replicate within a node: one replica at a time, for the expert with the highest load per replica.
+3. Pack replicas onto the node's devices, the same number on each.
 
-That is hierarchical. Where groups do not divide over nodes it is global: as if there were one group
-and one node. Ties go to the lower index, and loads are added in float32.
+This is the hierarchical mode. Where groups do not divide over nodes the global mode is used, as if
+there were one group and one node. Ties go to the lower index, and loads are added in float32.
 """
 
 from __future__ import annotations
@@ -23,30 +22,30 @@ import numpy as np
 
 
 class Placement(NamedTuple):
-    """Where the replicas of each layer's experts are; slot s is on device s // (slots / devices).
+    """The replicas of each layer's experts; slot s is on device s // (slots / devices).
 
-    L layers, E experts, P slots (one replica each), X the most replicas of any expert. All int64.
+    L layers, E experts, P slots of one replica each, X the most replicas of an expert. All int64.
     """
 
     expert_LP: np.ndarray  # the expert whose replica a slot holds ("phy2log")
-    slots_LEX: np.ndarray  # an expert's slots in order of their making, then -1 ("log2phy")
-    count_LE: np.ndarray  # replicas of an expert
+    slots_LEX: np.ndarray  # an expert's slots in creation order, then -1 ("log2phy")
+    count_LE: np.ndarray  # replicas per expert
     hierarchical: bool  # False: global
 
 
 def balance(
     load_LE: np.ndarray, n_slots: int, n_devices: int, *, n_groups: int = 1, n_nodes: int = 1
 ) -> Placement:
-    """Places experts and their replicas for equal load on every device.
+    """Places experts and their replicas so that devices have equal load.
 
     Args:
-      load_LE: load of each layer's experts, e.g. tokens routed to them; in any unit, not negative.
+      load_LE: load of each layer's experts, such as their tokens; any unit, not negative.
       n_slots: replicas of all experts together, at least E.
       n_groups: groups of the router, of consecutive experts.
-      n_nodes: nodes, with equally many devices; with one, every expert may go anywhere.
+      n_nodes: nodes of equally many devices; with one, an expert may go anywhere.
 
     Raises:
-      ValueError: lists every size that does not divide, and loads that are none.
+      ValueError: lists every size that does not divide and every load that is invalid.
     """
     load_LE = np.asarray(load_LE, np.float32)
     hierarchical = n_nodes > 0 and n_groups % n_nodes == 0
@@ -79,11 +78,11 @@ def read_load(path: str | Path) -> np.ndarray:
     """Reads what a training run measured, its folder's `expert_load.npz`, for `balance`.
 
     Returns:
-      float64 [layers, experts], each expert's share of its layer's tokens: the main model's MoE
-      layers in order, then the MTP modules.
+      float64 [layers, experts], each expert's share of its layer's tokens: the MoE layers of the
+      main model in order, then the MTP modules.
 
     Raises:
-      ValueError: the file is of another kind.
+      ValueError: the file holds something else.
       OSError: it cannot be read.
     """
     try:
@@ -97,24 +96,23 @@ def read_load(path: str | Path) -> np.ndarray:
 
 
 def device_loads(load_LE: np.ndarray, placement: Placement, n_devices: int) -> np.ndarray:
-    """Returns [L, devices], the load of each device when an expert's replicas share it equally."""
+    """Returns each device's load [L, devices], with an expert's load split over its replicas."""
     share_LE = np.asarray(load_LE, np.float64) / placement.count_LE
     share_LP = np.take_along_axis(share_LE, placement.expert_LP, 1)
     return share_LP.reshape(len(share_LP), n_devices, -1).sum(-1)
 
 
 def _pack(weight_XN: np.ndarray, n_packs: int) -> np.ndarray:
-    """Puts items into packs of equally many: the heaviest first, into the lightest with room.
+    """Packs items into packs of equal size: the heaviest first, into the lightest pack with room.
 
-    No pack is then heavier than another by more than the heaviest item. Packs of one item take them
-    as they come: there is nothing to balance.
+    No pack is then heavier than another by more than the heaviest item.
 
     Returns:
-      [X, N] int64, the items, pack after pack, in each pack in order of their coming.
+      [X, N] int64, the items grouped by pack, in insertion order.
     """
     n_rows, n_items = weight_XN.shape
     room = n_items // n_packs
-    if room == 1:
+    if room == 1:  # nothing to balance
         return np.tile(np.arange(n_items), (n_rows, 1))
     by_weight = np.argsort(-weight_XN, axis=1, kind="stable")
     rows = np.arange(n_rows)
@@ -130,12 +128,12 @@ def _pack(weight_XN: np.ndarray, n_packs: int) -> np.ndarray:
 
 
 def _replicate(weight_XN: np.ndarray, n_slots: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gives every item a slot, and each further slot to the item with most weight a slot, which
-    makes the largest weight a slot as small as can be.
+    """Gives each item a slot, and each further slot to the item with the highest weight per slot,
+    which minimises that maximum.
 
     Returns:
-      item [X, slots]; the slot's number among the item's, from 0, [X, slots]; slots of an item
-      [X, N]. All int64.
+      item of each slot [X, slots]; the slot's number among its item's, from 0, [X, slots]; slots
+      per item [X, N]. All int64.
     """
     n_rows, n_items = weight_XN.shape
     rows = np.arange(n_rows)
@@ -160,11 +158,11 @@ def _check(
 ) -> None:
     if load_LE.ndim != 2 or not load_LE.size:
         raise ValueError(
-            f"expert loads have the shape {load_LE.shape}; give [layers, experts], one of each or "
-            "more"
+            f"expert loads have the shape {load_LE.shape}; give [layers, experts], at least one of "
+            "each"
         )
     sizes = {"n_slots": n_slots, "n_devices": n_devices, "n_groups": n_groups, "n_nodes": n_nodes}
-    problems = [f"{name}={size} must be 1 or more" for name, size in sizes.items() if size < 1]
+    problems = [f"{name}={size} must be at least 1" for name, size in sizes.items() if size < 1]
     if problems:
         raise ValueError("; ".join(problems))
     n_experts = load_LE.shape[1]
@@ -172,7 +170,7 @@ def _check(
         problems.append("expert loads must be finite and not negative")
     if n_slots < n_experts:
         problems.append(
-            f"n_slots={n_slots} are fewer than the {n_experts} experts; each needs one at least"
+            f"n_slots={n_slots} is fewer than the {n_experts} experts; each needs at least one"
         )
     if n_slots % n_devices:
         problems.append(

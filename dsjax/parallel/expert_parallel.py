@@ -1,27 +1,27 @@
-"""Experts on several devices: bringing tokens to the devices that hold their experts, and back.
+"""Experts on several devices: bringing tokens to the devices of their experts, and sums back.
 
-Every function here runs inside `shard_map`, where a device has m tokens of its own and e experts,
-those from rank * e on, rank being its place along the mesh axis `expert`. `mixture` is the one
-interface; how tokens travel is its argument `way`:
+Everything here runs inside `shard_map`, where a device has m tokens and e experts of its own, those
+from rank * e on; its rank is its place along the mesh axis `expert`. `mixture` is the interface.
+How tokens travel is its argument `transport`:
 
-* local: not at all; the only way with one rank, and the definition that the others must equal.
+* local: not at all; for a single rank, and the definition that the others must equal.
 * all_gather: every rank gets all tokens and keeps those that chose its experts. Sends ranks - 1
-  copies of a token, best while that is no more than it has destinations.
-* all_to_all: a slot of fixed size for each pair of ranks. Runs everywhere.
-* ragged: `lax.ragged_all_to_all` sends as many rows as there are. XLA lacks it on CPUs.
+  copies per token, which is best while a token has no fewer destinations.
+* all_to_all: a bucket of fixed size per pair of ranks. Runs everywhere.
+* ragged: `lax.ragged_all_to_all` sends exactly the rows there are. XLA lacks it on CPUs.
 
-A token travels once to each rank that holds any of its experts, with all its expert ids and
-weights, and that rank sends one sum back, as in DeepEP. Routers that keep few groups of experts
-thereby bound the traffic, groups being on neighbouring ranks (`max_ranks_per_token`; DeepSeek-V3,
-arXiv:2412.19437, section 2.1.2). With `fp8` what is sent, activations forward and gradients
-backward, is E4M3 in 1 x 128 tiles with power-of-two scales, and what comes back is not (section
-3.3.3).
+As in DeepEP, a token travels once to each rank that holds any of its experts, with its expert ids
+and weights, and that rank returns one sum. Routers that keep few groups of experts thereby bound
+the traffic, since a group lies on neighbouring ranks (`max_ranks_per_token`; DeepSeek-V3,
+arXiv:2412.19437, section 2.1.2). With `fp8`, what is sent forward (activations in the forward pass,
+gradients in the backward pass) is E4M3 in 1 x 128 tiles with power-of-two scales; what is returned
+is not (section 3.3.3).
 
-Dropless. Shapes are static, so a rank computes at most so many rows at once: `slack` times those of
-an even load. What is beyond waits for another round of dispatch, experts and combine. As many
-rounds are compiled, in one loop, as the worst imbalance needs, all tokens to one expert; those that
-nobody needs are skipped. Memory is bounded by `slack`, whatever the router does. The first round
-keeps for the backward pass what the model's rematerialisation says, later ones compute all again.
+No token is dropped. Shapes are static, so a rank computes a bounded number of rows at once: `slack`
+times those of an even load. Overflow rows are processed in further rounds of dispatch, experts and
+combine. The loop has enough rounds for the worst case (all tokens to one expert); unused ones are
+skipped at run time. Memory is thus bounded by `slack`, whatever the router does. For the backward
+pass the first round keeps what the model's rematerialisation says; later ones recompute everything.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ from dsjax.precision.fp8 import CHANNEL_TILE, BlockScaled, quantize_block
 Transport = Literal["local", "all_gather", "all_to_all", "ragged"]
 
 _AXIS = "expert"
-SLACK = 1.5  # rows that a rank computes at once, as a multiple of those of an even load
-_FEW_ROWS = 64  # so many a rank, or from one rank to another, are never worth a second round
+SLACK = 1.5  # rows that a rank computes at once, relative to an even load
+_FEW_ROWS = 64  # per rank, or per pair of ranks; so few are never worth a second round
 
 
 def choose_transport(n_ranks: int, max_ranks: int, target: Target) -> Transport:
-    """The way that sends least and runs on the target."""
+    """Chooses the transport that sends least and runs on the target."""
     if n_ranks == 1:
         return "local"
     if n_ranks <= max_ranks:
@@ -68,7 +68,7 @@ def choose_transport(n_ranks: int, max_ranks: int, target: Target) -> Transport:
 def max_ranks_per_token(
     n_experts: int, n_ranks: int, top_k: int, n_groups: int, n_kept: int
 ) -> int:
-    """The most ranks that hold experts of one token, which chooses among `n_kept` groups."""
+    """Bounds the ranks that hold experts of one token, which chooses among `n_kept` groups."""
     per_rank, per_group = n_experts // n_ranks, n_experts // n_groups
     if per_rank % per_group == 0:
         ranks_per_group = 1
@@ -92,18 +92,18 @@ def mixture(
     fp8: bool = False,
     slack: float = SLACK,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sends tokens to their experts and sums what comes back.
+    """Sends tokens to their experts and sums the results.
 
     Args:
-      experts: (rows [A, D] sorted by expert, int32 [e] rows of each, float32 [A] weight of each row
-        in its token's sum) -> [A, D] weighted; this rank's.
-      experts_mK: int32, below `n_experts`, no expert twice for one token.
+      experts: this rank's: (rows [A, D] sorted by expert, int32 [e] rows per expert, float32 [A]
+        weight of each row in its token's sum) -> weighted rows [A, D].
+      experts_mK: int32, below `n_experts`, distinct for each token.
       weights_mK: float32.
-      max_ranks: the most ranks that one token has experts on.
-      slack: rows computed at once, as a multiple of those of an even load.
+      max_ranks: `max_ranks_per_token`.
+      slack: rows computed at once, relative to an even load.
 
     Returns:
-      [m, D] in x's dtype, and the assignments that this rank's experts computed, int32.
+      [m, D] in x's dtype, and the number of assignments that this rank's experts computed, int32.
     """
 
     def compute(x_RD: jax.Array, weights_RK: jax.Array, here: Plan) -> jax.Array:
@@ -244,13 +244,13 @@ def _exchange_some(
 
 
 def _divide(average: float, slack: float, worst: int) -> tuple[int, int]:
-    """Returns the rows of a round, and the rounds that the worst imbalance needs."""
+    """Returns the rows per round, and the rounds that the worst imbalance needs."""
     at_once = min(max(int(-(-slack * average // 1)), _FEW_ROWS), worst)
     return at_once, -(-worst // at_once)
 
 
 def _rounds(n_rounds: jax.Array, x_mD: jax.Array) -> jax.Array:
-    """The most rounds of any rank: all ranks must take part in each."""
+    """Returns the most rounds of any rank: all ranks must take part in each."""
     return lax.pmax(n_rounds, tuple(varies_over(n_rounds, x_mD)))
 
 
@@ -261,7 +261,7 @@ def _here(experts_RK: jax.Array, per_rank: int) -> jax.Array:
 
 
 def _destinations(rank_mK: jax.Array, n_ranks: int) -> jax.Array:
-    """Each rank of a token once, in ascending order, then `n_ranks`."""
+    """Lists each rank of a token once, in ascending order, then `n_ranks`."""
     sorted_mK = jnp.sort(rank_mK, axis=1)
     repeated = jnp.pad(sorted_mK[:, 1:] == sorted_mK[:, :-1], ((0, 0), (1, 0)))
     return jnp.sort(jnp.where(repeated, n_ranks, sorted_mK), axis=1)
@@ -274,12 +274,12 @@ def _destinations(rank_mK: jax.Array, n_ranks: int) -> jax.Array:
 )
 @dataclasses.dataclass(frozen=True)
 class _Route:
-    """Where the rows of a ragged exchange lie, on every rank: int32 [sender, receiver]."""
+    """Where the rows of a ragged exchange lie: int32 [sender, receiver], the same on every rank."""
 
     sizes: jax.Array
-    sent: jax.Array  # where the rows begin in the sender's array
-    received: jax.Array  # where they begin in the receiver's
-    rows_sent: int  # of the arrays, the same on every rank
+    sent: jax.Array  # first row in the sender's array
+    received: jax.Array  # first row in the receiver's array
+    rows_sent: int  # sizes of these arrays
     rows_received: int
 
     @classmethod
@@ -290,7 +290,7 @@ class _Route:
 
 
 def _move(transport: Transport, forward: bool, x: jax.Array, route: _Route | None) -> jax.Array:
-    """Sends rows to other ranks, or brings them back; the one is the other's transpose."""
+    """Sends rows to other ranks, or back; each is the transpose of the other."""
     if transport == "all_to_all":
         return lax.all_to_all(x, _AXIS, 0, 0, tiled=True)
     if transport == "all_gather":
@@ -311,7 +311,7 @@ def _move(transport: Transport, forward: bool, x: jax.Array, route: _Route | Non
 def send(
     transport: Transport, forward: bool, fp8: bool, x: jax.Array, route: _Route | None
 ) -> jax.Array:
-    """`_move`; what goes forward is rounded to E4M3 if `fp8`, in the backward pass too."""
+    """Does what `_move` does; with `fp8`, what goes forward is E4M3, in the backward pass too."""
     return _send(transport, forward, fp8, x, route)
 
 
@@ -333,10 +333,10 @@ _send.defvjp(
 
 
 def gather_weight(w: jax.Array, dim: int, axes: tuple[str, ...], dtype: DTypeLike) -> jax.Array:
-    """Puts a weight together whose dimension `dim` lies split over mesh axes.
+    """Gathers a weight whose dimension `dim` is split over mesh axes.
 
-    It travels as `dtype`, in which it is used, and keeps w's own type so that its gradient does:
-    w[d_fsdp, F] -> all_gather(fsdp) -> w[D, F], backward psum_scatter.
+    It is sent as `dtype`, in which it is used, and returned in w's own type, so that its gradient
+    is of that type too: w[d_fsdp, F] -> all_gather(fsdp) -> w[D, F], backward psum_scatter.
     """
     return _gather_weight(w, dim, axes, dtype) if axes else w
 

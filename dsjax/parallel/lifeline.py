@@ -1,9 +1,9 @@
 """Noticing at once that another process has ended.
 
 A collective does not fail when a process that takes part in it is killed: the others wait, on some
-platforms for ever, and jax's own watch takes minutes. So each process keeps one idle connection to
-the first. The system closes it when the process ends, however that happens; the first process tells
-the others. A machine that vanishes without closing anything is left to jax.
+machines forever. So each process keeps one idle connection to process 0. The operating system
+closes it when the process ends, however that happens, and process 0 tells the others. A machine
+that vanishes without closing anything is left to JAX's heartbeats (`dsjax.parallel.processes`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import struct
 import threading
 from collections.abc import Callable
 
-_TOKEN_BYTES = 16  # keeps strangers from posing as one of the processes
+_TOKEN_BYTES = 16  # a secret, so that strangers cannot pose as one of the processes
 _GREETING = struct.Struct(f"!{_TOKEN_BYTES}sI")
 _NUMBER = struct.Struct("!I")
 _RELEASE = b"."
@@ -26,14 +26,17 @@ OnLoss = Callable[[int], None]
 
 
 class First:
-    """The first process's side.
+    """The side of process 0.
 
     Attributes:
-      port, token: what the others need to connect.
+      port, token: what the other processes need to connect.
     """
 
     def __init__(self, on_loss: OnLoss):
-        """`on_loss` is called from a thread, with the number of a process that has ended."""
+        """
+        Args:
+          on_loss: called from a thread, with the number of the process that has ended.
+        """
         self._on_loss = on_loss
         self._lines: dict[int, socket.socket] = {}
         self._released: set[int] = set()
@@ -47,7 +50,7 @@ class First:
         self._thread.start()
 
     def release(self) -> None:
-        """Lets the others know that this process may end from now on."""
+        """Tells the others that this process may end from now on."""
         for line in list(self._lines.values()):
             _send(line, _RELEASE)
 
@@ -95,12 +98,12 @@ class First:
 
 
 class Other:
-    """The side of a process that is not the first."""
+    """The side of any other process."""
 
     def __init__(self, address: tuple[str, int], token: bytes, number: int, on_loss: OnLoss):
         """
         Raises:
-          OSError: the first process cannot be reached at this address.
+          OSError: process 0 cannot be reached at this address.
         """
         self._on_loss = on_loss
         self._line = socket.create_connection(address, timeout=_PATIENCE_SECONDS)
@@ -111,7 +114,7 @@ class Other:
         self._thread.start()
 
     def release(self) -> None:
-        """Lets the others know that this process may end from now on."""
+        """Tells the others that this process may end from now on."""
         _send(self._line, _RELEASE)
 
     def close(self) -> None:
@@ -131,7 +134,7 @@ class Other:
 
 
 def _receive(line: socket.socket, size: int) -> bytes:
-    """So many bytes, or fewer where the connection has ended."""
+    """Receives `size` bytes, or fewer if the connection has ended."""
     try:
         return line.recv(size, socket.MSG_WAITALL)
     except OSError:
@@ -139,6 +142,6 @@ def _receive(line: socket.socket, size: int) -> bytes:
 
 
 def _send(line: socket.socket, data: bytes) -> None:
-    """Sends to a process that may have ended."""
+    """Sends data to a process that may have ended."""
     with contextlib.suppress(OSError):
         line.sendall(data)

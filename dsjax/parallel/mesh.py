@@ -1,4 +1,4 @@
-"""The device mesh."""
+"""The device mesh: the sizes of its axes, and which device lies where."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dsjax.axes import AXES
 
 
 def resolve(sizes: Mapping[str, int], n_devices: int) -> dict[str, int]:
-    """Gives every axis its size, in `AXES` order.
+    """Returns the size of every axis, in `AXES` order.
 
     Args:
-      sizes: devices along each axis; one may be -1 and takes what the others leave.
+      sizes: devices along each axis; one may be -1 to take what the others leave.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
@@ -43,14 +43,11 @@ def make_mesh(
     *,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """Lays the devices out along the named axes, those that talk most where the network is fast.
-
-    Where a TPU's torus has no dimensions of these sizes, its dimensions are cut; slices of TPU,
-    between which the network is slow, are told apart by the first axes that divide.
+    """Lays devices out along the named axes, those that communicate most where the network is fast.
 
     Args:
-      n_devices: devices to use, all by default.
-      devices: to choose them from; those of JAX by default.
+      n_devices: how many devices to use, all by default.
+      devices: which to choose from, JAX's own by default.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
@@ -65,10 +62,12 @@ def make_mesh(
 
 
 def _arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
-    """Devices as an array of this shape, neighbours in the network along its last dimensions."""
+    """Returns an array of devices of this shape, network neighbours along its last dimensions."""
     left = slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
+        # A torus without dimensions of these sizes has its dimensions cut.
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    # The network between slices is slow: the first axes that divide run across them.
     between = []
     for size in shape:
         between.append(math.gcd(size, left))
@@ -80,7 +79,7 @@ def _arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
 
 
 def describe_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
-    """The mesh of these sizes without devices, of which shapes and places can be asked.
+    """Returns a mesh of these sizes without devices, for questions about shapes and shardings.
 
     Raises:
       ValueError: a size is left open.
@@ -95,13 +94,13 @@ def describe_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
 
 
 def submesh(sizes: Mapping[str, int]) -> Mesh | None:
-    """Lays out as many of the devices as the sizes multiply to, all of them where one size is -1.
+    """Makes a mesh of as many devices as the sizes multiply to, all of them if one size is -1.
 
     Returns:
       None for no sizes: the default device, without a mesh.
 
     Raises:
-      ValueError: there are not as many devices.
+      ValueError: there are fewer devices.
     """
     if not sizes:
         return None

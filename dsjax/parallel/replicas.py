@@ -1,9 +1,10 @@
-"""Whether copies that should be equal are: a check on memory that flips bits without a word.
+"""Comparing copies that should be equal: a check for memory that silently flips bits.
 
-An array that is not split over every mesh axis lies on several devices. Training keeps the copies
-equal without ever comparing them, so one that goes wrong trains another model from then on. Here
-each device sums up its own copy of each array, which costs one reading of it, and the host compares
-the sums. An element counts by its bits times an odd number, so a single flipped bit always shows.
+An array that is not split over every mesh axis has copies on several devices. Training keeps them
+equal without ever comparing them, so if one goes wrong, that device trains another model from then
+on. Here each device sums up its own copy of each array, at the cost of one read, and the host
+compares the sums. An element enters as its bits times an odd number, so that a single flipped bit
+always changes the sum.
 """
 
 from __future__ import annotations
@@ -20,18 +21,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 class Mismatch(NamedTuple):
-    """An array of which devices hold different copies of the same part."""
+    """An array with differing copies of the same part."""
 
     name: str
-    devices: tuple[Any, ...]  # those in the minority; all of them where there is none
+    devices: tuple[Any, ...]  # the minority, or all of them in a tie
 
 
 def mismatches(arrays: Mapping[str, jax.Array], mesh: Mesh) -> list[Mismatch]:
-    """Compares the copies of arrays that are sharded over a mesh, as far as this process holds
-    them.
+    """Compares the copies that this process holds of arrays sharded over a mesh.
 
     Args:
-      arrays: by name, elements of at most 32 bits, each with a NamedSharding.
+      arrays: by name, with elements of at most 32 bits and a NamedSharding each.
     """
     copied = {name: array for name, array in arrays.items() if _copies(array) > 1}
     if not copied:
@@ -54,7 +54,7 @@ def mismatches(arrays: Mapping[str, jax.Array], mesh: Mesh) -> list[Mismatch]:
 
 
 def _copies(array: jax.Array) -> int:
-    """How many devices, of all processes, hold each part."""
+    """Counts the devices of all processes that hold each part."""
     indices = array.sharding.devices_indices_map(array.shape).values()
     return len(indices) // len(set(map(str, indices)))
 
@@ -66,13 +66,12 @@ def _spec(array: jax.Array) -> PartitionSpec:
 
 @functools.cache
 def _summing(mesh: Mesh, specs: tuple[PartitionSpec, ...]):
-    """A program that gives the sums of each device's copies, uint32 [devices, arrays].
-
-    array[..] -> sums[devices, arrays]: no device hears of another.
+    """Builds the program that sums each device's copies: uint32 [devices, arrays], without any
+    communication.
     """
 
     def own(part: jax.Array, spec: PartitionSpec) -> jax.Array:
-        """The sum of this device's copy, which the compiler may not take for that of the others."""
+        # Marked as varying, so that the compiler does not take one device's sum for all.
         split = {axis for entry in spec if entry for axis in np.atleast_1d(entry)}
         copied = tuple(axis for axis in mesh.axis_names if axis not in split)
         return _sum(jax.lax.pcast(part, copied, to="varying") if copied else part)

@@ -21,30 +21,29 @@ from dsjax.kernels.varying import vary_as
 
 
 class Plan(NamedTuple):
-    """Where each assignment goes. Assignment a = k * M + m is token m's k-th choice: choices lie
-    outside, for a TPU keeps 128 numbers side by side, and a token has few.
+    """Which of A rows holds which assignment. Assignment a = k * M + m is token m's k-th choice.
 
-    A rows hold them. An assignment may go nowhere: its row is A. A row may hold none: its
-    assignment is K * M.
+    Choices are the leading dimension: a TPU pads the last dimension to 128, and a token has only K
+    choices. An assignment that goes nowhere has row A; a row without one has assignment K * M.
     """
 
-    order_A: jax.Array  # int32, the assignment that each row holds
+    order_A: jax.Array  # int32, the assignment of each row
     rows_KM: jax.Array  # int32, the row of each assignment
-    sizes_E: jax.Array  # int32, rows of each expert
+    sizes_E: jax.Array  # int32, rows per expert
 
     @property
     def tokens_A(self) -> jax.Array:
-        """int32, the token that each row holds, M for none."""
+        """Returns each row's token, int32, M for a row without one."""
         M = self.rows_KM.shape[1]
         return jnp.where(self.order_A < self.rows_KM.size, self.order_A % M, M)
 
 
 def sort_by_expert(experts_MK: jax.Array, n_experts: int, n_rows: int | None = None) -> Plan:
-    """Sorts assignments by expert, keeping token order inside an expert.
+    """Sorts assignments by expert, then by token.
 
     Args:
       experts_MK: int32; `n_experts` for an assignment that goes nowhere.
-      n_rows: rows to use, M * K unless given; there must be no more assignments that go somewhere.
+      n_rows: M * K unless given; at least the number of assignments that go somewhere.
     """
     experts_KM = experts_MK.T
     none, n_rows = experts_KM.size, experts_KM.size if n_rows is None else n_rows
@@ -61,7 +60,7 @@ def sort_by_expert(experts_MK: jax.Array, n_experts: int, n_rows: int | None = N
 
 
 def _sort(experts_KM: jax.Array, n_experts: int) -> jax.Array:
-    """The assignments by expert, then by token: int32 [A]."""
+    """Returns the assignments by expert, then by token: int32 [A]."""
     (K, M), A = experts_KM.shape, experts_KM.size
     token_1M, choice_K1 = (
         jnp.arange(M, dtype=jnp.int32)[None],
@@ -69,7 +68,7 @@ def _sort(experts_KM: jax.Array, n_experts: int) -> jax.Array:
     )
     by_token_KM = token_1M * K + choice_K1
     if (n_experts + 1) * A <= 2**31:
-        # Both keys in one number: half as much to move, and a third of a TPU compiler's work.
+        # Both keys in one number: half the data to move, and a third of the TPU's compile time.
         keys_A = (experts_KM * A + by_token_KM).reshape(-1)
         by_token_A = lax.sort(keys_A, is_stable=False) % A
     else:
@@ -79,14 +78,14 @@ def _sort(experts_KM: jax.Array, n_experts: int) -> jax.Array:
 
 
 def count(experts: jax.Array, n_experts: int) -> jax.Array:
-    """How many times each expert is named, int32 [E]; what is none of them is not counted."""
+    """Counts how often each expert is named, int32 [E]; other numbers are ignored."""
     named = experts.reshape(1, -1) == jnp.arange(n_experts, dtype=experts.dtype)[:, None]
     return named.sum(axis=1, dtype=jnp.int32)
 
 
 def bucket_by_expert(experts_MK: jax.Array, n_experts: int, capacity: int) -> Plan:
-    """Like `sort_by_expert`, but expert e's rows start at e * capacity, and rows without assignment
-    fill the gaps. No expert must have more than `capacity` assignments.
+    """Does what `sort_by_expert` does, but expert e's rows start at e * capacity, with empty rows
+    in the gaps. No expert may have more than `capacity` assignments.
     """
     order_A, rows_KM, sizes_E = sort_by_expert(experts_MK, n_experts)
     starts_E = jnp.cumsum(sizes_E) - sizes_E
@@ -100,21 +99,21 @@ def bucket_by_expert(experts_MK: jax.Array, n_experts: int, capacity: int) -> Pl
 
 
 def _take(x: jax.Array, index: jax.Array, fill: int = 0) -> jax.Array:
-    """x[index]; an index behind the end gives `fill`."""
+    """Returns x[index]; an index past the end gives `fill`."""
     return jnp.take(x, index, axis=0, mode="fill", fill_value=fill)
 
 
 @jax.custom_vjp
 def dispatch(x_MD: jax.Array, plan: Plan) -> jax.Array:
-    """Copies each token to its experts' rows: [M, D] -> [A, D]; a row that holds none is 0."""
+    """Copies each token to its experts' rows: [M, D] -> [A, D]; empty rows are 0."""
     return _take(x_MD, plan.tokens_A)
 
 
 @jax.custom_vjp
 def combine(y_AD: jax.Array, plan: Plan) -> jax.Array:
     """Sums each token's rows, in float32: [A, D] -> [M, D] in y's dtype."""
-    # One choice after another: all together they would be K times as large as the tokens. A TPU
-    # needs a loop for that; CPUs and GPUs make one pass of all choices, without the sums between.
+    # One choice at a time: all at once would take K times the tokens' memory. A TPU needs a loop
+    # for that; on CPUs and GPUs the unrolled sum is fused into one pass.
     return lax.platform_dependent(
         y_AD,
         plan.rows_KM,
@@ -133,19 +132,19 @@ def _sum_choices(y_AD: jax.Array, rows_KM: jax.Array, *, unroll: bool) -> jax.Ar
 
 @jax.custom_vjp
 def undispatch(y_AD: jax.Array, plan: Plan) -> jax.Array:
-    """Each assignment's row, 0 for one that goes nowhere: [A, ...] -> [K, M, ...]."""
+    """Returns each assignment's row, 0 for one that goes nowhere: [A, ...] -> [K, M, ...]."""
     return _take(y_AD, plan.rows_KM)
 
 
 @jax.custom_vjp
 def dispatch_choices(z_KM: jax.Array, plan: Plan) -> jax.Array:
-    """What belongs to each assignment, on its row: [K, M, ...] -> [A, ...]; 0 on a row without."""
+    """Copies each assignment's values to its row: [K, M, ...] -> [A, ...]; empty rows are 0."""
     return _take(z_KM.reshape(-1, *z_KM.shape[2:]), plan.order_A)
 
 
-def _transpose_each_other(there: Any, back: Any) -> None:
-    """Makes each the backward pass of the other: autodiff would scatter where both gather."""
-    for function, transpose in ((there, back), (back, there)):
+def _transpose_each_other(forward: Any, back: Any) -> None:
+    """Makes each the backward pass of the other; autodiff would scatter where both gather."""
+    for function, transpose in ((forward, back), (back, forward)):
         function.defvjp(
             lambda x, plan, function=function: (function(x, plan), plan),
             lambda plan, dy, transpose=transpose: (transpose(dy, plan), None),

@@ -1,4 +1,4 @@
-"""Causal attention where each device has whole sequences: its own, and its own heads."""
+"""Causal attention on devices that have whole sequences, each with its own sequences and heads."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def sharded_attention(
     scale: float,
     target: Target,
 ) -> jax.Array:
-    """`dsjax.kernels.attention.causal_attention` under the current mesh.
+    """Runs `dsjax.kernels.attention.causal_attention` under the current mesh.
 
-    The compiler splits plain XLA by itself. A TPU's or GPU's kernel it cannot split, so there each
-    device is given its part by hand: q[B_batch, T, N_heads, H] and so on, no communication.
+    The compiler splits plain XLA code but not a TPU's or GPU's kernel, so there the kernel is
+    called on each device's shard: q[B_batch, T, N_heads, H] and so on, no communication.
     """
     arguments = (q_BTNH, k_BTPH, v_BTPW)
     if segment_ids_BT is not None:

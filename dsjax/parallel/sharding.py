@@ -1,7 +1,7 @@
 """The axis table: which mesh axes hold which logical dimension, for parameters and activations.
 
-A parameter names its dimensions where it is declared; an activation names them at block borders
-through `constrain`. Both are looked up here and nowhere else.
+A parameter names its dimensions where it is declared, an activation at block borders through
+`constrain`. Both are looked up here and nowhere else.
 
 The compiler splits the rest of the program accordingly. Where collectives are written by hand,
 `dsjax.parallel.shards.on_shards` gives each device its shard of the arguments, by the same table.
@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 # gathered at use, and over tensor along heads, feed-forward width and vocabulary, whose products
 # stay split. The expert axis splits the routed experts by number, and all other weights as fsdp
 # does. A weight without the model width, from a latent to the heads, is split along the heads.
-# What is gathered at use comes last in a dimension, so that a gathered part is of neighbours.
+# Axes that are gathered at use come last in a dimension, so that gathered shards are neighbours.
 AXIS_TABLE: dict[str, tuple[str, ...]] = {
     # parameters
     "layers": ("pipe",),
@@ -49,11 +49,11 @@ AXIS_TABLE: dict[str, tuple[str, ...]] = {
 def partition_spec(
     axes: Sequence[str], shape: Sequence[int], mesh: Mesh | AbstractMesh, path: str
 ) -> PartitionSpec:
-    """Looks an array's logical axes up. Inside `shard_map` the axes that are split by hand are left
-    out: there the shape is that of a device's part.
+    """Looks up an array's logical axes. Inside `shard_map`, mesh axes that it has split are left
+    out: there the shape is that of a device's shard.
 
     Args:
-      path: the array's name, for the errors.
+      path: the array's name, for error messages.
 
     Raises:
       ValueError: an unknown logical axis, one mesh axis used twice, or a dimension that does not
@@ -88,11 +88,12 @@ def partition_spec(
 def optimizer_spec(
     axes: Sequence[str], shape: Sequence[int], mesh: Mesh | AbstractMesh, path: str
 ) -> PartitionSpec:
-    """Looks up where a parameter's moments lie: as the parameter, and over `data` too (ZeRO-1).
+    """Looks up how a parameter's moments are split: as the parameter, and over `data` too (ZeRO-1).
 
-    Each copy of the model then updates its own part of the parameters, which are gathered after
-    it; the gradients' sum and that together send what the sum alone would. The dimension that fsdp
-    splits is split further, where it divides; what has none, norms, every device keeps whole.
+    Each copy of the model then updates its own part of the parameters, which are gathered
+    afterwards; together with the gradients' reduce-scatter that sends as much as their all-reduce
+    would. The dimension that fsdp splits is split further where it divides; parameters without one
+    (norms) stay whole on every device.
     """
     spec = partition_spec(axes, shape, mesh, path)
     for dim, axis in enumerate(axes):
@@ -106,24 +107,24 @@ def optimizer_spec(
 
 
 def _size(mesh: Mesh | AbstractMesh, axis: str) -> int:
-    """Devices along a mesh axis, 1 for one that `shard_map` has split already."""
+    """Returns the devices along a mesh axis, 1 if `shard_map` has split it already."""
     manual = mesh.manual_axes if isinstance(mesh, AbstractMesh) else ()
     return 1 if axis in manual else mesh.shape[axis]
 
 
 def parts(axis: str, mesh: Mesh | AbstractMesh) -> int:
-    """How many parts of a logical dimension the mesh holds."""
+    """Counts the shards of a logical dimension on the mesh."""
     return math.prod(mesh.shape[name] for name in AXIS_TABLE[axis])
 
 
 def parts_here(axis: str) -> int:
-    """How many parts of a logical dimension the current mesh holds, 1 without a mesh."""
+    """Counts the shards of a logical dimension on the current mesh, 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else parts(axis, mesh)
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Pins an activation's layout under the current mesh; without one it is left alone."""
+    """Fixes an activation's layout under the current mesh; without one, returns it as it is."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or all(_size(mesh, name) == 1 for name in mesh.axis_names):
         return x
@@ -183,8 +184,8 @@ def _steps(axes: Sequence[str], w: jax.Array) -> list[PartitionSpec]:
 
 
 def split_axes(*logical: str) -> tuple[str, ...]:
-    """The axes of the current mesh that split these logical dimensions, whoever splits them: the
-    compiler, or `shard_map` by hand.
+    """Returns the axes of the current mesh that split these logical dimensions, whether the
+    compiler or `shard_map` splits them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-Specs = tuple[Any, Any]  # of arguments and of results: trees of PartitionSpec, or prefixes of them
+Specs = tuple[Any, Any]  # of arguments and of results: trees of PartitionSpec or their prefixes
 
 
 def on_shards(
@@ -25,15 +25,14 @@ def on_shards(
     *,
     checked: bool = True,
 ) -> Any:
-    """Calls `function` on every device of the current mesh with that device's part of `arguments`.
+    """Calls `function` on every device of the current mesh with that device's shard of `arguments`.
 
-    Without a mesh it is a plain call. The caller may itself be inside `shard_map` over some axes,
-    as a pipeline's stages are; then the others are split, and the backward pass computes the
-    function again: JAX (0.10) cannot differentiate one `shard_map` inside another.
+    Inside `shard_map` over some axes, only the other axes are split, and the backward pass
+    recomputes the function.
 
     Args:
-      specs: gives the PartitionSpecs on a mesh; asked only if there is one.
-      checked: whether JAX checks what differs between devices; a kernel may not be able to say.
+      specs: returns the PartitionSpecs for a mesh; called only if there is one.
+      checked: whether JAX checks which results vary over which axes; kernels may not declare it.
     """
     mesh = jax.sharding.get_abstract_mesh()
     split = {name for name in mesh.axis_names if name not in mesh.manual_axes}
@@ -49,7 +48,7 @@ def on_shards(
 def _differentiated_inside(
     shard_map: Any, function: Callable[..., Any], arguments: tuple[Any, ...], in_specs, out_specs
 ) -> Any:
-    """The sharded call, with a backward pass that is a sharded call of its own."""
+    """Makes the sharded call, with a backward pass that is a sharded call of its own."""
     leaves, tree = jax.tree.flatten(arguments)
     leaf_specs = tuple(jax.tree.leaves(jax.tree.broadcast(in_specs, arguments)))
     real = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]

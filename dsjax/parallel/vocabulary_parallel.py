@@ -1,9 +1,9 @@
-"""Rows of an embedding by token, wherever the table and the tokens lie.
+"""Looking up rows of an embedding that is split over devices.
 
-Outside a pipeline the compiler splits the lookup as it does everything else. In a pipeline's
-`shard_map` XLA (of jax 0.10 to 0.12) aborts at many lookups of which two axes split an operand
+Outside a pipeline the compiler splits the lookup like everything else. Inside a pipeline's
+`shard_map`, XLA (of jax 0.10 to 0.12) aborts at many lookups whose operand is split over two axes
 ("num_replica_groups ... Check failed"), so there each device looks up its own tokens by hand: the
-width is put together, as a weight's is at use, and the vocabulary stays split.
+width is gathered, as a weight's is at use, and the vocabulary stays split.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dsjax.parallel.shards import Specs, on_shards
 
 
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """int32 [B, T] -> [B, T, D]; an id outside the vocabulary gives NaN."""
+    """Looks up int32 tokens [B, T]: [B, T, D]; an id outside the vocabulary gives NaN."""
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return jnp.take(table_VD, tokens_BT, axis=0)
 
@@ -30,7 +30,7 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 
 
 def _in_part(part_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """The rows of a device's part of the vocabulary, summed over the parts."""
+    """Looks tokens up in a device's part of the vocabulary and sums over the parts."""
     axes = split_axes("vocab")
     if not axes:
         return jnp.take(part_VD, tokens_BT, axis=0)

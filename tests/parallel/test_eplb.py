@@ -130,14 +130,14 @@ def test_no_load_at_all_is_placed():
     ("load", "sizes", "message"),
     [
         (LOAD, (15, 8, 4, 2), r"n_slots=15 does not divide over n_devices=8; use 16"),
-        (LOAD, (8, 8, 4, 2), r"n_slots=8 are fewer than the 12 experts; each needs one"),
+        (LOAD, (8, 8, 4, 2), r"n_slots=8 is fewer than the 12 experts; each needs at least one"),
         (
             LOAD,
             (16, 8, 8, 2),
             r"12 experts do not divide into n_groups=8; give the router's groups",
         ),
         (LOAD, (15, 5, 4, 2), r"n_devices=5 does not divide over n_nodes=2; give nodes of equal"),
-        (LOAD, (16, 0, 4, 0), r"n_devices=0 must be 1 or more; n_nodes=0 must be 1 or more"),
+        (LOAD, (16, 0, 4, 0), r"n_devices=0 must be at least 1; n_nodes=0 must be at least 1"),
         ([[1.0, -1.0]], (2, 1, 1, 1), r"loads must be finite and not negative"),
         ([[1.0, float("nan")]], (2, 1, 1, 1), r"loads must be finite and not negative"),
         ([1.0, 2.0], (2, 1, 1, 1), r"shape \(2,\); give \[layers, experts\]"),
