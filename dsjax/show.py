@@ -21,7 +21,7 @@ from dsjax.model.layers import RouterState
 from dsjax.model.parameters import Declaration, declarations
 from dsjax.model.transformer import Transformer
 from dsjax.parallel.mesh import describe_mesh
-from dsjax.parallel.sharding import AXIS_TABLE, optimizer_spec, partition_spec
+from dsjax.parallel.sharding import AXIS_TABLE, optimizer_spec, stored_spec
 from dsjax.precision.policy import Policy
 
 
@@ -80,7 +80,7 @@ def _placed(declared: list[Declaration], config: Config) -> dict[str, Any]:
     for parameter in declared:
         arguments = parameter.axes, parameter.shape, mesh, parameter.path
         try:
-            spec, moments_spec = partition_spec(*arguments), optimizer_spec(*arguments)
+            spec, moments_spec = stored_spec(*arguments), optimizer_spec(*arguments)
         except ValueError as error:
             problems.append(str(error))
             continue

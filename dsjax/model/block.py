@@ -121,18 +121,26 @@ def run_layers(
     balance: BalanceWeights | None,
     remat: str,
     experts_LBTK: jax.Array | None = None,
+    present_L: jax.Array | None = None,
 ) -> tuple[jax.Array, RoutingStatistics | None]:
     """Walks a stack of layers; None is the routing of dense ones.
 
     Args:
       experts_LBTK: int32, the layers' choices to replay; None: their routers choose.
+      present_L: bool; a layer that is not present runs, but changes and counts nothing. None: all
+        are present.
     """
 
-    def layer(x_BTD: jax.Array, inputs: tuple[Block, jax.Array | None]):
-        block, experts_BTK = inputs
-        return pinned(block, block.attn.policy)(x_BTD, context, balance, experts_BTK)
+    def layer(x_BTD: jax.Array, row: tuple[Block, jax.Array | None, jax.Array | None]):
+        block, experts_BTK, present = row
+        y_BTD, routing = pinned(block, block.attn.policy)(x_BTD, context, balance, experts_BTK)
+        if present is None:
+            return y_BTD, routing
+        routing = jax.tree.map(lambda value: jnp.where(present, value, 0), routing)
+        return jnp.where(present, y_BTD, x_BTD), routing
 
-    return jax.lax.scan(rematerialized(layer, remat), x_BTD, (layers, experts_LBTK))
+    rows = (layers, experts_LBTK, present_L)
+    return jax.lax.scan(rematerialized(layer, remat), x_BTD, rows)
 
 
 def rematerialized(function: Callable[..., Any], remat: str) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from dsjax.parallel.sharding import at_use, optimizer_spec, partition_spec
+from dsjax.parallel.sharding import at_use, optimizer_spec, partition_spec, stored_spec
 from dsjax.precision.policy import Policy
 
 AnyModule = TypeVar("AnyModule", bound=nnx.Module)
@@ -112,7 +112,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, *, optimizer_state: bool = F
       ValueError: dimensions that do not divide over the mesh, all listed together.
     """
     problems: list[str] = []
-    look_up = optimizer_spec if optimizer_state else partition_spec
+    look_up = optimizer_spec if optimizer_state else stored_spec
 
     def place(keys: tuple[Any, ...], leaf: Any) -> Any:
         if not _is_variable(leaf):

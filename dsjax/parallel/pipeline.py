@@ -1,40 +1,36 @@
 """Runs a training step's forward and backward passes over a pipeline, by any schedule.
 
 The ranks along the mesh axis `pipe` run one program in step: `lax.scan` walks over the ticks of a
-`LockStep` table, so that the program's size depends neither on the number of micro-batches nor on
-that of layers. Over the other mesh axes the program stays automatic.
+`LockStep` table, so the program's size depends neither on the number of micro-batches nor on that
+of layers. Over the other mesh axes the program stays automatic.
 
 What runs is cut in three (`Pieces`): `enter` makes the first stage's input, `stage` is what every
-stage computes, `leave` makes the loss out of the last stage's output. In a tick a rank does what
-the table says, then sends:
+stage computes, `leave` makes the loss out of the last stage's output.
 
-  F  The stage's output. Nothing else is kept of a forward: the stage's input waits, in the slot
-     where it arrived, for the backward, which computes the rest again. The last stage's forward is
-     left to its backward, which follows at once in most schedules.
-  B  All gradients, from the input computed again and the output's gradient that arrived.
-  I  The gradient of the input; at the ends also those of `enter` and `leave`, which are on the way.
-  W  The gradient of the stage's parameters. It computes the stage again from its input, as I did,
-     so the two together cost more than B. That is the price of keeping a stage's input and output
-     gradient between them and nothing from inside it.
+  Stages. In a tick a rank runs a forward, a backward or both, as the table says, then sends. Only
+  stage inputs and the gradients of stage outputs are stored; a backward computes its stage again.
+  If any rank has a forward in a tick, every rank runs one. A rank without work of its own computes
+  on stale buffers and discards the result; its backward starts from zero gradients, so sums are
+  unaffected. This keeps all devices in the same collectives in the same order (those of tensor,
+  expert or data parallelism inside a stage, including some that the compiler adds over all
+  devices), at no cost in time: the rank would have to wait anyway. Where a schedule overlaps
+  forwards with backwards, both are one computation, so that the compiler may hide the
+  communication of one behind the products of the other.
 
-A rank that has no forward, say, in a tick where another has one computes along, on whatever its
-buffers hold, and drops the result; backwards run then from gradients of zero, so that what they add
-up does not change. It loses no time by that, having to wait for the other anyhow. It is what makes
-every device meet the same collectives in the same order: those of tensor, expert or data
-parallelism inside a stage, among them some that the compiler adds and that take in all devices. A
-tick without any forward (backward, `enter`, `leave`) on any rank skips it. In a schedule that
-overlaps forwards with backwards, both are one computation, whose communication the compiler is free
-to hide behind the other's products.
+  Ends. Embedding, head and whatever else belongs to `enter` and `leave` would make every rank wait
+  for the first and the last one. They are data parallel instead: each micro-batch has an owner
+  rank, which runs both for it, P micro-batches at once. `enter` runs before the first tick and its
+  backward after the last one; `leave` runs in the tick that brings the P-th output. Arrays travel
+  between owners and the ranks at the ends by a sum over `pipe` to which all others add zeros.
 
-A stage's parameters come and go in the order of stages, each rank with as many as the next; a rank
-that needs others (interleaved, DualPipe, DualPipeV) gets them from where they are, once a step, and
-their gradients go back the same way. DualPipe's two copies of a stage meet there and are added.
+  Layers. Stages may hold different numbers of layers (`stages.stage_layers`). All ranks run as many
+  as the longest stage has; a shorter one computes along on some layer's values and drops the
+  result. So uneven stages cost FLOPs on their own rank, but no time beyond the longest stage's.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -42,115 +38,42 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from dsjax.parallel.lockstep import (
-    ACTIVATION,
-    FULL,
-    GRADIENT,
-    INPUT,
-    NONE,
-    WEIGHTS,
-    LockStep,
-    Payload,
-    Work,
-    lock_step,
-)
+from dsjax.parallel import stages
+from dsjax.parallel.lockstep import ACTIVATION, GRADIENT, NONE, LockStep, Payload, Work, lock_step
+from dsjax.parallel.stages import PIPE
 from dsjax.parallel.timetable import Schedule
 
-PIPE = "pipe"
-
 Tree = Any
-Messages = dict[Payload, jax.Array]  # what a rank sends at the end of a tick
+Arrays = dict[Payload, jax.Array]
 
 
 class Pieces(NamedTuple):
-    """What a pipeline computes, of one micro-batch. `objective` is float32; the sum of all is what
-    the gradients are of. A report is a tree of numbers that are passed on.
+    """What a pipeline computes for one micro-batch. `objective` is float32; gradients are of the
+    sum of all objectives. A report is a tree of numbers that are passed on.
     """
 
     enter: Callable[[Tree, Tree], jax.Array]  # (outer, inputs) -> x
-    stage: Callable[[Tree, jax.Array, Tree], tuple[jax.Array, jax.Array, Tree]]
-    # (stage's parameters, x, inputs) -> y like x, objective, report
+    # (parameters of n layers [n, ...], present, x, inputs) -> y like x, objective, reports [n, ...]
+    # A layer that is not present must not count. `present`, bool [n], is None where all are.
+    stage: Callable[[Tree, jax.Array | None, jax.Array, Tree], tuple[jax.Array, jax.Array, Tree]]
     leave: Callable[[Tree, jax.Array, Tree], tuple[jax.Array, Tree]]
     # (outer, y, inputs) -> objective, report
 
 
 class Result(NamedTuple):
-    stages: Tree  # gradients, [stages, ...] as the parameters
+    layers: Tree  # gradients, as the parameters
     outer: Tree  # gradients
-    stage_reports: Tree  # [stages, ...], summed over micro-batches
+    layer_reports: Tree  # [layers, ...], summed over micro-batches
     reports: Tree  # of `leave`, [micro-batches, ...]
 
 
 class _Sums(NamedTuple):
     """What backwards add to."""
 
-    stages: Tree  # gradients, [chunks, ...]
+    layers: Tree  # gradients, [chunks, n, ...]
     outer: Tree
-    stage_reports: Tree  # [chunks, ...]
+    layer_reports: Tree  # [chunks, n, ...]
     reports: Tree  # [micro-batches, ...]
-    gradients: jax.Array  # of outputs, waiting: [chunks, slots, ...]
-
-
-class _Operation(NamedTuple):
-    """What a rank does in a tick, of one kind."""
-
-    kind: str  # F, B, I or W
-    on: jax.Array  # bool: whether this rank does it, or only computes along
-    microbatch: jax.Array
-    chunk: jax.Array
-    is_first: jax.Array  # bool: whether it is of the first stage
-    is_last: jax.Array
-    # bool, the same on all ranks: whether some rank does it at all, on the first, on the last stage
-    anywhere: jax.Array
-    enters: jax.Array
-    leaves: jax.Array
-
-
-def run(schedule: Schedule, pieces: Pieces, stages: Tree, outer: Tree, inputs: Tree) -> Result:
-    """Computes the gradients of the sum of all objectives.
-
-    Call it under `jax.set_mesh`, within `jax.jit`.
-
-    Args:
-      stages: parameters, each array [stages, ...], split over `pipe`.
-      outer: the parameters of `enter` and `leave`, which every rank holds.
-      inputs: each array [micro-batches, ...].
-
-    Raises:
-      ValueError: schedule, mesh, parameters and inputs do not fit together.
-    """
-    _check(schedule, stages, inputs)
-    table = lock_step(schedule)
-    everywhere, split = PartitionSpec(), PartitionSpec(PIPE)
-    program = _Program(table, pieces, schedule.n_stages, schedule.n_microbatches)
-    # Not checked for what differs between ranks (check_vma): all that the pieces compute does, and
-    # they know nothing of this axis.
-    return jax.shard_map(
-        program.run,
-        in_specs=(PartitionSpec(None, PIPE), everywhere, split, split, everywhere, everywhere),
-        out_specs=Result(split, everywhere, split, everywhere),
-        axis_names={PIPE},
-        check_vma=False,
-    )(*_rows(table, schedule.n_stages), jnp.asarray(table.stages), stages, outer, inputs)
-
-
-def _check(schedule: Schedule, stages: Tree, inputs: Tree) -> None:
-    ranks = jax.sharding.get_abstract_mesh().shape.get(PIPE, 1)
-    if ranks != schedule.n_ranks:
-        raise ValueError(
-            f"schedule {schedule.name} is for {schedule.n_ranks} ranks, the mesh has "
-            f"mesh.pipe={ranks}; make them equal"
-        )
-    for name, tree, want in [
-        ("stages", stages, schedule.n_stages),
-        ("micro-batches", inputs, schedule.n_microbatches),
-    ]:
-        found = {leaf.shape[0] for leaf in jax.tree.leaves(tree)}
-        if found != {want}:
-            raise ValueError(
-                f"schedule {schedule.name} has {want} {name}, the arrays have {sorted(found)}; "
-                "their leading dimensions must be that"
-            )
 
 
 class _Row(NamedTuple):
@@ -158,267 +81,296 @@ class _Row(NamedTuple):
 
     forward: Work
     backward: Work
-    backward_kind: np.ndarray
     arrivals: dict[tuple[Payload, int], Work]
 
 
-def _rows(table: LockStep, n_stages: int) -> tuple[_Row, dict[str, np.ndarray]]:
-    """Returns the table [ticks, ranks], and for each kind whether any rank does it in a tick, on
-    the first, on the last stage: bool [ticks, 3].
+class _Tick(NamedTuple):
+    """A tick of the table, the same on all ranks: scalars."""
+
+    kinds: Any  # int32: 1 if any rank has a forward, plus 2 if any has a backward
+    to_owner: Any
+    from_owner: Any
+    leaves: Any
+
+
+def run(
+    schedule: Schedule, pieces: Pieces, layers: Tree, outer: Tree, inputs: Tree, specs: Any
+) -> Result:
+    """Computes the gradients of the sum of all objectives.
+
+    Call it under `jax.set_mesh`, within `jax.jit`.
+
+    Args:
+      layers: parameters, each array [layers, ...].
+      outer: the parameters of `enter` and `leave`.
+      inputs: each array [micro-batches, ...].
+      specs: a pair of trees as `layers` and `outer`: the PartitionSpec with which each array is
+        stored, `pipe` included (see `stages.bring`).
+
+    Raises:
+      ValueError: schedule, mesh, parameters and inputs do not fit together.
     """
-    ranks = np.arange(table.stages.shape[0])[None]
-    anywhere = {}
-    for kind, (work, mine) in {
-        "F": (table.forward, table.forward.microbatch != NONE),
-        **{
-            kind: (table.backward, table.backward_kind == code) for kind, code in _BACKWARDS.items()
-        },
-    }.items():
-        stage = table.stages[ranks, work.chunk]
-        first, last = mine & (stage == 0), mine & (stage == n_stages - 1)
-        if kind == "F":
-            mine, first = mine & ~last, first & ~last  # see the module's docstring
-        anywhere[kind] = np.stack([mine.any(1), first.any(1), last.any(1)], axis=1)
-    row = _Row(table.forward, table.backward, table.backward_kind, table.arrivals)
-    return row, anywhere
+    n_layers = _check(schedule, layers, inputs)
+    table = lock_step(schedule)
+    placed = stages.stage_layers(n_layers, schedule.n_stages)[table.stages]  # [ranks, chunks, n]
+    layer_specs, outer_specs = specs
+    everywhere, split = PartitionSpec(), PartitionSpec(PIPE)
+    row = _Row(table.forward, table.backward, table.arrivals)
+    kinds = sum(
+        code * (work.microbatch != NONE).any(axis=1).astype(np.int32)
+        for code, work in ((1, table.forward), (2, table.backward))
+    )
+    tick = _Tick(kinds, table.to_owner, table.from_owner, table.leaves)
+    # Not checked for what differs between ranks (check_vma): all that the pieces compute does, and
+    # they know nothing of this axis.
+    found = jax.shard_map(
+        _Program(schedule, table, placed, pieces).run,
+        in_specs=(PartitionSpec(None, PIPE), everywhere, split, split, everywhere, everywhere),
+        out_specs=Result(split, everywhere, split, everywhere),
+        axis_names={PIPE},
+        check_vma=False,
+    )(
+        row,
+        tick,
+        jnp.arange(schedule.n_ranks),
+        stages.bring(layers, layer_specs, placed),
+        stages.gather(outer, outer_specs),
+        inputs,
+    )
+    return found._replace(
+        layers=stages.give_back(found.layers, layer_specs, placed),
+        layer_reports=jax.tree.map(lambda x: stages.add_copies(x, placed), found.layer_reports),
+    )
 
 
-_BACKWARDS = {"B": FULL, "I": INPUT, "W": WEIGHTS}
+def _check(schedule: Schedule, layers: Tree, inputs: Tree) -> int:
+    """Returns the number of layers."""
+    ranks = jax.sharding.get_abstract_mesh().shape.get(PIPE, 1)
+    if ranks != schedule.n_ranks:
+        raise ValueError(
+            f"schedule {schedule.name} is for {schedule.n_ranks} ranks, the mesh has "
+            f"mesh.pipe={ranks}; make them equal"
+        )
+    found = {leaf.shape[0] for leaf in jax.tree.leaves(inputs)}
+    if found != {schedule.n_microbatches}:
+        raise ValueError(
+            f"schedule {schedule.name} has {schedule.n_microbatches} micro-batches, the arrays "
+            f"have {sorted(found)}; their leading dimensions must be that"
+        )
+    found = {leaf.shape[0] for leaf in jax.tree.leaves(layers)}
+    if len(found) != 1 or min(found) < schedule.n_stages:
+        raise ValueError(
+            f"schedule {schedule.name} has {schedule.n_stages} stages, the arrays have "
+            f"{sorted(found)} layers; give all arrays as many layers, at least one per stage"
+        )
+    return min(found)
 
 
 class _Program:
     """The program of one rank; arrays are its own part."""
 
-    def __init__(self, table: LockStep, pieces: Pieces, n_stages: int, n_microbatches: int):
-        self.table, self.pieces = table, pieces
-        self.n_stages, self.n_microbatches = n_stages, n_microbatches
-        self.n_ranks, self.n_chunks = table.stages.shape
-        self.slots = {
-            ACTIVATION: max(table.activation_slots, 1),
-            GRADIENT: max(table.gradient_slots, 1),
+    def __init__(self, schedule: Schedule, table: LockStep, placed: np.ndarray, pieces: Pieces):
+        """Args: placed: int32 [ranks, chunks, n], the layers that each rank works on."""
+        self.table, self.placed, self.pieces = table, placed, pieces
+        self.n_ranks, self.n_microbatches = schedule.n_ranks, schedule.n_microbatches
+        self.overlaps = any(len(slot) == 2 for order in schedule.orders for slot in order)
+        self.slots: dict[Payload, int] = {
+            ACTIVATION: table.activation_slots,
+            GRADIENT: table.gradient_slots,
         }
 
     def run(
-        self, rows: _Row, anywhere: Tree, own: jax.Array, stages: Tree, outer: Tree, inputs: Tree
+        self, rows: _Row, ticks: _Tick, rank: jax.Array, layers: Tree, outer: Tree, inputs: Tree
     ) -> Result:
-        """Args: `own`: [1, chunks], the stages that this rank works on."""
-        self.own = own[0]
-        self.stages = jax.tree.map(self._fetch, stages)
-        self.outer, self.inputs = outer, inputs
-        x, stage_report, report = self._shapes()
-        self.nothing = jnp.zeros(x.shape, x.dtype)
-        waiting = {
-            payload: jnp.zeros((self.n_chunks, slots, *x.shape), x.dtype)
+        """Args: rank: [1], this rank's number."""
+        self.rank, self.inputs = rank[0], inputs
+        n_chunks, n_layers = self.placed.shape[1:]
+        self.layers = jax.tree.map(lambda x: x.reshape(n_chunks, n_layers, *x.shape[1:]), layers)
+        self.outer = outer
+        here = jnp.asarray(self.placed)[self.rank]
+        self.present = here != NONE if (self.placed == NONE).any() else None  # [chunks, n]
+        numbers = -(-self.n_microbatches // self.n_ranks)
+        owned = np.pad(
+            self.table.order,
+            (0, numbers * self.n_ranks - self.n_microbatches),
+            constant_values=NONE,
+        )
+        self.owned = jnp.asarray(owned).reshape(numbers, -1)[:, self.rank]  # micro-batch by number
+        entered = jax.lax.map(lambda number: self._enter(self.outer, number), jnp.arange(numbers))
+        x, layer_report, report = self._shapes(entered[0])
+        waiting: Arrays = {
+            payload: jnp.zeros((n_chunks, slots, *x.shape), x.dtype)
             for payload, slots in self.slots.items()
         }
         sums = _Sums(
-            jax.tree.map(jnp.zeros_like, self.stages),
-            jax.tree.map(jnp.zeros_like, outer),
-            _zeros(stage_report, self.n_chunks),
+            jax.tree.map(jnp.zeros_like, self.layers),
+            jax.tree.map(jnp.zeros_like, self.outer),
+            _zeros(layer_report, n_chunks),
             _zeros(report, self.n_microbatches),
-            waiting[GRADIENT],
         )
-        (_, sums), _ = jax.lax.scan(self._tick, (waiting[ACTIVATION], sums), (rows, anywhere))
-        return Result(
-            jax.tree.map(self._return, sums.stages),
-            jax.lax.psum(sums.outer, PIPE),
-            jax.tree.map(self._return, sums.stage_reports),
-            jax.lax.psum(sums.reports, PIPE),
+        # What owners keep by number: inputs of the first stage, which their gradients replace, and
+        # outputs of the last stage, which theirs replace.
+        kept: Arrays = {ACTIVATION: entered, GRADIENT: jnp.zeros_like(entered)}
+        (_, kept, sums), _ = jax.lax.scan(self._tick, (waiting, kept, sums), (rows, ticks))
+        outer_sums, _ = jax.lax.scan(
+            self._enter_backward, sums.outer, (jnp.arange(numbers), kept[ACTIVATION])
         )
+        layer_sums, layer_reports = jax.tree.map(
+            lambda x: x.reshape(-1, *x.shape[2:]), (sums.layers, sums.layer_reports)
+        )
+        outer_sums, reports = jax.lax.psum((outer_sums, sums.reports), PIPE)
+        return Result(layer_sums, outer_sums, layer_reports, reports)
 
-    def _shapes(self) -> tuple[Tree, Tree, Tree]:
+    def _shapes(self, x: jax.Array) -> tuple[Tree, Tree, Tree]:
         """Returns the shapes of a stage's input, of its report, and of the report of `leave`."""
 
-        def once(stages: Tree, outer: Tree, inputs: Tree) -> tuple[Tree, Tree, Tree]:
-            x = self.pieces.enter(outer, _at(inputs, 0))
-            y, _, stage_report = self.pieces.stage(_at(stages, 0), x, _at(inputs, 0))
+        def once(layers: Tree, outer: Tree, x: jax.Array, inputs: Tree) -> tuple[Tree, Tree, Tree]:
+            inputs = _at(inputs, 0)
+            y, _, layer_report = self.pieces.stage(_at(layers, 0), self._present(0), x, inputs)
             assert (y.shape, y.dtype) == (x.shape, x.dtype), "stages pass on what they take"
-            return x, stage_report, self.pieces.leave(outer, y, _at(inputs, 0))[1]
+            return x, layer_report, self.pieces.leave(outer, y, inputs)[1]
 
-        return jax.eval_shape(once, self.stages, self.outer, self.inputs)
-
-    # Where stages are: stage s comes in on rank s // n, as its number s % n.
-
-    def _moves(self) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-        """Yields place, chunk and (rank that stores, rank that works) of what must be moved."""
-        n_stored = self.n_stages // self.n_ranks
-        for chunk in range(self.n_chunks):
-            for place in range(n_stored):
-                pairs = [
-                    (int(stage) // n_stored, rank)
-                    for rank, stage in enumerate(self.table.stages[:, chunk])
-                    if stage % n_stored == place
-                ]
-                if pairs:
-                    yield place, chunk, pairs
-
-    def _fetch(self, stored: jax.Array) -> jax.Array:
-        """[stored stages, ...] -> ppermute(pipe) -> [chunks, ...], the stages that it works on."""
-        chunks: list[Any] = [0] * self.n_chunks
-        for place, chunk, pairs in self._moves():
-            chunks[chunk] += self._move(stored[place], pairs)
-        return jnp.stack(chunks)
-
-    def _return(self, worked: jax.Array) -> jax.Array:
-        """[chunks, ...] -> ppermute(pipe) -> [stored stages, ...]; the transpose of `_fetch`."""
-        stored: list[Any] = [0] * (self.n_stages // self.n_ranks)
-        for place, chunk, pairs in self._moves():
-            stored[place] += self._move(worked[chunk], [(to, source) for source, to in pairs])
-        return jnp.stack(stored)
-
-    def _move(self, x: jax.Array, pairs: list[tuple[int, int]]) -> jax.Array:
-        """Zeros on ranks that get nothing."""
-        if pairs == [(rank, rank) for rank in range(self.n_ranks)]:
-            return x
-        return jax.lax.ppermute(x, PIPE, pairs)
+        return jax.eval_shape(once, self.layers, self.outer, x, self.inputs)
 
     def _tick(
-        self, carry: tuple[jax.Array, _Sums], row: tuple[_Row, Tree]
-    ) -> tuple[tuple[jax.Array, _Sums], None]:
-        activations, sums = carry
-        here = jax.tree.map(lambda x: x[0], row[0])
-        messages: Messages = {ACTIVATION: self.nothing, GRADIENT: self.nothing}
-        for group in self._groups():
-            operations = [self._operation(kind, here, row[1][kind]) for kind in group]
-            index = sum(op.anywhere.astype(jnp.int32) << i for i, op in enumerate(operations))
-            branches = [
-                self._branch([op for i, op in enumerate(operations) if subset >> i & 1])
-                for subset in range(1 << len(operations))
-            ]
-            sums, messages = jax.lax.switch(index, branches, activations, sums, messages)
-        buffers = {ACTIVATION: activations, GRADIENT: sums.gradients}
+        self, carry: tuple[Arrays, Arrays, _Sums], row: tuple[_Row, _Tick]
+    ) -> tuple[tuple[Arrays, Arrays, _Sums], None]:
+        waiting, kept, sums = carry
+        here, tick = jax.tree.map(lambda x: x[0], row[0]), row[1]
+        nothing = jnp.zeros_like(waiting[ACTIVATION][0, 0])
+
+        def forward(messages: Arrays, sums: _Sums) -> tuple[Arrays, _Sums]:
+            return {**messages, ACTIVATION: self._forward(here.forward, waiting)}, sums
+
+        def backward(messages: Arrays, sums: _Sums) -> tuple[Arrays, _Sums]:
+            dx, sums = self._backward(here.backward, waiting, sums)
+            return {**messages, GRADIENT: dx}, sums
+
+        def leave(kept: Arrays, sums: _Sums) -> tuple[Arrays, _Sums]:
+            return self._leave(tick.leaves, kept, sums)
+
+        messages: Arrays = {ACTIVATION: nothing, GRADIENT: nothing}
+        if self.overlaps:
+            both = [_same, forward, backward, lambda *given: backward(*forward(*given))]
+            messages, sums = jax.lax.switch(tick.kinds, both, messages, sums)
+        else:
+            for bit, compute in enumerate((forward, backward)):
+                on = (tick.kinds >> bit & 1) == 1
+                messages, sums = jax.lax.cond(on, compute, _same, messages, sums)
         for (payload, shift), work in here.arrivals.items():
             pairs = [(rank, (rank + shift) % self.n_ranks) for rank in range(self.n_ranks)]
-            buffers[payload] = self._store(
-                buffers[payload], payload, work, self._move(messages[payload], pairs)
-            )
-        return (buffers[ACTIVATION], sums._replace(gradients=buffers[GRADIENT])), None
+            sent = messages[payload]
+            arrived = jax.lax.ppermute(sent, PIPE, pairs) if shift else sent
+            waiting = self._store(waiting, payload, work, arrived)
+        kept = self._to_owners(tick, messages, kept)
+        kept, sums = jax.lax.cond(tick.leaves != NONE, leave, _same, kept, sums)
+        return (self._from_owners(tick, kept, waiting), kept, sums), None
 
-    def _groups(self) -> list[str]:
-        """The kinds of operations that the schedule has, together those that it overlaps."""
-        table = self.table
-        overlaps = (table.forward.microbatch != NONE) & (table.backward.microbatch != NONE)
-        backwards = [k for k, code in _BACKWARDS.items() if (table.backward_kind == code).any()]
-        if overlaps.any():
-            return ["FB", *(kind for kind in backwards if kind != "B")]
-        return ["F", *backwards]
-
-    def _operation(self, kind: str, here: Any, anywhere: jax.Array) -> _Operation:
-        work = here.forward if kind == "F" else here.backward
-        stage = self.own[work.chunk]
-        is_last = stage == self.n_stages - 1
-        if kind == "F":
-            on = (work.microbatch != NONE) & ~is_last
-        else:
-            on = here.backward_kind == _BACKWARDS[kind]
-        return _Operation(
-            kind,
-            on,
-            # Whoever computes along does so on some micro-batch and chunk that exist.
-            jnp.maximum(work.microbatch, 0),
-            jnp.maximum(work.chunk, 0),
-            on & (stage == 0),
-            on & is_last,
-            *anywhere,
-        )
-
-    def _branch(self, operations: list[_Operation]) -> Callable[..., tuple[_Sums, Messages]]:
-        def branch(activations: jax.Array, sums: _Sums, messages: Messages):
-            messages = dict(messages)
-            for op in operations:
-                x = self._input(op, activations)
-                if op.kind == "F":
-                    (y, _), _ = self._stage(op)(_at(self.stages, op.chunk), x)
-                    messages[ACTIVATION] = y
-                elif op.kind == "W":
-                    sums = self._weights(op, x, sums)
-                else:
-                    sums, dx = self._backward(op, x, sums)
-                    messages[GRADIENT] = jnp.where(op.on, dx, messages[GRADIENT])
-            return sums, messages
-
-        return branch
-
-    def _input(self, op: _Operation, activations: jax.Array) -> jax.Array:
-        x = activations[op.chunk, op.microbatch % self.slots[ACTIVATION]]
-
-        def enter(x: jax.Array) -> jax.Array:
-            entered = self.pieces.enter(self.outer, _at(self.inputs, op.microbatch))
-            return jnp.where(op.is_first, entered, x)
-
-        return jax.lax.cond(op.enters, enter, lambda x: x, x)
-
-    def _stage(self, op: _Operation) -> Callable[..., Any]:
-        """The operation's stage as (parameters, x) -> (y, objective), report."""
-        inputs = _at(self.inputs, op.microbatch)
+    def _stage(self, work: Work) -> Callable[..., Any]:
+        """The stage of a chunk as (parameters, x) -> (y, objective), report."""
+        inputs, present = _at(self.inputs, _index(work.microbatch)), self._present(work.chunk)
 
         def stage(params: Tree, x: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Tree]:
-            y, objective, report = self.pieces.stage(params, x, inputs)
+            y, objective, report = self.pieces.stage(params, present, x, inputs)
             return (y, objective), report
 
         return stage
 
-    def _backward(self, op: _Operation, x: jax.Array, sums: _Sums) -> tuple[_Sums, jax.Array]:
-        """B or I: adds its gradients and reports, and returns that of the stage's input."""
-        params, stage = _at(self.stages, op.chunk), self._stage(op)
-        if op.kind == "B":
-            (y, objective), pull, report = jax.vjp(stage, params, x, has_aux=True)
-        else:
-            (y, objective), pull, report = jax.vjp(lambda x: stage(params, x), x, has_aux=True)
-        dy = sums.gradients[op.chunk, op.microbatch % self.slots[GRADIENT]]
-        sums, dy = jax.lax.cond(
-            op.leaves, functools.partial(self._leave, op, y), lambda *same: same, sums, dy
-        )
-        *dparams, dx = pull((jnp.where(op.on, dy, 0), op.on.astype(objective.dtype)))
-        if dparams:
-            sums = sums._replace(stages=_add_at(op.chunk, sums.stages, *dparams))
-        counted = jax.tree.map(lambda x: jnp.where(op.on, x, 0), report)
-        sums = sums._replace(stage_reports=_add_at(op.chunk, sums.stage_reports, counted))
-        sums = jax.lax.cond(
-            op.enters, functools.partial(self._enter_backward, op, dx), lambda same: same, sums
-        )
-        return sums, dx
+    def _present(self, chunk: int | jax.Array) -> jax.Array | None:
+        return None if self.present is None else self.present[_index(chunk)]
 
-    def _weights(self, op: _Operation, x: jax.Array, sums: _Sums) -> _Sums:
-        """W: adds the gradient of the stage's parameters."""
-        params, stage = _at(self.stages, op.chunk), self._stage(op)
-        (_, objective), pull, _ = jax.vjp(lambda params: stage(params, x), params, has_aux=True)
-        dy = sums.gradients[op.chunk, op.microbatch % self.slots[GRADIENT]]
-        (dparams,) = pull((jnp.where(op.on, dy, 0), op.on.astype(objective.dtype)))
-        return sums._replace(stages=_add_at(op.chunk, sums.stages, dparams))
+    def _forward(self, work: Work, waiting: Arrays) -> jax.Array:
+        params, x = _at(self.layers, _index(work.chunk)), self._waits(waiting, ACTIVATION, work)
+        return self._stage(work)(params, x)[0][0]
 
-    def _leave(
-        self, op: _Operation, y: jax.Array, sums: _Sums, dy: jax.Array
-    ) -> tuple[_Sums, jax.Array]:
-        """What the last stage does in the middle of its backward, and the gradient of y."""
-        inputs = _at(self.inputs, op.microbatch)
+    def _backward(self, work: Work, waiting: Arrays, sums: _Sums) -> tuple[jax.Array, _Sums]:
+        """Returns the gradient of the stage's input, and the sums with the other gradients."""
+        chunk, on = _index(work.chunk), work.microbatch != NONE
+        params, x = _at(self.layers, chunk), self._waits(waiting, ACTIVATION, work)
+        (_, objective), pull, report = jax.vjp(self._stage(work), params, x, has_aux=True)
+        dy = jnp.where(on, self._waits(waiting, GRADIENT, work), 0)
+        dparams, dx = pull((dy, on.astype(objective.dtype)))
+        return dx, sums._replace(
+            layers=_add_at(chunk, sums.layers, dparams),
+            layer_reports=_add_at(chunk, sums.layer_reports, _counted(on, report)),
+        )
+
+    def _waits(self, waiting: Arrays, payload: Payload, work: Work) -> jax.Array:
+        slot = _index(work.microbatch) % self.slots[payload]
+        return waiting[payload][_index(work.chunk), slot]
+
+    def _store(self, waiting: Arrays, payload: Payload, work: Work, value: jax.Array) -> Arrays:
+        chunk, slot = _index(work.chunk), _index(work.microbatch) % self.slots[payload]
+        buffer = waiting[payload]
+        stored = jnp.where(work.microbatch == NONE, buffer[chunk, slot], value)
+        return {**waiting, payload: buffer.at[chunk, slot].set(stored)}
+
+    # The ends: every rank for the micro-batches that it owns.
+
+    def _to_owners(self, tick: _Tick, messages: Arrays, kept: Arrays) -> Arrays:
+        for (payload, source), place in tick.to_owner.items():
+            sent = _sum_of_one(self.rank == source, messages[payload])
+            # An output replaces nothing; an input's gradient replaces the input.
+            end = GRADIENT if payload == ACTIVATION else ACTIVATION
+            number, mine = _index(place) // self.n_ranks, place % self.n_ranks == self.rank
+            buffer = kept[end]
+            new = jnp.where((place != NONE) & mine, sent, buffer[number])
+            kept = {**kept, end: buffer.at[number].set(new)}
+        return kept
+
+    def _from_owners(self, tick: _Tick, kept: Arrays, waiting: Arrays) -> Arrays:
+        stages = self.table.stages
+        for (payload, target), place in tick.from_owner.items():
+            mine = place % self.n_ranks == self.rank
+            sent = _sum_of_one(mine, kept[payload][_index(place) // self.n_ranks])
+            arrives = (place != NONE) & (self.rank == target)
+            microbatch = jnp.asarray(self.table.order)[_index(place)]
+            stage = 0 if payload == ACTIVATION else stages.max()
+            chunk = int(np.flatnonzero(stages[target] == stage)[0])
+            work = Work(jnp.where(arrives, microbatch, NONE), chunk)
+            waiting = self._store(waiting, payload, work, sent)
+        return waiting
+
+    def _enter(self, outer: Tree, number: jax.Array) -> jax.Array:
+        return self.pieces.enter(outer, _at(self.inputs, _index(self.owned[number])))
+
+    def _enter_backward(self, total: Tree, row: tuple[jax.Array, jax.Array]) -> tuple[Tree, None]:
+        number, dx = row
+        _, pull = jax.vjp(lambda outer: self._enter(outer, number), self.outer)
+        (douter,) = pull(jnp.where(self.owned[number] != NONE, dx, 0))
+        return jax.tree.map(jnp.add, total, douter), None
+
+    def _leave(self, number: jax.Array, kept: Arrays, sums: _Sums) -> tuple[Arrays, _Sums]:
+        """Runs `leave` and its backward; gradients replace the outputs of the last stage."""
+        microbatch, on = _index(self.owned[number]), self.owned[number] != NONE
+        inputs, y = _at(self.inputs, microbatch), kept[GRADIENT][number]
         objective, pull, report = jax.vjp(
             lambda outer, y: self.pieces.leave(outer, y, inputs), self.outer, y, has_aux=True
         )
-        douter, dy_made = pull(op.is_last.astype(objective.dtype))
-        counted = jax.tree.map(lambda x: jnp.where(op.is_last, x, 0), report)
+        douter, dy = pull(on.astype(objective.dtype))
         sums = sums._replace(
             outer=jax.tree.map(jnp.add, sums.outer, douter),
-            reports=_add_at(op.microbatch, sums.reports, counted),
+            reports=_add_at(microbatch, sums.reports, _counted(on, report)),
         )
-        if op.kind == "I":
-            mine = Work(jnp.where(op.is_last, op.microbatch, NONE), op.chunk)
-            kept = self._store(sums.gradients, GRADIENT, mine, dy_made)
-            sums = sums._replace(gradients=kept)
-        return sums, jnp.where(op.is_last, dy_made, dy)
+        return {**kept, GRADIENT: kept[GRADIENT].at[number].set(dy)}, sums
 
-    def _enter_backward(self, op: _Operation, dx: jax.Array, sums: _Sums) -> _Sums:
-        inputs = _at(self.inputs, op.microbatch)
-        _, pull = jax.vjp(lambda outer: self.pieces.enter(outer, inputs), self.outer)
-        (douter,) = pull(jnp.where(op.is_first, dx, 0))
-        return sums._replace(outer=jax.tree.map(jnp.add, sums.outer, douter))
 
-    def _store(
-        self, buffer: jax.Array, payload: Payload, work: Work, value: jax.Array
-    ) -> jax.Array:
-        chunk, slot = jnp.maximum(work.chunk, 0), work.microbatch % self.slots[payload]
-        kept = jnp.where(work.microbatch == NONE, buffer[chunk, slot], value)
-        return buffer.at[chunk, slot].set(kept)
+def _same(*operands: Any) -> Any:
+    return operands
+
+
+def _index(number: Any) -> Any:
+    """A number that may be NONE as one that exists."""
+    return jnp.maximum(number, 0)
+
+
+def _sum_of_one(mine: jax.Array, x: jax.Array) -> jax.Array:
+    """Sends one rank's array to all: psum(pipe), all others adding zeros."""
+    return jax.lax.psum(jnp.where(mine, x, 0), PIPE)
+
+
+def _counted(on: jax.Array, report: Tree) -> Tree:
+    return jax.tree.map(lambda x: jnp.where(on, x, 0), report)
 
 
 def _at(tree: Tree, index: int | jax.Array) -> Tree:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -24,7 +25,7 @@ from jax.typing import DTypeLike
 # Axes that are gathered at use come last in a dimension, so that gathered shards are neighbours.
 AXIS_TABLE: dict[str, tuple[str, ...]] = {
     # parameters
-    "layers": ("pipe",),
+    "layers": (),
     "end_layers": (),
     "embed": ("fsdp", "expert"),
     "expert_embed": ("fsdp",),
@@ -85,6 +86,21 @@ def partition_spec(
     return PartitionSpec(*entries)
 
 
+def stored_spec(
+    axes: Sequence[str], shape: Sequence[int], mesh: Mesh | AbstractMesh, path: str
+) -> PartitionSpec:
+    """Looks up where the train state keeps a parameter: as at use, and split over `pipe` too.
+
+    Not along the layers, whose number need not divide over the ranks: the dimension that fsdp
+    splits, or else the first one that divides, is split further. What has none, norms, every rank
+    keeps whole.
+    """
+    spec = partition_spec(axes, shape, mesh, path)
+    dims = [dim for dim, axis in enumerate(axes) if not axis.endswith("layers")]
+    dims.sort(key=lambda dim: "fsdp" not in AXIS_TABLE[axes[dim]])
+    return _split_further(spec, dims, shape, mesh, "pipe")
+
+
 def optimizer_spec(
     axes: Sequence[str], shape: Sequence[int], mesh: Mesh | AbstractMesh, path: str
 ) -> PartitionSpec:
@@ -95,15 +111,31 @@ def optimizer_spec(
     would. The dimension that fsdp splits is split further where it divides; parameters without one
     (norms) stay whole on every device.
     """
-    spec = partition_spec(axes, shape, mesh, path)
-    for dim, axis in enumerate(axes):
-        if "fsdp" not in AXIS_TABLE[axis] or _size(mesh, "data") == 1:
-            continue
-        held = tuple(name for name in AXIS_TABLE[axis] if _size(mesh, name) > 1)
-        names = (*held, "data")
+    spec = stored_spec(axes, shape, mesh, path)
+    dims = [dim for dim, axis in enumerate(axes) if "fsdp" in AXIS_TABLE[axis]]
+    return _split_further(spec, dims, shape, mesh, "data")
+
+
+def _split_further(
+    spec: PartitionSpec,
+    dims: Sequence[int],
+    shape: Sequence[int],
+    mesh: Mesh | AbstractMesh,
+    name: str,
+) -> PartitionSpec:
+    """Returns the spec with the first of `dims` that divides split over one more mesh axis. That
+    comes last, so that the parts to be gathered at use are neighbours.
+    """
+    for dim in dims if _size(mesh, name) > 1 else ():
+        names = (*split_over(spec[dim]), name)
         if shape[dim] % math.prod(mesh.shape[name] for name in names) == 0:
             return PartitionSpec(*spec[:dim], names, *spec[dim + 1 :])
     return spec
+
+
+def split_over(entry: Any) -> tuple[str, ...]:
+    """Returns the mesh axes of an entry of a PartitionSpec, which is None, a name or a tuple."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def _size(mesh: Mesh | AbstractMesh, axis: str) -> int:

@@ -7,6 +7,7 @@ the step's peak, in the backward pass of the heaviest layer or in the loss, whic
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from jax.sharding import AbstractMesh
@@ -16,7 +17,7 @@ from dsjax.model import flops
 from dsjax.model.attention import attention_class
 from dsjax.model.parameters import Declaration, declarations
 from dsjax.parallel.expert_parallel import SLACK
-from dsjax.parallel.sharding import AXIS_TABLE, parts
+from dsjax.parallel.sharding import AXIS_TABLE, parts, split_over, stored_spec
 from dsjax.plan.programs import Program
 from dsjax.train.step import declared_model
 
@@ -70,10 +71,15 @@ def _weights(config: Config, mesh: AbstractMesh) -> _Weights:
 
 
 def _split(parameter: Declaration, mesh: AbstractMesh) -> tuple[float, float]:
-    """Values of a device's part, and of what it gathers: all but what tensor and expert split."""
-    kept = gathered = float(parameter.count)
+    """Values of a device's part, and of what it gathers: all but what tensor, expert and, of
+    layers, pipe split.
+    """
+    spec = stored_spec(parameter.axes, parameter.shape, mesh, parameter.path)
+    kept = parameter.count / math.prod(
+        mesh.shape[name] for entry in spec for name in split_over(entry)
+    )
+    gathered = float(parameter.count) / (mesh.shape["pipe"] if parameter.axes[0] == "layers" else 1)
     for axis in parameter.axes:
-        kept /= parts(axis, mesh)
         if "fsdp" not in AXIS_TABLE[axis]:
             gathered /= parts(axis, mesh)
     return kept, gathered

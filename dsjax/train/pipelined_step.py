@@ -1,13 +1,12 @@
 """A training step's gradients with the layers in a pipeline (`mesh.pipe`).
 
-The body of the model, its MoE layers, is cut into stages of as many layers each; a dense model's
-body are its dense layers. What is at the ends, every rank holds: embedding and dense prefix belong
-to the first stage, final norm, output head and MTP modules to the last, as in V3 (arXiv:2412.19437,
-section 3.2). Embedding and head, which the MTP modules share with the main model, so have two
-gradients on two ranks (on one in DualPipe); they are added like those of DualPipe's two copies.
+The body of the model is cut into stages: its MoE layers or, in a dense model, its dense ones. They
+need not divide; V3's 58 over 16 ranks make ten stages of four layers and six of three. What is at
+the ends, embedding and dense prefix, final norm, output head and MTP modules, is divided over all
+ranks by micro-batch (`dsjax.parallel.pipeline`).
 
-Departure: V3 lays its 61 layers out unevenly; here the body must divide into the stages, as its
-parameters are one array over the ranks.
+Departure: V3 (arXiv:2412.19437, section 3.2) gives the first and the last rank fewer layers, as
+those two also compute the ends. Ranks in step would all wait for them.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from jax.sharding import AbstractMesh, Mesh
 from dsjax.config import Config, ModelConfig
 from dsjax.model.block import run_layers
 from dsjax.model.layers import RouterState
+from dsjax.model.parameters import shardings
 from dsjax.model.transformer import Transformer
 from dsjax.parallel import pipeline, schedules
 from dsjax.parallel.timetable import Schedule
@@ -43,8 +43,8 @@ def check(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Refuses what cannot be pipelined over the mesh.
 
     Raises:
-      ValueError: layers that do not divide into stages, or a number of micro-batches, at some size
-        of the batch, that is too small for the schedule or does not suit it.
+      ValueError: fewer layers than stages, or a number of micro-batches, at some size of the batch,
+        that is too small for the schedule or does not suit it.
     """
     if mesh.shape[pipeline.PIPE] > 1:
         for _, sequences in batch_stages(config.train):
@@ -58,14 +58,12 @@ def _schedule(
 ) -> Schedule:
     ranks = mesh.shape[pipeline.PIPE]
     stages = ranks * schedules.stages_per_rank(name)
-    kind = "MoE" if model.n_moe_layers else "dense"
     layers = model.n_moe_layers or model.n_layers
-    if layers % stages:
-        fitting = [n for n in range(1, layers + 1) if layers % (n * stages // ranks) == 0]
+    if layers < stages:
         raise ValueError(
-            f"the model's {layers} {kind} layers do not divide into the {stages} stages of "
-            f"mesh.schedule={name} on mesh.pipe={ranks}; "
-            + (f"use mesh.pipe={', '.join(map(str, fitting))}" if fitting else "use 1f1b")
+            f"the model's {layers} {'MoE' if model.n_moe_layers else 'dense'} layers are fewer "
+            f"than the {stages} stages of mesh.schedule={name} on mesh.pipe={ranks}; use mesh.pipe "
+            f"of at most {layers * ranks // stages}"
         )
     if microbatches < ranks:
         raise ValueError(
@@ -100,27 +98,20 @@ def gradients(
     name, mesh = declared.body, jax.sharding.get_abstract_mesh()
     schedule = _schedule(declared.config, schedule_name, mesh, batch[0]["tokens"].shape[0])
     body, outer = zip(*(_cut(state, name) for state in (params, router)), strict=True)
-    found = pipeline.run(
-        schedule,
-        _pieces(declared, objective, knobs),
-        jax.tree.map(lambda x: x.reshape(schedule.n_stages, -1, *x.shape[1:]), body),
-        outer,
-        batch,
-    )
-    body_grads, stage_reports = jax.tree.map(
-        lambda x: x.reshape(-1, *x.shape[2:]), (found.stages[0], found.stage_reports)
-    )
+    pieces = _pieces(declared, objective, knobs)
+    specs = jax.tree.map(lambda placed: placed.spec, shardings((body, outer), mesh))
+    found = pipeline.run(schedule, pieces, body, outer, batch, specs)
     totals = sum_over_micro_batches(lambda report: report, found.reports)
-    if stage_reports:
-        counts_LE = stage_reports["counts"]
+    if layers := found.layer_reports:
+        counts_LE = layers["counts"]
         if totals.counts_LE is not None:
             counts_LE = jnp.concatenate([counts_LE, totals.counts_LE])
         totals = totals._replace(
-            balance=totals.balance + stage_reports["balance"].sum(),
-            dropped_tokens=totals.dropped_tokens + stage_reports["dropped_tokens"].sum(),
+            balance=totals.balance + layers["balance"].sum(),
+            dropped_tokens=totals.dropped_tokens + layers["dropped_tokens"].sum(),
             counts_LE=counts_LE,
         )
-    return nnx.merge_state(found.outer[0], body_grads), totals
+    return nnx.merge_state(found.outer[0], found.layers[0]), totals
 
 
 def _cut(state: nnx.State, body: str) -> tuple[nnx.State, nnx.State]:
@@ -147,10 +138,13 @@ def _pieces(declared: Transformer, objective: Objective, knobs: Knobs) -> pipeli
         model = ends(outer)
         return model.enter(*read(model, inputs), remat)
 
-    def stage(body: Tree, x_BTD: jax.Array, inputs: Tree) -> tuple[jax.Array, jax.Array, Tree]:
+    def stage(
+        body: Tree, present_L: jax.Array | None, x_BTD: jax.Array, inputs: Tree
+    ) -> tuple[jax.Array, jax.Array, Tree]:
         model = _merge(structure, body, [_cut(state, declared.body)[1] for state in whole])
         layers = getattr(model, declared.body)
-        x_BTD, routing = run_layers(layers, x_BTD, read(model, inputs)[1], balance, remat)
+        context = read(model, inputs)[1]
+        x_BTD, routing = run_layers(layers, x_BTD, context, balance, remat, present_L)
         if routing is None:
             return x_BTD, jnp.float32(0), {}
         weighted_L = routing.balance_loss * inputs[1].balance

@@ -1,10 +1,13 @@
 """The arrays are enough to run a step: a machine that knows nothing else replays them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from dsjax.parallel import lockstep, schedules, timetable
-from dsjax.parallel.lockstep import ACTIVATION, FULL, GRADIENT, IDLE, INPUT, NONE, WEIGHTS
+from dsjax.parallel import lockstep, schedules
+from dsjax.parallel.lockstep import ACTIVATION, GRADIENT, NONE
+from dsjax.parallel.timetable import Costs
 
 SIZES = {
     "gpipe": [(1, 2), (2, 3), (4, 6)],
@@ -25,32 +28,60 @@ class Replay:
         self.n_ranks = len(table.stages)
         self.store = {ACTIVATION: {}, GRADIENT: {}}
         self.slots = {ACTIVATION: table.activation_slots, GRADIENT: table.gradient_slots}
+        # What owners keep, by place. All inputs are there; `leave` makes gradients of outputs.
+        self.inputs = {place: ("x", int(m)) for place, m in enumerate(table.order)}
+        self.outputs = {}
         self.done = []
 
     def read(self, payload, rank, chunk, microbatch):
         stage = self.table.stages[rank, chunk]
-        if stage != (0 if payload == ACTIVATION else self.last):
-            found = self.store[payload][rank, chunk, microbatch % self.slots[payload]]
-            assert found == (payload, microbatch, stage)
+        found = self.store[payload][rank, chunk, microbatch % self.slots[payload]]
+        assert found == (payload, microbatch, stage)
         return stage
 
     def compute(self, tick, rank):
         """Yields the messages of a rank: payload, and the mark that the receiver shall find."""
-        microbatch, chunk = (int(part[tick, rank]) for part in self.table.forward)
-        if microbatch != NONE:
+        for kind, payload, work, step in (
+            ("F", ACTIVATION, self.table.forward, 1),
+            ("B", GRADIENT, self.table.backward, -1),
+        ):
+            microbatch, chunk = (int(part[tick, rank]) for part in work)
+            if microbatch == NONE:
+                continue
             stage = self.read(ACTIVATION, rank, chunk, microbatch)
-            self.done.append(("F", microbatch, stage))
-            if stage < self.last:
-                yield ACTIVATION, (ACTIVATION, microbatch, stage + 1)
-        microbatch, chunk = (int(part[tick, rank]) for part in self.table.backward)
-        kind = self.table.backward_kind[tick, rank]
-        assert (kind == IDLE) == (microbatch == NONE)
-        if microbatch != NONE:
-            stage = self.read(ACTIVATION, rank, chunk, microbatch)
-            assert self.read(GRADIENT, rank, chunk, microbatch) == stage
-            self.done.append(({FULL: "B", INPUT: "I", WEIGHTS: "W"}[kind], microbatch, stage))
-            if kind != WEIGHTS and stage > 0:
-                yield GRADIENT, (GRADIENT, microbatch, stage - 1)
+            if kind == "B":
+                assert self.read(GRADIENT, rank, chunk, microbatch) == stage
+            self.done.append((kind, microbatch, stage))
+            yield payload, (payload, microbatch, stage + step)
+
+    def owner_receives(self, tick, sent):
+        for (payload, rank), places in self.table.to_owner.items():
+            if (place := int(places[tick])) == NONE:
+                continue
+            microbatch = int(self.table.order[place])
+            stage = self.last + 1 if payload == ACTIVATION else -1
+            sent[rank].remove((payload, (payload, microbatch, stage)))
+            if payload == ACTIVATION:
+                self.outputs[place] = ("y", microbatch)
+            else:
+                assert self.inputs[place] == ("x", microbatch), "it has been read"
+                self.inputs[place] = ("dx", microbatch)
+
+    def owner_sends(self, tick):
+        for (payload, rank), places in self.table.from_owner.items():
+            if (place := int(places[tick])) == NONE:
+                continue
+            microbatch = int(self.table.order[place])
+            kept, mark = (self.inputs, "x") if payload == ACTIVATION else (self.outputs, "dy")
+            assert kept[place] == (mark, microbatch)
+            stage = 0 if payload == ACTIVATION else self.last
+            chunk = list(self.table.stages[rank]).index(stage)
+            self.put(payload, rank, chunk, microbatch)
+
+    def put(self, payload, rank, chunk, microbatch):
+        stage = self.table.stages[rank, chunk]
+        slot = microbatch % self.slots[payload]
+        self.store[payload][rank, chunk, slot] = (payload, microbatch, stage)
 
     def tick(self, tick):
         sent = [list(self.compute(tick, rank)) for rank in range(self.n_ranks)]
@@ -60,16 +91,24 @@ class Replay:
                 if microbatch == NONE:
                     continue
                 wanted = (payload, microbatch, self.table.stages[rank, chunk])
-                messages = sent[(rank - shift) % self.n_ranks]
-                messages.remove((payload, wanted))
-                self.store[payload][rank, chunk, microbatch % self.slots[payload]] = wanted
+                sent[(rank - shift) % self.n_ranks].remove((payload, wanted))
+                self.put(payload, rank, chunk, microbatch)
+        self.owner_receives(tick, sent)
         assert not any(sent), "a message that nobody receives"
+        if (number := int(self.table.leaves[tick])) != NONE:
+            for place in range(number * self.n_ranks, (number + 1) * self.n_ranks):
+                if place < len(self.table.order):
+                    mark, microbatch = self.outputs[place]
+                    assert mark == "y", "outputs leave once"
+                    self.outputs[place] = ("dy", microbatch)
+        self.owner_sends(tick)
 
 
 def replay(schedule, table):
     machine = Replay(table, schedule.n_stages)
     for tick in range(table.n_ticks):
         machine.tick(tick)
+    assert {mark for mark, _ in machine.inputs.values()} == {"dx"}
     return machine.done
 
 
@@ -77,50 +116,54 @@ def replay(schedule, table):
 def test_ticks_compute_the_whole_step(name, stages, microbatches):
     schedule = schedules.build(name, stages, microbatches)
     done = replay(schedule, lockstep.lock_step(schedule))
-    wanted = [tuple(op) for order in schedule.orders for slot in order for op in slot]
-    assert sorted(done) == sorted(wanted)
+    stages, all_of_them = range(stages), range(microbatches)
+    wanted = [(kind, m, stage) for kind in "BF" for m in all_of_them for stage in stages]
+    assert sorted(done) == wanted
 
 
-@pytest.mark.parametrize("payload", [ACTIVATION, GRADIENT])
 @pytest.mark.parametrize(("name", "stages", "microbatches"), [("1f1b", 4, 8), ("dualpipe", 8, 20)])
-def test_fewer_slots_mix_microbatches_up(name, stages, microbatches, payload):
+def test_fewer_slots_mix_microbatches_up(name, stages, microbatches):
     schedule = schedules.build(name, stages, microbatches)
     table = lockstep.lock_step(schedule)
-    field = f"{payload}_slots"
-    fewer = table._replace(**{field: max(getattr(table, field) - 1, 1)})
-    if getattr(table, field) > 1:
-        with pytest.raises(AssertionError):
-            replay(schedule, fewer)
+    with pytest.raises(AssertionError):
+        replay(schedule, table._replace(activation_slots=table.activation_slots - 1))
 
 
 def test_slots_do_not_grow_with_microbatches():
-    for name, activations, gradients in [
-        ("1f1b", 8, 1),
-        ("interleaved", 8, 2),
-        ("zb1p", 8, 8),
-        ("dualpipe", 7, 2),
-        ("dualpipev", 7, 2),
-    ]:
-        for microbatches in (20, 40):
+    for name, slots in [("1f1b", 23), ("interleaved", 11), ("dualpipe", 11), ("dualpipev", 11)]:
+        for microbatches in (40, 80):
             table = lockstep.lock_step(schedules.build(name, 8, microbatches))
-            assert (table.activation_slots, table.gradient_slots) == (activations, gradients), name
+            assert (table.activation_slots, table.gradient_slots) == (slots, 1), name
 
 
 def test_small_schedule_is_laid_out_tick_by_tick():
-    table = lockstep.lock_step(schedules.build("gpipe", 2, 2))
+    table = lockstep.lock_step(schedules.build("1f1b", 2, 3))
     np.testing.assert_array_equal(table.stages, [[0], [1]])
     none = NONE
     np.testing.assert_array_equal(
         table.forward.microbatch,
-        [[0, none], [1, 0], [none, 1], [none, none], [none, none], [none, none]],
+        [[none, none], [0, none], [1, 0], [2, 1], [none, 2], *[[none, none]] * 3],
     )
     np.testing.assert_array_equal(
-        table.backward_kind,
-        [[IDLE, IDLE], [IDLE, IDLE], [IDLE, IDLE], [IDLE, FULL], [FULL, FULL], [FULL, IDLE]],
+        table.backward.microbatch,
+        [*[[none, none]] * 4, [none, 0], [0, 1], [1, 2], [2, none]],
     )
     arrived = table.arrivals[ACTIVATION, 1].microbatch
-    np.testing.assert_array_equal(arrived[:3], [[none, 0], [none, 1], [none, none]])
+    np.testing.assert_array_equal(arrived[:4], [[none, none], [none, 0], [none, 1], [none, 2]])
+    # Two outputs make a group of the two owners, the third is left.
+    np.testing.assert_array_equal(table.leaves, [none, none, none, 0, 1, none, none, none])
+    np.testing.assert_array_equal(table.from_owner[ACTIVATION, 0][:4], [0, 1, 2, none])
+    np.testing.assert_array_equal(table.from_owner[GRADIENT, 1][3:7], [0, 1, 2, none])
+    np.testing.assert_array_equal(table.to_owner[ACTIVATION, 1][2:6], [0, 1, 2, none])
+    np.testing.assert_array_equal(table.to_owner[GRADIENT, 0][4:], [none, 0, 1, 2])
     assert all(part.dtype == np.int32 for part in (table.stages, *table.forward, arrived))
+
+
+@pytest.mark.parametrize("name", ["gpipe", "zb1p"])
+def test_schedules_that_differ_in_order_alone_run_as_1f1b(name):
+    ours, other = (lockstep.lock_step(schedules.build(n, 4, 9)) for n in (name, "1f1b"))
+    for field in ("forward", "backward", "order", "leaves"):
+        np.testing.assert_array_equal(getattr(ours, field), getattr(other, field))
 
 
 @pytest.mark.parametrize(
@@ -139,17 +182,31 @@ def test_only_used_channels_are_there(name, stages, channels):
     assert list(table.arrivals) == channels
 
 
-def test_running_in_step_costs_what_the_slowest_costs():
-    # in a tick of 1F1B some rank does a backward, so the others wait for it
-    schedule = schedules.build("1f1b", 2, 3)
-    assert timetable.simulate(schedule).makespan == 12
-    assert lockstep.makespan(schedule) == 1 + 1 + 2 * 6
-    even = schedules.build("zb1p", 4, 8)
-    assert lockstep.makespan(even) == timetable.simulate(even).makespan == 27
+def test_ranks_in_step_wait_for_nobody_in_the_steady_state():
+    """All but the bubble, one way through the pipe and back, is work of every rank."""
+    for stages, microbatches in [(4, 16), (8, 40), (16, 128)]:
+        for name, chunks, hops in [
+            ("1f1b", 1, stages - 1),
+            ("interleaved", 2, stages // 2 - 1),
+            ("dualpipe", 1, stages - 2),
+        ]:
+            schedule = schedules.build(name, stages, microbatches)
+            assert lockstep.makespan(schedule) == 3 * (microbatches * chunks + hops), name
+
+
+def test_overlapped_pairs_take_their_own_time():
+    schedule = schedules.build("dualpipe", 4, 16)
+    gain = lockstep.makespan(schedule) - lockstep.makespan(schedule, Costs(overlapped=2.0))
+    table = lockstep.lock_step(schedule)
+    pairs = [(work.microbatch != NONE).any(axis=1) for work in (table.forward, table.backward)]
+    assert gain == np.logical_and(*pairs).sum()
+    plain = schedules.build("1f1b", 4, 16)
+    assert lockstep.makespan(plain) == lockstep.makespan(plain, Costs(overlapped=2.0))
 
 
 def test_deadlock_is_refused():
-    schedule = schedules.build("1f1b", 2, 2)
-    backwards = timetable.Schedule("1f1b", schedule.routes, tuple(o[::-1] for o in schedule.orders))
-    with pytest.raises(ValueError, match="deadlock"):
-        lockstep.lock_step(backwards)
+    schedule = schedules.build("dualpipe", 2, 4)
+    # The second rank takes the stream that enters at its own end last, the first rank first.
+    orders = (schedule.orders[0], tuple(reversed(schedule.orders[1])))
+    with pytest.raises(ValueError, match="dualpipe: deadlock, there wait"):
+        lockstep.lock_step(dataclasses.replace(schedule, orders=orders))

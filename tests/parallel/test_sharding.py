@@ -14,6 +14,7 @@ from dsjax.parallel.sharding import (
     optimizer_spec,
     partition_spec,
     parts,
+    stored_spec,
 )
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -61,6 +62,26 @@ def test_optimizer_state_is_split_over_copies_where_the_width_divides():
         assert optimizer_spec(axes, shape, mesh, "wq") == PartitionSpec(*want)
     alone = optimizer_spec(("embed", "heads"), (8, 6), make_mesh({"fsdp": 8}), "wq")
     assert alone == PartitionSpec(("fsdp",), None)
+
+
+def test_stored_parameters_are_split_over_ranks_of_a_pipeline_but_not_by_layer():
+    mesh = make_mesh({"pipe": 2, "fsdp": 2, "tensor": 2})
+    for axes, shape, want in [
+        (("layers", "embed", "heads"), (4, 8, 6), (None, ("fsdp", "pipe"), "tensor")),
+        (("layers", "heads", "embed"), (3, 6, 8), (None, "tensor", ("fsdp", "pipe"))),
+        # 6 does not divide over 4, the other does
+        (("layers", "embed", "heads"), (3, 6, 8), (None, "fsdp", ("tensor", "pipe"))),
+        (("end_layers", "norm"), (2, 3), (None, None)),
+        (("norm",), (8,), ("pipe",)),
+    ]:
+        assert stored_spec(axes, shape, mesh, "w") == PartitionSpec(*want)
+        one_device_a_rank = make_mesh({"data": 8})
+        assert stored_spec(axes, shape, one_device_a_rank, "w") == partition_spec(
+            axes, shape, one_device_a_rank, "w"
+        )
+    with_copies = make_mesh({"pipe": 2, "data": 2, "fsdp": 2})
+    moments = optimizer_spec(("layers", "embed"), (3, 8), with_copies, "w")
+    assert moments == PartitionSpec(None, ("fsdp", "pipe", "data"))
 
 
 def test_parts_multiply_the_axes_of_a_dimension():

@@ -24,7 +24,7 @@ def test_summary_of_dualpipe_has_the_published_figures():
     assert summary["peak_activations"] == summary["formula"]["peak_activations"] == 9
     assert summary["parameters_per_device"] == summary["formula"]["parameters_per_device"] == 2
     assert summary["makespan"] == 66 and summary["bubble_share"] == pytest.approx(6 / 66)
-    assert summary["lock_step_makespan"] == 72
+    assert summary["lock_step_makespan"] == 78
     assert summary["per_rank"][1] == {
         "rank": 1,
         "stages": [1, 6],

@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import itertools
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsjax import settings
 from dsjax.axes import AXES
 from dsjax.checkpoint import store
 from dsjax.config import (
@@ -21,7 +23,7 @@ from dsjax.config import (
     TrainConfig,
 )
 from dsjax.parallel import schedules
-from dsjax.parallel.mesh import make_mesh
+from dsjax.parallel.mesh import describe_mesh, make_mesh
 from dsjax.train import pipelined_step
 from dsjax.train.loss import pretraining
 from dsjax.train.optimizer import adamw
@@ -31,10 +33,13 @@ from tests.model.tiny import TINY, tiny_model, tokens
 
 pytestmark = pytest.mark.heavy
 
+ROOT = Path(__file__).parents[2]
+
 GRADIENTS = Level("GRADIENTS", 1e-6)
 KNOBS = {"learning_rate": 1e-3, "mtp_weight": 0.3, "bias_update_speed": 1e-3}
 BATCH, LENGTH = 16, 32
 MOE = dataclasses.replace(TINY, n_layers=5, n_mtp=1)
+UNEVEN = dataclasses.replace(TINY, n_layers=6, n_mtp=1)  # 5 MoE layers
 DENSE = ModelConfig(
     vocab_size=96,
     dim=16,
@@ -47,13 +52,13 @@ DENSE = ModelConfig(
 )
 
 
-def _config(model, schedule="1f1b", microbatches=4, **train):
+def _config(model, schedule="1f1b", microbatches=4, isolate=True, fp8="off", **train):
     return Config(
         name="x",
         model=model,
-        data=DataConfig(sequence_length=LENGTH),
+        data=DataConfig(sequence_length=LENGTH, isolate_documents=isolate),
         train=TrainConfig(batch_size=BATCH, **train),
-        precision=PrecisionConfig(compute="float32"),
+        precision=PrecisionConfig(compute="float32", fp8=fp8),
         mesh=MeshConfig(schedule=schedule, microbatches=microbatches),
     )
 
@@ -115,9 +120,36 @@ def _assert_same_step(got, want):
 
 
 @pytest.mark.slow
-def test_step_of_a_dense_model_equals_the_one_without_a_pipeline():
-    config = _config(DENSE, remat="none")
+@pytest.mark.parametrize("layers", [4, 5])
+def test_step_of_a_dense_model_equals_the_one_without_a_pipeline(layers):
+    model = dataclasses.replace(DENSE, n_layers=layers, n_dense_layers=layers)
+    config = _config(model, remat="none")
     _assert_same_step(_step(config, {"pipe": 2}), _step(config, {"data": 1}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "dualpipe", "dualpipev"])
+def test_step_of_layers_that_do_not_divide_equals_the_one_without_a_pipeline(schedule):
+    _assert_same_step(_step(_config(UNEVEN, schedule), {"pipe": 2}), _uneven_step())
+
+
+@pytest.mark.slow
+def test_seven_layers_run_over_four_ranks():
+    model = dataclasses.replace(TINY, n_layers=8, n_mtp=1)
+    config = _config(model, "dualpipe", 8, remat="selective")
+    _assert_same_step(_step(config, {"pipe": 4}), _step(config, {"data": 1}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", [{"fp8": "on"}, {"remat": "full", "isolate": False}])
+def test_variants_of_the_step_over_uneven_stages(other):
+    config = _config(UNEVEN, **other)
+    _assert_same_step(_step(config, {"pipe": 2}), _step(config, {"data": 1}))
+
+
+@functools.cache
+def _uneven_step():
+    return _step(_config(UNEVEN), {"data": 1})
 
 
 @functools.cache
@@ -168,11 +200,11 @@ def test_program_does_not_grow_with_layers():
 
 
 def test_checkpoint_of_a_pipeline_is_that_of_any_mesh(tmp_path):
-    config = _config(MOE)
+    config = _config(UNEVEN)
     two, one = make_mesh({"pipe": 2}, 2), make_mesh({"data": 1}, 1)
     state = _state(config, two)
     w_up = state.params["moe_layers"]["ffn"]["experts"]["w_up"][...]
-    assert {shard.data.shape[0] for shard in w_up.addressable_shards} == {2}
+    assert {shard.data.size for shard in w_up.addressable_shards} == {w_up.size // 2}
     kept = store.Store(tmp_path, keep=1)
     kept.save(1, state, {})
     kept.close()
@@ -185,9 +217,8 @@ def test_checkpoint_of_a_pipeline_is_that_of_any_mesh(tmp_path):
 @pytest.mark.parametrize(
     ("schedule", "pipe", "microbatches", "message"),
     [
-        ("1f1b", 8, 16, r"4 MoE layers do not divide into the 8 stages .* use mesh\.pipe=1, 2, 4"),
-        ("1f1b", 3, 16, r"do not divide into the 3 stages of mesh\.schedule=1f1b on mesh\.pipe=3"),
-        ("dualpipev", 4, 16, r"into the 8 stages of mesh\.schedule=dualpipev on mesh\.pipe=4"),
+        ("1f1b", 8, 16, r"4 MoE layers are fewer than the 8 stages .* use mesh\.pipe of at most 4"),
+        ("dualpipev", 4, 16, r"than the 8 stages of mesh\.schedule=dualpipev .*pipe of at most 2"),
         ("1f1b", 4, 2, r"2 micro-batches cannot keep .* mesh\.pipe=4 busy; .* to 8 or more"),
         ("dualpipe", 4, 4, r"mesh\.schedule=dualpipe on mesh\.pipe=4 with 4 micro-batches .* 2 x"),
     ],
@@ -196,6 +227,19 @@ def test_misfits_are_refused(schedule, pipe, microbatches, message):
     config = _config(MOE, schedule, microbatches)
     with pytest.raises(ValueError, match=message):
         pipelined_step.check(config, make_mesh({"pipe": pipe}, pipe))
+
+
+@pytest.mark.parametrize("pipe", [4, 8, 16])
+@pytest.mark.parametrize("schedule", schedules.NAMES)
+def test_v3_may_have_as_many_stages_as_in_the_paper_and_fewer(schedule, pipe):
+    config = settings.load_config(ROOT / "configs/v3_671b.py")
+    sizes = {"fsdp": 1, "expert": 64, "pipe": pipe}
+    changes = ["train.micro_batch_size=64", f"mesh.schedule={schedule}"]
+    changes += [f"mesh.{axis}={size}" for axis, size in sizes.items()]
+    config = settings.override(config, changes)
+    mesh = describe_mesh(sizes)
+    pipelined_step.check(config, mesh)
+    _abstract(config, mesh)  # every array divides over the devices
 
 
 def test_every_size_of_a_growing_batch_is_checked():
