@@ -52,6 +52,7 @@ def bring(stored: Tree, specs: Tree, placed: np.ndarray) -> Tree:
     rows = np.maximum(placed, 0).reshape(-1)
 
     def move(x: jax.Array, dim: int) -> jax.Array:
+        assert dim != 0, "the layers' own dimension is not split where they are stored"
         if dim == NONE:
             return x[jnp.asarray(rows).reshape(len(placed), -1)[jax.lax.axis_index(PIPE)]]
         return jax.lax.all_to_all(x[rows], PIPE, 0, dim, tiled=True)
@@ -104,9 +105,7 @@ def _by_hand(
 
 
 def _pipe_dim(spec: PartitionSpec) -> int:
-    found = [dim for dim, entry in enumerate(spec) if PIPE in split_over(entry)]
-    assert found != [0], "layers are brought to ranks along another dimension than their own"
-    return found[0] if found else NONE
+    return next((dim for dim, entry in enumerate(spec) if PIPE in split_over(entry)), NONE)
 
 
 def _without_pipe(spec: PartitionSpec) -> PartitionSpec:

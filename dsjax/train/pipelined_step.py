@@ -144,7 +144,7 @@ def _pieces(declared: Transformer, objective: Objective, knobs: Knobs) -> pipeli
         model = _merge(structure, body, [_cut(state, declared.body)[1] for state in whole])
         layers = getattr(model, declared.body)
         context = read(model, inputs)[1]
-        x_BTD, routing = run_layers(layers, x_BTD, context, balance, remat, present_L)
+        x_BTD, routing = run_layers(layers, x_BTD, context, balance, remat, present_L=present_L)
         if routing is None:
             return x_BTD, jnp.float32(0), {}
         weighted_L = routing.balance_loss * inputs[1].balance

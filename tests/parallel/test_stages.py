@@ -75,6 +75,15 @@ def test_what_all_ranks_need_is_gathered(arrays):
         assert {shard.data.shape for shard in found[name].addressable_shards} == {(3, 2, 4)}
 
 
+def test_an_array_that_only_the_pipeline_splits_is_gathered():
+    mesh = make_mesh(MESH, 8)
+    with jax.set_mesh(mesh):
+        stored = jax.device_put(jnp.arange(8.0), NamedSharding(mesh, PartitionSpec("pipe")))
+        found = jax.jit(lambda x: stages.gather(x, PartitionSpec("pipe")))(stored)
+    np.testing.assert_array_equal(found, np.arange(8.0))
+    assert found.sharding.is_fully_replicated
+
+
 def test_nothing_is_gathered_over_other_axes_on_the_way(arrays):
     """The compiler would put together what other axes split, and 671B would not fit."""
     stored, specs = arrays
