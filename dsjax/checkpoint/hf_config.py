@@ -165,6 +165,8 @@ def to_hf(
         "architectures": [declared.architecture],
         "model_type": family,
         **(section or text),
+        # Not read back: V3 publishes 0.02 and was trained with 0.006.
+        "initializer_range": model.init_std,
         "use_cache": True,
         "torch_dtype": dtype,
     }

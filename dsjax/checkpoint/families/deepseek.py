@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from dsjax.checkpoint.families.family import EQUAL_HEADS, EXPERTS, GQA, TEXT, Family, gqa_rules
+from dsjax.checkpoint.families.family import (
+    EQUAL_HEADS,
+    EXPERTS,
+    GQA,
+    GQA_NEUTRAL,
+    TEXT,
+    Family,
+    gqa_rules,
+)
 from dsjax.checkpoint.families.table import field, fixed
 
 DEEPSEEK = Family(
@@ -27,4 +35,5 @@ DEEPSEEK = Family(
         fixed("topk_method", "greedy", written=False),
     ),
     attention=gqa_rules,
+    neutral=GQA_NEUTRAL,
 )

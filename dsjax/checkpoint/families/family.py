@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsjax.checkpoint.families.rope import ROPE
-from dsjax.checkpoint.families.table import Fields, Row, Values, field, fixed, written
+from dsjax.checkpoint.families.table import Fields, Row, Values, field, fixed
 from dsjax.config import ModelConfig
 
 
@@ -101,16 +101,15 @@ TEXT = (
     field("intermediate_size", "inter_dim"),
     field("num_hidden_layers", "n_layers"),
     field("num_attention_heads", "n_heads"),
-    fixed("hidden_act", "silu"),
+    fixed("hidden_act", "silu", "swish"),
     field("max_position_embeddings", "max_seq_len"),
     field("rms_norm_eps", "norm_eps"),
-    # V3 publishes 0.02 and was trained from 0.006, so it is not read.
-    written("initializer_range", "init_std"),
     field("tie_word_embeddings", "tie_embed", False),
     fixed("attention_dropout", 0.0),
     # An embedding model made of a causal one says false here and has the same tensors.
     fixed("is_causal", True, written=False),
     fixed("use_rope", True, written=False),
+    fixed("partial_rotary_factor", 1, written=False),
     ROPE,
 )
 
@@ -134,34 +133,22 @@ def _equal_heads(values: Mapping[str, Any]) -> int:
     return values["dim"] // max(values["n_heads"], 1)
 
 
+def _full_attention(values: Mapping[str, Any]) -> list[str]:
+    return ["full_attention"] * min(values["n_layers"], 10_000)  # the number may be nonsense
+
+
 def _read_equal_heads(fields: Fields, values: Values) -> None:
     values["head_dim"] = _equal_heads(values)
     fields.fixed("head_dim", values["head_dim"])
 
 
-def _read_sliding_window(fields: Fields, values: Values) -> None:
-    if not fields.values.get("use_sliding_window"):
-        fields.seen.add("sliding_window")  # a width that the switch turns off
-
-
-def _read_layer_types(fields: Fields, values: Values) -> None:
-    kinds, layers = fields.values.get("layer_types"), values["n_layers"]
-    if isinstance(kinds, list) and kinds == ["full_attention"] * min(layers, len(kinds) + 1):
-        fields.seen.add("layer_types")
-    elif kinds is not None:
-        fields.seen.add("layer_types")
-        fields.problems.append(
-            f"{fields.place}.layer_types={str(kinds)[:80]} is not supported, only {layers} times "
-            "'full_attention'"
-        )
-
-
 # Grouped-query attention, and the width of its heads where a family may choose it.
 GQA = (
     field("num_key_value_heads", "n_kv_heads", _heads, value=lambda model: model.kv_heads),
-    Row(_read_sliding_window, lambda model: {}),
-    Row(_read_layer_types, lambda model: {}),
+    fixed("layer_types", _full_attention, written=False),
 )
+# A width that `use_sliding_window` turns off, and that switch is refused where it is on.
+GQA_NEUTRAL = frozenset({"sliding_window"})
 HEAD_DIM = Row(
     lambda fields, values: values.update(
         head_dim=fields.read("head_dim", "int", _equal_heads(values))

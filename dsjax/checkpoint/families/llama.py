@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsjax.checkpoint.families.family import GQA, HEAD_DIM, TEXT, Family, gqa_rules
+from dsjax.checkpoint.families.family import GQA, GQA_NEUTRAL, HEAD_DIM, TEXT, Family, gqa_rules
 from dsjax.checkpoint.families.table import fixed
 
 LLAMA = Family(
@@ -11,4 +11,5 @@ LLAMA = Family(
     constants={"attention": "gqa"},
     rows=(*TEXT, *GQA, HEAD_DIM, fixed("attention_bias", False), fixed("mlp_bias", False)),
     attention=gqa_rules,
+    neutral=GQA_NEUTRAL,
 )

@@ -4,7 +4,7 @@ of config.json says.
 
 from __future__ import annotations
 
-from dsjax.checkpoint.families.family import GQA, HEAD_DIM, TEXT, Family, gqa_rules
+from dsjax.checkpoint.families.family import GQA, GQA_NEUTRAL, HEAD_DIM, TEXT, Family, gqa_rules
 from dsjax.checkpoint.families.table import fixed
 
 QWEN2 = Family(
@@ -21,4 +21,5 @@ QWEN2 = Family(
         fixed("mlp_bias", False, written=False),
     ),
     attention=gqa_rules,
+    neutral=GQA_NEUTRAL,
 )

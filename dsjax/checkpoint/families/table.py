@@ -64,9 +64,10 @@ class Fields:
             value == choice and isinstance(value, bool) == isinstance(choice, bool)
             for choice in supported
         ):
-            choices = " or ".join(repr(choice) for choice in supported)
-            wanted = f", only {choices}" if supported else ""
-            self.problems.append(f"{self.place}.{name}={value!r} is not supported{wanted}")
+            choices = " or ".join(repr(choice)[:80] for choice in supported)
+            self.problems.append(
+                f"{self.place}.{name}={repr(value)[:80]} is not supported, only {choices}"
+            )
 
     def refuse_rest(self, neutral: frozenset[str] = frozenset()) -> None:
         """Refuses the fields that nothing has read and that switch something on.
@@ -142,10 +143,3 @@ def fixed(key: str, *supported: Any, ours: str = "", written: bool = True) -> Ro
         return {key: supported[0](vars(model)) if callable(supported[0]) else supported[0]}
 
     return Row(read, write)
-
-
-def written(key: str, ours: str) -> Row:
-    """Returns the row of a field that is written and does not come back."""
-    return Row(
-        lambda fields, values: fields.seen.add(key), lambda model: {key: getattr(model, ours)}
-    )

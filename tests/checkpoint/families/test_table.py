@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsjax.checkpoint.families.table import Fields, field, fixed, written
+from dsjax.checkpoint.families.table import Fields, field, fixed
 from dsjax.config import ModelConfig
 
 MODEL = ModelConfig(
@@ -56,12 +56,6 @@ def test_fixed_field_is_one_of_few_values():
         "config.json.heads=3 is not supported, only 2"
     ]
     assert heads.write(MODEL) == {"heads": 2}
-
-
-def test_written_field_does_not_come_back():
-    row = written("initializer_range", "init_std")
-    assert read(row, {"initializer_range": 9.0}) == ({}, [], {"initializer_range"})
-    assert row.write(MODEL) == {"initializer_range": 0.006}
 
 
 @pytest.mark.parametrize("off", [None, False, [], {}, ""])
