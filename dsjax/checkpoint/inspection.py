@@ -83,7 +83,7 @@ def summarize(
     """
     if expect:
         implied = implied_by(path, overrides)
-        return _described(path, implied, list(published(*implied)), None)
+        return _described(path, implied, list(published(implied)), None)
     check_kind(path)
     return _inspect_hf(path, overrides) if is_hf(path) else _inspect_ours(path, overrides)
 
@@ -108,14 +108,15 @@ def implied_by(path: Path, overrides: Mapping[str, Any] | None = None) -> Implie
     return Implied(family, model, _stored_dtype(config, path), block)
 
 
-def published(
-    family: str, model: ModelConfig, dtype: np.dtype, block: tuple[int, int] | None
-) -> Iterator[Entry]:
-    """Yields every tensor of a model as DeepSeek publishes it.
+def published(implied: Implied, *, copies: bool = True) -> Iterator[Entry]:
+    """Yields every tensor of a model as DeepSeek publishes it, the copies in MTP layers on request.
 
     With `block`, linear weights are in FP8 with scales; the router's bias is always float32.
     """
+    family, model, dtype, block = implied
     for tensor in names.tensors(model, family):
+        if tensor.is_copy and not copies:
+            continue
         if tensor.quantized and block:
             yield Entry(tensor.name, FP8, tensor.shape)
             yield Entry(scale_name(tensor.name), FLOAT32, scale_shape(tensor.shape, block))
@@ -125,13 +126,11 @@ def published(
 
 def _stored_dtype(config: Mapping[str, Any], path: Path) -> np.dtype:
     """Returns the dtype in a config.json, or bfloat16, DeepSeek's choice, if it names none."""
-    for field in ("torch_dtype", "dtype"):
-        value = config.get(field)
-        if value is not None:
-            if not isinstance(value, str) or value.removeprefix("torch.") not in _STORED:
-                raise ValueError(f"{path}: {field}={value!r} is not one of {', '.join(_STORED)}")
-            return _STORED[value.removeprefix("torch.")]
-    return BFLOAT16
+    field = "dtype" if config.get("torch_dtype") is None else "torch_dtype"
+    name = config.get(field) or "bfloat16"
+    if str(name).removeprefix("torch.") not in _STORED:
+        raise ValueError(f"{path}: {field}={name!r} is not one of {', '.join(_STORED)}")
+    return _STORED[name.removeprefix("torch.")]
 
 
 def _inspect_hf(path: Path, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -145,7 +144,7 @@ def _inspect_hf(path: Path, overrides: Mapping[str, Any] | None) -> dict[str, An
     model, left_out = reconcile(implied.model, implied.family, files)
     tensors = {name: info for name, info in files.tensors.items() if name not in left_out}
     _, mismatches = compare(model, implied.family, implied.block, tensors)
-    expected = list(published(*implied._replace(model=model)))
+    expected = list(published(implied._replace(model=model)))
     order = {entry.name: number for number, entry in enumerate(expected)}
     found = [Entry(info.name, info.dtype, info.shape) for info in tensors.values()]
     found.sort(key=lambda entry: order.get(entry.name, len(order)))
@@ -175,9 +174,7 @@ def _inspect_ours(path: Path, overrides: Mapping[str, Any] | None) -> dict[str, 
                 scales = scale_shape(tensor.shape, weights.block)
                 found.append(Entry(scale_name(tensor.name), FLOAT32, scales))
     implied = Implied(checkpoint.family, checkpoint.model, checkpoint.dtype, weights.block)
-    copies = {row.name for row in names.tensors(implied.model, implied.family) if row.is_copy}
-    expected = [entry for entry in published(*implied) if entry.name not in copies]
-    summary = _described(path, implied, expected, found)
+    summary = _described(path, implied, list(published(implied, copies=False)), found)
     summary["found"] |= {"mtp_layers": checkpoint.model.n_mtp}
     return summary
 
@@ -212,21 +209,26 @@ def _described(
     }
 
 
-def _totals(entries: Iterable[Entry]) -> dict[str, Any]:
-    dtypes: dict[str, dict[str, int]] = {}
-    count = total = scales = 0
+def _totals(entries: Sequence[Entry]) -> dict[str, Any]:
+    by_dtype: dict[str, list[Entry]] = {}
     for entry in entries:
-        of_dtype = dtypes.setdefault(entry.dtype.name, {"tensors": 0, "values": 0, "bytes": 0})
-        of_dtype["tensors"] += 1
-        of_dtype["values"] += math.prod(entry.shape)
-        of_dtype["bytes"] += entry.n_bytes
-        count, total = count + 1, total + entry.n_bytes
-        scales += entry.name.endswith("_scale_inv")
+        by_dtype.setdefault(entry.dtype.name, []).append(entry)
+
+    def total(some: Iterable[Entry]) -> int:
+        return sum(entry.n_bytes for entry in some)
+
     return {
-        "tensor_count": count,
-        "total_bytes": total,
-        "scale_tensors": scales,
-        "dtypes": dict(sorted(dtypes.items())),
+        "tensor_count": len(entries),
+        "total_bytes": total(entries),
+        "scale_tensors": sum(entry.name.endswith("_scale_inv") for entry in entries),
+        "dtypes": {
+            name: {
+                "tensors": len(some),
+                "values": sum(math.prod(entry.shape) for entry in some),
+                "bytes": total(some),
+            }
+            for name, some in sorted(by_dtype.items())
+        },
     }
 
 

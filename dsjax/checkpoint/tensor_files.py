@@ -88,12 +88,10 @@ class TensorFolder:
 
     Attributes:
       tensors: by name.
-      total_bytes: of all tensors, excluding headers.
     """
 
     def __init__(self, path: Path, tensors: dict[str, TensorInfo], sizes: dict[Path, int]):
         self.path, self.tensors, self._sizes = path, tensors, sizes
-        self.total_bytes = sum(tensor.n_bytes for tensor in tensors.values())
 
     @property
     def files(self) -> list[Path]:
@@ -149,7 +147,9 @@ def open_folder(path: Path) -> TensorFolder:
       ValueError: there are no such files (pickled ones are refused), or files, headers and index
         are incomplete or disagree; every problem is listed.
     """
-    names = _listing(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder of safetensors files; name the folder itself")
+    names = sorted(os.listdir(path))
     found = [name for name in names if name.endswith(".safetensors")]
     if not found:
         raise ValueError(_without_safetensors(path, names))
@@ -272,12 +272,6 @@ def write_index(folder: Path, shards: Sequence[Shard]) -> None:
     total = sum(tensor.n_bytes for shard in shards for tensor in shard.tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / INDEX, index)
-
-
-def _listing(path: Path) -> list[str]:
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a folder of safetensors files; name the folder itself")
-    return sorted(os.listdir(path))
 
 
 def _without_safetensors(path: Path, names: Sequence[str]) -> str:

@@ -48,7 +48,7 @@ import tensorstore as ts
 
 from dsjax.checkpoint.manifest import File, Guard
 from dsjax.checkpoint.names import Tensor
-from dsjax.checkpoint.slices import Dequantized, Index, Leaf, Tensors, read_slice, transpose_into
+from dsjax.checkpoint.slices import Dequantized, Leaf, Tensors, transpose_into
 from dsjax.files import open_regular, read_json, sync_folder, write_json
 
 Name = tuple[str, ...]
@@ -232,18 +232,6 @@ class Weights:
             return tensors
         assert self.block, self.folder
         return Dequantized(tensors, self._arrays[scales_name(name)], self.block)
-
-    def read(self, name: Name, index: Index, dtype: np.dtype | None = None) -> np.ndarray:
-        """Reads leaf[index] in our orientation; `index` has a slice or an integer per dimension.
-
-        Args:
-          dtype: to cast to; None: as stored, or float32 if dequantized.
-
-        Raises:
-          ValueError: chunks are missing or damaged.
-        """
-        tensors = self.tensors(name)
-        return read_slice(tensors, index, dtype or tensors.leaf.dtype)
 
     def read_published(self, name: Name, slot: tuple[int, ...], transpose: bool) -> np.ndarray:
         """Reads one slot as stored, in published orientation, C-contiguous.

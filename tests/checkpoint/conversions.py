@@ -6,12 +6,15 @@ import hashlib
 import io
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from dsjax.checkpoint import manifest
 from dsjax.checkpoint.exporting import export_checkpoint
 from dsjax.checkpoint.importing import import_checkpoint
+from dsjax.checkpoint.slices import Index, read_slice
 from dsjax.checkpoint.staging import Converted
+from dsjax.checkpoint.weights import Name, Weights
 from dsjax.display import Transfer
 
 
@@ -21,6 +24,12 @@ def bring_in(source: Path, target: Path, dtype: str = "keep") -> Converted:
 
 def send_out(source: Path, target: Path, dtype: str = "keep") -> Converted:
     return export_checkpoint(source, target, dtype=dtype, progress=quiet())
+
+
+def read(weights: Weights, name: Name, index: Index, dtype: np.dtype | None = None) -> np.ndarray:
+    """Reads leaf[index] of open weights, in the dtype it is stored in, or another."""
+    tensors = weights.tensors(name)
+    return read_slice(tensors, index, dtype or tensors.leaf.dtype)
 
 
 def quiet() -> Transfer:

@@ -18,7 +18,7 @@ from dsjax.checkpoint.hf_folder import FP8, open_hf, scale_name
 from dsjax.checkpoint.load import open_checkpoint
 from dsjax.checkpoint.weights import Weights, leaf_name, scales_name
 from tests import closeness
-from tests.checkpoint.conversions import bring_in, hashes
+from tests.checkpoint.conversions import bring_in, hashes, read
 from tests.checkpoint.hf_files import BLOCK, in_fp8, plain, quantization, write
 from tests.checkpoint.kill_points import kill_at
 from tests.golden.cases import CASES, ORACLE_CASES
@@ -84,7 +84,7 @@ def test_import_in_fp8_quantizes_what_is_published_in_fp8(tmp_path):
         stored = FP8 if row.quantized else np.float32 if row.keep_float32 else BFLOAT16
         assert weights.leaves[name].dtype == stored, row.name
         everything = (*row.slot, *(slice(None) for _ in row.shape))
-        got = weights.read(name, everything, np.dtype(np.float32))
+        got = read(weights, name, everything, np.dtype(np.float32))
         level = closeness.FP8 if row.quantized else closeness.BF16
         closeness.assert_close(got, want.T if row.transpose else want, level, row.name)
 

@@ -17,6 +17,7 @@ from dsjax.checkpoint import store, weights
 from dsjax.checkpoint.names import Tensor
 from dsjax.checkpoint.slices import Leaf
 from dsjax.checkpoint.weights import Weights, WeightsWriter, leaf_name, scales_name
+from tests.checkpoint.conversions import read
 from tests.closeness import EXACT, assert_close
 
 FLOAT32 = np.dtype(np.float32)
@@ -84,9 +85,9 @@ def folder(tmp_path_factory):
 def test_weights_read_back_bitwise(folder, name):
     opened = Weights(folder)
     assert opened.leaves[name] == LEAVES[name]
-    assert_close(opened.read(name, everything(name)), array(name), EXACT)
+    assert_close(read(opened, name, everything(name)), array(name), EXACT)
     index = (slice(1, 2), slice(3, 8))
-    assert_close(opened.read(name, index), array(name)[index], EXACT)
+    assert_close(read(opened, name, index), array(name)[index], EXACT)
 
 
 @pytest.mark.parametrize("name", list(LEAVES), ids=".".join)
@@ -110,10 +111,10 @@ def test_weights_dequantize_fp8_with_the_scales_of_each_block(folder):
     values, scales = array(EXPERTS).astype(FLOAT32), array(scales_name(EXPERTS))
     want = values * np.repeat(np.repeat(scales, 3, axis=2), 4, axis=3)[:, :, :12, :8]
     opened = Weights(folder)
-    assert_close(opened.read(EXPERTS, everything(EXPERTS)), want, EXACT)
+    assert_close(read(opened, EXPERTS, everything(EXPERTS)), want, EXACT)
     index = (1, slice(1, 3), slice(2, 10), slice(3, 7))
-    assert_close(opened.read(EXPERTS, index), want[index], EXACT)
-    assert_close(opened.read(EXPERTS, index, BFLOAT16), want[index].astype(BFLOAT16), EXACT)
+    assert_close(read(opened, EXPERTS, index), want[index], EXACT)
+    assert_close(read(opened, EXPERTS, index, BFLOAT16), want[index].astype(BFLOAT16), EXACT)
 
 
 def test_weights_read_only_the_rows_of_a_slice(folder, monkeypatch):
@@ -124,7 +125,7 @@ def test_weights_read_only_the_rows_of_a_slice(folder, monkeypatch):
         return rows(self, slot, start, stop)
 
     monkeypatch.setattr(weights._Chunks, "rows", counted)
-    Weights(folder).read(HEAD, (slice(None), slice(5, 10)))
+    read(Weights(folder), HEAD, (slice(None), slice(5, 10)))
     assert reads == [((8, 20), (), 5, 10)]
 
 
@@ -172,7 +173,7 @@ def test_weights_that_are_written_again_are_not_whole_meanwhile(tmp_path):
     with pytest.raises(ValueError, match="not a complete checkpoint"):
         Weights(tmp_path)
     again.finish()  # the chunks are still there
-    assert_close(Weights(tmp_path).read(NORM, everything(NORM)), array(NORM), EXACT)
+    assert_close(read(Weights(tmp_path), NORM, everything(NORM)), array(NORM), EXACT)
 
 
 def test_weights_finish_only_when_every_slot_is_written(tmp_path):
@@ -204,10 +205,10 @@ def test_weights_refuse_a_chunk_that_is_cut_short_or_missing(tmp_path):
     path = tmp_path / ".".join(NORM) / "1.0"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"norm\.weight/1\.0 ends before its tensor does"):
-        Weights(tmp_path).read(NORM, everything(NORM))
+        read(Weights(tmp_path), NORM, everything(NORM))
     path.unlink()
     with pytest.raises(ValueError, match=r"norm\.weight/1\.0 does not exist"):
-        Weights(tmp_path).read(NORM, everything(NORM))
+        read(Weights(tmp_path), NORM, everything(NORM))
 
 
 @pytest.mark.parametrize(
@@ -267,9 +268,9 @@ def test_weights_read_a_run(run_state):
         name: value.shape for name, value in params.items()
     }
     index = (1, slice(1, 4), slice(3, 20), slice(5, 9))
-    assert_close(opened.read(("params", "w_up"), index), params["w_up"][index], EXACT)
+    assert_close(read(opened, ("params", "w_up"), index), params["w_up"][index], EXACT)
     whole = (slice(None), slice(None))
-    got = opened.read(("params", "embed"), whole, BFLOAT16)
+    got = read(opened, ("params", "embed"), whole, BFLOAT16)
     assert_close(got, params["embed"].astype(BFLOAT16), EXACT)
     for slot in ((0, 1), (1, 3)):
         got = opened.read_published(("params", "w_up"), slot, True)

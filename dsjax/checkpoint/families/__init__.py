@@ -1,9 +1,9 @@
-"""The families of published checkpoints, one a file, found by config.json's `model_type`.
+"""The families of published checkpoints, one per file, looked up by config.json's `model_type`.
 
-llama.py, qwen2.py, deepseek.py (DeepSeekMoE), deepseek_v2.py, deepseek_v3.py and kimi_k2.py each
-declare a `Family`: the rows of its config.json and the names of its tensors, both two-way.
-family.py has that class and what families share, table.py the kinds of rows, rope.py the one for
-rope settings. A further family is a further file and a name in `_ALL`.
+Each of llama.py, qwen2.py, deepseek.py (DeepSeekMoE), deepseek_v2.py, deepseek_v3.py and kimi_k2.py
+declares one `Family`: the rows of its config.json and the names of its tensors, both two-way.
+family.py defines `Family` and the parts that families share; table.py defines rows, rope.py the row
+for rope settings. To add a family, add a file and an entry in `_ALL`.
 """
 
 from dsjax.checkpoint.families.deepseek import DEEPSEEK
@@ -20,10 +20,10 @@ FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 
 def find(name: object) -> Family:
-    """Finds a family by its name, config.json's `model_type`.
+    """Returns the family with this name, config.json's `model_type`.
 
     Raises:
-      ValueError: there is none of that name.
+      ValueError: the name is not that of a family.
     """
     if isinstance(name, str) and name in FAMILIES:
         return FAMILIES[name]
@@ -31,7 +31,8 @@ def find(name: object) -> Family:
 
 
 def family_for(model: ModelConfig) -> str:
-    """Chooses the family to publish a model as: the first that names its tensors."""
+    """Returns the name of the family to publish a model as: the first that can name its tensors."""
     fits = [name for name, family in FAMILIES.items() if family.names(model)]
-    # None has names for, say, Llama's attention with V3's router; writing such a model is refused.
+    # No family has names for, say, Llama's attention with V3's router. Such a model can be loaded;
+    # exporting it is refused.
     return fits[0] if fits else "deepseek" if model.attention == "gqa" else "deepseek_v3"

@@ -1,4 +1,4 @@
-"""DeepSeekMoE 16B: Llama's attention, experts chosen by softmax without groups or scaling."""
+"""DeepSeekMoE 16B: Llama's attention; experts chosen by softmax, without groups or scaling."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""DeepSeek-V2, V2-Lite, V2.5 and Coder-V2: MLA, experts chosen by softmax, in groups or not.
+"""DeepSeek-V2, V2-Lite, V2.5 and Coder-V2: MLA; experts chosen by softmax, with or without groups.
 
-Nothing is guessed from a model's name: the two published values of mscale, for one, differ between
-checkpoints of the same shape. `norm_topk_prob` is refused: DeepSeek's code then drops
-`routed_scaling_factor`, transformers ignores the switch.
+Nothing is inferred from a model's name: the published values of mscale, for example, differ between
+checkpoints of the same shape. `norm_topk_prob` is refused because loaders disagree: with it,
+DeepSeek's code ignores `routed_scaling_factor`, and transformers ignores the switch itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dsjax.config import ModelConfig
 
 def _read_groups(fields: Fields, values: Values) -> None:
     if fields.read("topk_method", "str") == "greedy":
-        fields.seen |= {"n_group", "topk_group"}  # this method does not read them
+        fields.seen |= {"n_group", "topk_group"}  # without effect for this method
         return
     fields.fixed("topk_method", "greedy", "group_limited_greedy")
     values["n_expert_groups"] = fields.read("n_group", "int")
@@ -41,7 +41,7 @@ DEEPSEEK_V2 = Family(
     rows=(
         *TEXT,
         *MLA,
-        fixed("use_mla", True, written=False),  # VL2-Tiny says false, and has plain heads
+        fixed("use_mla", True, written=False),  # false in VL2-Tiny, which has plain heads
         *EXPERTS,
         fixed("scoring_func", "softmax", ours="score_func"),
         fixed("norm_topk_prob", False, ours="norm_topk"),

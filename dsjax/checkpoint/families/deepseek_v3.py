@@ -1,4 +1,4 @@
-"""DeepSeek-V3, V3.1 and R1, and Moonlight: MLA, experts chosen by sigmoid with a bias for balance,
+"""DeepSeek-V3, V3.1, R1 and Moonlight: MLA; experts chosen by sigmoid scores plus a balancing bias;
 multi-token prediction.
 """
 
@@ -26,7 +26,7 @@ DEEPSEEK_V3 = Family(
         field("n_group", "n_expert_groups"),
         field("topk_group", "n_limited_groups"),
         fixed("topk_method", "noaux_tc"),
-        # transformers 5 has the second name for it.
+        # The alias is transformers 5's name.
         field("num_nextn_predict_layers", "n_mtp", 0, alias="num_mtp_layers"),
     ),
     attention=mla_rules,

@@ -1,5 +1,5 @@
-"""What a family declares, and the parts that several families share: rows of config.json and rules
-that name tensors.
+"""The declaration of a family, and the parts that families share: rows of config.json, and rules that
+name tensors.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from dsjax.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A tensor of a layer: name and leaf relative to the layer, shape as published."""
+    """Names a tensor of a layer: name and leaf relative to the layer, shape as published."""
 
     name: str
     path: tuple[str, ...]
     shape: tuple[int, ...]
-    expert: bool = False  # one tensor per expert; `name` has the place of its number
+    expert: bool = False  # one tensor per expert; `name` contains `{expert}`
     keep_float32: bool = False
 
     @property
@@ -29,25 +29,24 @@ class Rule:
 
     @property
     def quantized(self) -> bool:
-        """Every projection; of a layer's other matrices there is only the router's gate."""
+        """True for projections; the only other matrix of a layer is the router's gate."""
         return self.name.endswith("_proj.weight") or "_proj_with_mqa." in self.name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """How a family's checkpoints say what model they hold, and what they call its tensors.
+    """Describes the config.json and the tensor names of a family of checkpoints.
 
     Attributes:
       name: config.json's `model_type`.
-      constants: fields of ModelConfig that are the same in every model of the family.
+      constants: fields of ModelConfig with the same value in every model of the family.
       rows: the other fields, two-way.
-      attention: names the tensors of a layer's attention.
-      mtp: whether it publishes multi-token prediction modules.
-      neutral: fields of config.json that do not change what the model computes, beyond those of
-        every family.
-      section: the object in config.json that describes the language model, where it is one part of
-        several; None: config.json itself.
-      prefix: what the tensors of the language model begin with, such as `language.`.
+      attention: returns the rules for a layer's attention.
+      mtp: the family has multi-token prediction modules.
+      neutral: further fields of config.json that do not change what the model computes.
+      section: the object in config.json that describes the language model, if the language model
+        is part of a larger one; None: config.json itself.
+      prefix: prefix of the names of the language model's tensors, such as `language.`.
     """
 
     name: str
@@ -65,7 +64,7 @@ class Family:
         return "router_bias" in self.constants
 
     def names(self, model: ModelConfig) -> bool:
-        """Whether the family has a name for each tensor of a model."""
+        """Tells whether the family has a name for each tensor of a model."""
         wanted = {"qkv_bias": False, "router_bias": False} | dict(self.constants)
         if not model.n_routed_experts:
             del wanted["router_bias"]
@@ -77,7 +76,7 @@ class Family:
         )
 
     def layer(self, model: ModelConfig, *, moe: bool) -> list[Rule]:
-        """Names the tensors of a layer, in the order of publication."""
+        """Returns the rules for a layer, in published order."""
         dim = model.dim
         dense = ffn_rules("mlp.", ("ffn",), dim, model.inter_dim)
         return [
@@ -88,7 +87,7 @@ class Family:
         ]
 
 
-# Rows of config.json. Order matters where the default of a field is made of another.
+# Rows of config.json. A default may depend on fields of earlier rows.
 
 
 def _heads(values: Mapping[str, Any]) -> int:
@@ -106,7 +105,7 @@ TEXT = (
     field("rms_norm_eps", "norm_eps"),
     field("tie_word_embeddings", "tie_embed", False),
     fixed("attention_dropout", 0.0),
-    # An embedding model made of a causal one says false here and has the same tensors.
+    # False in embedding models derived from causal ones, whose tensors look the same.
     fixed("is_causal", True, written=False),
     fixed("use_rope", True, written=False),
     fixed("partial_rotary_factor", 1, written=False),
@@ -125,7 +124,7 @@ MLA = (
     field("qk_rope_head_dim", "qk_rope_head_dim"),
     field("v_head_dim", "v_head_dim"),
 )
-# The widths of MLA's heads are read one by one, whatever the file says of their sums.
+# Derived from the widths of MLA's heads, which are read individually.
 MLA_NEUTRAL = frozenset({"head_dim", "qk_head_dim"})
 
 
@@ -134,7 +133,9 @@ def _equal_heads(values: Mapping[str, Any]) -> int:
 
 
 def _full_attention(values: Mapping[str, Any]) -> list[str]:
-    return ["full_attention"] * min(values["n_layers"], 10_000)  # the number may be nonsense
+    return ["full_attention"] * min(
+        values["n_layers"], 10_000
+    )  # bounded: the number may be nonsense
 
 
 def _read_equal_heads(fields: Fields, values: Values) -> None:
@@ -142,12 +143,13 @@ def _read_equal_heads(fields: Fields, values: Values) -> None:
     fields.fixed("head_dim", values["head_dim"])
 
 
-# Grouped-query attention, and the width of its heads where a family may choose it.
+# Grouped-query attention. HEAD_DIM and EQUAL_HEADS are for families whose head width is free or
+# always dim / n_heads.
 GQA = (
     field("num_key_value_heads", "n_kv_heads", _heads, value=lambda model: model.kv_heads),
     fixed("layer_types", _full_attention, written=False),
 )
-# A width that `use_sliding_window` turns off, and that switch is refused where it is on.
+# Without effect unless `use_sliding_window` is true, which is refused.
 GQA_NEUTRAL = frozenset({"sliding_window"})
 HEAD_DIM = Row(
     lambda fields, values: values.update(
@@ -173,7 +175,7 @@ EXPERTS = (
 
 
 def mla_rules(model: ModelConfig) -> list[Rule]:
-    """Names the tensors of multi-head latent attention."""
+    """Returns the rules for multi-head latent attention."""
     dim, heads, latent, compressed = model.dim, model.n_heads, model.kv_lora_rank, model.q_lora_rank
     queries = heads * model.qk_head_dim
     if compressed:
@@ -196,7 +198,7 @@ def mla_rules(model: ModelConfig) -> list[Rule]:
 
 
 def gqa_rules(model: ModelConfig) -> list[Rule]:
-    """Names the tensors of grouped-query attention."""
+    """Returns the rules for grouped-query attention."""
     dim = model.dim
     queries, keys = model.n_heads * model.qk_head_dim, model.kv_heads * model.qk_head_dim
     rules = []
@@ -210,7 +212,7 @@ def gqa_rules(model: ModelConfig) -> list[Rule]:
 def ffn_rules(
     prefix: str, path: tuple[str, ...], dim: int, hidden: int, *, expert: bool = False
 ) -> list[Rule]:
-    """Names the three matrices of a feed-forward network."""
+    """Returns the rules for the three matrices of a feed-forward network."""
     return [
         Rule(f"{prefix}gate_proj.weight", (*path, "w_gate"), (hidden, dim), expert),
         Rule(f"{prefix}up_proj.weight", (*path, "w_up"), (hidden, dim), expert),
@@ -219,7 +221,7 @@ def ffn_rules(
 
 
 def moe_rules(model: ModelConfig) -> list[Rule]:
-    """Names the tensors of a mixture of experts: router, experts, shared experts."""
+    """Returns the rules for a mixture of experts: router, experts, shared experts."""
     dim, hidden, experts = model.dim, model.moe_inter_dim, model.n_routed_experts
     rules = [Rule("mlp.gate.weight", ("ffn", "gate", "weight"), (experts, dim))]
     if model.router_bias:

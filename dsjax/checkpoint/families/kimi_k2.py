@@ -1,4 +1,4 @@
-"""Kimi-K2: DeepSeek-V3's architecture and code under a name of its own."""
+"""Kimi-K2: the architecture of DeepSeek-V3 under its own `model_type`."""
 
 from __future__ import annotations
 

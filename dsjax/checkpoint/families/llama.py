@@ -1,4 +1,4 @@
-"""Llama: DeepSeek LLM, Coder, Math, and the R1 distills made of Llama 3."""
+"""Llama: DeepSeek LLM, Coder and Math, and the R1 distillations based on Llama 3."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Qwen2: the R1 distills made of Qwen2.5. Its queries, keys and values have biases, which no field
-of config.json says.
+"""Qwen2: the R1 distillations based on Qwen2.5. Queries, keys and values have biases, which no field of
+config.json mentions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ QWEN2 = Family(
         *GQA,
         HEAD_DIM,
         fixed("use_sliding_window", False),
-        # On top of the three biases this one would add a fourth, on the output.
+        # This switch would add a fourth bias, on the output projection.
         fixed("attention_bias", False, written=False),
         fixed("mlp_bias", False, written=False),
     ),

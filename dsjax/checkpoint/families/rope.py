@@ -1,7 +1,7 @@
-"""Rope settings of config.json: `rope_theta` and `rope_scaling`, or both as `rope_parameters`.
+"""Rope settings in config.json: `rope_theta` and `rope_scaling`, or both as `rope_parameters`.
 
-Where loaders disagree about a setting it is refused rather than read one way:
-1. YaRN with only one of `mscale` and `mscale_all_dim`: the missing one has two published defaults.
+Two settings are refused because loaders disagree about them:
+1. YaRN with only one of `mscale` and `mscale_all_dim`: the other has two published defaults.
 2. YaRN without `original_max_position_embeddings`: 4096 in DeepSeek's code,
    `max_position_embeddings` in transformers.
 """
@@ -16,7 +16,7 @@ from dsjax.checkpoint.families.table import REQUIRED, Fields, Row, Values
 from dsjax.config import ModelConfig
 
 _KINDS = ("default", "linear", "yarn", "llama3")
-_NEUTRAL = frozenset({"finetuned"})  # YaRN's own code writes it and reads it for another kind
+_NEUTRAL = frozenset({"finetuned"})  # written by YaRN's own code, which reads it for another kind
 
 
 def _read(fields: Fields, values: Values) -> None:
@@ -61,14 +61,14 @@ def _read_scaling(inner: Fields, values: Values) -> None:
     if kind in ("yarn", "llama3"):
         values["original_seq_len"] = inner.read("original_max_position_embeddings", "int")
     if kind != "default":
-        # transformers takes the ratio of the lengths for YaRN's factor where it is null.
+        # Where YaRN's factor is null, transformers uses the ratio of the lengths.
         ratio = values["max_seq_len"] / max(values.get("original_seq_len", 0), 1)
         values["rope_factor"] = inner.read("factor", "float", ratio if kind == "yarn" else REQUIRED)
     if kind == "llama3":
         values["low_freq_factor"] = inner.read("low_freq_factor", "float")
         values["high_freq_factor"] = inner.read("high_freq_factor", "float")
     if kind == "yarn":
-        # transformers takes 0 for absent, which leaves no division by zero.
+        # transformers treats 0 as absent; the formula would divide by it.
         values["beta_fast"] = inner.read("beta_fast", "float", 32.0) or 32.0
         values["beta_slow"] = inner.read("beta_slow", "float", 1.0) or 1.0
         values |= _temperature(inner, values)
@@ -77,9 +77,12 @@ def _read_scaling(inner: Fields, values: Values) -> None:
 
 
 def _temperature(inner: Fields, values: Values) -> dict[str, float]:
-    """Reads YaRN's attention temperature: `mscale_all_dim` for the scores, and the ratio of the
-    temperatures of `mscale` and `mscale_all_dim` for cos and sin. Without the two, cos and sin
-    carry it alone; `attention_factor` is that ratio in so many words, in place of `mscale`."""
+    """Reads YaRN's attention temperature.
+
+    Scores are scaled by the temperature of `mscale_all_dim`, cos and sin by the ratio of the
+    temperatures of `mscale` and `mscale_all_dim`. Without the two, cos and sin carry all of it.
+    `attention_factor` gives that ratio explicitly; it is expressed as the `mscale` that yields it.
+    """
     given = {name: inner.read(name, "float", 0.0) for name in ("mscale", "mscale_all_dim")}
     explicit = inner.read("attention_factor", "float", 0.0)
     if any(given.values()) and values["attention"] != "mla":
@@ -91,7 +94,7 @@ def _temperature(inner: Fields, values: Values) -> dict[str, float]:
         temperature = explicit * (step * given["mscale_all_dim"] + 1)
         if step:
             return given | {"mscale": (temperature - 1) / step}
-        inner.fixed("attention_factor", 1)  # all there is where the factor stretches nothing
+        inner.fixed("attention_factor", 1)  # no mscale can express another at a factor of 1
     elif any(given.values()) and not all(given.values()):
         inner.problems.append(
             f"{inner.place} has only one of mscale and mscale_all_dim, and their defaults differ "
@@ -101,11 +104,11 @@ def _temperature(inner: Fields, values: Values) -> dict[str, float]:
 
 
 def _write(model: ModelConfig) -> dict[str, Any]:
-    """The settings as published: `rope_theta` and `rope_scaling`, which every loader knows."""
+    """Returns the settings as `rope_theta` and `rope_scaling`, which every loader understands."""
     kind = model.rope_scaling
     if kind == "none":
         return {"rope_theta": model.rope_theta, "rope_scaling": None}
-    # DeepSeek's own code and older loaders read `type`, newer ones `rope_type`.
+    # DeepSeek's code and older loaders read `type`, newer ones `rope_type`.
     scaling: dict[str, Any] = {"type": kind, "rope_type": kind, "factor": model.rope_factor}
     if kind != "linear":
         scaling["original_max_position_embeddings"] = model.original_seq_len

@@ -1,7 +1,7 @@
-"""The rows of a family's table: what a field of config.json is in ModelConfig, and back.
+"""Rows of a family's table, each of which relates fields of config.json to fields of ModelConfig.
 
-A family lists `Row`s. Each reads its part of config.json into the values of a ModelConfig, and
-writes it from one, so that what one direction understands the other cannot fail to say.
+A row both reads its part of config.json into the values of a ModelConfig and writes it from a
+ModelConfig, so that the two directions cannot diverge.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 from dsjax.config import ModelConfig
 
 REQUIRED = object()
-MAX_INTEGER = 2**31 - 1  # shapes are made of them
-Values = dict[str, Any]  # of a ModelConfig, as far as read
+MAX_INTEGER = 2**31 - 1  # integers become shapes
+Values = dict[str, Any]  # fields of a ModelConfig read so far
 
-# Of a field's type: the JSON types that it takes, in words, and what stands in for a wrong one.
+# For each type of field: the JSON types it accepts, their description, and the value used in place
+# of an invalid one, so that reading can go on to find all problems.
 _KINDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
     "int": ((int,), "an integer", 0),
     "float": ((int, float), "a number", 0.0),
@@ -26,7 +27,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str, Any]] = {
 
 
 class Fields:
-    """Reads fields of a JSON object, remembers which, and collects what is wrong with them.
+    """Reads fields of a JSON object, records which were read, and collects problems.
 
     A field that is null counts as absent.
     """
@@ -36,7 +37,7 @@ class Fields:
         self.seen: set[str] = set()
 
     def read(self, name: str, kind: str, default: Any = REQUIRED) -> Any:
-        """Reads a field of a kind: int (not negative), float (finite), bool or str."""
+        """Reads a field of kind int (not negative), float (finite), bool or str."""
         self.seen.add(name)
         value: Any = self.values.get(name)
         if value is None and default is not REQUIRED:
@@ -70,9 +71,9 @@ class Fields:
             )
 
     def refuse_rest(self, neutral: frozenset[str] = frozenset()) -> None:
-        """Refuses the fields that nothing has read and that switch something on.
+        """Refuses fields that have not been read and that switch something on.
 
-        Null, false and what is empty switch nothing on. The few fields whose `false` changes the
+        Null, false and empty values switch nothing on. The few fields whose `false` does change the
         model (`is_causal`, `truncate`) have rows of their own.
         """
         unknown = sorted(
@@ -89,7 +90,7 @@ class Fields:
 
 
 class Row(NamedTuple):
-    """A part of config.json, in both directions."""
+    """A two-way relation between fields of config.json and of ModelConfig."""
 
     read: Callable[[Fields, Values], None]  # adds to the values of a ModelConfig
     write: Callable[[ModelConfig], dict[str, Any]]  # fields of config.json
@@ -103,12 +104,12 @@ def field(
     alias: str = "",
     value: Callable[[ModelConfig], Any] | None = None,
 ) -> Row:
-    """Returns the row of a field that says the same as one of ModelConfig's.
+    """Returns the row of a field that corresponds to one field of ModelConfig.
 
     Args:
-      default: what an absent field means, or a function of the values read before.
+      default: value if the field is absent, or a function of the values read so far.
       alias: another name of the field, read but not written.
-      value: what to write, where that is not the very value.
+      value: returns what to write, if not the value itself.
     """
     kind = str(ModelConfig.__dataclass_fields__[ours].type)
 
@@ -124,12 +125,13 @@ def field(
 
 
 def fixed(key: str, *supported: Any, ours: str = "", written: bool = True) -> Row:
-    """Returns the row of a field that may be absent, null or one of the values supported.
+    """Returns the row of a field that must be absent, null or one of the supported values.
 
     Args:
-      supported: a value, or a function of the values read before; the first is written.
-      ours: the field of ModelConfig to write instead, so that another value is refused by name.
-      written: False: only read.
+      supported: values, or functions of the values read so far; the first is written.
+      ours: field of ModelConfig to write instead, so that an unsupported value is refused by name
+        when it is read back.
+      written: False: the field is only read.
     """
 
     def read(fields: Fields, values: Values) -> None:
