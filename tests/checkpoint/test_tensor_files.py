@@ -499,3 +499,46 @@ def test_random_valid_files_are_read_right(tmp_path):
         folder = open_folder(tmp_path)
         for name, array in tensors.items():
             assert_same(folder.read(name), array)
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html><title>Sign in</title></html>", "a web page"),
+        (b"PK\x03\x04" + bytes(30), "a zip archive, as torch.save writes"),
+        (b"\x80\x02}q\x00(X\x01\x00\x00\x00aq", "a pickle"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(30), "a GGUF file"),
+        (b"Entry not found", "a server's message"),
+    ],
+)
+def test_shard_that_is_something_else_is_named(tmp_path, data, what):
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"model\.safetensors is .*{what}"):
+        open_folder(tmp_path)
+
+
+def test_lengths_that_look_like_another_format_are_read(tmp_path):
+    """A header of 0x280 bytes starts as a pickle does, one of 60 as a web page."""
+    for number, length in enumerate((0x280, 60)):
+        header = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+        header += b" " * (length - len(header))
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(length.to_bytes(8, "little") + header + b"\7")
+        assert open_folder(folder).read("a").tolist() == [7]
+
+
+def test_tensors_are_compared_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "_COMPARED_TOGETHER", 32)
+    tensor = np.arange(40, dtype=np.float32).reshape(10, 4)
+    nan = np.full_like(tensor, np.nan)
+    other = tensor.copy()
+    other[9, 3] += 1
+    held = {"a": tensor, "same": tensor, "half": tensor.astype(np.float16), "other": other}
+    save(tmp_path, held | {"nan": nan, "nan too": nan, "flat": tensor.reshape(-1)})
+    folder = open_folder(tmp_path)
+    assert (
+        folder.equal("a", "same") and folder.equal("a", "half") and folder.equal("nan", "nan too")
+    )
+    assert not any(folder.equal("a", name) for name in ("other", "nan", "flat"))

@@ -225,3 +225,16 @@ def test_vocab_check_names_both_sizes(trained):
     message = r"ids up to 299, too many for model\.vocab_size=299; set model\.vocab_size=300"
     with pytest.raises(ValueError, match=message):
         check_vocab(trained, 299)
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "run `git lfs pull`"),
+        (b"<html><body>Sign in</body></html>", "a web page"),
+    ],
+)
+def test_tokenizer_that_is_something_else_is_named(tmp_path, data, what):
+    (tmp_path / "tokenizer.json").write_bytes(data)
+    with pytest.raises(ValueError, match=rf"tokenizer\.json' is .*{what}"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))

@@ -1,5 +1,5 @@
-"""The declaration of a family, and the parts that families share: rows of config.json, and rules that
-name tensors.
+"""The declaration of a family, and the parts that families share: rows of config.json, and rules
+that name tensors.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Qwen2: the R1 distillations based on Qwen2.5. Queries, keys and values have biases, which no field of
-config.json mentions.
+"""Qwen2: the R1 distillations based on Qwen2.5. Queries, keys and values have biases, which
+config.json does not mention.
 """
 
 from __future__ import annotations
