@@ -252,7 +252,7 @@ def test_import_of_mixed_dtypes_is_refused_unless_cast(tmp_path):
     with pytest.raises(
         ValueError,
         match=r"experts\.0\.up_proj\.weight in bfloat16 and .*experts\.3\.up_proj\.weight in "
-        "float32; so they cannot be kept: use --dtype bfloat16, float32 or fp8",
+        "float32. So dtypes cannot be kept: use --dtype bfloat16, float32 or fp8",
     ):
         bring_in(tmp_path / "v3", tmp_path / "out")
     bring_in(tmp_path / "v3", tmp_path / "out", "bfloat16")

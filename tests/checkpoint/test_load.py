@@ -209,7 +209,7 @@ def test_model_runs_with_bfloat16_weights(name, tmp_path):
 
 def test_load_refuses_other_dtypes(folders):
     for dtype in ("float16", "int8", "a dtype"):
-        with pytest.raises(ValueError, match=rf"dtype='{dtype}' .*: bfloat16 or float32"):
+        with pytest.raises(ValueError, match=rf"dtype='{dtype}' .*in bfloat16 or float32"):
             dsjax.load(folders["hf"], dtype=dtype)
 
 
@@ -256,7 +256,9 @@ def test_converted_checkpoint_that_is_not_whole_is_refused(folders, tmp_path):
 
 def test_checkpoint_that_is_still_converted_is_refused(tmp_path):
     (tmp_path / "new.partial").mkdir()
-    with pytest.raises(ValueError, match=r"new does not exist.*new\.partial is a conversion to it"):
+    with pytest.raises(
+        ValueError, match=r"new does not exist.*new\.partial is an unfinished conversion to it"
+    ):
         open_checkpoint(tmp_path / "new")
 
 
