@@ -116,15 +116,12 @@ def run(
     layer_specs, outer_specs = specs
     everywhere, split = PartitionSpec(), PartitionSpec(PIPE)
     row = _Row(table.forward, table.backward, table.arrivals)
-    kinds = sum(
-        code * (work.microbatch != NONE).any(axis=1).astype(np.int32)
-        for code, work in ((1, table.forward), (2, table.backward))
-    )
-    tick = _Tick(kinds, table.to_owner, table.from_owner, table.leaves)
+    program = _Program(schedule, table, placed, pieces)
+    tick = _Tick(program.kinds, table.to_owner, table.from_owner, table.leaves)
     # Not checked for what differs between ranks (check_vma): all that the pieces compute does, and
     # they know nothing of this axis.
     found = jax.shard_map(
-        _Program(schedule, table, placed, pieces).run,
+        program.run,
         in_specs=(PartitionSpec(None, PIPE), everywhere, split, split, everywhere, everywhere),
         out_specs=Result(split, everywhere, split, everywhere),
         axis_names={PIPE},
@@ -173,6 +170,10 @@ class _Program:
         """Args: placed: int32 [ranks, chunks, n], the layers that each rank works on."""
         self.table, self.placed, self.pieces = table, placed, pieces
         self.n_ranks, self.n_microbatches = schedule.n_ranks, schedule.n_microbatches
+        forward, backward = (
+            (work.microbatch != NONE).any(axis=1) for work in (table.forward, table.backward)
+        )
+        self.kinds = (forward + 2 * backward).astype(np.int32)  # [ticks], of `_Tick`
         self.overlaps = any(len(slot) == 2 for order in schedule.orders for slot in order)
         self.slots: dict[Payload, int] = {
             ACTIVATION: table.activation_slots,
@@ -252,9 +253,11 @@ class _Program:
         messages: Arrays = {ACTIVATION: nothing, GRADIENT: nothing}
         if self.overlaps:
             both = [_same, forward, backward, lambda *given: backward(*forward(*given))]
-            messages, sums = jax.lax.switch(tick.kinds, both, messages, sums)
+            branches = [in_ticks(one, self.kinds == kind) for kind, one in enumerate(both)]
+            messages, sums = jax.lax.switch(tick.kinds, branches, messages, sums)
         else:
             for bit, compute in enumerate((forward, backward)):
+                compute = in_ticks(compute, self.kinds >> bit & 1)
                 on = (tick.kinds >> bit & 1) == 1
                 messages, sums = jax.lax.cond(on, compute, _same, messages, sums)
         for (payload, shift), work in here.arrivals.items():
@@ -263,6 +266,7 @@ class _Program:
             arrived = jax.lax.ppermute(sent, PIPE, pairs) if shift else sent
             waiting = self._store(waiting, payload, work, arrived)
         kept = self._to_owners(tick, messages, kept)
+        leave = in_ticks(leave, self.table.leaves != NONE)
         kept, sums = jax.lax.cond(tick.leaves != NONE, leave, _same, kept, sums)
         return (self._from_owners(tick, kept, waiting), kept, sums), None
 
@@ -353,6 +357,13 @@ class _Program:
             reports=_add_at(microbatch, sums.reports, _counted(on, report)),
         )
         return {**kept, GRADIENT: kept[GRADIENT].at[number].set(dy)}, sums
+
+
+def in_ticks(branch: Callable[..., Any], taken: np.ndarray) -> Callable[..., Any]:
+    """Names a branch after how many ticks take it, which profiles show and `dsjax.plan.operations`
+    counts by.
+    """
+    return jax.named_scope(f"{int(taken.sum())}_of_{len(taken)}_ticks")(branch)
 
 
 def _same(*operands: Any) -> Any:

@@ -9,6 +9,7 @@ product has as many rows as its experts get then, and a loop of unknown length i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,14 +39,30 @@ def _equation(equation: Any, devices: int, rows: float) -> float:
     if name == "pallas_call":
         return devices * _kernel(equation, rows)
     if name == "cond":
-        return min(_count(branch.jaxpr, devices, rows) for branch in params["branches"])
+        branches = [branch.jaxpr for branch in params["branches"]]
+        counts = [_count(branch, devices, rows) for branch in branches]
+        if any(shares := list(map(_share, branches))):
+            return sum(share * count for share, count in zip(shares, counts, strict=True))
+        return min(counts)
     if name == "shard_map":
         mesh, manual = params["mesh"], params["newly_manual_axes"]
         devices *= math.prod(mesh.shape[axis] for axis in manual)
         # One expert's rows come from all devices of the data axes, and so do its weights' parts.
-        rows /= math.prod(mesh.shape[axis] for axis in manual if axis != "expert")
+        # The ranks of a pipeline work on micro-batches and layers of their own.
+        others = [axis for axis in manual if axis not in ("expert", "pipe")]
+        rows /= math.prod(mesh.shape[axis] for axis in others)
     trips = params["length"] if name == "scan" else 1
     return trips * sum(_count(inner, devices, rows) for inner in _inner(params))
+
+
+def _share(branch: Any) -> float:
+    """The share of a loop's trips that take a branch, where the branch is named so (`in_ticks` of
+    `dsjax.parallel.pipeline`); else 0.
+    """
+    for equation in branch.eqns:
+        if found := re.search(r"(\d+)_of_(\d+)_ticks", str(equation.source_info.name_stack)):
+            return int(found[1]) / int(found[2])
+    return 0.0
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:

@@ -2,13 +2,18 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from dsjax.kernels.attention import splash_attention
 from dsjax.kernels.grouped_matmul import grouped_matmul, grouped_outer
 from dsjax.kernels.target import Target
+from dsjax.parallel import pipeline
+from dsjax.parallel.lockstep import NONE, lock_step
+from dsjax.parallel.pipeline import in_ticks
 from dsjax.plan import operations
+from tests.parallel import pipelines
 
 
 def shape(*sizes, dtype=jnp.bfloat16):
@@ -44,6 +49,44 @@ def test_conditional_counts_its_cheapest_branch():
         return jax.lax.cond(go, lambda: x @ x, lambda: x)
 
     assert count(maybe, shape(dtype=jnp.bool_), shape(4, 4)) == 0
+
+
+def test_branch_that_is_named_after_its_ticks_counts_in_those():
+    same = lambda x: x  # noqa: E731
+
+    def product(x):
+        x = jax.lax.cond(x.sum() > 0, lambda x: x @ x, same, x)  # its cheapest branch, as elsewhere
+        return x @ x
+
+    often = in_ticks(product, np.array([True, False, True, True]))
+
+    def four_ticks(goes, x):
+        return jax.lax.scan(lambda x, go: (jax.lax.cond(go, often, same, x), None), x, goes)[0]
+
+    assert count(four_ticks, shape(4, dtype=jnp.bool_), shape(8, 8)) == 3 * 2 * 8**3
+
+
+@pytest.mark.parametrize("name", ["1f1b", "dualpipe"])
+def test_pipeline_counts_what_ranks_in_step_compute(name):
+    """A stage forward is 2 products of 2 * 3 * 16 * 16, a backward of 3 times as many."""
+    ranks, microbatches, width = 4, 8, 16
+    schedule = pipelines.build(name, ranks, microbatches)
+    args = pipelines.arrays(ranks, microbatches)
+    specs = pipelines.specs(*args[:2], ranks)
+    mesh = AbstractMesh((4,), ("pipe",), axis_types=(AxisType.Auto,))
+    table = lock_step(schedule)
+    ticks = [
+        (work.microbatch != NONE).any(axis=1).sum() for work in (table.forward, table.backward)
+    ]
+    product = 2 * 3 * width**2
+    # On each rank: `enter` of its micro-batches, with one product, forward and for its weight;
+    # `leave` with 2 products, forward, and twice for gradients. All of that is once per group.
+    groups = microbatches // ranks
+    ends = groups * (1 + 1 + 1 + 2 * 3)
+    stages = ticks[0] * 2 + ticks[1] * 2 * 3
+    with jax.sharding.use_abstract_mesh(mesh):
+        found = count(lambda *args: pipeline.run(schedule, pipelines.PIECES, *args, specs), *args)
+    assert found == ranks * product * (stages + ends)
 
 
 def test_sharded_part_counts_on_every_device():
