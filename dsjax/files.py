@@ -255,6 +255,12 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
         return file.read(max_bytes)
 
 
+def cache_folder(chosen: str) -> Path:
+    """Returns the folder for what can be made again: `chosen` or, if empty, the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(chosen or f"{home}/dsjax").expanduser().absolute()
+
+
 def sync_folder(folder: Path) -> None:
     """Syncs the names in `folder` to the disk, as fsync does the bytes of a file."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -261,3 +261,13 @@ def test_file_that_is_not_what_its_name_says_is_named(tmp_path, data, what):
 @pytest.mark.parametrize("data", [b"", b"{}", b'{"model_type": "llama"}', b"\x80\x00", b"hello"])
 def test_file_that_could_be_anything_is_not_named(data):
     assert files.disguise(data) is None
+
+
+def test_cache_lies_in_the_users_cache_folder_or_the_chosen_one(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert str(files.cache_folder("")) == "/x/dsjax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/h")
+    assert str(files.cache_folder("")) == "/h/.cache/dsjax"
+    assert str(files.cache_folder("~/d")) == "/h/d"
+    assert str(files.cache_folder("d")) == f"{os.getcwd()}/d"

@@ -1,21 +1,21 @@
-"""Documents split into train and held-out, tokenized once, and mapped from a cache ever after.
+"""Documents split into train and held-out, tokenized once, and mapped from a cache afterwards.
 
-A cache entry is a folder named by a fingerprint of all that decides its content: the files (by
-content if they are small, else by size and time), the split, the tokenizer, the format. It is
-written under another name and renamed when it is whole, so an interrupted preparation leaves no
-entry. Of the processes that share a cache one prepares while the others wait; where the file system
-has no locks they all prepare, and one entry stays.
+A cache entry is a folder named by a fingerprint of everything that determines its content: files
+(by content if small, else by size and time), split, tokenizer and format. It is written under
+another name and renamed when complete, so an interrupted preparation leaves no entry. Of several
+processes that share a cache, one prepares while the others wait. On a file system without locks all
+of them prepare, and one entry stays.
 
   <cache_dir>/<fingerprint>/
     meta.json                  sizes, element type, fingerprints, names of the held-out documents
     tokenizer(_config).json    only if the tokenizer was trained here
-    {train,heldout}.tokens     uint16, or uint32 if the vocabulary needs it; no begin, no end
+    {train,heldout}.tokens     uint16, or uint32 for a large vocabulary; no begin or end tokens
     {train,heldout}.offsets    int64 [documents + 1]
     {train,heldout}.bytes      int64 [documents], UTF-8 bytes of each document's text
-    heldout.text               the held-out documents, UTF-8, end to end
+    heldout.text               the held-out documents, UTF-8, concatenated
 
-The split goes by a hash of each document's name, so that documents added later move none of the
-others. Neither side is ever empty. The files are read once to learn their size, once to train a
+A hash of each document's name decides its side of the split, so documents added later move none of
+the others. Neither side is ever empty. The files are read once for their sizes, once to train a
 tokenizer, and once to tokenize.
 """
 
@@ -39,34 +39,29 @@ import numpy as np
 
 from dsjax.data import documents
 from dsjax.data.documents import Document, Source
-from dsjax.files import publish
+from dsjax.files import cache_folder, publish
 from dsjax.text import tokenizer
 from dsjax.text.tokenizer import Tokenizer
 
 _FORMAT = 1
-_HASH_CONTENT_BELOW = 64 << 20  # bytes of all files together, read at every start
-_TOKENIZER_BYTES = 256 << 20  # more text does not change a vocabulary much
-_BATCH_BYTES = 4 << 20
-_BATCH_DOCUMENTS = 2048
+HASH_CONTENT_BELOW = 64 << 20  # bytes of all files together, read at every start
+TOKENIZER_BYTES = 256 << 20  # more text hardly changes a vocabulary
+BATCH_BYTES = 4 << 20
+BATCH_DOCUMENTS = 2048
 _STALE_SECONDS = 24 * 3600
-_WHOLE = 1 << 64  # document positions lie below
+_WHOLE = 1 << 64  # document positions are smaller
 
 Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedDocuments:
-    """Documents as token ids, end to end, usually mapped from the cache.
+    """Documents as concatenated token ids, usually mapped from the cache."""
 
-    tokens: uint16 or uint32 [n]; offsets: int64 [documents + 1]; byte_counts: int64 [documents], of
-    the UTF-8 text;
-    fingerprint: of the tokens and the tokenizer.
-    """
-
-    tokens: np.ndarray
-    offsets: np.ndarray
-    byte_counts: np.ndarray
-    fingerprint: str
+    tokens: np.ndarray  # uint16 or uint32 [n]
+    offsets: np.ndarray  # int64 [documents + 1]
+    byte_counts: np.ndarray  # int64 [documents], of the UTF-8 text
+    fingerprint: str  # of the tokens and the tokenizer
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -76,7 +71,7 @@ class TokenizedDocuments:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each document, int64."""
+        """Number of tokens of each document, int64."""
         return np.diff(self.offsets)
 
     @property
@@ -90,7 +85,7 @@ class TokenizedDocuments:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """What `prepare_corpus` makes."""
+    """The result of `prepare_corpus`."""
 
     tokenizer: Tokenizer
     train: TokenizedDocuments
@@ -99,7 +94,7 @@ class Corpus:
     folder: str  # the cache entry
 
     def heldout_texts(self) -> Iterator[tuple[str, str]]:
-        """Names and texts of the held-out documents, in order: for baselines that compress text."""
+        """Yields name and text of each held-out document, in order."""
         with open(os.path.join(self.folder, "heldout.text"), "rb") as stream:
             sizes = self.heldout.byte_counts.tolist()
             for name, size in zip(self.heldout_names, sizes, strict=True):
@@ -117,19 +112,19 @@ def prepare_corpus(
     cache_dir: str = "",
     progress: Progress | None = None,
 ) -> Corpus:
-    """Tokenizes the corpus, or maps what an earlier call has cached.
+    """Tokenizes the corpus, or maps it from the cache of an earlier call.
 
     Args:
-      files, heldout_files: globs (see documents.py). Empty `files` is the embedded default; empty
-        `heldout_files` holds out `heldout_fraction` of the documents. A file that both match is
-        held out.
+      files, heldout_files: globs (see documents.py). Empty `files` means the embedded default;
+        empty `heldout_files` holds out `heldout_fraction` of the documents. A file that matches
+        both is held out.
       tokenizer_path: a tokenizer.json; empty trains one of `vocab_size` on the train documents.
-      vocab_size: ids that the model can embed.
-      cache_dir: empty is $XDG_CACHE_HOME/dsjax, else ~/.cache/dsjax.
-      progress: called with bytes done and bytes in all, never if the cache has the corpus.
+      vocab_size: number of ids that the model can embed.
+      cache_dir: empty means $XDG_CACHE_HOME/dsjax, else ~/.cache/dsjax.
+      progress: called with bytes done and bytes in all; never if the corpus is cached.
 
     Raises:
-      ValueError: files, split or tokenizer are not usable; the message says which and what to do.
+      ValueError: files, split or tokenizer cannot be used; says which and what to do.
       OSError: the cache cannot be written.
     """
     sources = documents.find_sources(files) if files else documents.embedded_sources()
@@ -155,13 +150,13 @@ def prepare_corpus(
         "tokenizer": loaded.fingerprint if loaded else training,
     }
     key = hashlib.blake2b(json.dumps(recipe).encode(), digest_size=16).hexdigest()
-    root = os.path.join(_cache_root(cache_dir), "corpus")
+    root = str(cache_folder(cache_dir) / "corpus")
     folder = os.path.join(root, key)
     corpus = _open(folder, loaded)
     if corpus is None:
         job = _Preparation(sources, heldout_sources, heldout_fraction, text_field, progress)
         with _write_failures(root), _turn(root, key):
-            if _open(folder, loaded) is None:  # nobody was faster
+            if _open(folder, loaded) is None:  # no other process was faster
                 with _temporary_folder(root) as temporary:
                     job.write(temporary, loaded, vocab_size)
                     _publish(temporary, folder, loaded)
@@ -172,16 +167,9 @@ def prepare_corpus(
     return corpus
 
 
-def _cache_root(cache_dir: str) -> str:
-    if cache_dir:
-        return os.path.abspath(os.path.expanduser(cache_dir))
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(home, "dsjax")
-
-
 def _identity(sources: Sequence[Source]) -> list[list[object]]:
-    """What tells one state of the files from another; the folder they lie in does not count."""
-    by_content = sum(source.size for source in sources) <= _HASH_CONTENT_BELOW
+    """Identifies the state of the files, wherever their folder is."""
+    by_content = sum(source.size for source in sources) <= HASH_CONTENT_BELOW
     identity: list[list[object]] = []
     for source in sources:
         state: object = source.mtime_ns
@@ -192,7 +180,7 @@ def _identity(sources: Sequence[Source]) -> list[list[object]]:
 
 
 class _Preparation:
-    """One tokenization, from the files to a folder."""
+    """One tokenization, from files to a folder."""
 
     def __init__(
         self,
@@ -232,7 +220,7 @@ class _Preparation:
         return document.position < self._threshold
 
     def _scan(self) -> None:
-        """Reads everything once: finds what is broken before hours of work, settles the split."""
+        """Reads everything once: finds broken files before hours of work, settles the split."""
         count, heldout, heldout_bytes, lowest, highest = 0, 0, 0, (_WHOLE, 0), (-1, 0)
         for document, size in self._read():
             count += 1
@@ -259,8 +247,8 @@ class _Preparation:
         self._train_bytes = self._total_bytes - heldout_bytes
 
     def _training_texts(self) -> Iterator[str]:
-        """The train documents, or an even share of them if they are many."""
-        share = min(1.0, _TOKENIZER_BYTES / self._train_bytes)
+        """Yields the train documents or, if they are many, an even sample of them."""
+        share = min(1.0, TOKENIZER_BYTES / self._train_bytes)
         seen = taken = 0
         for document, size in self._read():
             if self._is_heldout(document):
@@ -308,7 +296,7 @@ class _Preparation:
         for document, size in self._read():
             batch.append((document, size))
             size_of_batch += size
-            if size_of_batch >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
+            if size_of_batch >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
                 yield batch
                 batch, size_of_batch = [], 0
         if batch:
@@ -357,7 +345,7 @@ class _Writer:
 
 
 def _open(folder: str, loaded: Tokenizer | None) -> Corpus | None:
-    """The entry in `folder`; None if there is none, or one that has lost a part."""
+    """Opens the entry in `folder`; None if there is none or it is incomplete."""
     try:
         with open(os.path.join(folder, "meta.json"), encoding="utf-8") as stream:
             meta: dict[str, Any] = json.load(stream)
@@ -379,8 +367,8 @@ def _map(folder: str, name: str, meta: dict[str, Any]) -> TokenizedDocuments:
     }
     arrays = []
     for part, (dtype, length) in parts.items():
-        # Raises ValueError where the file is too short. A plain view of it, since every slice of
-        # numpy's memmap class costs several times as much.
+        # Raises ValueError if the file is too short. The view is a plain array, since slicing
+        # NumPy's memmap class costs several times as much.
         mapped = np.memmap(os.path.join(folder, f"{name}.{part}"), dtype, "r", shape=(length,))
         arrays.append(mapped.view(np.ndarray))
     return TokenizedDocuments(*arrays, fingerprint=side["fingerprint"])
@@ -388,7 +376,7 @@ def _map(folder: str, name: str, meta: dict[str, Any]) -> TokenizedDocuments:
 
 @contextlib.contextmanager
 def _turn(root: str, key: str) -> Iterator[None]:
-    """Waits while another process prepares the same entry; the system frees a dead one's lock."""
+    """Waits while another process prepares the same entry; a process that dies loses its lock."""
     os.makedirs(root, exist_ok=True)
     with open(os.path.join(root, f".lock-{key}"), "w") as stream:
         with contextlib.suppress(OSError):  # a file system without locks
@@ -409,7 +397,7 @@ def _temporary_folder(root: str) -> Iterator[str]:
 
 
 def _sweep(root: str) -> None:
-    """Removes what killed preparations left, once nothing has been written there for a day."""
+    """Removes what killed preparations left, if nothing was written there for a day."""
     for name in os.listdir(root):
         folder = os.path.join(root, name)
         if not name.startswith(".writing-"):
@@ -422,9 +410,9 @@ def _sweep(root: str) -> None:
 
 
 def _publish(temporary: str, folder: str, loaded: Tokenizer | None) -> None:
-    """Renames `temporary` to `folder`; where another process was faster, its entry stays."""
+    """Renames `temporary` to `folder`; if another process was faster, its entry stays."""
     for entry in os.scandir(temporary):
-        # A rename can reach the disk before the content does.
+        # Otherwise the rename may reach the disk before the content.
         with open(entry.path, "rb") as stream:
             os.fsync(stream.fileno())
     if os.path.isdir(folder) and _open(folder, loaded) is None:
@@ -438,7 +426,7 @@ def _publish(temporary: str, folder: str, loaded: Tokenizer | None) -> None:
 
 @contextlib.contextmanager
 def _write_failures(root: str) -> Iterator[None]:
-    """Gives failures to write the cache (disk full, no permission) a message with a remedy."""
+    """Adds a remedy to failures to write the cache (disk full, no permission)."""
     try:
         yield
     except OSError as error:

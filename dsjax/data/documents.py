@@ -1,19 +1,17 @@
-"""Reading documents: files of text, JSON lines or parquet by glob, or the source of Python's
-standard library.
+"""Reads documents: text, JSON lines or parquet files by glob, or Python's standard library.
 
-What a file holds follows from its name, a compression suffix (`.gz`, `.zst`) being looked through:
-  .jsonl .ndjson .json   JSON lines: one object a line, its text under `text_field`
+The name of a file decides its format, after removing a compression suffix (`.gz`, `.zst`):
+  .jsonl .ndjson .json   JSON lines: one object per line, its text under `text_field`
   .parquet               the text in the column `text_field`
-  anything else          UTF-8 text, the whole file one document
+  anything else          UTF-8 text, one document per file
 
-Files are read one after the other, in the order of their paths, as streams: no more than one
-document (or 1024 rows of parquet) is in memory. A document without any text is left out. Whatever
-cannot be read stops with the file, the line and what to do: a corpus that silently lost a part
-would train, and nobody would know.
+Files are read in the order of their paths, as streams: at most one document (or 1024 rows of
+parquet) is in memory. Empty documents are left out. Any other problem stops the run and names the
+file, the line and the remedy: with a part of the corpus silently missing, training would go on and
+the loss would not show it.
 
-The embedded default is the `.py` files of the running interpreter's standard library, without
-installed packages, without tests, and without `encodings`, whose files are generated character
-tables and not writing. About 11 MB.
+The embedded default is the `.py` files of the running interpreter's standard library, about 11 MB.
+Installed packages and tests are left out, and so is `encodings`, whose files are generated tables.
 """
 
 from __future__ import annotations
@@ -48,17 +46,17 @@ _PARQUET_ROWS = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One file to read. `name` is its path below the part of the glob that has no wildcard."""
+    """One file to read."""
 
     path: str
-    name: str
+    name: str  # its path below the deepest folder of the glob without a wildcard
     kind: Literal["text", "lines", "parquet", "python"]
     size: int  # bytes on disk
     mtime_ns: int
 
 
 class Document(NamedTuple):
-    """One text; `number` counts within the source, left-out ones too."""
+    """One text; `number` is its place in the source, empty documents counted."""
 
     source: Source
     number: int
@@ -72,21 +70,21 @@ class Document(NamedTuple):
 
     @property
     def position(self) -> int:
-        """A 64-bit hash of name and number; it decides the split, so no other document does."""
+        """A 64-bit hash of name and number, which decides the split."""
         key = f"{self.source.name}\0{self.number}".encode("utf-8", "surrogateescape")
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
 def find_sources(files: str | Sequence[str], *, key: str = "data.files") -> list[Source]:
-    """Finds the files that globs match, separated by commas or in a sequence; sorted by path, each
-    once.
+    """Finds the files that match globs, each once and sorted by path.
 
-    `~` is the home folder and `**` any depth of folders. An existing file is taken by its name even
-    when that holds glob characters.
+    Args:
+      files: globs in a sequence or separated by commas. `~` is the home folder, `**` any depth of
+        folders. The name of an existing file matches it, even if it contains glob characters.
+      key: the setting that messages name.
 
     Raises:
-      ValueError: a glob matches no file; a file cannot be looked at. `key` names the setting in the
-      message.
+      ValueError: a glob matches no file, or a file is inaccessible.
     """
     sources: dict[str, Source] = {}
     patterns = files.split(",") if isinstance(files, str) else files
@@ -112,10 +110,10 @@ def find_sources(files: str | Sequence[str], *, key: str = "data.files") -> list
 
 
 def embedded_sources() -> list[Source]:
-    """Finds the standard library's `.py` files (see the module's docstring), sorted by name.
+    """Finds the standard library's `.py` files (see above), sorted by name.
 
     Raises:
-      ValueError: this Python has none (a frozen or zipped distribution).
+      ValueError: there are none, as in a frozen or zipped distribution.
     """
     root = sysconfig.get_path("stdlib")
     sources = []
@@ -133,11 +131,11 @@ def embedded_sources() -> list[Source]:
 
 
 def read_documents(sources: Sequence[Source], *, text_field: str = "text") -> Iterator[Document]:
-    """Streams the documents of `sources` in order.
+    """Yields the documents of `sources` in order.
 
     Raises:
-      ValueError: a file that cannot be read, is not UTF-8, breaks off, or lacks `text_field`; the
-      message says which.
+      ValueError: a file cannot be read, is not UTF-8, is cut short, or lacks `text_field`; says
+        which.
     """
     for source in sources:
         try:
@@ -149,7 +147,7 @@ def read_documents(sources: Sequence[Source], *, text_field: str = "text") -> It
 
 
 def read_bytes(source: Source) -> bytes:
-    """The file as it lies on disk.
+    """Returns the bytes of a file, compressed if it is.
 
     Raises:
       ValueError: it cannot be read.
@@ -162,7 +160,7 @@ def read_bytes(source: Source) -> bytes:
 
 
 def check_unchanged(sources: Sequence[Source]) -> None:
-    """Raises ValueError if a file is no longer what it was when it was found."""
+    """Raises ValueError if a file has changed since it was found."""
     for source in sources:
         if _source(source.path, source.name, source.kind) != source:
             raise ValueError(
@@ -179,7 +177,7 @@ def _source(path: str, name: str, kind: Literal["text", "lines", "parquet", "pyt
 
 
 def _constant_folder(pattern: str) -> str:
-    """The deepest folder of a glob that holds no wildcard."""
+    """Returns the deepest folder of a glob without a wildcard."""
     if os.path.isfile(pattern):
         return os.path.dirname(os.path.abspath(pattern))
     parts = []
@@ -200,7 +198,7 @@ def _kind(path: str) -> Literal["text", "lines", "parquet"]:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompresses zstd frames; unlike zstandard's own reader it notices a file cut short."""
+    """Decompresses zstd frames and, unlike zstandard's own reader, notices a file cut short."""
 
     def __init__(self, path: str) -> None:
         try:
@@ -285,7 +283,7 @@ def _read_text(source: Source, text_field: str) -> Iterator[tuple[int, str]]:
 
 
 def _read_python(source: Source, text_field: str) -> Iterator[tuple[int, str]]:
-    """A source file may declare its encoding; one that breaks its declaration is left out."""
+    """Reads Python source in its declared encoding; a file that is not in it is left out."""
     del text_field
     data = read_bytes(source)
     try:
@@ -308,12 +306,12 @@ def _read_lines(source: Source, text_field: str) -> Iterator[tuple[int, str]]:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(
-                    f"{place} is not JSON ({error}); such a file holds one complete object a line"
+                    f"{place} is not JSON ({error}); such a file holds one complete object per line"
                 ) from error
             if not isinstance(record, dict):
                 raise ValueError(
                     f"{place} is a JSON {type(record).__name__}, not an object with "
-                    f"{text_field!r}; such a file holds one complete object a line"
+                    f"{text_field!r}; such a file holds one complete object per line"
                 )
             yield index, _field(record, text_field, place)
 

@@ -1,11 +1,8 @@
-"""Batches of training rows, read ahead by grain's threads.
+"""Batches of training rows, read ahead by Grain's threads.
 
-Rows have global numbers, and an optimizer step takes the next n of them. With several processes
-each reads the rows of the batch that its devices hold: the global batch is the same rows however
-many processes there are, and so is the state. grain keeps the coming rows ready; it is told which
-they are on the assumption that n stays, and started anew when n changes (a batch-size ramp), which
-costs no more than the first batch did. No worker processes: a row is a few copies from mapped
-memory, and killed parents leave grain's workers behind.
+Rows have global numbers, and an optimizer step takes the next n of them. With several processes,
+each reads those rows of a batch that its own devices hold. The global batch, and the state, are
+therefore the same for any number of processes.
 """
 
 from __future__ import annotations
@@ -28,31 +25,31 @@ _REMEDIES = {
 
 
 class Rows(Protocol):
-    """Training rows by number, without end: a finite set comes again in every epoch.
+    """Training rows by number, without end: a finite data set repeats, epoch after epoch.
 
-    `PackedSequences` is one. Several threads read at the same time.
+    `PackedSequences` is one kind. Several threads read rows at the same time.
     """
 
     @property
     def identity(self) -> Mapping[str, int | float | str]:
-        """What decides every row: two sets of rows with the same identity are equal."""
+        """What determines every row: rows with the same identity are equal."""
         ...
 
     def __getitem__(self, row: int, /) -> dict[str, np.ndarray]:
-        """Returns the arrays of a row, in every row the same names, shapes and dtypes."""
+        """Returns the arrays of a row; names, shapes and dtypes are the same in all rows."""
         ...
 
 
 class Loader:
-    """Hands out this process's share of the rows, in order, from `state()["next_row"]` on.
+    """Hands out this process's share of the rows, in order.
 
     Args:
       rows: the same on all processes.
-      share: for a batch of n rows, which of 0 ... n - 1 this process reads, ascending.
-      threads: readers; they keep two batches ready.
+      share: n -> which of the rows 0 to n - 1 of a batch this process reads, ascending.
+      threads: number of readers, which keep two batches ready.
 
     Attributes:
-      next_row: the first row of the next batch.
+      next_row: number of the first row of the next batch.
     """
 
     def __init__(
@@ -75,6 +72,8 @@ class Loader:
         {"tokens", "segment_ids"}, int32 [rows of the share, T+1].
         """
         if self._reader is None or n != self._batch_size:
+            # Grain is told all coming rows in advance, assuming that n stays. After a change (a
+            # batch-size ramp) it starts again, at the cost of the first batch.
             self.close()
             self._batch_size, self._held = n, self._share(n)
             self._reader = self._read_ahead()
@@ -90,18 +89,21 @@ class Loader:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """The next row, without a batch dim."""
+        """Returns the next row, without a batch dim."""
         return {name: array[0] for name, array in self.take(1).items()}
 
     def state(self) -> dict[str, int | float | str]:
-        """What `restore` needs: JSON, the same on all processes. Rows read ahead do not count."""
+        """Returns what `restore` needs, as JSON, equal on all processes.
+
+        Rows read ahead but not taken do not count.
+        """
         return {"version": _STATE_VERSION, "next_row": self.next_row, **self._rows.identity}
 
     def restore(self, record: Mapping[str, Any]) -> None:
-        """Goes to where `record`, a `state()`, was taken, from whatever number of processes.
+        """Goes to where `record`, a `state()`, was taken, on any number of processes.
 
         Raises:
-          ValueError: the record belongs to other rows; the message lists all that differs.
+          ValueError: the record belongs to other rows; lists all that differs.
         """
         own = self.state()
         differing = [key for key in own if key != "next_row" and record.get(key) != own[key]]
@@ -121,15 +123,17 @@ class Loader:
         self.next_row = next_row
 
     def close(self) -> None:
-        """Stops reading ahead. The loader can go on: the next `take` starts it again."""
+        """Stops reading ahead; the next `take` starts it again."""
         if self._reader is not None:
             self._reader.close()
             self._reader = None
 
     def _read_ahead(self) -> Any:
-        import grain  # a second to import
+        import grain  # here, since importing it takes a second
 
         share = _Share(self._rows, self.next_row, self._held, self._batch_size)
+        # Threads, not worker processes: a row is a few copies from mapped memory, and a parent that
+        # is killed leaves its workers running.
         options = grain.ReadOptions(
             num_threads=self._threads, prefetch_buffer_size=2 * len(self._held)
         )
@@ -137,7 +141,7 @@ class Loader:
 
 
 class _Share:
-    """One process's rows if every step takes `batch_size`, for grain to read by index."""
+    """One process's rows, for Grain to read by index, if every step takes `batch_size`."""
 
     def __init__(self, rows: Rows, first: int, held: np.ndarray, batch_size: int) -> None:
         self._rows = rows
@@ -146,7 +150,7 @@ class _Share:
         self._batch_size = batch_size
 
     def __len__(self) -> int:
-        return 1 << 62  # rows do not end, but grain wants a length
+        return 1 << 62  # rows do not end, but Grain needs a length
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         step, place = divmod(index, len(self._held))

@@ -1,24 +1,23 @@
-"""Rows of one length from documents of any length: shuffle, fill-in-the-middle, pack; evaluation.
+"""Rows of one length from documents of any length: for training and for evaluation.
 
-Training. In every epoch the documents come in a new random order, each as [begin] tokens [end],
-laid end to end; the epochs follow one another, and window i is the positions i*T to i*T+T of that
-endless stream, T+1 tokens of which T are predicted. So each token is predicted once an epoch, no
-token is padding, and an epoch's tail flows into the next one. Rows are the windows with those that
-begin in the same epoch shuffled: neighbours in a batch are of different documents. A row knows
-nothing of batches or processes: the data of a run is a function of the row numbers alone, and
-resuming is remembering one number.
+Training. Every epoch puts the documents in a new random order, each as [begin] tokens [end], and
+concatenates them; the epochs follow one another in one endless stream. Window i is positions i*T to
+i*T+T of the stream: T+1 tokens, of which T are predicted. Each token is thus predicted once per
+epoch, no token is padding, and the tail of an epoch shares a window with the start of the next.
+Rows are these windows, shuffled among those that begin in the same epoch, so that neighbours in a
+batch come from different documents. Rows do not depend on batches or processes: the data of a run
+is a function of the row numbers alone, and to resume it is enough to remember one number.
 
-Fill in the middle (V3 section 4.1). A share `fim_rate` of the documents of an epoch is cut at two
-random tokens and becomes
+Fill-in-the-middle (V3 section 4.1). A share `fim_rate` of an epoch's documents is cut at two random
+tokens and becomes
   [begin] <fim_begin> prefix <fim_hole> suffix <fim_end> middle [end]
-The share is exact over the epochs, not only on average: epoch e takes floor(rate * n * (e+1)) -
-floor(rate * n * e) of n documents. Hence the length of all epochs is known in closed form, and
-finding row i reads nothing before it. Departure: cuts fall between tokens, not between characters,
-so that a document is tokenized once.
+The share is exact over epochs, not only on average: epoch e takes floor(rate * n * (e+1)) -
+floor(rate * n * e) of n documents. The length of every epoch is therefore known in closed form, and
+row i is found without reading what comes before it. Departure from the paper: cuts fall between
+tokens, not between characters, so that a document is tokenized only once.
 
-All randomness is SplitMix64 of (seed, epoch, document), written out here, since numpy's generators
-may change between versions and a run must not. Only epochs in use are laid out, 17 bytes a
-document.
+All randomness is SplitMix64 of (seed, epoch, document), implemented here because NumPy's generators
+may change between versions. Only epochs in use are laid out, at 17 bytes per document.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ class PackedSequences:
     """Training rows by number, without end.
 
     `rows[i]` is {"tokens": int32 [T+1], "segment_ids": int32 [T+1]}; segment ids number the
-    documents inside the row from 1. Safe to read from several threads.
+    documents within the row from 1. Several threads may read.
 
     Raises:
-      ValueError: an epoch holds less than one row, or fill-in-the-middle is asked of a tokenizer
-        without its tokens.
+      ValueError: an epoch is shorter than one row, or the tokenizer lacks the tokens of
+        fill-in-the-middle.
     """
 
     def __init__(
@@ -80,12 +79,12 @@ class PackedSequences:
 
     @property
     def tokens_per_epoch(self) -> int:
-        """Tokens of the first epoch, with all added ones; the others differ by 3 at most."""
+        """Tokens of the first epoch, added ones included; other epochs differ by at most 3."""
         return self._epoch_start(1)
 
     @property
     def identity(self) -> dict[str, int | float | str]:
-        """What decides every row; two with the same identity are the same."""
+        """What determines every row; rows with the same identity are equal."""
         return {
             "fingerprint": self._documents.fingerprint,
             "seed": self.seed,
@@ -94,7 +93,7 @@ class PackedSequences:
         }
 
     def epoch_of(self, row: int) -> int:
-        """The epoch of a row, which is that of its window's first token."""
+        """Returns the epoch of a row: that of its window's first token."""
         position = row * self.sequence_length
         mean_length = self._plain_epoch + _FIM_TOKENS * self.fim_rate * len(self._documents)
         epoch = int(position / mean_length)
@@ -110,13 +109,13 @@ class PackedSequences:
         return self.window(self.window_of(row))
 
     def window_of(self, row: int) -> int:
-        """The window that a row holds."""
+        """Returns the number of the window that a row holds."""
         epoch = self.epoch_of(row)
         first, end = (-(-self._epoch_start(e) // self.sequence_length) for e in (epoch, epoch + 1))
         return first + _permute(row - first, end - first, _key("rows", self.seed, epoch))
 
     def window(self, index: int) -> dict[str, np.ndarray]:
-        """Window `index` of the stream, before the shuffle of rows."""
+        """Returns window `index` of the stream, as it is before rows are shuffled."""
         tokens = np.empty(self.sequence_length + 1, np.int32)
         segment_ids = np.empty(self.sequence_length + 1, np.int32)
         epoch = self.epoch_of(index)
@@ -139,7 +138,7 @@ class PackedSequences:
         return {"tokens": tokens, "segment_ids": segment_ids}
 
     def _fim_before(self, epoch: int) -> int:
-        """Documents rearranged in all epochs before this one."""
+        """Returns how many documents were rearranged in all earlier epochs."""
         return int(self.fim_rate * len(self._documents) * epoch)
 
     def _epoch_start(self, epoch: int) -> int:
@@ -168,7 +167,7 @@ class PackedSequences:
         return _Layout(order, fim, starts)
 
     def _render(self, epoch: int, document: int, fim: bool) -> list[np.ndarray]:
-        """The document as pieces to lay end to end; slices of mapped memory, not yet read."""
+        """Returns the document as pieces to concatenate: slices of mapped memory, not yet read."""
         tokens = self._documents[document]
         if not fim:
             return [_one(self._special.bos), tokens, _one(self._special.eos)]
@@ -183,11 +182,11 @@ class PackedSequences:
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """One epoch: the document at each place, whether it is rearranged, where it starts."""
+    """The layout of one epoch, by place in its order."""
 
-    order: np.ndarray
-    fim: np.ndarray
-    starts: np.ndarray  # one more than places: the last is the epoch's length
+    order: np.ndarray  # the document at each place
+    fim: np.ndarray  # whether it is rearranged
+    starts: np.ndarray  # its first position; one more entry, the epoch's length
 
     def place_of(self, position: int) -> int:
         return int(np.searchsorted(self.starts, position, side="right")) - 1
@@ -198,7 +197,7 @@ def _one(token: int) -> np.ndarray:
 
 
 def _copy(pieces: Sequence[np.ndarray], skip: int, out: np.ndarray) -> int:
-    """Fills `out` with `pieces` end to end, less their first `skip` elements; returns how many."""
+    """Copies `pieces`, less their first `skip` elements, until `out` is full; returns how many."""
     written = 0
     for piece in pieces:
         if skip >= len(piece):
@@ -214,13 +213,13 @@ def _copy(pieces: Sequence[np.ndarray], skip: int, out: np.ndarray) -> int:
 
 
 def _key(purpose: Literal["order", "rows", "fim", "left", "right"], seed: int, epoch: int) -> int:
-    """A 64-bit start for `_mix`, unrelated between purposes, seeds and epochs."""
+    """Returns a 64-bit start for `_mix`, independent for each purpose, seed and epoch."""
     digest = hashlib.blake2b(f"{purpose} {seed} {epoch}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 def _mix(key: int, numbers: np.ndarray) -> np.ndarray:
-    """SplitMix64 started at `key`, its outputs `numbers` (uint64); no two of them are equal."""
+    """Returns the outputs `numbers` (uint64) of SplitMix64 started at `key`; all are distinct."""
     state = (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -228,9 +227,10 @@ def _mix(key: int, numbers: np.ndarray) -> np.ndarray:
 
 
 def _permute(index: int, count: int, key: int) -> int:
-    """Where a pseudo-random permutation of range(count) takes `index`, without listing it.
+    """Returns the image of `index` under a pseudo-random permutation of range(count).
 
-    A Feistel network over the next power of four, walked until it comes back into the range.
+    The permutation is never stored: it is a Feistel network over the next power of four, repeated
+    until the value falls into the range (cycle walking).
     """
     half = max((count - 1).bit_length() + 1, 2) // 2
     mask = (1 << half) - 1
@@ -246,21 +246,23 @@ def _permute(index: int, count: int, key: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class HeldoutSequences:
-    """Evaluation rows by number; `rows[i]` is shaped as a training row.
+    """Evaluation rows by number; `rows[i]` has the shapes of a training row.
 
     A row holds one window of one document: T tokens to predict and the one before them, padded with
-    segment id 0. Every token after a document's begin, its end included, is predicted in exactly
-    one row, so that
+    segment id 0. Every token after a document's begin token, its end token included, is predicted
+    in exactly one row, so
       bits per byte = summed loss in nats / ln 2 / summed row_bytes
-    is exact over all rows. A window's share of its document's bytes goes by its share of the
-    tokens.
+    is exact over all rows. The bytes of a document are divided among its windows in proportion to
+    their predicted tokens.
     """
 
     documents: TokenizedDocuments
     special: SpecialTokens
     sequence_length: int
     row_documents: np.ndarray  # int64 [rows]
-    row_starts: np.ndarray  # int64 [rows], the window's first token in [begin] tokens [end]
+    row_starts: (
+        np.ndarray
+    )  # int64 [rows], index of the window's first token in [begin] tokens [end]
     row_bytes: np.ndarray  # float64 [rows]
 
     def __len__(self) -> int:
@@ -279,16 +281,16 @@ class HeldoutSequences:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all held-out text."""
+        """UTF-8 bytes of all held-out text."""
         return self.documents.total_bytes
 
     def spread(self, count: int) -> list[int]:
-        """At most `count` row numbers, evenly spaced: the same sample of the text every time."""
+        """Returns at most `count` evenly spaced row numbers, the same ones every time."""
         count = min(count, len(self))
         return [index * len(self) // count for index in range(count)]
 
     def batch(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        """Some rows, stacked."""
+        """Returns the given rows, stacked."""
         return stack([self[row] for row in rows])
 
 
@@ -309,5 +311,5 @@ def heldout_sequences(
 
 
 def stack(rows: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Rows to a batch: each array gets a leading dim."""
+    """Stacks rows to a batch: each array gets a leading dim."""
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from dsjax.files import cache_folder
 from dsjax.kernels.target import Target
 
 # Transfers between GPUs start as early as possible and overlap with products that do not need them.
@@ -38,9 +37,7 @@ def use_persistent_cache(cache_dir: str) -> None:
     """
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    root = Path(cache_dir).expanduser() if cache_dir else Path(home) / "dsjax"
-    jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder(cache_dir) / "compiled"))
 
 
 class Compiled:

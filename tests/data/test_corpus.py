@@ -96,11 +96,13 @@ def test_heldout_files_are_taken_out_of_files(files, prepare, tmp_path):
     assert decoded(corpus, "train") == ["train " * 9]
 
 
-def test_second_call_maps_the_cache(files, prepare, tmp_path, monkeypatch):
-    pattern = files(texts(9))
-    first = prepare(pattern)
-    monkeypatch.setattr(corpus_module, "_Preparation", None)
-    second = prepare(pattern)
+def test_second_call_maps_the_cache(files, prepare, tmp_path):
+    pattern, calls = files(texts(9)), []
+    first = prepare(pattern, progress=lambda done, total: calls.append(done))
+    assert calls
+    calls.clear()
+    second = prepare(pattern, progress=lambda done, total: calls.append(done))
+    assert not calls  # nothing was tokenized
     assert second.train.fingerprint == first.train.fingerprint
     assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
     np.testing.assert_array_equal(second.train.tokens, first.train.tokens)
@@ -116,7 +118,7 @@ def test_cache_goes_by_content_not_by_time_or_place(files, prepare, tmp_path):
 
 
 def test_cache_of_large_files_goes_by_time(files, prepare, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_module, "_HASH_CONTENT_BELOW", 10)
+    monkeypatch.setattr(corpus_module, "HASH_CONTENT_BELOW", 10)
     pattern = files(texts(9))
     first = prepare(pattern)
     assert prepare(pattern).folder == first.folder
@@ -164,7 +166,7 @@ def test_vocabularies_above_16_bits_are_stored_in_32(files, prepare, tmp_path):
 def test_batches_do_not_change_the_tokens(files, prepare, tmp_path, monkeypatch):
     pattern = files(texts(40))
     whole = prepare(pattern)
-    for name, value in (("_BATCH_BYTES", 100), ("_BATCH_DOCUMENTS", 3)):
+    for name, value in (("BATCH_BYTES", 100), ("BATCH_DOCUMENTS", 3)):
         monkeypatch.setattr(corpus_module, name, value)
         cut = prepare(pattern, cache_dir=str(tmp_path / name))
         assert cut.train.fingerprint == whole.train.fingerprint
@@ -179,7 +181,7 @@ def test_tokenizer_training_takes_an_even_share_of_much_text(files, prepare, mon
 
     pattern = files(["same size " * 5] * 100)
     monkeypatch.setattr(corpus_module.tokenizer, "train_tokenizer", record)
-    monkeypatch.setattr(corpus_module, "_TOKENIZER_BYTES", 1000)
+    monkeypatch.setattr(corpus_module, "TOKENIZER_BYTES", 1000)
     prepare(pattern)
     assert 18 <= len(seen) <= 22
 
@@ -239,13 +241,9 @@ def test_leftovers_of_killed_preparations_are_swept_after_a_day(files, prepare, 
     assert ".writing-young" in entries(tmp_path) and ".writing-old" not in entries(tmp_path)
 
 
-def test_cache_lies_in_the_users_cache_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert corpus_module._cache_root("") == "/x/dsjax"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/h")
-    assert corpus_module._cache_root("") == "/h/.cache/dsjax"
-    assert corpus_module._cache_root("~/d") == "/h/d"
+def test_cache_lies_in_the_users_cache_folder(files, prepare, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert prepare(files(texts(9)), cache_dir="").folder.startswith(f"{tmp_path}/x/dsjax/corpus/")
 
 
 def test_full_disk_is_told_with_the_cache_folder(files, prepare, tmp_path):
