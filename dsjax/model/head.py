@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsjax.parallel.context import join_pieces, pieces
-from dsjax.parallel.sharding import at_use, into_parts, parts_here
+from dsjax.parallel.context import join_length, split_length
+from dsjax.parallel.sharding import gather_for_use, parts_here, reduce_to_shards
 from dsjax.precision.matmul import vocabulary_logits
 from dsjax.precision.policy import Policy
 
@@ -65,7 +65,7 @@ def weighted_nll(
     Returns:
       float32 scalar.
     """
-    rows = map(pieces, (hidden_BTD, targets_BT, weights_BT))
+    rows = map(split_length, (hidden_BTD, targets_BT, weights_BT))
     hidden, targets, weights = rows
     return _weighted_nll(hidden, w_DV, targets, weights, policy, _width(targets, chunk))
 
@@ -77,8 +77,8 @@ def token_nll(
     """Returns the negative log-likelihood of each target, float32 [B, T], in nats; the arguments
     are those of `weighted_nll`.
     """
-    hidden, targets = pieces(hidden_BTD), pieces(targets_BT)
-    return join_pieces(_token_nll(hidden, w_DV, targets, policy, _width(targets, chunk)))
+    hidden, targets = split_length(hidden_BTD), split_length(targets_BT)
+    return join_length(_token_nll(hidden, w_DV, targets, policy, _width(targets, chunk)))
 
 
 @jax.named_scope("head")
@@ -92,10 +92,10 @@ def token_scores(
     def score(prediction: Prediction, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         return prediction.nll, prediction.logits.argmax(axis=-1) == targets
 
-    hidden, targets = pieces(hidden_BTD), pieces(targets_BT)
+    hidden, targets = split_length(hidden_BTD), split_length(targets_BT)
     width = _width(targets, chunk)
     nll, likeliest = _map_chunks(score, hidden, w_DV, targets, policy, width)
-    return join_pieces(nll), join_pieces(likeliest)
+    return join_length(nll), join_length(likeliest)
 
 
 def _width(targets: jax.Array, chunk: int) -> int:
@@ -103,7 +103,7 @@ def _width(targets: jax.Array, chunk: int) -> int:
     stays split.
     """
     batch, length = targets.shape
-    return min(max(chunk // (batch // parts_here("pieces")), 1), length)
+    return min(max(chunk // (batch // parts_here("length_shards")), 1), length)
 
 
 def _hits(targets: jax.Array, logits: jax.Array) -> jax.Array:
@@ -114,8 +114,8 @@ def _hits(targets: jax.Array, logits: jax.Array) -> jax.Array:
     return ids == targets[..., None]
 
 
-def _at_use(w_DV: jax.Array, policy: Policy) -> jax.Array:
-    return at_use(w_DV, ("embed", "vocab"), policy.compute).astype(policy.compute)
+def _head_weight(w_DV: jax.Array, policy: Policy) -> jax.Array:
+    return gather_for_use(w_DV, ("embed", "vocab"), policy.compute).astype(policy.compute)
 
 
 def _cut(x: jax.Array, width: int) -> jax.Array:
@@ -138,7 +138,7 @@ def _map_chunks(
     width: int,
 ) -> Any:
     """Applies a function to the prediction and targets of each chunk; its values are [B, T]."""
-    weight = _at_use(w_DV, policy)
+    weight = _head_weight(w_DV, policy)
     values = jax.lax.map(
         lambda chunk: function(predict(chunk[0], weight, chunk[1], policy), chunk[1]),
         (_cut(hidden_BTD.astype(policy.compute), width), _cut(targets_BT, width)),
@@ -157,7 +157,7 @@ def _weighted_chunks(hidden_BTD, targets_BT, weights_BT, policy, width):
 
 def _sum_and_gradients(hidden_BTD, w_DV, targets_BT, weights_BT, policy, width):
     """The weighted sum, and its gradients by hidden state and head."""
-    weight = _at_use(w_DV, policy)
+    weight = _head_weight(w_DV, policy)
 
     def step(carry, chunk):
         total, dw_DV = carry
@@ -171,7 +171,7 @@ def _sum_and_gradients(hidden_BTD, w_DV, targets_BT, weights_BT, policy, width):
             hidden, dlogits, ((0, 1), (0, 1)), preferred_element_type=jnp.float32
         )
         # Summed straight into each device's part: whole, it is the largest array of all.
-        dw_DV += into_parts(chunk_dw_DV, "embed", "vocab")
+        dw_DV += reduce_to_shards(chunk_dw_DV, "embed", "vocab")
         return (total + _weigh(weights, nll).sum(), dw_DV), dhidden
 
     start = (jnp.float32(0), jnp.zeros(w_DV.shape, jnp.float32))
@@ -182,7 +182,7 @@ def _sum_and_gradients(hidden_BTD, w_DV, targets_BT, weights_BT, policy, width):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _weighted_nll(hidden_BTD, w_DV, targets_BT, weights_BT, policy, width):
-    weight = _at_use(w_DV, policy)
+    weight = _head_weight(w_DV, policy)
 
     def step(total, chunk):
         hidden, targets, weights = chunk

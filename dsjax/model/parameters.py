@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from dsjax.parallel.sharding import at_use, optimizer_spec, partition_spec, stored_spec
+from dsjax.parallel.sharding import gather_for_use, optimizer_spec, partition_spec, stored_spec
 from dsjax.precision.policy import Policy
 
 AnyModule = TypeVar("AnyModule", bound=nnx.Module)
@@ -96,7 +96,7 @@ def pinned(module: AnyModule, policy: Policy) -> AnyModule:
         value = variable.get_value()
         axes = variable.get_metadata()["axes"]
         dtype = jnp.float32 if "router_embed" in axes else policy.travels
-        return variable.copy(at_use(value, axes[len(axes) - value.ndim :], dtype))
+        return variable.copy(gather_for_use(value, axes[len(axes) - value.ndim :], dtype))
 
     return jax.tree.map(pin, module, is_leaf=_is_variable)
 

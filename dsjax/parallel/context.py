@@ -1,15 +1,14 @@
 """Sequences split along their length over the mesh axis `context`.
 
-Layers other than attention do not care where a token's neighbours are. For attention each device
-gathers what all queries need of the other devices' tokens. With MLA that is the latent and the rope
-key, 576 values a token for V3 where expanded keys and values would be 40,960; they are expanded
-after the gather, on every device for the whole sequence, and the gradient travels back as a latent
-too.
+Only attention needs a token's neighbours. For it, each device gathers what all queries need of the
+other devices' tokens. With MLA that is the latent and the rope key: 576 values per token for V3,
+where expanded keys and values would be 40,960. They are expanded after the gather, on every device
+for the whole sequence, and the gradient is sent back as a latent too.
 
-Causal attention would leave the device with the beginning of a sequence idle and the one with its
-end busy. So a sequence is cut into 2c chunks for c devices, and device r holds chunks r and
-2c - 1 - r: then each meets equally many keys, to the tile. Inside the model tokens therefore lie in
-that order; `arrange` brings a batch's numbers into it, `restore` undoes it.
+With contiguous parts, causal attention would leave the device with the start of a sequence idle and
+the one with its end busy. So a sequence is cut into 2c chunks for c devices, and device r holds
+chunks r and 2c - 1 - r: then all devices meet the same number of keys, to the tile. Inside the
+model tokens are therefore in that order; `arrange` brings a batch into it and `restore` undoes it.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from dsjax.parallel.sharding import constrain, partition_spec, parts, parts_here
 from dsjax.parallel.shards import on_shards
 
 _AXIS = "context"
-_MOST_BLOCK = 512  # queries of a tile
+_MOST_BLOCK = 512  # queries per tile
 
 Expand = Callable[..., tuple[jax.Array, jax.Array]]
 
@@ -41,7 +40,7 @@ def check_length(length: int, mesh: Mesh | AbstractMesh) -> None:
     """Checks that sequences can be split over the mesh.
 
     Raises:
-      ValueError: the length does not divide into two chunks a device.
+      ValueError: the length does not divide into two chunks per device.
     """
     n_parts = parts("length", mesh)
     if n_parts > 1 and length % (2 * n_parts):
@@ -52,15 +51,13 @@ def check_length(length: int, mesh: Mesh | AbstractMesh) -> None:
 
 
 def order(length: int, n_parts: int) -> np.ndarray:
-    """The position of each token as they lie on the devices, one device after the other."""
+    """Lists the positions of the tokens that the devices hold, one device after the other."""
     chunks = np.arange(length).reshape(2 * n_parts, -1)
     return np.stack([chunks[:n_parts], chunks[::-1][:n_parts]], axis=1).reshape(-1)
 
 
 def arrange(x_BT: jax.Array) -> jax.Array:
-    """Brings numbers of tokens from their sequence's order to that of the devices, and splits
-    them.
-    """
+    """Brings a number per token from the sequence's order to that of the devices, and splits it."""
     n_parts = parts_here("length")
     if n_parts == 1:
         return x_BT
@@ -68,7 +65,7 @@ def arrange(x_BT: jax.Array) -> jax.Array:
 
 
 def restore(x_BTX: jax.Array) -> jax.Array:
-    """Brings arrays [B, T, ...] back to their sequence's order, whole on every device:
+    """Brings an array [B, T, ...] back to the sequence's order, whole on every device:
     x[B, T_context, X] -> all_gather(context) -> x[B, T, X].
     """
     n_parts = parts_here("length")
@@ -78,9 +75,9 @@ def restore(x_BTX: jax.Array) -> jax.Array:
     return x_BTX[:, np.argsort(order(x_BTX.shape[1], n_parts))]
 
 
-def pieces(x_BTX: jax.Array) -> jax.Array:
-    """Makes each device's part of a sequence a row of its own, where order does not matter:
-    [B, T, ...] -> [c * B, T / c, ...]; nothing moves.
+def split_length(x_BTX: jax.Array) -> jax.Array:
+    """Makes each device's part of a sequence a row of its own, for work in which order does not
+    matter: [B, T, ...] -> [c * B, T / c, ...]; nothing moves.
     """
     n_parts = parts_here("length")
     if n_parts == 1:
@@ -88,11 +85,11 @@ def pieces(x_BTX: jax.Array) -> jax.Array:
     B, T, *rest = x_BTX.shape
     x_cBtX = x_BTX.reshape(B, n_parts, T // n_parts, *rest).swapaxes(0, 1)
     x_CtX = x_cBtX.reshape(n_parts * B, T // n_parts, *rest)
-    return constrain(x_CtX, "pieces", "tokens", *("width",) * len(rest))
+    return constrain(x_CtX, "length_shards", "tokens", *("width",) * len(rest))
 
 
-def join_pieces(x_CtX: jax.Array) -> jax.Array:
-    """Undoes `pieces`: [c * B, T / c, ...] -> [B, T, ...]; nothing moves."""
+def join_length(x_CtX: jax.Array) -> jax.Array:
+    """Undoes `split_length`: [c * B, T / c, ...] -> [B, T, ...]; nothing moves."""
     n_parts = parts_here("length")
     if n_parts == 1:
         return x_CtX
@@ -112,12 +109,12 @@ def attend(
     segment_ids_BT: jax.Array | None,
     target: Target,
 ) -> jax.Array:
-    """Attends causally to keys and values that are made of what each token keeps.
+    """Attends causally to keys and values expanded from what each token keeps.
 
     Args:
-      kept: [B, T, ...]; with four dims the third is heads.
+      kept: [B, T, ...]; of four dims, the third is heads.
       weights: arrays [..., heads] that `expand` needs.
-      expand: (*kept, weights) of some sequences and heads -> their keys and values.
+      expand: (*kept, weights), for some sequences and heads -> their keys and values.
       segment_ids_BT: int32; a query only sees keys of its own segment. None: all earlier ones.
 
     Returns:
@@ -152,7 +149,7 @@ def _attend_shard(
     expand: Expand,
     scale: float,
 ) -> jax.Array:
-    """Attention from a device's own queries."""
+    """Attends from a device's own queries to the whole sequence."""
     n_parts = parts_here("length")
     length = q_btNH.shape[1] * n_parts
     back = np.argsort(order(length, n_parts))
@@ -161,7 +158,7 @@ def _attend_shard(
         # x[b, t_context, X] -> all_gather(context) -> x[b, T, X]
         return lax.all_gather(x_btX, _AXIS, axis=1, tiled=True)[:, back]
 
-    # Devices of the same tokens have other heads; the gradients of what they share are summed.
+    # Devices with the same tokens have different heads, so gradients of what they share are summed.
     kept, weights = jax.tree.map(lambda x: vary_as(x, q_btNH), (kept, weights))
     k_bTPH, v_bTPW = expand(*map(gather, kept), weights)
     segments = None
@@ -173,7 +170,7 @@ def _attend_shard(
 
 
 def tile_tables(length: int, n_parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """`Tiles` of each device, int32 [devices, ...]; all list equally many pairs."""
+    """Returns `Tiles` of each device, int32 [devices, ...], with equally many pairs each."""
     chunk = length // (2 * n_parts)
     size = next(size for size in range(min(chunk, _MOST_BLOCK), 0, -1) if chunk % size == 0)
     blocks_RI = order(length, n_parts).reshape(n_parts, -1, size)[:, :, 0] // size

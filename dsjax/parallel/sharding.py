@@ -42,7 +42,7 @@ AXIS_TABLE: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("context",),
     "tokens": (),  # a length that stays whole
-    "pieces": ("context", "data", "fsdp", "expert"),  # of sequences, as rows
+    "length_shards": ("context", "data", "fsdp", "expert"),  # rows of `context.split_length`
     "width": (),
 }
 
@@ -165,54 +165,54 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     )
 
 
-def at_use(w: jax.Array, axes: Sequence[str], dtype: DTypeLike) -> jax.Array:
-    """Lays a parameter out for its products under the current mesh: as it was declared, and where
-    fsdp and expert both split a dimension, put together along expert. The rest the compiler does.
-
-    In two steps because the TPU's compiler gathers what is split over all three dimensions of a
-    torus by all-reduce, as a sum of arrays that are zero but for one part: twice the bytes. The
-    gradient is summed in the same steps (`into_parts`).
+def gather_for_use(w: jax.Array, axes: Sequence[str], dtype: DTypeLike) -> jax.Array:
+    """Lays out a parameter for its products under the current mesh: as declared, and then, where
+    fsdp and expert both split a dimension, gathered along expert. The compiler gathers the rest.
 
     Args:
       axes: logical axes of w's dimensions.
-      dtype: what w travels as where it is put together; it keeps its own type.
+      dtype: the type in which w is sent where it is gathered; the result has w's own type.
     """
+    # Two steps, because the TPU's compiler gathers what all three dimensions of a torus split by
+    # all-reduce, as a sum of arrays that are zero outside one shard: twice the bytes.
     if len(_steps(axes, w)) == 1:
         return constrain(w, *axes)
-    return _at_use(w, tuple(axes), dtype)
+    return _gather_for_use(w, tuple(axes), dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _at_use(w: jax.Array, axes: tuple[str, ...], dtype: DTypeLike) -> jax.Array:
+def _gather_for_use(w: jax.Array, axes: tuple[str, ...], dtype: DTypeLike) -> jax.Array:
     sent = w.astype(dtype)
     for spec in _steps(axes, w):
         sent = jax.lax.with_sharding_constraint(sent, spec)
     return sent.astype(w.dtype)
 
 
-_at_use.defvjp(
-    lambda w, axes, dtype: (_at_use(w, axes, dtype), None),
-    lambda axes, dtype, _, dw: (into_parts(dw, *axes),),
+_gather_for_use.defvjp(
+    lambda w, axes, dtype: (_gather_for_use(w, axes, dtype), None),
+    lambda axes, dtype, _, dw: (reduce_to_shards(dw, *axes),),
 )
 
 
-def into_parts(dw: jax.Array, *axes: str) -> jax.Array:
-    """Sums a parameter's gradient straight into each device's part, in the steps of `at_use`."""
+def reduce_to_shards(dw: jax.Array, *axes: str) -> jax.Array:
+    """Sums a parameter's gradient straight into each device's shard, step by step as
+    `gather_for_use` gathers it.
+    """
     for spec in _steps(axes, dw)[:0:-1]:
         dw = jax.lax.with_sharding_constraint(dw, spec)
     return constrain(dw, *axes)
 
 
 def _steps(axes: Sequence[str], w: jax.Array) -> list[PartitionSpec]:
-    """How a parameter lies, and how it does when it is put together along expert, if it is."""
+    """Returns a parameter's layout as declared and, if it differs, when gathered along expert."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return [PartitionSpec()]
     spec = partition_spec(axes, w.shape, mesh, "parameter")
-    together = PartitionSpec(
+    gathered = PartitionSpec(
         *(names[:-1] if names and names[-2:] == ("fsdp", "expert") else names for names in spec)
     )
-    return [spec] if together == spec else [spec, together]
+    return [spec] if gathered == spec else [spec, gathered]
 
 
 def split_axes(*logical: str) -> tuple[str, ...]:

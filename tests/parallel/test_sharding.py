@@ -8,12 +8,12 @@ from dsjax.axes import AXES
 from dsjax.parallel.mesh import make_mesh
 from dsjax.parallel.sharding import (
     AXIS_TABLE,
-    at_use,
     constrain,
-    into_parts,
+    gather_for_use,
     optimizer_spec,
     partition_spec,
     parts,
+    reduce_to_shards,
     stored_spec,
 )
 
@@ -110,13 +110,13 @@ def test_a_weight_is_put_together_in_two_steps_and_its_gradient_summed_in_them()
 
     def loss(w, x):
         x = constrain(x, "batch", "width")
-        return jnp.square(x @ at_use(w, axes, jnp.bfloat16)).sum()
+        return jnp.square(x @ gather_for_use(w, axes, jnp.bfloat16)).sum()
 
     with jax.set_mesh(mesh):
         gradient = jax.jit(jax.grad(loss))
         got = gradient(w, x)
         text = gradient.lower(w, x).as_text()
-        summed = jax.jit(lambda dw: into_parts(dw, *axes))(w)
+        summed = jax.jit(lambda dw: reduce_to_shards(dw, *axes))(w)
     want = jax.grad(lambda w: jnp.square(x @ w).sum())(w.astype(jnp.bfloat16).astype(w.dtype))
     np.testing.assert_allclose(got, want, rtol=1e-5)
     np.testing.assert_array_equal(summed, w)
@@ -134,5 +134,5 @@ def test_a_weight_that_one_axis_splits_keeps_its_type():
         with jax.set_mesh(make_mesh(sizes)):
             axes = ("embed", "heads")
             np.testing.assert_array_equal(
-                jax.jit(lambda w, a=axes: at_use(w, a, jnp.bfloat16))(w), w
+                jax.jit(lambda w, a=axes: gather_for_use(w, a, jnp.bfloat16))(w), w
             )
