@@ -263,8 +263,7 @@ class _Preparation:
         dtype = np.dtype(np.uint16 if used.vocab_size <= 65536 else np.uint32)
         names: list[str] = []
         with contextlib.ExitStack() as stack:
-            sides = [_Writer(folder, name, dtype, used) for name in ("train", "heldout")]
-            writers = [stack.enter_context(side) for side in sides]
+            writers = [_Writer(folder, name, dtype, used, stack) for name in ("train", "heldout")]
             heldout_text = stack.enter_context(open(os.path.join(folder, "heldout.text"), "wb"))
             for batch in self._batches():
                 encoded = used.encode_batch([document.text for document, _ in batch])
@@ -310,22 +309,23 @@ class _Preparation:
 class _Writer:
     """Writes the three files of one side of the split."""
 
-    def __init__(self, folder: str, name: str, dtype: np.dtype, used: Tokenizer) -> None:
+    def __init__(
+        self,
+        folder: str,
+        name: str,
+        dtype: np.dtype,
+        used: Tokenizer,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        """`stack` closes the files."""
         self.name = name
         self._dtype = dtype
         paths = [os.path.join(folder, f"{name}.{part}") for part in ("tokens", "offsets", "bytes")]
-        self._files = [open(path, "wb") for path in paths]
+        self._files = [stack.enter_context(open(path, "wb")) for path in paths]
         self._files[1].write(np.int64(0).tobytes())
         self._digest = hashlib.blake2b(used.fingerprint.encode(), digest_size=16)
         self.tokens = 0
         self._documents = 0
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for stream in self._files:
-            stream.close()
 
     def add(self, ids: np.ndarray, size: int) -> None:
         self.tokens += len(ids)

@@ -85,13 +85,6 @@ class Loader:
         self.next_row += n
         return batch
 
-    def __iter__(self) -> Loader:
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        """Returns the next row, without a batch dim."""
-        return {name: array[0] for name, array in self.take(1).items()}
-
     def state(self) -> dict[str, int | float | str]:
         """Returns what `restore` needs, as JSON, equal on all processes.
 

@@ -78,11 +78,6 @@ class PackedSequences:
         self._lock = threading.Lock()
 
     @property
-    def tokens_per_epoch(self) -> int:
-        """Tokens of the first epoch, added ones included; other epochs differ by at most 3."""
-        return self._epoch_start(1)
-
-    @property
     def identity(self) -> dict[str, int | float | str]:
         """What determines every row; rows with the same identity are equal."""
         return {

@@ -56,12 +56,6 @@ def test_loader_hands_out_the_rows_in_order(open_loader):
         first += n
 
 
-def test_loader_iterates_single_rows(open_loader):
-    loader = open_loader()
-    for i in range(5):
-        assert_batches_equal(next(loader), make_rows()[i])
-
-
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_the_batch_of_one(open_loader, processes):
     """Every so manyth row each, which is no block of them."""

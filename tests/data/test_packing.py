@@ -56,7 +56,8 @@ def test_packing_holds_every_document_once_an_epoch(lengths, length, rate, seed)
         return
     rows = PackedSequences(documents, SPECIAL, sequence_length=length, seed=seed, fim_rate=rate)
     epochs = 3
-    count = -(-(epochs * rows.tokens_per_epoch + 6 * epochs) // length) + 1
+    per_epoch = sum(lengths) + 2 * len(lengths) + int(3 * rate * len(lengths))
+    count = -(-(epochs * per_epoch + 6 * epochs) // length) + 1
     found = split_documents(stream_of(rows, count))
     want = sorted(documents[i].tolist() for i in range(len(documents)))
     for epoch in range(epochs):
