@@ -1,8 +1,8 @@
 """Several processes as one program: joining them, agreeing on numbers, and ending together.
 
-Each process drives its own devices and runs the same code; jax's collectives tie them together.
-Whatever decides what runs next (a signal, the step to resume from, a fault) must therefore be known
-to all of them at the same place. With a single process everything here is free.
+Each process drives its own devices and runs the same code; JAX's collectives connect them. Anything
+that decides what runs next (a signal, the step to resume from, a fault) must therefore be known to
+all of them at the same point. With a single process everything here is free.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsjax.parallel import lifeline
 
-# What shows that jax will find the other processes by itself, and the variable that counts them.
+# Variables by which JAX finds the other processes by itself, and the one that counts them.
 _CLUSTERS = {
     "Slurm": (
         ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"),
@@ -35,10 +35,10 @@ _CLUSTERS = {
     ),
     "Open MPI": (("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_RANK"), "OMPI_COMM_WORLD_SIZE"),
 }
-# JAX ends the processes when one is not heard of for so long: it has vanished without closing its
-# connections, which `lifeline` cannot see. JAX's own default is 100.
+# After this long without a heartbeat from a process JAX ends the others. It covers a process that
+# vanishes without closing its connections, which `lifeline` cannot notice. JAX's default is 100.
 _HEARTBEAT_SECONDS = 30
-_GRACE_SECONDS = 5.0  # for the last words of a process that fails
+_GRACE_SECONDS = 5.0  # for a failing process to print why
 _ADDRESS_BYTES = 512
 
 
@@ -46,19 +46,19 @@ _ADDRESS_BYTES = 512
 def joined(
     coordinator: str | None = None, count: int | None = None, index: int | None = None
 ) -> Iterator[None]:
-    """Context in which this process is one of `count`; nothing of jax may have run before.
+    """Context in which this process is one of `count`; no JAX computation may have run before.
 
-    Without arguments the cluster tells (Slurm, Open MPI, TPUs on GKE); outside of one, and where
-    there is but one process, nothing happens. When another process ends before all have left the
-    context, this one says so and ends too.
+    Without arguments the cluster's variables count (Slurm, Open MPI, TPUs on GKE); outside a
+    cluster, and with a single process, nothing happens. If another process ends before all have
+    left the context, this one says so and ends too.
 
     Args:
-      coordinator: HOST:PORT, where the first process listens and all others reach it.
+      coordinator: HOST:PORT at which process 0 listens and the others reach it.
       index: this process's number, from 0.
 
     Raises:
-      ValueError: some of the arguments are missing, or do not fit each other.
-      OSError: the processes do not find each other.
+      ValueError: some of the arguments are missing or do not fit each other.
+      OSError: the processes cannot find each other.
     """
     if not _initialize(coordinator, count, index):
         yield
@@ -68,7 +68,7 @@ def joined(
         yield
     except BaseException as error:
         if isinstance(error, jax.errors.JaxRuntimeError):
-            # Perhaps a collective failed since another process has ended: then `_leave` says so.
+            # Perhaps a collective failed because another process ended; `_leave` then says so.
             time.sleep(_GRACE_SECONDS)
         _leave_soon(error.code if isinstance(error, SystemExit) else 1)
         raise
@@ -81,26 +81,26 @@ def joined(
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes what there shall be one of."""
+    """Returns whether this is process 0, which writes what there shall be one copy of."""
     return jax.process_index() == 0
 
 
 def wait(place: str) -> None:
-    """Returns when every process has come to this place."""
+    """Returns when every process has reached this place."""
     multihost_utils.sync_global_devices(place)
 
 
 def from_first(number: int) -> int:
-    """The first process's number, on all of them."""
+    """Returns process 0's number on all processes."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def highest(number: int) -> Any:
-    """The highest of the processes' numbers, an int32 scalar.
+    """Returns the highest of the processes' numbers, an int32 scalar.
 
-    It is computed in the order of the other programs; nothing waits for it until it is read.
+    It is computed in order with the other programs; nothing waits for it until it is read.
     """
     if jax.process_count() == 1:
         return np.int32(number)
@@ -118,13 +118,13 @@ def _highest() -> tuple[NamedSharding, Any]:
 
 
 def check_same(facts: Mapping[str, Any]) -> None:
-    """Checks that all processes have been given the same.
+    """Checks that all processes have been given the same values.
 
     Args:
-      facts: name -> anything whose text tells it from others.
+      facts: by name, values that differ if their `repr` does.
 
     Raises:
-      ValueError: names those that differ, and the processes that differ from the first.
+      ValueError: names the values that differ and the processes that differ from process 0.
     """
     if jax.process_count() == 1:
         return
@@ -144,7 +144,7 @@ def check_same(facts: Mapping[str, Any]) -> None:
 
 
 def _initialize(coordinator: str | None, count: int | None, index: int | None) -> bool:
-    """Joins the other processes; False if there are none."""
+    """Joins the other processes; returns False if there are none."""
     given = {"--coordinator": coordinator, "--num-processes": count, "--process-id": index}
     missing = [name for name, value in given.items() if value is None]
     if missing and len(missing) < len(given):
@@ -176,7 +176,7 @@ def _initialize(coordinator: str | None, count: int | None, index: int | None) -
 
 
 def _in_cluster() -> bool:
-    """Whether several processes were started by something that jax knows."""
+    """Returns whether a launcher that JAX knows has started several processes."""
     for needed, count in _CLUSTERS.values():
         if all(name in os.environ for name in needed):
             return int(os.environ.get(count, "1")) > 1
@@ -196,10 +196,13 @@ def _joining(what: str) -> Iterator[None]:
 
 
 def _tie(host: str | None) -> lifeline.First | lifeline.Other | None:
-    """Connects this process with the first; None, after a warning, if there is no way.
+    """Connects this process to process 0.
 
     Args:
-      host: where the first process can be reached; None: by the name that it gives itself.
+      host: at which process 0 can be reached; None: the name it gives itself.
+
+    Returns:
+      None, after a warning, if it cannot be reached.
     """
     first = lifeline.First(_leave) if is_first() else None
     address = np.zeros(_ADDRESS_BYTES, np.uint8)
@@ -217,14 +220,14 @@ def _tie(host: str | None) -> lifeline.First | lifeline.Other | None:
     except OSError as error:
         print(
             f"process {jax.process_index()} cannot connect to {host or name}:{port} ({error}); "
-            "when a process ends, jax will take minutes to notice",
+            f"when a process ends, it will take {_HEARTBEAT_SECONDS} seconds to notice",
             file=sys.stderr,
         )
         return None
 
 
 def _leave(gone: int) -> None:
-    """Ends this process, since another one has ended."""
+    """Ends this process because another one has ended."""
     print(
         f"error: process {gone} of {jax.process_count()} has ended, and process "
         f"{jax.process_index()} cannot go on without it; what it printed last says why. Start all "
@@ -238,7 +241,7 @@ def _leave(gone: int) -> None:
 
 
 def _leave_soon(code: Any) -> None:
-    """Ends this process a little later, even if threads of it wait for other processes."""
+    """Ends this process after a grace period, even if its threads wait for other processes."""
 
     def leave() -> None:
         sys.stdout.flush()

@@ -1,7 +1,7 @@
-"""Compiles the program of a step for a described slice, and measures what came out.
+"""Compiles a step for a described slice, and reads what the compiler says about it.
 
-No TPU takes part: the TPU compiler runs on any machine and says whether the program is valid, how
-much memory it takes on a device and what it sends over the network.
+No TPU is needed: the TPU compiler runs on any machine and says whether a program is valid, how much
+memory it takes per device, and what it sends over the network.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ class CompilerFigures(NamedTuple):
 
 
 def compile_step(config: Config, topology: Topology, step: str) -> CompilerFigures:
-    """Compiles the train step or the decode step of a config.
+    """Compiles the train or decode step of a config.
 
     Raises:
       ValueError: the config does not fit the slice's number of devices, or there is no compiler.
-      jax.errors.JaxRuntimeError: the compiler refuses the program for another reason than memory.
+      jax.errors.JaxRuntimeError: the compiler rejects the program for a reason other than memory.
     """
     with tempfile.TemporaryDirectory() as folder:
         return _compile(config, topology, step, Path(folder))
 
 
 def _compile(config: Config, topology: Topology, step: str, folder: Path) -> CompilerFigures:
-    """`compile_step`; the compiler writes what it made into `folder`."""
+    """Does what `compile_step` does; the compiler dumps its programs into `folder`."""
     mesh = make_mesh(config.mesh.sizes, devices=devices(topology))
     program = programs.STEPS[step](config, mesh, topology.target)
     function = jax.jit(
         program.function,
         donate_argnums=program.donated,
         out_shardings=program.results,
-        # What a step leaves alone, as decoding does the MTP modules, is in memory all the same.
+        # Unused arguments, such as the MTP modules when decoding, take memory too.
         keep_unused=True,
         compiler_options={
             **compiler_options(topology.target, mesh.size),
@@ -101,7 +101,7 @@ def _compile(config: Config, topology: Topology, step: str, folder: Path) -> Com
 
 
 def rows_per_expert(config: Config, program: programs.Program) -> float:
-    """Assignments of an expert in one pass under an even load."""
+    """Returns the assignments per expert in one pass under an even load."""
     model = config.model
     if not model.n_routed_experts:
         return 0.0
@@ -109,24 +109,29 @@ def rows_per_expert(config: Config, program: programs.Program) -> float:
 
 
 def _collectives(folder: Path) -> tuple[list[collectives.Collective] | None, str | None]:
-    """Reads the optimised program that the compiler has written; jax cannot read all of its
-    executables back.
+    """Reads the collectives of the optimised program that the compiler has dumped.
+
+    Returns:
+      the collectives, or None and the reason.
     """
+    # The dump is read since JAX cannot give the text of every executable of a described device.
     programs_there = folder.glob("*.after_optimizations.txt")
     largest = max(programs_there, key=lambda file: file.stat().st_size, default=None)
     if largest is None:
-        return None, "the compiler has not written its program"
+        return None, "the compiler has not dumped its program"
     return collectives.parse(largest.read_text()), None
 
 
 def bytes_wanted(message: str, argument_bytes: int) -> int | None:
-    """The memory that a program wanted, of the compiler's message that it does not fit; where it
-    speaks of temporaries alone, the arguments are added.
+    """Parses the memory that a program needed out of the compiler's message that it does not fit.
+
+    Returns:
+      bytes per device, or None if the message says something else.
     """
     if match := re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message):
         besides = 0
     elif match := re.search(r"for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds", message):
-        besides = argument_bytes
+        besides = argument_bytes  # the message counts temporaries alone
     else:
         return None
     return besides + int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))

@@ -1,11 +1,13 @@
 """What a compiled program sends between devices, read from its text.
 
-The text is the compiler's (HLO after optimisation): computations, each a list of instructions, of
-which some run other computations, a loop's body as many times as its condition says. The compiler
-cuts a collective into a chain of pieces that overlap with other work and all repeat the whole; a
-chain counts once. A ragged exchange counts what it would send if the smaller of
-its two arrays were full. A TPU scatters a sum in a computation of its own, whose all-reduce and
-slice are one.
+The text is the compiler's (HLO after optimisation): computations, each a list of instructions, some
+of which run other computations, a loop's body as often as its condition says. Four details:
+
+* The compiler splits a collective into a chain of steps that overlap with other work, each of which
+  is printed as the whole; a chain counts once.
+* A ragged exchange counts as if the smaller of its two arrays were full.
+* A TPU's reduce-scatter is a computation of its own whose all-reduce and slice count as one.
+* Of a conditional's branches the one that sends least counts, as under an even load of the experts.
 """
 
 from __future__ import annotations
@@ -31,15 +33,15 @@ _COUNTER = re.compile(r"constant\((\d+)\)")
 
 
 class Collective(NamedTuple):
-    """All collectives of one kind, of one run of the program."""
+    """All collectives of one kind in one run of the program."""
 
     kind: str
     calls: int
-    bytes: int  # that a device sends
+    bytes: int  # sent per device
 
 
 def parse(text: str) -> list[Collective]:
-    """Adds up a program's collectives by kind; those that never run are left out."""
+    """Adds up a program's collectives by kind, without those that never run."""
     computations, entry = _computations(text)
     runs = _runs(computations, entry)
     counts: dict[str, int] = defaultdict(int)
@@ -81,14 +83,12 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
-    """How many times each computation runs; of a conditional's branches the one that sends least
-    runs, as under an even load of the experts.
-    """
+    """Counts how often each computation runs."""
     runs: dict[str, int] = defaultdict(int)
 
     @functools.cache
     def sends(name: str) -> int:
-        """Collectives in a computation and in what it calls."""
+        """Counts the collectives in a computation and in what it calls."""
         lines = computations.get(name, ())
         inside = sum(sends(called) for line in lines for called in _CALLED.findall(line))
         return inside + sum(bool(_COLLECTIVE.search(line)) for line in lines)
@@ -105,7 +105,7 @@ def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
                 for listed, single in _BRANCHES.findall(line)
                 for branch in (listed.split(",") if listed else [single])
             ]
-            if branches:
+            if branches:  # the even load's is the one that sends least
                 visit(min(branches, key=sends), times)
 
     visit(entry, 1)
@@ -113,7 +113,7 @@ def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
 
 
 def _trips(line: str, condition: list[str]) -> int:
-    """A loop's trips: what its condition compares its counter with; 1 where that is not written."""
+    """Returns a loop's trips: the number that its condition compares with, 1 if it has none."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
     if known:
         return int(known[1])
@@ -128,14 +128,14 @@ def _result_bytes(result: str, *, started: bool) -> int:
         for dtype, shape in _ARRAY.findall(result)
     ]
     if started and result.startswith("("):
-        # Operands come before results, and counters after them.
+        # The tuple of an asynchronous start: operands, then results, then counters.
         arrays = [size for size in sizes if size > 8]
         sizes = arrays[len(arrays) // 2 :]
     return sum(sizes)
 
 
 def _operand_bytes(line: str, computation: list[str]) -> int:
-    """The first operand's size, by the line that defines it."""
+    """Returns the first operand's size, from the line that defines it."""
     name = re.search(r"\((%[\w.\-]+)", line[line.index(" = ") :].partition("all-to-all")[2])
     if name is None:
         return 2**62
@@ -146,7 +146,7 @@ def _operand_bytes(line: str, computation: list[str]) -> int:
 
 
 def _bytes_sent(kind: str, size: int, group: int) -> int:
-    """What one device sends in one collective with a result of `size` bytes, in rings."""
+    """Returns what one device sends in one collective with a result of `size` bytes, by rings."""
     if kind == "collective-permute":
         return size
     if kind == "reduce-scatter":
@@ -162,7 +162,7 @@ def _item_bytes(dtype: str) -> int:
 
 
 def _group_size(line: str) -> int:
-    """Devices that take part in one collective together."""
+    """Returns the number of devices that take part in one collective together."""
     named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
     if named:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))

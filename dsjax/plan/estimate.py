@@ -1,8 +1,8 @@
 """What a step takes on one device, by arithmetic: memory, memory traffic and network.
 
-Arguments are exact: they are the declared shapes, split. The rest is a list of what must exist at
-the step's peak, in the backward pass of the heaviest layer or in the loss, whichever is larger.
-`docs/plan.md` has these figures beside the compiler's.
+Arguments are exact: the declared shapes, split. The rest adds up what must exist at the step's
+peak, in the backward pass of the heaviest layer or in the loss, whichever is larger. `docs/plan.md`
+has these figures beside the compiler's.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Estimate(NamedTuple):
 
 
 class _Weights(NamedTuple):
-    """Values of one device: split as they are kept, and gathered as they are used."""
+    """Weights per device, in values: kept (split), and gathered for use."""
 
     kept: float
-    gathered: float  # of all layers
+    gathered: float  # all layers
     largest_layer: float  # gathered
     head: float  # gathered
 
@@ -108,7 +108,7 @@ def _train(config: Config, mesh: AbstractMesh, program: Program, weights: _Weigh
     through = tokens * passes * layers * (_attention_values(model, mesh) + 12 * model.dim) * item
     traffic = optimizer + passes * uses * 2 * weights.gathered * item + uses * through
     per_pass = uses * (weights.gathered - weights.kept) * item
-    per_pass += weights.gathered * _FLOAT32  # gradients, summed into their parts
+    per_pass += weights.gathered * _FLOAT32  # gradients, reduced to shards
     sent = per_pass + _dispatch_bytes(model, mesh, tokens, item) * 2 * (1 + again)
     needed = flops.train_flops_per_token(model, config.data.sequence_length) * program.tokens
     network = passes * sent if parts("batch", mesh) > 1 else 0.0
@@ -133,7 +133,7 @@ def _decode(config: Config, mesh: AbstractMesh, program: Program, weights: _Weig
 
 
 def _kept_values(config: Config, mesh: AbstractMesh) -> float:
-    """Values a token and layer that the forward pass leaves for the backward pass, on average."""
+    """Counts values per token and layer kept for the backward pass, on average over layers."""
     model, tensor = config.model, parts("heads", mesh)
     kept = float(model.dim)
     if config.train.remat == "full":
@@ -150,32 +150,32 @@ def _kept_values(config: Config, mesh: AbstractMesh) -> float:
 
 
 def _attention_values(model: ModelConfig, mesh: AbstractMesh) -> float:
-    """Values a token of queries, keys, values and output, and of their gradients."""
+    """Counts values per token of queries, keys, values, output and their gradients."""
     heads = model.n_heads * (2 * model.qk_head_dim + 2 * model.value_head_dim)
     return 2 * heads / parts("heads", mesh) + 4 * model.dim
 
 
 def _rows_per_token(model: ModelConfig, mesh: AbstractMesh) -> float:
-    """Rows that the experts' buffers hold, as a multiple of a device's tokens."""
+    """Counts the rows of the experts' buffers per token of the device."""
     slack = SLACK if parts("experts", mesh) > 1 else 1.0
     return slack * model.n_activated_experts if model.n_routed_experts else 0.0
 
 
 def _routed_values(model: ModelConfig, mesh: AbstractMesh) -> float:
-    """Values a token in the experts' buffers and their gradients: at the peak some eighteen arrays
-    as wide as the model, on their way there and back, float32 sums counting twice.
-    """
+    """Counts values per token in the experts' buffers and their gradients."""
     tensor = parts("ffn", mesh)
     dense = 4 * model.inter_dim / tensor + 6 * model.dim
     rows = _rows_per_token(model, mesh)
+    # At the peak, tokens on their way out and back fill some eighteen arrays as wide as the model,
+    # float32 sums counted twice.
     return max(rows * (18 * model.dim + 6 * model.moe_inter_dim / tensor), dense)
 
 
 def _dispatch_bytes(model: ModelConfig, mesh: AbstractMesh, tokens: int, item: int) -> float:
-    """What a device sends of its tokens to experts elsewhere and of the sums back, in a pass."""
+    """Counts bytes per device and pass: tokens sent to experts elsewhere, and sums returned."""
     ranks = parts("experts", mesh)
     if ranks == 1 or not model.n_routed_experts:
         return 0.0
-    # Each of a token's experts on a rank of its own, the own rank's share left out.
+    # As if each of a token's experts were on a different rank; those on its own rank cost nothing.
     copies = min(model.n_activated_experts, ranks) * (1 - 1 / ranks)
     return (model.n_moe_layers + model.n_mtp) * 2.0 * tokens * copies * model.dim * item

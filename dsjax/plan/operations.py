@@ -1,9 +1,9 @@
-"""Floating-point operations of a traced program, matrix products only, all devices together.
+"""Floating-point operations of a traced program: matrix products only, all devices together.
 
-The compiler's own count leaves out the kernels and takes a loop's body once; here a scan counts its
-trips and a kernel its own work. What depends on data is counted as for an even load of the experts:
+The compiler's own count omits kernels and counts a loop's body once. Here a scan counts its trips
+and a kernel its own work. Whatever depends on data is counted as under an even load of the experts:
 a conditional takes its cheapest branch (later rounds of dispatch are for uneven loads), a grouped
-product has as many rows as its experts get then, and a loop of unknown length is walked once.
+product has as many rows as its experts then get, and a loop of unknown length counts once.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
 def count(program: ClosedJaxpr, rows_per_expert: float) -> float:
-    """Adds up a program's operations, a multiplication and an addition being two.
+    """Adds up a program's operations; a multiplication and an addition are two.
 
     Args:
-      rows_per_expert: assignments of one expert, over all devices, in one pass.
+      rows_per_expert: assignments per expert in one pass, over all devices.
     """
     return _count(program.jaxpr, 1, rows_per_expert)
 
 
 def _count(jaxpr: Any, devices: int, rows: float) -> float:
-    """`devices`: how many run this part of the program, each on a part of its own."""
+    """
+    Args:
+      devices: how many run this part of the program, each on a shard of its own.
+    """
     return sum(_equation(equation, devices, rows) for equation in jaxpr.eqns)
 
 
@@ -47,7 +50,7 @@ def _equation(equation: Any, devices: int, rows: float) -> float:
     if name == "shard_map":
         mesh, manual = params["mesh"], params["newly_manual_axes"]
         devices *= math.prod(mesh.shape[axis] for axis in manual)
-        # One expert's rows come from all devices of the data axes, and so do its weights' parts.
+        # An expert's rows come from all devices of the data axes, and so do its weights' shards.
         # The ranks of a pipeline work on micro-batches and layers of their own.
         others = [axis for axis in manual if axis not in ("expert", "pipe")]
         rows /= math.prod(mesh.shape[axis] for axis in others)
@@ -66,7 +69,7 @@ def _share(branch: Any) -> float:
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:
-    """The programs inside an equation."""
+    """Yields the programs inside an equation."""
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(item, ClosedJaxpr):
@@ -84,16 +87,16 @@ def _dot(equation: Any) -> float:
 
 
 def _kernel(equation: Any, rows: float) -> float:
-    """Operations of the two kernels that the model has on a TPU."""
+    """Counts a call of one of the two kernels that the model has on a TPU."""
     name = str(equation.params.get("name") or equation.params.get("name_and_src_info"))
     shapes = [variable.aval.shape for variable in equation.invars if _is_float(variable.aval)]
     if "splash" in name:
-        # q [.., N, T, H], k [.., P, T, H], v [.., P, T, W]; causal, so half of the square.
+        # Splash attention: q [.., N, T, H], k [.., P, T, H], v [.., P, T, W]; half of the square.
         (*heads, length, width), value_width = shapes[0], shapes[2][-1]
         products = 3 * width + 2 * value_width if "dkv" in name else width + value_width
         return float(math.prod(heads)) * length**2 * products
-    # A grouped product: rows of all groups [A, D], and a matrix for each group among the operands
-    # or as the result.
+    # A grouped product: rows of all groups [A, D], and a matrix per group among the operands or as
+    # the result.
     out = equation.outvars[0].aval.shape
     groups, dim, width = out if len(out) == 3 else next(s for s in shapes if len(s) == 3)
     return 2.0 * min(groups * rows, shapes[0][0]) * dim * width

@@ -1,4 +1,4 @@
-"""The programs that run on the slice, with the shapes and places of what they are given."""
+"""The programs that run on a slice, with the shapes and shardings of their arguments."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Program(NamedTuple):
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]  # of jax.ShapeDtypeStruct with shardings
-    donated: tuple[int, ...]  # arguments whose memory the results take
+    donated: tuple[int, ...]  # arguments whose memory the results reuse
     results: Any  # shardings of the results; None: the compiler's choice
-    tokens: int  # that it trains on or adds
-    tokens_per_pass: int  # of them that go through the model together
+    tokens: int  # trained on, or generated
+    tokens_per_pass: int  # that go through the model together
 
     @property
     def argument_bytes(self) -> int:
-        """What one device holds of the arguments."""
+        """Returns the bytes of one device's shards of the arguments."""
         return sum(map(shard_bytes, jax.tree.leaves(self.arguments)))
 
 
@@ -52,7 +52,7 @@ def _is_key(leaf: jax.ShapeDtypeStruct) -> bool:
 
 
 def train(config: Config, mesh: Mesh | AbstractMesh, target: Target) -> Program:
-    """One optimizer step of the full batch, as `dsjax.train` runs it.
+    """Builds one optimizer step of the full batch, as `dsjax.train` runs it.
 
     Raises:
       ValueError: parameters or batch do not divide over the mesh.
@@ -85,8 +85,8 @@ def train(config: Config, mesh: Mesh | AbstractMesh, target: Target) -> Program:
 
 
 def decode(config: Config, mesh: Mesh | AbstractMesh, target: Target) -> Program:
-    """One call of the decoding program, as `dsjax.infer` runs it: one token for each of
-    a micro-batch's sequences, with a cache of `data.sequence_length` positions and weights in the
+    """Builds one call of the decoding program, as `dsjax.generate` runs it: one token for each of a
+    micro-batch's sequences, with a cache of `data.sequence_length` positions and weights in the
     compute type.
 
     Raises:

@@ -1,7 +1,7 @@
-"""How fast a step can be at best: the slowest of arithmetic, memory and network.
+"""A lower bound on a step's time: the slowest of arithmetic, memory and network.
 
-Each of the three is taken at the data sheet's rate and as if the other two hid behind it. A real
-step is slower; how much, only a run can say.
+Each is taken at the data sheet's rate, as if the other two were hidden behind it. How much slower a
+real step is, only a run can tell.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dsjax.plan.topology import Topology
 
 
 class Roofline(NamedTuple):
-    """Seconds a step; `limit` names the largest of the three."""
+    """Seconds per step; `limit` names the largest of the three."""
 
     compute_seconds: float
     memory_seconds: float
-    network_seconds: float | None  # None: the program's collectives are not known
+    network_seconds: float | None  # None: the program's collectives are unknown
     step_seconds: float
     limit: str
-    mfu: float  # model FLOPs against the peak of all devices
+    mfu: float  # model FLOPs relative to the peak of all devices
 
 
 def roofline(
@@ -30,13 +30,13 @@ def roofline(
     memory_bytes: float,
     network_bytes: float | None,
 ) -> Roofline:
-    """Estimates the step.
+    """Bounds a step.
 
     Args:
       program_flops: what the program computes on all devices, recomputation included.
       model_flops: what the model needs (`dsjax.model.flops`).
-      memory_bytes: read and written by one device.
-      network_bytes: sent by one device.
+      memory_bytes: read and written per device.
+      network_bytes: sent per device; None: unknown.
     """
     device = topology.device
     peak = device.flops * topology.n_devices

@@ -1,8 +1,8 @@
 """TPU slices by name: which chips, how many, and what each can do.
 
-A name is a generation and the slice's shape in chips: `v5p:8x8x8` is a torus of 512. What jax calls
-a device is a chip, but on tpu7x, where a chip holds two. Figures are the vendor's data sheets';
-`hbm` is what the compiler allows a program, in its own words when a program does not fit.
+A name is a generation and the slice's shape in chips: `v5p:8x8x8` is a torus of 512. What JAX calls
+a device is a chip, except on tpu7x, where a chip holds two. Figures are from the vendor's data
+sheets; `hbm` is what the compiler allows a program, as it says when a program does not fit.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ _GIB = 2**30
 
 
 class Device(NamedTuple):
-    """What one device of a generation has; rates are a second's."""
+    """The figures of one device of a generation; rates are per second."""
 
     generation: str
     example: str
-    host: tuple[int, ...]  # chips of a host, by which the shape must divide
+    host: tuple[int, ...]  # chips per host; a slice's shape is a multiple
     per_chip: int
     hbm: int  # bytes
     flops: float  # bfloat16
     hbm_bandwidth: float  # bytes
-    ici_bandwidth: float  # bytes, sent over all its links together
+    ici_bandwidth: float  # bytes sent over all links together
 
 
 _DEVICES = {
@@ -47,7 +47,7 @@ _DEVICES = {
 
 
 class Topology(NamedTuple):
-    """A described slice."""
+    """A slice that need not exist here."""
 
     name: str
     device: Device
@@ -68,10 +68,10 @@ class Topology(NamedTuple):
 
 
 def parse(name: str) -> Topology:
-    """Reads `v5p:8x8x8`.
+    """Parses a name such as `v5p:8x8x8`.
 
     Raises:
-      ValueError: no such generation, or a shape that it does not come in.
+      ValueError: there is no such generation, or it does not come in this shape.
     """
     generation, _, text = name.strip().lower().partition(":")
     if generation not in _DEVICES:
@@ -99,17 +99,17 @@ def parse(name: str) -> Topology:
 
 
 def devices(topology: Topology) -> list[Any]:
-    """Describes the slice's devices to the TPU compiler, which needs no TPU for that.
+    """Lists the slice's devices as the TPU compiler describes them; no TPU is needed.
 
     Raises:
-      ValueError: the compiler is not installed, or does not know such a slice.
+      ValueError: the compiler is not installed or does not know such a slice.
     """
     if find_spec("libtpu") is None:
         raise ValueError(
             "compiling for a TPU takes its compiler, libtpu, which is not installed; install the "
             "extra `plan` (pip install -e '.[plan]'), or leave compiling out with --no-compile"
         )
-    # There is no TPU whose host to ask, nor one that two processes could fight for.
+    # There is no TPU host to query, nor a TPU that two processes could compete for.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies

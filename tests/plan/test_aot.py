@@ -51,7 +51,7 @@ def test_memory_that_a_program_wanted_is_read_from_the_refusal(message, wanted):
 
 
 def test_collectives_are_those_of_the_largest_program_that_was_written(tmp_path):
-    assert aot._collectives(tmp_path) == (None, "the compiler has not written its program")
+    assert aot._collectives(tmp_path) == (None, "the compiler has not dumped its program")
     line = "  %x = f32[8]{0} all-gather(%p), channel_id=1, replica_groups={{0,1}}\n"
     for name, body in {"0.jit_fill": "", "2.jit_step": line}.items():
         text = f"ENTRY %main (p: f32[4]) -> f32[8] {{\n{body}}}\n"
