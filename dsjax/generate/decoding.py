@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsjax.generate import speculative
+from dsjax.generate.record import NOTHING, Record, Wanted, record
 from dsjax.generate.sampling import Knobs, sample
 from dsjax.generate.speculative import State, Step
 from dsjax.model.cache import Cache, empty_cache
@@ -39,14 +40,20 @@ class Decoded(NamedTuple):
     tokens_NBW: jax.Array  # int32, what each step added; -1 is nothing
     ran_NB: jax.Array  # bool, whether the row was unfinished
     n_kept_NB: jax.Array  # int32, drafts that the main model kept
+    record_N: Record  # of `tokens_NBW`, steps in front of each array's dims
 
     def tokens(self) -> list[list[int]]:
         """Each row's new tokens."""
         tokens_BNW = np.swapaxes(self.tokens_NBW, 0, 1)
         return [row[row >= 0].tolist() for row in tokens_BNW]
 
+    def report(self, row: int) -> Record:
+        """The report on a row's new tokens: arrays [n, ...]."""
+        new_NW = np.asarray(self.tokens_NBW)[:, row] >= 0
+        return jax.tree.map(lambda array: np.asarray(array)[:, row][new_NW], self.record_N)
 
-def empty_carry(model: Transformer, batch: int, length: int, n_drafts: int) -> Carry:
+
+def empty_carry(model: Transformer, *, batch: int, length: int, n_drafts: int) -> Carry:
     """What generation starts with, for rows of up to `length` tokens."""
     config, dtype = model.config, model.policy.compute
     hidden_BWD = jnp.zeros((batch, n_drafts + 1, config.dim), dtype)
@@ -59,36 +66,49 @@ def prefill(
     tokens_BX: jax.Array,
     start: jax.Array,
     lengths_B: jax.Array,
-    first_B: jax.Array,
     knobs: Knobs,
-) -> tuple[Carry, jax.Array]:
+    *,
+    wanted: Wanted = NOTHING,
+) -> tuple[Carry, tuple[jax.Array, Record]]:
     """Runs one chunk of every row's prompt.
 
     Args:
       tokens_BX: int32 [B, T + D], the chunk and the D tokens after it; prompts end in padding.
       start: int32 position of the chunk.
       lengths_B: int32 lengths of the prompts.
-      first_B: int32, the first new token of each row that earlier chunks ended.
 
     Returns:
-      the carry, and `first_B` with those of the rows that this chunk ends.
+      the carry; int32 [B], the first new token of each row whose prompt ends in this chunk, and
+      the report on it, with the experts of all T tokens of the chunk. Other rows' are meaningless.
     """
     n_drafts = carry.hidden_BWD.shape[1] - 1
     T = tokens_BX.shape[1] - n_drafts
     starts_B = jnp.broadcast_to(start, lengths_B.shape)
-    extended = model.extend(tokens_BX[:, :T], starts_B, carry.cache)
+    extended = model.extend(tokens_BX[:, :T], starts_B, carry.cache, routing=wanted.experts)
     cache, hidden_BWD = extended.cache, carry.hidden_BWD
     if n_drafts:
         counts_B = jnp.clip(lengths_B - start, 0, T)
         cache, hidden_BWD = speculative.prefill(
             model, tokens_BX, starts_B, counts_B, extended, hidden_BWD
         )
-    last_B = lengths_B - 1 - start
-    ends_B = (last_B >= 0) & (last_B < T)
-    index_B11 = jnp.clip(last_B, 0, T - 1)[:, None, None]
+    index_B11 = jnp.clip(lengths_B - 1 - start, 0, T - 1)[:, None, None]
     last_B1D = jnp.take_along_axis(extended.main_BTD, index_B11, axis=1)
-    drawn_B = sample(model.logits(last_B1D)[:, 0], knobs, lengths_B)
-    return _pinned(Carry(cache, hidden_BWD)), jnp.where(ends_B, drawn_B, first_B)
+    logits_B1V = model.logits(last_B1D)
+    drawn_B = sample(logits_B1V[:, 0], knobs, lengths_B)
+    report = record(wanted, logits_B1V, drawn_B[:, None], knobs, extended.experts_LBTK)
+    return _pinned(Carry(cache, hidden_BWD)), (drawn_B, report)
+
+
+def insert(model: Transformer, carry: Carry, other: Carry, slots_X: jax.Array) -> Carry:
+    """Puts the rows of another carry, whose cache is no longer, into rows of this one.
+
+    Args:
+      slots_X: int32, the row that each of the other's goes to, all different; those outside are left
+        out.
+    """
+    del model
+    hidden_BWD = carry.hidden_BWD.at[slots_X].set(other.hidden_BWD, mode="drop")
+    return _pinned(Carry(carry.cache.insert(slots_X, other.cache), hidden_BWD))
 
 
 def decode(
@@ -100,11 +120,15 @@ def decode(
     stop_ids_BX: jax.Array,
     knobs: Knobs,
     most_steps: jax.Array,
+    until_any: jax.Array,
+    *,
+    wanted: Wanted = NOTHING,
 ) -> tuple[Carry, Decoded]:
     """Runs up to `most_steps` steps, fewer if all rows finish before.
 
     Args:
       stop_ids_BX: int32; drawing one of its row's ends a row.
+      until_any: bool scalar, whether to return as soon as any row finishes: a request waits.
     """
     W = recent_BW.shape[1]
     advance = speculative.step if W > 1 else _step
@@ -112,7 +136,7 @@ def decode(
     def body(loop: tuple[Carry, Decoded]) -> tuple[Carry, Decoded]:
         carry, past = loop
         state = State(carry.cache, past.position_B, past.recent_BW, carry.hidden_BWD)
-        step = advance(model, state, knobs, past.left_B)
+        step = advance(model, state, knobs, past.left_B, wanted)
         new_BW = jnp.arange(W, dtype=jnp.int32)[None] < step.n_new_B[:, None]
         stops_BW = (step.tokens_BW[:, :, None] == stop_ids_BX[:, None]).any(axis=-1) & new_BW
         # A stop id counts, what comes after it does not.
@@ -129,11 +153,14 @@ def decode(
             past.tokens_NBW.at[index].set(jnp.where(new_BW, step.tokens_BW, -1)),
             past.ran_NB.at[index].set(ran_B),
             past.n_kept_NB.at[index].set(n_kept_B),
+            jax.tree.map(lambda all_, new: all_.at[index].set(new), past.record_N, step.record),
         )
         return _pinned(Carry(step.state.cache, step.state.hidden_BWD)), decoded
 
     def unfinished(loop: tuple[Carry, Decoded]) -> jax.Array:
-        return (loop[1].n_steps < most_steps) & (loop[1].left_B > 0).any()
+        goes_on_B = loop[1].left_B > 0
+        freed = until_any & ((left_B > 0) & ~goes_on_B).any()
+        return (loop[1].n_steps < most_steps) & goes_on_B.any() & ~freed
 
     B = position_B.shape[0]
     nothing = Decoded(
@@ -144,18 +171,32 @@ def decode(
         jnp.full((MAX_STEPS, B, W), -1, jnp.int32),
         jnp.zeros((MAX_STEPS, B), bool),
         jnp.zeros((MAX_STEPS, B), jnp.int32),
+        _empty_record(model, B, W, wanted),
     )
     return jax.lax.while_loop(unfinished, body, (carry, nothing))
 
 
-def _step(model: Transformer, state: State, knobs: Knobs, most_B: jax.Array) -> Step:
+def _step(
+    model: Transformer, state: State, knobs: Knobs, most_B: jax.Array, wanted: Wanted
+) -> Step:
     """Runs each row's newest token and draws the next one; `speculative.step` without drafts."""
-    extended = model.extend(state.tokens_BW, state.position_B, state.cache)
-    drawn_B = sample(model.logits(extended.main_BTD)[:, 0], knobs, state.position_B + 1)
+    extended = model.extend(state.tokens_BW, state.position_B, state.cache, routing=wanted.experts)
+    logits_B1V = model.logits(extended.main_BTD)
+    drawn_B = sample(logits_B1V[:, 0], knobs, state.position_B + 1)
     n_new_B = jnp.minimum(most_B, 1)
     tokens_B1 = jnp.where(n_new_B[:, None] > 0, drawn_B[:, None], state.tokens_BW)
     state = State(extended.cache, state.position_B + n_new_B, tokens_B1, state.hidden_BWD)
-    return Step(state, drawn_B[:, None], n_new_B, jnp.zeros_like(n_new_B))
+    report = record(wanted, logits_B1V, drawn_B[:, None], knobs, extended.experts_LBTK)
+    return Step(state, drawn_B[:, None], n_new_B, jnp.zeros_like(n_new_B), report)
+
+
+def _empty_record(model: Transformer, B: int, W: int, wanted: Wanted) -> Record:
+    """Room for the reports of MAX_STEPS steps."""
+    logprobs = jnp.zeros((MAX_STEPS, B, W), jnp.float32) if wanted.logprobs else None
+    config = model.config
+    shape = (MAX_STEPS, B, W, config.n_moe_layers, config.n_activated_experts)
+    experts = jnp.zeros(shape, jnp.int32) if wanted.experts else None
+    return Record(logprobs, logprobs, experts)
 
 
 def _pinned(carry: Carry) -> Carry:

@@ -1,4 +1,9 @@
-"""Generation for a batch of requests: prompts in chunks, then token by token on a cache.
+"""Generation: prompts in chunks, then token by token on a cache, for requests that come and go.
+
+Requests wait in a queue until a row is free. Newcomers run their prompts together in a cache of
+their own, one chunk per step, while the rows that already run go on in between; a row joins these
+when its prompt is done. A row that finishes, or is cancelled, is free for the next request. Where
+nothing else runs, the newcomers' cache becomes the running one: a closed batch is never copied.
 
 Shapes are few, so that programs are: a cache is as long as a power of two, prompts run in chunks of
 one size and a last one of a power of two, and the rows of a batch differ in numbers only (lengths,
@@ -7,48 +12,31 @@ is donated from program to program and changes in place.
 
 A decoding program runs several steps before it returns to the host, which takes longer than a small
 model's step. How many is a number it is given, so that tokens still come many times a second. It
-returns early when no row is left. A row that is finished stands still until all are.
+returns early when no row is left, and while requests wait as soon as one row is free.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsjax.generate import decoding, speculative
-from dsjax.generate.decoding import Carry, Decoded
-from dsjax.generate.sampling import Knobs, Sampling, knobs
+from dsjax.generate import decoding
+from dsjax.generate.decoding import Decoded
+from dsjax.generate.programs import Programs
+from dsjax.generate.record import Record
+from dsjax.generate.request import Output, Request, join, output, problems
+from dsjax.generate.rows import Open, Rows, cache_length, power_of_two
+from dsjax.generate.speculative import check as check_drafting
 from dsjax.model.transformer import Transformer
-from dsjax.parallel.sharding import parts
 
-_MIN_LENGTH = 256  # of a cache
 _MIN_CHUNK = 16
 _SECONDS_BETWEEN_ITEMS = 0.05
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt to continue.
-
-    Raises:
-      ValueError: `max_new_tokens` is negative.
-    """
-
-    prompt: tuple[int, ...]
-    max_new_tokens: int
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    stop_ids: frozenset[int] = frozenset()  # the first of them that is drawn ends the row
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens} must not be negative")
+_NO_LIMIT = 1 << 30
 
 
 @dataclasses.dataclass
@@ -64,178 +52,282 @@ class Statistics:
     accepted: int = 0  # drafts that the main model kept
 
 
-class _Batch(NamedTuple):
-    """The requests as arrays; rows without a request fill the batch up."""
-
-    prompts: list[tuple[int, ...]]
-    lengths_B: np.ndarray  # int32
-    most_B: np.ndarray  # int32, tokens to generate
-    stop_ids_BX: np.ndarray  # int32
-    knobs: Knobs
-
-
 class Engine:
-    """Generates with one model, on the devices that hold it.
+    """Generates with one model, on the devices that hold it. One thread may use it at a time.
 
     Attributes:
-      statistics: of the latest generation.
+      statistics: of the latest `generate` or `complete`, or of all requests that were added.
     """
 
     def __init__(
-        self, model: Transformer, *, speculative: bool = False, prefill_chunk: int = 512
+        self,
+        model: Transformer,
+        *,
+        speculative: bool = False,
+        prefill_chunk: int = 512,
+        max_batch: int | None = None,
     ) -> None:
         """
         Args:
           speculative: whether the model's MTP modules draft tokens (`dsjax.generate.speculative`).
           prefill_chunk: tokens of each row's prompt that run at once, a power of two from 16 on.
+          max_batch: how many requests run together; further ones wait. None: no limit.
 
         Raises:
-          ValueError: the chunk is another number, or the model has nothing to draft with.
+          ValueError: the chunk or the batch is another number, or the model has nothing to draft
+            with.
         """
-        if prefill_chunk < _MIN_CHUNK or prefill_chunk != _power_of_two(prefill_chunk):
+        if prefill_chunk < _MIN_CHUNK or prefill_chunk != power_of_two(prefill_chunk):
             raise ValueError(
                 f"prefill_chunk={prefill_chunk} must be a power of two from {_MIN_CHUNK} on, such "
-                f"as {max(_power_of_two(prefill_chunk), _MIN_CHUNK)}"
+                f"as {max(power_of_two(prefill_chunk), _MIN_CHUNK)}"
             )
+        if max_batch is not None and max_batch < 1:
+            raise ValueError(f"max_batch={max_batch} must be at least 1; None sets no limit")
         if speculative:
-            _check_drafting(model)
+            check_drafting(model.config)
         self.statistics = Statistics()
-        self._model = model
+        self._programs = Programs(model)
         self._n_drafts = model.config.n_mtp if speculative else 0
         self._chunk = prefill_chunk
-        self._mesh = _mesh(model)
-        self._programs: dict[Any, Any] = {}
+        self._max_batch = max_batch
+        self._most_rows = max_batch or _NO_LIMIT
+        self._waiting: deque[Open] = deque()
+        self._incoming: Rows | None = None  # their prompts run, up to `_start`
+        self._running: Rows | None = None
+        self._start = 0
+        self._n_steps = 1  # of the next call of the decoding program
+        self._decoded_last = False
+        self._next_id = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is not finished."""
+        return bool(self._waiting or self._incoming or self._running)
+
+    def load(self, model: Transformer) -> None:
+        """Replaces the weights; every program stays compiled.
+
+        Raises:
+          ValueError: the model is of another shape, dtype or placement, or requests run: what is in
+            their caches comes from the old weights.
+        """
+        if self._incoming or self._running:
+            raise ValueError("weights are replaced between requests; finish or cancel them first")
+        self._programs.load(model)
+
+    def add(self, request: Request) -> int:
+        """Queues a request and returns the id that `step` and `cancel` know it by.
+
+        Raises:
+          ValueError: the prompt is empty, has ids outside the vocabulary, or is too long together
+            with `max_new_tokens`; all such faults at once.
+        """
+        self._check([request])
+        return self._add(request)
+
+    def cancel(self, id: int) -> None:
+        """Drops a request, wherever it stands; an id that is not open is ignored."""
+        self._waiting = deque(open_ for open_ in self._waiting if open_.id != id)
+        for rows in filter(None, (self._incoming, self._running)):
+            for row, slot in enumerate(rows.slots):
+                if slot and slot.id == id:
+                    rows.release(row)
+        self._drop_empty()
+
+    def step(self) -> dict[int, Output]:
+        """Runs one program, a chunk of the newcomers' prompts or some steps of decoding, in turn.
+
+        Returns:
+          what is new, by the requests' ids; requests of which nothing is new are left out.
+        """
+        if self._incoming is None and self._waiting:
+            self._admit()
+        if self._incoming and (self._decoded_last or not self._running):
+            self._decoded_last = False
+            return self._prefill(self._incoming)
+        self._decoded_last = True
+        return self._decode(self._running) if self._running else {}
 
     def generate(self, requests: Sequence[Request]) -> Iterator[list[list[int]]]:
         """Generates for all requests together.
 
         Yields:
-          each row's tokens since the last item, none for a row that is finished; a stop id is its
-          row's last token.
+          each request's tokens since the last item, none for one that waits or is finished; a stop
+          id is the last token of its request.
 
         Raises:
-          ValueError: a prompt is empty, has ids outside the vocabulary, or is too long together
-            with `max_new_tokens`; all such faults at once.
+          ValueError: see `add`; or requests that were added are not finished.
         """
-        problems = [
+        self._check(requests)
+        return (
+            [new[index].tokens if index in new else [] for index in range(len(requests))]
+            for new in self._run(requests)
+        )
+
+    def complete(self, requests: Sequence[Request]) -> list[Output]:
+        """Generates for all requests together and returns each one's whole output, with the
+        reports that it asks for.
+
+        Raises:
+          ValueError: see `generate`.
+        """
+        self._check(requests)
+        outputs: list[list[Output]] = [[] for _ in requests]
+        for new in self._run(requests):
+            for index, part in new.items():
+                outputs[index].append(part)
+        return [join(each) for each in outputs]
+
+    def _run(self, requests: Sequence[Request]) -> Iterator[dict[int, Output]]:
+        if self.busy:
+            raise ValueError("requests that were added are not finished; step or cancel them first")
+        self.statistics = Statistics()
+        # A closed batch has as many rows as it needs, no power of two.
+        self._most_rows = self._max_batch or len(requests)
+        index_of = {self._add(request): index for index, request in enumerate(requests)}
+        try:
+            while self.busy:
+                if new := self.step():
+                    yield {index_of[id]: part for id, part in new.items()}
+        finally:  # the caller may have left early
+            self._waiting.clear()
+            self._incoming = self._running = None
+            self._most_rows = self._max_batch or _NO_LIMIT
+
+    def _check(self, requests: Sequence[Request]) -> None:
+        found = [
             f"request {index}: {problem}"
-            for index, request in enumerate(requests)
-            for problem in _problems(request, self._model)
+            for index, each in enumerate(requests)
+            for problem in problems(each, self._programs.model.config)
         ]
-        if problems:
-            raise ValueError("\n".join(problems))
-        self.statistics = Statistics(prompt_tokens=sum(len(r.prompt) for r in requests))
-        return self._generate(requests) if requests else iter(())
+        if found:
+            raise ValueError("\n".join(found))
 
-    def _generate(self, requests: Sequence[Request]) -> Iterator[list[list[int]]]:
-        batch = self._batch(requests)
-        carry, first_B = self._prefill(batch)
-        new = [
-            [token] if most else []
-            for token, most in zip(first_B.tolist(), batch.most_B.tolist(), strict=True)
-        ]
-        yield self._count(new, len(requests))
-        stopped_B = (first_B[:, None] == batch.stop_ids_BX).any(axis=1)
-        left_B = np.where(stopped_B, 0, np.maximum(batch.most_B - 1, 0)).astype(np.int32)
-        position_B, recent_BW = batch.lengths_B, _newest(batch, first_B, self._n_drafts + 1)
-        n_steps = 1
-        while left_B.any():
-            arguments = (
-                carry, position_B, recent_BW, left_B, batch.stop_ids_BX, batch.knobs,
-                np.int32(n_steps),
-            )  # fmt: skip
-            program = self._program(decoding.decode, arguments)
-            start = time.perf_counter()
-            carry, decoded = program(self._model, *arguments)
-            decoded = Decoded(*jax.device_get(decoded))
-            seconds = time.perf_counter() - start
-            position_B, recent_BW, left_B = decoded.position_B, decoded.recent_BW, decoded.left_B
-            self.statistics.decode_seconds += seconds
-            self._count_steps(decoded)
-            # The clocks of several processes would tell each another number.
-            if jax.process_count() == 1:
-                n_steps = int(_SECONDS_BETWEEN_ITEMS * decoded.n_steps / seconds)
-                n_steps = min(max(n_steps, 1), decoding.MAX_STEPS)
-            yield self._count(decoded.tokens(), len(requests))
+    def _add(self, request: Request) -> int:
+        self._next_id += 1
+        self._waiting.append(Open(self._next_id, request))
+        return self._next_id
 
-    def _prefill(self, batch: _Batch) -> tuple[Carry, np.ndarray]:
-        """Runs the prompts; returns what decoding goes on with, and each row's first new token."""
-        longest = int(batch.lengths_B.max())
-        length = self._cache_length(int((batch.lengths_B + batch.most_B).max()))
-        tokens_BS = np.zeros((len(batch.prompts), length + self._n_drafts), np.int32)
-        for row, prompt in zip(tokens_BS, batch.prompts, strict=True):
-            row[: len(prompt)] = prompt
-        carry = self._empty_carry(len(batch.prompts), length)
-        first_B = np.zeros(len(batch.prompts), np.int32)
-        start = 0
-        while start < longest:
-            size = min(max(_power_of_two(longest - start), _MIN_CHUNK), self._chunk)
-            arguments = (
-                carry, tokens_BS[:, start : start + size + self._n_drafts], np.int32(start),
-                batch.lengths_B, first_B, batch.knobs,
-            )  # fmt: skip
-            program = self._program(decoding.prefill, arguments)
-            began = time.perf_counter()
-            carry, first_B = program(self._model, *arguments)
-            first_B = np.asarray(first_B)
-            self.statistics.prefill_seconds += time.perf_counter() - began
-            start += size
-        return carry, first_B
+    def _admit(self) -> None:
+        """Gives the requests that have waited longest a cache to run their prompts in."""
+        room = self._most_rows - (self._running.n_open if self._running else 0)
+        admitted = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+        if not admitted:
+            return
+        requests = [open_.request for open_ in admitted]
+        longest = max(len(each.prompt) + each.max_new_tokens for each in requests)
+        config = self._programs.model.config
+        length = cache_length(config, longest, chunk=self._chunk, n_drafts=self._n_drafts)
+        if self._running:
+            length = max(length, self._running.length)
+        self._incoming = self._make_rows(admitted, length)
+        self._start = 0
+        self.statistics.prompt_tokens += sum(len(each.prompt) for each in requests)
 
-    def _batch(self, requests: Sequence[Request]) -> _Batch:
-        rows = list(requests)
-        rows += [Request((0,), 0)] * (
-            -len(rows) % (parts("batch", self._mesh) if self._mesh else 1)
-        )
-        width = _power_of_two(max(len(request.stop_ids) for request in rows))
-        stop_ids = [
-            [*request.stop_ids, *[-1] * (width - len(request.stop_ids))] for request in rows
-        ]
-        return _Batch(
-            [request.prompt for request in rows],
-            np.array([len(request.prompt) for request in rows], np.int32),
-            np.array([request.max_new_tokens for request in rows], np.int32),
-            np.array(stop_ids, np.int32),
-            knobs([request.sampling for request in rows]),
-        )
+    def _make_rows(self, slots: Sequence[Open | None], length: int) -> Rows:
+        n_rows = min(power_of_two(len(slots)), self._most_rows)
+        n_rows += -n_rows % self._programs.batch_parts
+        carry = self._programs.compiled(
+            decoding.empty_carry, batch=n_rows, length=length, n_drafts=self._n_drafts
+        )()
+        return Rows([*slots, *[None] * (n_rows - len(slots))], carry, length)
 
-    def _cache_length(self, needed: int) -> int:
-        """A power of two, or what the longest text that the model allows needs if that is less;
-        either way room for whole chunks, and for drafts beyond the end.
-        """
-        most = self._model.config.max_seq_len + self._n_drafts
-        whole_chunks = -(-most // self._chunk) * self._chunk
-        return min(max(_power_of_two(needed + self._n_drafts), _MIN_LENGTH), whole_chunks)
+    def _prefill(self, rows: Rows) -> dict[int, Output]:
+        """Runs a chunk of the prompts."""
+        start = self._start
+        longest = max(len(slot.request.prompt) for slot in rows.slots if slot)
+        size = min(max(power_of_two(longest - start), _MIN_CHUNK), self._chunk)
+        tokens_BX = np.zeros((len(rows.slots), size + self._n_drafts), np.int32)
+        for row, slot in enumerate(rows.slots):
+            part = slot.request.prompt[start : start + tokens_BX.shape[1]] if slot else ()
+            tokens_BX[row, : len(part)] = part
+        run = self._programs.compiled(
+            decoding.prefill, rows.carry, tokens_BX, np.int32(start), rows.position_B, rows.knobs,
+            wanted=rows.wanted,
+        )  # fmt: skip
+        began = time.perf_counter()
+        rows.carry, drawn = run()
+        drawn_B, report = jax.device_get(drawn)
+        self.statistics.prefill_seconds += time.perf_counter() - began
+        self._start += size
+        new: dict[int, Output] = {}
+        for row, slot in enumerate(rows.slots):
+            if slot is None:
+                continue
+            n_own = len(slot.request.prompt) - start
+            if report.experts_BTLK is not None and n_own > 0:
+                slot.experts.append(report.experts_BTLK[row, :n_own])
+            if 0 < n_own <= size:
+                new[slot.id] = self._first(rows, row, slot, int(drawn_B[row]), report)
+        self._join(rows, [row for row, slot in enumerate(rows.slots) if slot and slot.id in new])
+        return new
 
-    def _empty_carry(self, batch: int, length: int) -> Carry:
-        def make(model: Transformer) -> Carry:
-            return decoding.empty_carry(model, batch, length, self._n_drafts)
+    def _first(self, rows: Rows, row: int, slot: Open, token: int, report: Record) -> Output:
+        """The first new token of a row, with which its prompt ends."""
+        tokens = [token] if slot.request.max_new_tokens else []
+        rows.begin(row, token)
+        self.statistics.new_tokens += len(tokens)
+        report = jax.tree.map(lambda array: array[row, : len(tokens)], report)
+        if slot.experts:
+            report = report._replace(experts_BTLK=np.concatenate(slot.experts))
+            slot.experts.clear()
+        return output(slot.request, tokens, left=int(rows.left_B[row]), report=report)
 
-        key = ("empty", batch, length)
-        if key not in self._programs:
-            with self._under_mesh():
-                self._programs[key] = jax.jit(make).lower(self._model).compile()
-        return self._programs[key](self._model)
+    def _join(self, rows: Rows, ended: Sequence[int]) -> None:
+        """Lets newcomers whose prompts have ended run with the others."""
+        for row in ended:
+            if not rows.left_B[row]:
+                rows.release(row)
+        going = [row for row in ended if rows.slots[row]]
+        if self._running and going:
+            into = self._running
+            if len(into.free()) < len(going) or into.length < rows.length:
+                wider = self._make_rows([None] * (into.n_open + len(going)), rows.length)
+                open_ = [row for row, slot in enumerate(into.slots) if slot]
+                self._move(into, wider, open_)
+                self._running = into = wider
+            self._move(rows, into, going)
+        longest = max((len(slot.request.prompt) for slot in rows.slots if slot), default=0)
+        if not self._running and self._start >= longest:
+            self._running, self._incoming = rows, None
+        self._drop_empty()
 
-    def _program(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        """The function, compiled for the model and the arguments' shapes; it takes over the first
-        argument, the carry.
-        """
-        key = (function, *(leaf.shape for leaf in jax.tree.leaves(arguments)))
-        if key not in self._programs:
-            # Each process reads all that comes beside the carry.
-            read = NamedSharding(self._mesh, PartitionSpec()) if self._mesh else None
-            with self._under_mesh():
-                jitted = jax.jit(function, donate_argnums=1, out_shardings=(None, read))
-                self._programs[key] = jitted.lower(self._model, *arguments).compile()
-        return self._programs[key]
+    def _move(self, rows: Rows, into: Rows, which: Sequence[int]) -> None:
+        moved = dict(zip(which, into.free(), strict=False))
+        slots_X = np.full(len(rows.slots), len(into.slots), np.int32)
+        slots_X[list(moved)] = list(moved.values())
+        into.carry = self._programs.compiled(decoding.insert, into.carry, rows.carry, slots_X)()
+        into.take(rows, moved)
 
-    def _under_mesh(self) -> contextlib.AbstractContextManager[Any]:
-        return jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
-
-    def _count(self, new: list[list[int]], n_requests: int) -> list[list[int]]:
-        self.statistics.new_tokens += sum(map(len, new))
-        return new[:n_requests]
+    def _decode(self, rows: Rows) -> dict[int, Output]:
+        """Runs some steps of decoding."""
+        run = self._programs.compiled(
+            decoding.decode, rows.carry, rows.position_B, rows.recent_BW, rows.left_B,
+            rows.stop_ids_BX, rows.knobs, np.int32(self._n_steps), np.bool_(bool(self._waiting)),
+            wanted=rows.wanted,
+        )  # fmt: skip
+        began = time.perf_counter()
+        rows.carry, decoded = run()
+        decoded = Decoded(*jax.device_get(decoded))
+        seconds = time.perf_counter() - began
+        rows.position_B, rows.recent_BW, rows.left_B = decoded[:3]
+        self.statistics.decode_seconds += seconds
+        self._count_steps(decoded)
+        # The clocks of several processes would tell each another number.
+        if jax.process_count() == 1:
+            n_steps = int(_SECONDS_BETWEEN_ITEMS * decoded.n_steps / seconds)
+            self._n_steps = min(max(n_steps, 1), decoding.MAX_STEPS)
+        new: dict[int, Output] = {}
+        for row, (slot, tokens) in enumerate(zip(rows.slots, decoded.tokens(), strict=True)):
+            if slot and tokens:
+                left, report = int(rows.left_B[row]), decoded.report(row)
+                new[slot.id] = output(slot.request, tokens, left=left, report=report)
+                if not left:
+                    rows.release(row)
+        self.statistics.new_tokens += sum(len(part.tokens) for part in new.values())
+        self._drop_empty()
+        return new
 
     def _count_steps(self, decoded: Decoded) -> None:
         ran = int(decoded.ran_NB[: decoded.n_steps].sum())
@@ -243,47 +335,8 @@ class Engine:
         self.statistics.drafted += ran * self._n_drafts
         self.statistics.accepted += int(decoded.n_kept_NB[: decoded.n_steps].sum())
 
-
-def _check_drafting(model: Transformer) -> None:
-    speculative.check(model.config)
-
-
-def _problems(request: Request, model: Transformer) -> Iterator[str]:
-    """What is wrong with a request for this model."""
-    config, n_tokens = model.config, len(request.prompt)
-    if not n_tokens:
-        yield ("an empty prompt has no next token; start with the beginning-of-sequence token")
-    if n_tokens + request.max_new_tokens > config.max_seq_len:
-        yield (
-            f"a prompt of {n_tokens} tokens and max_new_tokens={request.max_new_tokens} exceed "
-            f"model.max_seq_len={config.max_seq_len}; shorten the prompt or ask for fewer tokens"
-        )
-    for place, token in enumerate(request.prompt):
-        if not 0 <= token < config.vocab_size:
-            yield (
-                f"token {token} at place {place} of the prompt is not in the vocabulary of "
-                f"{config.vocab_size}; use the tokenizer that belongs to this model"
-            )
-            return
-
-
-def _newest(batch: _Batch, first_B: np.ndarray, width: int) -> np.ndarray:
-    """The last tokens of each row, the first new one included: int32 [B, W]; zeros before the
-    beginning.
-    """
-    rows = [
-        [*[0] * width, *prompt[-width:], token][-width:]
-        for prompt, token in zip(batch.prompts, first_B.tolist(), strict=True)
-    ]
-    return np.array(rows, np.int32)
-
-
-def _mesh(model: Transformer) -> Mesh | None:
-    """The mesh that the model is spread over, None if it lies on one device."""
-    sharding = jax.tree.leaves(model)[0].sharding
-    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-    return mesh if isinstance(mesh, Mesh) else None
-
-
-def _power_of_two(at_least: int) -> int:
-    return 1 << max(at_least - 1, 0).bit_length()
+    def _drop_empty(self) -> None:
+        if self._incoming and not self._incoming.n_open:
+            self._incoming = None
+        if self._running and not self._running.n_open:
+            self._running = None

@@ -95,6 +95,26 @@ def probabilities(logits_BV: jax.Array, knobs: Knobs) -> jax.Array:
     return jnp.where(knobs.temperature_B[:, None] > 0, drawn_BV, likeliest_BV)
 
 
+def log_probabilities(
+    logits_BV: jax.Array, tokens_B: jax.Array, knobs: Knobs
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of given tokens, float32 [B] each: under the model (the log-softmax of the
+    logits), and under the distribution that the row draws from (`probabilities`).
+
+    Args:
+      logits_BV: float32.
+      tokens_B: int32.
+    """
+
+    def of_tokens(logs_BV: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(logs_BV, tokens_B[:, None], axis=-1)[:, 0]
+
+    model_B = of_tokens(jax.nn.log_softmax(logits_BV, axis=-1))
+    drawn_B = of_tokens(jax.nn.log_softmax(_filtered(logits_BV, knobs), axis=-1))
+    certain_B = jnp.where(tokens_B == greedy(logits_BV), 0.0, -jnp.inf)
+    return model_B, jnp.where(knobs.temperature_B > 0, drawn_B, certain_B)
+
+
 def sample(logits_BV: jax.Array, knobs: Knobs, positions_B: jax.Array) -> jax.Array:
     """Draws a token for each row, int32 [B].
 

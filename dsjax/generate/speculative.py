@@ -46,6 +46,7 @@ import jax
 import jax.numpy as jnp
 
 from dsjax.config import ModelConfig
+from dsjax.generate.record import NOTHING, Record, Wanted, record
 from dsjax.generate.sampling import Knobs, greedy, probabilities
 from dsjax.model.cache import Cache
 from dsjax.model.transformer import Extended, Transformer
@@ -78,6 +79,7 @@ class Step(NamedTuple):
     tokens_BW: jax.Array  # int32, of which a row's first `n_new_B` count
     n_new_B: jax.Array  # int32
     n_kept_B: jax.Array  # int32, drafts that the main model kept
+    record: Record  # of `tokens_BW`
 
 
 def check(config: ModelConfig) -> None:
@@ -127,14 +129,20 @@ def prefill(
     return cache, slide(hidden_BWD, extended.mtp_input_BTD, counts_B)
 
 
-def step(model: Transformer, state: State, knobs: Knobs, most_B: jax.Array) -> Step:
+def step(
+    model: Transformer,
+    state: State,
+    knobs: Knobs,
+    most_B: jax.Array,
+    wanted: Wanted = NOTHING,
+) -> Step:
     """Adds one to J + 1 tokens to each row.
 
     Args:
       state: its cache has room for J tokens after the newest.
       most_B: int32, how many tokens a row may still add; one with 0 stays where it is.
     """
-    return verify(model, state, draft(model, state, knobs), knobs, most_B)
+    return verify(model, state, draft(model, state, knobs), knobs, most_B, wanted)
 
 
 def draft(model: Transformer, state: State, knobs: Knobs) -> Drafts:
@@ -163,13 +171,20 @@ def draft(model: Transformer, state: State, knobs: Knobs) -> Drafts:
 
 
 def verify(
-    model: Transformer, state: State, drafts: Drafts, knobs: Knobs, most_B: jax.Array
+    model: Transformer,
+    state: State,
+    drafts: Drafts,
+    knobs: Knobs,
+    most_B: jax.Array,
+    wanted: Wanted = NOTHING,
 ) -> Step:
     """Runs the main model on the newest token and the drafts, and moves on by what it keeps and one
     token more.
     """
     given_BW = jnp.concatenate([state.tokens_BW[:, -1:], drafts.tokens_BJ], axis=1)
-    extended = model.extend(given_BW, state.position_B, drafts.cache)
+    extended = model.extend(
+        given_BW, state.position_B, drafts.cache, routing=wanted.experts
+    )
     logits_BWV = model.logits(extended.main_BTD)
     each = Knobs(*(jnp.repeat(field, given_BW.shape[1], axis=0) for field in knobs))
     p_XV = probabilities(logits_BWV.reshape(-1, logits_BWV.shape[-1]), each)
@@ -183,7 +198,8 @@ def verify(
         slide(state.tokens_BW, tokens_BW, n_new_B),
         slide(state.hidden_BWD, extended.mtp_input_BTD, n_new_B),
     )
-    return Step(state, tokens_BW, n_new_B, n_kept_B)
+    report = record(wanted, logits_BWV, tokens_BW, knobs, extended.experts_LBTK)
+    return Step(state, tokens_BW, n_new_B, n_kept_B, report)
 
 
 def choose(

@@ -112,7 +112,9 @@ def decode(config: Config, mesh: Mesh | AbstractMesh, target: Target) -> Program
         spec = partition_spec(axes, leaf.shape, mesh, "sequences of train.micro_batch_size")
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    carry = jax.eval_shape(lambda: decoding.empty_carry(declared, rows, length, 0))
+    carry = jax.eval_shape(
+        lambda: decoding.empty_carry(declared, batch=rows, length=length, n_drafts=0)
+    )
     carry = carry._replace(
         cache=jax.tree.map(
             lambda entry: laid_out(entry, *entry_axes(entry.shape, mesh)), carry.cache
@@ -129,8 +131,12 @@ def decode(config: Config, mesh: Mesh | AbstractMesh, target: Target) -> Program
         lambda leaf: laid_out(leaf, "batch", *("width",) * (leaf.ndim - 1)),
         jax.eval_shape(per_row),
     )
-    steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
-    return Program(decoding.decode, (model, carry, *arguments, steps), (1,), None, rows, rows)
+    most_steps, until_any = (
+        jax.ShapeDtypeStruct((), dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+        for dtype in (jnp.int32, jnp.bool_)
+    )
+    arguments = model, carry, *arguments, most_steps, until_any
+    return Program(decoding.decode, arguments, (1,), None, rows, rows)
 
 
 STEPS = {"train": train, "decode": decode}

@@ -14,23 +14,23 @@ LENGTHS = np.array([4, 3], np.int32)
 
 
 def prefilled():
-    carry = decoding.empty_carry(tiny_model(), 2, LENGTH, 0)
+    carry = decoding.empty_carry(tiny_model(), batch=2, length=LENGTH, n_drafts=0)
     settings = knobs([Sampling(0.0)] * 2)
     padded = np.pad(PROMPTS, ((0, 0), (0, 12)))
-    first = np.zeros(2, np.int32)
     run = jax.jit(decoding.prefill)
-    return run(tiny_model(), carry, padded, np.int32(0), LENGTHS, first, settings)
+    carry, (first, _) = run(tiny_model(), carry, padded, np.int32(0), LENGTHS, settings)
+    return carry, first
 
 
 decode = jax.jit(decoding.decode)
 
 
-def decoded(left, steps, stop_ids=(-1, -1), state=None):
+def decoded(left, steps, stop_ids=(-1, -1), until_any=False):
     carry, first = prefilled()
     stops = np.array(stop_ids, np.int32)[:, None]
     carry, out = decode(
         tiny_model(), carry, LENGTHS, first[:, None], np.array(left, np.int32), stops,
-        knobs([Sampling(0.0)] * 2), np.int32(steps),
+        knobs([Sampling(0.0)] * 2), np.int32(steps), np.bool_(until_any),
     )  # fmt: skip
     return carry, first, decoding.Decoded(*jax.device_get(out))
 
@@ -56,7 +56,7 @@ def test_calls_with_fewer_steps_go_on_where_the_last_one_stopped():
     assert int(out.n_steps) == 2 and out.left_B.tolist() == [4, 4]
     _, rest = decode(
         tiny_model(), carry, *out[:3], np.full((2, 1), -1, np.int32),
-        knobs([Sampling(0.0)] * 2), np.int32(4),
+        knobs([Sampling(0.0)] * 2), np.int32(4), np.bool_(False),
     )  # fmt: skip
     rest = decoding.Decoded(*jax.device_get(rest))
     joined = [a + b for a, b in zip(out.tokens(), rest.tokens(), strict=True)]

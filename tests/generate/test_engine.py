@@ -1,6 +1,7 @@
 """Generation against the model run again for each token, and what a request may ask for."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import pytest
 
 from dsjax.generate import decoding
 from dsjax.generate.engine import Engine, Request
+from dsjax.generate.request import join
+from dsjax.generate.rows import cache_length
 from dsjax.generate.sampling import Sampling
 from dsjax.model.parameters import shardings
 from dsjax.parallel.mesh import make_mesh
@@ -89,11 +92,7 @@ def test_model_on_a_mesh_generates_the_same():
 
 def test_each_program_is_compiled_once_for_a_bucket(monkeypatch):
     """Other prompts, limits, settings and stop ids of the same sizes need no new program."""
-    compiled = []
-    compile_ = jax.stages.Lowered.compile
-    monkeypatch.setattr(
-        jax.stages.Lowered, "compile", lambda self: compiled.append(self) or compile_(self)
-    )
+    compiled = count_compilations(monkeypatch)
     fresh = Engine(tiny_model(), prefill_chunk=16)
     run(fresh, requests())
     assert len(compiled) == 3  # an empty cache, chunks of 16 (the last one is filled up), decoding
@@ -126,15 +125,16 @@ def test_a_draw_depends_on_the_row_alone():
 
 def test_bfloat16_model_keeps_a_bfloat16_cache():
     model = tiny_model(compute=jnp.bfloat16)
-    carry = jax.eval_shape(lambda: decoding.empty_carry(model, 2, 256, 0))
+    carry = jax.eval_shape(lambda: decoding.empty_carry(model, batch=2, length=256, n_drafts=0))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(carry)} == {"bfloat16"}
 
 
 def test_cache_fits_the_request_in_few_sizes():
     """Powers of two from 256 on, and never more than what the model's longest text needs."""
-    lengths = [engine()._cache_length(needed) for needed in (3, 256, 257, 2048, 2049, 4096)]
+    length = functools.partial(cache_length, TINY, chunk=16)
+    lengths = [length(needed, n_drafts=0) for needed in (3, 256, 257, 2048, 2049, 4096)]
     assert lengths == [256, 256, 512, 2048, 4096, 4096]
-    assert engine(True)._cache_length(4096) == 4096 + 16  # drafts stand beyond the end
+    assert length(4096, n_drafts=2) == 4096 + 16  # drafts stand beyond the end
 
 
 def test_nothing_asked_for_is_nothing_done():
@@ -177,3 +177,166 @@ def test_negative_limit_is_refused():
 def test_chunk_must_be_a_power_of_two(chunk, near):
     with pytest.raises(ValueError, match=f"={chunk} must be a power .* 16 on, such as {near}"):
         Engine(tiny_model(), prefill_chunk=chunk)
+
+
+# A crowd for two rows: requests of unlike lengths, limits and settings, more than run together.
+CROWD = [
+    Request(tuple(range(3, 43)), 9, GREEDY),
+    Request((50, 20, 80), 20, Sampling(seed=5)),
+    Request(tuple(range(60, 76)), 1, GREEDY),
+    Request((7,), 0, GREEDY),
+    Request((7,), 30, GREEDY),
+    Request(tuple(range(9, 26)), 12, Sampling(0.8, top_k=20, seed=6)),
+    Request((1, 2) * 20, 5, GREEDY),
+]
+
+
+@functools.cache
+def alone(speculative=False):
+    return [engine(speculative).complete([request])[0] for request in CROWD]
+
+
+def drive(engine, arrivals, *, leave=()):
+    """Adds requests at the given steps, cancels some at others; the outputs of each, joined."""
+    ids, parts = {}, {}
+    for step in range(200):
+        for request, arrives in arrivals:
+            if arrives == step:
+                ids[engine.add(request)] = request
+        for id, leaves in leave:
+            if leaves == step:
+                engine.cancel(id)
+        for id, new in engine.step().items():
+            parts.setdefault(id, []).append(new)
+        if not engine.busy and step > max(arrives for _, arrives in arrivals):
+            break
+    assert not engine.busy
+    return {id: (ids[id], join(found)) for id, found in parts.items()}
+
+
+@pytest.mark.parametrize("arrivals", ["together", "spread", "late"])
+@pytest.mark.parametrize("speculative", [pytest.param(False, marks=pytest.mark.heavy), True])
+def test_a_request_gets_the_same_tokens_in_any_company(speculative, arrivals):
+    when = {"together": [0] * 7, "spread": [0, 1, 2, 3, 5, 8, 9], "late": [0, 0, 40, 2, 2, 41, 3]}
+    crowded = Engine(tiny_model(), speculative=speculative, prefill_chunk=16, max_batch=2)
+    found = drive(crowded, list(zip(CROWD, when[arrivals], strict=True)))
+    got = {request: (output.tokens, output.finish) for request, output in found.values()}
+    assert len(found) == len(CROWD)
+    for request, wanted in zip(CROWD, alone(speculative), strict=True):
+        assert got[request] == (wanted.tokens, wanted.finish)
+
+
+def test_a_cancelled_request_leaves_its_row_to_the_next():
+    """One while it waits, one while its prompt runs, one among the rows that run."""
+    crowded = Engine(tiny_model(), prefill_chunk=16, max_batch=2)
+    found = drive(crowded, [(request, 0) for request in CROWD], leave=[(7, 1), (1, 2), (2, 6)])
+    assert 1 not in found and 7 not in found and found[2][1].finish is None
+    for id in (3, 4, 5, 6):
+        assert found[id][1].tokens == alone()[id - 1].tokens
+    partial = found[2][1].tokens
+    assert 0 < len(partial) < 20 and partial == alone()[1].tokens[: len(partial)]
+
+
+def test_a_longer_request_makes_the_running_cache_longer():
+    short, long = CROWD[1], Request(tuple(range(3, 43)) * 6, 40, GREEDY)
+    wanted = [engine().complete([request])[0].tokens for request in (short, long)]
+    found = drive(engine(), [(short, 0), (long, 3)])
+    assert [output.tokens for _, output in sorted_outputs(found)] == wanted
+
+
+def sorted_outputs(found):
+    return [found[id] for id in sorted(found)]
+
+
+@pytest.mark.heavy
+def test_requests_join_and_leave_on_a_mesh():
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, n_devices=8)
+    spread = jax.device_put(tiny_model(), shardings(tiny_model(), mesh))
+    crowded = Engine(spread, prefill_chunk=16, max_batch=4)
+    arrivals = zip(CROWD, [0, 0, 1, 1, 4, 5, 6], strict=True)
+    for request, output in drive(crowded, list(arrivals)).values():
+        assert output.tokens == alone()[CROWD.index(request)].tokens
+
+
+def test_a_batch_of_limited_size_serves_any_number_of_requests():
+    limited = Engine(tiny_model(), prefill_chunk=16, max_batch=3)
+    found = limited.complete(CROWD)
+    assert [output.tokens for output in found] == [output.tokens for output in alone()]
+    assert [len(output.tokens) for output in found] == [r.max_new_tokens for r in CROWD]
+    assert limited.statistics.new_tokens == sum(request.max_new_tokens for request in CROWD)
+
+
+def test_rows_that_run_go_on_while_a_long_prompt_comes():
+    """No more than one chunk of it between two calls of the decoding program."""
+    busy = Engine(tiny_model(), prefill_chunk=16, max_batch=2)
+    first = busy.add(Request((7,), 200, GREEDY))
+    while not busy.step():
+        pass
+    second = busy.add(Request((1, 2) * 40, 3, GREEDY))  # five chunks
+    steps = []
+    while second not in (new := busy.step()):
+        steps.append(first in new)
+    assert steps.count(False) == 4 and (False, False) not in list(itertools.pairwise(steps))
+
+
+def test_generation_left_early_leaves_nothing_behind():
+    rows = requests()
+    for _ in engine().generate(rows):
+        break
+    assert not engine().busy
+    assert run(engine(), rows)[0] == wanted()
+
+
+def test_generation_needs_the_engine_for_itself():
+    id = engine().add(CROWD[0])
+    with pytest.raises(ValueError, match="requests that were added are not finished; step or"):
+        next(engine().generate(requests()))
+    engine().cancel(id)
+    engine().cancel(id)  # no longer open
+    assert not engine().busy and engine().step() == {}
+
+
+def count_compilations(monkeypatch):
+    compiled = []
+    compile_ = jax.stages.Lowered.compile
+    monkeypatch.setattr(
+        jax.stages.Lowered, "compile", lambda self: compiled.append(self) or compile_(self)
+    )
+    return compiled
+
+
+def test_new_weights_need_no_new_program(monkeypatch):
+    compiled = count_compilations(monkeypatch)
+    fresh = Engine(tiny_model(seed=1), prefill_chunk=16)
+    before, _ = run(fresh, requests())
+    n_programs = len(compiled)
+    fresh.load(tiny_model())
+    after, _ = run(fresh, requests())
+    assert after == wanted() != before
+    assert len(compiled) == n_programs
+
+
+def test_weights_that_the_programs_do_not_fit_are_refused():
+    own = Engine(tiny_model(), prefill_chunk=16)
+    with pytest.raises(ValueError, match="another config or precision than the engine's; make a"):
+        own.load(tiny_model(compute=jnp.bfloat16))
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_model())
+    with pytest.raises(ValueError, match=r"differ in .*bfloat16.*float32.*; cast or place them"):
+        own.load(narrow)
+    elsewhere = jax.device_put(tiny_model(), jax.devices()[1])
+    with pytest.raises(ValueError, match=r"the new weights differ in .*; cast or place them"):
+        own.load(elsewhere)
+    own.add(CROWD[0])
+    own.step()
+    with pytest.raises(ValueError, match="weights are replaced between requests; finish or"):
+        own.load(tiny_model())
+
+
+def test_batch_must_have_room():
+    with pytest.raises(ValueError, match="max_batch=0 must be at least 1; None sets no limit"):
+        Engine(tiny_model(), max_batch=0)
+
+
+def test_a_request_that_is_added_is_checked():
+    with pytest.raises(ValueError, match="token 96 at place 0 of the prompt is not in the"):
+        engine().add(Request((96,), 1))

@@ -1,0 +1,91 @@
+"""The compiled programs of an engine, and the weights that they run with."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dsjax.generate import decoding
+from dsjax.model.transformer import Transformer
+from dsjax.parallel.sharding import parts
+
+
+class Programs:
+    """Functions of a model, each compiled once for the shapes of its arguments.
+
+    Attributes:
+      model: the weights in use.
+      mesh: the mesh that the model is spread over; None if it lies on one device.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+        self.mesh = _mesh(model)
+        self._layout = _layout(model)
+        self._compiled: dict[Any, Any] = {}
+
+    @property
+    def batch_parts(self) -> int:
+        """How many parts the rows of a batch are split into."""
+        return parts("batch", self.mesh) if self.mesh else 1
+
+    def load(self, model: Transformer) -> None:
+        """Replaces the weights; every program stays compiled.
+
+        Raises:
+          ValueError: the model is of another shape, dtype or placement.
+        """
+        layout = _layout(model)
+        if jax.tree.structure(layout) != jax.tree.structure(self._layout):
+            raise ValueError(
+                "the new weights belong to a model with another config or precision than the "
+                "engine's; make a new Engine for it"
+            )
+        pairs = zip(jax.tree.leaves_with_path(layout), jax.tree.leaves(self._layout), strict=True)
+        for (path, found), own in pairs:
+            if found != own:
+                raise ValueError(
+                    f"the new weights differ in {jax.tree_util.keystr(path)}: {found} where the "
+                    f"engine's programs are compiled for {own}; cast or place them alike"
+                )
+        self.model = model
+
+    def compiled(
+        self, function: Callable[..., Any], *arguments: Any, **static: Any
+    ) -> Callable[[], Any]:
+        """Compiles `function(model, *arguments, **static)`, unless it has been compiled for these
+        shapes, and returns the call. The call takes over its first argument, a carry.
+        """
+        shapes = (leaf.shape for leaf in jax.tree.leaves(arguments))
+        key = (function, *sorted(static.items()), *shapes)
+        if key not in self._compiled:
+            # Each process reads all that comes beside the carry.
+            everywhere = NamedSharding(self.mesh, PartitionSpec()) if self.mesh else None
+            reads = function in (decoding.prefill, decoding.decode)
+            jitted = jax.jit(
+                functools.partial(function, **static),
+                donate_argnums=(1,) if arguments else (),
+                out_shardings=(None, everywhere) if reads else None,
+            )
+            under_mesh = jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
+            with under_mesh:
+                self._compiled[key] = jitted.lower(self.model, *arguments).compile()
+        return functools.partial(self._compiled[key], self.model, *arguments)
+
+
+def _layout(model: Transformer) -> Any:
+    """Shape, dtype and sharding of each array."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), model
+    )
+
+
+def _mesh(model: Transformer) -> Mesh | None:
+    sharding = jax.tree.leaves(model)[0].sharding
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) else None

@@ -1,0 +1,96 @@
+"""What an engine is asked for, and what it answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from dsjax.config import ModelConfig
+from dsjax.generate.record import Record, Wanted
+from dsjax.generate.sampling import Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt to continue.
+
+    Raises:
+      ValueError: `max_new_tokens` is negative.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    stop_ids: frozenset[int] = frozenset()  # drawing any of them ends the reply
+    logprobs: bool = False  # report the log-probabilities of the drawn tokens
+    experts: bool = False  # report the experts that every token was routed to
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must not be negative")
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(self.logprobs, self.experts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """New tokens of a request and, where it asks for them, a report on each."""
+
+    tokens: list[int]
+    finish: str | None = None  # "stop" (a stop id, the last token) or "length"; None: more follow
+    logprobs: np.ndarray | None = None  # float32 [n], under the model, at temperature 1
+    sampled_logprobs: np.ndarray | None = None  # float32 [n], under the distribution drawn from
+    # int32 [tokens that ran, L, K], the tokens being the prompt and then all new ones but the last:
+    # the first output has those of the prompt, and each later one has one for each of its tokens.
+    experts: np.ndarray | None = None
+
+
+def output(request: Request, tokens: list[int], *, left: int, report: Record) -> Output:
+    """The output of a request that may still add `left` tokens; arrays of `report` are [n, ...]."""
+    stopped = bool(tokens) and tokens[-1] in request.stop_ids
+    finish = None if left else "stop" if stopped else "length"
+    logprobs, sampled, experts = report
+    return Output(
+        tokens,
+        finish,
+        np.asarray(logprobs) if request.logprobs else None,
+        np.asarray(sampled) if request.logprobs else None,
+        np.asarray(experts) if request.experts else None,
+    )
+
+
+def join(outputs: Sequence[Output]) -> Output:
+    """All outputs of a request as one."""
+
+    def joined(name: str) -> np.ndarray | None:
+        parts = [getattr(output, name) for output in outputs]
+        return None if parts[0] is None else np.concatenate(parts)
+
+    tokens = [token for output in outputs for token in output.tokens]
+    arrays = map(joined, ("logprobs", "sampled_logprobs", "experts"))
+    return Output(tokens, outputs[-1].finish, *arrays)
+
+
+def problems(request: Request, config: ModelConfig) -> Iterator[str]:
+    """Yields what keeps the model from serving a request."""
+    n_tokens = len(request.prompt)
+    if not n_tokens:
+        yield ("an empty prompt has no next token; start with the beginning-of-sequence token")
+    if n_tokens + request.max_new_tokens > config.max_seq_len:
+        yield (
+            f"a prompt of {n_tokens} tokens and max_new_tokens={request.max_new_tokens} exceed "
+            f"model.max_seq_len={config.max_seq_len}; shorten the prompt or ask for fewer tokens"
+        )
+    if request.experts and not config.n_moe_layers:
+        yield "experts=True, and the model has none (n_routed_experts=0); leave it out"
+    for place, token in enumerate(request.prompt):
+        if not 0 <= token < config.vocab_size:
+            yield (
+                f"token {token} at place {place} of the prompt is not in the vocabulary of "
+                f"{config.vocab_size}; use the tokenizer that belongs to this model"
+            )
+            return
