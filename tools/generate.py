@@ -23,7 +23,7 @@ from pathlib import Path
 
 from dsjax import command
 
-TEXT_ONLY = ("stop", "raw", "thinking")
+TEXT_ONLY = ("stop", "raw", "thinking", "no_bos")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,7 +47,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--raw", action="store_true", help="continue --prompt without a chat format"
     )
-    result.add_argument("--thinking", action="store_true", help="let a model that can think first")
+    thinking = argparse.BooleanOptionalAction
+    result.add_argument("--thinking", action=thinking, help="whether the model is to think first")
+    no_bos = "start a continued text without the begin token"
+    result.add_argument("--no-bos", action="store_true", help=no_bos)
     result.add_argument(
         "--speculative", action="store_true", help="draft with the model's own MTP modules"
     )
@@ -57,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
 def execute(arguments: argparse.Namespace) -> None:
     if (arguments.tokens is None) != (arguments.out is None):
         parser().error("--tokens P.npy and --out O.npy go together")
-    if arguments.tokens and any(getattr(arguments, name) for name in TEXT_ONLY):
+    if arguments.tokens and any(
+        getattr(arguments, name) not in (None, False) for name in TEXT_ONLY
+    ):
         parser().error("--stop, --raw and --thinking are for text, not for --tokens")
     if arguments.raw and arguments.prompt is None:
         parser().error("--raw needs a --prompt to continue")

@@ -32,6 +32,9 @@ def parser() -> argparse.ArgumentParser:
     add("--mtp-logits", metavar="M.npy", type=Path, help=help_mtp)
     help_length = "tokens a window of text has (default: 4096, or the model's limit if lower)"
     add("--sequence-length", metavar="N", type=int, default=0, help=help_length)
+    add("--text-field", metavar="NAME", help="field of JSON lines that holds the text (text)")
+    help_bos = "score documents without the begin token, with the end token in front instead"
+    add("--no-bos", action="store_true", help=help_bos)
     command.add_json(result)
     return result
 
@@ -39,19 +42,23 @@ def parser() -> argparse.ArgumentParser:
 def execute(arguments: argparse.Namespace) -> None:
     if arguments.text and (arguments.logits or arguments.mtp_logits):
         parser().error("--logits and --mtp-logits go with --tokens")
+    if arguments.tokens and (arguments.text_field or arguments.no_bos):
+        parser().error("--text-field and --no-bos go with --text")
     # Imported here, so that --help and wrong usage need not wait for jax.
     from rich.console import Console
 
     from dsjax.checkpoint.load import open_checkpoint
     from dsjax.display import Display
     from dsjax.infer import score
+    from dsjax.infer.windows import TextFiles
     from dsjax.parallel import compilation
     from dsjax.parallel.mesh import submesh
 
     compilation.use_persistent_cache("")
+    field, bos = arguments.text_field or "text", not arguments.no_bos
     result = score.score_files(
         open_checkpoint(arguments.checkpoint, dict(arguments.override)),
-        text=arguments.text,
+        text=TextFiles(arguments.text, field, bos) if arguments.text else None,
         tokens=arguments.tokens,
         outputs=score.Outputs(arguments.logits, arguments.mtp_logits),
         length=arguments.sequence_length,

@@ -123,8 +123,11 @@ class Engine:
           ValueError: the prompt is empty, has ids outside the vocabulary, or is too long together
             with `max_new_tokens`; all such faults at once.
         """
-        self._check([request])
-        return self._add(request)
+        if found := list(problems(request, self._programs.model.config)):
+            raise ValueError("\n".join(found))
+        self._next_id += 1
+        self._waiting.append(Open(self._next_id, request))
+        return self._next_id
 
     def cancel(self, id: int) -> None:
         """Drops a request, wherever it stands; an id that is not open is ignored."""
@@ -185,7 +188,7 @@ class Engine:
         self.statistics = Statistics()
         # A closed batch has as many rows as it needs, no power of two.
         self._most_rows = self._max_batch or len(requests)
-        index_of = {self._add(request): index for index, request in enumerate(requests)}
+        index_of = {self.add(request): index for index, request in enumerate(requests)}
         try:
             while self.busy:
                 if new := self.step():
@@ -203,11 +206,6 @@ class Engine:
         ]
         if found:
             raise ValueError("\n".join(found))
-
-    def _add(self, request: Request) -> int:
-        self._next_id += 1
-        self._waiting.append(Open(self._next_id, request))
-        return self._next_id
 
     def _admit(self) -> None:
         """Gives the requests that have waited longest a cache to run their prompts in."""

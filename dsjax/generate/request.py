@@ -86,7 +86,7 @@ def problems(request: Request, config: ModelConfig) -> Iterator[str]:
             f"model.max_seq_len={config.max_seq_len}; shorten the prompt or ask for fewer tokens"
         )
     if request.experts and not config.n_moe_layers:
-        yield "experts=True, and the model has none (n_routed_experts=0); leave it out"
+        yield "experts=True, and the model has none ; leave it out"
     for place, token in enumerate(request.prompt):
         if not 0 <= token < config.vocab_size:
             yield (

@@ -3,19 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dsjax import files
-from dsjax.generate.engine import Engine, Request
+from dsjax.generate.engine import Engine, Request, Statistics
 from dsjax.generate.sampling import Sampling
 from dsjax.text.reply import Piece, ReplyReader, StopStrings
 from dsjax.text.vocabulary import Vocabulary
 
 MOST_NEW_TOKENS = 2048  # where the user names no limit
 
+_logger = logging.getLogger(__name__)
+# Settings of transformers that change which tokens are drawn, each with the value that does not.
+_NOT_APPLIED = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "top_h": None,
+    "num_beams": 1,
+    "penalty_alpha": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "sequence_bias": None,
+    "guidance_scale": 1.0,
+}
 _SAMPLING_FIELDS = {"temperature": float, "top_k": int, "top_p": float, "min_p": float}
 
 
@@ -73,43 +96,80 @@ class Generator:
         reader = ReplyReader(
             vocabulary.coder, vocabulary.think_ids, prompt, stops=self.settings.stops
         )
-        for (new,) in self.engine.generate([request]):
-            yield from reader.push([i for i in new if i not in vocabulary.stop_ids])
-            if reader.stopped:
-                return
-        yield from reader.flush()
+        for _, pieces, _ in replies(self.engine, [request], [reader]):
+            yield from pieces
+
+
+def replies(
+    engine: Engine, requests: Sequence[Request], readers: Sequence[ReplyReader]
+) -> Iterator[tuple[int, list[Piece], bool]]:
+    """Answers requests together, each read by its own reader, which a stop string may stop.
+
+    Yields:
+      the index of a request, the text of its reply that became certain, and whether that is all.
+
+    Raises:
+      ValueError: the engine cannot serve a request.
+    """
+    engine.statistics = Statistics()
+    ids: dict[int, int] = {}
+    try:
+        for index, request in enumerate(requests):
+            ids[engine.add(request)] = index
+        while ids:
+            for id, output in engine.step().items():
+                index = ids[id]
+                stop_ids, reader = requests[index].stop_ids, readers[index]
+                pieces = reader.push([token for token in output.tokens if token not in stop_ids])
+                done = reader.stopped or output.finish is not None
+                if done:
+                    pieces += reader.flush()
+                    engine.cancel(id)
+                    del ids[id]
+                yield index, pieces, done
+    finally:  # the caller may have left early
+        for id in ids:
+            engine.cancel(id)
 
 
 def continue_tokens(
-    engine: Engine, prompts_BT: np.ndarray, *, max_new_tokens: int, sampling: Sampling
+    engine: Engine,
+    prompts_BT: np.ndarray | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
 ) -> np.ndarray:
     """Continues each row by exactly `max_new_tokens` tokens, int32 [B, max_new_tokens]; no token
     ends a row. Row b draws with seed `sampling.seed + b`.
     """
     requests = [
         Request(
-            prompt=tuple(row.tolist()),
+            prompt=tuple(map(int, row)),
             max_new_tokens=max_new_tokens,
             sampling=dataclasses.replace(sampling, seed=(sampling.seed + index) % (1 << 32)),
         )
         for index, row in enumerate(prompts_BT)
     ]
-    rows: list[list[int]] = [[] for _ in requests]
-    for step in engine.generate(requests):
-        for row, new in zip(rows, step, strict=True):
-            row += new
-    return np.asarray(rows, np.int32)
+    return np.asarray([output.tokens for output in engine.complete(requests)], np.int32)
 
 
 def default_sampling(folder: Path) -> Sampling:
-    """How generation_config.json wants tokens drawn: greedily where it says `"do_sample": false`,
-    else with those of its settings that `Sampling` has.
+    """Reads how generation_config.json wants tokens drawn: greedily where it says `"do_sample":
+    false`, else with those of its settings that `Sampling` has. Others that would change the text
+    are named in a warning.
 
     Raises:
       ValueError: a setting is not a number, or out of its range.
     """
     path = folder / "generation_config.json"
     config = files.read_json(path) if path.is_file() else {}
+    ignored = [
+        f"{key}={config[key]!r}"
+        for key, neutral in _NOT_APPLIED.items()
+        if config.get(key, neutral) not in (neutral, None)
+    ]
+    if ignored:
+        _logger.warning("%s: %s is not applied; dsjax does not have it", path, ", ".join(ignored))
     if config.get("do_sample") is False:
         return Sampling(temperature=0.0)
     found = {key: config[key] for key in _SAMPLING_FIELDS if config.get(key) is not None}

@@ -26,6 +26,7 @@ from dsjax.infer.answers import (
     continue_tokens,
     default_sampling,
 )
+from dsjax.infer.weights import load_weights
 from dsjax.parallel.mesh import submesh
 from dsjax.text.chat import ChatFormat, Message, find_format
 from dsjax.text.reply import Piece
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     mesh = submesh(arguments.mesh)
 
     def open_engine() -> Engine:
-        model = load.load(checkpoint, mesh=mesh, dtype=arguments.dtype)
+        model = load_weights(checkpoint, mesh, arguments.dtype)
         return Engine(model, speculative=arguments.speculative)
 
     if arguments.tokens is not None:
@@ -67,7 +68,9 @@ def _run_tokens(
     open_engine: Callable[[], Engine],
 ) -> None:
     config = checkpoint.model
-    prompts_BT = token_files.read_tokens(arguments.tokens, config.vocab_size)
+    prompts_BT = token_files.read_tokens(
+        arguments.tokens, config.vocab_size, max_length=config.max_seq_len
+    )
     token_files.check_outputs([arguments.out], arguments.tokens)
     room = max(config.max_seq_len - prompts_BT.shape[1], 1)
     n_tokens = arguments.max_new_tokens or min(MOST_NEW_TOKENS, room)
@@ -87,6 +90,10 @@ def _run_text(
     folder = checkpoint.tokenizer_folder
     vocabulary = open_vocabulary(folder, checkpoint.model.vocab_size)
     form = None if arguments.raw else find_format(folder, vocabulary)
+    if arguments.no_bos:
+        if form is not None:
+            raise ValueError("--no-bos is for text to continue, and this is a chat; add --raw")
+        vocabulary = dataclasses.replace(vocabulary, begins=False)
     settings = Settings(
         vocabulary,
         context=checkpoint.model.max_seq_len,
@@ -94,13 +101,12 @@ def _run_text(
         max_new_tokens=arguments.max_new_tokens or MOST_NEW_TOKENS,
         stops=tuple(arguments.stop or ()),
     )
-    thinking = arguments.thinking or None
     if arguments.prompt is not None:
-        prompt = first_prompt(arguments.prompt, vocabulary, form, thinking=thinking)
+        prompt = first_prompt(arguments.prompt, vocabulary, form, thinking=arguments.thinking)
         settings.request(prompt)  # fails now if it is to fail
         answer(Generator(open_engine(), settings), prompt)
     elif form is not None:
-        chat(Generator(open_engine(), settings), form, thinking=thinking)
+        chat(Generator(open_engine(), settings), form, thinking=arguments.thinking)
     else:
         raise ValueError(
             f"{folder} has no chat template and its tokenizer no tokens for the two roles, as a "

@@ -17,21 +17,23 @@ sees another; generation settings that dsjax has not are refused rather than ign
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dsjax.checkpoint.load import load, open_checkpoint
+from dsjax.checkpoint.load import open_checkpoint
 from dsjax.generate.engine import Engine, Request
 from dsjax.generate.sampling import Sampling
 from dsjax.infer import windows
+from dsjax.infer.answers import replies
 from dsjax.infer.score import Scorer
+from dsjax.infer.weights import load_weights
 from dsjax.infer.windows import Window
 from dsjax.parallel.mesh import submesh
 from dsjax.text.chat import Message, find_format
-from dsjax.text.reply import Detokenizer, StopStrings
+from dsjax.text.reply import ReplyReader
 from dsjax.text.vocabulary import open_vocabulary
 
 try:
@@ -58,7 +60,7 @@ class DsjaxLM(LM):
 
     Args:
       pretrained: folder of the checkpoint, of any kind that `dsjax.load` takes.
-      dtype: bfloat16 or float32; None: the checkpoint's.
+      dtype: bfloat16 or float32; None: see `weights.choose_dtype`.
       data, fsdp, tensor: devices along the axes of the mesh.
       batch_size: rows of a batch, on each part of the mesh; "auto" is 8.
       max_length: tokens that the model sees at once; None: the model's limit.
@@ -99,7 +101,7 @@ class DsjaxLM(LM):
         self._path = Path(pretrained).resolve()
         sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
         mesh = submesh({axis: size for axis, size in sizes.items() if size != 1})
-        model = load(checkpoint, mesh=mesh, dtype=dtype)
+        model = load_weights(checkpoint, mesh, dtype)
         self.scorer = Scorer(model, mesh, rows=self.batch_size)
         self._engine: Engine | None = None
 
@@ -153,14 +155,18 @@ class DsjaxLM(LM):
         found = [""] * len(requests)
         wanted = [self._request(number, *request.args) for number, request in enumerate(requests)]
         wanted.sort(key=lambda item: -len(item[1].prompt))
+        if self._engine is None:
+            self._engine = Engine(self.scorer.model, max_batch=self.scorer.rows)
+        coder = self.vocabulary.coder
+        readers = [ReplyReader(coder, stops=stops) for _, _, stops in wanted]
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
-            for start in range(0, len(wanted), self.scorer.rows):
-                batch = wanted[start : start + self.scorer.rows]
-                texts = self._generate([(request, stops) for _, request, stops in batch])
-                for (number, _, _), text in zip(batch, texts, strict=True):
-                    found[number] = text
-                    self.cache_hook.add_partial("generate_until", requests[number].args, text)
-                bar.update(len(batch))
+            for index, pieces, done in replies(self._engine, [r for _, r, _ in wanted], readers):
+                number = wanted[index][0]
+                found[number] += "".join(piece.text for piece in pieces)
+                if done:
+                    arguments = requests[number].args
+                    self.cache_hook.add_partial("generate_until", arguments, found[number])
+                    bar.update()
         return found
 
     def apply_chat_template(
@@ -231,26 +237,6 @@ class DsjaxLM(LM):
             )
         prompt = tuple(self.encode(context)[-room:])
         return number, Request(prompt, n_tokens, sampling, self.vocabulary.stop_ids), until
-
-    def _generate(self, batch: Sequence[tuple[Request, list[str]]]) -> list[str]:
-        if self._engine is None:
-            self._engine = Engine(self.scorer.model)
-        coder, stop_ids = self.vocabulary.coder, self.vocabulary.stop_ids
-        detokenizers = [Detokenizer(coder) for _ in batch]
-        readers = [StopStrings(stops) for _, stops in batch]
-        texts = [""] * len(batch)
-        open_rows = set(range(len(batch)))
-        for new in self._engine.generate([request for request, _ in batch]):
-            for row in sorted(open_rows):
-                kept = [i for i in new[row] if i not in stop_ids]
-                texts[row] += readers[row].push(detokenizers[row].push(kept))
-                if readers[row].stopped or len(kept) < len(new[row]):
-                    open_rows.remove(row)
-            if not open_rows:
-                break
-        for row, reader in enumerate(readers):
-            texts[row] += reader.push(detokenizers[row].flush()) + reader.flush()
-        return texts
 
 
 def read_settings(

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +20,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dsjax.checkpoint.load import Checkpoint, load
+from dsjax.checkpoint.load import Checkpoint
 from dsjax.infer import token_files, windows
 from dsjax.infer.token_files import ArrayWriter
-from dsjax.infer.windows import Text, Window
+from dsjax.infer.weights import load_weights
+from dsjax.infer.windows import Text, TextFiles, Window
 from dsjax.model.head import predict, token_scores
 from dsjax.model.transformer import Transformer
 from dsjax.parallel.context import arrange, restore
@@ -157,7 +158,7 @@ class Scorer:
 def score_files(
     checkpoint: Checkpoint,
     *,
-    text: Sequence[str] | None = None,
+    text: TextFiles | None = None,
     tokens: Path | None = None,
     outputs: Outputs = NO_OUTPUTS,
     length: int = 0,
@@ -168,9 +169,9 @@ def score_files(
     """Scores text files, or a .npy of token ids, under a checkpoint.
 
     Args:
-      text: files or globs; with `length`, of a window, 0 for the default.
+      text: files of text; with `length`, of a window, 0 for the default.
       tokens: ids [batch, length], where there is no text; with `outputs`.
-      dtype: of weights and computation; None: the checkpoint's.
+      dtype: of weights and computation; None: see `weights.choose_dtype`.
 
     Raises:
       ValueError: the checkpoint, the text or the ids cannot be used, or a file not be written; all
@@ -180,14 +181,14 @@ def score_files(
     if text:
         length = windows.window_length(length, model.max_seq_len)
         given = windows.read_text(text, checkpoint.tokenizer_folder, model.vocab_size)
-        scorer = Scorer(load(checkpoint, mesh=mesh, dtype=dtype), mesh)
+        scorer = Scorer(load_weights(checkpoint, mesh, dtype), mesh)
         return score_text(scorer, given, length=length, progress=progress)
     assert tokens is not None
-    ids = token_files.read_tokens(tokens, model.vocab_size)
+    ids = token_files.read_tokens(tokens, model.vocab_size, max_length=model.max_seq_len)
     token_files.check_outputs(outputs, tokens)
     if outputs.mtp_logits:
         check_mtp(model.n_mtp, ids.shape[1])
-    scorer = Scorer(load(checkpoint, mesh=mesh, dtype=dtype), mesh)
+    scorer = Scorer(load_weights(checkpoint, mesh, dtype), mesh)
     return score_tokens(scorer, ids, outputs, progress=progress)
 
 

@@ -13,15 +13,19 @@ import numpy as np
 from dsjax import files
 
 
-def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
+def read_tokens(path: Path, vocab_size: int, *, max_length: int) -> np.ndarray:
     """Reads a .npy of token ids.
+
+    Args:
+      max_length: how many tokens of a row the model can see (model.max_seq_len).
 
     Returns:
       int32 [batch, length].
 
     Raises:
-      ValueError: not a .npy of integers [batch, length], empty, or an id that the model lacks; a
-        file with Python objects, which could run code when read, is refused.
+      ValueError: not a .npy of integers [batch, length], empty, with rows that are too long, or an
+        id that the model lacks; a file with Python objects, which could run code when read, is
+        refused.
       OSError: it cannot be read.
     """
     with open(path, "rb") as file:
@@ -39,6 +43,11 @@ def read_tokens(path: Path, vocab_size: int) -> np.ndarray:
         raise ValueError(
             f"{path} holds {tokens.dtype} of shape {tokens.shape}; token ids are integers of shape "
             "[batch, length], neither of them 0"
+        )
+    if tokens.shape[1] > max_length:
+        raise ValueError(
+            f"{path}: rows of {tokens.shape[1]} tokens exceed the {max_length} positions that the "
+            "model can see (model.max_seq_len); cut them into shorter rows"
         )
     outside = (tokens < 0) | (tokens >= vocab_size)
     if outside.any():

@@ -40,20 +40,33 @@ class Text:
         return sum(len(document) - 1 for document in self.documents)
 
 
-def read_text(files: Sequence[str], folder: Path, vocab_size: int) -> Text:
-    """Reads files or globs (see dsjax/data/documents.py) and encodes them with the tokenizer of a
-    checkpoint's folder.
+class TextFiles(NamedTuple):
+    """Text to score, as dsjax/data/documents.py reads it."""
+
+    names: Sequence[str]  # files or globs
+    field: str = "text"  # of JSON lines and Parquet files, the field that holds the text
+    bos: bool = True  # False: no begin token, whatever tokenizer_config.json says
+
+
+def read_text(files: TextFiles, folder: Path, vocab_size: int) -> Text:
+    """Reads text and encodes it with the tokenizer of a checkpoint's folder.
 
     Raises:
       ValueError: the files cannot be read or hold no text, or the tokenizer is not one for a model
         of this vocabulary.
     """
     vocabulary = open_vocabulary(folder, vocab_size)
-    found = documents.find_sources(files, key="--text")
-    texts = (document.text for document in documents.read_documents(found))
-    text = encode(vocabulary.coder, first_token(vocabulary), texts)
+    if not files.bos:
+        vocabulary = dataclasses.replace(vocabulary, begins=False)
+    try:
+        found = documents.find_sources(files.names, key="--text")
+        texts = (each.text for each in documents.read_documents(found, text_field=files.field))
+        text = encode(vocabulary.coder, first_token(vocabulary), texts)
+    except ValueError as error:  # the readers name the keys of a training run
+        advice = str(error).replace("data.text_field", "--text-field")
+        raise ValueError(advice.replace("data.files", "--text")) from error
     if not text.documents:
-        raise ValueError(f"--text {' '.join(files)}: there is no text in it")
+        raise ValueError(f"--text {' '.join(files.names)}: there is no text in it")
     return text
 
 

@@ -65,7 +65,13 @@ def v3(messages: Sequence[Message], thinking: bool | None) -> list[str]:
 
 
 def r1(messages: Sequence[Message], thinking: bool | None) -> list[str]:
-    """DeepSeek-R1, which always thinks."""
+    """DeepSeek-R1, which always thinks.
+
+    Raises:
+      ValueError: it is asked not to.
+    """
+    if thinking is False:
+        raise ValueError("this checkpoint's model always thinks; leave --no-thinking out")
     spoken = [
         dataclasses.replace(message, content=message.content.split(END_THINK)[-1])
         if message.role == "assistant"

@@ -37,11 +37,17 @@ class Template:
 
         Args:
           messages: each with `role` and `content`.
-          thinking: passed on as the template's variable of that name; None leaves it undefined.
+          thinking: passed on as the template's variables `thinking` (DeepSeek) and
+            `enable_thinking` (Qwen); None leaves them undefined.
 
         Raises:
-          ValueError: the template fails or exceeds a limit.
+          ValueError: the template fails or exceeds a limit, or has no such variable.
         """
+        if thinking is not None and "thinking" not in self.source:
+            raise ValueError(
+                f"{self.place} reads neither thinking nor enable_thinking, so the model cannot be "
+                "told whether to think; leave --thinking and --no-thinking out"
+            )
         mark = _unused_character([self.source, *(message["content"] for message in messages)])
         context: dict[str, Any] = {
             "messages": [_broken(message, vocabulary, mark) for message in messages],
@@ -52,7 +58,7 @@ class Template:
             "documents": None,
         }
         if thinking is not None:
-            context["thinking"] = thinking
+            context |= {"thinking": thinking, "enable_thinking": thinking}
         try:
             rendered = sandbox.render(self.source, context)
         except ValueError as error:

@@ -11,7 +11,6 @@ import pytest
 from dsjax.generate import decoding
 from dsjax.generate.engine import Engine, Request
 from dsjax.generate.request import join
-from dsjax.generate.rows import cache_length
 from dsjax.generate.sampling import Sampling
 from dsjax.model.parameters import shardings
 from dsjax.parallel.mesh import make_mesh
@@ -90,17 +89,6 @@ def test_model_on_a_mesh_generates_the_same():
     assert got == wanted()[:3]
 
 
-def test_each_program_is_compiled_once_for_a_bucket(monkeypatch):
-    """Other prompts, limits, settings and stop ids of the same sizes need no new program."""
-    compiled = count_compilations(monkeypatch)
-    fresh = Engine(tiny_model(), prefill_chunk=16)
-    run(fresh, requests())
-    assert len(compiled) == 3  # an empty cache, chunks of 16 (the last one is filled up), decoding
-    sampled = requests(Sampling(0.8, top_k=5, seed=3), [5, 3, 11, 30], stop_ids=frozenset({9}))
-    run(fresh, [sampled[1], sampled[0], sampled[3], sampled[2]])
-    assert len(compiled) == 3
-
-
 def test_stop_id_ends_its_row_and_is_its_last_token():
     first, second, *_ = wanted()
     rows = requests()
@@ -127,14 +115,6 @@ def test_bfloat16_model_keeps_a_bfloat16_cache():
     model = tiny_model(compute=jnp.bfloat16)
     carry = jax.eval_shape(lambda: decoding.empty_carry(model, batch=2, length=256, n_drafts=0))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(carry)} == {"bfloat16"}
-
-
-def test_cache_fits_the_request_in_few_sizes():
-    """Powers of two from 256 on, and never more than what the model's longest text needs."""
-    length = functools.partial(cache_length, TINY, chunk=16)
-    lengths = [length(needed, n_drafts=0) for needed in (3, 256, 257, 2048, 2049, 4096)]
-    assert lengths == [256, 256, 512, 2048, 4096, 4096]
-    assert length(4096, n_drafts=2) == 4096 + 16  # drafts stand beyond the end
 
 
 def test_nothing_asked_for_is_nothing_done():
@@ -294,42 +274,6 @@ def test_generation_needs_the_engine_for_itself():
     engine().cancel(id)
     engine().cancel(id)  # no longer open
     assert not engine().busy and engine().step() == {}
-
-
-def count_compilations(monkeypatch):
-    compiled = []
-    compile_ = jax.stages.Lowered.compile
-    monkeypatch.setattr(
-        jax.stages.Lowered, "compile", lambda self: compiled.append(self) or compile_(self)
-    )
-    return compiled
-
-
-def test_new_weights_need_no_new_program(monkeypatch):
-    compiled = count_compilations(monkeypatch)
-    fresh = Engine(tiny_model(seed=1), prefill_chunk=16)
-    before, _ = run(fresh, requests())
-    n_programs = len(compiled)
-    fresh.load(tiny_model())
-    after, _ = run(fresh, requests())
-    assert after == wanted() != before
-    assert len(compiled) == n_programs
-
-
-def test_weights_that_the_programs_do_not_fit_are_refused():
-    own = Engine(tiny_model(), prefill_chunk=16)
-    with pytest.raises(ValueError, match="another config or precision than the engine's; make a"):
-        own.load(tiny_model(compute=jnp.bfloat16))
-    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_model())
-    with pytest.raises(ValueError, match=r"differ in .*bfloat16.*float32.*; cast or place them"):
-        own.load(narrow)
-    elsewhere = jax.device_put(tiny_model(), jax.devices()[1])
-    with pytest.raises(ValueError, match=r"the new weights differ in .*; cast or place them"):
-        own.load(elsewhere)
-    own.add(CROWD[0])
-    own.step()
-    with pytest.raises(ValueError, match="weights are replaced between requests; finish or"):
-        own.load(tiny_model())
 
 
 def test_batch_must_have_room():

@@ -11,75 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsjax.generate.engine import Statistics
 from dsjax.generate.sampling import Sampling
 from dsjax.infer import console
-from dsjax.infer.answers import Generator, Settings, continue_tokens
 from dsjax.infer.console import Screen, answer, chat, describe
-from dsjax.text.chat import find_format
 from dsjax.text.reply import Piece
-from dsjax.text.tokenizer import Coder
-from dsjax.text.vocabulary import open_vocabulary
+from tests.infer.scripted import CODER, SPEED, ScriptedEngine, ids
 from tests.text import released
 from tests.text.released import R1, VOCAB_SIZE, write_checkpoint
 
-CODER = Coder(released.make_tokenizer(R1))
 THINK, END_THINK = R1["<think>"], R1["</think>"]
-SPEED = Statistics(
-    prompt_tokens=10, prefill_seconds=0.5, new_tokens=7, decode_seconds=2.0, decode_steps=6,
-    drafted=0, accepted=0,
-)  # fmt: skip
 SPEED_LINE = "prompt: 10 tokens (20.0/s); reply: 7 tokens (3.0/s)\n"
-
-
-class ScriptedEngine:
-    """Replies with the given lists of tokens, one a request, token by token; an exception in a
-    list is raised when its turn comes.
-    """
-
-    statistics = SPEED
-
-    def __init__(self, *replies):
-        self.replies, self.requests = list(replies), []
-        self.closed = 0
-
-    def generate(self, requests):
-        self.requests += requests
-        replies = [self.replies.pop(0) for _ in requests]
-        try:
-            for step in range(max(map(len, replies))):
-                new = [reply[step : step + 1] for reply in replies]
-                if isinstance(new[0][0], BaseException):
-                    raise new[0][0]
-                yield new
-        finally:
-            self.closed += 1
 
 
 class Terminal(io.StringIO):
     def isatty(self):
         return True
-
-
-def ids(text):
-    return CODER.encode_control(text)
-
-
-@pytest.fixture(scope="module")
-def r1(tmp_path_factory):
-    folder = write_checkpoint(tmp_path_factory.mktemp("r1"), R1)
-    vocabulary = open_vocabulary(folder, VOCAB_SIZE)
-    return vocabulary, find_format(folder, vocabulary)
-
-
-@pytest.fixture
-def make(r1):
-    def make(*replies, **options):
-        engine = ScriptedEngine(*(ids(r) if isinstance(r, str) else r for r in replies))
-        settings = Settings(r1[0], **{"context": 1000, "sampling": Sampling()} | options)
-        return engine, Generator(engine, settings)
-
-    return make
 
 
 def typed(monkeypatch, lines):
@@ -95,32 +41,6 @@ def typed(monkeypatch, lines):
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr(sys, "stdout", Terminal())
-
-
-def test_reply_asks_the_engine_for_what_fits(make):
-    engine, generator = make("", context=100, max_new_tokens=30, sampling=Sampling(seed=3))
-    assert list(generator.reply([5] * 60)) == []
-    engine.replies.append([])
-    assert list(generator.reply([5] * 90)) == []
-    first, second = engine.requests
-    assert (first.prompt, first.max_new_tokens) == ((5,) * 60, 30)
-    assert (first.sampling, first.stop_ids) == (Sampling(seed=3), {1})
-    assert second.max_new_tokens == 10
-    with pytest.raises(ValueError, match="has 100 tokens, which fill the 100 that the model can"):
-        list(generator.reply([5] * 100))
-
-
-def test_reply_hides_the_token_that_ends_it(make):
-    engine, generator = make(f"yes{released.USER}")
-    vocabulary = dataclasses.replace(generator.settings.vocabulary, stop_ids=frozenset({128803}))
-    generator = Generator(engine, dataclasses.replace(generator.settings, vocabulary=vocabulary))
-    assert "".join(piece.text for piece in generator.reply([5])) == "yes"
-
-
-def test_a_stop_string_ends_the_engines_work(make):
-    engine, generator = make("one. two. three.", stops=("two",))
-    assert "".join(piece.text for piece in generator.reply([5])) == "one. "
-    assert engine.closed == 1
 
 
 def test_answer_marks_the_thought_in_a_file(make, capsys):
@@ -206,19 +126,6 @@ def test_a_full_conversation_can_be_reset(make, r1, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("far too long\n"))
     with pytest.raises(ValueError, match="the prompt has 17 tokens"):
         chat(generator, r1[1])
-
-
-def test_tokens_continue_with_a_seed_a_row():
-    engine = ScriptedEngine([7, 8, 1, 9], [1, 1, 2, 3])
-    prompts = np.asarray([[1, 2, 3], [4, 5, 6]], np.int32)
-    new = continue_tokens(engine, prompts, max_new_tokens=4, sampling=Sampling(0.5, seed=2**32 - 1))
-    assert new.dtype == np.int32 and new.tolist() == [[7, 8, 1, 9], [1, 1, 2, 3]]
-    assert [request.prompt for request in engine.requests] == [(1, 2, 3), (4, 5, 6)]
-    assert [request.sampling.seed for request in engine.requests] == [2**32 - 1, 0]
-    assert {request.sampling.temperature for request in engine.requests} == {0.5}
-    assert {(request.max_new_tokens, request.stop_ids) for request in engine.requests} == {
-        (4, frozenset())
-    }
 
 
 def test_statistics_in_a_line():

@@ -1,9 +1,7 @@
-"""Which tokens begin and end a text, and how it is to be sampled, from a checkpoint's own files."""
+"""Which tokens begin and end a text, from a checkpoint's own files."""
 
 import pytest
 
-from dsjax.generate.sampling import Sampling
-from dsjax.infer.answers import default_sampling
 from dsjax.text.vocabulary import open_vocabulary
 from tests.text import released
 from tests.text.released import VOCAB_SIZE, write_checkpoint
@@ -103,37 +101,3 @@ def test_vocabulary_rejects(tmp_path, files, message):
         (tmp_path / f"{name}.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         open_vocabulary(tmp_path, VOCAB_SIZE)
-
-
-@pytest.mark.parametrize(
-    ("config", "sampling"),
-    [
-        (None, Sampling()),
-        # DeepSeek-R1's
-        (
-            {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "eos_token_id": 1},
-            Sampling(temperature=0.6, top_p=0.95),
-        ),
-        ({"do_sample": False, "temperature": 0.6}, Sampling(temperature=0)),
-        ({"top_k": 50, "min_p": 0.1, "temperature": None}, Sampling(top_k=50, min_p=0.1)),
-        ({"temperature": 1}, Sampling()),
-    ],
-    ids=["no file", "R1", "greedy", "no do_sample", "integer"],
-)
-def test_sampling_follows_the_generation_config(tmp_path, config, sampling):
-    configs = {} if config is None else {"generation_config": config}
-    assert default_sampling(write_checkpoint(tmp_path, **configs)) == sampling
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"temperature": "hot"}, "generation_config.json: temperature='hot' is not a number"),
-        ({"top_k": 1.5}, "generation_config.json: top_k=1.5 is not a number"),
-        ({"top_p": True}, "generation_config.json: top_p=True is not a number"),
-        ({"top_p": 2.0}, r"generation_config.json: top_p=2.0 must lie in \(0, 1\]"),
-    ],
-)
-def test_sampling_rejects(tmp_path, config, message):
-    with pytest.raises(ValueError, match=message):
-        default_sampling(write_checkpoint(tmp_path, generation_config=config))

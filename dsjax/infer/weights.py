@@ -1,0 +1,66 @@
+"""Which element type a checkpoint's weights are loaded in, and loading them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dsjax.checkpoint.load import Checkpoint, load
+from dsjax.model.parameters import declarations
+from dsjax.model.transformer import Transformer
+from dsjax.precision.policy import Policy
+
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def load_weights(checkpoint: Checkpoint, mesh: Mesh | None, dtype: str | None) -> Transformer:
+    """Loads a model in the element type that `choose_dtype` chooses."""
+    return load(checkpoint, mesh=mesh, dtype=choose_dtype(checkpoint, dtype))
+
+
+def choose_dtype(checkpoint: Checkpoint, asked: str | None) -> str | None:
+    """Chooses the element type of weights and computation: what is asked for, else the
+    checkpoint's, but on a CPU float32 where that fits into memory.
+
+    XLA multiplies bfloat16 matrices some 25 times slower than float32 ones on a CPU. Every choice
+    that costs memory or time there is said in one line on standard error. `dsjax.load` does not
+    choose: without a dtype it keeps the checkpoint's.
+    """
+    if jax.default_backend() != "cpu" or "float32" in (asked, str(checkpoint.dtype)):
+        return asked
+    declared = declarations(Transformer(checkpoint.model, Policy(jnp.float32)))
+    needed, there = 4 * sum(parameter.count for parameter in declared), free_memory()
+    figures = f"{needed / 1e9:.1f} GB as float32, with {there / 1e9:.1f} GB of memory free"
+    if asked == "bfloat16":
+        _say(f"bfloat16 is slow on a CPU; --dtype float32 is not (weights: {figures})")
+        return asked
+    if needed > there:
+        _say(f"weights stay bfloat16, which is slow on a CPU: they would take {figures}")
+        return asked
+    _say(f"weights become float32, which is fast on a CPU: {figures}; --dtype bfloat16 keeps them")
+    return "float32"
+
+
+def free_memory() -> int:
+    """Returns the bytes of memory that this process can still take."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
+        free = int(kilobytes) << 10
+    except (OSError, StopIteration):  # no Linux: all there is
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in map(Path, _LIMITS):  # a container has limits of its own
+        limit = path.read_text().strip() if path.is_file() else "max"
+        if limit.isdecimal():
+            used = path.with_name("memory.current")
+            free = min(free, int(limit) - (int(used.read_text()) if used.is_file() else 0))
+    return free
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

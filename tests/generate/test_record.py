@@ -1,0 +1,78 @@
+"""What is reported of drawn tokens is what the whole forward pass says of them."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from dsjax.generate.engine import Engine, Request
+from dsjax.generate.sampling import Sampling
+from tests.model.tiny import TINY, tiny_model
+
+V3 = dataclasses.replace(TINY, n_layers=2, n_mtp=1)
+V2_LITE = dataclasses.replace(
+    V3, q_lora_rank=0, n_expert_groups=1, n_limited_groups=1, router_bias=False, norm_topk=False,
+    score_func="softmax", route_scale=1.0, n_mtp=0,
+)  # fmt: skip
+GQA = dataclasses.replace(
+    TINY, n_layers=1, n_dense_layers=1, attention="gqa", n_kv_heads=2, head_dim=8, n_mtp=1
+)
+HOT = Sampling(0.7, top_k=8, top_p=0.9, seed=3)
+# Prompts that end in different chunks, so that not all tokens run beside the same others.
+REQUESTS = [
+    Request(tuple(range(3, 43)), 12, Sampling(0.0), logprobs=True),
+    Request((50, 20, 80), 20, HOT, logprobs=True),
+    Request((7,), 9, Sampling(1.5, seed=4), logprobs=True),
+    Request((9, 8), 4, Sampling(0.0)),
+]
+
+
+def log_softmax(logits):
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def sampled(logits, sampling):
+    """Log-probabilities that the row draws by, float64 [V]: written from the definition."""
+    order = np.argsort(-logits, kind="stable")
+    if not sampling.temperature:
+        kept = order[:1]
+    else:
+        logits = logits / sampling.temperature
+        kept = order[: sampling.top_k or None]
+        mass = np.cumsum(np.exp(log_softmax(logits[kept])))
+        kept = kept[: np.searchsorted(mass, sampling.top_p) + 1]
+    found = np.full(logits.shape, -np.inf)
+    found[kept] = log_softmax(logits[kept])
+    return found
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("config", [V3, V2_LITE, GQA], ids=["v3", "v2-lite", "gqa"])
+def test_logprobs_are_those_of_the_whole_forward_pass(config, speculative):
+    if speculative and not config.n_mtp:
+        pytest.skip("nothing to draft with")
+    model = tiny_model(config)
+    engine = Engine(model, speculative=speculative, prefill_chunk=16, max_batch=3)
+    outputs = engine.complete(REQUESTS)
+    forward = jax.jit(lambda rows: model(rows))
+    for request, output in zip(REQUESTS[:3], outputs[:3], strict=True):
+        text = [*request.prompt, *output.tokens]
+        padded = np.zeros((1, 64), np.int32)
+        padded[0, : len(text)] = text
+        logits = np.asarray(forward(padded), np.float64)[0, len(request.prompt) - 1 : len(text) - 1]
+        chosen = np.arange(len(output.tokens)), output.tokens
+        assert output.logprobs.dtype == output.sampled_logprobs.dtype == np.float32
+        np.testing.assert_allclose(output.logprobs, log_softmax(logits)[chosen], atol=1e-5)
+        drawn = np.stack([sampled(row, request.sampling) for row in logits])[chosen]
+        np.testing.assert_allclose(output.sampled_logprobs, drawn, atol=1e-5)
+    assert outputs[3].logprobs is outputs[3].sampled_logprobs is None
+
+
+def test_reports_do_not_change_the_tokens():
+    engine = Engine(tiny_model(GQA), prefill_chunk=16)
+    silent = [dataclasses.replace(request, logprobs=False) for request in REQUESTS]
+    assert [output.tokens for output in engine.complete(silent)] == [
+        output.tokens for output in engine.complete(REQUESTS)
+    ]

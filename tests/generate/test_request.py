@@ -1,0 +1,48 @@
+"""Outputs of a request: why it ends, and all of them as one."""
+
+import dataclasses
+
+import numpy as np
+
+from dsjax.generate.record import Record
+from dsjax.generate.request import Output, Request, join, output, problems
+from tests.model.tiny import TINY
+
+DENSE = dataclasses.replace(TINY, n_layers=1, n_dense_layers=1)
+
+
+def test_output_says_why_a_request_ends():
+    request = Request((1,), 4, stop_ids=frozenset({9}))
+    assert output(request, [9, 3], left=2, report=Record()).finish is None
+    assert output(request, [3, 9], left=0, report=Record()).finish == "stop"
+    assert output(request, [9, 3], left=0, report=Record()).finish == "length"
+    assert output(request, [], left=0, report=Record()).finish == "length"
+
+
+def test_output_holds_what_its_request_asks_for():
+    """The batch's report has what any of its requests asks for."""
+    numbers = np.zeros(1)
+    report = Record(numbers, numbers, np.zeros((1, 2, 3)))
+    plain = output(Request((1,), 1), [3], left=0, report=report)
+    assert plain == Output([3], "length")
+    both = output(Request((1,), 1, logprobs=True, experts=True), [3], left=0, report=report)
+    assert both.logprobs is not None and both.sampled_logprobs is not None
+    assert both.experts is not None and both.experts.shape == (1, 2, 3)
+
+
+def test_joined_outputs_are_the_whole_reply():
+    parts = [
+        Output([5], None, np.array([1.0]), np.array([2.0]), np.zeros((3, 1, 2))),
+        Output([6, 7], "stop", np.array([3.0, 4.0]), np.array([5.0, 6.0]), np.ones((2, 1, 2))),
+    ]
+    whole = join(parts)
+    assert (whole.tokens, whole.finish) == ([5, 6, 7], "stop")
+    assert whole.logprobs.tolist() == [1, 3, 4] and whole.sampled_logprobs.tolist() == [2, 5, 6]
+    assert whole.experts[:, 0, 0].tolist() == [0, 0, 0, 1, 1]
+    assert join([Output([5]), Output([6], "length")]) == Output([5, 6], "length")
+
+
+def test_a_model_without_experts_cannot_report_them():
+    asked = Request((1,), 1, experts=True)
+    assert list(problems(asked, DENSE)) == ["experts=True, and the model has none; leave it out"]
+    assert not list(problems(asked, TINY))
