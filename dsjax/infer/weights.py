@@ -15,7 +15,7 @@ from dsjax.model.parameters import declarations
 from dsjax.model.transformer import Transformer
 from dsjax.precision.policy import Policy
 
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def load_weights(checkpoint: Checkpoint, mesh: Mesh | None, dtype: str | None) -> Transformer:
@@ -54,7 +54,7 @@ def free_memory() -> int:
         free = int(kilobytes) << 10
     except (OSError, StopIteration):  # no Linux: all there is
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in map(Path, _LIMITS):  # a container has limits of its own
+    for path in map(Path, LIMITS):  # a container has limits of its own
         limit = path.read_text().strip() if path.is_file() else "max"
         if limit.isdecimal():
             used = path.with_name("memory.current")

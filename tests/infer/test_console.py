@@ -148,7 +148,7 @@ def checkpoint(tmp_path, monkeypatch):
         )
         engine = ScriptedEngine(*replies)
         monkeypatch.setattr(console.load, "open_checkpoint", lambda path, overrides: opened)
-        monkeypatch.setattr(console.load, "load", lambda *args, **options: (args, options))
+        monkeypatch.setattr(console, "load_weights", lambda *arguments: arguments)
         monkeypatch.setattr(console, "Engine", lambda model, **options: engine)
         return engine
 
@@ -157,9 +157,9 @@ def checkpoint(tmp_path, monkeypatch):
 
 def run(**options):
     defaults = dict.fromkeys(
-        "prompt tokens out max_new_tokens temperature top_k top_p min_p stop dtype".split()
+        "prompt tokens out max_new_tokens temperature top_k top_p min_p stop dtype thinking".split()
     )
-    flags = {"raw": False, "thinking": False, "speculative": False, "seed": 0, "mesh": {}}
+    flags = {"raw": False, "no_bos": False, "speculative": False, "seed": 0, "mesh": {}}
     flags["override"] = []
     console.run(argparse.Namespace(checkpoint=Path("x"), **defaults | flags | options))
 
@@ -182,6 +182,14 @@ def test_prompt_is_continued_when_asked_and_by_base_models(checkpoint):
     run(prompt="a", temperature=0.0)
     assert engine.requests[0].prompt == (0, 67)
     assert engine.requests[0].sampling == Sampling(temperature=0)
+
+
+def test_a_text_can_be_continued_without_the_begin_token(checkpoint):
+    engine = checkpoint(ids("b"))
+    run(prompt="a", raw=True, no_bos=True)
+    assert engine.requests[0].prompt == (67,)
+    with pytest.raises(ValueError, match="--no-bos is for text to continue, and this is a chat"):
+        run(prompt="a", no_bos=True)
 
 
 def test_thinking_reaches_the_template(checkpoint):
@@ -215,20 +223,21 @@ def test_tokens_fill_the_context_without_a_number(checkpoint, tmp_path):
     [
         ({}, "as a base model's; give a --prompt to continue"),
         ({"prompt": "a", "thinking": True}, "--thinking needs a chat format"),
+        ({"prompt": "", "no_bos": True}, "no begin token to start from; give some text"),
         ({"prompt": "a", "top_p": 7.0}, r"top_p=7.0 must lie in \(0, 1\]"),
         ({"prompt": "a", "stop": ["x", ""]}, "a stop string is empty"),
         ({"prompt": "a" * 500}, "the prompt has 501 tokens, which fill the 500"),
         ({"tokens": Path("none.npy"), "out": Path("o.npy")}, "No such file or directory"),
     ],
-    ids=["chat", "thinking", "top_p", "stop", "long", "tokens"],
+    ids=["chat", "thinking", "no bos", "top_p", "stop", "long", "tokens"],
 )
 def test_run_refuses_before_it_reads_weights(checkpoint, monkeypatch, options, message):
     checkpoint(control={key: i for key, i in R1.items() if i < 3})
 
-    def load(*arguments, **options):
+    def load_weights(*arguments):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(console.load, "load", load)
+    monkeypatch.setattr(console, "load_weights", load_weights)
     with pytest.raises((ValueError, OSError), match=message):
         run(**options)
 
@@ -236,7 +245,9 @@ def test_run_refuses_before_it_reads_weights(checkpoint, monkeypatch, options, m
 def test_config_of_a_mesh_reaches_the_weights(checkpoint, monkeypatch):
     checkpoint(ids("b"))
     seen = {}
-    monkeypatch.setattr(console.load, "load", lambda *args, **options: seen.update(options))
+    monkeypatch.setattr(
+        console, "load_weights", lambda _, mesh, dtype: seen.update(mesh=mesh, dtype=dtype)
+    )
     run(prompt="a", mesh={"tensor": 2}, dtype="float32")
     assert seen["mesh"].shape["tensor"] == seen["mesh"].size == 2
     assert seen["dtype"] == "float32"

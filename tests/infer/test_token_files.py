@@ -17,7 +17,7 @@ def saved(path, array):
 @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint16, ">i8"])
 def test_tokens_of_any_integer_type_are_read(tmp_path, dtype):
     path = saved(tmp_path / "T.npy", np.array([[0, 5], [9, 1]], dtype))
-    tokens = token_files.read_tokens(path, 10)
+    tokens = token_files.read_tokens(path, 10, max_length=3)
     assert tokens.dtype == np.int32 and tokens.tolist() == [[0, 5], [9, 1]]
 
 
@@ -32,6 +32,7 @@ def test_tokens_of_any_integer_type_are_read(tmp_path, dtype):
             np.array([[0, 10, 3], [4, -1, 10]]),
             r"token \[0, 1\] is 10, one of 3 ids outside .* 0 to",
         ),
+        (np.zeros((1, 4), np.int32), r"rows of 4 tokens exceed the 3 positions .*; cut them into"),
         (np.array([[2**63 + 1]], np.uint64), r"token \[0, 0\] is 9223372036854775809, one of 1"),
         (np.array([[{}]], object), r"is not a \.npy file of token ids \(Object arrays cannot be"),
     ],
@@ -39,7 +40,7 @@ def test_tokens_of_any_integer_type_are_read(tmp_path, dtype):
 def test_tokens_reject_what_is_no_array_of_ids(tmp_path, array, message):
     path = saved(tmp_path / "T.npy", array)
     with pytest.raises(ValueError, match=rf"T\.npy.*{message}"):
-        token_files.read_tokens(path, 10)
+        token_files.read_tokens(path, 10, max_length=3)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04K\x01.", b"text", None])
@@ -47,7 +48,7 @@ def test_tokens_reject_other_files(tmp_path, content):
     path = saved(tmp_path / "T.npy", np.zeros((4, 4), np.int32))
     path.write_bytes(path.read_bytes()[:-1] if content is None else content)
     with pytest.raises(ValueError, match=r"T\.npy is not a \.npy file of token ids .*numpy\.save"):
-        token_files.read_tokens(path, 10)
+        token_files.read_tokens(path, 10, max_length=3)
 
 
 def test_writer_writes_what_numpy_reads(tmp_path):

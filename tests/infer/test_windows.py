@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsjax.infer import windows
-from dsjax.infer.windows import Window
+from dsjax.infer.windows import TextFiles, Window
 from dsjax.text.tokenizer import train_tokenizer
 from dsjax.text.vocabulary import open_vocabulary
 
@@ -88,7 +88,7 @@ def test_text_is_encoded_document_by_document(folder, trained, tmp_path):
     path = tmp_path / "a, b.jsonl"
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     (tmp_path / "c.txt").write_text("learn")
-    text = windows.read_text([str(path), str(tmp_path / "*.txt")], tmp_path, 280)
+    text = windows.read_text(TextFiles([str(path), str(tmp_path / "*.txt")]), tmp_path, 280)
     bos = trained.special.bos
     want = [[bos, *trained.encode(line)] for line in ("some text", "\u00e4 more", "learn")]
     assert [document.tolist() for document in text.documents] == want
@@ -128,15 +128,15 @@ def test_first_token_needs_a_begin_or_an_end_token(folder):
 
 def test_text_rejects_a_tokenizer_of_another_model(folder):
     with pytest.raises(ValueError, match=r"has ids up to \d+, and the model has 100 tokens"):
-        windows.read_text(["x"], folder, 100)
+        windows.read_text(TextFiles(["x"]), folder, 100)
 
 
 def test_text_rejects_files_without_text(folder):
     (folder / "empty.txt").write_text("")
     with pytest.raises(ValueError, match=r"--text .*empty\.txt: there is no text in it"):
-        windows.read_text([str(folder / "empty.txt")], folder, 280)
+        windows.read_text(TextFiles([str(folder / "empty.txt")]), folder, 280)
     with pytest.raises(ValueError, match=r"--text='none\.txt' matches no file"):
-        windows.read_text(["none.txt"], folder, 280)
+        windows.read_text(TextFiles(["none.txt"]), folder, 280)
 
 
 def test_window_length_has_a_default_and_limits():
@@ -146,3 +146,23 @@ def test_window_length_has_a_default_and_limits():
     for asked in (1, 2049, -3):
         with pytest.raises(ValueError, match=rf"--sequence-length {asked} is not between 2 and"):
             windows.window_length(asked, 2048)
+
+
+def test_text_comes_from_the_field_that_is_named(folder, trained):
+    (folder / "a.jsonl").write_text('{"text": "some", "content": "some more text"}\n')
+    files = TextFiles([str(folder / "a.jsonl")], field="content")
+    (document,) = windows.read_text(files, folder, 280).documents
+    assert trained.decode(document[1:]) == "some more text"
+    with pytest.raises(ValueError, match=r"no field 'body' but content, text; set --text-field$"):
+        windows.read_text(files._replace(field="body"), folder, 280)
+
+
+def test_text_can_go_without_the_begin_token(folder, trained):
+    (folder / "a.txt").write_text("some text")
+    files = TextFiles([str(folder / "a.txt")])
+    with_bos, without = (
+        windows.read_text(files._replace(bos=bos), folder, 280).documents[0]
+        for bos in (True, False)
+    )
+    assert with_bos[0] == trained.special.bos and without[0] == trained.special.eos
+    np.testing.assert_array_equal(with_bos[1:], without[1:])

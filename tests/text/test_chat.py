@@ -118,6 +118,11 @@ def test_turns_that_cannot_be_are_refused(formats, roles, message):
         formats["V3"].encode([Message(role, "a") for role in roles])
 
 
+def test_r1_cannot_be_asked_not_to_think(formats):
+    with pytest.raises(ValueError, match="model always thinks; leave --no-thinking out"):
+        formats["R1"].encode([Message("user", "a")], thinking=False)
+
+
 def test_v3_cannot_be_asked_to_think(formats):
     with pytest.raises(ValueError, match="no <think>, so its model cannot be asked to think"):
         formats["V3"].encode([Message("user", "a")], thinking=True)

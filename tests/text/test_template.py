@@ -30,8 +30,8 @@ def user(text):
     return {"role": "user", "content": text}
 
 
-def encode(vocabulary, *messages, **options):
-    return Template(TEMPLATE, "here").encode(messages, vocabulary, **options)
+def encode(vocabulary, *messages, template=TEMPLATE, **options):
+    return Template(template, "here").encode(messages, vocabulary, **options)
 
 
 def test_control_tokens_of_the_template_are_meant(vocabulary):
@@ -58,6 +58,18 @@ def test_thinking_is_defined_only_when_given(vocabulary):
     assert encode(vocabulary, user("hi"))[-1] == ASSISTANT
     assert encode(vocabulary, user("hi"), thinking=True)[-1] == THINK
     assert encode(vocabulary, user("hi"), thinking=False)[-1] == END_THINK
+
+
+def test_qwens_variable_is_set_too(vocabulary):
+    template = "{{ 'T' if enable_thinking is defined and enable_thinking else 'N' }}"
+    for thinking, letter in ((True, "T"), (False, "N"), (None, "N")):
+        ids = encode(vocabulary, user("hi"), template=template, thinking=thinking)
+        assert ids == vocabulary.coder.encode(letter)
+
+
+def test_a_template_without_the_variable_cannot_be_told_to_think(vocabulary):
+    with pytest.raises(ValueError, match="reads neither thinking nor enable_thinking, so"):
+        encode(vocabulary, user("hi"), template="{{ messages }}", thinking=True)
 
 
 def test_failures_say_where_the_template_is(vocabulary):
