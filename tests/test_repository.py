@@ -37,7 +37,6 @@ FLAGS = {
         "--mesh",
         "--min-p",
         "--no-bos",
-        "--no-thinking",
         "--out",
         "--override",
         "--prompt",

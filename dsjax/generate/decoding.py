@@ -1,7 +1,8 @@
-"""The programs of generation: a chunk of prompts, and a few steps of decoding.
+"""The compiled functions of generation: a chunk of prompts, a few decoding steps, row insertion.
 
-Both take the carry, which stays on the devices, and give it back changed; all else is a few numbers
-a row, which the host holds in between. A row's newest token is the one no layer has run yet.
+They take the carry, which stays on the devices, and return it updated. All other state is a few
+numbers per row, which the host keeps between calls. The newest token of a row is the last one
+drawn, which no layer has processed yet.
 """
 
 from __future__ import annotations
@@ -20,41 +21,43 @@ from dsjax.model.cache import Cache, empty_cache
 from dsjax.model.transformer import Transformer
 from dsjax.parallel.sharding import constrain
 
-MAX_STEPS = 16  # of one call of `decode`
+MAX_STEPS = 16  # per call of `decode`
 
 
 class Carry(NamedTuple):
-    """What grows with the model; W = D + 1 for D drafts a step, 1 without drafts."""
+    """The large state; W = D + 1 with D drafts per step, 1 without drafts."""
 
     cache: Cache
     hidden_BWD: jax.Array  # see `speculative.State`; zeros without drafts
 
 
 class Decoded(NamedTuple):
-    """What some steps of decoding give to the host. Steps that did not run hold no tokens."""
+    """What a call of `decode` returns to the host; N = MAX_STEPS. Steps that did not run add
+    nothing.
+    """
 
-    position_B: jax.Array  # int32, of each row's newest token
+    position_B: jax.Array  # int32, position of each row's newest token
     recent_BW: jax.Array  # int32, the newest tokens
     left_B: jax.Array  # int32, how many tokens a row may still add
     n_steps: jax.Array  # int32 scalar, steps that ran
-    tokens_NBW: jax.Array  # int32, what each step added; -1 is nothing
-    ran_NB: jax.Array  # bool, whether the row was unfinished
+    tokens_NBW: jax.Array  # int32, the tokens that each step added; -1 is none
+    ran_NB: jax.Array  # bool, whether the row was unfinished at that step
     n_kept_NB: jax.Array  # int32, drafts that the main model kept
-    record_N: Record  # of `tokens_NBW`, steps in front of each array's dims
+    record_N: Record  # report on `tokens_NBW`, with a leading dimension of steps
 
     def tokens(self) -> list[list[int]]:
-        """Each row's new tokens."""
+        """Returns each row's new tokens."""
         tokens_BNW = np.swapaxes(self.tokens_NBW, 0, 1)
         return [row[row >= 0].tolist() for row in tokens_BNW]
 
     def report(self, row: int) -> Record:
-        """The report on a row's new tokens: arrays [n, ...]."""
+        """Returns the report on a row's n new tokens, arrays [n, ...]."""
         new_NW = np.asarray(self.tokens_NBW)[:, row] >= 0
         return jax.tree.map(lambda array: np.asarray(array)[:, row][new_NW], self.record_N)
 
 
 def empty_carry(model: Transformer, *, batch: int, length: int, n_drafts: int) -> Carry:
-    """What generation starts with, for rows of up to `length` tokens."""
+    """Allocates an empty carry for rows of up to `length` tokens."""
     config, dtype = model.config, model.policy.compute
     hidden_BWD = jnp.zeros((batch, n_drafts + 1, config.dim), dtype)
     return _pinned(Carry(empty_cache(config, batch, length, dtype, mtp=n_drafts > 0), hidden_BWD))
@@ -73,13 +76,15 @@ def prefill(
     """Runs one chunk of every row's prompt.
 
     Args:
-      tokens_BX: int32 [B, T + D], the chunk and the D tokens after it; prompts end in padding.
-      start: int32 position of the chunk.
+      tokens_BX: int32 [B, T + D], the chunk and the D tokens after it; prompts are padded at the
+        end.
+      start: int32 position of the chunk's first token.
       lengths_B: int32 lengths of the prompts.
 
     Returns:
-      the carry; int32 [B], the first new token of each row whose prompt ends in this chunk, and
-      the report on it, with the experts of all T tokens of the chunk. Other rows' are meaningless.
+      the carry; the first new token of each row, int32 [B]; and the report on it, with the experts
+      of all T tokens. Token and log-probabilities are valid only for rows whose prompt ends in this
+      chunk.
     """
     n_drafts = carry.hidden_BWD.shape[1] - 1
     T = tokens_BX.shape[1] - n_drafts
@@ -100,11 +105,11 @@ def prefill(
 
 
 def insert(model: Transformer, carry: Carry, other: Carry, slots_X: jax.Array) -> Carry:
-    """Puts the rows of another carry, whose cache is no longer, into rows of this one.
+    """Copies rows of another carry, whose cache is at most as long, over rows of this one.
 
     Args:
-      slots_X: int32, the row that each of the other's goes to, all different; those outside are left
-        out.
+      slots_X: int32, the target row for each row of `other`, all different; a target outside this
+        carry drops the row.
     """
     del model
     hidden_BWD = carry.hidden_BWD.at[slots_X].set(other.hidden_BWD, mode="drop")
@@ -124,11 +129,12 @@ def decode(
     *,
     wanted: Wanted = NOTHING,
 ) -> tuple[Carry, Decoded]:
-    """Runs up to `most_steps` steps, fewer if all rows finish before.
+    """Runs up to `most_steps` decoding steps, fewer if all rows finish earlier.
 
     Args:
-      stop_ids_BX: int32; drawing one of its row's ends a row.
-      until_any: bool scalar, whether to return as soon as any row finishes: a request waits.
+      left_B: int32, how many tokens each row may still add; a row with 0 does not advance.
+      stop_ids_BX: int32; a row finishes when it draws one of its stop ids. Padded with -1.
+      until_any: bool scalar; returns as soon as any row finishes, because a request is waiting.
     """
     W = recent_BW.shape[1]
     advance = speculative.step if W > 1 else _step
@@ -139,7 +145,7 @@ def decode(
         step = advance(model, state, knobs, past.left_B, wanted)
         new_BW = jnp.arange(W, dtype=jnp.int32)[None] < step.n_new_B[:, None]
         stops_BW = (step.tokens_BW[:, :, None] == stop_ids_BX[:, None]).any(axis=-1) & new_BW
-        # A stop id counts, what comes after it does not.
+        # The stop id itself is kept; accepted drafts after it are dropped.
         stops_before_BW = jnp.cumsum(stops_BW, axis=1) - stops_BW.astype(jnp.int32)
         new_BW = new_BW & (stops_before_BW == 0)
         left_B = past.left_B - new_BW.sum(axis=1, dtype=jnp.int32)
@@ -179,7 +185,7 @@ def decode(
 def _step(
     model: Transformer, state: State, knobs: Knobs, most_B: jax.Array, wanted: Wanted
 ) -> Step:
-    """Runs each row's newest token and draws the next one; `speculative.step` without drafts."""
+    """Runs each row's newest token and draws the next; the counterpart of `speculative.step`."""
     extended = model.extend(state.tokens_BW, state.position_B, state.cache, routing=wanted.experts)
     logits_B1V = model.logits(extended.main_BTD)
     drawn_B = sample(logits_B1V[:, 0], knobs, state.position_B + 1)
@@ -191,7 +197,7 @@ def _step(
 
 
 def _empty_record(model: Transformer, B: int, W: int, wanted: Wanted) -> Record:
-    """Room for the reports of MAX_STEPS steps."""
+    """Allocates the reports of MAX_STEPS steps."""
     logprobs = jnp.zeros((MAX_STEPS, B, W), jnp.float32) if wanted.logprobs else None
     config = model.config
     shape = (MAX_STEPS, B, W, config.n_moe_layers, config.n_activated_experts)
@@ -200,5 +206,5 @@ def _empty_record(model: Transformer, B: int, W: int, wanted: Wanted) -> Record:
 
 
 def _pinned(carry: Carry) -> Carry:
-    """The carry laid out the same way by every program."""
+    """Lays the carry out identically in every program, so that no call reshards it."""
     return Carry(carry.cache.pinned(), constrain(carry.hidden_BWD, "batch", "tokens", "width"))

@@ -1,18 +1,19 @@
-"""Generation: prompts in chunks, then token by token on a cache, for requests that come and go.
+"""Generation as a service: requests are added, step by step decoded, and leave when they finish.
 
-Requests wait in a queue until a row is free. Newcomers run their prompts together in a cache of
-their own, one chunk per step, while the rows that already run go on in between; a row joins these
-when its prompt is done. A row that finishes, or is cancelled, is free for the next request. Where
-nothing else runs, the newcomers' cache becomes the running one: a closed batch is never copied.
+Requests wait in a queue for a free row of the running batch. Newcomers run their prompts together
+in a separate cache, one chunk per step, alternating with decoding of the running batch, so that
+running requests never wait for more than one chunk. When a prompt is done, its row is inserted into
+the running batch. If nothing runs, the newcomers' cache becomes the running one without a copy;
+a closed batch therefore never copies its cache.
 
-Shapes are few, so that programs are: a cache is as long as a power of two, prompts run in chunks of
-one size and a last one of a power of two, and the rows of a batch differ in numbers only (lengths,
-limits, stop ids, sampling). Each program is compiled once for a batch size and a length. The cache
-is donated from program to program and changes in place.
+Few shapes occur, so few programs are compiled: a cache has a power of two as its length, prompts
+run in chunks of one size followed by one chunk of a power of two, a growing batch has a power of
+two of rows, and requests differ in values only (lengths, limits, stop ids, sampling).
 
-A decoding program runs several steps before it returns to the host, which takes longer than a small
-model's step. How many is a number it is given, so that tokens still come many times a second. It
-returns early when no row is left, and while requests wait as soon as one row is free.
+One call of the decoding program runs several steps, because a round trip to the host can take
+longer than a small model's step. The number of steps is an argument, chosen such that tokens arrive
+several times per second. A call returns early when no row is left, or when a row finishes while
+another request waits.
 """
 
 from __future__ import annotations
@@ -41,22 +42,26 @@ _NO_LIMIT = 1 << 30
 
 @dataclasses.dataclass
 class Statistics:
-    """What a generation has taken so far. Compilation is not in the seconds."""
+    """What generation has cost so far. Seconds exclude compilation."""
 
     prompt_tokens: int = 0
-    prefill_seconds: float = 0.0  # up to each row's first token
+    prefill_seconds: float = 0.0  # prompts, including each request's first token
     new_tokens: int = 0
     decode_seconds: float = 0.0
-    decode_steps: int = 0  # of the rows that still ran, added up
+    decode_steps: int = 0  # summed over unfinished rows
     drafted: int = 0
-    accepted: int = 0  # drafts that the main model kept
+    accepted: int = 0  # drafts that the main model accepted
 
 
 class Engine:
-    """Generates with one model, on the devices that hold it. One thread may use it at a time.
+    """Generates with one model on the devices that hold it. Not thread-safe.
+
+    A service calls `add`, `step` and `cancel`; `generate` and `complete` run a closed batch on top
+    of them. A request's greedy tokens are the same alone and in any company, up to rounding; drawn
+    tokens depend only on its own logits, seed and positions.
 
     Attributes:
-      statistics: of the latest `generate` or `complete`, or of all requests that were added.
+      statistics: of the latest closed batch, else of all requests added since the engine was made.
     """
 
     def __init__(
@@ -70,17 +75,18 @@ class Engine:
         """
         Args:
           speculative: whether the model's MTP modules draft tokens (`dsjax.generate.speculative`).
-          prefill_chunk: tokens of each row's prompt that run at once, a power of two from 16 on.
-          max_batch: how many requests run together; further ones wait. None: no limit.
+          prefill_chunk: prompt tokens per row and step, a power of two and at least 16.
+          max_batch: how many requests run together at most; the others wait. None: no limit.
 
         Raises:
-          ValueError: the chunk or the batch is another number, or the model has nothing to draft
-            with.
+          ValueError: `prefill_chunk` or `max_batch` is out of range, or the model has no MTP
+          modules
+            to draft with.
         """
         if prefill_chunk < _MIN_CHUNK or prefill_chunk != power_of_two(prefill_chunk):
             raise ValueError(
-                f"prefill_chunk={prefill_chunk} must be a power of two from {_MIN_CHUNK} on, such "
-                f"as {max(power_of_two(prefill_chunk), _MIN_CHUNK)}"
+                f"prefill_chunk={prefill_chunk} must be a power of two of at least {_MIN_CHUNK}, "
+                f"such as {max(power_of_two(prefill_chunk), _MIN_CHUNK)}"
             )
         if max_batch is not None and max_batch < 1:
             raise ValueError(f"max_batch={max_batch} must be at least 1; None sets no limit")
@@ -93,35 +99,38 @@ class Engine:
         self._max_batch = max_batch
         self._most_rows = max_batch or _NO_LIMIT
         self._waiting: deque[Open] = deque()
-        self._incoming: Rows | None = None  # their prompts run, up to `_start`
+        self._incoming: Rows | None = None  # newcomers, whose prompts have run up to `_start`
         self._running: Rows | None = None
         self._start = 0
-        self._n_steps = 1  # of the next call of the decoding program
+        self._n_steps = 1  # in the next call of the decoding program
         self._decoded_last = False
         self._next_id = 0
 
     @property
     def busy(self) -> bool:
-        """Whether any request is not finished."""
+        """Tells whether any request is unfinished."""
         return bool(self._waiting or self._incoming or self._running)
 
     def load(self, model: Transformer) -> None:
-        """Replaces the weights; every program stays compiled.
+        """Replaces the weights without recompiling anything. Waiting requests stay in the queue.
 
         Raises:
-          ValueError: the model is of another shape, dtype or placement, or requests run: what is in
-            their caches comes from the old weights.
+          ValueError: the model differs in config, precision, dtype or placement, or requests are
+            running, whose caches were computed with the old weights.
         """
         if self._incoming or self._running:
-            raise ValueError("weights are replaced between requests; finish or cancel them first")
+            raise ValueError(
+                "weights cannot change while requests run: their caches belong to the old ones; "
+                "finish or cancel the requests first"
+            )
         self._programs.load(model)
 
     def add(self, request: Request) -> int:
-        """Queues a request and returns the id that `step` and `cancel` know it by.
+        """Queues a request and returns its id, for `step` and `cancel`.
 
         Raises:
-          ValueError: the prompt is empty, has ids outside the vocabulary, or is too long together
-            with `max_new_tokens`; all such faults at once.
+          ValueError: the prompt is empty, has ids outside the vocabulary, or exceeds the model's
+            length together with `max_new_tokens`; all faults are listed.
         """
         if found := list(problems(request, self._programs.model.config)):
             raise ValueError("\n".join(found))
@@ -130,7 +139,7 @@ class Engine:
         return self._next_id
 
     def cancel(self, id: int) -> None:
-        """Drops a request, wherever it stands; an id that is not open is ignored."""
+        """Drops a request, waiting or running; the id of a finished one is ignored."""
         self._waiting = deque(open_ for open_ in self._waiting if open_.id != id)
         for rows in filter(None, (self._incoming, self._running)):
             for row, slot in enumerate(rows.slots):
@@ -139,10 +148,10 @@ class Engine:
         self._drop_empty()
 
     def step(self) -> dict[int, Output]:
-        """Runs one program, a chunk of the newcomers' prompts or some steps of decoding, in turn.
+        """Runs a chunk of the newcomers' prompts or some decoding steps, alternating.
 
         Returns:
-          what is new, by the requests' ids; requests of which nothing is new are left out.
+          new outputs by request id; requests without new tokens are absent.
         """
         if self._incoming is None and self._waiting:
             self._admit()
@@ -153,14 +162,14 @@ class Engine:
         return self._decode(self._running) if self._running else {}
 
     def generate(self, requests: Sequence[Request]) -> Iterator[list[list[int]]]:
-        """Generates for all requests together.
+        """Runs a closed batch and streams its tokens.
 
         Yields:
-          each request's tokens since the last item, none for one that waits or is finished; a stop
-          id is the last token of its request.
+          one list per request with its tokens since the last item, empty while it waits and after
+          it has finished; a stop id is included as the last token.
 
         Raises:
-          ValueError: see `add`; or requests that were added are not finished.
+          ValueError: see `add`; or other requests are unfinished.
         """
         self._check(requests)
         return (
@@ -169,8 +178,7 @@ class Engine:
         )
 
     def complete(self, requests: Sequence[Request]) -> list[Output]:
-        """Generates for all requests together and returns each one's whole output, with the
-        reports that it asks for.
+        """Runs a closed batch and returns each request's whole output, reports included.
 
         Raises:
           ValueError: see `generate`.
@@ -184,16 +192,16 @@ class Engine:
 
     def _run(self, requests: Sequence[Request]) -> Iterator[dict[int, Output]]:
         if self.busy:
-            raise ValueError("requests that were added are not finished; step or cancel them first")
+            raise ValueError("other requests are unfinished; step or cancel them first")
         self.statistics = Statistics()
-        # A closed batch has as many rows as it needs, no power of two.
+        # A closed batch gets exactly the rows it needs, not a power of two.
         self._most_rows = self._max_batch or len(requests)
         index_of = {self.add(request): index for index, request in enumerate(requests)}
         try:
             while self.busy:
                 if new := self.step():
                     yield {index_of[id]: part for id, part in new.items()}
-        finally:  # the caller may have left early
+        finally:  # the caller may stop iterating early
             self._waiting.clear()
             self._incoming = self._running = None
             self._most_rows = self._max_batch or _NO_LIMIT
@@ -208,7 +216,7 @@ class Engine:
             raise ValueError("\n".join(found))
 
     def _admit(self) -> None:
-        """Gives the requests that have waited longest a cache to run their prompts in."""
+        """Gives the requests that have waited longest a cache for their prompts."""
         room = self._most_rows - (self._running.n_open if self._running else 0)
         admitted = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
         if not admitted:
@@ -232,7 +240,7 @@ class Engine:
         return Rows([*slots, *[None] * (n_rows - len(slots))], carry, length)
 
     def _prefill(self, rows: Rows) -> dict[int, Output]:
-        """Runs a chunk of the prompts."""
+        """Runs a chunk of the newcomers' prompts."""
         start = self._start
         longest = max(len(slot.request.prompt) for slot in rows.slots if slot)
         size = min(max(power_of_two(longest - start), _MIN_CHUNK), self._chunk)
@@ -262,7 +270,7 @@ class Engine:
         return new
 
     def _first(self, rows: Rows, row: int, slot: Open, token: int, report: Record) -> Output:
-        """The first new token of a row, with which its prompt ends."""
+        """Records and returns the first new token of a row whose prompt has ended."""
         tokens = [token] if slot.request.max_new_tokens else []
         rows.begin(row, token)
         self.statistics.new_tokens += len(tokens)
@@ -273,7 +281,7 @@ class Engine:
         return output(slot.request, tokens, left=int(rows.left_B[row]), report=report)
 
     def _join(self, rows: Rows, ended: Sequence[int]) -> None:
-        """Lets newcomers whose prompts have ended run with the others."""
+        """Moves newcomers whose prompts have ended into the running batch."""
         for row in ended:
             if not rows.left_B[row]:
                 rows.release(row)
@@ -292,14 +300,15 @@ class Engine:
         self._drop_empty()
 
     def _move(self, rows: Rows, into: Rows, which: Sequence[int]) -> None:
+        """Moves some rows into free rows of another batch."""
         moved = dict(zip(which, into.free(), strict=False))
-        slots_X = np.full(len(rows.slots), len(into.slots), np.int32)
+        slots_X = len(into.slots) + np.arange(len(rows.slots), dtype=np.int32)  # outside: dropped
         slots_X[list(moved)] = list(moved.values())
         into.carry = self._programs.compiled(decoding.insert, into.carry, rows.carry, slots_X)()
         into.take(rows, moved)
 
     def _decode(self, rows: Rows) -> dict[int, Output]:
-        """Runs some steps of decoding."""
+        """Runs some decoding steps."""
         run = self._programs.compiled(
             decoding.decode, rows.carry, rows.position_B, rows.recent_BW, rows.left_B,
             rows.stop_ids_BX, rows.knobs, np.int32(self._n_steps), np.bool_(bool(self._waiting)),
@@ -312,7 +321,7 @@ class Engine:
         rows.position_B, rows.recent_BW, rows.left_B = decoded[:3]
         self.statistics.decode_seconds += seconds
         self._count_steps(decoded)
-        # The clocks of several processes would tell each another number.
+        # All processes must run the same number of steps, and their clocks differ.
         if jax.process_count() == 1:
             n_steps = int(_SECONDS_BETWEEN_ITEMS * decoded.n_steps / seconds)
             self._n_steps = min(max(n_steps, 1), decoding.MAX_STEPS)

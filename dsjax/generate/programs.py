@@ -1,4 +1,4 @@
-"""The compiled programs of an engine, and the weights that they run with."""
+"""Compiled programs and the weights that they run with."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dsjax.parallel.sharding import parts
 
 
 class Programs:
-    """Functions of a model, each compiled once for the shapes of its arguments.
+    """Functions of a model, each compiled once per combination of argument shapes.
 
     Attributes:
-      model: the weights in use.
-      mesh: the mesh that the model is spread over; None if it lies on one device.
+      model: the current weights. They are an argument of every program, hence replaceable.
+      mesh: the mesh that the model is sharded over; None for a single device.
     """
 
     def __init__(self, model: Transformer) -> None:
@@ -31,14 +31,14 @@ class Programs:
 
     @property
     def batch_parts(self) -> int:
-        """How many parts the rows of a batch are split into."""
+        """Returns the number of parts that the rows of a batch are split into."""
         return parts("batch", self.mesh) if self.mesh else 1
 
     def load(self, model: Transformer) -> None:
-        """Replaces the weights; every program stays compiled.
+        """Replaces the weights without recompiling anything.
 
         Raises:
-          ValueError: the model is of another shape, dtype or placement.
+          ValueError: the new model differs in config, precision, dtype or placement.
         """
         layout = _layout(model)
         if jax.tree.structure(layout) != jax.tree.structure(self._layout):
@@ -58,13 +58,13 @@ class Programs:
     def compiled(
         self, function: Callable[..., Any], *arguments: Any, **static: Any
     ) -> Callable[[], Any]:
-        """Compiles `function(model, *arguments, **static)`, unless it has been compiled for these
-        shapes, and returns the call. The call takes over its first argument, a carry.
+        """Returns the call `function(model, *arguments, **static)`, compiled now if these shapes
+        are new. The call donates the first argument, a carry.
         """
         shapes = (leaf.shape for leaf in jax.tree.leaves(arguments))
         key = (function, *sorted(static.items()), *shapes)
         if key not in self._compiled:
-            # Each process reads all that comes beside the carry.
+            # Results beside the carry are replicated: every process reads all of them.
             everywhere = NamedSharding(self.mesh, PartitionSpec()) if self.mesh else None
             reads = function in (decoding.prefill, decoding.decode)
             jitted = jax.jit(
@@ -79,7 +79,7 @@ class Programs:
 
 
 def _layout(model: Transformer) -> Any:
-    """Shape, dtype and sharding of each array."""
+    """Returns shape, dtype and sharding of each array."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), model
     )

@@ -1,4 +1,4 @@
-"""What is reported of each drawn token on request, besides its id."""
+"""Optional reports on drawn tokens: log-probabilities and chosen experts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dsjax.generate.sampling import Knobs, log_probabilities
 
 
 class Wanted(NamedTuple):
-    """What to report. It is part of a program, so what nobody asks for costs nothing."""
+    """Selects the reports. It is static: a program that reports nothing computes nothing extra."""
 
     logprobs: bool = False
     experts: bool = False
@@ -21,11 +21,11 @@ NOTHING = Wanted()
 
 
 class Record(NamedTuple):
-    """The report on tokens [B, T]; None for what is not wanted."""
+    """The reports on tokens [B, T]; None for those not wanted."""
 
-    logprobs_BT: jax.Array | None = None  # float32, under the model: log-softmax of the logits
-    sampled_logprobs_BT: jax.Array | None = None  # float32, under the distribution drawn from
-    # int32, of the tokens that the model ran, each of them the one before the drawn one
+    logprobs_BT: jax.Array | None = None  # float32, log-softmax of the unscaled logits
+    sampled_logprobs_BT: jax.Array | None = None  # float32, after temperature and filters
+    # int32, the experts of the tokens that were run, that is the predecessor of each drawn token
     experts_BTLK: jax.Array | None = None
 
 
@@ -36,7 +36,7 @@ def record(
     knobs: Knobs,
     experts_LBTK: jax.Array | None,
 ) -> Record:
-    """Reports on tokens that were drawn from these logits."""
+    """Builds the reports on tokens drawn from these logits."""
     logprobs = sampled = experts = None
     if wanted.logprobs:
         B, T, V = logits_BTV.shape

@@ -1,4 +1,4 @@
-"""What an engine is asked for, and what it answers."""
+"""The requests that an engine serves and the outputs that it returns."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Request:
     prompt: tuple[int, ...]
     max_new_tokens: int
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    stop_ids: frozenset[int] = frozenset()  # drawing any of them ends the reply
+    stop_ids: frozenset[int] = frozenset()  # drawing any of these ends the reply
     logprobs: bool = False  # report the log-probabilities of the drawn tokens
-    experts: bool = False  # report the experts that every token was routed to
+    experts: bool = False  # report the experts chosen for every token, prompt included
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
@@ -38,19 +38,25 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """New tokens of a request and, where it asks for them, a report on each."""
+    """New tokens of a request, with the reports that it asked for."""
 
     tokens: list[int]
-    finish: str | None = None  # "stop" (a stop id, the last token) or "length"; None: more follow
+    finish: str | None = (
+        None  # "stop" (the last token is a stop id) or "length"; None: more to come
+    )
     logprobs: np.ndarray | None = None  # float32 [n], under the model, at temperature 1
     sampled_logprobs: np.ndarray | None = None  # float32 [n], under the distribution drawn from
-    # int32 [tokens that ran, L, K], the tokens being the prompt and then all new ones but the last:
-    # the first output has those of the prompt, and each later one has one for each of its tokens.
+    # int32 [tokens run, L, K]: the prompt's tokens come with the first output; after that, each
+    # new token brings the experts of its predecessor. The last new token is never run.
     experts: np.ndarray | None = None
 
 
 def output(request: Request, tokens: list[int], *, left: int, report: Record) -> Output:
-    """The output of a request that may still add `left` tokens; arrays of `report` are [n, ...]."""
+    """Builds the output of a request that may still add `left` tokens.
+
+    Args:
+      report: arrays [n, ...]; fields that the request did not ask for are dropped.
+    """
     stopped = bool(tokens) and tokens[-1] in request.stop_ids
     finish = None if left else "stop" if stopped else "length"
     logprobs, sampled, experts = report
@@ -64,7 +70,7 @@ def output(request: Request, tokens: list[int], *, left: int, report: Record) ->
 
 
 def join(outputs: Sequence[Output]) -> Output:
-    """All outputs of a request as one."""
+    """Concatenates all outputs of a request."""
 
     def joined(name: str) -> np.ndarray | None:
         parts = [getattr(output, name) for output in outputs]
@@ -76,17 +82,17 @@ def join(outputs: Sequence[Output]) -> Output:
 
 
 def problems(request: Request, config: ModelConfig) -> Iterator[str]:
-    """Yields what keeps the model from serving a request."""
+    """Yields the reasons why the model cannot serve a request."""
     n_tokens = len(request.prompt)
     if not n_tokens:
-        yield ("an empty prompt has no next token; start with the beginning-of-sequence token")
+        yield "an empty prompt has no next token; start with the beginning-of-sequence token"
     if n_tokens + request.max_new_tokens > config.max_seq_len:
         yield (
             f"a prompt of {n_tokens} tokens and max_new_tokens={request.max_new_tokens} exceed "
             f"model.max_seq_len={config.max_seq_len}; shorten the prompt or ask for fewer tokens"
         )
     if request.experts and not config.n_moe_layers:
-        yield "experts=True, and the model has none ; leave it out"
+        yield "experts=True, and the model has none; leave it out"
     for place, token in enumerate(request.prompt):
         if not 0 <= token < config.vocab_size:
             yield (

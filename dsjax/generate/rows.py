@@ -1,4 +1,4 @@
-"""The requests that run together, one per row of a cache."""
+"""Requests that run together: one row of a cache each, and what the host knows about the row."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ from dsjax.generate.request import Request
 from dsjax.generate.sampling import knobs
 
 _MIN_LENGTH = 256  # of a cache
-_FREE = Request((0,), 0)  # stands in the arrays for a row that no request has
+_FREE = Request((0,), 0)  # placeholder for a row without a request
 
 
 @dataclasses.dataclass
 class Open:
-    """A request that is not finished."""
+    """An unfinished request."""
 
     id: int
     request: Request
-    experts: list[np.ndarray] = dataclasses.field(default_factory=list)  # of the prompt so far
+    experts: list[np.ndarray] = dataclasses.field(default_factory=list)  # of the chunks run so far
 
 
 class Rows:
-    """Requests and their cache.
+    """Requests and their carry.
 
     Attributes:
-      slots: the request of each row; None where the row is free.
-      position_B: int32, where each row's newest token stands; while its prompt runs, where the
-        first new one will.
-      recent_BW: int32, the newest tokens, 0 where there are none yet.
+      slots: the request of each row; None for a free row.
+      length: positions of the cache.
+      position_B: int32, position of each row's newest token; while the prompt runs, the position
+        that the first new token will take.
+      recent_BW: int32, the W newest tokens, 0 before the start of the text.
       left_B: int32, how many tokens each row may still add.
-      stop_ids_BX: int32, filled up with -1.
-      knobs: how each row draws.
-      wanted: what any of the rows wants reported.
+      stop_ids_BX: int32, padded with -1.
+      knobs: sampling settings.
+      wanted: the reports that any of the rows asks for.
     """
 
     def __init__(self, slots: Sequence[Open | None], carry: Carry, length: int) -> None:
@@ -56,23 +57,27 @@ class Rows:
         return sum(slot is not None for slot in self.slots)
 
     def free(self) -> list[int]:
-        """The rows that no request has."""
+        """Lists the free rows."""
         return [row for row, slot in enumerate(self.slots) if slot is None]
 
     def begin(self, row: int, token: int) -> None:
-        """Takes in the first token after a row's prompt."""
+        """Records the first token after a row's prompt."""
         most, stop_ids = self.left_B[row], _of(self.slots[row]).stop_ids
         self.left_B[row] = 0 if token in stop_ids else max(most - 1, 0)
         self.recent_BW[row] = [*self.recent_BW[row, 1:], token]
 
     def release(self, row: int) -> None:
-        """Makes a row free; what its cache holds is never read again."""
+        """Frees a row. Its cache entries are never read again."""
         self.slots[row] = None
-        self.left_B = np.array(self.left_B)  # what a program returned cannot be written to
+        self.left_B = np.array(self.left_B)  # arrays that a program returned are read-only
         self.left_B[row] = 0
 
     def take(self, other: Rows, moved: Mapping[int, int]) -> None:
-        """Takes over the numbers of another's rows; keys are its rows, values ours."""
+        """Takes over rows from another batch, once their cache entries have been inserted.
+
+        Args:
+          moved: maps each of the other's rows to the row that it becomes here.
+        """
         for name in ("position_B", "recent_BW", "left_B"):
             mine = np.array(getattr(self, name))
             mine[list(moved.values())] = getattr(other, name)[list(moved)]
@@ -99,9 +104,10 @@ class Rows:
 
 
 def cache_length(config: ModelConfig, needed: int, *, chunk: int, n_drafts: int) -> int:
-    """Length of a cache for texts of `needed` tokens: a power of two, or what the longest text that
-    the model allows needs if that is less; either way room for whole chunks, and for drafts beyond
-    the end.
+    """Chooses the length of a cache for texts of up to `needed` tokens.
+
+    It is a power of two, so that few programs are compiled, but no more than the model's longest
+    text takes. Either way whole chunks fit, and drafts beyond the end of the text.
     """
     whole_chunks = -(-(config.max_seq_len + n_drafts) // chunk) * chunk
     return min(max(power_of_two(needed + n_drafts), _MIN_LENGTH), whole_chunks)

@@ -1,12 +1,13 @@
-"""Choosing the next token: temperature, top-k, top-p and min-p, each row with settings of its own.
+"""Sampling the next token: temperature, top-k, top-p and min-p, with separate settings per row.
 
-The filters come in the order of Hugging Face transformers: the logits are divided by the
-temperature; top-k keeps the k likeliest; top-p keeps the fewest of those whose probabilities,
-renormalised, together reach p; min-p keeps what is at least min_p times as likely as the likeliest.
-Among equal logits the lower ids stay. Each filter keeps a beginning of the sorted row, so all of
-them together come down to one number a row, how many tokens stay, and only values are sorted.
+The filters run in the order of Hugging Face transformers: divide the logits by the temperature;
+top-k keeps the k most likely tokens; top-p keeps the fewest of those whose renormalised
+probabilities sum to at least p; min-p keeps tokens at least min_p times as likely as the most
+likely one. Among equal logits the lower ids are kept. Every filter keeps a prefix of the tokens in
+order of probability, so nothing is sorted: a bisection over the bits of the logits finds the last
+token of the prefix.
 
-A draw depends on its row's seed and position alone: not on the batch, its order or its neighbours.
+A draw depends only on the seed and the position of its row, not on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_COLDEST = float(np.finfo(np.float32).tiny)  # what lies below counts as zero on some machines
-_RANDOM = "threefry2x32"  # named, since the default of the process can be another
+_COLDEST = float(np.finfo(np.float32).tiny)  # some machines flush smaller values to zero
+_RANDOM = "threefry2x32"  # fixed here: the process may have another default
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How one request draws its tokens; temperature 0 takes the likeliest.
+    """How one request draws its tokens; temperature 0 takes the most likely token.
 
     Raises:
-      ValueError: a setting is out of its range.
+      ValueError: a setting is out of range.
     """
 
     temperature: float = 1.0
@@ -42,7 +43,7 @@ class Sampling:
         if not 0 <= self.temperature < math.inf:
             raise ValueError(
                 f"temperature={self.temperature} must be finite and not negative; 0 takes the "
-                "likeliest token"
+                "most likely token"
             )
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must not be negative; 0 keeps every token")
@@ -55,7 +56,7 @@ class Sampling:
 
 
 class Knobs(NamedTuple):
-    """The settings of a batch as arrays, so that one compiled program serves them all."""
+    """The settings of a batch as arrays, so that one compiled program serves all settings."""
 
     temperature_B: jax.Array  # float32
     top_k_B: jax.Array  # int32
@@ -65,7 +66,7 @@ class Knobs(NamedTuple):
 
 
 def knobs(samplings: Sequence[Sampling]) -> Knobs:
-    """Returns the settings of the rows of a batch as arrays."""
+    """Stacks the settings of a batch's rows into arrays."""
     seeds_B2 = np.asarray([[0, sampling.seed] for sampling in samplings], np.uint32)
     temperature_B = [s.temperature if s.temperature >= _COLDEST else 0.0 for s in samplings]
     top_k_B = [min(sampling.top_k, np.iinfo(np.int32).max) for sampling in samplings]
@@ -79,13 +80,13 @@ def knobs(samplings: Sequence[Sampling]) -> Knobs:
 
 
 def greedy(logits_BV: jax.Array) -> jax.Array:
-    """The likeliest token of each row, int32 [B]; the lowest id of several."""
+    """Returns the most likely token of each row, int32 [B]; of equal logits the lowest id."""
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
 
 def probabilities(logits_BV: jax.Array, knobs: Knobs) -> jax.Array:
-    """The distribution that each row draws from, float32 [B, V]: filtered, renormalised, and one
-    at the likeliest token where the temperature is 0.
+    """Returns the distribution that each row draws from, float32 [B, V]: filtered and
+    renormalised, or one-hot at the most likely token where the temperature is 0.
 
     Args:
       logits_BV: float32.
@@ -98,8 +99,8 @@ def probabilities(logits_BV: jax.Array, knobs: Knobs) -> jax.Array:
 def log_probabilities(
     logits_BV: jax.Array, tokens_B: jax.Array, knobs: Knobs
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of given tokens, float32 [B] each: under the model (the log-softmax of the
-    logits), and under the distribution that the row draws from (`probabilities`).
+    """Returns two log-probabilities of given tokens, float32 [B] each: under the model (log-softmax
+    of the unscaled logits), and under the distribution that the row draws from (`probabilities`).
 
     Args:
       logits_BV: float32.
@@ -120,7 +121,7 @@ def sample(logits_BV: jax.Array, knobs: Knobs, positions_B: jax.Array) -> jax.Ar
 
     Args:
       logits_BV: float32.
-      positions_B: int32, where each token will stand; a row draws anew at each position.
+      positions_B: int32, the position that each token will take; it selects the random numbers.
     """
 
     def draw() -> jax.Array:
@@ -134,12 +135,15 @@ def sample(logits_BV: jax.Array, knobs: Knobs, positions_B: jax.Array) -> jax.Ar
 
 
 def _filtered(logits_BV: jax.Array, knobs: Knobs) -> jax.Array:
-    """Logits over temperature, those that a filter drops at -inf; the greatest of a row is 0."""
+    """Divides by the temperature, shifts each row's maximum to 0 and sets filtered-out tokens to
+    -inf.
+    """
     drawn_B = knobs.temperature_B > 0
     temperature_B = jnp.where(drawn_B, knobs.temperature_B, 1.0)
     behind_BV = jnp.max(logits_BV, axis=-1, keepdims=True) - logits_BV
     behind_BV = behind_BV / temperature_B[:, None]
     narrow_B = (knobs.top_k_B > 0) | (knobs.top_p_B < 1) | (knobs.min_p_B > 0)
+    # The bisections are worth a branch: most batches filter nothing.
     kept_BV = jax.lax.cond(
         jnp.any(drawn_B & narrow_B),
         lambda: _kept(behind_BV, knobs),
@@ -149,37 +153,35 @@ def _filtered(logits_BV: jax.Array, knobs: Knobs) -> jax.Array:
 
 
 def _kept(behind_BV: jax.Array, knobs: Knobs) -> jax.Array:
-    """What top-k, top-p and min-p keep, bool [B, V].
+    """Marks the tokens that top-k, top-p and min-p keep, bool [B, V].
 
     Args:
-      behind_BV: float32, how far each logit lies below its row's greatest.
+      behind_BV: float32, how far each logit lies below its row's maximum.
     """
     everything_BV = jnp.ones(behind_BV.shape, bool)
-    weight_BV = jnp.exp(-behind_BV)  # relative to the likeliest token
+    weight_BV = jnp.exp(-behind_BV)  # relative to the most likely token
 
     def top_k() -> jax.Array:
         n_tokens_B = jnp.where(knobs.top_k_B > 0, knobs.top_k_B, behind_BV.shape[-1])
-        return _shortest_beginning(behind_BV, everything_BV.astype(jnp.int32), n_tokens_B)
+        return _shortest_prefix(behind_BV, everything_BV.astype(jnp.int32), n_tokens_B)
 
     def top_p() -> jax.Array:
         among_BV = jnp.where(kept_BV, weight_BV, 0.0)
         enough_B = knobs.top_p_B * jnp.sum(among_BV, axis=-1)
-        # No sum, however rounded, reaches infinity.
+        # With top_p = 1 a rounded sum could miss its target, and infinity is never reached.
         enough_B = jnp.where(knobs.top_p_B < 1, enough_B, jnp.inf)
-        return _shortest_beginning(behind_BV, among_BV, enough_B)
+        return _shortest_prefix(behind_BV, among_BV, enough_B)
 
     kept_BV = jax.lax.cond(jnp.any(knobs.top_k_B > 0), top_k, lambda: everything_BV)
     kept_BV &= jax.lax.cond(jnp.any(knobs.top_p_B < 1), top_p, lambda: everything_BV)
     return kept_BV & (weight_BV >= knobs.min_p_B[:, None])
 
 
-def _shortest_beginning(
-    behind_BV: jax.Array, amount_BV: jax.Array, enough_B: jax.Array
-) -> jax.Array:
-    """The fewest tokens, from the likeliest on and among equals from the lowest id on, whose
-    amounts add up to `enough_B`; all where they do not. bool [B, V].
+def _shortest_prefix(behind_BV: jax.Array, amount_BV: jax.Array, enough_B: jax.Array) -> jax.Array:
+    """Marks the fewest tokens, in order of likelihood and then of id, whose amounts sum to at least
+    `enough_B`; all tokens where no prefix does. bool [B, V].
     """
-    # The bits of floats that are not negative have the order of the floats.
+    # Non-negative floats sort like their bit patterns, so the cutoff is found in 31 halvings.
     rank_BV = jax.lax.bitcast_convert_type(behind_BV, jnp.int32)
     ids_1V = jnp.arange(behind_BV.shape[-1], dtype=jnp.int32)[None, :]
 
@@ -198,7 +200,7 @@ def _shortest_beginning(
 
 
 def _smallest(holds: Callable[[jax.Array], jax.Array], greatest_B: jax.Array) -> jax.Array:
-    """The smallest of 0 ... greatest_B for which `holds`, which holds for all above it too;
+    """Bisects for the smallest value in 0 ... greatest_B for which the monotone `holds` is true;
     greatest_B if there is none. int32 [B].
     """
 

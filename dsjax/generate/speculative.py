@@ -1,41 +1,48 @@
-"""Speculative decoding: the model's own MTP modules guess the next tokens, one pass of the main
-model checks all the guesses, and what comes out is distributed as if it had drawn each token.
+"""Speculative decoding: the model's MTP modules draft the next tokens and one pass of the main
+model verifies them, such that the output is distributed as if the main model had drawn every token.
 
-With J modules, a step drafts J tokens, gives the newest token and the drafts to the main model
-together, and keeps a beginning of the drafts and one token more: 1 to J + 1 tokens a step. Letters
-of this file: J drafts, W = J + 1 positions of a window.
+With J modules, a step drafts J tokens, runs the main model on the newest token and the drafts
+together, and accepts a prefix of the drafts plus one more token: 1 to J + 1 tokens per step.
+Letters of this file: J drafts, W = J + 1 positions of a window.
 
-Exactness (Leviathan et al., arXiv:2211.17192, section 2.3). A draft drawn from q is kept with
-probability min(1, p / q), p being the main model's distribution; the first that is not kept is
-replaced by a draw from max(p - q, 0), renormalised, and after the last draft comes a draw from p,
-which is the same rule with q = 0. Both p and q are what the row's settings leave of the logits, so
-a greedy row (p and q are one at a token) keeps drafts as long as they are the likeliest tokens.
-Drafts, tests and replacements have random numbers of their own, given by the row's seed and the
-position (so a seed gives another text than without speculation, of the same distribution); one
-that went into a draft after the first that is dropped has shown nowhere, and serves again.
+Exactness (Leviathan et al., arXiv:2211.17192, section 2.3). Let q be the distribution that a draft
+was drawn from and p the main model's. The draft is accepted with probability min(1, p / q). The
+first rejected draft is replaced by a draw from max(p - q, 0), renormalised; if all are accepted,
+one more token is drawn from p, which is the same rule with q = 0. Both p and q include the row's
+sampling settings, so in a greedy row (one-hot p and q) drafts are accepted as long as they are the
+most likely tokens. Drafts, tests and replacements use separate random streams, keyed by the row's
+seed and the position. Hence a seed gives different text than without speculation, with the same
+distribution. The numbers behind a draft after the first rejection may be reused: they have not
+influenced the output.
 
-Exact means: with respect to the logits of this pass over W tokens. A pass over one token adds in
+Exact is meant with respect to the logits of this pass over W tokens. A pass over one token sums in
 another order and differs in the last bits, so two tokens whose logits differ by less than that may
-change places; in bfloat16 this happens now and then, as it does between batch sizes.
+swap. In bfloat16 this happens occasionally, as it does between batch sizes.
 
-Positions. Let n be the position of the newest token, which no layer has run. Module k at position i
-reads the state of position i of module k - 1 (the main model for k = 1) and token i + k, and
-predicts token i + k + 1. All modules draft at position n - 1, the last whose main state is known:
-module k reads draft k - 1 there (the newest token for k = 1) and drafts token n + k. In its cache,
-the entry of position i rests on token i + k, which is known up to i = n - k; entries after that
-rest on drafts and must be made anew when these turn out otherwise. Every step therefore runs each
-module on the W positions n - W ... n - 1. What it leaves behind is right: let position j be in the
-window of this step and not of the next, whose newest token stands at m, so j < m - W, and m - n - 1
-drafts were kept. Its token j + k is known or, where j + k > n, among the kept drafts, since
-j + k < m - W + k <= m - 1. The main model needs no such care: its next pass starts at m and so
-writes over the entries of all drafts that were not kept.
+Positions. Let n be the position of the newest token, which no layer has processed. Module k at
+position i reads the state of module k - 1 at position i (of the main model for k = 1) and token i +
+k, and predicts token i + k + 1. All modules draft at position n - 1, the last one whose main state
+is known: module k reads draft k - 1 there (the newest token for k = 1) and drafts token n + k.
 
-Cost. While reading weights bounds a step, J more tokens cost little, and the gain is the number of
-tokens kept: V3 (arXiv:2412.19437, section 5.4.3) keeps 85 to 90 % of the drafts of its one module
-and decodes 1.8 times as fast. Two things cost more. A token in a mixture of experts brings its own
-experts: at batch 1, V3's second token reads up to 20.4B more weights beside the 36.6B of the first,
-at batch 64 the tokens choose 222 of 256 experts already and twice as many choose 252. And where
-arithmetic bounds a step (large batches), each dropped draft is work for nothing.
+In its cache, the entry of position i depends on token i + k, which is known for i <= n - k; later
+entries depend on drafts and must be recomputed if these are rejected. Every step therefore runs
+each module on the W positions n - W ... n - 1.
+
+Invariant: when a position leaves the window, its entry is final. Proof, for a position j in this
+step's window but not in the next, whose newest token is at m:
+  - j < m - W, and m - n - 1 drafts were accepted;
+  - if j + k <= n, token j + k was already known;
+  - otherwise it is an accepted draft, since j + k < m - W + k <= m - 1.
+The main model needs no such window: its next pass starts at m and overwrites the entries of all
+rejected drafts.
+
+Cost. As long as reading the weights bounds a step, J more tokens cost little and the speed-up is
+the number of accepted tokens: V3 (arXiv:2412.19437, section 5.4.3) accepts 85 to 90 % of the drafts
+of its one module and decodes 1.8 times as fast. Two effects cost more. In a mixture of experts
+every token activates its own experts: at batch 1, V3's second token reads up to 20.4B more weights
+beside the 36.6B of the first; at batch 64 the tokens already choose 222 of 256 experts, and twice
+as many tokens choose 252. And where arithmetic bounds a step (large batches), each rejected draft
+is wasted work.
 """
 
 from __future__ import annotations
@@ -51,39 +58,39 @@ from dsjax.generate.sampling import Knobs, greedy, probabilities
 from dsjax.model.cache import Cache
 from dsjax.model.transformer import Extended, Transformer
 
-# Random numbers of one row and position, by use.
+# Random streams of one row and position.
 _DRAFT, _TEST, _REPLACE = range(3)
 
 
 class State(NamedTuple):
-    """Where decoding stands: J modules, windows of W = J + 1."""
+    """State of decoding with J modules and windows of W = J + 1."""
 
     cache: Cache
-    position_B: jax.Array  # int32, of the newest token, which no layer has run
-    tokens_BW: jax.Array  # int32, the newest tokens; 0 where there are none yet
-    hidden_BWD: jax.Array  # what the first module reads of the position before each of them
+    position_B: jax.Array  # int32, of the newest token, which no layer has processed
+    tokens_BW: jax.Array  # int32, the newest tokens; 0 before the start of the text
+    hidden_BWD: jax.Array  # the first module's input state at the position before each of them
 
 
 class Drafts(NamedTuple):
-    """Guesses at the tokens after the newest one."""
+    """Proposals for the tokens after the newest one."""
 
     tokens_BJ: jax.Array  # int32
-    q_BJV: jax.Array  # float32, what each was drawn from
+    q_BJV: jax.Array  # float32, the distribution each was drawn from
     cache: Cache
 
 
 class Step(NamedTuple):
-    """What a step adds."""
+    """The result of a step."""
 
     state: State
-    tokens_BW: jax.Array  # int32, of which a row's first `n_new_B` count
+    tokens_BW: jax.Array  # int32; the first `n_new_B` of a row are valid
     n_new_B: jax.Array  # int32
-    n_kept_B: jax.Array  # int32, drafts that the main model kept
-    record: Record  # of `tokens_BW`
+    n_kept_B: jax.Array  # int32, accepted drafts
+    record: Record  # report on `tokens_BW`
 
 
 def check(config: ModelConfig) -> None:
-    """Raises ValueError if the model has nothing to draft with."""
+    """Raises ValueError if the model has no MTP modules to draft with."""
     if not config.n_mtp:
         raise ValueError(
             "speculative decoding drafts with MTP modules and this model has none (n_mtp=0); "
@@ -92,8 +99,8 @@ def check(config: ModelConfig) -> None:
 
 
 def slide(window: jax.Array, new: jax.Array, counts_B: jax.Array) -> jax.Array:
-    """Moves each row's window over its first `counts_B` new entries: [B, W, ...], [B, T, ...] ->
-    [B, W, ...], the newest last.
+    """Advances each row's window [B, W, ...] by its first `counts_B` entries of [B, T, ...], the
+    newest last.
     """
     joined = jnp.concatenate([window, new], axis=1)
     return _take(joined, counts_B[:, None] + _count(window.shape[1])[None])
@@ -107,19 +114,19 @@ def prefill(
     extended: Extended,
     hidden_BWD: jax.Array,
 ) -> tuple[Cache, jax.Array]:
-    """Runs the MTP modules over a chunk of prompts that the main model has just run.
+    """Runs the MTP modules on a chunk of prompts that the main model has just run.
 
     Args:
-      tokens_BX: int32 [B, T + J]; the chunk, and the J tokens after it, which its last positions
-        read. What a row's prompt no longer has may be anything: these are positions of the first
-        draft's window.
+      tokens_BX: int32 [B, T + J]; the chunk and the J tokens after it, which its last positions
+        read. Values beyond the end of a prompt do not matter: the first step recomputes these
+        positions.
       starts_B: int32 position of each row's first token in the chunk.
-      counts_B: int32 how many of the chunk's T tokens are a row's own.
-      extended: what `Transformer.extend` returned for the chunk.
-      hidden_BWD: the window up to the chunk; zeros before the first.
+      counts_B: int32, how many of the chunk's T tokens belong to the row's prompt.
+      extended: the result of `Transformer.extend` for the chunk.
+      hidden_BWD: the window before the chunk; zeros before the first.
 
     Returns:
-      the cache, and the window up to the last of each row's own tokens.
+      the cache, and the window up to the last prompt token of each row.
     """
     hidden_BTD, cache = extended.mtp_input_BTD, extended.cache
     T = hidden_BTD.shape[1]
@@ -139,19 +146,19 @@ def step(
     """Adds one to J + 1 tokens to each row.
 
     Args:
-      state: its cache has room for J tokens after the newest.
-      most_B: int32, how many tokens a row may still add; one with 0 stays where it is.
+      state: its cache must have room for J tokens after the newest.
+      most_B: int32, how many tokens each row may still add; a row with 0 does not advance.
     """
     return verify(model, state, draft(model, state, knobs), knobs, most_B, wanted)
 
 
 def draft(model: Transformer, state: State, knobs: Knobs) -> Drafts:
-    """Runs every MTP module on the window before the newest token, each after its forerunner's
-    draft.
+    """Runs the MTP modules in order on the window before the newest token, each reading the draft
+    of the one before.
     """
     W = state.tokens_BW.shape[1]
-    # Near the beginning of a text some of the window's positions would be negative. Its entries
-    # move up then, and those of no position stand after the last, where they are soon replaced.
+    # Near the start of a text some window positions would be negative. The window is rotated then:
+    # entries without a position move behind the last one, where a later step overwrites them.
     lacking_B = jnp.maximum(W - state.position_B, 0)
     starts_B = state.position_B - W + lacking_B
     order_BW = (_count(W)[None] + lacking_B[:, None]) % W
@@ -178,13 +185,11 @@ def verify(
     most_B: jax.Array,
     wanted: Wanted = NOTHING,
 ) -> Step:
-    """Runs the main model on the newest token and the drafts, and moves on by what it keeps and one
-    token more.
+    """Runs the main model on the newest token and the drafts, and advances by the accepted drafts
+    and one more token.
     """
     given_BW = jnp.concatenate([state.tokens_BW[:, -1:], drafts.tokens_BJ], axis=1)
-    extended = model.extend(
-        given_BW, state.position_B, drafts.cache, routing=wanted.experts
-    )
+    extended = model.extend(given_BW, state.position_B, drafts.cache, routing=wanted.experts)
     logits_BWV = model.logits(extended.main_BTD)
     each = Knobs(*(jnp.repeat(field, given_BW.shape[1], axis=0) for field in knobs))
     p_XV = probabilities(logits_BWV.reshape(-1, logits_BWV.shape[-1]), each)
@@ -209,17 +214,17 @@ def choose(
     knobs: Knobs,
     position_B: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Decides which drafts stay and what comes after them.
+    """Decides which drafts are accepted and draws the token after them.
 
     Args:
       drafts_BJ: int32.
-      q_BJV: float32, what each was drawn from.
+      q_BJV: float32, the distribution each was drawn from.
       p_BWV: float32, the main model's distributions after the newest token and after each draft.
       position_B: int32, of the newest token.
 
     Returns:
-      int32 [B, W] tokens, a row's drafts that stay and then the one after them; and how many stay,
-      int32 [B].
+      int32 [B, W] tokens, the accepted drafts of a row followed by one more; and the number of
+      accepted drafts, int32 [B].
     """
     J = drafts_BJ.shape[1]
 
@@ -234,7 +239,7 @@ def choose(
     q_BWV = jnp.pad(q_BJV, ((0, 0), (0, 1), (0, 0)))
     p_BV, q_BV = (_take(x, n_kept_B[:, None])[:, 0] for x in (p_BWV, q_BWV))
     rest_BV = jnp.maximum(p_BV - q_BV, 0.0)
-    # Where p and q agree, a draft goes by rounding alone and nothing may be left.
+    # Where p equals q, only rounding can reject a draft, and the difference may be all zeros.
     rest_BV = jnp.where(rest_BV.sum(axis=-1, keepdims=True) > 0, rest_BV, p_BV)
     next_B = _draw(rest_BV, knobs, _REPLACE, position_B + 1 + n_kept_B)
     stays_BW = _count(J + 1)[None] < n_kept_B[:, None]
@@ -243,7 +248,7 @@ def choose(
 
 
 def _draw(weights_BV: jax.Array, knobs: Knobs, use: int, positions_B: jax.Array) -> jax.Array:
-    """Draws a token for each row in proportion to the weights, int32 [B]."""
+    """Draws a token per row in proportion to the weights, int32 [B]."""
 
     def draw() -> jax.Array:
         keys_B = jax.vmap(jax.random.fold_in)(_stream(knobs, use), positions_B)
@@ -258,7 +263,7 @@ def _stream(knobs: Knobs, use: int) -> jax.Array:
 
 
 def _take(x: jax.Array, index_BX: jax.Array) -> jax.Array:
-    """Each row's entries along the second dimension: [B, T, ...] -> [B, X, ...]."""
+    """Gathers each row's entries along the second dimension: [B, T, ...] -> [B, X, ...]."""
     return jnp.take_along_axis(x, index_BX.reshape(*index_BX.shape, *[1] * (x.ndim - 2)), axis=1)
 
 

@@ -1,4 +1,4 @@
-"""Text in, text out: a model that answers, for console, evaluation, server and rollouts alike."""
+"""Text in, text out: a model that answers, for console, evaluation, server and rollouts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dsjax.generate.sampling import Sampling
 from dsjax.text.reply import Piece, ReplyReader, StopStrings
 from dsjax.text.vocabulary import Vocabulary
 
-MOST_NEW_TOKENS = 2048  # where the user names no limit
+MOST_NEW_TOKENS = 2048  # unless the user sets a limit
 
 _logger = logging.getLogger(__name__)
-# Settings of transformers that change which tokens are drawn, each with the value that does not.
+# Settings of transformers that change which tokens are drawn, with their neutral values.
 _NOT_APPLIED = {
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
@@ -44,14 +44,14 @@ _SAMPLING_FIELDS = {"temperature": float, "top_k": int, "top_p": float, "min_p":
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What every reply of a session has in common.
+    """Settings that all replies of a session share.
 
     Raises:
       ValueError: a stop string is empty.
     """
 
     vocabulary: Vocabulary
-    context: int  # tokens that the model can see
+    context: int  # the model's maximum of tokens, prompt and reply together
     sampling: Sampling
     max_new_tokens: int = MOST_NEW_TOKENS
     stops: tuple[str, ...] = ()
@@ -60,7 +60,7 @@ class Settings:
         StopStrings(self.stops)
 
     def request(self, prompt: Sequence[int]) -> Request:
-        """Asks for as many tokens as are wanted and the model's context has room for.
+        """Builds a request for as many tokens as wanted, or as the context has room for.
 
         Raises:
           ValueError: the prompt fills the context.
@@ -68,8 +68,8 @@ class Settings:
         room = self.context - len(prompt)
         if room < 1:
             raise ValueError(
-                f"the prompt has {len(prompt)} tokens, which fill the {self.context} that the "
-                "model can see (model.max_seq_len); shorten it, or /reset the conversation"
+                f"the prompt has {len(prompt)} tokens, which fill the model's context of "
+                f"{self.context} (model.max_seq_len); shorten it, or /reset the conversation"
             )
         return Request(
             prompt=tuple(prompt),
@@ -87,7 +87,7 @@ class Generator:
     settings: Settings
 
     def reply(self, prompt: Sequence[int]) -> Iterator[Piece]:
-        """Yields the text that follows the prompt's tokens, as it becomes certain.
+        """Streams the text that follows the prompt.
 
         Raises:
           ValueError: the prompt fills the model's context.
@@ -103,10 +103,13 @@ class Generator:
 def replies(
     engine: Engine, requests: Sequence[Request], readers: Sequence[ReplyReader]
 ) -> Iterator[tuple[int, list[Piece], bool]]:
-    """Answers requests together, each read by its own reader, which a stop string may stop.
+    """Answers requests together and streams their text. The engine must not serve anyone else.
+
+    Args:
+      readers: one per request; a request is cancelled as soon as its reader meets a stop string.
 
     Yields:
-      the index of a request, the text of its reply that became certain, and whether that is all.
+      the index of a request, new text of its reply, and whether the reply is complete.
 
     Raises:
       ValueError: the engine cannot serve a request.
@@ -127,7 +130,7 @@ def replies(
                     engine.cancel(id)
                     del ids[id]
                 yield index, pieces, done
-    finally:  # the caller may have left early
+    finally:  # the caller may stop iterating early
         for id in ids:
             engine.cancel(id)
 
@@ -139,8 +142,8 @@ def continue_tokens(
     max_new_tokens: int,
     sampling: Sampling,
 ) -> np.ndarray:
-    """Continues each row by exactly `max_new_tokens` tokens, int32 [B, max_new_tokens]; no token
-    ends a row. Row b draws with seed `sampling.seed + b`.
+    """Continues each row by exactly `max_new_tokens` tokens, int32 [B, max_new_tokens]: no stop ids
+    apply. Row b draws with seed `sampling.seed + b`.
     """
     requests = [
         Request(
@@ -154,12 +157,12 @@ def continue_tokens(
 
 
 def default_sampling(folder: Path) -> Sampling:
-    """Reads how generation_config.json wants tokens drawn: greedily where it says `"do_sample":
-    false`, else with those of its settings that `Sampling` has. Others that would change the text
-    are named in a warning.
+    """Reads the sampling settings of generation_config.json: greedy if it says `"do_sample":
+    false`, else the settings that `Sampling` knows. A warning names others that would change the
+    text.
 
     Raises:
-      ValueError: a setting is not a number, or out of its range.
+      ValueError: a setting is not a number, or out of range.
     """
     path = folder / "generation_config.json"
     config = files.read_json(path) if path.is_file() else {}
@@ -169,13 +172,13 @@ def default_sampling(folder: Path) -> Sampling:
         if config.get(key, neutral) not in (neutral, None)
     ]
     if ignored:
-        _logger.warning("%s: %s is not applied; dsjax does not have it", path, ", ".join(ignored))
+        _logger.warning("%s: dsjax does not apply %s", path, ", ".join(ignored))
     if config.get("do_sample") is False:
         return Sampling(temperature=0.0)
     found = {key: config[key] for key in _SAMPLING_FIELDS if config.get(key) is not None}
     for key, value in found.items():
         if isinstance(value, bool) or not isinstance(value, int | _SAMPLING_FIELDS[key]):
-            raise ValueError(f"{path}: {key}={value!r} is not a number; repair it or remove it")
+            raise ValueError(f"{path}: {key}={value!r} is not a number; correct or remove it")
     try:
         return Sampling(**found)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Token ids in and arrays out as .npy files: what exact comparisons with other programs use."""
+"""Token ids in and arrays out as .npy files, for exact comparisons with other programs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ def read_tokens(path: Path, vocab_size: int, *, max_length: int) -> np.ndarray:
     """Reads a .npy of token ids.
 
     Args:
-      max_length: how many tokens of a row the model can see (model.max_seq_len).
+      max_length: the longest row that the model takes (model.max_seq_len).
 
     Returns:
       int32 [batch, length].
 
     Raises:
-      ValueError: not a .npy of integers [batch, length], empty, with rows that are too long, or an
-        id that the model lacks; a file with Python objects, which could run code when read, is
-        refused.
-      OSError: it cannot be read.
+      ValueError: the file is not a .npy of integers [batch, length], is empty, has rows that are
+        too long or ids that the model lacks, or holds Python objects, which could execute code.
+      OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
         try:
-            # Mapped neither here nor later: a file cut short must fail now.
+            # Read whole rather than memory-mapped: a truncated file must fail now.
             tokens = np.lib.format.read_array(file, allow_pickle=False)
         except (
             Exception
@@ -46,8 +45,8 @@ def read_tokens(path: Path, vocab_size: int, *, max_length: int) -> np.ndarray:
         )
     if tokens.shape[1] > max_length:
         raise ValueError(
-            f"{path}: rows of {tokens.shape[1]} tokens exceed the {max_length} positions that the "
-            "model can see (model.max_seq_len); cut them into shorter rows"
+            f"{path}: rows of {tokens.shape[1]} tokens exceed the model's context of {max_length} "
+            "(model.max_seq_len); cut them into shorter rows"
         )
     outside = (tokens < 0) | (tokens >= vocab_size)
     if outside.any():

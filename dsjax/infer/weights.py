@@ -1,4 +1,4 @@
-"""Which element type a checkpoint's weights are loaded in, and loading them."""
+"""Loading a checkpoint's weights in the element type that suits the machine."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_by
 
 
 def load_weights(checkpoint: Checkpoint, mesh: Mesh | None, dtype: str | None) -> Transformer:
-    """Loads a model in the element type that `choose_dtype` chooses."""
+    """Loads a model in the element type chosen by `choose_dtype`."""
     return load(checkpoint, mesh=mesh, dtype=choose_dtype(checkpoint, dtype))
 
 
 def choose_dtype(checkpoint: Checkpoint, asked: str | None) -> str | None:
-    """Chooses the element type of weights and computation: what is asked for, else the
-    checkpoint's, but on a CPU float32 where that fits into memory.
+    """Chooses the element type of weights and computation; None keeps the checkpoint's.
 
-    XLA multiplies bfloat16 matrices some 25 times slower than float32 ones on a CPU. Every choice
-    that costs memory or time there is said in one line on standard error. `dsjax.load` does not
-    choose: without a dtype it keeps the checkpoint's.
+    `asked` is obeyed. Otherwise a CPU gets float32 if that fits in memory, because XLA multiplies
+    bfloat16 matrices about 25 times slower than float32 ones on a CPU. Choices that cost memory or
+    time are announced on standard error, in one line. `dsjax.load` makes no such choice: without a
+    dtype it keeps the checkpoint's.
     """
     if jax.default_backend() != "cpu" or "float32" in (asked, str(checkpoint.dtype)):
         return asked
@@ -47,14 +47,14 @@ def choose_dtype(checkpoint: Checkpoint, asked: str | None) -> str | None:
 
 
 def free_memory() -> int:
-    """Returns the bytes of memory that this process can still take."""
+    """Returns the bytes of memory available to this process."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
         free = int(kilobytes) << 10
-    except (OSError, StopIteration):  # no Linux: all there is
+    except (OSError, StopIteration):  # not Linux: assume all of it
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in map(Path, LIMITS):  # a container has limits of its own
+    for path in map(Path, LIMITS):  # a container has its own limit
         limit = path.read_text().strip() if path.is_file() else "max"
         if limit.isdecimal():
             used = path.with_name("memory.current")

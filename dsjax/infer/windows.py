@@ -1,12 +1,12 @@
-"""Text cut into windows that a model can read, so that every token is predicted once.
+"""Text cut into windows that a model can read, such that every token is predicted once.
 
 A document is scored as [begin] tokens: the first token is predicted from the begin token, and the
-document's end is not predicted. Where the tokenizer asks for no begin token, the end token stands
-there, as it does before a document in training.
+end of the document is not predicted. If the tokenizer wants no begin token, the end token takes its
+place, as it precedes every document in training.
 
-What is longer than a window is cut: the first window predicts all that it reads, and each later one
-the `stride` tokens at its end, the rest of it being context. Windows are packed into rows, in which
-segment ids keep them apart.
+Longer documents are cut: the first window predicts all of its tokens, every later one only its last
+`stride` tokens, the others being context. Windows are packed into rows and kept apart by segment
+ids.
 """
 
 from __future__ import annotations
@@ -31,29 +31,30 @@ _BATCH_BYTES, _BATCH_DOCUMENTS = 4 << 20, 2048
 class Text:
     """Documents as token ids."""
 
-    documents: list[np.ndarray]  # int32, each with the token in front that it begins with
-    bytes: int  # of the UTF-8 text of all of them
+    documents: list[np.ndarray]  # int32, each preceded by its begin token
+    bytes: int  # UTF-8 bytes of all documents
 
     @property
     def tokens(self) -> int:
-        """How many there are to predict."""
+        """Counts the tokens to predict."""
         return sum(len(document) - 1 for document in self.documents)
 
 
 class TextFiles(NamedTuple):
-    """Text to score, as dsjax/data/documents.py reads it."""
+    """Text to score, in the formats of dsjax/data/documents.py."""
 
     names: Sequence[str]  # files or globs
-    field: str = "text"  # of JSON lines and Parquet files, the field that holds the text
-    bos: bool = True  # False: no begin token, whatever tokenizer_config.json says
+    field: str = "text"  # the field or column with the text, in JSON lines and Parquet files
+    bos: bool = True  # False: as if tokenizer_config.json said "add_bos_token": false
 
 
 def read_text(files: TextFiles, folder: Path, vocab_size: int) -> Text:
     """Reads text and encodes it with the tokenizer of a checkpoint's folder.
 
     Raises:
-      ValueError: the files cannot be read or hold no text, or the tokenizer is not one for a model
-        of this vocabulary.
+      ValueError: the files cannot be read or hold no text, or the tokenizer does not suit a model
+      of
+        this vocabulary size.
     """
     vocabulary = open_vocabulary(folder, vocab_size)
     if not files.bos:
@@ -62,7 +63,7 @@ def read_text(files: TextFiles, folder: Path, vocab_size: int) -> Text:
         found = documents.find_sources(files.names, key="--text")
         texts = (each.text for each in documents.read_documents(found, text_field=files.field))
         text = encode(vocabulary.coder, first_token(vocabulary), texts)
-    except ValueError as error:  # the readers name the keys of a training run
+    except ValueError as error:  # the readers advise about a training run's keys
         advice = str(error).replace("data.text_field", "--text-field")
         raise ValueError(advice.replace("data.files", "--text")) from error
     if not text.documents:
@@ -71,7 +72,7 @@ def read_text(files: TextFiles, folder: Path, vocab_size: int) -> Text:
 
 
 def encode(coder: Coder, first: int, texts: Iterable[str]) -> Text:
-    """Encodes documents, some at a time on all cores, with the token `first` in front of each."""
+    """Encodes documents in batches on all cores, and puts the token `first` before each."""
     encoded: list[np.ndarray] = []
     batch: list[str] = []
     total = waiting = 0
@@ -93,7 +94,7 @@ def encode(coder: Coder, first: int, texts: Iterable[str]) -> Text:
 
 
 def first_token(vocabulary: Vocabulary) -> int:
-    """The id that stands before a document, from which its first token is predicted.
+    """Returns the id from which a document's first token is predicted.
 
     Raises:
       ValueError: the tokenizer has neither a begin nor an end token.
@@ -101,18 +102,18 @@ def first_token(vocabulary: Vocabulary) -> int:
     name = vocabulary.bos if vocabulary.begins and vocabulary.bos else vocabulary.eos
     if name is None:
         raise ValueError(
-            "the tokenizer has neither a begin nor an end token, so nothing can stand before a "
-            "text's first token; name one in tokenizer_config.json as bos_token or eos_token"
+            "the tokenizer has neither a begin nor an end token to predict a text's first token "
+            "from; name one in tokenizer_config.json as bos_token or eos_token"
         )
     return vocabulary.coder.control[name]
 
 
 def window_length(asked: int, max_seq_len: int) -> int:
-    """How many tokens a window reads: what is asked for, or by default (0) as many as the model
-    takes, but no more than 4096.
+    """Returns the length of a window: `asked`, or by default (0) the model's limit, but at most
+    4096.
 
     Raises:
-      ValueError: more than the model takes, or fewer than 2.
+      ValueError: `asked` exceeds the model's limit, or is below 2.
     """
     if not asked:
         return min(max_seq_len, _DEFAULT_LENGTH)
@@ -124,11 +125,11 @@ def window_length(asked: int, max_seq_len: int) -> int:
 
 
 class Window(NamedTuple):
-    """Tokens to run together; of their predictions, those from `first` on count."""
+    """Tokens to run together."""
 
-    owner: int  # what the caller knows it by
-    tokens: np.ndarray  # int32 [n + 1]: n that are read, each predicting the one after it
-    first: int
+    owner: int  # the caller's number for it
+    tokens: np.ndarray  # int32 [n + 1]: n are read, each predicting its successor
+    first: int  # predictions before this position are context and not scored
 
     @property
     def size(self) -> int:
@@ -138,8 +139,8 @@ class Window(NamedTuple):
 def cut(tokens: np.ndarray, *, length: int, stride: int, owner: int = 0) -> Iterator[Window]:
     """Cuts a document into windows that read at most `length` tokens.
 
-    Every token but the first is scored once; all windows after the first, but for the last, score
-    `stride` tokens with `length - stride` or more before them.
+    Every token except the first is scored once. After the first window, each one scores `stride`
+    tokens (the last one perhaps fewer), preceded by at least `length - stride` tokens of context.
     """
     targets, done = len(tokens) - 1, 0
     while done < targets:
@@ -169,13 +170,13 @@ class Batch(NamedTuple):
 
     inputs: np.ndarray
     targets: np.ndarray
-    segment_ids: np.ndarray  # windows of a row from 1; 0 is padding
-    places: list[tuple[Window, int, int]]  # each with its row and where it starts there
+    segment_ids: np.ndarray  # numbers the windows of a row from 1; 0 is padding
+    places: list[tuple[Window, int, int]]  # each window with its row and its start in that row
 
 
 def stack(rows: Sequence[Sequence[Window]], *, n_rows: int, length: int) -> Batch:
-    """Lays rows out, padded to `n_rows` rows and to `length` positions, or to the power of two that
-    is enough: a handful of widths, so that few programs serve any text.
+    """Lays rows out as arrays, padded to `n_rows` rows and to a power of two of positions, at most
+    `length`: few widths occur, so few programs are compiled.
     """
     filled = max(sum(window.size for window in row) for row in rows)
     width = min(max(1 << (filled - 1).bit_length(), _SHORTEST_ROW), length)

@@ -1,16 +1,17 @@
-"""Conversations as tokens: DeepSeek's own formats, or the template that a checkpoint brings along.
+"""Conversations as tokens, in DeepSeek's own formats or by a checkpoint's chat template.
 
-A checkpoint's template comes first. Without one its control tokens tell the format, and not the
-model's name: V3.1 has tokens for search, R1 has <think>, V3 has the two roles' tokens alone; a
-tokenizer with none of them belongs to a base model, which cannot chat.
+A checkpoint's template takes precedence. Without one, its control tokens determine the format, not
+the model's name: V3.1 has search tokens, R1 has <think>, V3 has only the tokens of the two roles. A
+tokenizer with none of these belongs to a base model, which cannot chat.
 
   V3    [begin] system [User] ... [Assistant] ... [end] [User] ... [Assistant]
-  R1    the same; earlier replies without their thought, and the new one begins [<think>] "\\n", as
-        R1's authors recommend
-  V3.1  as V3, and each [Assistant] is followed by [</think>], but for a reply that is to think,
-        which begins [<think>]
+  R1    the same; earlier replies lose their thought, and the new one begins with [<think>] "\\n",
+        as R1's authors recommend
+  V3.1  as V3, with [</think>] after each [Assistant]; a reply that should think begins with
+        [<think>] instead
 
-Control tokens are placed by id; what people write is text, whatever it spells.
+Control tokens are inserted by id. Text in messages is always encoded as text, even if it spells a
+control token.
 
 Sources: the chat templates and model cards that DeepSeek released with V3, R1 and V3.1.
 """
@@ -41,19 +42,19 @@ class Message:
 
 
 class Control(str):
-    """The name of a control token, where a plain str is text."""
+    """The name of a control token; a plain str is text."""
 
 
 def v3(messages: Sequence[Message], thinking: bool | None) -> list[str]:
     """DeepSeek-V3 and V3-0324.
 
     Raises:
-      ValueError: it is asked to think.
+      ValueError: thinking was requested.
     """
     if thinking:
         raise ValueError(
             "this checkpoint's tokenizer has no <think>, so its model cannot be asked to think; "
-            "leave --thinking out"
+            "omit --thinking"
         )
     parts = _system(messages)
     for message in messages:
@@ -68,10 +69,10 @@ def r1(messages: Sequence[Message], thinking: bool | None) -> list[str]:
     """DeepSeek-R1, which always thinks.
 
     Raises:
-      ValueError: it is asked not to.
+      ValueError: thinking was declined.
     """
     if thinking is False:
-        raise ValueError("this checkpoint's model always thinks; leave --no-thinking out")
+        raise ValueError("this checkpoint's model always thinks; omit --no-thinking")
     spoken = [
         dataclasses.replace(message, content=message.content.split(END_THINK)[-1])
         if message.role == "assistant"
@@ -82,7 +83,7 @@ def r1(messages: Sequence[Message], thinking: bool | None) -> list[str]:
 
 
 def v3_1(messages: Sequence[Message], thinking: bool | None) -> list[str]:
-    """DeepSeek-V3.1, which thinks when asked to."""
+    """DeepSeek-V3.1, which thinks on request."""
     parts = _system(messages)
     for message in messages:
         if message.role == "user":
@@ -98,9 +99,10 @@ _FORMATS = {"V3": v3, "R1": r1, "V3.1": v3_1}
 
 @dataclasses.dataclass(frozen=True)
 class ChatFormat:
-    """How one checkpoint wants conversations written.
+    """The conversation format of one checkpoint.
 
-    `name` is "V3", "R1", "V3.1", or "template" for one of the checkpoint's own.
+    Attributes:
+      name: "V3", "R1", "V3.1", or "template" for the checkpoint's own template.
     """
 
     name: str
@@ -108,15 +110,14 @@ class ChatFormat:
     template: Template | None = None
 
     def encode(self, messages: Sequence[Message], *, thinking: bool | None = None) -> list[int]:
-        """Ids of a conversation and of the beginning of the assistant's reply to it.
+        """Encodes a conversation up to the point where the assistant's reply begins.
 
         Args:
-          thinking: whether the reply is to think first, for models that can do either; None leaves
-            it to the format.
+          thinking: whether the reply should think first; None is the format's default.
 
         Raises:
-          ValueError: the turns are not system ... user assistant ... user, the format cannot think,
-            or the template fails.
+          ValueError: the turns are not system ... user assistant ... user, the format offers no
+            choice about thinking, or the template fails.
         """
         _check_turns(messages)
         if self.template is not None:
@@ -137,7 +138,7 @@ class ChatFormat:
 
 
 def find_format(folder: Path, vocabulary: Vocabulary) -> ChatFormat | None:
-    """The format of a checkpoint's folder; None for a base model.
+    """Returns the format of a checkpoint's folder; None for a base model.
 
     Raises:
       ValueError: the checkpoint's template cannot be read.
@@ -166,6 +167,6 @@ def _check_turns(messages: Sequence[Message]) -> None:
     turns = [role for role in roles if role != "system"]
     if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
         raise ValueError(
-            f"the turns are {', '.join(turns) or 'none'}; user and assistant take turns, and the "
-            "user has the first and the last word"
+            f"the turns are {', '.join(turns) or 'none'}; user and assistant must alternate, "
+            "beginning and ending with the user"
         )

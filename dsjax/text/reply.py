@@ -1,8 +1,8 @@
-"""A reply as it comes: whole characters, stop strings, and the thought apart from the answer.
+"""Streaming replies: whole characters, stop strings, and the thought separate from the answer.
 
-Tokens are pieces of bytes, so a text cannot simply be decoded token by token: a character may span
-several, a stop string too, and what has been shown cannot be taken back. Each stage here holds back
-the end of its text for as long as what comes next may change it.
+Text cannot be decoded token by token: a character or a stop string may span several tokens, and
+text that has been shown cannot be taken back. Each stage holds back the end of its text as long as
+later tokens may change it.
 """
 
 from __future__ import annotations
@@ -12,29 +12,30 @@ from typing import NamedTuple
 
 from dsjax.text.tokenizer import Coder
 
-_REPLACEMENT = "\ufffd"  # what decoders make of bytes that are no character (yet)
-_LONGEST_HALF = 3  # bytes that a character can lack
+_REPLACEMENT = "\ufffd"  # decodes from bytes that are not (yet) a character
+_LONGEST_HALF = 3  # bytes of an incomplete UTF-8 character, at most
 
 
 class Piece(NamedTuple):
-    """Some text of a reply."""
+    """Part of a reply's text."""
 
     text: str
-    thought: bool  # part of what stands between <think> and </think>
+    thought: bool  # lies between <think> and </think>
 
 
 class Detokenizer:
-    """Decodes a stream of tokens; what it returns adds up to the text of all of them."""
+    """Decodes a stream of tokens. The returned strings concatenate to the text of all tokens."""
 
     def __init__(self, coder: Coder) -> None:
         self._coder = coder
-        # Decoders can drop a space before the first token, so a few that are out are decoded again.
+        # Some decoders drop a space before the first token, so a few tokens that have already been
+        # returned are decoded again as context.
         self._ids: list[int] = []
-        self._context = 0  # how many of `_ids` lie before the last whole character
-        self._shown = 0  # characters of their text that are out
+        self._context = 0  # how many of `_ids` end with the last whole character
+        self._shown = 0  # characters of their text that have been returned
 
     def push(self, ids: Sequence[int]) -> str:
-        """The text that became certain with these tokens; special tokens have none."""
+        """Returns the text that these tokens complete; special tokens have none."""
         if not ids:
             return ""
         self._ids += ids
@@ -49,14 +50,14 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """The rest, with U+FFFD for a character that was never finished; then starts afresh."""
+        """Returns the rest, with U+FFFD for an incomplete character, and resets."""
         rest = self._coder.decode(self._ids)[self._shown :]
         self._ids, self._context, self._shown = [], 0, 0
         return rest
 
 
 class StopStrings:
-    """Passes text on up to the first stop string, which itself never shows.
+    """Passes text on until the first stop string, which is removed.
 
     Raises:
       ValueError: a stop string is empty.
@@ -70,7 +71,7 @@ class StopStrings:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """The text that can no longer be part of a stop string."""
+        """Returns the text that can no longer be part of a stop string."""
         if self.stopped:
             return ""
         text = self._held + text
@@ -83,7 +84,7 @@ class StopStrings:
         return text[:certain]
 
     def flush(self) -> str:
-        """The rest, which turned out to be no stop string."""
+        """Returns the rest, which turned out not to be a stop string."""
         rest, self._held = self._held, ""
         return rest
 
@@ -91,12 +92,12 @@ class StopStrings:
 class ReplyReader:
     """Turns the tokens of a reply into pieces of text.
 
-    <think> and </think> are known by their ids: the same characters spelled by other tokens are
-    text. A stop string ends a reply in its thought as well as in its answer.
+    <think> and </think> are recognised by their ids; the same characters spelled by other tokens
+    are text. A stop string ends the reply in the thought as well as in the answer.
 
     Args:
       think_ids: ids of <think> and </think>; None for a model without them.
-      prompt: the ids that the reply follows; they may have opened the thought already.
+      prompt: the ids before the reply, which may already have opened the thought.
       stops: see `StopStrings`.
     """
 
@@ -115,11 +116,11 @@ class ReplyReader:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has come."""
+        """Tells whether a stop string has occurred."""
         return self._stops.stopped
 
     def push(self, ids: Sequence[int]) -> list[Piece]:
-        """The text that became certain with these tokens."""
+        """Returns the text that these tokens complete."""
         pieces: list[Piece] = []
         start = 0
         for index, token in enumerate(ids):
@@ -132,7 +133,7 @@ class ReplyReader:
         return pieces
 
     def flush(self) -> list[Piece]:
-        """The rest, after the last token."""
+        """Returns the rest, after the last token."""
         pieces: list[Piece] = []
         self._add(pieces, self._detokenizer.flush())
         if rest := self._stops.flush():
@@ -145,6 +146,6 @@ class ReplyReader:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that begins `stop`."""
+    """Returns the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

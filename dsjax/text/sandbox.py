@@ -1,16 +1,17 @@
-"""Runs what strangers wrote and a checkpoint brings along: Jinja templates and tokenizers.
+"""Runs untrusted parts of a checkpoint: Jinja templates and tokenizers.
 
-Jinja's own sandbox keeps a template from Python's attributes, files and modules. It does not bound
-time and memory: `{{ 'a' * 3000000000 }}` takes 5.7 GB, two nested loops run for ever. So a template
-runs in a process of its own, this file as a program, which the kernel stops at a limit of memory
-and of processor time, and its parent at a time on the clock.
+Jinja's own sandbox denies a template access to Python's attributes, files and modules, but does not
+bound time or memory: `{{ 'a' * 3000000000 }}` takes 5.7 GB, and two nested loops run forever. A
+template therefore runs in a child process (this file as a program) with kernel limits on memory and
+processor time, and its parent enforces a wall-clock limit.
 
-A tokenizer.json is a program too: patterns that take exponential time, replacements that blow a
-text up until the process aborts. So before this process loads one, a process like that of a
-template loads it and tries it on a text; steps that could make any text much longer are refused.
+A tokenizer.json is a program too: its patterns can take exponential time, and its replacements can
+inflate a text until the process aborts. Before this process loads one, a child process with the
+same kind of limits loads it and tries it on a text. Replacements that could make text much longer
+are refused.
 
-What a template can use is what Hugging Face transformers gives it: `raise_exception`,
-`strftime_now`, the filter `tojson`, break and continue, `{% generation %}`.
+Templates can use what Hugging Face transformers offers them: `raise_exception`, `strftime_now`, the
+filter `tojson`, break and continue, `{% generation %}`.
 """
 
 from __future__ import annotations
@@ -23,40 +24,39 @@ import subprocess
 import sys
 from typing import Any
 
-MAX_TEMPLATE = 1 << 20  # characters; the longest that were released have 20,000
+MAX_TEMPLATE = 1 << 20  # characters; the longest released ones have 20,000
 MAX_RENDERED = 1 << 24  # characters
 MEMORY = 512 << 20  # bytes
 PROCESSOR_SECONDS = 2
-# The 7.8 MB of V3's tokenizer take a second and 200 MB; the library's threads reserve far more
-# address space than they use.
+# V3's tokenizer (7.8 MB) takes a second and 200 MB. The limit is on address space, of which the
+# library's threads reserve far more than they use.
 TOKENIZER_MEMORY = 4 << 30
 TOKENIZER_SECONDS = 30
-MAX_GROWTH = 64  # what a tokenizer's replacements may make of one character
-CLOCK_SECONDS = 60.0  # of a machine that is busy with other things
+MAX_GROWTH = 64  # characters that a tokenizer's replacements may make of one
+CLOCK_SECONDS = 60.0  # generous, for a busy machine
 
 _tried: set[bytes] = set()
 
 
 def render(template: str, context: dict[str, Any]) -> str:
-    """Renders a template; `context` holds JSON values.
+    """Renders a template in a child process; `context` holds JSON values.
 
     Raises:
-      ValueError: the template is too long, has an error, raises one itself, or exceeds a limit.
+      ValueError: the template is too long, has an error, raises one, or exceeds a limit.
     """
     if len(template) > MAX_TEMPLATE:
         raise ValueError(
-            f"the template has {len(template)} characters; more than {MAX_TEMPLATE} are refused"
+            f"the template has {len(template)} characters; at most {MAX_TEMPLATE} are allowed"
         )
     given = json.dumps({"template": template, "context": context}).encode()
     return _ask("template", given, MEMORY, PROCESSOR_SECONDS)["text"]
 
 
 def try_tokenizer(data: bytes) -> None:
-    """Loads a tokenizer.json in a process of its own and tries it on a text, unless it has stood
-    that before.
+    """Loads a tokenizer.json in a child process and tries it on a text, once per content.
 
     Raises:
-      ValueError: it cannot be loaded, fails, exceeds a limit, or could make texts far longer.
+      ValueError: it cannot be loaded, fails, exceeds a limit, or could make text much longer.
     """
     digest = hashlib.sha256(data).digest()
     if digest not in _tried:
@@ -65,8 +65,9 @@ def try_tokenizer(data: bytes) -> None:
 
 
 def _ask(what: str, given: bytes, memory: int, seconds: int) -> dict[str, str]:
-    """What a child of limited means answers; `what` is "template" or "tokenizer"."""
-    # -P: a program's own folder would come first where Python looks for modules.
+    """Returns the answer of a child process with limits; `what` is "template" or "tokenizer"."""
+    # -P keeps this folder off the module search path, where reply.py and others would shadow
+    # modules of the same names.
     command = [sys.executable, "-P", __file__, what, str(memory), str(seconds)]
     try:
         done = subprocess.run(command, input=given, capture_output=True, timeout=CLOCK_SECONDS)
@@ -98,7 +99,7 @@ def _limit_resources(memory: int, seconds: int) -> None:
 
 
 def _answer(template: str, context: dict[str, Any]) -> dict[str, str]:
-    """What the child says: the text, or what went wrong."""
+    """Returns the child's answer: the rendered text, or an error."""
     import jinja2
 
     try:
@@ -109,7 +110,7 @@ def _answer(template: str, context: dict[str, Any]) -> dict[str, str]:
         return {"error": f"the template has an error in line {error.lineno}: {error.message}"}
     except RecursionError:
         return {"error": "the template calls itself without end"}
-    except Exception as error:  # whatever the template made Python do
+    except Exception as error:  # a template can raise anything
         return {"error": f"the template failed: {error or type(error).__name__}"}
     if len(text) > MAX_RENDERED:
         return {"error": f"the template made a text of {len(text)} characters"}
@@ -123,9 +124,9 @@ def _environment() -> Any:
     from jinja2 import ext, nodes, sandbox
 
     class Generation(ext.Extension):
-        """`{% generation %}` marks an assistant's words for training; here it changes nothing."""
+        """Accepts `{% generation %}`, which marks assistant text for training, and ignores it."""
 
-        tags = {"generation"}  # noqa: RUF012, as in the class it derives from
+        tags = {"generation"}  # noqa: RUF012, as in the base class
 
         def parse(self, parser: Any) -> list[nodes.Node]:
             next(parser.stream)
@@ -141,7 +142,7 @@ def _environment() -> Any:
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
-        # Jinja's own escapes what is special in HTML.
+        # Jinja's own filter escapes HTML characters.
         return json.dumps(
             value,
             ensure_ascii=ensure_ascii,
@@ -160,7 +161,7 @@ def _environment() -> Any:
 
 
 def _try(data: bytes) -> dict[str, str]:
-    """What the child says of a tokenizer: nothing, or what is wrong."""
+    """Returns the child's verdict on a tokenizer: {} or an error."""
     import os
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -185,13 +186,13 @@ def _try(data: bytes) -> dict[str, str]:
         return {"error": f"the tokenizer needs more than {TOKENIZER_MEMORY >> 20} MB of memory"}
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library panics with a BaseException
+    except BaseException as error:  # Rust panics are BaseExceptions
         return {"error": f"the tokenizer failed: {error or type(error).__name__}"}
     return {}
 
 
 def _growth(tokenizer: Any) -> float:
-    """How many characters the replacements of a tokenizer, one after the other, can make of one."""
+    """Bounds how many characters the replacements of a tokenizer, in sequence, can make of one."""
     total = 1.0
     parts = [tokenizer.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")]
     while parts:
@@ -206,7 +207,7 @@ def _growth(tokenizer: Any) -> float:
             )
         if part.get("type") == "Replace":
             pattern, content = part["pattern"], part["content"]
-            # A regular expression may match nothing, between all characters.
+            # A regular expression may match the empty string between any two characters.
             replaced = len(pattern.get("String", "")) if isinstance(pattern, dict) else len(pattern)
             total *= max(1.0, len(content) / replaced if replaced else 1 + len(content))
     return total

@@ -1,8 +1,9 @@
-"""The chat template that a checkpoint brings along: where it stands, and its text as tokens.
+"""A checkpoint's chat template: finding it, and encoding what it renders.
 
-Control tokens that the template writes are meant; those that stand in a message are characters.
-Both come out of the template in one text, so a mark goes into the latter before rendering, a
-character that nothing else holds, and what lies on its two sides is encoded apart.
+Control tokens written by the template are control tokens; those spelled in a message are plain
+text. Rendering mixes both in one string. Before rendering, a marker character that occurs nowhere
+else is therefore inserted into every control token spelled in a message; afterwards the text is
+split at the markers and each part is encoded separately.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from dsjax import files
 from dsjax.text import sandbox
 from dsjax.text.vocabulary import END_THINK, THINK, Vocabulary
 
-_MARKS = range(0xE000, 0xF900)  # characters that Unicode assigns to nobody
+_MARKS = range(0xE000, 0xF900)  # private use: Unicode assigns no characters here
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """A chat template in Jinja, as Hugging Face tokenizers have it."""
+    """A chat template in Jinja, as in Hugging Face tokenizers."""
 
     source: str
-    place: str  # where it stands, for messages
+    place: str  # where it was found, for error messages
 
     def encode(
         self,
@@ -33,20 +34,20 @@ class Template:
         *,
         thinking: bool | None = None,
     ) -> list[int]:
-        """Ids of a conversation and of the beginning of the assistant's next turn.
+        """Encodes a conversation up to the point where the assistant's next turn begins.
 
         Args:
-          messages: each with `role` and `content`.
+          messages: dicts with `role` and `content`.
           thinking: passed on as the template's variables `thinking` (DeepSeek) and
             `enable_thinking` (Qwen); None leaves them undefined.
 
         Raises:
-          ValueError: the template fails or exceeds a limit, or has no such variable.
+          ValueError: the template fails, exceeds a limit, or does not read these variables.
         """
         if thinking is not None and "thinking" not in self.source:
             raise ValueError(
                 f"{self.place} reads neither thinking nor enable_thinking, so the model cannot be "
-                "told whether to think; leave --thinking and --no-thinking out"
+                "told whether to think; omit --thinking and --no-thinking"
             )
         mark = _unused_character([self.source, *(message["content"] for message in messages)])
         context: dict[str, Any] = {
@@ -70,12 +71,11 @@ class Template:
 
 
 def find_template(folder: Path, vocabulary: Vocabulary) -> Template | None:
-    """The template in chat_template.jinja, else in tokenizer_config.json; None if there is none.
-
-    Of several in a tokenizer_config.json, the one named "default".
+    """Reads the template in chat_template.jinja, else in tokenizer_config.json; None if neither has
+    one. Of several in tokenizer_config.json, the one named "default" is taken.
 
     Raises:
-      ValueError: it is not a text.
+      ValueError: the template is not text.
     """
     path = folder / "chat_template.jinja"
     if path.is_file():
@@ -104,9 +104,10 @@ def find_template(folder: Path, vocabulary: Vocabulary) -> Template | None:
 
 
 def _broken(message: dict[str, Any], vocabulary: Vocabulary, mark: str) -> dict[str, Any]:
+    """Breaks up the control tokens spelled in a message."""
     text = vocabulary.coder.break_control(message["content"], mark)
     if message["role"] == "assistant":
-        # Templates look for these in earlier replies, to leave the thought out.
+        # Templates search earlier replies for these, to remove the thought.
         for name in (THINK, END_THINK):
             text = text.replace(name[0] + mark + name[1:], name)
     return message | {"content": text}
@@ -116,5 +117,5 @@ def _unused_character(texts: Sequence[str]) -> str:
     used = set().union(*texts)
     free = next((chr(code) for code in _MARKS if chr(code) not in used), None)
     if free is None:
-        raise ValueError("the messages hold every private-use character; leave one of them out")
+        raise ValueError("the messages use every private-use character; remove one of them")
     return free

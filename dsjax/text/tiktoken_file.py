@@ -1,13 +1,13 @@
-"""Reads `tiktoken.model`, the only tokenizer file of Moonlight and Kimi-K2, as a tokenizer.json.
+"""Converts `tiktoken.model`, the only tokenizer file of Moonlight and Kimi-K2, to tokenizer.json.
 
-The file lists byte strings by rank, which is also their id. tiktoken merges the neighbours whose
-joint bytes have the lowest rank; a BPE of the `tokenizers` library does the same with a list of all
-pairs that make up a byte string, in the order of its rank. Both take a whole word of the list as it
-stands.
+The file lists byte strings and their ranks, which are also their ids. tiktoken repeatedly merges
+the adjacent pair whose concatenation has the lowest rank. A BPE of the `tokenizers` library does
+the same if its merges are all pairs that form a listed byte string, in order of that string's rank.
+Both encode a pre-tokenized word that is itself listed as that one token.
 
-Pattern and reserved tokens are in the release's Python code, which is not run: they are written
-here (tokenization_kimi.py of Kimi-K2, tokenization_moonshot.py of Moonlight, which agree). The names
-of the control tokens are in tokenizer_config.json.
+Releases keep the split pattern and the number of reserved tokens in Python code, which is not
+executed; both are written here as in tokenization_kimi.py of Kimi-K2. tokenizer_config.json names
+the control tokens.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def to_json(data: bytes, config: dict[str, Any], *, name: str) -> bytes:
         raise ValueError(
             f"{name}: tokenizer_config.json beside it says tokenizer_class="
             f"{config.get('tokenizer_class')!r}; only Moonlight's and Kimi-K2's {_CLASS} can be "
-            "read. Convert the tokenizer to tokenizer.json"
+            "read; convert the tokenizer to tokenizer.json"
         )
     ranks = _read_ranks(data, name)
     text = _byte_characters()
@@ -81,7 +81,7 @@ def to_json(data: bytes, config: dict[str, Any], *, name: str) -> bytes:
 
 
 def _read_ranks(data: bytes, name: str) -> dict[bytes, int]:
-    """The byte strings, in the order of their ranks 0, 1, 2 ..."""
+    """Returns the byte strings in order of their ranks 0, 1, 2 ..."""
     ranks: dict[bytes, int] = {}
     try:
         for line in data.splitlines():
@@ -104,7 +104,7 @@ def _read_ranks(data: bytes, name: str) -> dict[bytes, int]:
 
 
 def _control_tokens(first: int, config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The reserved tokens from id `first` on, by the names and kinds that the config gives them."""
+    """Lists the reserved tokens from id `first` on, named and flagged as the config says."""
     named = config.get("added_tokens_decoder") or {}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     tokens = []
@@ -117,8 +117,8 @@ def _control_tokens(first: int, config: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _byte_characters() -> dict[int, str]:
-    """The printable character that byte-level BPE files write for each byte, as GPT-2 chose them:
-    the byte's own in Latin-1 where it shows, else one from U+0100 on.
+    """Maps each byte to the character that stands for it in byte-level BPE files, as in GPT-2: its
+    Latin-1 character if printable, else the next one from U+0100 on.
     """
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]

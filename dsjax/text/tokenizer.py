@@ -1,19 +1,19 @@
 """Text to token ids and back: a Hugging Face tokenizer.json, or a byte-level BPE trained here.
 
-The trained one follows DeepSeek-V3's (tokenizer.json of the release; V3 section 4.1 names it a
-byte-level BPE): digits in groups of up to three, words with the one character before them, runs of
-punctuation together with the line breaks after them. Departures:
-  1. A line break also takes the next line's indentation, but for its last space, which goes with
-     the word. On Python source this saves 5 % of the tokens.
-  2. No group of its own for Chinese and Japanese: one vocabulary trained on one corpus has no use
-     for it.
+The trained tokenizer follows DeepSeek-V3's (tokenizer.json of the release; V3 section 4.1 calls it
+a byte-level BPE): digits in groups of up to three, words together with one character before them,
+runs of punctuation together with the line breaks after them. Departures:
+  1. A line break also takes the next line's indentation except its last space, which goes with the
+     word. On Python source this saves 5 % of the tokens.
+  2. Chinese and Japanese have no group of their own: a vocabulary trained on a single corpus does
+     not need one.
   3. Ids 0 to 5 are begin, end, pad and the three fill-in-the-middle tokens, in DeepSeek's spelling.
 
-Special tokens written out in a text are encoded as the characters they are: a document cannot end
-itself, nor a user's message begin a reply. That holds for all control tokens, among which the
-library counts only those that the file calls special: the releases say `"special": false` of
-<think> and of the roles' tokens. Truncation and padding that a tokenizer.json asks for are turned
-off, since both would change documents silently.
+Control tokens spelled out in a text are encoded as ordinary characters: a document cannot end
+itself, and a user's message cannot begin a reply. The library protects only tokens that the file
+marks as special, and releases mark <think> and the role tokens `"special": false`; here all control
+tokens are protected. Truncation and padding requested by a tokenizer.json are turned off, because
+both would silently change documents.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsjax.files import disguise
+from dsjax.text import tiktoken_file
 
+FILE_NAMES = ("tokenizer.json", tiktoken_file.FILE_NAME)
 BOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
 EOS = "<\uff5cend\u2581of\u2581sentence\uff5c>"
 PAD = "<\uff5c\u2581pad\u2581\uff5c>"
@@ -42,7 +44,7 @@ FIM_HOLE = "<\uff5cfim\u2581hole\uff5c>"
 FIM_END = "<\uff5cfim\u2581end\uff5c>"
 SPECIAL_TOKENS = (BOS, EOS, PAD, FIM_BEGIN, FIM_HOLE, FIM_END)
 
-# A line break, and the indentation after it without its last space.
+# A line break and the indentation after it, except its last space.
 _BREAK = r"[\r\n]+(?:[ \t]+(?=[ \t]))?"
 PATTERNS = (
     r"\p{N}{1,3}",
@@ -55,7 +57,7 @@ PATTERNS = (
 )
 SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)
 
-# Longer texts are encoded in pieces: the library needs some 50 bytes of memory for a byte of text.
+# Longer texts are encoded in pieces: the library needs about 50 bytes of memory per byte of text.
 _PIECE_CHARACTERS = 1 << 20
 
 
@@ -65,19 +67,19 @@ class SpecialTokens:
 
     bos: int
     eos: int
-    pad: int  # eos where the tokenizer has no padding token: padding is known by its segment id
+    pad: int  # eos if the tokenizer has no padding token; segment ids mark padding anyway
     fim: tuple[int, int, int] | None = None  # begin, hole, end
 
 
 class Coder:
-    """Turns text into ids and back, by a `tokenizers.Tokenizer`."""
+    """Turns text into ids and back with a `tokenizers.Tokenizer`."""
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         inner.no_truncation()
         inner.no_padding()
         inner.encode_special_tokens = True
         self.inner = inner
-        # Ids may have holes, so the size is not the number of entries.
+        # Ids may have gaps, so the size is not the number of entries.
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         added = inner.get_added_tokens_decoder()
         control = {token.content: i for i, token in added.items() if _is_control(token)}
@@ -88,14 +90,14 @@ class Coder:
         self._parsed_at = re.compile(f"(?={parsed.pattern})")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without begin and end."""
+        """Encodes a text, without begin and end tokens."""
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of several texts, uint32 each, on all cores.
+        """Encodes several texts on all cores, each to uint32 ids.
 
-        A text of more than two million characters is cut before a line that starts with no space,
-        where tokens of the trained tokenizer end anyway.
+        A text of more than two million characters is cut before a line that does not start with a
+        space; tokens of the trained tokenizer never cross such a place.
         """
         pieces = [[part for piece in _pieces(text) for part in self._cut(piece)] for text in texts]
         with _library_failures("cannot encode a text"):
@@ -106,7 +108,7 @@ class Coder:
         return [np.concatenate([next(ids) for _ in text]) for text in pieces]
 
     def encode_control(self, text: str) -> list[int]:
-        """Ids of a text whose control tokens are meant, as in a rendered chat template."""
+        """Encodes a text in which control tokens are recognised, such as a rendered template."""
         ids, end = [], 0
         for match in self._control.finditer(text):
             ids += [*self.encode(text[end : match.start()]), self.control[match.group()]]
@@ -114,22 +116,22 @@ class Coder:
         return ids + self.encode(text[end:])
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special: bool = True) -> str:
-        """Text of ids; bytes that are no UTF-8 (a character cut in half) become U+FFFD."""
+        """Decodes ids; invalid UTF-8, such as a character cut in half, becomes U+FFFD."""
         with _library_failures("cannot decode"):
             return self.inner.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def break_control(self, text: str, mark: str) -> str:
-        """The text with `mark` inside every control token that is written out in it."""
+        """Inserts `mark` into every control token spelled out in the text."""
         return self._control_at.sub(lambda match: match.group() + mark, text)
 
     def _cut(self, text: str) -> list[str]:
-        """The text in parts none of which holds a control token that the library would parse."""
+        """Cuts the text inside every control token that the library would recognise."""
         cuts = [match.start() + 1 for match in self._parsed_at.finditer(text)]
         return [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
 
 
 class Tokenizer(Coder):
-    """A coder with the ids that packing adds, and a fingerprint."""
+    """A coder with the special ids that packing adds, and a fingerprint."""
 
     def __init__(self, inner: tokenizers.Tokenizer, special: SpecialTokens) -> None:
         super().__init__(inner)
@@ -139,7 +141,7 @@ class Tokenizer(Coder):
 
     def save(self, folder: str) -> None:
         """Writes tokenizer.json and tokenizer_config.json, which `load_tokenizer` reads."""
-        # Not the library's own save: its failures are bare Exceptions, a full disk is an OSError.
+        # The library's own save raises bare Exceptions; a full disk should be an OSError.
         with open(os.path.join(folder, "tokenizer.json"), "w", encoding="utf-8") as stream:
             stream.write(self.inner.to_str(pretty=True))
         special = self.special
@@ -150,42 +152,46 @@ class Tokenizer(Coder):
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Loads a tokenizer.json, or the one in a folder.
+    """Loads a tokenizer.json or tiktoken.model, given its path or its folder.
 
-    Begin and end are found by DeepSeek's names, else by `bos_token` and `eos_token` of the
-    tokenizer_config.json beside it.
+    The begin and end tokens have DeepSeek's names, or those that `bos_token` and `eos_token` of the
+    tokenizer_config.json beside the file give.
 
     Raises:
-      ValueError: no such file, not a tokenizer, or begin or end cannot be found.
+      ValueError: there is no such file, it is not a tokenizer, or it lacks a begin or end token.
     """
     path = os.path.expanduser(path)
     if os.path.isdir(path):
-        path = os.path.join(path, "tokenizer.json")
+        there = [os.path.join(path, name) for name in FILE_NAMES]
+        path = next(filter(os.path.isfile, there), there[0])
     if not os.path.isfile(path):
         raise ValueError(
-            f"data.tokenizer={path!r} is not a file; give a tokenizer.json, or leave it empty to "
-            "train one"
+            f"data.tokenizer={path!r} is not a file; give a {' or a '.join(FILE_NAMES)}, or leave "
+            "it empty to train one"
         )
     inner = read_file(path, name=f"data.tokenizer={path!r}")
     return Tokenizer(inner, _find_special(inner, path))
 
 
 def read_file(path: str, *, name: str) -> tokenizers.Tokenizer:
-    """Reads a tokenizer.json; messages begin with `name`.
+    """Reads a tokenizer.json or tiktoken.model; error messages begin with `name`.
 
     Raises:
-      ValueError: not a tokenizer, or one without tokens.
+      ValueError: the file is not a tokenizer, or has no tokens.
     """
     try:
         with open(path, "rb") as stream:
             data = stream.read()
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error.strerror}") from error
+    if os.path.basename(path) == tiktoken_file.FILE_NAME:
+        config = _read_config(os.path.join(os.path.dirname(path), "tokenizer_config.json"))
+        data = tiktoken_file.to_json(data, config, name=name)
     return from_bytes(data, name=name)
 
 
 def from_bytes(data: bytes, *, name: str) -> tokenizers.Tokenizer:
-    """Reads the contents of a tokenizer.json, as `read_file` does."""
+    """Reads the contents of a tokenizer.json like `read_file`."""
     if what := disguise(data):
         raise ValueError(f"{name} is {what}")
     message = f"{name} is not a tokenizer.json that can be read"
@@ -201,12 +207,12 @@ def from_bytes(data: bytes, *, name: str) -> tokenizers.Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE of `vocab_size` tokens, or fewer if the texts have no more to merge.
+    """Trains a byte-level BPE of `vocab_size` tokens, or fewer if the texts offer no more merges.
 
-    The same texts give the same tokenizer, on any number of cores.
+    The result depends only on the texts, not on the number of cores.
 
     Raises:
-      ValueError: vocab_size is too small for the 256 bytes and the special tokens.
+      ValueError: `vocab_size` is too small for the 256 bytes and the special tokens.
     """
     if vocab_size < SMALLEST_VOCAB:
         raise ValueError(
@@ -216,7 +222,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     inner = tokenizers.Tokenizer(models.BPE())
     splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in PATTERNS]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    # The library's stubs leave out that these attributes can be set.
+    # The library's stubs do not declare these attributes as writable.
     parts = cast(Any, inner)
     parts.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
     parts.decoder = decoders.ByteLevel()
@@ -233,8 +239,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises ValueError if the tokenizer has ids that a model of `vocab_size` has no embedding for:
-    jax would clamp them silently to the last row."""
+    """Raises ValueError if the tokenizer has ids beyond a model's `vocab_size`: jax would silently
+    clamp them to the last embedding."""
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, too many for "
@@ -268,8 +274,8 @@ def _find_special(inner: tokenizers.Tokenizer, path: str) -> SpecialTokens:
 
 
 def _read_config(path: str) -> dict[str, Any]:
-    """tokenizer_config.json, its tokens as strings (some releases wrap them in an object), {} if
-    there is none."""
+    """Reads tokenizer_config.json with its tokens as strings (some releases wrap them in objects);
+    {} if there is none."""
     if not os.path.isfile(path):
         return {}
     try:
@@ -288,7 +294,7 @@ def _is_control(token: tokenizers.AddedToken) -> bool:
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """Matches one of the names, the longest that fits; nothing where there are none."""
+    """Compiles a pattern for any of the names, preferring the longest; no names match nothing."""
     longest_first = sorted(names, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
@@ -298,6 +304,7 @@ def _is_wrapped(value: object) -> bool:
 
 
 def _pieces(text: str) -> Iterator[str]:
+    """Cuts a long text after a line break that no space follows, or else by length."""
     start = 0
     while len(text) - start > 2 * _PIECE_CHARACTERS:
         end = start + _PIECE_CHARACTERS
@@ -313,7 +320,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _library_failures(message: str) -> Iterator[None]:
-    """Turns the library's failures into ValueError: plain Exceptions, and Rust panics, which are
+    """Turns the library's failures into ValueErrors: bare Exceptions, and Rust panics, which are
     BaseExceptions."""
     try:
         yield

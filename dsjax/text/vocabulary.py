@@ -1,7 +1,7 @@
-"""A checkpoint's text side: its tokenizer, and the tokens that begin and end a text.
+"""The tokenizer of a checkpoint's folder, and the tokens that begin and end a text.
 
-Reads tokenizer.json, and beside it tokenizer_config.json, generation_config.json and config.json,
-each of the three if it is there.
+Reads tokenizer.json or tiktoken.model, and tokenizer_config.json, generation_config.json and
+config.json beside it where they exist.
 """
 
 from __future__ import annotations
@@ -14,43 +14,45 @@ from typing import Any
 import tokenizers
 
 from dsjax import files
-from dsjax.text import sandbox, tokenizer
+from dsjax.text import sandbox, tiktoken_file, tokenizer
 from dsjax.text.tokenizer import BOS, EOS, Coder
 
-MAX_TOKENIZER = 256 << 20  # bytes; the largest that were released have 20 million
+MAX_TOKENIZER = 256 << 20  # bytes; the largest released files have 20 million
 THINK, END_THINK = "<think>", "</think>"
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer and what a checkpoint says of its tokens."""
+    """A tokenizer and what a checkpoint says about its tokens."""
 
     coder: Coder
     bos: str | None  # names of the begin and end tokens
     eos: str | None
-    begins: bool  # whether a text starts with the begin token
+    begins: bool  # whether plain text starts with the begin token
     stop_ids: frozenset[int]  # tokens that end a reply
     config: dict[str, Any]  # tokenizer_config.json
 
     @property
     def think_ids(self) -> tuple[int, int] | None:
-        """Ids of <think> and </think>, where the tokenizer has them."""
+        """The ids of <think> and </think>, if the tokenizer has both."""
         control = self.coder.control
         both = THINK in control and END_THINK in control
         return (control[THINK], control[END_THINK]) if both else None
 
     def plain_prompt(self, text: str) -> list[int]:
-        """Ids of a text to be continued.
+        """Encodes a text to be continued.
+
+        It starts with the begin token unless tokenizer_config.json says `"add_bos_token": false`,
+        as models see texts in training. (transformers 5 adds none where the key is absent.)
 
         Raises:
-          ValueError: there is nothing to start from.
+          ValueError: the text is empty and there is no begin token to start from.
         """
         first = [self.coder.control[self.bos]] if self.begins and self.bos else []
         ids = [*first, *self.coder.encode(text)]
         if not ids:
             raise ValueError(
-                "the prompt is empty and this checkpoint has no begin token to start from; give "
-                "some text"
+                "the prompt is empty and there is no begin token to start from; give some text"
             )
         return ids
 
@@ -59,21 +61,23 @@ def open_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     """Reads the tokenizer in a checkpoint's folder.
 
     Args:
-      vocab_size: the model's; a tokenizer may have fewer tokens, since releases round the
-        embedding up, but no more.
+      vocab_size: the model's. A tokenizer may have fewer tokens, since releases round the embedding
+        up, but not more.
 
     Raises:
-      ValueError: there is no tokenizer.json, or it cannot be read; a token's id is one that the
-        model lacks; a config is damaged or names a token that does not exist.
+      ValueError: there is no tokenizer file, or it cannot be read; it has ids that the model lacks;
+        a config is damaged or names a token that does not exist.
     """
-    path = folder / "tokenizer.json"
-    if not path.exists():
+    path = next(filter(Path.exists, (folder / name for name in tokenizer.FILE_NAMES)), None)
+    if path is None:
         raise ValueError(
-            f"{folder} has no tokenizer.json, so text cannot become tokens; copy it there from the "
-            "release, or give token ids with --tokens"
+            f"{folder} has neither {' nor '.join(tokenizer.FILE_NAMES)}, so text cannot become "
+            "tokens; copy the one that the release has, or give token ids with --tokens"
         )
     config = _read(folder / "tokenizer_config.json")
     data = files.read_regular(path, MAX_TOKENIZER)
+    if path.name == tiktoken_file.FILE_NAME:
+        data = tiktoken_file.to_json(data, config, name=str(path))
     try:
         sandbox.try_tokenizer(data)
     except ValueError as error:
@@ -83,7 +87,7 @@ def open_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     inner = tokenizer.from_bytes(data, name=str(path))
     bos = _name(inner, config, "bos_token", BOS, folder)
     eos = _name(inner, config, "eos_token", EOS, folder)
-    # Some files leave it to the config to say that these two are control tokens.
+    # In some releases only the config says that these two are control tokens.
     inner.add_special_tokens([name for name in (bos, eos) if name is not None])
     coder = Coder(inner)
     if coder.vocab_size > vocab_size:
@@ -102,7 +106,7 @@ def open_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
 def _name(
     inner: tokenizers.Tokenizer, config: dict[str, Any], key: str, deepseeks: str, folder: Path
 ) -> str | None:
-    """The begin or end token: what tokenizer_config.json names, else DeepSeek's if it exists."""
+    """Returns the token that tokenizer_config.json names as `key`, else DeepSeek's if it exists."""
     name = config.get(key)
     if isinstance(name, dict):  # some releases wrap a token in an object
         name = name.get("content")
@@ -117,7 +121,7 @@ def _name(
 
 
 def _eos_ids(folder: Path) -> Sequence[int]:
-    """The ids that generation_config.json, else config.json, calls the end of a text."""
+    """Returns the end-of-text ids of generation_config.json, else of config.json."""
     for path in (folder / "generation_config.json", folder / "config.json"):
         found = _read(path).get("eos_token_id")
         if found is None:

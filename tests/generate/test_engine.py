@@ -155,7 +155,9 @@ def test_negative_limit_is_refused():
 
 @pytest.mark.parametrize(("chunk", "near"), [(0, 16), (8, 16), (100, 128)])
 def test_chunk_must_be_a_power_of_two(chunk, near):
-    with pytest.raises(ValueError, match=f"={chunk} must be a power .* 16 on, such as {near}"):
+    with pytest.raises(
+        ValueError, match=f"={chunk} must be a power .* at least 16, such as {near}"
+    ):
         Engine(tiny_model(), prefill_chunk=chunk)
 
 
@@ -269,7 +271,7 @@ def test_generation_left_early_leaves_nothing_behind():
 
 def test_generation_needs_the_engine_for_itself():
     id = engine().add(CROWD[0])
-    with pytest.raises(ValueError, match="requests that were added are not finished; step or"):
+    with pytest.raises(ValueError, match="other requests are unfinished; step or cancel them"):
         next(engine().generate(requests()))
     engine().cancel(id)
     engine().cancel(id)  # no longer open

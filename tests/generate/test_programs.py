@@ -53,5 +53,5 @@ def test_weights_that_the_programs_do_not_fit_are_refused():
         own.load(elsewhere)
     own.add(CROWD[0])
     own.step()
-    with pytest.raises(ValueError, match="weights are replaced between requests; finish or"):
+    with pytest.raises(ValueError, match="weights cannot change while requests run: their caches"):
         own.load(tiny_model())

@@ -8,6 +8,7 @@ import pytest
 
 from dsjax.generate.engine import Engine, Request
 from dsjax.generate.sampling import Sampling
+from dsjax.model.cache import empty_cache
 from tests.model.tiny import TINY, tiny_model
 
 V3 = dataclasses.replace(TINY, n_layers=2, n_mtp=1)
@@ -76,3 +77,25 @@ def test_reports_do_not_change_the_tokens():
     assert [output.tokens for output in engine.complete(silent)] == [
         output.tokens for output in engine.complete(REQUESTS)
     ]
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_experts_are_those_of_every_token_that_ran(speculative):
+    """The prompt's and all new tokens' but the last; rows that ask beside rows that do not."""
+    model = tiny_model(V3)
+    engine = Engine(model, speculative=speculative, prefill_chunk=16, max_batch=2)
+    asked = [dataclasses.replace(request, logprobs=False, experts=True) for request in REQUESTS[:3]]
+    outputs = engine.complete([*asked, REQUESTS[3]])
+    assert outputs[3].experts is None
+    run = jax.jit(
+        lambda rows, cache: model.extend(rows, np.zeros(1, np.int32), cache, routing=True)
+    )
+    for request, output in zip(asked, outputs[:3], strict=True):
+        text = [*request.prompt, *output.tokens][:-1]
+        padded = np.zeros((1, 64), np.int32)
+        padded[0, : len(text)] = text
+        whole = run(padded, empty_cache(V3, 1, 64, np.float32)).experts_LBTK[:, 0, : len(text)]
+        assert output.experts.shape == (len(text), V3.n_moe_layers, V3.n_activated_experts)
+        np.testing.assert_array_equal(
+            np.sort(np.moveaxis(output.experts, 0, 1)), np.sort(np.asarray(whole))
+        )

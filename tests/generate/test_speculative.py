@@ -205,9 +205,9 @@ class Chain(NamedTuple):
     def config(self) -> ModelConfig:
         return dataclasses.replace(TINY, vocab_size=len(self.p_VV), n_mtp=len(self.q_JVV))
 
-    def extend(self, tokens_BT, starts_B, cache):
+    def extend(self, tokens_BT, starts_B, cache, *, routing):
         logits_BTV = jnp.log(self.p_VV)[tokens_BT]
-        return Extended(logits_BTV, logits_BTV, cache)
+        return Extended(logits_BTV, logits_BTV, cache, None)
 
     def extend_mtp(self, depth, tokens_BT, hidden_BTD, starts_B, cache):
         return hidden_BTD, jnp.log(self.q_JVV)[depth][tokens_BT], cache

@@ -24,7 +24,7 @@ def test_reply_asks_the_engine_for_what_fits(make):
     assert (first.prompt, first.max_new_tokens) == ((5,) * 60, 30)
     assert (first.sampling, first.stop_ids) == (Sampling(seed=3), {1})
     assert second.max_new_tokens == 10
-    with pytest.raises(ValueError, match="has 100 tokens, which fill the 100 that the model can"):
+    with pytest.raises(ValueError, match="has 100 tokens, which fill the model's context of 100"):
         list(generator.reply([5] * 100))
 
 
@@ -116,7 +116,8 @@ def test_settings_that_would_change_the_text_are_named(tmp_path, caplog):
         found = default_sampling(write_checkpoint(tmp_path, generation_config=config))
     assert found == Sampling(top_k=20)
     (message,) = caplog.messages
-    assert "generation_config.json: repetition_penalty=1.05, no_repeat_ngram_size=3 is" in message
+    settings = "repetition_penalty=1.05, no_repeat_ngram_size=3"
+    assert message.endswith(f"generation_config.json: dsjax does not apply {settings}")
     caplog.clear()
     neutral = {"repetition_penalty": 1.0, "num_beams": 1, "typical_p": None, "max_length": 20}
     default_sampling(write_checkpoint(tmp_path, generation_config=neutral))

@@ -122,7 +122,10 @@ def test_a_full_conversation_can_be_reset(make, r1, monkeypatch, capsys):
     _, generator = make("</think>x", context=8)
     typed(monkeypatch, ["far too long", "/reset", "a"])
     chat(generator, r1[1])
-    assert "error: the prompt has 17 tokens, which fill the 8" in capsys.readouterr().err
+    assert (
+        "error: the prompt has 17 tokens, which fill the model's context of 8"
+        in capsys.readouterr().err
+    )
     monkeypatch.setattr(sys, "stdin", io.StringIO("far too long\n"))
     with pytest.raises(ValueError, match="the prompt has 17 tokens"):
         chat(generator, r1[1])
@@ -223,10 +226,10 @@ def test_tokens_fill_the_context_without_a_number(checkpoint, tmp_path):
     [
         ({}, "as a base model's; give a --prompt to continue"),
         ({"prompt": "a", "thinking": True}, "--thinking needs a chat format"),
-        ({"prompt": "", "no_bos": True}, "no begin token to start from; give some text"),
+        ({"prompt": "", "no_bos": True}, "there is no begin token to start from; give some text"),
         ({"prompt": "a", "top_p": 7.0}, r"top_p=7.0 must lie in \(0, 1\]"),
         ({"prompt": "a", "stop": ["x", ""]}, "a stop string is empty"),
-        ({"prompt": "a" * 500}, "the prompt has 501 tokens, which fill the 500"),
+        ({"prompt": "a" * 500}, "the prompt has 501 tokens, which fill the model's context of 500"),
         ({"tokens": Path("none.npy"), "out": Path("o.npy")}, "No such file or directory"),
     ],
     ids=["chat", "thinking", "no bos", "top_p", "stop", "long", "tokens"],

@@ -32,7 +32,10 @@ def test_tokens_of_any_integer_type_are_read(tmp_path, dtype):
             np.array([[0, 10, 3], [4, -1, 10]]),
             r"token \[0, 1\] is 10, one of 3 ids outside .* 0 to",
         ),
-        (np.zeros((1, 4), np.int32), r"rows of 4 tokens exceed the 3 positions .*; cut them into"),
+        (
+            np.zeros((1, 4), np.int32),
+            r"rows of 4 tokens exceed the model's context of 3 .*; cut them into",
+        ),
         (np.array([[2**63 + 1]], np.uint64), r"token \[0, 0\] is 9223372036854775809, one of 1"),
         (np.array([[{}]], object), r"is not a \.npy file of token ids \(Object arrays cannot be"),
     ],

@@ -104,9 +104,9 @@ def test_a_base_model_has_no_format(tmp_path):
 @pytest.mark.parametrize(
     ("roles", "message"),
     [
-        ([], "the turns are none; user and assistant take turns"),
+        ([], "the turns are none; user and assistant must alternate"),
         (["system"], "the turns are none"),
-        (["user", "assistant"], "the turns are user, assistant; user and assistant take turns"),
+        (["user", "assistant"], "the turns are user, assistant; user and assistant must alternate"),
         (["user", "user"], "the turns are user, user"),
         (["assistant", "user"], "the turns are assistant, user"),
         (["user", "tool"], "message role 'tool' is none of system, user, assistant"),
@@ -119,7 +119,7 @@ def test_turns_that_cannot_be_are_refused(formats, roles, message):
 
 
 def test_r1_cannot_be_asked_not_to_think(formats):
-    with pytest.raises(ValueError, match="model always thinks; leave --no-thinking out"):
+    with pytest.raises(ValueError, match="model always thinks; omit --no-thinking"):
         formats["R1"].encode([Message("user", "a")], thinking=False)
 
 

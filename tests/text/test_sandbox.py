@@ -44,7 +44,7 @@ def test_templates_render_as_in_transformers():
         ("{% set _ = xs.append(1) %}", "failed: access to attribute 'append' .*unsafe"),
         ("{% include '/etc/passwd' %}", "failed: no loader"),
         ("{{ 'a' * 17000000 }}", "made a text of 17000000 characters"),
-        ("x" * (sandbox.MAX_TEMPLATE + 1), "has 1048577 characters; more than 1048576 are refused"),
+        ("x" * (sandbox.MAX_TEMPLATE + 1), "has 1048577 characters; at most 1048576 are allowed"),
     ],
     ids=[
         *("multiply", "center", "double", "recursion", "raise", "undefined", "syntax", "stray end"),

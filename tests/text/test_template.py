@@ -80,7 +80,7 @@ def test_failures_say_where_the_template_is(vocabulary):
 
 
 def test_messages_of_every_private_character_are_refused(vocabulary):
-    with pytest.raises(ValueError, match="hold every private-use character; leave one"):
+    with pytest.raises(ValueError, match="use every private-use character; remove one"):
         encode(vocabulary, user("".join(map(chr, range(0xE000, 0xF900)))))
 
 

@@ -53,7 +53,7 @@ def test_a_tokenizer_without_begin_and_end_serves_too(tmp_path):
     assert (vocabulary.bos, vocabulary.eos, vocabulary.begins) == (None, None, False)
     assert vocabulary.stop_ids == frozenset()
     assert vocabulary.plain_prompt("a") == vocabulary.coder.encode("a")
-    with pytest.raises(ValueError, match="prompt is empty and this checkpoint has no begin token"):
+    with pytest.raises(ValueError, match="prompt is empty and there is no begin token"):
         vocabulary.plain_prompt("")
 
 
@@ -77,7 +77,10 @@ def test_ids_beyond_the_model_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "has no tokenizer.json, so text cannot become tokens; copy it there"),
+        (
+            {},
+            "has neither tokenizer.json nor tiktoken.model, so text cannot become tokens; copy the",
+        ),
         (
             {"tokenizer": "{}"},
             "tokenizer.json is not a tokenizer that can be used: .*Model missing",
