@@ -1,6 +1,6 @@
 """Continues a text, answers a prompt or chats, with any checkpoint.
 
-CKPT is a Hugging Face folder, a folder that tools/convert.py has imported, or the folder of a run.
+CKPT is a Hugging Face folder, a folder imported by tools/convert.py, or the folder of a run.
 
   # chat; the thought of a reasoning model is shown dim
   python tools/generate.py DeepSeek-V2-Lite-Chat
@@ -8,11 +8,12 @@ CKPT is a Hugging Face folder, a folder that tools/convert.py has imported, or t
   python tools/generate.py DeepSeek-V3 --prompt 'Why is the sky blue?' --temperature 0 --speculative
   # a base model continues the text
   python tools/generate.py runs/tiny --prompt 'def main(' --max-new-tokens 100 --stop 'def '
-  # token ids [batch, length] in, exactly 64 new ones a row out, for comparisons
+  # token ids [batch, length] in, exactly 64 new ones per row out, for comparisons
   python tools/generate.py runs/tiny --tokens P.npy --out O.npy --max-new-tokens 64 --temperature 0
 
-Temperature, top-k, top-p and min-p come from the checkpoint's generation_config.json where it has
-them, else 1, 0, 1 and 0: every token by its probability. With --tokens nothing ends a row early.
+Sampling settings default to the checkpoint's generation_config.json, else to temperature 1 alone.
+Continued text starts with the begin token unless tokenizer_config.json says "add_bos_token": false.
+With --tokens no token ends a row early. Without --dtype a CPU computes in float32.
 """
 
 from __future__ import annotations
@@ -34,23 +35,22 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--tokens", metavar="P.npy", type=Path, help="continue these ids; with --out")
     result.add_argument("--out", metavar="O.npy", type=Path, help="int32 [batch, N] new ids")
     result.add_argument("--max-new-tokens", metavar="N", type=int, help="at most (default: 2048)")
-    result.add_argument("--temperature", metavar="T", type=float, help="0 takes the likeliest")
-    result.add_argument("--top-k", metavar="K", type=int, help="keep the K likeliest; 0: all")
-    result.add_argument("--top-p", metavar="P", type=float, help="keep the likeliest that reach P")
-    result.add_argument("--min-p", metavar="P", type=float, help="drop below P times the likeliest")
+    result.add_argument("--temperature", metavar="T", type=float, help="0 takes the most likely")
+    result.add_argument("--top-k", metavar="K", type=int, help="keep the K most likely; 0: all")
     result.add_argument(
-        "--seed", metavar="S", type=int, default=0, help="of the draws (default: 0)"
+        "--top-p", metavar="P", type=float, help="keep the most likely that sum to P"
     )
+    result.add_argument("--min-p", metavar="P", type=float, help="drop below P times the maximum")
+    result.add_argument("--seed", metavar="S", type=int, default=0, help="of sampling (default: 0)")
     result.add_argument(
-        "--stop", metavar="STRING", action="append", help="end the reply before it; repeatable"
+        "--stop", metavar="STRING", action="append", help="end the reply before this; repeatable"
     )
     result.add_argument(
         "--raw", action="store_true", help="continue --prompt without a chat format"
     )
     thinking = argparse.BooleanOptionalAction
-    result.add_argument("--thinking", action=thinking, help="whether the model is to think first")
-    no_bos = "start a continued text without the begin token"
-    result.add_argument("--no-bos", action="store_true", help=no_bos)
+    result.add_argument("--thinking", action=thinking, help="whether the model should think first")
+    result.add_argument("--no-bos", action="store_true", help="start without the begin token")
     result.add_argument(
         "--speculative", action="store_true", help="draft with the model's own MTP modules"
     )

@@ -1,6 +1,6 @@
 """Scores text or tokens under a checkpoint, and writes raw logits.
 
-CKPT is a Hugging Face folder, a folder that tools/convert.py has imported, or the folder of a run.
+CKPT is a Hugging Face folder, a folder imported by tools/convert.py, or the folder of a run.
 
   # loss, perplexity and bits per byte of some text (.txt, .jsonl, .parquet, also .gz and .zst)
   python tools/score.py runs/tiny --text notes.txt 'books/*.jsonl.gz'
@@ -8,6 +8,9 @@ CKPT is a Hugging Face folder, a folder that tools/convert.py has imported, or t
   python tools/score.py DeepSeek-V2-Lite --tokens T.npy --logits L.npy --dtype float32
   # the logits of V3's multi-token prediction module too, on eight devices
   python tools/score.py DeepSeek-V3 --tokens T.npy --logits L.npy --mtp-logits M.npy --mesh tensor=8
+
+A document is scored after the begin token, or after the end token with --no-bos or if
+tokenizer_config.json says "add_bos_token": false. Without --dtype a CPU computes in float32.
 """
 
 from __future__ import annotations
@@ -30,10 +33,10 @@ def parser() -> argparse.ArgumentParser:
     add("--logits", metavar="L.npy", type=Path, help="write float32 [batch, length, vocab] here")
     help_mtp = "write float32 [batch, length-1, vocab] here; entry i predicts token i+2"
     add("--mtp-logits", metavar="M.npy", type=Path, help=help_mtp)
-    help_length = "tokens a window of text has (default: 4096, or the model's limit if lower)"
+    help_length = "tokens per window of text (default: 4096, or the model's limit if lower)"
     add("--sequence-length", metavar="N", type=int, default=0, help=help_length)
-    add("--text-field", metavar="NAME", help="field of JSON lines that holds the text (text)")
-    help_bos = "score documents without the begin token, with the end token in front instead"
+    add("--text-field", metavar="NAME", help="field or column of the text (default: text)")
+    help_bos = "put the end token, not the begin token, before each document"
     add("--no-bos", action="store_true", help=help_bos)
     command.add_json(result)
     return result
@@ -54,11 +57,11 @@ def execute(arguments: argparse.Namespace) -> None:
     from dsjax.parallel import compilation
     from dsjax.parallel.mesh import submesh
 
+    field = arguments.text_field or "text"
     compilation.use_persistent_cache("")
-    field, bos = arguments.text_field or "text", not arguments.no_bos
     result = score.score_files(
         open_checkpoint(arguments.checkpoint, dict(arguments.override)),
-        text=TextFiles(arguments.text, field, bos) if arguments.text else None,
+        text=arguments.text and TextFiles(arguments.text, field, not arguments.no_bos),
         tokens=arguments.tokens,
         outputs=score.Outputs(arguments.logits, arguments.mtp_logits),
         length=arguments.sequence_length,
@@ -71,8 +74,7 @@ def execute(arguments: argparse.Namespace) -> None:
         print(json.dumps(figures, indent=2))
         return
     for name, value in figures.items():
-        shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
-        print(f"{name.replace('_', ' '):<14}{shown}")
+        print(f"{name.replace('_', ' '):<14}{value:{',' if isinstance(value, int) else ',.4f'}}")
 
 
 if __name__ == "__main__":

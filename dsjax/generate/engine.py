@@ -262,8 +262,8 @@ class Engine:
             if slot is None:
                 continue
             n_own = len(slot.request.prompt) - start
-            if report.experts_BTLK is not None and n_own > 0:
-                slot.experts.append(report.experts_BTLK[row, :n_own])
+            if report.experts is not None and n_own > 0:
+                slot.experts.append(report.experts[row, :n_own])
             if 0 < n_own <= size:
                 new[slot.id] = self._first(rows, row, slot, int(drawn_B[row]), report)
         self._join(rows, [row for row, slot in enumerate(rows.slots) if slot and slot.id in new])
@@ -276,7 +276,7 @@ class Engine:
         self.statistics.new_tokens += len(tokens)
         report = jax.tree.map(lambda array: array[row, : len(tokens)], report)
         if slot.experts:
-            report = report._replace(experts_BTLK=np.concatenate(slot.experts))
+            report = report._replace(experts=np.concatenate(slot.experts))
             slot.experts.clear()
         return output(slot.request, tokens, left=int(rows.left_B[row]), report=report)
 

@@ -46,13 +46,12 @@ class Programs:
                 "the new weights belong to a model with another config or precision than the "
                 "engine's; make a new Engine for it"
             )
-        pairs = zip(jax.tree.leaves_with_path(layout), jax.tree.leaves(self._layout), strict=True)
-        for (path, found), own in pairs:
-            if found != own:
-                raise ValueError(
-                    f"the new weights differ in {jax.tree_util.keystr(path)}: {found} where the "
-                    f"engine's programs are compiled for {own}; cast or place them alike"
-                )
+        pairs = zip(jax.tree.leaves(layout), jax.tree.leaves(self._layout), strict=True)
+        if wrong := [f"{found} for {own}" for found, own in pairs if found != own]:
+            raise ValueError(
+                f"{len(wrong)} of the new weights differ from those that the engine's programs are "
+                f"compiled for, such as {wrong[0]}; cast and place them alike"
+            )
         self.model = model
 
     def compiled(

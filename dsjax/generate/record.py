@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,12 @@ NOTHING = Wanted()
 
 
 class Record(NamedTuple):
-    """The reports on tokens [B, T]; None for those not wanted."""
+    """The reports on tokens [..., T]; None for those not wanted."""
 
-    logprobs_BT: jax.Array | None = None  # float32, log-softmax of the unscaled logits
-    sampled_logprobs_BT: jax.Array | None = None  # float32, after temperature and filters
-    # int32, the experts of the tokens that were run, that is the predecessor of each drawn token
-    experts_BTLK: jax.Array | None = None
+    logprobs: Any = None  # float32 [..., T], log-softmax of the unscaled logits
+    sampled_logprobs: Any = None  # float32 [..., T], after temperature and filters
+    # int32 [..., T, L, K], of the tokens that were run, that is the predecessor of each drawn token
+    experts: Any = None
 
 
 def record(

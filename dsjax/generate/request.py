@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
 
 from dsjax.config import ModelConfig
@@ -38,47 +39,37 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """New tokens of a request, with the reports that it asked for."""
+    """New tokens of a request, with the reports that it asked for.
+
+    Attributes:
+      finish: "stop" (the last token is a stop id) or "length"; None: more to come. report: NumPy
+      arrays; log-probabilities [n], one per new token. Experts [tokens run, L, K]: the
+        prompt's tokens come with the first output; after that, each new token brings the experts of
+        its predecessor. The last new token is never run.
+    """
 
     tokens: list[int]
-    finish: str | None = (
-        None  # "stop" (the last token is a stop id) or "length"; None: more to come
-    )
-    logprobs: np.ndarray | None = None  # float32 [n], under the model, at temperature 1
-    sampled_logprobs: np.ndarray | None = None  # float32 [n], under the distribution drawn from
-    # int32 [tokens run, L, K]: the prompt's tokens come with the first output; after that, each
-    # new token brings the experts of its predecessor. The last new token is never run.
-    experts: np.ndarray | None = None
+    finish: str | None = None
+    report: Record = dataclasses.field(default_factory=Record)
 
 
 def output(request: Request, tokens: list[int], *, left: int, report: Record) -> Output:
     """Builds the output of a request that may still add `left` tokens.
 
     Args:
-      report: arrays [n, ...]; fields that the request did not ask for are dropped.
+      report: arrays as in `Output`; those that the request did not ask for are dropped.
     """
     stopped = bool(tokens) and tokens[-1] in request.stop_ids
-    finish = None if left else "stop" if stopped else "length"
-    logprobs, sampled, experts = report
-    return Output(
-        tokens,
-        finish,
-        np.asarray(logprobs) if request.logprobs else None,
-        np.asarray(sampled) if request.logprobs else None,
-        np.asarray(experts) if request.experts else None,
-    )
+    asked = (request.logprobs, request.logprobs, request.experts)
+    kept = (array if wanted else None for array, wanted in zip(report, asked, strict=True))
+    return Output(tokens, None if left else "stop" if stopped else "length", Record(*kept))
 
 
 def join(outputs: Sequence[Output]) -> Output:
     """Concatenates all outputs of a request."""
-
-    def joined(name: str) -> np.ndarray | None:
-        parts = [getattr(output, name) for output in outputs]
-        return None if parts[0] is None else np.concatenate(parts)
-
     tokens = [token for output in outputs for token in output.tokens]
-    arrays = map(joined, ("logprobs", "sampled_logprobs", "experts"))
-    return Output(tokens, outputs[-1].finish, *arrays)
+    report = jax.tree.map(lambda *parts: np.concatenate(parts), *(each.report for each in outputs))
+    return Output(tokens, outputs[-1].finish, report)
 
 
 def problems(request: Request, config: ModelConfig) -> Iterator[str]:

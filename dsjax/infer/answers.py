@@ -18,27 +18,13 @@ from dsjax.text.vocabulary import Vocabulary
 MOST_NEW_TOKENS = 2048  # unless the user sets a limit
 
 _logger = logging.getLogger(__name__)
-# Settings of transformers that change which tokens are drawn, with their neutral values.
-_NOT_APPLIED = {
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "top_h": None,
-    "num_beams": 1,
-    "penalty_alpha": None,
-    "min_length": 0,
-    "min_new_tokens": None,
-    "bad_words_ids": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "sequence_bias": None,
-    "guidance_scale": 1.0,
-}
+# Settings of transformers that change which tokens are drawn, unless they are absent or neutral.
+_NOT_APPLIED = (
+    "repetition_penalty no_repeat_ngram_size typical_p epsilon_cutoff eta_cutoff num_beams "
+    "penalty_alpha min_length min_new_tokens bad_words_ids suppress_tokens begin_suppress_tokens "
+    "forced_bos_token_id forced_eos_token_id sequence_bias guidance_scale"
+).split()
+_NEUTRAL = (None, 0, 1)
 _SAMPLING_FIELDS = {"temperature": float, "top_k": int, "top_p": float, "min_p": float}
 
 
@@ -166,11 +152,7 @@ def default_sampling(folder: Path) -> Sampling:
     """
     path = folder / "generation_config.json"
     config = files.read_json(path) if path.is_file() else {}
-    ignored = [
-        f"{key}={config[key]!r}"
-        for key, neutral in _NOT_APPLIED.items()
-        if config.get(key, neutral) not in (neutral, None)
-    ]
+    ignored = [f"{key}={config[key]!r}" for key in _NOT_APPLIED if config.get(key) not in _NEUTRAL]
     if ignored:
         _logger.warning("%s: dsjax does not apply %s", path, ", ".join(ignored))
     if config.get("do_sample") is False:

@@ -1,9 +1,9 @@
-"""What tools/generate.py does: continue a text, answer a prompt, chat, or continue token ids.
+"""Implements tools/generate.py: continue a text, answer a prompt, chat, or continue token ids.
 
-A prompt for a checkpoint that can chat is a turn of a conversation; for a base model, or on
-request, it is a text to be continued. The reply goes to standard output as it comes, and its speed
-to standard error. On a terminal the thought of a reply is dim; elsewhere it stands between <think>
-and </think>.
+If the checkpoint can chat, a prompt is a turn of a conversation; with a base model, or with --raw,
+it is text to be continued. The reply is streamed to standard output, its speed goes to standard
+error. A terminal shows the thought of a reply dim; elsewhere it stands between <think> and
+</think>.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ from dsjax.text.reply import Piece
 from dsjax.text.vocabulary import END_THINK, THINK, Vocabulary, open_vocabulary
 
 _HELP = "/reset forgets the conversation; /exit or Ctrl-D ends it; Ctrl-C stops a reply"
-# A reply could move the cursor, rename the window or worse.
+# Control characters in a reply could move the cursor, rename the window, or worse.
 _UNSAFE = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Does what the arguments of tools/generate.py ask for.
+    """Runs tools/generate.py with its parsed arguments.
 
     Raises:
-      ValueError: the checkpoint, its tokenizer or the given tokens cannot be used, the prompt is
-        too long, or a base model is to chat. All this is checked before the weights are read.
+      ValueError: the checkpoint, its tokenizer or the tokens cannot be used, the prompt is too
+      long,
+        or a base model should chat. All of this is checked before the weights are read.
     """
     checkpoint = load.open_checkpoint(arguments.checkpoint, dict(arguments.override))
     named = {key: getattr(arguments, key) for key in ("temperature", "top_k", "top_p", "min_p")}
@@ -92,7 +93,7 @@ def _run_text(
     form = None if arguments.raw else find_format(folder, vocabulary)
     if arguments.no_bos:
         if form is not None:
-            raise ValueError("--no-bos is for text to continue, and this is a chat; add --raw")
+            raise ValueError("--no-bos applies to continued text, and this is a chat; add --raw")
         vocabulary = dataclasses.replace(vocabulary, begins=False)
     settings = Settings(
         vocabulary,
@@ -103,7 +104,7 @@ def _run_text(
     )
     if arguments.prompt is not None:
         prompt = first_prompt(arguments.prompt, vocabulary, form, thinking=arguments.thinking)
-        settings.request(prompt)  # fails now if it is to fail
+        settings.request(prompt)  # raises before the weights are read
         answer(Generator(open_engine(), settings), prompt)
     elif form is not None:
         chat(Generator(open_engine(), settings), form, thinking=arguments.thinking)
@@ -117,40 +118,41 @@ def _run_text(
 def first_prompt(
     text: str, vocabulary: Vocabulary, form: ChatFormat | None, *, thinking: bool | None
 ) -> list[int]:
-    """Ids of `--prompt`: a conversation's first turn, or a text to be continued.
+    """Encodes `--prompt` as the first turn of a conversation, or as text to be continued.
 
     Raises:
-      ValueError: the text is no Unicode, there is nothing to start from, or the format fails.
+      ValueError: the text is not valid Unicode, is empty without a begin token, or the chat format
+        fails.
     """
     if form is not None:
         return form.encode([Message("user", text)], thinking=thinking)
     if thinking:
-        raise ValueError("--thinking needs a chat format, and here the prompt is continued")
+        raise ValueError("--thinking needs a chat format, but this prompt is continued as text")
     return vocabulary.plain_prompt(text)
 
 
 class Screen:
-    """Shows a reply, its thought apart from its answer."""
+    """Shows a reply, its thought set off from its answer."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._terminal = stream.isatty()
         marks = ("\x1b[2m", "\x1b[0m\n") if self._terminal else (f"{THINK}\n", f"\n{END_THINK}\n")
         self._open, self._close = marks
-        self._thought = False  # the thought is open
-        self._blank = False  # a part has begun and nothing of it has been shown
+        self._thought = False  # inside the thought
+        self._blank = False  # at the start of a part, before any of its text
 
     def show(self, piece: Piece) -> None:
         if piece.thought != self._thought:
             self._switch()
-        # The line breaks around a thought are the model's habit; ours stand there already.
+        # Models put line breaks around a thought; our own are already there.
         text = piece.text.lstrip("\n") if self._blank else piece.text
         if text:
             self._blank = False
             self._write(text.translate(_UNSAFE) if self._terminal else text)
 
     def end(self) -> None:
-        """Ends the reply with a line break, also one that was stopped."""
+        """Ends the reply, complete or interrupted, with a line break."""
         if self._thought:
             self._switch()
         self._write("\n")
@@ -166,7 +168,7 @@ class Screen:
 
 
 def answer(generator: Generator, prompt: Sequence[int]) -> None:
-    """Prints the reply to a prompt, and then its speed."""
+    """Prints the reply to a prompt, then its speed."""
     screen = Screen(sys.stdout)
     try:
         for piece in generator.reply(prompt):
@@ -177,10 +179,10 @@ def answer(generator: Generator, prompt: Sequence[int]) -> None:
 
 
 def chat(generator: Generator, form: ChatFormat, *, thinking: bool | None = None) -> None:
-    """Talks with the user until the input ends; one line is one turn.
+    """Chats with the user until the input ends; one line is one turn.
 
-    Ctrl-C stops a reply, of which what has been said stays in the conversation; where no reply is
-    under way it raises KeyboardInterrupt. Of a reply only the answer is kept, not the thought.
+    Ctrl-C stops a reply, and the part already shown stays in the conversation; between replies it
+    raises KeyboardInterrupt. The conversation keeps the answer of a reply, not the thought.
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
@@ -213,8 +215,8 @@ def chat(generator: Generator, form: ChatFormat, *, thinking: bool | None = None
 
 
 def describe(statistics: Statistics) -> str:
-    """One line on speed, and on drafts where there were any."""
-    decoded = statistics.decode_steps + statistics.accepted  # a row's first token is the prompt's
+    """Summarises the speed, and the drafts if there were any, in one line."""
+    decoded = statistics.decode_steps + statistics.accepted  # first tokens count as prefill
     parts = [
         f"prompt: {statistics.prompt_tokens} tokens"
         + _speed(statistics.prompt_tokens, statistics.prefill_seconds),
@@ -223,7 +225,7 @@ def describe(statistics: Statistics) -> str:
     if statistics.drafted:
         accepted = statistics.accepted / statistics.drafted
         per_step = decoded / statistics.decode_steps
-        parts.append(f"{accepted:.0%} of drafts accepted, {per_step:.2f} tokens a step")
+        parts.append(f"{accepted:.0%} of drafts accepted, {per_step:.2f} tokens per step")
     return "; ".join(parts)
 
 
@@ -232,10 +234,10 @@ def _speed(tokens: int, seconds: float) -> str:
 
 
 def _reader(interactive: bool) -> Callable[[], str | None]:
-    """Reads the user's next line; None at the end of the input."""
+    """Returns a function that reads the user's next line; None at the end of the input."""
     if interactive:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  gives input() history and editing
+            import readline  # noqa: F401  importing it gives input() history and editing
 
     def read() -> str | None:
         if interactive:

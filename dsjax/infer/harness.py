@@ -4,16 +4,16 @@
   python -m dsjax.infer.harness run --model dsjax \\
     --model_args pretrained=runs/tiny,dtype=float32 --tasks lambada_openai
 
-takes the arguments of `lm-eval`, which has no plugin for models: importing this module is what
+takes the arguments of `lm-eval`. The harness has no plugins for models: importing this module
 registers the model. From Python, import it and call `lm_eval.simple_evaluate(model="dsjax", ...)`.
 
-Texts become tokens as the harness's own `hf` model makes them: with the tokenizer's begin token
-where it asks for one, control tokens being meant where they are written out, context and
-continuation encoded together. Departures: several requests share a row of the model, in which none
-sees another; generation settings that dsjax has not are refused rather than ignored.
+Text is encoded as by the harness's own `hf` model: with the begin token if the tokenizer asks for
+one, with control tokens recognised, and with context and continuation encoded together. Departures:
+several requests share a row of the model without seeing each other; unsupported generation settings
+are refused rather than ignored.
 """
 
-# The harness is an extra, and types are checked without it too.
+# The harness is optional, and types are checked without it too.
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
@@ -56,21 +56,21 @@ _NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0}
 
 @register_model("dsjax")
 class DsjaxLM(LM):
-    """A checkpoint as the harness sees it.
+    """A checkpoint as a model of the harness.
 
     Args:
-      pretrained: folder of the checkpoint, of any kind that `dsjax.load` takes.
+      pretrained: folder of a checkpoint of any kind that `dsjax.load` takes.
       dtype: bfloat16 or float32; None: see `weights.choose_dtype`.
       data, fsdp, tensor: devices along the axes of the mesh.
-      batch_size: rows of a batch, on each part of the mesh; "auto" is 8.
+      batch_size: rows of a batch on each part of the mesh; "auto" is 8.
       max_length: tokens that the model sees at once; None: the model's limit.
-      max_gen_toks: tokens to generate for tasks that do not say how many.
-      seed: of generation that a task wants sampled; each request draws its own.
-      max_batch_size, device: what the harness passes to every model; not used, since nothing is
-        guessed here and JAX chooses its devices.
+      max_gen_toks: tokens to generate for tasks that set no number.
+      seed: of sampled generation; each request adds its number.
+      max_batch_size, device: passed by the harness to every model; unused, since the batch size is
+        fixed and JAX chooses the devices.
 
     Raises:
-      ValueError: no checkpoint, no tokenizer, or a setting out of its range.
+      ValueError: there is no checkpoint or tokenizer, or a setting is out of range.
     """
 
     def __init__(
@@ -108,12 +108,13 @@ class DsjaxLM(LM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation of a context, and whether it is the greedy one."""
+        """Returns the log-likelihood of each continuation of a context, and whether it is the
+        greedy one."""
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         given = []
         for number, request in enumerate(requests):
             context, continuation = self.encode_pair(*request.args)
-            # What is longer than the model sees loses its beginning.
+            # Too long a text loses its beginning.
             ids = [*context, *continuation][-(self.max_length + 1) :]
             first = max(len(ids) - 1 - len(continuation), 0)
             if continuation:
@@ -130,8 +131,8 @@ class DsjaxLM(LM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of each text, every token predicted once, in windows of `max_length` that
-        overlap no more than the last one has to."""
+        """Returns the log-likelihood of each text, every token predicted once, in windows of
+        `max_length` of which only the last may overlap."""
         found = [0.0] * len(requests)
         begin = [windows.first_token(self.vocabulary)]
         given: list[Window] = []
@@ -147,10 +148,10 @@ class DsjaxLM(LM):
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each context, up to a stop string or the end token.
+        """Generates after each context, up to a stop string or the end token.
 
         Raises:
-          ValueError: settings that dsjax does not have, or no room for the tokens asked for.
+          ValueError: a task has unsupported settings, or asks for more tokens than there is room.
         """
         found = [""] * len(requests)
         wanted = [self._request(number, *request.args) for number, request in enumerate(requests)]
@@ -172,11 +173,11 @@ class DsjaxLM(LM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as text, its control tokens written out, up to where the assistant's
-        reply begins; without `add_generation_prompt` the last message is the beginning of it.
+        """Renders a conversation as text with control tokens spelled out, up to where the
+        assistant's reply begins; without `add_generation_prompt` the last message begins the reply.
 
         Raises:
-          ValueError: the checkpoint is a base model, or its format has no place for a message.
+          ValueError: the checkpoint is a base model, or its format cannot express the turns.
         """
         if self.form is None:
             raise ValueError(
@@ -192,25 +193,25 @@ class DsjaxLM(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness's cache of requests knows the tokenizer by."""
+        """The key of the tokenizer in the harness's cache of requests."""
         return str(self._path).replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template's source, or the name of DeepSeek's own format, for records."""
+        """Returns the template's source, or the name of DeepSeek's own format, for records."""
         if not chat_template or self.form is None:
             return None
         return self.form.template.source if self.form.template else self.form.name
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, after the begin token where the tokenizer wants it and it is not there."""
+        """Encodes a text, and prepends the begin token if wanted by the tokenizer and missing."""
         vocabulary = self.vocabulary
         ids = vocabulary.coder.encode_control(text)
         bos = vocabulary.coder.control[vocabulary.bos] if vocabulary.bos else None
         return [bos, *ids] if vocabulary.begins and bos is not None and ids[:1] != [bos] else ids
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of the two, encoded together and then parted, so that a token is the one that it is
-        in running text. Spaces that end the context go with the continuation."""
+        """Encodes both texts together and splits the ids, so that tokens are those of running text.
+        Trailing spaces of the context go to the continuation."""
         if not context:
             ids = self.vocabulary.coder.encode_control(continuation)
             begin = [windows.first_token(self.vocabulary)]
@@ -242,12 +243,13 @@ class DsjaxLM(LM):
 def read_settings(
     settings: Mapping[str, Any], *, max_gen_toks: int, seed: int
 ) -> tuple[list[str], int, Sampling]:
-    """Stop strings, tokens to generate and sampling of a task's generation_kwargs.
+    """Reads stop strings, the number of tokens and sampling from a task's generation_kwargs.
 
-    Greedy unless `do_sample` or a temperature asks for more, as in the harness's other models.
+    Generation is greedy unless `do_sample` or a temperature says otherwise, as in the harness's
+    other models.
 
     Raises:
-      ValueError: settings that dsjax does not have, or out of their range.
+      ValueError: a setting is unsupported or out of range.
     """
     left = dict(settings)
     until = left.pop("until", None) or []
@@ -260,8 +262,9 @@ def read_settings(
     unknown = [f"{key}={value!r}" for key, value in left.items() if _NEUTRAL.get(key) != value]
     if unknown:
         raise ValueError(
-            f"generation_kwargs {', '.join(unknown)}: dsjax has {', '.join(_SETTINGS)}, do_sample, "
-            "until and max_gen_toks; take the rest out of the task or override it by --gen_kwargs"
+            f"generation_kwargs {', '.join(unknown)}: dsjax supports {', '.join(_SETTINGS)}, "
+            "do_sample, until and max_gen_toks; remove the others from the task, or override them "
+            "with --gen_kwargs"
         )
     temperature = 1.0 if temperature is None else float(temperature)
     sampling = Sampling(temperature=temperature, seed=seed, **found)

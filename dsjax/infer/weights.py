@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from dsjax.model.parameters import declarations
 from dsjax.model.transformer import Transformer
 from dsjax.precision.policy import Policy
 
-LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+CONTAINER = "/sys/fs/cgroup"  # where Linux keeps a container's own limits
 
 
 def load_weights(checkpoint: Checkpoint, mesh: Mesh | None, dtype: str | None) -> Transformer:
@@ -48,18 +49,16 @@ def choose_dtype(checkpoint: Checkpoint, asked: str | None) -> str | None:
 
 def free_memory() -> int:
     """Returns the bytes of memory available to this process."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
-        free = int(kilobytes) << 10
-    except (OSError, StopIteration):  # not Linux: assume all of it
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in map(Path, LIMITS):  # a container has its own limit
-        limit = path.read_text().strip() if path.is_file() else "max"
-        if limit.isdecimal():
-            used = path.with_name("memory.current")
-            free = min(free, int(limit) - (int(used.read_text()) if used.is_file() else 0))
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if found := re.search(r"MemAvailable: *(\d+)", _content("/proc/meminfo")):
+        free = min(free, int(found[1]) << 10)
+    if (limit := _content(f"{CONTAINER}/memory.max").strip()).isdecimal():
+        free = min(free, int(limit) - int(_content(f"{CONTAINER}/memory.current") or 0))
     return free
+
+
+def _content(path: str) -> str:
+    return Path(path).read_text() if Path(path).is_file() else ""
 
 
 def _say(line: str) -> None:

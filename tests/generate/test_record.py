@@ -64,11 +64,11 @@ def test_logprobs_are_those_of_the_whole_forward_pass(config, speculative):
         padded[0, : len(text)] = text
         logits = np.asarray(forward(padded), np.float64)[0, len(request.prompt) - 1 : len(text) - 1]
         chosen = np.arange(len(output.tokens)), output.tokens
-        assert output.logprobs.dtype == output.sampled_logprobs.dtype == np.float32
-        np.testing.assert_allclose(output.logprobs, log_softmax(logits)[chosen], atol=1e-5)
+        assert output.report.logprobs.dtype == output.report.sampled_logprobs.dtype == np.float32
+        np.testing.assert_allclose(output.report.logprobs, log_softmax(logits)[chosen], atol=1e-5)
         drawn = np.stack([sampled(row, request.sampling) for row in logits])[chosen]
-        np.testing.assert_allclose(output.sampled_logprobs, drawn, atol=1e-5)
-    assert outputs[3].logprobs is outputs[3].sampled_logprobs is None
+        np.testing.assert_allclose(output.report.sampled_logprobs, drawn, atol=1e-5)
+    assert outputs[3].report.logprobs is outputs[3].report.sampled_logprobs is None
 
 
 def test_reports_do_not_change_the_tokens():
@@ -86,7 +86,7 @@ def test_experts_are_those_of_every_token_that_ran(speculative):
     engine = Engine(model, speculative=speculative, prefill_chunk=16, max_batch=2)
     asked = [dataclasses.replace(request, logprobs=False, experts=True) for request in REQUESTS[:3]]
     outputs = engine.complete([*asked, REQUESTS[3]])
-    assert outputs[3].experts is None
+    assert outputs[3].report.experts is None
     run = jax.jit(
         lambda rows, cache: model.extend(rows, np.zeros(1, np.int32), cache, routing=True)
     )
@@ -95,7 +95,7 @@ def test_experts_are_those_of_every_token_that_ran(speculative):
         padded = np.zeros((1, 64), np.int32)
         padded[0, : len(text)] = text
         whole = run(padded, empty_cache(V3, 1, 64, np.float32)).experts_LBTK[:, 0, : len(text)]
-        assert output.experts.shape == (len(text), V3.n_moe_layers, V3.n_activated_experts)
+        assert output.report.experts.shape == (len(text), V3.n_moe_layers, V3.n_activated_experts)
         np.testing.assert_array_equal(
-            np.sort(np.moveaxis(output.experts, 0, 1)), np.sort(np.asarray(whole))
+            np.sort(np.moveaxis(output.report.experts, 0, 1)), np.sort(np.asarray(whole))
         )

@@ -23,22 +23,21 @@ def test_output_holds_what_its_request_asks_for():
     """The batch's report has what any of its requests asks for."""
     numbers = np.zeros(1)
     report = Record(numbers, numbers, np.zeros((1, 2, 3)))
-    plain = output(Request((1,), 1), [3], left=0, report=report)
-    assert plain == Output([3], "length")
-    both = output(Request((1,), 1, logprobs=True, experts=True), [3], left=0, report=report)
-    assert both.logprobs is not None and both.sampled_logprobs is not None
-    assert both.experts is not None and both.experts.shape == (1, 2, 3)
+    assert output(Request((1,), 1), [3], left=0, report=report) == Output([3], "length")
+    both = Request((1,), 1, logprobs=True, experts=True)
+    assert all(array is not None for array in output(both, [3], left=0, report=report).report)
+    found = output(Request((1,), 1, experts=True), [3], left=0, report=report).report
+    assert found.logprobs is found.sampled_logprobs is None and found.experts.shape == (1, 2, 3)
 
 
 def test_joined_outputs_are_the_whole_reply():
-    parts = [
-        Output([5], None, np.array([1.0]), np.array([2.0]), np.zeros((3, 1, 2))),
-        Output([6, 7], "stop", np.array([3.0, 4.0]), np.array([5.0, 6.0]), np.ones((2, 1, 2))),
-    ]
-    whole = join(parts)
+    first = Record(np.array([1.0]), np.array([2.0]), np.zeros((3, 1, 2)))
+    second = Record(np.array([3.0, 4.0]), np.array([5.0, 6.0]), np.ones((2, 1, 2)))
+    whole = join([Output([5], None, first), Output([6, 7], "stop", second)])
     assert (whole.tokens, whole.finish) == ([5, 6, 7], "stop")
-    assert whole.logprobs.tolist() == [1, 3, 4] and whole.sampled_logprobs.tolist() == [2, 5, 6]
-    assert whole.experts[:, 0, 0].tolist() == [0, 0, 0, 1, 1]
+    logprobs, sampled, experts = whole.report
+    assert logprobs.tolist() == [1, 3, 4] and sampled.tolist() == [2, 5, 6]
+    assert experts[:, 0, 0].tolist() == [0, 0, 0, 1, 1]
     assert join([Output([5]), Output([6], "length")]) == Output([5, 6], "length")
 
 

@@ -135,7 +135,7 @@ def test_statistics_in_a_line():
     assert describe(SPEED) + "\n" == SPEED_LINE
     drafted = dataclasses.replace(SPEED, drafted=6, accepted=3, prefill_seconds=0.0)
     assert describe(drafted) == (
-        "prompt: 10 tokens; reply: 7 tokens (4.5/s); 50% of drafts accepted, 1.50 tokens a step"
+        "prompt: 10 tokens; reply: 7 tokens (4.5/s); 50% of drafts accepted, 1.50 tokens per step"
     )
 
 
@@ -191,7 +191,7 @@ def test_a_text_can_be_continued_without_the_begin_token(checkpoint):
     engine = checkpoint(ids("b"))
     run(prompt="a", raw=True, no_bos=True)
     assert engine.requests[0].prompt == (67,)
-    with pytest.raises(ValueError, match="--no-bos is for text to continue, and this is a chat"):
+    with pytest.raises(ValueError, match="--no-bos applies to continued text, and this is a chat"):
         run(prompt="a", no_bos=True)
 
 
