@@ -63,7 +63,7 @@ def execute(arguments: argparse.Namespace) -> None:
     if arguments.tokens and any(
         getattr(arguments, name) not in (None, False) for name in TEXT_ONLY
     ):
-        parser().error("--stop, --raw and --thinking are for text, not for --tokens")
+        parser().error("--stop, --raw, --thinking and --no-bos are for text, not for --tokens")
     if arguments.raw and arguments.prompt is None:
         parser().error("--raw needs a --prompt to continue")
     if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:

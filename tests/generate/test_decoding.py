@@ -75,3 +75,24 @@ def test_stop_id_ends_a_row_after_it():
     end = tokens.index(tokens[2]) + 1
     assert out.tokens()[0] == tokens[:end]
     assert out.left_B.tolist() == [0, 0] and out.ran_NB[:, 0].sum() == end
+
+
+def test_decoding_returns_when_a_row_finishes_and_another_request_waits():
+    assert int(decoded(left=[2, 6], steps=6, until_any=True)[2].n_steps) == 2
+    # A row that was finished before has freed nothing.
+    assert int(decoded(left=[0, 6], steps=6, until_any=True)[2].n_steps) == 6
+
+
+def test_inserted_rows_decode_as_where_they_came_from():
+    """Into a longer cache and another row; a row that goes outside is dropped."""
+    carry, first = prefilled()
+    wide = decoding.empty_carry(tiny_model(), batch=3, length=2 * LENGTH, n_drafts=0)
+    wide = decoding.insert(tiny_model(), wide, carry, np.array([2, 3], np.int32))
+    pick = np.array([1, 1, 0])  # only the last of the three rows has something to go on with
+    _, out = decode(
+        tiny_model(), wide, LENGTHS[pick], np.asarray(first)[pick][:, None],
+        np.array([0, 0, 5], np.int32), np.full((3, 1), -1, np.int32),
+        knobs([Sampling(0.0)] * 3), np.int32(5), np.bool_(False),
+    )  # fmt: skip
+    wanted = decoded(left=[5, 0], steps=5)[2].tokens()[0]
+    assert decoding.Decoded(*jax.device_get(out)).tokens() == [[], [], wanted]
