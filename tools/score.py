@@ -36,8 +36,7 @@ def parser() -> argparse.ArgumentParser:
     help_length = "tokens per window of text (default: 4096, or the model's limit if lower)"
     add("--sequence-length", metavar="N", type=int, default=0, help=help_length)
     add("--text-field", metavar="NAME", help="field or column of the text (default: text)")
-    help_bos = "put the end token, not the begin token, before each document"
-    add("--no-bos", action="store_true", help=help_bos)
+    add("--no-bos", action="store_true", help="start documents from the end token instead")
     command.add_json(result)
     return result
 
@@ -47,7 +46,7 @@ def execute(arguments: argparse.Namespace) -> None:
         parser().error("--logits and --mtp-logits go with --tokens")
     if arguments.tokens and (arguments.text_field or arguments.no_bos):
         parser().error("--text-field and --no-bos go with --text")
-    # Imported here, so that --help and wrong usage need not wait for jax.
+    # --help and wrong usage need not wait for jax.
     from rich.console import Console
 
     from dsjax.checkpoint.load import open_checkpoint
@@ -57,11 +56,11 @@ def execute(arguments: argparse.Namespace) -> None:
     from dsjax.parallel import compilation
     from dsjax.parallel.mesh import submesh
 
-    field = arguments.text_field or "text"
     compilation.use_persistent_cache("")
+    field, no_bos = arguments.text_field or "text", arguments.no_bos
     result = score.score_files(
         open_checkpoint(arguments.checkpoint, dict(arguments.override)),
-        text=arguments.text and TextFiles(arguments.text, field, not arguments.no_bos),
+        text=arguments.text and TextFiles(arguments.text, field, not no_bos),
         tokens=arguments.tokens,
         outputs=score.Outputs(arguments.logits, arguments.mtp_logits),
         length=arguments.sequence_length,

@@ -76,6 +76,8 @@ def open_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         )
     config = _read(folder / "tokenizer_config.json")
     data = files.read_regular(path, MAX_TOKENIZER)
+    if what := files.disguise(data):
+        raise ValueError(f"{path} is {what}")
     if path.name == tiktoken_file.FILE_NAME:
         data = tiktoken_file.to_json(data, config, name=str(path))
     try:

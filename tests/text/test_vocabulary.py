@@ -82,6 +82,10 @@ def test_ids_beyond_the_model_are_refused(tmp_path):
             "has neither tokenizer.json nor tiktoken.model, so text cannot become tokens; copy the",
         ),
         (
+            {"tokenizer": "version https://git-lfs.github.com/spec/v1"},
+            "tokenizer.json is a Git LFS",
+        ),
+        (
             {"tokenizer": "{}"},
             "tokenizer.json is not a tokenizer that can be used: .*Model missing",
         ),
