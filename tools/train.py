@@ -1,4 +1,4 @@
-"""Trains a model, or takes a stopped run up again.
+"""Trains a model, or resumes a stopped run.
 
   # the tiny model on the embedded text, in runs/tiny
   python tools/train.py
@@ -6,13 +6,13 @@
   python tools/train.py configs/tiny.py --set train.steps=300 train.seed=1 --workdir runs/seed1
   # your own text
   python tools/train.py configs/small.py --workdir runs/books --set data.files='books/*.jsonl.gz'
-  # the first of two processes; the other one says --process-id 1 (docs/several_hosts.md)
+  # the first of two processes; the other one has --process-id 1 (docs/several_hosts.md)
   python tools/train.py --coordinator node1:9876 --num-processes 2 --process-id 0
-  # take a stopped run up again with the config that it keeps
+  # resume a stopped run with the config that it keeps
   python tools/train.py runs/books --workdir runs/books
 
-The same command again resumes from the newest checkpoint. Ctrl-C or SIGTERM finishes the step,
-saves and stops; a second one stops at once. Exit codes: 0 finished, 1 failed, 2 wrong usage,
+The same command, given again, resumes from the newest checkpoint. Ctrl-C or SIGTERM finishes the
+step, saves and stops; a second one stops at once. Exit codes: 0 finished, 1 failed, 2 wrong usage,
 130 Ctrl-C, 143 SIGTERM.
 """
 

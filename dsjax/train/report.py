@@ -38,7 +38,7 @@ class Metrics:
           OSError: the files cannot be written.
         """
         self.path = workdir / "metrics.jsonl"
-        self._keep_until(first_step)
+        drop_later(self.path, first_step)
         self._tensorboard = (
             _open_tensorboard(workdir, first_step) if config.train.tensorboard else None
         )
@@ -70,10 +70,6 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.finish()
 
-    def _keep_until(self, step: int) -> None:
-        kept = [line for line in read_lines(self.path) if line["step"] <= step]
-        write(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of a metrics.jsonl, without a last one that a crash cut short."""
@@ -87,8 +83,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def drop_later(path: Path, step: int) -> None:
+    """Drops the lines of steps after `step` from a file like metrics.jsonl."""
+    kept = [line for line in read_lines(path) if line["step"] <= step]
+    write(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
 def _group(key: str) -> str:
-    if key in ("eval_loss", "bits_per_byte"):
+    if key.startswith("eval_") or key == "bits_per_byte":
         return "eval"
     return "speed" if key in ("tokens_per_second", "step_seconds", "mfu") else "train"
 
