@@ -1,5 +1,7 @@
 """What one process can see of several; tests/test_several_processes.py starts two."""
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
@@ -62,19 +64,21 @@ def test_cluster_with_several_processes_is_joined(environment, found, monkeypatc
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **_: calls.append(given))
-    assert processes._initialize(None, None, None) == found
-    assert calls == ([()] if found else [])
+    monkeypatch.setattr(jax.distributed, "initialize", _fail_to_meet)
+    tried = pytest.raises(OSError, match="cannot join the cluster's processes")
+    with tried if found else contextlib.nullcontext(), processes.joined():
+        assert not found
+
+
+def _fail_to_meet(*_, **__):
+    raise RuntimeError("DEADLINE_EXCEEDED: after 300s")
 
 
 def test_processes_that_do_not_meet_are_told_so(monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("DEADLINE_EXCEEDED: after 300s")
-
-    monkeypatch.setattr(jax.distributed, "initialize", fail)
-    with pytest.raises(OSError, match=r"cannot join the 2 processes at node1:99: DEADLINE"):
-        processes._initialize("node1:99", 2, 1)
+    monkeypatch.setattr(jax.distributed, "initialize", _fail_to_meet)
+    expected = pytest.raises(OSError, match=r"cannot join the 2 processes at node1:99: DEADLINE")
+    with expected, processes.joined("node1:99", 2, 1):
+        raise AssertionError("joined")
 
 
 def test_processes_that_were_given_something_else_are_named(monkeypatch):
