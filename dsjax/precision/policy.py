@@ -50,11 +50,11 @@ class Policy:
 
 
 def advice(compute: DTypeLike, target: Target) -> str | None:
-    """Returns what to set where a machine trains slowly in `compute`; None where it does not."""
+    """Returns what to set if this machine is slow in `compute`, or None if it is not."""
     is_bfloat16 = jnp.dtype(compute) == jnp.bfloat16
     if target.kind == "cpu" and is_bfloat16:
         return (
-            "a CPU multiplies bfloat16 more than ten times slower than float32: set "
+            "a CPU computes in bfloat16 far more slowly than in float32: set "
             "precision.compute=float32"
         )
     if target.kind == "gpu" and not (target.is_hopper and is_bfloat16) and not tokamax():

@@ -174,6 +174,12 @@ def test_run_writes_its_files(finished):
         assert part in output
 
 
+def test_slow_compute_type_is_said_at_the_start(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretraining, "advice", lambda compute, target: f"{target.kind}: {compute}")
+    code, output = run(change(small, train={"steps": 1}), tmp_path)
+    assert code == 0 and "cpu: float32" in output
+
+
 def test_metrics_lines_have_the_promised_keys(finished):
     folder, _ = finished
     logged = [line for line in lines(folder) if "loss" in line]
