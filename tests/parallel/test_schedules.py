@@ -56,14 +56,14 @@ def test_bubble_does_not_depend_on_microbatches(name, bubbles):
 
 def test_interleaved_divides_the_bubble_by_its_chunks():
     for chunks in (1, 2, 3, 4):
-        schedule = schedules.build("interleaved", 4 * chunks, 8, chunks=chunks)
+        schedule = schedules.interleaved(4 * chunks, 8, chunks)
         timetable.check(schedule)
         assert set(timetable.simulate(schedule).bubble) == {9}  # of a run `chunks` times as long
         assert max(timetable.simulate(schedule).live) == 7 + (chunks - 1) * 4
 
 
 def test_interleaved_of_one_chunk_is_1f1b_with_twice_the_warmup():
-    one, plain = schedules.build("interleaved", 4, 8, chunks=1), schedules.build("1f1b", 4, 8)
+    one, plain = schedules.interleaved(4, 8, 1), schedules.build("1f1b", 4, 8)
     assert one.routes == plain.routes
     assert timetable.simulate(one).live == (7, 5, 3, 1)
     assert timetable.simulate(plain).live == (4, 3, 2, 1)
@@ -146,7 +146,7 @@ def test_weight_gradients_come_in_the_order_of_microbatches(name, stages, microb
         ("dualpipe", 4, 6, "at least 2 x stages; .* microbatches=6; .* microbatches 8, 10, 12"),
         ("dualpipev", 5, 12, "even number of stages.*stages=5,.* for 6 stages, microbatches 6, 7"),
         ("dualpipev", 4, 3, "at least as many micro-batches; .* microbatches=3; .* 4, 5, 6"),
-        ("interleaved", 5, 4, "over the 2 chunks a rank.* stages=5,.*; use stages 2, 4, 6"),
+        ("interleaved", 5, 4, "over the 2 chunks per rank.* stages=5,.*; use stages 2, 4, 6"),
         ("interleaved", 8, 6, "over the ranks .* microbatches=6; .* microbatches 4, 8, 12"),
         ("gpipe", 0, 4, "gpipe: stages=0 must be 1, 2, 3"),
         ("1f1b", 4, 0, "1f1b: microbatches=0 must be 1, 2, 3"),
@@ -164,10 +164,10 @@ def test_build_refuses(name, stages, microbatches, message):
 
 def test_interleaved_refuses_no_chunks():
     with pytest.raises(ValueError, match=r"interleaved: chunks=0 must be 1, 2, 3"):
-        schedules.build("interleaved", 4, 4, chunks=0)
+        schedules.interleaved(4, 4, 0)
 
 
 def test_expected_knows_only_what_is_built_here():
     drawn = timetable.Schedule("drawn", ((0,),), (((timetable.Op("F", 0, 0),),),))
-    with pytest.raises(ValueError, match="nothing is published of a schedule 'drawn'"):
+    with pytest.raises(ValueError, match="nothing is published about a schedule 'drawn'"):
         schedules.expected(drawn)
