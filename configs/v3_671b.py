@@ -9,8 +9,9 @@ the last 500B.
 The rope fields are those of the released checkpoint, whose context was extended to 128K with YaRN.
 Pre-training at 4,096 tokens ran without it: add `--set model.rope_scaling=none`.
 `micro_batch_size`, `remat` and the layout over devices are our choices: 64-way expert parallelism
-as in the paper; the remaining devices split weights and optimizer state (fsdp), where the paper has
-16 pipeline stages. `docs/plan.md` has the TPU compiler's figures for it.
+as in the paper; the remaining devices split weights and optimizer state (fsdp). The paper has 16
+pipeline stages instead; for those add `--set mesh.pipe=16 mesh.fsdp=1 train.micro_batch_size=0
+mesh.microbatches=64`. `docs/plan.md` has the TPU compiler's figures for both.
 
 Command: python tools/train.py configs/v3_671b.py --workdir runs/v3 --set model.rope_scaling=none \
     data.files='text/*.parquet' data.tokenizer=deepseek-v3/tokenizer.json

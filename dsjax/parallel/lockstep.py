@@ -163,7 +163,7 @@ def _layout(schedule: Schedule) -> tuple[dict[Op, int], list[int], list[int]]:
             leaves.append(tick)
         elif not new:
             waiting = ", ".join(str(queue[0]) for queue in queues if queue)
-            raise ValueError(f"{schedule.name}: deadlock, there wait {waiting}")
+            raise ValueError(f"{schedule.name}: deadlock; waiting are {waiting}")
         tick += 1
     return ticks, order, leaves
 

@@ -1,10 +1,10 @@
-"""A pipeline schedule as data: who computes what in which order, checked and timed on paper.
+"""Pipeline schedules as data: which rank computes what in which order, checked and timed on paper.
 
-A model is cut into stages. A micro-batch passes them in order, forward, and in the opposite order,
-backward. A schedule is two tables:
+A model is cut into stages. A micro-batch passes them forward in order and backward in reverse
+order. A schedule is two tables:
 
   routes[microbatch][stage]  the rank that works on that stage of that micro-batch
-  orders[rank]               what the rank does, slot after slot
+  orders[rank]               what the rank does, slot by slot
 
 A slot holds one operation, or a forward and a full backward whose computation and communication
 overlap ("F&B" of DeepSeek-V3, arXiv:2412.19437, section 3.2.1). The kinds of operations:
@@ -12,11 +12,11 @@ overlap ("F&B" of DeepSeek-V3, arXiv:2412.19437, section 3.2.1). The kinds of op
   F  forward
   B  full backward
   I  its first half: the gradient of the stage's input, which the previous stage waits for
-  W  its second half: the gradient of the stage's weights, which nobody waits for
+  W  its second half: the gradient of the stage's weights, which no other rank waits for
 
-There are no times in a schedule. When a slot starts follows from the order and from what its
-operations need (`prerequisites`); `simulate` gives the times for given costs, and
-`dsjax.parallel.lockstep` the ticks of a program that all ranks run together.
+A schedule has no times. When a slot starts follows from the order and from what its operations
+need (`prerequisites`); `simulate` computes the times for given costs. The program that all ranks
+run in step takes only the order of forwards and of backwards from it (`dsjax.parallel.lockstep`).
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Schedule:
     def held(self) -> tuple[tuple[int, ...], ...]:
         """Returns [rank][chunk] -> stage: the stages whose parameters each rank holds.
 
-        Chunks are numbered as micro-batches meet them, the first micro-batch's first: in DualPipe a
-        chunk is a direction, in DualPipeV it is the way there or the way back.
+        Chunks are numbered in the order in which micro-batches reach them, starting with the first
+        micro-batch: a chunk is a direction in DualPipe, the way down or back in DualPipeV.
         """
         stages: list[dict[int, None]] = [{} for _ in self.orders]
         for route in dict.fromkeys(self.routes):
@@ -77,11 +77,11 @@ class Schedule:
 
 
 class Costs(NamedTuple):
-    """How long a chunk's operations take, in any unit; `backward` is the whole of it."""
+    """How long a chunk's operations take, in any unit."""
 
     forward: float = 1.0
-    backward: float = 2.0
-    weights: float = 1.0  # the part of `backward` that makes weight gradients
+    backward: float = 2.0  # both halves
+    weights: float = 1.0  # the half of `backward` that computes weight gradients
     overlapped: float = 3.0  # a forward and a full backward, overlapped
 
     def of(self, slot: Slot) -> float:
@@ -96,31 +96,32 @@ class Costs(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """When each slot runs, and what that means for each rank."""
+    """When each slot runs, and what follows for each rank."""
 
     starts: tuple[tuple[float, ...], ...]  # [rank][slot]
     ends: tuple[tuple[float, ...], ...]  # [rank][slot]
     makespan: float  # from the first start to the last end
     busy: tuple[float, ...]  # [rank]
-    # [rank], most chunks of micro-batches at once whose F has begun and whose B or I has not ended
+    # [rank], the most chunks of micro-batches at once whose F has begun and whose B or I has not
+    # ended
     live: tuple[int, ...]
-    # [rank], the same with those added whose W is still to come: a deferred W keeps the input and
-    # the output gradient of each of the chunk's products, not what only I needed
+    # [rank], the same plus those whose W is still to come: a deferred W keeps the input and the
+    # output gradient of each of the chunk's products, but not what only I needed
     kept: tuple[int, ...]
 
     @property
     def bubble(self) -> tuple[float, ...]:
-        """[rank], the time of the makespan in which the rank has nothing to do."""
+        """Returns, for each rank, the part of the makespan in which it has nothing to do."""
         return tuple(self.makespan - busy for busy in self.busy)
 
     @property
     def bubble_share(self) -> float:
-        """The bubble's share of all ranks' time."""
+        """Returns the bubble's share of the time of all ranks."""
         return 1 - sum(self.busy) / (self.makespan * len(self.busy))
 
 
 def prerequisites(op: Op, n_stages: int) -> Iterator[Op]:
-    """Yields what must have ended before `op` starts; I stands for B too, being its first half."""
+    """Yields what must have ended before `op` starts. I also stands for B, being its first half."""
     if op.kind == "F":
         if op.stage > 0:
             yield op._replace(stage=op.stage - 1)
@@ -133,12 +134,12 @@ def prerequisites(op: Op, n_stages: int) -> Iterator[Op]:
 
 
 def simulate(schedule: Schedule, costs: Costs | None = None) -> Timing:
-    """Runs the schedule on paper: each rank takes its slots in order, each as soon as it can.
+    """Runs the schedule on paper: each rank takes its slots in order, each as soon as possible.
 
     Sending takes no time. The peaks do not depend on the costs.
 
     Raises:
-      ValueError: a deadlock; the message says what every rank waits for.
+      ValueError: the schedule deadlocks; the message says what each rank waits for.
     """
     starts, ends = run(schedule, (Costs() if costs is None else costs).of)
     live, kept = zip(*map(_peaks, schedule.orders), strict=True)
@@ -161,7 +162,7 @@ def run(
     """Returns the start and the end of every slot, [rank][slot], for slots that take `duration`.
 
     Raises:
-      ValueError: a deadlock.
+      ValueError: the schedule deadlocks.
     """
     ended: dict[Op, float] = {}
     starts: list[list[float]] = [[] for _ in schedule.orders]
@@ -193,12 +194,12 @@ def run(
         for slot in order[len(ends[rank]) :][:1]
     ]
     if waiting:
-        raise ValueError(f"{schedule.name}: deadlock, there wait {'; '.join(waiting)}")
+        raise ValueError(f"{schedule.name}: deadlock; waiting are {'; '.join(waiting)}")
     return tuple(map(tuple, starts)), tuple(map(tuple, ends))
 
 
 def _peaks(order: tuple[Slot, ...]) -> tuple[int, int]:
-    """Returns the most chunks live and kept (see Timing) of a rank with this order."""
+    """Returns the most chunks `live` and `kept` (see Timing) on a rank with this order."""
     live = kept = most_live = most_kept = 0
     for slot in order:
         kinds = [op.kind for op in slot]
@@ -210,13 +211,13 @@ def _peaks(order: tuple[Slot, ...]) -> tuple[int, int]:
 
 
 def check(schedule: Schedule) -> None:
-    """Proves that a schedule computes a whole step and ends.
+    """Checks that a schedule computes a whole step and terminates.
 
-    Every stage of every micro-batch has one F and either one B or one I and one W, on the rank of
-    its route; a slot is one operation or an overlapped (F, B); the order leads to no deadlock.
+    Every stage of every micro-batch needs one F and either one B or one I and one W, on the rank of
+    its route; a slot is one operation or an overlapped (F, B); the order must not deadlock.
 
     Raises:
-      ValueError: lists all that is wrong.
+      ValueError: the schedule is wrong; lists all problems.
     """
     problems = []
     kinds: dict[tuple[int, int], list[str]] = defaultdict(list)
@@ -232,12 +233,12 @@ def check(schedule: Schedule) -> None:
                     0 <= op.microbatch < schedule.n_microbatches
                     and 0 <= op.stage < schedule.n_stages
                 ):
-                    problems.append(f"rank {rank}, slot {place}: there is no {op}")
+                    problems.append(f"rank {rank}, slot {place}: {op} does not exist")
                     continue
                 kinds[op.microbatch, op.stage].append(op.kind)
                 owner = schedule.routes[op.microbatch][op.stage]
                 if rank != owner:
-                    problems.append(f"rank {rank} does {op}, which is rank {owner}'s")
+                    problems.append(f"rank {rank} does {op}, which belongs to rank {owner}")
     for microbatch in range(schedule.n_microbatches):
         for stage in range(schedule.n_stages):
             found = sorted(kinds[microbatch, stage])

@@ -1,4 +1,4 @@
-"""The picture of a pipeline schedule: ranks as rows, time to the right."""
+"""Draws a pipeline schedule: ranks as rows, time to the right."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Any
 
 from dsjax.parallel.timetable import Costs, Op, Schedule, Timing, simulate
 
-# Okabe and Ito's colours, which the colour-blind tell apart; their lightness differs too.
+# Okabe and Ito's colours can be told apart by the colour-blind and in greyscale.
 COLOURS = {"F": "#0072B2", "B": "#D55E00", "I": "#F0E442", "W": "#009E73"}
 MEANINGS = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
-_PALEST = 0.5  # of white, mixed into the colour of a rank's last chunk
+_PALEST = 0.5  # white mixed into the colour of a rank's last chunk
 
 _ROW, _MARGIN = 0.55, 1.6  # inches
 _LEAST_WIDTH, _MOST_SIZE = 8.0, 60.0  # inches
-_UNIT = 0.26  # inches of the shortest operation, for a two-digit number
-_LEAST_LABEL = 9.0  # points: smaller boxes stay without a number
+_UNIT = 0.26  # inches of the shortest operation: room for a two-digit number
+_LEAST_LABEL = 9.0  # points; smaller boxes get no number
 
 
 def draw(schedule: Schedule, path: Path, costs: Costs | None = None) -> None:
-    """Draws when each rank does what, and saves it.
+    """Draws what each rank does when, and saves the picture.
 
-    Numbers are micro-batches. A rank's first chunk has the full colour, its last the palest: in
-    DualPipe that is the direction, in DualPipeV the way there and the way back. An overlapped pair
-    is one box, the forward above the backward. White is bubble.
+    Numbers are micro-batches. A rank's first chunk has the full colour, its last the palest: chunks
+    are the two directions of DualPipe, or the way down and back of DualPipeV. An overlapped pair is
+    one box, the forward above the backward. White is bubble.
 
     Args:
-      path: where to; its ending says the format, PNG where it has none.
+      path: its suffix gives the format, PNG without one.
 
     Raises:
       ValueError: matplotlib cannot write the format.
@@ -36,13 +36,13 @@ def draw(schedule: Schedule, path: Path, costs: Costs | None = None) -> None:
     figure = paint(schedule, Costs() if costs is None else costs)
     picture, known = path.suffix[1:].lower() or "png", figure.canvas.get_supported_filetypes()
     if picture not in known:
-        raise ValueError(f"{path}: cannot draw into .{picture}; use one of {', '.join(known)}")
+        raise ValueError(f"{path}: cannot draw a .{picture}; use one of {', '.join(known)}")
     figure.savefig(path, dpi=120, format=picture)
 
 
 def paint(schedule: Schedule, costs: Costs) -> Any:
     """Returns the matplotlib figure that `draw` saves."""
-    # Not pyplot: it keeps global state and looks for a display.
+    # Not pyplot, which keeps global state and looks for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
@@ -94,7 +94,7 @@ def paint(schedule: Schedule, costs: Costs) -> Any:
 
 
 def _boxes(slot: tuple[Op, ...], rank: int) -> Iterator[tuple[Op, float, float]]:
-    """Yields each operation with the bottom and top of its box (rows count downwards)."""
+    """Yields each operation with the bottom and top of its box; rows count downwards."""
     step = 0.9 / len(slot)
     for place, op in enumerate(slot):
         yield op, rank - 0.45 + place * step, rank - 0.45 + (place + 1) * step
@@ -106,12 +106,12 @@ def _title(schedule: Schedule, timing: Timing) -> str:
         f"{schedule.n_microbatches} micro-batches\n"
         f"bubble {timing.bubble_share:.1%} (at most {max(timing.bubble):g} of "
         f"{timing.makespan:g}), peak activations {max(timing.live)}, "
-        f"stages a rank {max(map(len, schedule.held()))}"
+        f"stages per rank {max(map(len, schedule.held()))}"
     )
 
 
 def _legend(schedule: Schedule) -> Iterator[tuple[str, str]]:
-    """Yields a label and a colour for each kind of operation on each chunk that occurs."""
+    """Yields a label and a colour for each kind of operation and each chunk."""
     kinds = {op.kind for order in schedule.orders for slot in order for op in slot}
     chunks = max(map(len, schedule.held()))
     entries = [route[0] for route in dict.fromkeys(schedule.routes)]
@@ -126,7 +126,7 @@ def _legend(schedule: Schedule) -> Iterator[tuple[str, str]]:
 
 
 def _shade(colour: str, chunk: int, chunks: int) -> str:
-    """Mixes white into a colour "#RRGGBB", the more the later the chunk."""
+    """Mixes white into a colour "#RRGGBB", more for later chunks."""
     white = _PALEST * chunk / max(chunks - 1, 1)
     parts = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
     return "#" + "".join(f"{round(part + (255 - part) * white):02X}" for part in parts)

@@ -1,4 +1,4 @@
-"""What a pipeline schedule costs: measured on paper, beside what the papers say."""
+"""Computes what a pipeline schedule costs, beside what the papers say."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from dsjax.plan import drawing
 
 
 def plan(name: str, stages: int, microbatches: int, out: Path | None = None) -> dict[str, Any]:
-    """Returns the figures of a schedule by name; draws it into `out`, a PNG file.
+    """Returns the figures of a schedule, and draws it into the file `out`.
 
     Raises:
-      ValueError: there is no such schedule, or it does not take these numbers.
+      ValueError: there is no such schedule, or it cannot be built for these numbers.
     """
     schedule = schedules.build(name, stages, microbatches)
     if out:
@@ -57,27 +57,18 @@ def summarize(schedule: Schedule, costs: Costs | None = None) -> dict[str, Any]:
             {
                 "rank": rank,
                 "stages": list(held),
-                "busy": busy,
-                "bubble": bubble,
-                "peak_activations": live,
-                "peak_kept": kept,
+                "busy": timing.busy[rank],
+                "bubble": timing.bubble[rank],
+                "peak_activations": timing.live[rank],
+                "peak_kept": timing.kept[rank],
             }
-            for rank, (held, busy, bubble, live, kept) in enumerate(
-                zip(
-                    schedule.held(),
-                    timing.busy,
-                    timing.bubble,
-                    timing.live,
-                    timing.kept,
-                    strict=True,
-                )
-            )
+            for rank, held in enumerate(schedule.held())
         ],
     }
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
-    """Prints the ranks, and the figures beside the formulas."""
+    """Prints the ranks, and the measured figures beside the published ones."""
     title = "{schedule}: {stages} stages on {ranks} ranks, {microbatches} micro-batches"
     columns = (">rank", ">stages", ">busy", ">bubble", ">peak activations", ">with deferred W")
     rows = []

@@ -208,5 +208,5 @@ def test_deadlock_is_refused():
     schedule = schedules.build("dualpipe", 2, 4)
     # The second rank takes the stream that enters at its own end last, the first rank first.
     orders = (schedule.orders[0], tuple(reversed(schedule.orders[1])))
-    with pytest.raises(ValueError, match="dualpipe: deadlock, there wait"):
+    with pytest.raises(ValueError, match="dualpipe: deadlock; waiting are"):
         lockstep.lock_step(dataclasses.replace(schedule, orders=orders))

@@ -73,12 +73,16 @@ def test_check_accepts_a_whole_step():
         (1, [(F1,), (I1,)], r"stage 1 has \['F', 'I'\]"),
         (1, [(F1,), (B1,), (I1,), (W1,)], r"stage 1 has \['B', 'F', 'I', 'W'\]"),
         (0, [(F0,), (B0, W0)], r"rank 0, slot 1 holds \['B', 'W'\]; only one operation"),
-        (0, [(F0,), (B0,), (F1,)], r"rank 0 does F\(micro-batch 0, stage 1\), .* is rank 1's"),
-        (0, [(F0,), (Op("B", 1, 0),)], r"slot 1: there is no B\(micro-batch 1, stage 0\)"),
+        (
+            0,
+            [(F0,), (B0,), (F1,)],
+            r"rank 0 does F\(micro-batch 0, stage 1\), .*gs to rank 1",
+        ),
+        (0, [(F0,), (Op("B", 1, 0),)], r"slot 1: B\(micro-batch 1, stage 0\) does not exist"),
         (
             0,
             [(F0, B0)],
-            r"deadlock, there wait rank 0 with F.* & B.* for F\(micro-batch 0, stage 0",
+            r"deadlock; waiting are rank 0 with F.* & B.* for F\(micro-batch 0, stage 0",
         ),
         (1, [(F1,), (W1,), (I1,)], r"deadlock.* rank 1 with W.* for I\(micro-batch 0, stage 1\)"),
         (0, [(B0,), (F0,)], r"rank 0 with B.* for F.*, stage 0\), I.*, stage 1\); rank 1 with F"),
@@ -99,5 +103,5 @@ def test_check_lists_all_that_is_wrong():
 def test_swapped_forwards_deadlock():
     good = schedules.build("1f1b", 2, 4)
     first, second, *rest = good.orders[1]
-    with pytest.raises(ValueError, match=r"1f1b: deadlock, there wait rank 0 .*; rank 1 with B"):
+    with pytest.raises(ValueError, match=r"1f1b: deadlock; waiting are rank 0 .*; rank 1 with B"):
         timetable.simulate(changed(good, 1, [second, first, *rest]))

@@ -94,7 +94,7 @@ def test_title_and_legend_say_what_is_drawn():
     figure = drawing.paint(schedules.build("dualpipe", 8, 20), Costs())
     title = figure.axes[0].get_title()
     assert "8 stages on 8 ranks, 20 micro-batches" in title
-    assert "bubble 9.1% (at most 6 of 66), peak activations 9, stages a rank 2" in title
+    assert "bubble 9.1% (at most 6 of 66), peak activations 9, stages per rank 2" in title
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels[:2] == ["F forward, entered at rank 0", "F forward, entered at rank 7"]
     assert len(labels) == 8
@@ -123,5 +123,5 @@ def test_picture_without_ending_is_png_and_an_unknown_one_is_refused(tmp_path):
     schedule = schedules.build("1f1b", 1, 1)
     drawing.draw(schedule, tmp_path / "F")
     assert (tmp_path / "F").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match=r"F\.doc: cannot draw into \.doc; use one of .*png"):
+    with pytest.raises(ValueError, match=r"F\.doc: cannot draw a \.doc; use one of .*png"):
         drawing.draw(schedule, tmp_path / "F.doc")
