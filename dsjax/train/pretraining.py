@@ -15,8 +15,9 @@ from rich.console import Console
 from dsjax.config import Config
 from dsjax.data.corpus import Corpus, Progress, prepare_corpus
 from dsjax.data.packing import PackedSequences, heldout_sequences
-from dsjax.generate.engine import Engine, Request
+from dsjax.generate.engine import Engine
 from dsjax.generate.sampling import Sampling
+from dsjax.infer.answers import continue_tokens
 from dsjax.kernels.target import Target
 from dsjax.model.flops import train_flops_per_token
 from dsjax.parallel import processes
@@ -212,16 +213,13 @@ class Pretraining:
         tokenizer = self.corpus.tokenizer
         prompt = [tokenizer.special.bos, *self.corpus.heldout[0][:_PROMPT_TOKENS].tolist()]
         prompt = prompt[: most // 2]
-        request = Request(
-            tuple(prompt),
-            min(n_tokens, most - len(prompt)),
-            Sampling(temperature=0.7, top_p=0.95, seed=self.config.train.seed % 2**32),
+        (new,) = continue_tokens(
+            Engine(restored_model(self.declared, self.session.state)),
+            [prompt],
+            max_new_tokens=min(n_tokens, most - len(prompt)),
+            sampling=Sampling(temperature=0.7, top_p=0.95, seed=self.config.train.seed % 2**32),
         )
-        completion: list[int] = []
-        engine = Engine(restored_model(self.declared, self.session.state))
-        for (new,) in engine.generate([request]):
-            completion += new
-        return {"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(completion)}
+        return {"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(new.tolist())}
 
 
 def _numbers(result: Evaluation) -> dict[str, float]:
