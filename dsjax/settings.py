@@ -16,7 +16,6 @@ import functools
 import hashlib
 import json
 import logging
-import math
 import sys
 import traceback
 import types
@@ -31,7 +30,12 @@ from dsjax.files import read_json
 Root = TypeVar("Root")
 
 _SWITCH = {"on": True, "true": True, "off": False, "false": False}
-_KIND_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+_KIND_NAMES = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "on or off (true or false)",
+    str: "text",
+}
 
 _logger = logging.getLogger(__name__)
 
@@ -243,20 +247,18 @@ def _parse(text: str, kind: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         return tuple(_parse(part.strip(), item) for part in text.split(",") if part.strip())
+    value: Any = text
     if kind is bool:
-        if text.lower() not in _SWITCH:
-            raise ValueError("must be on or off (or true or false)")
-        return _SWITCH[text.lower()]
-    if kind is int:
+        value = _SWITCH.get(text.lower())
+    elif kind is int or kind is float:
         with contextlib.suppress(ValueError):
-            return int(text)
-    if kind is int or kind is float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        return int(number) if kind is int and number.is_integer() else _convert(number, kind)
-    return _convert(text, kind)
+            value = float(text)
+            if kind is int and value.is_integer():
+                value = int(value)
+        if kind is int:
+            with contextlib.suppress(ValueError):
+                value = int(text)  # not by way of a float, which has no room for all digits
+    return _convert(value, kind)
 
 
 def _convert(value: Any, kind: Any) -> Any:

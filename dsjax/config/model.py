@@ -5,7 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from dsjax.config.rules import require, require_not_negative, require_positive
+from dsjax.config.rules import (
+    require,
+    require_at_most,
+    require_not_negative,
+    require_positive,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,23 +106,13 @@ class ModelConfig:
             self.rope_dim % 2 == 0,
             f"rope rotates pairs of channels, so its head dim must be even, not {self.rope_dim}",
         )
-        require(
-            # Equal is legal: Kimi-K2 has 1 and 1, which leaves a ramp of one channel.
-            self.beta_slow <= self.beta_fast,
-            f"model.beta_slow={self.beta_slow} must not exceed model.beta_fast={self.beta_fast}",
-        )
+        # Equal is legal: Kimi-K2 has 1 and 1, which leaves a ramp of one channel.
+        require_at_most("model", self, "beta_slow", "beta_fast")
         if self.rope_scaling == "llama3":
-            require(
-                self.low_freq_factor <= self.high_freq_factor,
-                f"model.low_freq_factor={self.low_freq_factor} must not exceed "
-                f"model.high_freq_factor={self.high_freq_factor}",
-            )
+            require_at_most("model", self, "low_freq_factor", "high_freq_factor")
 
     def _check_experts(self) -> None:
-        require(
-            self.n_dense_layers <= self.n_layers,
-            f"model.n_dense_layers={self.n_dense_layers} exceeds model.n_layers={self.n_layers}",
-        )
+        require_at_most("model", self, "n_dense_layers", "n_layers")
         if not self.n_routed_experts:
             require(
                 self.n_dense_layers == self.n_layers,
@@ -126,30 +121,22 @@ class ModelConfig:
             )
             return
         require_positive(
-            "model",
-            self,
-            "moe_inter_dim",
-            "n_activated_experts",
-            "n_expert_groups",
+            "model", self, "moe_inter_dim", "n_activated_experts", "n_expert_groups",
             "n_limited_groups",
-        )
+        )  # fmt: skip
         require(
             self.n_routed_experts % self.n_expert_groups == 0,
             f"model.n_routed_experts={self.n_routed_experts} does not divide into "
             f"model.n_expert_groups={self.n_expert_groups} equal groups",
         )
-        require(
-            self.n_limited_groups <= self.n_expert_groups,
-            f"model.n_limited_groups={self.n_limited_groups} exceeds "
-            f"model.n_expert_groups={self.n_expert_groups}",
-        )
+        require_at_most("model", self, "n_limited_groups", "n_expert_groups")
         experts_per_group = self.n_routed_experts // self.n_expert_groups
         selectable = self.n_limited_groups * experts_per_group
         require(
             self.n_activated_experts <= selectable,
             f"model.n_activated_experts={self.n_activated_experts} exceeds the {selectable} "
-            "experts of "
-            f"{self.n_limited_groups} groups of {experts_per_group}; raise model.n_limited_groups",
+            f"experts of {self.n_limited_groups} groups of {experts_per_group}; raise "
+            "model.n_limited_groups",
         )
         require(
             self.group_score == "max" or self.n_expert_groups == 1 or experts_per_group >= 2,

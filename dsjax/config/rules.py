@@ -24,3 +24,8 @@ def require_fraction(group: str, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(0 <= value <= 1, f"{group}.{name}={value} must lie between 0 and 1")
+
+
+def require_at_most(group: str, config: object, name: str, limit: str) -> None:
+    value, most = getattr(config, name), getattr(config, limit)
+    require(value <= most, f"{group}.{name}={value} exceeds {group}.{limit}={most}")

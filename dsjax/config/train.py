@@ -5,7 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from dsjax.config.rules import require, require_fraction, require_not_negative, require_positive
+from dsjax.config.rules import (
+    require,
+    require_at_most,
+    require_fraction,
+    require_not_negative,
+    require_positive,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,19 +64,14 @@ class TrainConfig:
             "communication_balance", "n_balance_devices", "seed",
         )  # fmt: skip
         require_fraction("train", self, "batch_ramp_fraction", "mtp_switch", "bias_update_until")
-        micro = self.micro_batch_size or self.batch_size
-        for name in ("batch_size", "batch_size_start"):
+        for name in ("batch_size", "batch_size_start") if self.micro_batch_size else ():
             size = getattr(self, name)
             require(
-                size % micro == 0 if self.micro_batch_size or name == "batch_size" else True,
+                size % self.micro_batch_size == 0,
                 f"train.{name}={size} does not divide into micro-batches of "
-                f"train.micro_batch_size={micro}",
+                f"train.micro_batch_size={self.micro_batch_size}",
             )
-        require(
-            self.batch_size_start <= self.batch_size,
-            f"train.batch_size_start={self.batch_size_start} exceeds "
-            f"train.batch_size={self.batch_size}",
-        )
+        require_at_most("train", self, "batch_size_start", "batch_size")
         require(
             not self.batch_size_start or self.micro_batch_size > 0,
             "a batch ramp grows by whole micro-batches: set train.micro_batch_size",
@@ -117,8 +118,7 @@ class OptimConfig:
         require(
             (len(self.decay_points), len(self.decay_ratios)) == wanted,
             f"optim.schedule={self.schedule} takes {wanted[0]} optim.decay_points and {wanted[1]} "
-            "optim.decay_ratios, "
-            f"not {len(self.decay_points)} and {len(self.decay_ratios)}",
+            f"optim.decay_ratios, not {len(self.decay_points)} and {len(self.decay_ratios)}",
         )
 
 

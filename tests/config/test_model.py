@@ -57,12 +57,12 @@ def moe(**changes):
         (
             dense,
             {"beta_slow": 40.0},
-            r"model\.beta_slow=40\.0 must not exceed model\.beta_fast=32\.0",
+            r"model\.beta_slow=40\.0 exceeds model\.beta_fast=32\.0",
         ),
         (
             dense,
             {"rope_scaling": "llama3", "low_freq_factor": 4.5},
-            r"model\.low_freq_factor=4\.5 must not exceed model\.high_freq_factor=4\.0",
+            r"model\.low_freq_factor=4\.5 exceeds model\.high_freq_factor=4\.0",
         ),
         (dense, {"n_dense_layers": 3}, r"model\.n_dense_layers=3 exceeds model\.n_layers=2"),
         (dense, {"n_dense_layers": 1}, r"so all layers are dense: set model\.n_dense_layers=2"),
