@@ -28,3 +28,9 @@ def test_rules_check_every_name(rule, accepted, refused, message):
     rule("group", VALUES, accepted, "half")
     with pytest.raises(ValueError, match=message):
         rule("group", VALUES, accepted, refused)
+
+
+def test_a_key_may_equal_the_one_that_limits_it():
+    rules.require_at_most("group", VALUES, "one", "one")
+    with pytest.raises(ValueError, match=r"^group\.large=1\.5 exceeds group\.one=1$"):
+        rules.require_at_most("group", VALUES, "large", "one")
