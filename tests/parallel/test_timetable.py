@@ -58,7 +58,7 @@ def test_pair_holds_forward_and_backward_at_once():
 def test_chunks_are_numbered_as_microbatches_meet_them():
     assert schedules.build("dualpipe", 4, 8).held() == ((0, 3), (1, 2), (2, 1), (3, 0))
     assert schedules.build("dualpipev", 4, 4).held() == ((0, 3), (1, 2))
-    assert schedules.build("interleaved", 6, 2, chunks=3).held() == ((0, 2, 4), (1, 3, 5))
+    assert schedules.interleaved(6, 2, 3).held() == ((0, 2, 4), (1, 3, 5))
 
 
 def test_check_accepts_a_whole_step():
