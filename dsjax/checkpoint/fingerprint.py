@@ -27,7 +27,7 @@ _BLOCK = 1 << 16  # elements; small enough for the intermediate arrays to stay i
 _ADD, _FIRST, _SECOND = (
     np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
-_EXPONENT = {  # the bits that are all set in NaN and infinity
+EXPONENT = {  # the bits that are all set in NaN and infinity
     np.dtype(np.float32): 0x7F800000,
     np.dtype(ml_dtypes.bfloat16): 0x7F80,
     np.dtype(np.float16): 0x7C00,
@@ -77,7 +77,7 @@ def inspect_part(
     of blocks of `part` that contain NaN or infinity."""
     words = np.ascontiguousarray(part)
     words = words.view(f"u{part.dtype.itemsize}").reshape(part.shape)
-    exponent = _EXPONENT.get(part.dtype)
+    exponent = EXPONENT.get(part.dtype)
     strides = np.cumprod((1, *shape[:0:-1]), dtype=np.uint64)[::-1]
     places = [
         np.arange(*at.indices(size), dtype=np.uint64) * stride

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from dsjax.checkpoint.fingerprint import EXPONENT
 from dsjax.checkpoint.hf_folder import FLOAT32, FP8
 from dsjax.checkpoint.names import Tensor
 from dsjax.precision.fp8 import WEIGHT_BLOCK, BlockScaled, quantize_block
@@ -21,15 +22,7 @@ CHOICES = ("keep", "bfloat16", "float32", "fp8")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 BLOCK = WEIGHT_BLOCK
 
-# The integer type of a dtype's bits, the mask of all but the sign, and the smallest masked value
-# that is infinity or NaN.
-_NOT_FINITE = {
-    FP8: (np.uint8, 0x7F, 0x7F),
-    np.dtype(np.float16): (np.uint16, 0x7FFF, 0x7C00),
-    BFLOAT16: (np.uint16, 0x7FFF, 0x7F80),
-    FLOAT32: (np.uint32, 0x7FFF_FFFF, 0x7F80_0000),
-}
-_SCANNED_TOGETHER = 1 << 16  # elements; small enough for the masked copy to stay in cache
+_SCANNED_TOGETHER = 1 << 16  # elements; small enough for what is made of them to stay in cache
 _CAST_TOGETHER = 64 << 20  # bytes
 
 
@@ -84,12 +77,10 @@ def cast_rows(
 
 def is_finite(values: np.ndarray) -> bool:
     """Tells whether a C-contiguous float array is free of NaN and infinity."""
-    integer, magnitude, limit = _NOT_FINITE[values.dtype]
-    bits = values.reshape(-1).view(integer)
-    unsigned = np.empty(min(_SCANNED_TOGETHER, bits.size), integer)
-    for start in range(0, bits.size, _SCANNED_TOGETHER):
-        piece = bits[start : start + _SCANNED_TOGETHER]
-        np.bitwise_and(piece, integer(magnitude), out=unsigned[: piece.size])
-        if unsigned[: piece.size].max() >= limit:
-            return False
-    return True
+    exponent = EXPONENT[values.dtype]
+    bits = values.reshape(-1).view(f"u{values.dtype.itemsize}")
+    pieces = (
+        bits[start : start + _SCANNED_TOGETHER] & exponent
+        for start in range(0, bits.size, _SCANNED_TOGETHER)
+    )
+    return not any((piece == exponent).any() for piece in pieces)
