@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 _BLOCK = 1 << 16  # elements; small enough for the intermediate arrays to stay in cache
+# The constants of SplitMix64, a generator whose output for consecutive inputs looks random.
 _ADD, _FIRST, _SECOND = (
     np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 )
@@ -53,7 +54,8 @@ def inspect(arrays: Mapping[str, jax.Array]) -> Inspection:
         for row, (fingerprint, wild) in zip(sums, pool.map(_inspect, arrays.values()), strict=True):
             row[:] = fingerprint, wild
     if jax.process_count() > 1:
-        halves = multihost_utils.process_allgather(sums.view(np.uint32))  # jax has no 64 bits
+        # Two halves of 32 bits: jax has no 64-bit integers by default.
+        halves = multihost_utils.process_allgather(sums.view(np.uint32))
         sums = np.ascontiguousarray(halves).view(np.uint64).sum(axis=0, dtype=np.uint64)
     return Inspection(
         {name: f"{int(row[0]):016x}" for name, row in zip(arrays, sums, strict=True)},
@@ -65,7 +67,7 @@ def _inspect(array: jax.Array) -> tuple[np.uint64, int]:
     found = [
         inspect_part(np.asarray(shard.data), shard.index, array.shape)
         for shard in array.addressable_shards
-        if shard.replica_id == 0
+        if shard.replica_id == 0  # each element is counted once
     ]
     return np.uint64(sum(int(part) for part, _ in found) % 2**64), sum(wild for _, wild in found)
 
@@ -101,6 +103,7 @@ def _sum(
             for block in blocks
         ]
         return np.uint64(sum(int(part) for part, _ in found) % 2**64), sum(n for _, n in found)
+    # SplitMix64 of each element's position, made odd, times the element's bits.
     place = np.full(words.shape, first + _ADD)
     for dim, along in enumerate(places):
         place += along.reshape([-1 if d == dim else 1 for d in range(words.ndim)])

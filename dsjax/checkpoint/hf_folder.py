@@ -35,7 +35,7 @@ FLOAT32 = np.dtype(np.float32)
 PLAIN = (FLOAT32, np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 # Tables computed from rope_theta, which old checkpoints contain.
 _TABLES = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
-_HUB = re.compile(r"^(https?:/+)?(www\.)?(huggingface\.co|hf\.co)/|^hf:/+|^/+")
+_HUB = re.compile(r"^(https?:/+)?(www\.)?(huggingface\.co|hf\.co)/|^hf:/+")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
@@ -122,6 +122,7 @@ def check_kind(path: Path) -> None:
         says which, and what to do.
     """
     if not path.exists():
+        # A path whose first folder exists is a mistyped path.
         name = _HUB.sub("", str(path))
         if _HUB_NAME.fullmatch(name) and not Path(path.parts[0]).exists():
             raise ValueError(
@@ -129,14 +130,17 @@ def check_kind(path: Path) -> None:
                 f"hf download {name} --local-dir {name.split('/')[1]}, then name that folder"
             )
     elif not path.is_dir():
-        with path.open("rb") as file:
-            what = disguise(file.read(512))
+        what = None
+        if path.is_file():  # a pipe would wait for a writer
+            with path.open("rb") as file:
+                what = disguise(file.read(512))
         raise ValueError(f"{path} is {what or 'not a folder; name the folder of a checkpoint'}")
     elif (path / "snapshots").is_dir() and not (path / "config.json").exists():
-        revisions = sorted(os.listdir(path / "snapshots"))
+        main, found = path / "refs" / "main", sorted(os.listdir(path / "snapshots"))
+        revision = main.read_text().strip() if main.is_file() else [*found, "REVISION"][0]
         raise ValueError(
             f"{path} is the root of a model in the Hub's cache. Its files are in "
-            f"{path / 'snapshots' / (revisions[-1] if revisions else 'REVISION')}: name that folder"
+            f"{path / 'snapshots' / revision}: name that folder"
         )
     elif cached := sorted(path.glob("models--*")):
         raise ValueError(
@@ -234,6 +238,7 @@ def reconcile(model: ModelConfig, family: str, files: TensorFolder) -> tuple[Mod
         prefix = names.layer_prefix(family, layer)
         return {name for name in found if name.startswith(prefix)}
 
+    # A module is known by its projection, which no layer of the main model has.
     announced = range(model.n_layers, model.n_layers + model.n_mtp)
     if announced and not any(of_layer(layer) for layer in announced):
         _logger.warning(

@@ -88,7 +88,7 @@ def import_checkpoint(
     """
     started = time.monotonic()
     check_choice(dtype)
-    check_kind(source)
+    check_kind(source)  # before `resolve`, which would hide a name on the Hub
     source, target = source.resolve(), target.resolve()
     check_target(target, source)
     folder = open_hf(source, overrides)
@@ -151,6 +151,7 @@ def _plan(folder: HfFolder, choice: str) -> list[Part]:
             f"{folder.path} has tensors of several dtypes in layers that share one array: "
             f"{listed(mixed)}. So dtypes cannot be kept: use --dtype bfloat16, float32 or fp8"
         )
+    # In the order of their bytes, so that disks read forward.
     return sorted(parts, key=lambda part: (part.info.file, part.info.offset))
 
 
@@ -232,6 +233,7 @@ def _write_weights(
         return part.n_bytes + math.prod(part.info.shape) * part.dtype.itemsize
 
     with contextlib.closing(stream(convert, parts, held)) as converted:
+        # After the first damaged tensor nothing is written; reading on finds others to name.
         for part, sound, files in converted:
             progress.advance(part.n_bytes)
             if not sound:

@@ -294,6 +294,7 @@ def _distribute(
         device: tuple(bounds(index or (), shape))
         for device, index in sharding.addressable_devices_indices_map(shape).items()
     }
+    # The smallest box around all slices; read at once if that reads no more than slice by slice.
     sides = list(zip(*boxes.values(), strict=True))
     hull = [(min(low for low, _ in side), max(high for _, high in side)) for side in sides]
     together = _size(hull) <= sum(map(_size, set(boxes.values())))

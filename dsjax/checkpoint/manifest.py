@@ -70,6 +70,7 @@ def write(folder: Path, manifest: Manifest) -> None:
         f'"format": {FORMAT},\n"record": {_json(manifest.record)},\n'
         f'"leaves": {_lines(manifest.leaves)},\n"files": {_lines(files)}}}\n'
     ).encode()
+    # Folders first: once the manifest exists, all that it lists must survive a power cut.
     for inner, _, _ in os.walk(folder):
         sync_folder(Path(inner))
     first = b'{"sha256": "%s",\n' % hashlib.sha256(rest).hexdigest().encode()
@@ -224,6 +225,7 @@ class Guard:
           Damage: it is not as it was written.
         """
         name = str(path.relative_to(self._folder))
+        # One lock per file, so that threads hash different files at the same time.
         with self._lock:
             lock = self._locks.setdefault(name, threading.Lock())
         with lock:

@@ -41,9 +41,7 @@ class Staging:
         """Starts a conversion, or continues one that was interrupted.
 
         Args:
-          identity: everything that determines the bytes of the result, keyed by what a message
-          calls
-            it.
+          identity: everything that determines the bytes of the result, by its name in messages.
           say: shows the user a line.
 
         Raises:
@@ -74,7 +72,7 @@ class Staging:
         lines, whole = [], 0
         for line in self._journal:
             if not line.endswith(b"\n"):
-                break
+                break  # cut short by a crash
             lines.append(json.loads(line))
             whole += len(line)
         self._journal.truncate(whole)
@@ -95,6 +93,7 @@ class Staging:
         if self.content.exists():
             shutil.rmtree(self.content)
         self.content.mkdir()
+        # Only now: a journal with an identity means that `content` belongs to it.
         self._append(identity)
         return {}
 

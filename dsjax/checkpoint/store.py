@@ -79,7 +79,7 @@ class Store:
           ValueError: the state contains NaN or infinity; nothing is written.
           OSError: this checkpoint or the previous one cannot be written.
         """
-        self.wait()
+        self.wait()  # one save at a time
         if step in self._there:
             return
         arrays = _plain(state)
@@ -109,6 +109,7 @@ class Store:
             files = _hash_together(folder)
             if jax.process_index() == 0:
                 manifest.write(folder, Manifest(record, leaves, files))
+                # From here on it is a checkpoint.
                 folder.rename(self._directory / str(step))
                 sync_folder(self._directory)
                 for old in steps(self._directory)[: -self._keep]:
@@ -118,6 +119,7 @@ class Store:
 
     def _remove(self, step: int) -> None:
         """Removes a checkpoint; after a crash, what remains of it no longer counts as one."""
+        # Renamed before anything is deleted, so that no half-deleted folder carries a step's name.
         old = self._directory / f"{step}{_OLD}"
         (self._directory / str(step)).rename(old)
         shutil.rmtree(old)
@@ -267,6 +269,7 @@ def _hash_together(folder: Path) -> dict[str, File]:
     own = manifest.hash_files(folder, names[index::count])
     if count == 1:
         return own
+    # Processes exchange hashes through files: the folder is the one place that all of them see.
     parts = [folder / f"hashes.{process}.json" for process in range(count)]
     barrier = multihost.get_barrier_sync_fn()
     barrier(key=f"dsjax hashes of {folder.name}, listed", timeout_ms=_PATIENCE_MS)

@@ -194,6 +194,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], int]:
         try:
             return _parse_header(_read_header(descriptor, file, size), file, size), size
         except ValueError:
+            # Only now: the length of a valid header may look like another format's signature.
             if what := disguise(os.pread(descriptor, 512, 0)):
                 raise ValueError(f"{file} is {what}") from None
             raise
@@ -340,6 +341,7 @@ def _parse_header(data: bytes, file: Path, size: int) -> dict[str, TensorInfo]:
         raise ValueError(f"{file}: __metadata__ must map strings to strings")
     start = 8 + len(data)
     ranges = [(*_check_entry(file, name, entry), name) for name, entry in header.items()]
+    # In the order of their bytes, overlaps and holes show between neighbours.
     ranges.sort(key=lambda entry: entry[:2])
     position = 0
     for begin, end, _, name in ranges:
@@ -392,6 +394,7 @@ def _check_entry(file: Path, name: str, entry: Any) -> tuple[int, int, np.dtype]
 
 
 def _counts(values: Any) -> bool:
+    # Not isinstance: true is an int too.
     return type(values) is list and all(type(value) is int and value >= 0 for value in values)
 
 

@@ -330,6 +330,9 @@ def test_root_of_a_hub_cache_is_named(tmp_path):
     root = tmp_path / "models--deepseek-ai--DeepSeek-V3"
     snapshot = write(root / "snapshots" / "4c1f24", V3.config, plain(V3))
     (root / "blobs").mkdir()
+    (root / "snapshots" / "zz-older").mkdir()
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("4c1f24")
     with pytest.raises(
         ValueError, match=rf"root of a model in the Hub's cache.*{snapshot}: name that folder"
     ):
@@ -359,6 +362,9 @@ def test_merged_model_may_keep_the_config_of_its_adapter(tmp_path):
 
 
 def test_file_in_place_of_a_folder_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe is not a folder; name the folder"):
+        open_hf(tmp_path / "pipe")
     (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\0\0\0")
     with pytest.raises(ValueError, match=r"model\.gguf is a GGUF file"):
         open_hf(tmp_path / "model.gguf")
