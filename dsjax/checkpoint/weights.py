@@ -327,7 +327,7 @@ class _Chunks:
             yield path, max(start, first), min(stop, first + self._chunk_rows)
 
     def write(self, slot: tuple[int, ...], tensor: np.ndarray) -> dict[Path, File]:
-        # Hashed in memory before writing, so that the manifest records what was meant to be written,
+        # Hashed in memory before writing: the manifest records what was meant to be written,
         # not what a faulty disk returns. TensorStore would write the same bytes as fast.
         files = {}
         for path, start, stop in self._pieces(slot, 0, self._rows):
