@@ -24,8 +24,8 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from dsjax import settings
-from dsjax.checkpoint import manifest, store
-from dsjax.checkpoint.families import FAMILIES, family_for
+from dsjax.checkpoint import families, manifest, store
+from dsjax.checkpoint.families import family_for
 from dsjax.checkpoint.hf_folder import HfFolder, Row, check_kind, is_hf, open_hf
 from dsjax.checkpoint.slices import Index, Leaf, Tensors, bounds, dequantize_rows, read_slice
 from dsjax.checkpoint.weights import Weights, is_chunk
@@ -207,18 +207,12 @@ def _open_converted(path: Path) -> Checkpoint:
     try:
         place = f"{path / 'config.json'}: model"
         model = settings.from_dict(config["model"], place, ModelConfig)
-        family = config["family"]
+        family = families.find(config["family"]).name
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path / 'config.json'} does not describe a converted checkpoint ({error!r}); convert "
             "it again"
         ) from error
-    if family not in FAMILIES:
-        raise ValueError(
-            f"{path / 'config.json'}: family={family!r} is not one of "
-            f"{', '.join(sorted(FAMILIES))}; "
-            "convert it again"
-        )
     return _with_weights(path, Weights(path / "weights", guard), model, family, path / "hf")
 
 

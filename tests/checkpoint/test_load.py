@@ -321,7 +321,7 @@ def test_config_that_disagrees_with_the_arrays_is_refused(folders, tmp_path):
         ({"model": {"vocab_size": -1}}, "does not describe a converted checkpoint.*vocab_size"),
         ({"model": {"color": 1}}, "does not describe a converted checkpoint.*color"),
         ({"model": [1]}, "does not describe a converted checkpoint.*must be an object of keys"),
-        ({"family": "gpt"}, "family='gpt' is not one of deepseek, deepseek_v2"),
+        ({"family": "gpt"}, "model_type='gpt' is not supported, only deepseek, deepseek_v2"),
     ],
     ids=["value", "field", "list", "family"],
 )
