@@ -26,7 +26,7 @@ MAX_BYTES = 64 * 2**20  # the index of V3's 91,991 tensors has 9 MB
 MAX_DEPTH = 64
 MAX_LISTED = 20  # kinds of problems in a message
 EXAMPLES = 3  # of each kind
-LONG = 150  # characters of a problem
+LONG = 100  # characters of a problem
 
 # What sets a problem apart from others of its kind: quoted text, dotted names, lists, numbers.
 _SPECIFIC = re.compile(r"'[^']*'|[^\s\[\]();,:]*\w\.[^\s\[\]();,:]*\w|\[[^]]*\]|\d[\d,]*")
@@ -40,8 +40,8 @@ _PAGE = (
     "the repository asks for it (hf auth login)"
 )
 _SIGNATURES = {
-    b"version https://git-lfs": "a Git LFS pointer, which stands for the file in a clone made "
-    "without Git LFS; run `git lfs pull` in its folder",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself; run `git lfs pull` "
+    "in its folder",
     b"PK\x03\x04": "a zip archive, as torch.save writes them around a pickle, which runs code of "
     "the file's author when it is read, so dsjax never does; download the safetensors file",
     b"GGUF": "a GGUF file, llama.cpp's format; download the safetensors files of the original",

@@ -118,8 +118,8 @@ def check_kind(path: Path) -> None:
     """Recognizes paths that are often mistaken for the folder of a checkpoint.
 
     Raises:
-      ValueError: `path` is a name on the Hub, a file, part of the Hub's cache, or a LoRA adapter;
-        says which, and what to do.
+      ValueError: `path` does not exist, or is a name on the Hub, a file, part of the Hub's cache,
+        or a LoRA adapter; says which, and what to do.
     """
     if not path.exists():
         # A path whose first folder exists is a mistyped path.
@@ -129,6 +129,7 @@ def check_kind(path: Path) -> None:
                 f"{path} is not a folder on this machine. If it is a name on the Hugging Face Hub: "
                 f"hf download {name} --local-dir {name.split('/')[1]}, then name that folder"
             )
+        raise ValueError(f"{path} does not exist; name the folder of a checkpoint")
     elif not path.is_dir():
         what = None
         if path.is_file():  # a pipe would wait for a writer

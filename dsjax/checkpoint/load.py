@@ -143,8 +143,6 @@ def open_checkpoint(
     if not path.exists() and begun.is_dir():
         raise ValueError(f"{path} does not exist. {begun} is an unfinished conversion to it")
     check_kind(path)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; name the folder of a checkpoint")
     if overrides and not is_hf(path):
         raise ValueError(
             f"--override {', '.join(overrides)}: {path} has no config.json of Hugging Face; give "

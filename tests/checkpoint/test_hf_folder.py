@@ -322,7 +322,7 @@ def test_name_on_the_hub_is_no_folder(given, monkeypatch, tmp_path):
     ):
         open_hf(Path(given))
     (tmp_path / name).parent.mkdir()  # then it is a path that was mistyped
-    with pytest.raises(ValueError, match=r"config\.json does not exist"):
+    with pytest.raises(ValueError, match=r"does not exist; name the folder of a checkpoint"):
         open_hf(Path(name))
 
 
