@@ -85,7 +85,8 @@ def export_checkpoint(source: Path, target: Path, *, dtype: str, progress: Trans
     block = weights.block or BLOCK
     config = _config(checkpoint, parts, block)
     shards = plan_shards((name, part.dtype, part.shape(block)) for name, part in parts.items())
-    check_space(target, sum(map(_n_bytes, shards)))
+    total = sum(map(_n_bytes, shards))
+    check_space(target, total)
     files = [path for path in weights.folder.rglob("*") if path.is_file()]
     identity = {
         "dsjax": __version__,
@@ -96,7 +97,7 @@ def export_checkpoint(source: Path, target: Path, *, dtype: str, progress: Trans
     with Staging(target, identity, progress.say) as work, writing(work.content):
         left = [shard for shard in shards if shard.file_name not in work.finished]
         to_do = sum(map(_n_bytes, left))
-        progress.begin("exporting", sum(map(_n_bytes, shards)), sum(map(_n_bytes, shards)) - to_do)
+        progress.begin("exporting", total, total - to_do)
         arrays = stream(
             lambda part: _read(weights, part, block),
             (parts[tensor.name] for shard in left for tensor in shard.tensors),

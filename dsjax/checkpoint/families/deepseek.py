@@ -7,6 +7,7 @@ from dsjax.checkpoint.families.family import (
     EXPERTS,
     GQA,
     GQA_NEUTRAL,
+    SOFTMAX,
     TEXT,
     Family,
     gqa_rules,
@@ -16,12 +17,7 @@ from dsjax.checkpoint.families.table import field, fixed
 DEEPSEEK = Family(
     name="deepseek",
     architecture="DeepseekForCausalLM",
-    constants={
-        "attention": "gqa",
-        "score_func": "softmax",
-        "group_score": "max",
-        "router_bias": False,
-    },
+    constants={"attention": "gqa", **SOFTMAX},
     rows=(
         *TEXT,
         *GQA,

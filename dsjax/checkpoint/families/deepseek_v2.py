@@ -9,7 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsjax.checkpoint.families.family import EXPERTS, MLA, MLA_NEUTRAL, TEXT, Family, mla_rules
+from dsjax.checkpoint.families.family import (
+    EXPERTS,
+    MLA,
+    MLA_NEUTRAL,
+    SOFTMAX,
+    TEXT,
+    Family,
+    mla_rules,
+)
 from dsjax.checkpoint.families.table import Fields, Row, Values, field, fixed
 from dsjax.config import ModelConfig
 
@@ -32,12 +40,7 @@ def _write_groups(model: ModelConfig) -> dict[str, Any]:
 DEEPSEEK_V2 = Family(
     name="deepseek_v2",
     architecture="DeepseekV2ForCausalLM",
-    constants={
-        "attention": "mla",
-        "score_func": "softmax",
-        "group_score": "max",
-        "router_bias": False,
-    },
+    constants={"attention": "mla", **SOFTMAX},
     rows=(
         *TEXT,
         *MLA,

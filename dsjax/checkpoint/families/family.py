@@ -161,6 +161,9 @@ HEAD_DIM = Row(
 )
 EQUAL_HEADS = Row(_read_equal_heads, lambda model: {})
 
+# Of the router: DeepSeekMoE and V2 choose experts by softmax, each group by its best.
+SOFTMAX = {"score_func": "softmax", "group_score": "max", "router_bias": False}
+
 EXPERTS = (
     field("first_k_dense_replace", "n_dense_layers"),
     fixed("moe_layer_freq", 1),
