@@ -17,6 +17,8 @@ import binascii
 import json
 from typing import Any
 
+from dsjax.files import disguise
+
 FILE_NAME = "tiktoken.model"
 _CLASS = "TikTokenTokenizer"
 _N_RESERVED = 256  # control tokens, after the byte strings
@@ -46,6 +48,8 @@ def to_json(data: bytes, config: dict[str, Any], *, name: str) -> bytes:
     Raises:
       ValueError: the file is damaged, or it belongs to a tokenizer with other rules.
     """
+    if what := disguise(data):
+        raise ValueError(f"{name} is {what}")
     if config.get("tokenizer_class") != _CLASS:
         raise ValueError(
             f"{name}: tokenizer_config.json beside it says tokenizer_class="

@@ -160,3 +160,9 @@ def test_another_file_is_refused(data, config, message):
     )
     with pytest.raises(ValueError, match=message):
         tiktoken_file.to_json(data, config, name="x/tiktoken.model")
+
+
+def test_tiktoken_model_that_is_something_else_is_named():
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n"
+    with pytest.raises(ValueError, match=r"k2/tiktoken\.model is a Git LFS pointer.*git lfs pull"):
+        tiktoken_file.to_json(pointer, CONFIG, name="k2/tiktoken.model")
