@@ -11,7 +11,7 @@ import pytest
 from dsjax.checkpoint import manifest, store
 from dsjax.checkpoint.load import open_checkpoint
 from dsjax.checkpoint.manifest import Damage, File, Guard, Manifest
-from tests.checkpoint.conversions import bring_in
+from tests.checkpoint.conversions import bring_in, read
 from tests.checkpoint.damage import flip
 from tests.checkpoint.hf_files import plain, write
 from tests.golden.cases import CASES
@@ -175,7 +175,7 @@ def test_conversion_notices_any_flipped_bit_before_it_is_used(converted, tmp_pat
             opened = open_checkpoint(folder)
             for leaf in opened.weights.leaves:
                 index = [slice(None)] * len(opened.weights.leaves[leaf].shape)
-                opened.weights.read(leaf, index)
+                read(opened.weights, leaf, index)
         flip(folder / name, bit)
     flip(folder / chunk, 9)
     opened = open_checkpoint(folder)
