@@ -1,4 +1,21 @@
-"""dsjax: the DeepSeek family in JAX and Flax, for TPU, GPU and CPU."""
+"""dsjax: the DeepSeek family in JAX and Flax, for TPU, GPU and CPU.
+
+From the ground up; a module imports only from lines above its own:
+
+  axes, files, display, tables    names of mesh axes; files written whole; what a terminal shows
+  config, settings, command       experiments as dataclasses; reading them; arguments of the tools
+  kernels                         attention and grouped products for each kind of machine
+  text, data                      tokenizers and chat formats; documents to packed sequences
+  precision                       which element type does what, FP8 included
+  parallel                        meshes, sharding, expert, context and pipeline parallelism
+  model                           the transformer: MLA, GQA, mixture of experts, MTP
+  generate, checkpoint            decoding; checkpoints of our own and Hugging Face's
+  infer                           chat, scoring and the evaluation harness
+  train, show                     training runs; figures of a config
+  plan                            figures of a step on a TPU slice, of a pipeline schedule
+
+`load` is the one entry for Python users; everything else is reached through tools/.
+"""
 
 import typing
 
@@ -25,14 +42,14 @@ def load(
     """Loads a model from a Hugging Face folder, a converted folder or the folder of a run.
 
     Args:
-      mesh: where the weights go, split as `dsjax.parallel.sharding` says; each process reads what
-        its own devices hold. None: the default device.
+      mesh: devices to place the weights on, split as `dsjax.parallel.sharding` says; each process
+        reads only what its own devices hold. None: the default device.
       dtype: of weights and activations, bfloat16 or float32; None: the checkpoint's.
-      overrides: fields of a Hugging Face config.json to read as if the file said so.
+      overrides: fields of a Hugging Face config.json and the values to read in their place.
 
     Raises:
-      ValueError: the folder holds no whole checkpoint, its config and its arrays disagree, the
-        model does not fit the mesh, or another dtype is asked for.
+      ValueError: the folder holds no complete checkpoint, its config and arrays disagree, the model
+        does not fit the mesh, or `dtype` is another type.
     """
     from dsjax.checkpoint import load  # here, so that importing dsjax does not import jax
 
