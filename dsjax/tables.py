@@ -65,8 +65,10 @@ def table(
 
 
 def figures(title: str, rows: Iterable[Sequence[object]]) -> Table:
-    """Returns a table of labels and values without a header."""
-    return table(title, ("", ">"), rows)
+    """Returns a table of labels and values without a header; values wrap, labels stay whole."""
+    result = table(title, ("", ">"), rows)
+    result.columns[1].no_wrap = False
+    return result
 
 
 def cell(value: Any) -> str:

@@ -67,3 +67,8 @@ def test_summary_goes_where_its_flag_says(tmp_path, capsys):
     assert json.loads((tmp_path / "F").read_text()) == {"a": 1}
     with pytest.raises(FileNotFoundError):
         tables.show({}, print_summary, str(tmp_path / "none/F"))
+
+
+def test_long_value_leaves_the_labels_of_figures_whole():
+    found = printed(tables.figures("", [("tokens per second", "278"), ("MFU", "word " * 30)]), 60)
+    assert "tokens per second" in found and found.count("word") == 30
