@@ -69,9 +69,9 @@ def free_port():
         return server.getsockname()[1]
 
 
-def start_two(folder, run="two"):
+def start_two(folder):
     given = ["--coordinator", f"localhost:{free_port()}", "--num-processes", "2", "--process-id"]
-    return [start(folder, run, *given, str(i), devices=4) for i in range(2)]
+    return [start(folder, "two", *given, str(i), devices=4) for i in range(2)]
 
 
 def read_until(process, step):
@@ -157,14 +157,43 @@ def test_process_with_other_arguments_is_named(folder):
     assert any("the config of process 1 is not that of process 0" in output for output in outputs)
 
 
-def test_process_that_falls_silent_ends_the_others(folder):
-    """Its connections stay open, as those of a host do that vanishes from the network."""
-    first, second = start_two(folder, "silent")
-    read_until(first, 3)
-    second.send_signal(signal.SIGSTOP)
-    begin = time.monotonic()
-    output, _ = first.communicate(timeout=90)
-    second.kill()
-    second.communicate()
-    assert first.returncode == -signal.SIGABRT and time.monotonic() - begin < 60
+WAITING = """
+import sys, time
+from dsjax.parallel import processes
+
+with processes.joined(sys.argv[1], 2, int(sys.argv[2])):
+    print("joined", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def waiting():
+    """Two processes that wait, as for a collective that never ends."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", WAITING, f"localhost:{free_port()}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    both = [subprocess.Popen([*command, str(i)], env=environment, **pipes) for i in range(2)]
+    for process in both:
+        while process.stdout.readline() != "joined\n":
+            assert process.poll() is None
+    yield both
+    for process in both:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_killed_process_ends_the_other_at_once_and_with_a_reason(waiting, killed):
+    waiting[killed].kill()
+    output, _ = waiting[1 - killed].communicate(timeout=8)  # less than any heartbeat takes
+    assert waiting[1 - killed].returncode == 1
+    assert f"error: process {killed} of 2 has ended, and process {1 - killed} cannot" in output
+
+
+def test_process_that_falls_silent_ends_the_other(waiting):
+    """Its connections stay open, as those of a host that vanishes from the network do."""
+    waiting[1].send_signal(signal.SIGSTOP)
+    output, _ = waiting[0].communicate(timeout=60)
+    assert waiting[0].returncode == -signal.SIGABRT
     assert "stopped sending heartbeats" in output
