@@ -40,6 +40,27 @@ def test_stack_runs_its_layers_in_order():
     np.testing.assert_array_equal(routing.counts_E, counts_LE)
 
 
+def test_layer_that_is_not_present_changes_and_counts_nothing():
+    model, row = tiny_model(), tokens(2, 24)
+
+    @jax.jit
+    def both(model, present_L):
+        context = model.context(row, None, False)
+        start_BTD = model.embed(row)
+        run = lambda layers: block.run_layers(  # noqa: E731
+            layers, start_BTD, context, None, "none", present_L=present_L
+        )
+        loss = lambda layers: jnp.square(run(layers)[0]).sum()  # noqa: E731
+        first = one_by_one(model.moe_layers)[0](start_BTD, context, None)[0]
+        return run(model.moe_layers), first, jax.grad(loss)(model.moe_layers)
+
+    (got_BTD, routing), want_BTD, gradients = both(model, jnp.asarray([True, False]))
+    assert_close(got_BTD, want_BTD, F32, "hidden")
+    assert (np.asarray(routing.counts_E).sum(axis=1) > 0).tolist() == [True, False]
+    for gradient in jax.tree.leaves(gradients):
+        assert not np.asarray(gradient[1]).any()
+
+
 def test_extended_stack_runs_its_layers_in_order_each_on_its_own_entries():
     row = tokens(2, 24)
     starts_B = jnp.asarray([0, 5], jnp.int32)
