@@ -89,11 +89,10 @@ def partition_spec(
 def stored_spec(
     axes: Sequence[str], shape: Sequence[int], mesh: Mesh | AbstractMesh, path: str
 ) -> PartitionSpec:
-    """Looks up where the train state keeps a parameter: as at use, and split over `pipe` too.
+    """Looks up how the train state splits a parameter: as at use, and over `pipe` too.
 
-    Not along the layers, whose number need not divide over the ranks: the dimension that fsdp
-    splits, or else the first one that divides, is split further. What has none, norms, every rank
-    keeps whole.
+    Layers need not divide over the ranks, so another dimension is split further: the one that fsdp
+    splits, or else the first that divides. Parameters without one (norms) stay whole on every rank.
     """
     spec = partition_spec(axes, shape, mesh, path)
     dims = [dim for dim, axis in enumerate(axes) if not axis.endswith("layers")]

@@ -71,8 +71,8 @@ def _weights(config: Config, mesh: AbstractMesh) -> _Weights:
 
 
 def _split(parameter: Declaration, mesh: AbstractMesh) -> tuple[float, float]:
-    """Values of a device's part, and of what it gathers: all but what tensor, expert and, of
-    layers, pipe split.
+    """Counts a device's shard, and what it gathers for use: split over tensor and expert only, and
+    layers over pipe.
     """
     spec = stored_spec(parameter.axes, parameter.shape, mesh, parameter.path)
     kept = parameter.count / math.prod(
