@@ -308,15 +308,10 @@ def _move(transport: Transport, forward: bool, x: jax.Array, route: _Route | Non
     return lax.ragged_all_to_all(x, room, begins, outgoing, lands, incoming, axis_name=_AXIS)
 
 
-def send(
+def _send(
     transport: Transport, forward: bool, fp8: bool, x: jax.Array, route: _Route | None
 ) -> jax.Array:
     """Does what `_move` does; with `fp8`, what goes forward is E4M3, in the backward pass too."""
-    return _send(transport, forward, fp8, x, route)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _send(transport: Transport, forward: bool, fp8: bool, x: jax.Array, route: _Route | None):
     if not (forward and fp8):
         return _move(transport, forward, x, route)
     sent = quantize_block(x, CHANNEL_TILE, "pow2")
@@ -326,8 +321,9 @@ def _send(transport: Transport, forward: bool, fp8: bool, x: jax.Array, route: _
     return BlockScaled(values, scales, sent.block).dequantize(x.dtype)
 
 
-_send.defvjp(
-    lambda transport, forward, fp8, x, route: (send(transport, forward, fp8, x, route), route),
+send = jax.custom_vjp(_send, nondiff_argnums=(0, 1, 2))
+send.defvjp(
+    lambda transport, forward, fp8, x, route: (_send(transport, forward, fp8, x, route), route),
     lambda transport, forward, fp8, route, dy: (send(transport, not forward, fp8, dy, route), None),
 )
 

@@ -16,8 +16,6 @@ whole, so the E5M6 numbers serve the linear layer's weight gradient alone.
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -37,19 +35,14 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
-def swiglu_linear(gate: jax.Array, up: jax.Array, w_FD: jax.Array, policy: Policy) -> jax.Array:
+def _swiglu_linear(gate: jax.Array, up: jax.Array, w_FD: jax.Array, policy: Policy) -> jax.Array:
     """Returns linear(swiglu(gate, up), w): [..., F] twice -> [..., D]."""
-    return _swiglu_linear(gate, up, w_FD, policy)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _swiglu_linear(gate, up, w_FD, policy):
     return linear_forward(swiglu(gate, up), w_FD, policy)
 
 
 def _swiglu_linear_forward(gate, up, w_FD, policy):
     kept = _keep_fp8((gate, up), policy)
-    return linear_forward(swiglu(gate, up), w_FD, policy), (kept, w_FD)
+    return _swiglu_linear(gate, up, w_FD, policy), (kept, w_FD)
 
 
 def _swiglu_linear_backward(policy, residuals, dy):
@@ -59,7 +52,8 @@ def _swiglu_linear_backward(policy, residuals, dy):
     return *swiglu_backward(dhidden), dw_FD
 
 
-_swiglu_linear.defvjp(_swiglu_linear_forward, _swiglu_linear_backward)
+swiglu_linear = jax.custom_vjp(_swiglu_linear, nondiff_argnums=(3,))
+swiglu_linear.defvjp(_swiglu_linear_forward, _swiglu_linear_backward)
 
 
 def weighted_swiglu(gate_AF: jax.Array, up_AF: jax.Array, weights_A: jax.Array) -> jax.Array:
@@ -68,7 +62,7 @@ def weighted_swiglu(gate_AF: jax.Array, up_AF: jax.Array, weights_A: jax.Array) 
     return hidden_AF.astype(gate_AF.dtype)
 
 
-def swiglu_grouped_linear(
+def _swiglu_grouped(
     gate_AF: jax.Array,
     up_AF: jax.Array,
     weights_A: jax.Array,
@@ -82,11 +76,6 @@ def swiglu_grouped_linear(
     # Rows are weighted before the product, not after: the weight's gradient is then a sum over F of
     # numbers that the backward pass has anyway. After it, the product would have to be kept or
     # recomputed.
-    return _swiglu_grouped(gate_AF, up_AF, weights_A, w_EFD, sizes_E, policy)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _swiglu_grouped(gate_AF, up_AF, weights_A, w_EFD, sizes_E, policy):
     return grouped_forward(weighted_swiglu(gate_AF, up_AF, weights_A), w_EFD, sizes_E, policy)
 
 
@@ -104,15 +93,8 @@ def _swiglu_grouped_backward(policy, residuals, dy_AD):
     return *swiglu_backward(dhidden_AF), dw_EFD, None
 
 
-_swiglu_grouped.defvjp(_swiglu_grouped_forward, _swiglu_grouped_backward)
-
-
-def attention_linear(x: jax.Array, w_DF: jax.Array, policy: Policy) -> jax.Array:
-    """Returns linear(x, w) for attention's output x."""
-    return _attention_linear(x, w_DF, policy)
-
-
-_attention_linear = jax.custom_vjp(linear_forward, nondiff_argnums=(2,))
+swiglu_grouped_linear = jax.custom_vjp(_swiglu_grouped, nondiff_argnums=(5,))
+swiglu_grouped_linear.defvjp(_swiglu_grouped_forward, _swiglu_grouped_backward)
 
 
 def _attention_linear_forward(x, w_DF, policy):
@@ -127,7 +109,9 @@ def _attention_linear_backward(policy, residuals, dy):
     return linear_backward(policy, (x, w_DF), dy)
 
 
-_attention_linear.defvjp(_attention_linear_forward, _attention_linear_backward)
+# linear(x, w) for attention's output x.
+attention_linear = jax.custom_vjp(linear_forward, nondiff_argnums=(2,))
+attention_linear.defvjp(_attention_linear_forward, _attention_linear_backward)
 
 
 def _named(tree, name: str):

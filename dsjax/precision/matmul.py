@@ -55,11 +55,6 @@ from dsjax.precision.policy import Policy
 GRADIENT_TILE = CHANNEL_TILE
 
 
-def linear(x: jax.Array, w_DF: jax.Array, policy: Policy) -> jax.Array:
-    """Multiplies x[..., D] by the float32 master w[D, F]: [..., F] in the compute type."""
-    return _linear(x, w_DF, policy)
-
-
 def _operand(x: jax.Array, block: tuple[int, int], policy: Policy) -> jax.Array | BlockScaled:
     """Casts or quantises an operand as the policy says."""
     if policy.fp8 is None:
@@ -87,6 +82,7 @@ def _native_matmul(x: BlockScaled, y: BlockScaled) -> jax.Array:
 
 
 def linear_forward(x: jax.Array, w_DF: jax.Array, policy: Policy) -> jax.Array:
+    """Multiplies x[..., D] by the float32 master w[D, F]: [..., F] in the compute type."""
     weight = _operand(w_DF, WEIGHT_BLOCK, policy)
     return _matmul(_operand(x, CHANNEL_TILE, policy), weight, policy.compute)
 
@@ -101,20 +97,14 @@ def linear_backward(policy: Policy, residuals, dy):
     return dx.astype(x.dtype), dw_DF.astype(w_DF.dtype)
 
 
-_linear = jax.custom_vjp(linear_forward, nondiff_argnums=(2,))
-_linear.defvjp(lambda x, w, policy: (linear_forward(x, w, policy), (x, w)), linear_backward)
-
-
-def grouped_linear(
-    x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, policy: Policy
-) -> jax.Array:
-    """Does what `linear` does for rows sorted by expert: [A, D], weights [E, D, F] -> [A, F]."""
-    return _grouped(x_AD, w_EDF, sizes_E, policy)
+linear = jax.custom_vjp(linear_forward, nondiff_argnums=(2,))
+linear.defvjp(lambda x, w, policy: (linear_forward(x, w, policy), (x, w)), linear_backward)
 
 
 def grouped_forward(
     x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, policy: Policy
 ) -> jax.Array:
+    """Does what `linear` does for rows sorted by expert: [A, D], weights [E, D, F] -> [A, F]."""
     x, w = _operand(x_AD, CHANNEL_TILE, policy), _operand(w_EDF, WEIGHT_BLOCK, policy)
     return _grouped_matmul(x, w, sizes_E, policy)
 
@@ -149,8 +139,8 @@ def _grouped_outer(x, dy, sizes_E: jax.Array, policy: Policy) -> jax.Array:
     return grouped_outer(x, dy, sizes_E, policy.target)
 
 
-_grouped = jax.custom_vjp(grouped_forward, nondiff_argnums=(3,))
-_grouped.defvjp(
+grouped_linear = jax.custom_vjp(grouped_forward, nondiff_argnums=(3,))
+grouped_linear.defvjp(
     lambda x, w, sizes, policy: (grouped_forward(x, w, sizes, policy), (x, w, sizes)),
     grouped_backward,
 )
