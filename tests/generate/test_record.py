@@ -9,6 +9,7 @@ import pytest
 from dsjax.generate.engine import Engine, Request
 from dsjax.generate.sampling import Sampling
 from dsjax.model.cache import empty_cache
+from dsjax.model.head import token_nll
 from tests.model.tiny import TINY, tiny_model
 
 V3 = dataclasses.replace(TINY, n_layers=2, n_mtp=1)
@@ -49,15 +50,22 @@ def sampled(logits, sampling):
     return found
 
 
+def trainers_logprobs(model, tokens):
+    """What training computes of each next token, [B, T - 1]."""
+    hidden = model.hidden(tokens[:, :-1], mtp=False).main_BTD
+    return -token_nll(hidden, model.head_weight(), tokens[:, 1:], model.policy, 16)
+
+
 @pytest.mark.parametrize("speculative", [False, True])
 @pytest.mark.parametrize("config", [V3, V2_LITE, GQA], ids=["v3", "v2-lite", "gqa"])
-def test_logprobs_are_those_of_the_whole_forward_pass(config, speculative):
+def test_logprobs_are_the_trainers_and_those_of_the_whole_forward_pass(config, speculative):
     if speculative and not config.n_mtp:
         pytest.skip("nothing to draft with")
     model = tiny_model(config)
     engine = Engine(model, speculative=speculative, prefill_chunk=16, max_batch=3)
     outputs = engine.complete(REQUESTS)
     forward = jax.jit(lambda rows: model(rows))
+    trained = jax.jit(trainers_logprobs)
     for request, output in zip(REQUESTS[:3], outputs[:3], strict=True):
         text = [*request.prompt, *output.tokens]
         padded = np.zeros((1, 64), np.int32)
@@ -66,6 +74,8 @@ def test_logprobs_are_those_of_the_whole_forward_pass(config, speculative):
         chosen = np.arange(len(output.tokens)), output.tokens
         assert output.report.logprobs.dtype == output.report.sampled_logprobs.dtype == np.float32
         np.testing.assert_allclose(output.report.logprobs, log_softmax(logits)[chosen], atol=1e-5)
+        want = np.asarray(trained(model, padded))[0, len(request.prompt) - 1 : len(text) - 1]
+        np.testing.assert_allclose(output.report.logprobs, want, atol=1e-5)
         drawn = np.stack([sampled(row, request.sampling) for row in logits])[chosen]
         np.testing.assert_allclose(output.report.sampled_logprobs, drawn, atol=1e-5)
     assert outputs[3].report.logprobs is outputs[3].report.sampled_logprobs is None
