@@ -1,9 +1,8 @@
-"""What a model makes of given tokens: log-likelihoods, and from them loss, perplexity and bits per
-byte; and its raw logits.
+"""Scores given tokens under a model: loss, perplexity, bits per byte, and raw logits.
 
 Long documents are scored in windows that overlap by half: each token is predicted once, with at
-least half a window before it or all that its document has (dsjax/infer/windows.py). The logits of a
-row never exist at once.
+least half a window of context, or all that its document has (dsjax/infer/windows.py). Logits are
+computed in chunks; those of a whole row never exist at once.
 """
 
 from __future__ import annotations
@@ -46,11 +45,11 @@ class Score:
     """Summed negative log-likelihood of some tokens."""
 
     nats: float
-    tokens: int  # that were predicted
-    bytes: int = 0  # of the UTF-8 text that they stand for; 0 where it is not known
+    tokens: int  # predicted tokens
+    bytes: int = 0  # UTF-8 bytes of their text; 0 if unknown
 
     def figures(self) -> dict[str, float]:
-        """By name: loss in nats a token, perplexity, bits a byte of text, and the counts."""
+        """Returns by name: loss in nats per token, perplexity, bits per byte of text, counts."""
         figures: dict[str, float] = {}
         if self.tokens:
             loss = self.nats / self.tokens
@@ -62,10 +61,10 @@ class Score:
 
 
 class Outputs(NamedTuple):
-    """Files for raw logits; None for none."""
+    """Files for raw logits; None writes none."""
 
-    logits: Path | None = None  # gets float32 [batch, length, vocab]
-    # float32 [batch, length - 1, vocab] of the first MTP module: entry i predicts token i + 2, from
+    logits: Path | None = None  # float32 [batch, length, vocab]
+    # float32 [batch, length - 1, vocab] of the first MTP module: entry i predicts token i + 2 from
     # the hidden state of token i and the embedding of token i + 1.
     mtp_logits: Path | None = None
 
@@ -79,24 +78,28 @@ class WindowScore(NamedTuple):
     owner: int
     nats: float
     tokens: int
-    greedy: bool  # whether each of them was the likeliest
+    greedy: bool  # whether each was the most likely token
 
 
 class Scorer:
-    """A model on its mesh; a program is compiled for each shape of batch.
+    """A model on its mesh. One program is compiled per batch shape.
 
     Attributes:
-      rows: of a batch; a mesh splits them over its batch axes.
+      rows: rows of a batch, split over the mesh's batch axes.
     """
 
     def __init__(self, model: Transformer, mesh: Mesh | None = None, *, rows: int = 1) -> None:
-        """`mesh` is the one that the model was loaded on; `rows` are what each part of it gets."""
+        """
+        Args:
+          mesh: the mesh that the model was loaded on.
+          rows: rows of a batch for each part of the mesh.
+        """
         self.model = model
         self.rows = rows * (parts("batch", mesh) if mesh else 1)
         self._mesh = mesh
 
     def score(self, given: Iterable[Window], *, length: int) -> Iterator[WindowScore]:
-        """Scores windows of at most `length` positions, packed into rows of that many, in order."""
+        """Scores windows of at most `length` positions, in order, packed into rows of `length`."""
         rows: list[list[Window]] = []
         for row in windows.pack(given, length):
             rows.append(row)
@@ -121,8 +124,8 @@ class Scorer:
             )
 
     def hidden(self, tokens: np.ndarray, *, mtp: bool) -> Iterator[tuple[jax.Array, ...]]:
-        """What the output head reads of each row of an int32 [batch, length]: [length, D] of the
-        main model, and with `mtp` of the first MTP module.
+        """Yields the hidden states of each row of an int32 [batch, length], as the output head
+        reads them: [length, D] of the main model and, with `mtp`, of the first MTP module.
         """
         batch, length = tokens.shape
         n_rows = self.rows * max(_ROW_TOKENS // (length * self.rows), 1)
@@ -130,7 +133,7 @@ class Scorer:
         for start in range(0, batch, n_rows):
             rows = tokens[start : start + n_rows]
             with self._on_mesh():
-                # The last batch is filled up with rows that nobody reads: one shape for all.
+                # The last batch is padded with rows that are not read, to keep one shape.
                 states = _hidden(self.model, np.resize(rows, (n_rows, length)), mtp=mtp)
             for number in range(len(rows)):
                 yield tuple(state[number] for state in states)
@@ -138,10 +141,11 @@ class Scorer:
     def logits(
         self, hidden_TD: jax.Array, targets: np.ndarray
     ) -> Iterator[tuple[jax.Array, np.ndarray]]:
-        """Logits [t, V] and the nats of the targets, float64 [t], piece by piece of a row.
+        """Yields chunks of a row: logits [t, V] and the targets' negative log-likelihoods, float64
+        [t], in nats.
 
         Args:
-          targets: ids that the first positions predict; those after them predict nothing known.
+          targets: the ids that the first positions predict. The last chunk may have fewer.
         """
         width = _chunk(self.model)
         for start in range(0, len(hidden_TD), width):
@@ -169,13 +173,13 @@ def score_files(
     """Scores text files, or a .npy of token ids, under a checkpoint.
 
     Args:
-      text: files of text; with `length`, of a window, 0 for the default.
-      tokens: ids [batch, length], where there is no text; with `outputs`.
+      text: files of text; `length` is that of a window, 0 for the default.
+      tokens: ids [batch, length], if there is no text; `outputs` applies to these.
       dtype: of weights and computation; None: see `weights.choose_dtype`.
 
     Raises:
-      ValueError: the checkpoint, the text or the ids cannot be used, or a file not be written; all
-        that is found before the weights are read, but for logits that are not finite.
+      ValueError: the checkpoint, the text or the ids cannot be used, or a file cannot be written,
+        all of which is checked before the weights are read; or the logits are not finite.
     """
     model = checkpoint.model
     if text:
@@ -198,7 +202,7 @@ def score_text(
     """Scores documents in windows of `length` tokens, at least 2, that overlap by half.
 
     Args:
-      progress: called with tokens done and in all.
+      progress: called with the number of tokens done and in total.
 
     Raises:
       ValueError: the model's logits are not finite.
@@ -223,16 +227,16 @@ def score_tokens(
     *,
     progress: Progress = _no_progress,
 ) -> Score:
-    """Scores the rows of an int32 [batch, length], each run whole, and writes their raw logits.
+    """Scores the rows of an int32 [batch, length], each as a whole, and writes their raw logits.
 
-    A row's first token is not predicted.
+    The first token of a row is not predicted.
 
     Args:
-      progress: called with rows done and in all.
+      progress: called with the number of rows done and in total.
 
     Raises:
-      ValueError: MTP logits of a model without an MTP module, or of rows of one token; the model's
-        logits are not finite.
+      ValueError: MTP logits were requested of a model without MTP modules or for rows of one token;
+        or the model's logits are not finite.
     """
     (batch, length), vocab = tokens.shape, scorer.model.config.vocab_size
     if outputs.mtp_logits:
@@ -258,15 +262,15 @@ def score_tokens(
 
 
 def check_mtp(n_mtp: int, length: int) -> None:
-    """Raises ValueError if there are no MTP logits of rows of this length."""
+    """Raises ValueError if rows of this length have no MTP logits."""
     if not n_mtp:
         raise ValueError(
             "--mtp-logits needs a multi-token prediction module, and this checkpoint has none "
-            "(model.n_mtp=0); leave it out"
+            "(model.n_mtp=0); omit it"
         )
     if length < 2:
         raise ValueError(
-            f"--mtp-logits needs rows of two tokens or more, not {length}: an MTP module also "
+            f"--mtp-logits needs rows of at least two tokens, not {length}: an MTP module also "
             "reads the next token"
         )
 
@@ -281,7 +285,7 @@ def _checked(score: Score) -> Score:
 
 
 def _chunk(model: Transformer) -> int:
-    """Tokens whose logits exist at once."""
+    """Returns how many tokens' logits may exist at once."""
     return max(_LOGITS // model.config.vocab_size, 1)
 
 
@@ -289,7 +293,9 @@ def _chunk(model: Transformer) -> int:
 def _token_scores(
     model: Transformer, inputs_BT: jax.Array, targets_BT: jax.Array, segment_ids_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Nats of each target, float32 [B, T], and whether it is the likeliest token, bool [B, T]."""
+    """Returns the negative log-likelihood of each target, float32 [B, T], and whether it is the
+    most likely token, bool [B, T].
+    """
     hidden_BTD = model.hidden(inputs_BT, segment_ids_BT, mtp=False).main_BTD
     scores = token_scores(
         hidden_BTD, model.head_weight(), arrange(targets_BT), model.policy, _chunk(model)
@@ -310,5 +316,5 @@ def _hidden(model: Transformer, tokens_BT: jax.Array, *, mtp: bool) -> tuple[jax
 def _logits(
     model: Transformer, hidden_TD: jax.Array, targets_T: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits [T, V] of some hidden states, and the nats of the targets."""
+    """Returns the logits [T, V] of hidden states and the targets' negative log-likelihoods."""
     return predict(hidden_TD, model.head_weight(), targets_T, model.policy)[:2]

@@ -152,7 +152,7 @@ def test_experts_take_no_notice_of_padding_and_neighbours():
 def test_mtp_logits_need_a_module_and_two_tokens(tmp_path):
     with pytest.raises(ValueError, match=r"--mtp-logits needs a multi-token .*model\.n_mtp=0\)"):
         score.check_mtp(0, 25)
-    with pytest.raises(ValueError, match="--mtp-logits needs rows of two tokens or more, not 1"):
+    with pytest.raises(ValueError, match="--mtp-logits needs rows of at least two tokens, not 1"):
         score.check_mtp(1, 1)
     outputs = Outputs(mtp_logits=tmp_path / "M.npy")
     with pytest.raises(ValueError, match="rows of two tokens"):
