@@ -155,7 +155,7 @@ def test_mtp_logits_need_a_module_and_two_tokens(tmp_path):
     with pytest.raises(ValueError, match="--mtp-logits needs rows of at least two tokens, not 1"):
         score.check_mtp(1, 1)
     outputs = Outputs(mtp_logits=tmp_path / "M.npy")
-    with pytest.raises(ValueError, match="rows of two tokens"):
+    with pytest.raises(ValueError, match="rows of at least two tokens"):
         score.score_tokens(Scorer(tiny_model(DENSE)), IDS[:, :1], outputs)
 
 
