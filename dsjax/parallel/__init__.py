@@ -9,8 +9,9 @@ with the permutations of routing_plan.py. context.py splits sequences along thei
 sharded_attention.py runs the attention kernel where sequences are whole. vocabulary_parallel.py
 looks up embeddings inside a pipeline.
 
-Pipelines. schedules.py says which stage does what in which order, timetable.py checks and times a
-schedule, lockstep.py turns it into ticks that all ranks share, pipeline.py executes those.
+Pipelines. stages.py deals layers out to stages, schedules.py says which stage does what in which
+order, timetable.py checks and times a schedule, lockstep.py turns it into ticks that all ranks
+share, pipeline.py executes those.
 
 Machines. processes.py joins several processes into one program, with lifeline.py to notice that one
 has ended; compilation.py compiles a step once per batch shape; replicas.py compares copies that
