@@ -138,7 +138,7 @@ def test_a_tokenizer_json_comes_first(folder, tmp_path):
 @pytest.mark.parametrize(
     ("data", "config", "message"),
     [
-        (b"version https://git-lfs.github.com/spec/v1", CONFIG, "is not a list of byte strings"),
+        (b"version https://git-lfs.github.com/spec/v1", CONFIG, "is a Git LFS pointer"),
         (b"YQ== one\n", CONFIG, r"is not a list of byte strings and ranks \(invalid literal"),
         (b"Y=Q 1\n", CONFIG, "is not a list of byte strings and ranks"),
         (b"YQ== 0\n", CONFIG, r"lacks ranks or single bytes \(1 entries\); copy it again"),
