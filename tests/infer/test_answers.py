@@ -56,14 +56,14 @@ def test_tokens_continue_with_a_seed_a_row():
 
 def test_replies_are_read_together_and_a_stop_string_frees_its_row():
     """Each with its own stop strings; the second ends at the token that its request stops at."""
-    engine = ScriptedEngine(ids("one. two."), [*ids("ab"), 1], ids("xyz"))
+    engine = ScriptedEngine(ids("one. two. three"), [*ids("ab"), 1], ids("xyz" * 4))
     requests = [Request((5,), 20), Request((6,), 20, stop_ids=frozenset({1})), Request((7,), 20)]
     readers = [ReplyReader(CODER, stops=stops) for stops in (["tw"], [], ["q"])]
     texts, ended = [""] * 3, []
     for index, pieces, done in replies(engine, requests, readers):
         texts[index] += "".join(piece.text for piece in pieces)
         ended += [index] if done else []
-    assert texts == ["one. ", "ab", "xyz"] and ended == [1, 2, 0]
+    assert texts == ["one. ", "ab", "xyz" * 4] and ended == [1, 0, 2]
     assert sorted(engine.cancelled) == [1, 2, 3] and not engine.open
 
 

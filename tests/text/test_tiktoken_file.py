@@ -99,6 +99,15 @@ def test_ids_of_made_up_texts_are_those_of_the_library():
         assert coder().encode(text) == library().encode_ordinary(text)
 
 
+def test_a_listed_word_is_one_token_even_if_no_pair_makes_it():
+    words = ranks() | {b" qzxj": N_RANKS}
+    data = tiktoken_file.to_json(model_file(words), CONFIG, name="here")
+    found = Coder(tokenizers.Tokenizer.from_str(data.decode())).encode("a qzxj qzxjq")
+    pattern = tiktoken_file.PATTERN
+    kimi = tiktoken.Encoding("k", pat_str=pattern, mergeable_ranks=words, special_tokens={})
+    assert found == kimi.encode_ordinary("a qzxj qzxjq") and found.count(N_RANKS) == 1
+
+
 def test_pattern_is_moonlights_and_kimis():
     """Han apart from other letters, words with their contraction, digits in groups of three."""
     split = pre_tokenizers.Split(tokenizers.Regex(tiktoken_file.PATTERN), "isolated")
