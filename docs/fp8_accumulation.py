@@ -1,7 +1,7 @@
 """What a tensor core's short accumulator costs, and what promotion to float32 buys back.
 
-Multiplies random E4M3 matrices with `dsjax.kernels.fp8_gemm`'s model of the unit, promoting partial
-sums every N_C elements of K, and compares with float64. Writes the table and the plot that
+Multiplies random E4M3 matrices with a model of the unit (`tests/oracles/tensor_core.py`), promoting
+partial sums every N_C elements of K, and compares with float64. Writes the table and the plot that
 `fp8_accumulation.md` shows.
 
 Command: python docs/fp8_accumulation.py     (three minutes on 2 CPU cores)
@@ -9,6 +9,7 @@ Command: python docs/fp8_accumulation.py     (three minutes on 2 CPU cores)
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import jax
@@ -19,7 +20,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from dsjax.kernels.fp8_gemm import scaled_matmul, tensor_core_product
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from dsjax.kernels.fp8_gemm import scaled_matmul
+from tests.oracles.tensor_core import tensor_core_product
 
 SIDE = 256  # rows and columns of the product
 LENGTHS = (512, 1024, 2048, 4096, 8192)

@@ -89,30 +89,6 @@ def cached_attention(
     return (out / total).astype(queries[0].dtype).swapaxes(1, 2)
 
 
-def reference_attention(
-    queries: tuple[jax.Array, ...],
-    read: Read,
-    length: int,
-    positions_BT: jax.Array,
-    *,
-    scale: float,
-) -> jax.Array:
-    """The same: keys and values of every head side by side, the whole score matrix."""
-    block = read(0, length)
-    N = queries[0].shape[2]
-
-    def per_head(x_BPSX: jax.Array) -> jax.Array:
-        return jnp.repeat(x_BPSX, N // x_BPSX.shape[1], axis=1)
-
-    q = jnp.concatenate(queries, axis=-1)
-    k = jnp.concatenate([per_head(keys) for keys in block.keys], axis=-1)
-    scores = jnp.einsum("BTNX,BNSX->BNTS", q, k, preferred_element_type=jnp.float32) * scale
-    visible_BTS = jnp.arange(length, dtype=jnp.int32)[None, None] <= positions_BT[:, :, None]
-    weights = jax.nn.softmax(jnp.where(visible_BTS[:, None], scores, -jnp.inf), axis=-1)
-    v = per_head(block.values)
-    return jnp.einsum("BNTS,BNSW->BTNW", weights.astype(v.dtype), v).astype(q.dtype)
-
-
 def _block_size(scores_per_position: int, length: int) -> int:
     """Positions a block: a power of two within the bound on scores, or the whole cache."""
     most = max(_MAX_SCORES // scores_per_position, _MIN_BLOCK)

@@ -7,8 +7,6 @@ sum brought to float32, scaled there, and added up.
   multiply E4M3 (`Target.multiplies_e4m3`), with `scaled_grouped_matmul` and
   `scaled_grouped_outer` for the experts.
 * `float32_product`: float32, the reference.
-* `tensor_core_product`: what a Hopper tensor core does, to study why DeepSeek promotes every 128
-  elements at all (`docs/fp8_accumulation.md`).
 
 Everywhere else training emulates the product (`dsjax.precision.matmul`).
 
@@ -21,14 +19,7 @@ What it costs. The slices' sums leave the matrix unit through memory: 12 bytes o
 for every element of the result and 256 FLOPs. Only a kernel that keeps them in registers would
 reach the unit's rate; there is none here.
 
-Paper: DeepSeek-V3 (arXiv:2412.19437) sections 3.3.2 and 3.5.2; the register's width is from the
-ISCA paper (arXiv:2505.09343) section 3.1. Both describe the unit in words only; the model of it is
-a reading of them, not a measurement:
-
-1. An instruction multiplies 32 elements of K. The products and the accumulator are shifted right to
-   the largest exponent among them, and what falls below the 13th fraction bit is cut off, not
-   rounded.
-2. Their sum returns to the accumulator, a register with 13 fraction bits, cut off again.
+Paper: DeepSeek-V3 (arXiv:2412.19437) sections 3.3.2 and 3.5.2.
 """
 
 from __future__ import annotations
@@ -43,9 +34,6 @@ from dsjax.kernels.grouped_matmul import align_groups, aligned_rows, group_of_ro
 from dsjax.kernels.varying import vary_as
 
 SLICE = 128  # elements of K that share a scale
-
-_INSTRUCTION = 32
-_FRACTION_BITS = 13
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -176,39 +164,8 @@ def _group_of_tile(rows: int, sizes_E: jax.Array) -> jax.Array:
     return jnp.minimum(tiles, sizes_E.shape[0] - 1)
 
 
-def tensor_core_product(a_MK: jax.Array, b_KN: jax.Array) -> jax.Array:
-    """a @ b of E4M3 numbers as a Hopper tensor core sums it: [M, N] float32."""
-    a_XCM, b_XCN = (
-        _fill_up(x, 0, _INSTRUCTION).astype(jnp.float32).reshape(-1, _INSTRUCTION, x.shape[1])
-        for x in (a_MK.T, b_KN)
-    )
-
-    def step(register_MN, inputs):
-        a_CM, b_CN = inputs
-        products_CMN = a_CM[:, :, None] * b_CN[:, None, :]  # exact: 8 significant bits
-        terms = jnp.concatenate([products_CMN, register_MN[None]])
-        last_bit_MN = _last_bit(jnp.max(jnp.abs(terms), axis=0))
-        total_MN = jnp.sum(_cut(terms, last_bit_MN[None]), axis=0)  # exact: below 2^20 last bits
-        return _cut(total_MN, _last_bit(jnp.abs(total_MN))), None
-
-    zeros = jnp.zeros((a_MK.shape[0], b_KN.shape[1]), jnp.float32)
-    return lax.scan(step, zeros, (a_XCM, b_XCN))[0]
-
-
 def _fill_up(x: jax.Array, axis: int, size: int) -> jax.Array:
     """Zeros fill a dimension up to a multiple of `size`."""
     padding = [(0, 0)] * x.ndim
     padding[axis] = (0, -x.shape[axis] % size)
     return jnp.pad(x, padding)
-
-
-def _last_bit(size: jax.Array) -> jax.Array:
-    """The weight of the last fraction bit that a number of this size keeps; 1 for zero."""
-    _, exponent = jnp.frexp(size)  # size is in [1/2, 1) * 2^exponent
-    bit = jnp.ldexp(jnp.float32(1), exponent - 1 - _FRACTION_BITS)
-    return jnp.where(size > 0, bit, 1.0)
-
-
-def _cut(x: jax.Array, last_bit: jax.Array) -> jax.Array:
-    """Cuts off what lies below `last_bit`, towards zero."""
-    return jnp.trunc(x / last_bit) * last_bit

@@ -106,21 +106,6 @@ def aligned_rows(rows: int, sizes_E: jax.Array, tile: int) -> jax.Array:
     return row + shifts_E[group_of_row(rows, sizes_E)]
 
 
-def reference_matmul(x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """The definition, one gathered matrix a row: the slow reference of `grouped_matmul`."""
-    group_A = group_of_row(x_AD.shape[0], sizes_E)
-    return jnp.einsum(
-        "AD,ADF->AF", x_AD, w_EDF[group_A], preferred_element_type=jnp.float32
-    ).astype(x_AD.dtype)
-
-
-def reference_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """The definition of `grouped_outer`, through a one-hot of the groups."""
-    group_A = group_of_row(x_AD.shape[0], sizes_E)
-    onehot_AE = jax.nn.one_hot(group_A, sizes_E.shape[0], dtype=x_AD.dtype)
-    return jnp.einsum("AE,AD,AF->EDF", onehot_AE, x_AD, y_AF, preferred_element_type=jnp.float32)
-
-
 def group_of_row(rows: int, sizes_E: jax.Array) -> jax.Array:
     """Each row's group, int32 [rows]; of rows after the last group's, the number of groups."""
     return jnp.searchsorted(

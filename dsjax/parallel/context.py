@@ -23,8 +23,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 
+from dsjax.kernels.flash_attention import Segments, Tiles, tiled_attention
 from dsjax.kernels.target import Target
-from dsjax.kernels.tiled_attention import Segments, Tiles, tiled_attention
 from dsjax.kernels.varying import vary_as
 from dsjax.parallel.sharded_attention import sharded_attention
 from dsjax.parallel.sharding import constrain, partition_spec, parts, parts_here

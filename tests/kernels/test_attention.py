@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from dsjax.kernels import attention as module
-from dsjax.kernels.attention import reference_attention, splash_attention
+from dsjax.kernels.attention import splash_attention
 from dsjax.kernels.target import Target
 from tests.closeness import F32, assert_close
+from tests.oracles.kernels import reference_attention
 
 causal_attention = functools.partial(module.causal_attention, target=Target("cpu"))
 

@@ -9,6 +9,7 @@ import pytest
 
 from dsjax.kernels import cached_attention as kernel
 from tests.closeness import F32, assert_close
+from tests.oracles.kernels import reference_cached_attention
 
 B, T, N, S = 2, 3, 4, 300
 POSITIONS = jnp.asarray([[140, 141, 142], [5, 6, 7]], jnp.int32)
@@ -51,7 +52,7 @@ def attend(request, monkeypatch):
 def test_cached_attention_equals_reference(attend, first):
     positions_BT = POSITIONS.at[0].add(first - 140)
     queries, keys, values = _arrays()
-    want = _attend(kernel.reference_attention, queries, keys, values, positions_BT)
+    want = _attend(reference_cached_attention, queries, keys, values, positions_BT)
     assert_close(attend(queries, keys, values, positions_BT), want, F32, "attention")
 
 

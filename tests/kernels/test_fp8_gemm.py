@@ -16,11 +16,11 @@ from dsjax.kernels.fp8_gemm import (
     scaled_grouped_matmul,
     scaled_grouped_outer,
     scaled_matmul,
-    tensor_core_product,
 )
 from dsjax.kernels.grouped_matmul import align_groups
 from tests.closeness import F32, FP8, assert_close, relative_l2
 from tests.oracles import fp8 as oracle
+from tests.oracles.tensor_core import tensor_core_product
 
 F8 = jnp.float8_e4m3fn
 M, K, N = 48, 1000, 200

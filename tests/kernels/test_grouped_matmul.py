@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from dsjax.kernels import grouped_matmul as kernel
 from dsjax.kernels.target import Target
 from tests.closeness import BF16, F32, assert_close
+from tests.oracles.kernels import reference_matmul, reference_outer
 
 grouped_matmul = jax.jit(kernel.grouped_matmul, static_argnames=("target", "dtype"))
 grouped_outer = jax.jit(kernel.grouped_outer, static_argnames="target")
@@ -35,9 +36,9 @@ SIZES = [[5, 70, 33, 20], [0, 0, 128, 0], [64, 0, 1, 0, 63], [0, 3, 0]]
 def test_grouped_matmul_equals_definition(target, sizes):
     x_AD, w_EDF, y_AF, sizes_E = _operands(sizes)
     got = grouped_matmul(x_AD, w_EDF, sizes_E, target)
-    assert_close(got, kernel.reference_matmul(x_AD, w_EDF, sizes_E), F32, "product")
+    assert_close(got, reference_matmul(x_AD, w_EDF, sizes_E), F32, "product")
     got = grouped_outer(x_AD, y_AF, sizes_E, target)
-    assert_close(got, kernel.reference_outer(x_AD, y_AF, sizes_E), F32, "outer product")
+    assert_close(got, reference_outer(x_AD, y_AF, sizes_E), F32, "outer product")
 
 
 @settings(max_examples=15, deadline=None)
@@ -46,13 +47,13 @@ def test_blocked_matmul_equals_definition_for_any_sizes(cuts):
     x_AD, w_EDF, y_AF, sizes_E = _operands(np.diff([0, *sorted(cuts), 90]))
     assert_close(
         grouped_matmul(x_AD, w_EDF, sizes_E, Target("cpu")),
-        kernel.reference_matmul(x_AD, w_EDF, sizes_E),
+        reference_matmul(x_AD, w_EDF, sizes_E),
         F32,
         "product",
     )
     assert_close(
         grouped_outer(x_AD, y_AF, sizes_E, Target("cpu")),
-        kernel.reference_outer(x_AD, y_AF, sizes_E),
+        reference_outer(x_AD, y_AF, sizes_E),
         F32,
         "outer product",
     )
@@ -63,8 +64,8 @@ def test_megablox_equals_definition_under_the_interpreter():
     with pltpu.force_tpu_interpret_mode():
         product = grouped_matmul(x_AD, w_EDF, sizes_E, Target("tpu"))
         outer = grouped_outer(x_AD, y_AF, sizes_E, Target("tpu"))
-    assert_close(product, kernel.reference_matmul(x_AD, w_EDF, sizes_E), F32, "product")
-    assert_close(outer, kernel.reference_outer(x_AD, y_AF, sizes_E), F32, "outer product")
+    assert_close(product, reference_matmul(x_AD, w_EDF, sizes_E), F32, "product")
+    assert_close(outer, reference_outer(x_AD, y_AF, sizes_E), F32, "outer product")
 
 
 def test_bfloat16_rows_accumulate_in_float32():
@@ -72,10 +73,10 @@ def test_bfloat16_rows_accumulate_in_float32():
     exact = [jnp.asarray(a, jnp.float32) for a in (x_AD, w_EDF, y_AF)]
     outer = grouped_outer(x_AD, y_AF, sizes_E, Target("cpu"))
     assert outer.dtype == jnp.float32
-    assert_close(outer, kernel.reference_outer(exact[0], exact[2], sizes_E), F32, "outer product")
+    assert_close(outer, reference_outer(exact[0], exact[2], sizes_E), F32, "outer product")
     product = grouped_matmul(x_AD, w_EDF, sizes_E, Target("cpu"))
     assert product.dtype == jnp.bfloat16
-    assert_close(product, kernel.reference_matmul(exact[0], exact[1], sizes_E), BF16, "product")
+    assert_close(product, reference_matmul(exact[0], exact[1], sizes_E), BF16, "product")
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -92,10 +93,10 @@ def test_aligned_groups_keep_their_rows_and_share_no_tile(sizes):
     np.testing.assert_array_equal(x_aligned[kernel.aligned_rows(len(x_AD), sizes_E, 16)], x_AD)
     for target in (Target("cpu"), Target("gpu")):
         got = grouped_outer(x_aligned, y_aligned, aligned_E, target)
-        assert_close(got, kernel.reference_outer(x_AD, y_AF, sizes_E), F32, "outer product")
+        assert_close(got, reference_outer(x_AD, y_AF, sizes_E), F32, "outer product")
     with pltpu.force_tpu_interpret_mode():
         got = grouped_outer(x_aligned, y_aligned, aligned_E, Target("tpu"))
-    assert_close(got, kernel.reference_outer(x_AD, y_AF, sizes_E), F32, "outer product")
+    assert_close(got, reference_outer(x_AD, y_AF, sizes_E), F32, "outer product")
 
 
 @pytest.mark.parametrize("target", [Target("cpu"), Target("gpu")], ids=str)
@@ -104,4 +105,4 @@ def test_grouped_matmul_returns_the_dtype_asked_for(target):
     got = grouped_matmul(x_AD, w_EDF, sizes_E, target, dtype=jnp.float32)
     assert got.dtype == jnp.float32
     exact = [jnp.asarray(a, jnp.float32) for a in (x_AD, w_EDF)]
-    assert_close(got, kernel.reference_matmul(*exact, sizes_E), F32, "product")
+    assert_close(got, reference_matmul(*exact, sizes_E), F32, "product")

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsjax.kernels import hopper_grouped as hopper
-from dsjax.kernels.grouped_matmul import reference_matmul, reference_outer
 from dsjax.kernels.target import Target
 from tests.closeness import BF16, F32, assert_close
+from tests.oracles.kernels import reference_matmul, reference_outer
 
 # Groups that end inside a tile and inside 8 rows, empty ones at either end and in the middle, one
 # of several tiles, rows that are nobody's.

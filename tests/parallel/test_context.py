@@ -9,7 +9,6 @@ import pytest
 
 from dsjax.config import Config, DataConfig, PrecisionConfig, TrainConfig
 from dsjax.generate.engine import Engine, Request
-from dsjax.kernels.attention import reference_attention
 from dsjax.kernels.target import Target
 from dsjax.model import rope
 from dsjax.model.parameters import shardings
@@ -19,6 +18,7 @@ from dsjax.train.batches import place_all
 from dsjax.train.loss import pretraining
 from tests.closeness import F32, assert_close
 from tests.model.tiny import TINY, tiny_model, tokens
+from tests.oracles.kernels import reference_attention
 
 pytestmark = pytest.mark.heavy
 

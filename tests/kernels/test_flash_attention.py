@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsjax.kernels.attention import reference_attention
-from dsjax.kernels.tiled_attention import Segments, Tiles, tiled_attention
+from dsjax.kernels.flash_attention import Segments, Tiles, tiled_attention
 from tests.closeness import F32, assert_close
+from tests.oracles.kernels import reference_attention
 
 LENGTH, SIZE = 24, 4
 
