@@ -111,21 +111,13 @@ def chunked_attention(
     Returns:
       [B, T, N, W] in q's dtype.
     """
-    grouped = group_heads(q_BTNH, k_BTPH, v_BTPW)
-    return ungroup_heads(_chunked(*grouped, segment_ids_BT, scale))
-
-
-def group_heads(q_BTNH, k_BTPH, v_BTPW):
-    """Brings heads to the front, queries grouped by their key head: a batched product's layout."""
     B, T, N, H = q_BTNH.shape
     P = k_BTPH.shape[2]
+    # Heads first, queries grouped by their key head: the layout of a batched product.
     q_BPGTH = q_BTNH.reshape(B, T, P, N // P, H).transpose(0, 2, 3, 1, 4)
-    return q_BPGTH, k_BTPH.swapaxes(1, 2), v_BTPW.swapaxes(1, 2)
-
-
-def ungroup_heads(out_BPGTW):
-    B, P, G, T, W = out_BPGTW.shape
-    return out_BPGTW.transpose(0, 3, 1, 2, 4).reshape(B, T, P * G, W)
+    k_BPTH, v_BPTW = k_BTPH.swapaxes(1, 2), v_BTPW.swapaxes(1, 2)
+    out_BPGTW = _chunked(q_BPGTH, k_BPTH, v_BPTW, segment_ids_BT, scale)
+    return out_BPGTW.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
 
 
 def _chunks(length: int) -> list[slice]:

@@ -1,67 +1,103 @@
-"""Which attention a config means, and what every attention class says of itself.
+"""What every kind of attention declares, and what all kinds share.
 
-The class is chosen here and nowhere else; cache, FLOP counts and memory estimates ask it. A new
-kind of attention is one class with these methods, one line in `attention_class` and its fields in
-`ModelConfig`.
+Cache, FLOP counts and memory estimates ask the class for what they need, so a new kind is one
+subclass, one line in `dsjax.model.block.attention_class` and its fields in `ModelConfig`.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any
 
 import jax
+from flax import nnx
 
 from dsjax.config import ModelConfig
-from dsjax.model.gqa import GQA
+from dsjax.model import rope
 from dsjax.model.layer_cache import EntryShape, LayerCache
-from dsjax.model.mla import MLA
+from dsjax.parallel import context
+from dsjax.precision.activations import attention_linear
+from dsjax.precision.matmul import linear
+from dsjax.precision.policy import Policy
+
+Angles = tuple[jax.Array, jax.Array]  # rope cosine and sine, float32 [B, T, R/2]
 
 
-class Attention(Protocol):
-    """Attention of one layer. Angles are rope's cosine and sine, float32 [B, T, R/2]."""
+class Attention(nnx.Module):
+    """Causal attention of one layer. A subclass declares its parameters, `wo` among them."""
+
+    config: ModelConfig
+    policy: Policy
+    wo: nnx.Variable
 
     @staticmethod
     def cached(config: ModelConfig) -> dict[str, EntryShape]:
         """Names what decoding caches per token and layer."""
-        ...
+        raise NotImplementedError
 
     @staticmethod
     def matmul_parameters(config: ModelConfig) -> int:
         """Counts the weights of one layer that multiply a token."""
-        ...
+        raise NotImplementedError
 
     @staticmethod
     def context_flops(config: ModelConfig, length: int, causal: bool) -> int:
         """Counts the operations per token of attending over a sequence of `length`: all of the
         square, or the causal half of it.
         """
-        ...
+        square = 2 * length * config.n_heads * (config.qk_head_dim + config.value_head_dim)
+        return square // 2 if causal else square
 
     @staticmethod
     def latent_values(config: ModelConfig) -> int:
         """Counts what `remat="selective"` keeps per token as "latent"."""
-        ...
+        return 0
 
+    def queries(self, x_BTD: jax.Array, angles: Angles) -> jax.Array:
+        """Returns rotated queries [B, T, N, H]."""
+        raise NotImplementedError
+
+    def entries(self, x_BTD: jax.Array, angles: Angles) -> dict[str, jax.Array]:
+        """Returns what decoding caches of each token, under the names of `cached`: [B, T, P, X], or
+        [B, T, X] where the entry has one head, whatever the mesh.
+        """
+        raise NotImplementedError
+
+    def expansion(self) -> Any:
+        """Returns the weights that `expand` needs, [..., heads]."""
+        return None
+
+    def expand(self, *entries_and_weights: Any) -> tuple[jax.Array, jax.Array]:
+        """Returns keys [B, S, P, H] and values [B, S, P, W], given entries and the weights of
+        `expansion` that belong to these heads.
+        """
+        raise NotImplementedError
+
+    def attend(self, q_BTNH: jax.Array, cache: LayerCache, positions_BT: jax.Array) -> jax.Array:
+        """Attends to the cached positions up to each query's own: [B, T, N, W]."""
+        raise NotImplementedError
+
+    @jax.named_scope("attention")
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        segment_ids_BT: jax.Array | None = None,
+        self, x_BTD: jax.Array, angles: Angles, segment_ids_BT: jax.Array | None = None
     ) -> jax.Array:
-        """Attends causally within whole sequences, or within their segments: [B, T, D]."""
-        ...
+        """Attends within whole sequences, or within their segments: [B, T, D]."""
+        out_BTNW = context.attend(
+            self.queries(x_BTD, angles),
+            tuple(self.entries(x_BTD, angles).values()),
+            self.expansion(),
+            self.expand,
+            scale=rope.attention_scale(self.config),
+            segment_ids_BT=segment_ids_BT,
+            target=self.policy.target,
+        )
+        out_BTX = out_BTNW.reshape(*x_BTD.shape[:2], -1)
+        return attention_linear(out_BTX, self.wo[...], self.policy)
 
     def extend(
-        self,
-        x_BTD: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        cache: LayerCache,
-        positions_BT: jax.Array,
+        self, x_BTD: jax.Array, angles: Angles, cache: LayerCache, positions_BT: jax.Array
     ) -> tuple[jax.Array, LayerCache]:
         """Adds tokens at consecutive positions to the cache and attends from them to it."""
-        ...
-
-
-def attention_class(config: ModelConfig) -> type[MLA] | type[GQA]:
-    """Returns the class that `model.attention` names."""
-    return {"mla": MLA, "gqa": GQA}[config.attention]
+        q_BTNH = self.queries(x_BTD, angles)
+        cache = cache.append(positions_BT[:, 0], **self.entries(x_BTD, angles))
+        out_BTX = self.attend(q_BTNH, cache, positions_BT).reshape(*x_BTD.shape[:2], -1)
+        return linear(out_BTX, self.wo[...], self.policy), cache

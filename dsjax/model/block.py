@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.config import ModelConfig
-from dsjax.model.attention import attention_class
+from dsjax.model.attention import Attention
 from dsjax.model.balance import BalanceWeights
+from dsjax.model.gqa import GQA
 from dsjax.model.layer_cache import Entries, LayerCache
 from dsjax.model.layers import FeedForward, RMSNorm
+from dsjax.model.mla import MLA
 from dsjax.model.moe import Experts, MoE, RoutingStatistics
 from dsjax.model.parameters import pinned
 from dsjax.parallel.sharding import constrain
@@ -46,6 +48,11 @@ class Extension(NamedTuple):
 
     positions_BT: jax.Array  # int32, consecutive in a row
     angles: tuple[jax.Array, jax.Array]  # rope cosine and sine, float32 [B, T, R/2]
+
+
+def attention_class(config: ModelConfig) -> type[Attention]:
+    """Returns the class that `model.attention` names."""
+    return {"mla": MLA, "gqa": GQA}[config.attention]
 
 
 class Block(nnx.Module):

@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
 from dsjax.config import ModelConfig
-from dsjax.model.attention import attention_class
+from dsjax.model.block import attention_class
 from dsjax.model.layer_cache import Entries
 from dsjax.parallel.sharding import constrain, parts
 

@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import NamedTuple, Protocol
 
 from dsjax.config import ModelConfig
-from dsjax.model.attention import attention_class
+from dsjax.model.block import attention_class
 
 
 class Declared(Protocol):

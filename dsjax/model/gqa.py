@@ -6,20 +6,20 @@ Paper: DeepSeek LLM (arXiv:2401.02954) section 2.2; shapes of Llama and Qwen2.
 from __future__ import annotations
 
 import jax
-from flax import nnx
 
 from dsjax.config import ModelConfig
 from dsjax.kernels import cached_attention
 from dsjax.model import rope
+from dsjax.model.attention import Angles, Attention
 from dsjax.model.layer_cache import EntryShape, LayerCache
 from dsjax.model.layers import Constant, Normal, declare
-from dsjax.parallel import context
-from dsjax.precision.activations import attention_linear
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
 
 
-class GQA(nnx.Module):
+class GQA(Attention):
+    """Each of P key heads serves N / P consecutive query heads. Caches rotated keys, and values."""
+
     def __init__(self, config: ModelConfig, policy: Policy):
         init = Normal(config.init_std)
         D, query_width = config.dim, config.n_heads * config.qk_head_dim
@@ -44,70 +44,28 @@ class GQA(nnx.Module):
     def matmul_parameters(config: ModelConfig) -> int:
         return 2 * config.dim * (config.n_heads + config.kv_heads) * config.qk_head_dim
 
-    @staticmethod
-    def context_flops(config: ModelConfig, length: int, causal: bool) -> int:
-        square = 4 * length * config.n_heads * config.qk_head_dim
-        return square // 2 if causal else square
-
-    @staticmethod
-    def latent_values(config: ModelConfig) -> int:
-        return 0
-
     def _project(self, x_BTD: jax.Array, name: str) -> jax.Array:
-        """[B, T, heads, H] of queries, keys or values (name q, k or v)."""
+        """Projects to queries, keys or values (name q, k or v): [B, T, heads, H]."""
         out = linear(x_BTD, getattr(self, f"w{name}")[...], self.policy)
         if self.config.qkv_bias:
             out = out + getattr(self, f"b{name}")[...].astype(out.dtype)[None, None]
         return out.reshape(*x_BTD.shape[:2], -1, self.config.qk_head_dim)
 
-    def queries(self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def queries(self, x_BTD: jax.Array, angles: Angles) -> jax.Array:
         return rope.rotate_halves(self._project(x_BTD, "q"), *angles)
 
-    def keys_values(
-        self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        """What decoding caches: rotated keys and values, [B, T, P, H] each."""
-        return rope.rotate_halves(self._project(x_BTD, "k"), *angles), self._project(x_BTD, "v")
+    def entries(self, x_BTD: jax.Array, angles: Angles) -> dict[str, jax.Array]:
+        key_BTPH = rope.rotate_halves(self._project(x_BTD, "k"), *angles)
+        return {"key": key_BTPH, "value": self._project(x_BTD, "v")}
 
-    @jax.named_scope("attention")
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        segment_ids_BT: jax.Array | None = None,
-    ) -> jax.Array:
-        out_BTNH = context.attend(
-            self.queries(x_BTD, angles),
-            self.keys_values(x_BTD, angles),
-            None,
-            lambda k_BSPH, v_BSPH, _: (k_BSPH, v_BSPH),
-            scale=rope.attention_scale(self.config),
-            segment_ids_BT=segment_ids_BT,
-            target=self.policy.target,
-        )
-        out_BTX = out_BTNH.reshape(*x_BTD.shape[:2], -1)
-        return attention_linear(out_BTX, self.wo[...], self.policy)
+    def expand(self, k_BSPH, v_BSPH, weights: None) -> tuple[jax.Array, jax.Array]:
+        return k_BSPH, v_BSPH
 
-    def extend(
-        self,
-        x_BTD: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        cache: LayerCache,
-        positions_BT: jax.Array,
-    ) -> tuple[jax.Array, LayerCache]:
-        """Adds tokens at consecutive positions to the cache and attends from them to it."""
-        key_BTPH, value_BTPH = self.keys_values(x_BTD, angles)
-        cache = cache.append(positions_BT[:, 0], key=key_BTPH, value=value_BTPH)
-
+    def attend(self, q_BTNH: jax.Array, cache: LayerCache, positions_BT: jax.Array) -> jax.Array:
         def block(start: jax.Array | int, size: int) -> cached_attention.Block:
             entries = cache.read(start, size)
             return cached_attention.Block((entries["key"],), entries["value"])
 
-        out_BTNH = cached_attention.cached_attention(
-            (self.queries(x_BTD, angles),),
-            block,
-            cache.length,
-            positions_BT,
-            scale=rope.attention_scale(self.config),
+        return cached_attention.cached_attention(
+            (q_BTNH,), block, cache.length, positions_BT, scale=rope.attention_scale(self.config)
         )
-        return linear(out_BTNH.reshape(*x_BTD.shape[:2], -1), self.wo[...], self.policy), cache

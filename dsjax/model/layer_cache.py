@@ -36,7 +36,10 @@ class LayerCache(NamedTuple):
 
     def append(self, starts_B: jax.Array, **new_BTPX: jax.Array) -> LayerCache:
         """Writes each row's T new values of the named entries from position `starts_B` on; they
-        must fit. Other entries stay as they are.
+        must fit. Entries that are not named stay as they are.
+
+        Args:
+          new_BTPX: [B, T, P, X] each, or [B, T, X] of an entry with one head.
         """
         written = {
             name: self._write(self.entries[name], starts_B, values)
@@ -45,6 +48,8 @@ class LayerCache(NamedTuple):
         return self._replace(entries=self.entries | written)
 
     def _write(self, stack_LBPSX: jax.Array, starts_B: jax.Array, new_BTPX: jax.Array) -> jax.Array:
+        if new_BTPX.ndim == 3:
+            new_BTPX = new_BTPX[:, :, None]
         rows_B = jnp.arange(starts_B.shape[0], dtype=jnp.int32)
         layer_B = jnp.broadcast_to(self.layer, starts_B.shape)
         # One window [P, T, X] per row.

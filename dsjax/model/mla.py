@@ -1,10 +1,10 @@
 """Multi-head latent attention (MLA).
 
-Keys and values are projected up, per head, from one normed latent a token; one rotated key is
-shared by all heads. Decoding then keeps only the latent and that key. Queries come from a latent of
+Keys and values are projected up, per head, from one normed latent per token; one rotated key is
+shared by all heads. Decoding caches only the latent and that key. Queries come from a latent of
 their own, or straight from the hidden state (V2-Lite).
 
-`extend` attends to a cache in one of two ways that differ only in cost. Expanded: keys and values
+`attend` attends to a cache in one of two ways that differ only in cost. Expanded: keys and values
 are computed from the cached latents, as in training. Absorbed (V2 section 2.1.2): the projection of
 the keys moves to the queries and that of the values to the output, so that all heads share one key
 and one value per position, the latent itself. `absorbs` picks the cheaper.
@@ -17,16 +17,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dsjax.config import ModelConfig
 from dsjax.kernels import cached_attention
 from dsjax.model import rope
+from dsjax.model.attention import Angles, Attention
 from dsjax.model.layer_cache import EntryShape, LayerCache
 from dsjax.model.layers import Normal, RMSNorm, declare
-from dsjax.parallel import context
-from dsjax.precision.activations import attention_linear
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
 
@@ -34,24 +32,9 @@ from dsjax.precision.policy import Policy
 LATENT_NORM_EPS = 1e-6
 
 
-def expand_keys_values(
-    latent_BSNX: jax.Array, k_rope_BS1R: jax.Array, nope_dim: int
-) -> tuple[jax.Array, jax.Array]:
-    """Splits the up-projected latent into values and keys, and appends the shared rotated key to
-    every head's.
+class MLA(Attention):
+    """Caches the normed latent and the rotated key that all heads share."""
 
-    Args:
-      latent_BSNX: [B, S, N, nope_dim + W].
-
-    Returns:
-      keys [B, S, N, nope_dim + R] and values [B, S, N, W].
-    """
-    k_nope, v_BSNW = latent_BSNX[..., :nope_dim], latent_BSNX[..., nope_dim:]
-    k_rope = jnp.broadcast_to(k_rope_BS1R, (*k_nope.shape[:3], k_rope_BS1R.shape[-1]))
-    return jnp.concatenate([k_nope, k_rope], axis=-1), v_BSNW
-
-
-class MLA(nnx.Module):
     def __init__(self, config: ModelConfig, policy: Policy):
         init = Normal(config.init_std)
         D, N, C = config.dim, config.n_heads, config.kv_lora_rank
@@ -88,24 +71,19 @@ class MLA(nnx.Module):
         return query + latent + config.kv_lora_rank * keys_values + out
 
     @staticmethod
-    def context_flops(config: ModelConfig, length: int, causal: bool) -> int:
-        square = 2 * length * config.n_heads * (config.qk_head_dim + config.v_head_dim)
-        return square // 2 if causal else square
-
-    @staticmethod
     def latent_values(config: ModelConfig) -> int:
         return config.q_lora_rank + config.kv_lora_rank + config.qk_rope_head_dim
 
     @staticmethod
     def absorbs(config: ModelConfig, n_queries: int) -> bool:
-        """Whether absorbed attention needs fewer multiplications for so many queries per row."""
+        """Whether absorbed attention takes fewer multiplications for that many queries per row."""
         C, R = config.kv_lora_rank, config.qk_rope_head_dim
         H, W = config.qk_nope_head_dim, config.v_head_dim
-        # Per head and cached position; expanded, each position's key and value are computed first.
+        # Per head and cached position. Expanded, each position's key and value are computed first.
         return n_queries * (C + R + C) < C * (H + W) + n_queries * (H + R + W)
 
-    def queries(self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """[B, T, N, H + R], the last R channels rotated."""
+    def queries(self, x_BTD: jax.Array, angles: Angles) -> jax.Array:
+        """Returns [B, T, N, H + R], the last R channels rotated."""
         config = self.config
         if config.q_lora_rank:
             latent = checkpoint_name(linear(x_BTD, self.wq_a[...], self.policy), "latent")
@@ -116,97 +94,65 @@ class MLA(nnx.Module):
         q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
         return jnp.concatenate([q_nope, rope.rotate_pairs(q_rope, *angles)], axis=-1)
 
-    def latents(
-        self, x_BTD: jax.Array, angles: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        """What decoding caches: normed latent [B, T, C] and rotated shared key [B, T, R]."""
+    def entries(self, x_BTD: jax.Array, angles: Angles) -> dict[str, jax.Array]:
         kv = checkpoint_name(linear(x_BTD, self.wkv_a[...], self.policy), "latent")
         c_BTC, k_rope_BTR = jnp.split(kv, [self.config.kv_lora_rank], axis=-1)
         k_rope_BTR = rope.rotate_pairs(k_rope_BTR[:, :, None], *angles)[:, :, 0]
-        return self.kv_norm(c_BTC), k_rope_BTR
+        return {"latent": self.kv_norm(c_BTC), "rope_key": k_rope_BTR}
 
-    def _expand(
-        self, c_BSC: jax.Array, k_rope_BSR: jax.Array, wkv_b: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Keys [B, S, N, H + R] and values [B, S, N, W] of the heads whose weights are given."""
-        config = self.config
-        width = config.qk_nope_head_dim + config.v_head_dim
-        expanded = linear(c_BSC, wkv_b, self.policy).reshape(*c_BSC.shape[:2], -1, width)
-        return expand_keys_values(expanded, k_rope_BSR[:, :, None], config.qk_nope_head_dim)
+    def expansion(self) -> jax.Array:
+        return self.wkv_b[...]
 
-    @jax.named_scope("attention")
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        segment_ids_BT: jax.Array | None = None,
-    ) -> jax.Array:
-        out_BTNW = context.attend(
-            self.queries(x_BTD, angles),
-            self.latents(x_BTD, angles),
-            self.wkv_b[...],
-            self._expand,
-            scale=rope.attention_scale(self.config),
-            segment_ids_BT=segment_ids_BT,
-            target=self.policy.target,
-        )
-        out_BTX = out_BTNW.reshape(*x_BTD.shape[:2], -1)
-        return attention_linear(out_BTX, self.wo[...], self.policy)
+    def expand(self, c_BSC, k_rope_BSR, wkv_b) -> tuple[jax.Array, jax.Array]:
+        """Returns keys [B, S, N, H + R], each head's ending with the shared rotated key, and values
+        [B, S, N, W].
+        """
+        k_nope, v_BSNW = self._up(c_BSC, wkv_b)
+        k_rope = jnp.broadcast_to(k_rope_BSR[:, :, None], (*k_nope.shape[:3], k_rope_BSR.shape[-1]))
+        return jnp.concatenate([k_nope, k_rope], axis=-1), v_BSNW
 
-    def extend(
-        self,
-        x_BTD: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        cache: LayerCache,
-        positions_BT: jax.Array,
-    ) -> tuple[jax.Array, LayerCache]:
-        """Adds tokens at consecutive positions to the cache and attends from them to it."""
-        config = self.config
-        absorbed = self.absorbs(config, x_BTD.shape[1])
-        q_nope, q_rope = jnp.split(self.queries(x_BTD, angles), [config.qk_nope_head_dim], axis=-1)
-        c_BTC, k_rope_BTR = self.latents(x_BTD, angles)
-        cache = cache.append(
-            positions_BT[:, 0], latent=c_BTC[:, :, None], rope_key=k_rope_BTR[:, :, None]
-        )
-        weight_NCX = jnp.reshape(
-            self.wkv_b[...].astype(q_nope.dtype), (config.kv_lora_rank, config.n_heads, -1)
-        ).swapaxes(0, 1)
+    def _up(self, c_BSC: jax.Array, wkv_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Projects latents up to keys without position, [B, S, N, H], and values [B, S, N, W]."""
+        H, W = self.config.qk_nope_head_dim, self.config.v_head_dim
+        expanded = linear(c_BSC, wkv_b, self.policy).reshape(*c_BSC.shape[:2], -1, H + W)
+        return expanded[..., :H], expanded[..., H:]
+
+    def attend(self, q_BTNH: jax.Array, cache: LayerCache, positions_BT: jax.Array) -> jax.Array:
+        config, scale = self.config, rope.attention_scale(self.config)
+        q_nope, q_rope = jnp.split(q_BTNH, [config.qk_nope_head_dim], axis=-1)
+
+        def expanded_block(start: jax.Array | int, size: int) -> cached_attention.Block:
+            entries = cache.read(start, size)
+            k_BSNH, v_BSNW = self._up(entries["latent"][:, 0], self.wkv_b[...])
+            keys = k_BSNH.swapaxes(1, 2), entries["rope_key"]
+            return cached_attention.Block(keys, v_BSNW.swapaxes(1, 2))
 
         def latent_block(start: jax.Array | int, size: int) -> cached_attention.Block:
             entries = cache.read(start, size)
             c_B1SC = entries["latent"]
             return cached_attention.Block((c_B1SC, entries["rope_key"]), c_B1SC)
 
-        def expanded_block(start: jax.Array | int, size: int) -> cached_attention.Block:
-            entries = cache.read(start, size)
-            expanded = linear(entries["latent"][:, 0], self.wkv_b[...], self.policy)
-            expanded = expanded.reshape(*expanded.shape[:2], config.n_heads, -1).swapaxes(1, 2)
-            k_BNSH, v_BNSW = jnp.split(expanded, [config.qk_nope_head_dim], axis=-1)
-            return cached_attention.Block((k_BNSH, entries["rope_key"]), v_BNSW)
-
-        if absorbed:
-            # Zeros where the weight holds values: to take it apart would cost more than they do.
-            q_BTNX = jnp.pad(q_nope, ((0, 0), (0, 0), (0, 0), (0, config.v_head_dim)))
-            q_nope = _per_head(q_BTNX, weight_NCX, 2)
-        out = cached_attention.cached_attention(
-            (q_nope, q_rope),
-            latent_block if absorbed else expanded_block,
-            cache.length,
-            positions_BT,
-            scale=rope.attention_scale(config),
+        if not self.absorbs(config, q_BTNH.shape[1]):
+            return cached_attention.cached_attention(
+                (q_nope, q_rope), expanded_block, cache.length, positions_BT, scale=scale
+            )
+        weight_NCX = jnp.reshape(
+            self.wkv_b[...].astype(q_nope.dtype), (config.kv_lora_rank, config.n_heads, -1)
+        ).swapaxes(0, 1)
+        # Zeros where the weight holds values: taking it apart would cost more than they do.
+        q_BTNX = jnp.pad(q_nope, ((0, 0), (0, 0), (0, 0), (0, config.v_head_dim)))
+        q_BTNC = _per_head(q_BTNX, weight_NCX, 2)
+        out_BTNC = cached_attention.cached_attention(
+            (q_BTNC, q_rope), latent_block, cache.length, positions_BT, scale=scale
         )
-        if absorbed:
-            out = _per_head(out, weight_NCX, 1)[..., config.qk_nope_head_dim :]
-        return linear(out.reshape(*x_BTD.shape[:2], -1), self.wo[...], self.policy), cache
+        return _per_head(out_BTNC, weight_NCX, 1)[..., config.qk_nope_head_dim :]
 
 
-def _per_head(x_BTNY: jax.Array, w_NXY: jax.Array, summed: int) -> jax.Array:
-    """Multiplies each head with a matrix of its own, along the matrix's dimension `summed`.
-
-    The matrices stay as they are: a product that wants them transposed copies them first, which at
-    decode takes longer than the product.
-    """
+def _per_head(x_BTNY: jax.Array, w_NXY: jax.Array, contracted: int) -> jax.Array:
+    """Multiplies each head by a matrix of its own, along the matrix's dimension `contracted`."""
     B, T, N, Y = x_BTNY.shape
     x_NMY = x_BTNY.reshape(B * T, N, Y).swapaxes(0, 1)
-    out_NMX = jax.lax.dot_general(x_NMY, w_NXY, (((2,), (summed,)), ((0,), (0,))))
+    # The matrices stay as they are: a product that wants them transposed copies them first, which
+    # takes longer than the product when decoding.
+    out_NMX = jax.lax.dot_general(x_NMY, w_NXY, (((2,), (contracted,)), ((0,), (0,))))
     return out_NMX.swapaxes(0, 1).reshape(B, T, N, -1)

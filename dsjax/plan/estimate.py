@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 
 from dsjax.config import Config, ModelConfig
 from dsjax.model import flops
-from dsjax.model.attention import attention_class
+from dsjax.model.block import attention_class
 from dsjax.model.parameters import Declaration, declarations
 from dsjax.parallel.expert_parallel import SLACK
 from dsjax.parallel.sharding import AXIS_TABLE, parts, split_over, stored_spec

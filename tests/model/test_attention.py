@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dsjax.model.attention import attention_class
+from dsjax.model.block import attention_class
 from dsjax.model.gqa import GQA
 from dsjax.model.mla import MLA
 from dsjax.model.parameters import declarations

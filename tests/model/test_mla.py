@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsjax.model import rope
-from dsjax.model.mla import MLA, expand_keys_values
+from dsjax.model.mla import MLA
 from dsjax.model.parameters import declarations, initialize
 from dsjax.precision.policy import Policy
 from tests.closeness import BF16, F32, assert_close
@@ -50,22 +50,32 @@ def test_mla_equals_oracle(q_lora_rank, compute, level):
     assert_close(got, want, level, "attention")
 
 
-def test_latents_are_the_normed_latent_and_one_rotated_key():
+def test_entries_are_the_normed_latent_and_one_rotated_key():
     module = _module(TINY)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, TINY.dim)), jnp.float32)
     angles = rope.angles(jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), (2, 9)), TINY)
-    latent, key = module.latents(x, angles)
-    assert (latent.shape[-1], key.shape[-1]) == (TINY.kv_lora_rank, TINY.qk_rope_head_dim)
+    entries = module.entries(x, angles)
+    assert {name: shape.width for name, shape in MLA.cached(TINY).items()} == {
+        name: entry.shape[-1] for name, entry in entries.items()
+    }
     raw = x @ module.wkv_a[...]
-    assert_close(latent, module.kv_norm(raw[..., : TINY.kv_lora_rank]), F32, "latent")
-    assert_close(key[:, 0], raw[:, 0, TINY.kv_lora_rank :], F32, "key at position 0")
+    assert_close(entries["latent"], module.kv_norm(raw[..., : TINY.kv_lora_rank]), F32, "latent")
+    assert_close(entries["rope_key"][:, 0], raw[:, 0, TINY.kv_lora_rank :], F32, "first key")
 
 
 def test_expanded_keys_end_with_the_shared_rope_key():
-    latent = jnp.arange(2 * 3 * 2 * 5, dtype=jnp.float32).reshape(2, 3, 2, 5)
-    shared = -jnp.ones((2, 3, 1, 4))
-    keys, values = expand_keys_values(latent, shared, 3)
-    assert keys.shape == (2, 3, 2, 7) and values.shape == (2, 3, 2, 2)
-    assert (np.asarray(keys[..., 3:]) == -1).all()
-    np.testing.assert_array_equal(keys[..., :3], latent[..., :3])
-    np.testing.assert_array_equal(values, latent[..., 3:])
+    module, shared = _module(TINY), -jnp.ones((2, 3, TINY.qk_rope_head_dim))
+    latent = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 8)), jnp.float32)
+    keys, values = module.expand(latent, shared, module.expansion())
+    up = (latent @ module.wkv_b[...]).reshape(2, 3, TINY.n_heads, -1)
+    assert (np.asarray(keys[..., 8:]) == -1).all() and keys.shape[-1] == TINY.qk_head_dim
+    assert_close(keys[..., :8], up[..., :8], F32, "keys")
+    assert_close(values, up[..., 8:], F32, "values")
+
+
+def test_absorbed_is_for_few_queries():
+    """V3 breaks even at 512 x (128 + 128) / (512 + 64 + 512 - 128 - 64 - 128) = 170.7 queries."""
+    v3 = dataclasses.replace(
+        TINY, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
+    )
+    assert [MLA.absorbs(v3, n) for n in (1, 170, 171, 512)] == [True, True, False, False]
