@@ -1,0 +1,16 @@
+"""The operations that XLA alone does not make fast, as pure functions of arrays. No file knows of
+configs, models or meshes; `Target` says which machine a program is compiled for.
+
+  target.py             the machine: its kind and capability, read from devices or described
+  attention.py          causal attention over whole sequences: picks a kernel for the target
+  flash_attention.py    the same in plain XLA, chunk by chunk or by a list of tiles
+  cudnn_attention.py    the same through cuDNN, for Hopper GPUs
+  cached_attention.py   attention of new tokens to a decoding cache
+  grouped_matmul.py     rows sorted by group times one matrix per group: the experts' products
+  hopper_grouped.py     the same as Mosaic GPU kernels, for Hopper
+  chosen_experts.py     the experts of a few tokens, for decoding
+  fp8_gemm.py           block-scaled FP8 products, slice by slice
+  varying.py            types of values that differ between devices inside `shard_map`
+
+What each is tested against stands in `tests/oracles/kernels.py`.
+"""

@@ -26,8 +26,8 @@ from dsjax.kernels.flash_attention import chunked_attention
 from dsjax.kernels.target import Target, tokamax
 from dsjax.kernels.varying import shipped_promotion
 
-# Sides of a tile of the TPU's kernel: multiples of its 128 lanes. The backward pass makes a part of
-# the queries' gradient for every `_KEYS_AT_ONCE` keys.
+# Sides of a tile of the TPU's kernel: multiples of its 128 lanes. The backward pass writes one
+# partial gradient of the queries per `_KEYS_AT_ONCE` keys.
 _MIN_TILE, _MAX_TILE, _KEYS_AT_ONCE = 128, 512, 2048
 
 
@@ -64,7 +64,7 @@ def tokamax_attention(
     scale: float,
     segment_ids_BT: jax.Array | None,
 ) -> jax.Array:
-    """`causal_attention` through the fastest of tokamax's kernels that takes these shapes here."""
+    """Runs `causal_attention` through the fastest of tokamax's kernels for these shapes."""
     same_B1TT = None
     if segment_ids_BT is not None:
         same_B1TT = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
@@ -83,10 +83,10 @@ def splash_attention(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """`causal_attention` through the TPU's kernel; T must be a multiple of 128.
+    """Runs `causal_attention` through the TPU's kernel; T must be a multiple of 128.
 
     Args:
-      interpret: whether to run the kernel's steps on whatever machine this is.
+      interpret: whether to interpret the kernel, on any machine.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 

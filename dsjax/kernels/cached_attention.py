@@ -1,14 +1,12 @@
-"""Attention of a few new tokens to a long cache that holds them and all tokens before them.
+"""Attention of a few new tokens to a long cache that holds them and all earlier tokens.
 
-Cached positions come in blocks that `read` fetches, so that what is derived from the cache (MLA's
-expanded keys) exists a block at a time, and no score matrix is larger than a block's. A running
-maximum and sum join the blocks (FlashAttention, arXiv:2205.14135, algorithm 1). Blocks that no
-query can see are not read. Scores and softmax are float32.
+`read` fetches the cached positions in blocks, so that what is derived from the cache (MLA's
+expanded keys) exists for one block at a time, and so does the score matrix. A running maximum and
+sum join the blocks (FlashAttention, arXiv:2205.14135, algorithm 1). Blocks that no query can see
+are not read. Scores and softmax are float32.
 
-A score may be a sum of several products (MLA's: without position, and rotated), each with key heads
-of its own, so that no operand has to be joined with another.
-
-`reference_attention` is the definition, over the whole cache at once.
+A score may be a sum of several products (MLA has one without position and one of rotated channels).
+Each product has its own key heads, so operands need not be concatenated.
 """
 
 from __future__ import annotations
@@ -20,23 +18,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Scores that a block may have, over rows, heads and queries: 64 MiB of float32.
+# Most scores of one block, over rows, heads, queries and positions: 64 MiB of float32.
 _MAX_SCORES = 2**24
 _MIN_BLOCK = 128
 _MASKED = -1e30
 
 
 class Block(NamedTuple):
-    """Keys, one array for each product that makes a score, and values of some cached positions.
+    """Keys and values of some cached positions; keys are one array per product of a score.
 
-    P key heads, of which each serves N / P consecutive query heads; P may differ between them.
+    Each of P key heads serves N / P consecutive query heads; P may differ between arrays.
     """
 
     keys: tuple[jax.Array, ...]  # [B, P, S, X] each
     values: jax.Array  # [B, P, S, W]
 
 
-Read = Callable[[jax.Array | int, int], Block]  # first position, positions
+Read = Callable[[jax.Array | int, int], Block]  # (first position, number of positions)
 
 
 def cached_attention(
@@ -50,8 +48,8 @@ def cached_attention(
     """Attends to the cached positions up to each query's own.
 
     Args:
-      queries: [B, T, N, X] each, one for each product.
-      length: positions of the cache, the unwritten ones included.
+      queries: [B, T, N, X] each, one per product.
+      length: positions of the cache, unwritten ones included.
       positions_BT: int32 position of each query.
 
     Returns:
@@ -68,7 +66,7 @@ def cached_attention(
 
     def join(index: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]):
         highest, total, out = carry
-        # The last block is moved back to end with the cache; what it repeats is masked.
+        # The last block is moved back to end where the cache does; what it repeats is masked.
         start = jnp.minimum(index * size, length - size)
         block = read(start, size)
         scores = _scores(queries, block.keys, start, positions_BT, scale, first=index * size)
@@ -90,7 +88,7 @@ def cached_attention(
 
 
 def _block_size(scores_per_position: int, length: int) -> int:
-    """Positions a block: a power of two within the bound on scores, or the whole cache."""
+    """Returns the positions per block: a power of two within the bound on scores, or all."""
     most = max(_MAX_SCORES // scores_per_position, _MIN_BLOCK)
     return min(2 ** (most.bit_length() - 1), length)
 
@@ -104,8 +102,8 @@ def _scores(
     *,
     first: jax.Array | int = 0,
 ) -> jax.Array:
-    """Masked scores [B, N, T, S] of queries [B, N, T, X] against the positions from `start` on, of
-    which those before `first` are masked too.
+    """Returns masked scores [B, N, T, S] of queries [B, N, T, X] against the positions from `start`
+    on; positions before `first` are masked too.
     """
     products = []
     for q_BNTX, k_BPSX in zip(queries, keys, strict=True):
@@ -118,7 +116,7 @@ def _scores(
 
 
 def _mix(weights_BNTS: jax.Array, v_BPSW: jax.Array) -> jax.Array:
-    """Values by weight: float32 [B, N, T, W]."""
+    """Sums values by weight: float32 [B, N, T, W]."""
     grouped = _group(weights_BNTS.astype(v_BPSW.dtype), v_BPSW.shape[1])
     out = jnp.einsum("BPMS,BPSW->BPMW", grouped, v_BPSW, preferred_element_type=jnp.float32)
     return out.reshape(*weights_BNTS.shape[:3], -1)

@@ -1,12 +1,12 @@
-"""The experts of a few tokens, as decoding needs them: weights that nobody chose are not read, and
-nothing has to be sorted by expert or brought back. For many tokens `grouped_matmul` is better,
-whose time is arithmetic.
+"""The experts of a few tokens, as in decoding. Experts that no token chose are not read, and
+nothing is sorted by expert. For many tokens, where arithmetic takes the time, `grouped_matmul` is
+faster.
 
-* On a CPU one chosen expert after another has its three matrices taken out of the stack, once, and
-  every token passes through it, with weight 0 where the token did not choose it. While tokens are
-  few, reading the matrices takes all the time and the additional products hide behind it.
+* On a CPU the chosen experts run one after another. Each has its three matrices read from the
+  stack once, and every token passes through it, with weight 0 if the token did not choose it. While
+  tokens are few, reading the matrices takes all the time and the extra products hide behind it.
 * On a GPU all choices of all tokens are computed at once, each reading its own matrices, by one
-  kernel a product: there starting kernels takes the time.
+  kernel per product: there, launching kernels takes the time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def chosen_experts(
     """Sums each token's SwiGLU experts by weight.
 
     Args:
-      x_MD: tokens; a matrix is cast to their dtype after it is taken from its stack.
+      x_MD: tokens; each matrix is cast to their dtype after it is read from its stack.
       experts_MK: int32, the experts of each token.
       weights_MK: float32.
       target: not a TPU.
@@ -44,16 +44,16 @@ def chosen_experts(
 
 
 def is_few(n_tokens: int, top_k: int, n_experts: int, target: Target) -> bool:
-    """Whether `chosen_experts` is better than the grouped product."""
+    """Returns whether `chosen_experts` is faster than the grouped product."""
     if target.kind == "gpu":
         return n_tokens * top_k <= n_experts  # it reads no more matrices than there are
-    # So many rows the grouped product gives an expert at least.
+    # The grouped product computes at least 32 rows per expert anyway.
     return target.kind == "cpu" and n_tokens <= 32
 
 
 def _at_once(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK):
     def product(x_MKX: jax.Array, stack_EXY: jax.Array) -> jax.Array:
-        # No matrix product: a sum can read the stack where it lies, a product wants it copied.
+        # Not a matrix product: XLA would copy the matrices for one, but a sum reads them in place.
         matrices = stack_EXY[experts_MK].astype(x_MD.dtype).astype(jnp.float32)
         return (x_MKX.astype(jnp.float32)[..., None] * matrices).sum(axis=2)
 
@@ -66,7 +66,7 @@ def _at_once(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK):
 def _one_by_one(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK):
     sorted_A = jnp.sort(experts_MK.reshape(-1))
     repeated_A = jnp.pad(sorted_A[1:] == sorted_A[:-1], (1, 0))
-    chosen_A = sorted_A[jnp.argsort(repeated_A)]  # each chosen expert once, then the repetitions
+    chosen_A = sorted_A[jnp.argsort(repeated_A)]  # each chosen expert once, then repetitions
     n_chosen = (~repeated_A).sum()
 
     def matrix(stack: jax.Array, expert: jax.Array) -> jax.Array:

@@ -1,23 +1,21 @@
-"""Block-scaled FP8 matrix products from their definition: slice of K by slice of K, each slice's
-sum brought to float32, scaled there, and added up.
+"""Block-scaled FP8 matrix products, as defined: K is cut into slices, and each slice's sum is
+converted to float32, scaled, and added to the total.
 
-`scaled_matmul` is the definition, whatever sums a slice:
+`scaled_matmul` leaves open how a slice is summed:
 
-* `e4m3_product`: the machine's own E4M3 product. That is what training runs where matrix units
-  multiply E4M3 (`Target.multiplies_e4m3`), with `scaled_grouped_matmul` and
-  `scaled_grouped_outer` for the experts.
-* `float32_product`: float32, the reference.
+* `e4m3_product` is the machine's own E4M3 product. Training uses it where matrix units multiply
+  E4M3 (`Target.multiplies_e4m3`), along with `scaled_grouped_matmul` and `scaled_grouped_outer`
+  for the experts. Elsewhere training emulates it (`dsjax.precision.matmul`).
+* `float32_product` is the reference.
 
-Everywhere else training emulates the product (`dsjax.precision.matmul`).
+Accuracy: products of E4M3 numbers are exact in float32, so only sums round. Where sums are float32,
+as on the CPU, the two differ by the order of summation, 1e-6. A Hopper accumulator of 14 bits is
+off by about 0.1 % of the product's root mean square in a slice of 128 (`docs/fp8_accumulation.md`);
+the rounding of the operands is 3.7 %.
 
-How close `e4m3_product` comes to the reference. Products of E4M3 numbers are exact in float32, so
-only sums round. Where they are kept in float32, as on the CPU, the difference is that of two orders
-of summation: 1e-6. A Hopper accumulator of 14 bits is off by about 0.1 % of the product's root mean
-square in a slice of 128, by the model here; the operands' own rounding is 3.7 %.
-
-What it costs. The slices' sums leave the matrix unit through memory: 12 bytes of traffic or more
-for every element of the result and 256 FLOPs. Only a kernel that keeps them in registers would
-reach the unit's rate; there is none here.
+Cost: each slice's sums leave the matrix unit through memory, at least 12 bytes of traffic per
+element of the result and 256 FLOPs. Only a kernel that keeps them in registers would reach the
+unit's peak rate; there is none here.
 
 Paper: DeepSeek-V3 (arXiv:2412.19437) sections 3.3.2 and 3.5.2.
 """
@@ -39,13 +37,13 @@ Product = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def float32_product(a_MK: jax.Array, b_KN: jax.Array) -> jax.Array:
-    """a @ b in float32."""
+    """Returns a @ b in float32."""
     a_MK, b_KN = a_MK.astype(jnp.float32), b_KN.astype(jnp.float32)
     return jnp.matmul(a_MK, b_KN, precision=lax.Precision.HIGHEST)
 
 
 def e4m3_product(a_MK: jax.Array, b_KN: jax.Array) -> jax.Array:
-    """a @ b as the machine multiplies E4M3 operands, brought to float32."""
+    """Returns a @ b as the machine multiplies E4M3 operands, converted to float32."""
     return jnp.matmul(a_MK, b_KN, preferred_element_type=jnp.float32)
 
 
@@ -58,13 +56,13 @@ def scaled_matmul(
     promote_every: int = SLICE,
     product: Product = float32_product,
 ) -> jax.Array:
-    """Sums slices of K in float32, each multiplied by its row's and its column's scale.
+    """Sums slices of K in float32, each multiplied by the scales of its row and its column.
 
     Args:
       a_MK, b_KN: float8_e4m3fn.
-      a_scales_MX, b_scales_XN: float32, a scale for every slice; X is ceil(K / promote_every). The
-        scales of 128 x 128 blocks are repeated along the dimension that is not K.
-      promote_every: elements of K in a slice, the report's N_C.
+      a_scales_MX, b_scales_XN: float32, one scale per slice; X is ceil(K / promote_every). Scales
+        of 128 x 128 blocks must be repeated along the dimension that is not K.
+      promote_every: elements of K per slice, N_C in the report.
       product: how a slice is summed.
 
     Returns:
@@ -91,16 +89,16 @@ def scaled_grouped_matmul(
     b_scales_EXY: jax.Array,
     sizes_E: jax.Array,
 ) -> jax.Array:
-    """`scaled_matmul` of each group's rows and its matrix, with `e4m3_product`.
+    """Applies `scaled_matmul` with `e4m3_product` to each group's rows and its matrix.
 
-    Tiles of 128 rows of one group each make it a batched product, one step for a slice of K. Each
-    tile takes a copy of its matrix's slice: one byte an element, beside the sums' twelve.
+    Rows are cut into tiles of 128, each of one group, so that each slice of K is one batched
+    product. Each tile copies its matrix's slice: one byte per element, beside the sums' twelve.
 
     Args:
       a_AK: float8_e4m3fn, rows sorted by group, in 1 x 128 tiles.
-      b_EKN: float8_e4m3fn, one matrix a group, in 128 x 128 blocks.
+      b_EKN: float8_e4m3fn, one matrix per group, in 128 x 128 blocks.
       a_scales_AX, b_scales_EXY: float32; X is ceil(K / 128), Y is ceil(N / 128).
-      sizes_E: int32 rows in each group, summing to A.
+      sizes_E: int32, the number of rows in each group; they sum to A.
 
     Returns:
       [A, N] float32.
@@ -137,10 +135,11 @@ def scaled_grouped_outer(
     """Sums a^T b over each group's rows, with `e4m3_product` in slices of 128 rows.
 
     Args:
-      a_AD, b_AF: float8_e4m3fn in 128 x 1 tiles, rows sorted by group; rows after the last group's
+      a_AD, b_AF: float8_e4m3fn in 128 x 1 tiles, rows sorted by group; rows after the last group
         are zeros.
       a_scales_TD, b_scales_TF: float32; T is A / 128.
-      sizes_E: int32 rows in each group, multiples of 128 (`grouped_matmul.align_groups`).
+      sizes_E: int32, the number of rows in each group, multiples of 128
+        (`grouped_matmul.align_groups`).
 
     Returns:
       [E, D, F] float32.
@@ -159,13 +158,14 @@ def scaled_grouped_outer(
 
 
 def _group_of_tile(rows: int, sizes_E: jax.Array) -> jax.Array:
-    """Of aligned rows; tiles after the last group hold zeros and count as its own."""
+    """Returns the group of each tile of aligned rows."""
+    # Tiles after the last group hold zeros and count as part of it.
     tiles = group_of_row(rows // SLICE, sizes_E // SLICE)
     return jnp.minimum(tiles, sizes_E.shape[0] - 1)
 
 
 def _fill_up(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """Zeros fill a dimension up to a multiple of `size`."""
+    """Pads a dimension with zeros to a multiple of `size`."""
     padding = [(0, 0)] * x.ndim
     padding[axis] = (0, -x.shape[axis] % size)
     return jnp.pad(x, padding)

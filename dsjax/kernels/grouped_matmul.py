@@ -1,21 +1,22 @@
-"""Grouped matrix products: rows sorted by group, one weight matrix a group.
+"""Grouped matrix products: rows sorted by group, one weight matrix per group.
 
 `grouped_matmul(x_AD, w_EDF, sizes_E)` multiplies the first `sizes[0]` rows with `w[0]`, the next
-`sizes[1]` with `w[1]`, and so on: what the experts of a mixture do. `grouped_outer` is the product
-that its weight gradient needs. Every row belongs to a group (the sizes sum to A), so nothing is
-dropped and nothing is left uninitialised.
+`sizes[1]` with `w[1]`, and so on, as the experts of a mixture do. `grouped_outer` is the product
+that the weight gradient needs. Every row belongs to a group (the sizes sum to A), so no row is
+dropped and none is left uninitialised.
 
-Three ways, the same numbers, chosen by the target:
+The target chooses among three implementations:
 
 * tpu: the Mosaic kernel that ships with JAX (megablox). `lax.ragged_dot` turns into a dense masked
   product on v5e, v6e and tpu7x, E times the useful work.
 * cpu: plain XLA, blocks of rows inside a loop over groups. Large blocks keep the product fast,
-  small ones finish a group, so at most a small block a group is wasted; each weight is read once.
+  small ones finish a group, so at most one small block per group is wasted; each weight is read
+  once.
 * gpu: `dsjax.kernels.hopper_grouped` on a Hopper, for operands of two bytes and widths in multiples
   of 64; else the kernel that tokamax chooses, where it is installed; else `lax.ragged_dot_general`.
 
-On the CPU groups are walked in order and a block may run past the end of its group: the rows there
-are rewritten when their own group's turn comes. That is why no padding between groups is needed.
+On the CPU groups are processed in order, and a block may run past the end of its group: those rows
+are overwritten when their own group is processed. So no padding between groups is needed.
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ def grouped_matmul(
     transpose_w: bool = False,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """Multiplies each group's rows with its matrix.
+    """Multiplies each group's rows by its matrix.
 
     Args:
       x_AD: rows sorted by group, any float dtype.
-      w_EDF: one matrix a group, same dtype as x; [E, F, D] with `transpose_w`.
-      sizes_E: int32 rows in each group, summing to A.
-      dtype: the result's, x's unless given.
+      w_EDF: one matrix per group, of x's dtype; [E, F, D] with `transpose_w`.
+      sizes_E: int32, the number of rows in each group; they sum to A.
+      dtype: of the result; x's by default.
 
     Returns:
       [A, F], accumulated in float32.
@@ -77,15 +78,15 @@ def grouped_outer(
 def align_groups(
     rows: tuple[jax.Array, ...], sizes_E: jax.Array, tile: int
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """Moves each group to a row that is a multiple of `tile`, zeros filling the gaps, so that no
+    """Moves each group to start at a multiple of `tile` rows, with zeros in the gaps, so that no
     tile of rows holds two groups.
 
     Args:
       rows: arrays [A, ...] of rows sorted by group.
 
     Returns:
-      The arrays with (A // tile + E) * tile rows, and int32 [E] the groups' sizes with their gaps;
-      the rows after the last group are zeros.
+      the arrays with (A // tile + E) * tile rows, and the groups' sizes including their gaps,
+      int32 [E]; rows after the last group are zeros.
     """
     count = (rows[0].shape[0] // tile + sizes_E.shape[0]) * tile
     aligned_E = -(-sizes_E // tile) * tile
@@ -99,7 +100,7 @@ def align_groups(
 
 
 def aligned_rows(rows: int, sizes_E: jax.Array, tile: int) -> jax.Array:
-    """Where `align_groups` moves each row: int32 [rows]."""
+    """Returns the row that `align_groups` moves each row to: int32 [rows]."""
     aligned_E = -(-sizes_E // tile) * tile
     shifts_E = (jnp.cumsum(aligned_E) - aligned_E) - (jnp.cumsum(sizes_E) - sizes_E)
     row = jnp.arange(rows, dtype=sizes_E.dtype)
@@ -107,14 +108,14 @@ def aligned_rows(rows: int, sizes_E: jax.Array, tile: int) -> jax.Array:
 
 
 def group_of_row(rows: int, sizes_E: jax.Array) -> jax.Array:
-    """Each row's group, int32 [rows]; of rows after the last group's, the number of groups."""
+    """Returns each row's group, int32 [rows]; E for rows after the last group."""
     return jnp.searchsorted(
         jnp.cumsum(sizes_E), jnp.arange(rows, dtype=sizes_E.dtype), side="right"
     )
 
 
 def _for_each_block(size: jax.Array, body: Callable[[Any, jax.Array, int], Any], start: Any) -> Any:
-    """Folds body(carry, first row, rows) over a group's rows; the last block may overhang."""
+    """Folds body(carry, first row, rows) over a group's rows; the last block may run past them."""
     n_large = size // _LARGE_BLOCK
     done = n_large * _LARGE_BLOCK
     n_small = -((done - size) // _SMALL_BLOCK)
@@ -125,8 +126,9 @@ def _for_each_block(size: jax.Array, body: Callable[[Any, jax.Array, int], Any],
 
 
 def _with_overhang(x_AD: jax.Array) -> jax.Array:
-    """Adds room for the last group's overhang, and for a large block where rows are few."""
+    """Adds the rows that the last group's last block may run into."""
     rows = x_AD.shape[0]
+    # A large block must fit even where there are fewer rows: both loops are compiled.
     return jnp.pad(x_AD, ((0, max(_SMALL_BLOCK, _LARGE_BLOCK - rows)), (0, 0)))
 
 
@@ -162,7 +164,7 @@ def _blocked_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.
         def block(total, row, rows):
             x_block = lax.dynamic_slice_in_dim(padded_x, start + row, rows)
             y_block = lax.dynamic_slice_in_dim(padded_y, start + row, rows)
-            if rows == _SMALL_BLOCK:  # only these overhang
+            if rows == _SMALL_BLOCK:  # only small blocks run past their group
                 mine = (jnp.arange(rows, dtype=jnp.int32) + row < size)[:, None]
                 y_block = jnp.where(mine, y_block, jnp.zeros_like(y_block))
             return total + jnp.matmul(x_block.T, y_block, preferred_element_type=jnp.float32)
@@ -189,7 +191,8 @@ def _gpu_matmul(
             transpose_w=transpose_w,
             multiprocessors=target.multiprocessors,
         )
-        # Without a barrier XLA computes the product twice, for its users and for where it is kept.
+        # Without a barrier XLA computes the product twice: for its users, and to keep it for the
+        # backward pass.
         return lax.optimization_barrier(call_shipped(multiply, x_AD, w_EDF, sizes_E))
     contracted = ((1,), (2 if transpose_w else 1,))
     return _ragged_dot(x_AD, w_EDF, sizes_E, contracted, [0], dtype)
@@ -205,7 +208,7 @@ def _gpu_outer(target: Target, x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Ar
 def _ragged_dot(
     x, y, sizes_E: jax.Array, contracted: Any, groups: list[int], dtype: DTypeLike
 ) -> jax.Array:
-    """The product over x's rows in groups; `groups` is where y has a dimension of them."""
+    """Multiplies x's rows, in groups, by y; `groups` lists y's group dimension, if it has one."""
     numbers = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(contracted, ((), ())),
         lhs_ragged_dimensions=[0],
@@ -214,7 +217,7 @@ def _ragged_dot(
     if not (installed := tokamax()):
         out = lax.ragged_dot_general(x, y, sizes_E, numbers, preferred_element_type=jnp.float32)
         return out.astype(dtype)
-    # Its kernels sum in float32 and round what they write.
+    # Its kernels sum in float32 and round once, to the type that they write.
     multiply = functools.partial(
         installed.ragged_dot_general,
         ragged_dot_dimension_numbers=numbers,
@@ -256,7 +259,7 @@ def _megablox_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax
         _fill_tiles(y_AF),
         sizes_E,
     )
-    # The kernel leaves the matrix of an empty group unwritten.
+    # The kernel does not write the matrix of an empty group.
     return jnp.where((sizes_E > 0)[:, None, None], out, jnp.zeros_like(out))
 
 
@@ -265,5 +268,5 @@ def _tiling(dim: int, width: int) -> tuple[int, int, int]:
 
 
 def _fill_tiles(x_AD: jax.Array) -> jax.Array:
-    """Rows filled up to whole tiles, which the kernel asks for; the filling belongs to no group."""
+    """Pads rows to whole tiles, as the kernel requires; the padding belongs to no group."""
     return jnp.pad(x_AD, ((0, -x_AD.shape[0] % _MEGABLOX_TILE), (0, 0)))

@@ -1,18 +1,18 @@
-"""Grouped matrix products on Hopper GPUs (H100, H200), in Mosaic GPU: operands of two bytes, sums
-in float32.
+"""Grouped matrix products for Hopper GPUs (H100, H200), in Mosaic GPU: two-byte operands, sums in
+float32.
 
-One program on each multiprocessor walks over tiles of the result. A warpgroup brings slices of the
-operands through four buffers, two others multiply them, each its half of the tile's columns.
+One program per multiprocessor walks over tiles of the result. One warpgroup loads slices of the
+operands through four buffers; two others multiply them, each half of the tile's columns.
 
-* `matmul`: the rows of a tile belong to one group. A tile starts at the group's first row, rounded
-  down to a multiple of 8, where a copy may begin; so it may hold rows of the group before, and at
-  the group's end rows of the next. They are computed and not written. Copies have fixed sizes, so
-  what is left of a tile is written in pieces of 2^i rows. Rows after the last group are zeros.
-* `outer`: a tile of one group's matrix sums over the group's rows, in slices that begin at a
-  multiple of 8 too; other groups' rows in the first and in the last slice are set to 0.
+* `matmul`: a tile belongs to one group. It starts at the group's first row, rounded down to a
+  multiple of 8, as copies require; so it may include rows of the group before, and at the group's
+  end rows of the next. Those are computed and not written. Copies have fixed sizes, so a partial
+  tile is written in pieces of 2^i rows. Rows after the last group are zeros.
+* `outer`: a tile of one group's matrix sums over the group's rows, in slices that also start at a
+  multiple of 8; other groups' rows in the first and the last slice are set to 0.
 
-Nothing is padded or transposed in memory, and a tile costs the same however many groups there are.
-The tests run these kernels under the interpreter of jax 0.11 and later, or as they are on a GPU.
+Nothing is padded or transposed in memory, and the cost per tile does not depend on the number of
+groups. The tests run these kernels under the interpreter of jax 0.11 and later, or on a GPU.
 """
 
 from __future__ import annotations
@@ -28,37 +28,38 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-_ROWS, _COLUMNS, _SLICE = 128, 256, 64  # of a tile of the result, and of K at once
+_ROWS, _COLUMNS, _SLICE = 128, 256, 64  # of a tile of the result; elements of K per step
 _BUFFERS, _WARPGROUPS = 4, 2
 _HALF = _COLUMNS // _WARPGROUPS
-_PIECE = 64  # rows that a warpgroup writes at once
+_PIECE = 64  # rows per write of a warpgroup
 _ALIGNMENT = 8
 _SWIZZLE = 128  # bytes
 
 
 def fits(x: jax.Array, y: jax.Array) -> bool:
-    """Whether the kernels take these operands: of two bytes, with widths of whole 128 bytes."""
+    """Returns whether the kernels take these operands: two-byte, widths in multiples of 64."""
     two_bytes = x.dtype == y.dtype and x.dtype in (jnp.bfloat16, jnp.float16)
     return two_bytes and all(width % 64 == 0 for width in (x.shape[1], *y.shape[1:]))
 
 
 class Tiles(NamedTuple):
-    """Which rows each tile of `matmul` starts at and writes: int32 [tiles]."""
+    """Where each tile of `matmul` starts and which rows it writes: int32 [tiles]."""
 
     group: jax.Array
     start: jax.Array
-    first: jax.Array  # counted from `start`, the first row that is the group's
-    end: jax.Array  # and the first that is not any more; a tile where it equals `first` is none
+    first: jax.Array  # of the group's rows, counted from `start`
+    end: jax.Array  # one past the last; a tile with end == first is unused
 
     @classmethod
     def of(cls, sizes_E: jax.Array, n_rows: int) -> Tiles:
-        """The tiles of all groups, and of the rows that are left, as group E."""
+        """Returns the tiles of all groups, and of the rows after them as group E."""
         ends = jnp.cumsum(sizes_E)
         starts, ends = jnp.append(ends - sizes_E, ends[-1]), jnp.append(ends, n_rows)
         aligned = starts // _ALIGNMENT * _ALIGNMENT
         n_tiles = jnp.where(ends > starts, pl.cdiv(ends - aligned, _ROWS), 0)
         last = jnp.cumsum(n_tiles)
-        # A group adds to its rows at most those before its start and those that fill its last tile.
+        # Besides its own rows, a group's tiles hold at most 7 rows before its start and 127 after
+        # its end.
         most = (n_rows + len(starts) * (_ALIGNMENT - 1 + _ROWS - 1)) // _ROWS
         tile = jnp.arange(most, dtype=jnp.int32)
         group = jnp.searchsorted(last, tile, side="right", method="compare_all")
@@ -78,7 +79,7 @@ def matmul(
     transpose_w: bool = False,
     multiprocessors: int,
 ) -> jax.Array:
-    """Each group's rows times its matrix, [D, F], or [F, D] with `transpose_w`: [A, F]."""
+    """Multiplies each group's rows by its matrix, [D, F], or [F, D] with `transpose_w`: [A, F]."""
     (A, D), E, F = x_AD.shape, len(w_EDF), w_EDF.shape[1 if transpose_w else 2]
     tiles = Tiles.of(sizes_E, A)
 
@@ -100,6 +101,7 @@ def matmul(
         def _():
             run(
                 multiply,
+                # Rows after the last group take no products, so zeros are written.
                 jnp.where(number == E, 0, pl.cdiv(D, _SLICE)),
                 (x.at[pl.ds(begin, _ROWS)], w.at[jnp.minimum(number, E - 1)]),
                 (
@@ -141,6 +143,7 @@ def outer(
             half = _half()
             row = begin + indices[0] * _SLICE
 
+            # The first and the last slice may hold rows of other groups.
             @pl.when((row < start) | (row + _SLICE > end))
             def _():
                 here = row + lax.broadcasted_iota(jnp.int32, (_SLICE, _HALF), 0)
@@ -175,12 +178,12 @@ def outer(
 
 
 def _half() -> Any:
-    """The columns of a tile that this warpgroup computes."""
+    """Returns the columns of a tile that this warpgroup computes."""
     return pl.ds(lax.axis_index("warpgroup") * _HALF, _HALF)
 
 
 def _transposed(ref: Any) -> Any:
-    # The function is deprecated where the method exists.
+    # Versions of JAX that have the method deprecate the function.
     return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
 
 
@@ -195,8 +198,9 @@ def _launch(
 ) -> jax.Array:
     """Calls `tile(row tile, column tile, *references, run=run)` for each tile of the result.
 
-    `run(multiply, slices of K, operands, index maps, rows of the result, column tile, written)`
-    sums a tile up and writes it; `written` gives the rows of a piece that are, None: all.
+    `run(multiply, n_slices, operands, index maps, rows of the result, column tile, written)` sums a
+    tile and writes it. `written` maps a piece's number to the range of its rows to write; None
+    writes all.
 
     Args:
       blocks: the shapes of a slice of the first two operands.
@@ -243,12 +247,12 @@ def _wide(dtype: Any) -> int:
 
 
 def _layout(dtype: Any, rows: int) -> tuple[Any, Any]:
-    """How shared memory holds a matrix: in tiles of so many rows, 128 bytes wide."""
+    """Returns how shared memory holds a matrix: in tiles of `rows` rows, 128 bytes wide."""
     return plgpu.TilingTransform((rows, _wide(dtype))), plgpu.SwizzleTransform(_SWIZZLE)
 
 
 def _pipeline(blocks, dtypes, multiply, n_slices, index_maps, write) -> Any:
-    """Brings slice after slice and calls `multiply` of each; `write` surrounds all of it."""
+    """Loads slices one after another and calls `multiply` on each, all inside `write`."""
     return plgpu.emit_pipeline_warp_specialized(
         multiply,
         grid=(n_slices,),
@@ -265,7 +269,7 @@ def _pipeline(blocks, dtypes, multiply, n_slices, index_maps, write) -> Any:
 
 
 def _write(pieces, result, column_tile, written, sum_up: Callable[[Any], Any]) -> None:
-    """Sums a warpgroup's half of a tile up and copies it to its place, piece by piece."""
+    """Sums a warpgroup's half of a tile and copies it to the result, piece by piece."""
     warpgroup, wide = lax.axis_index("warpgroup"), pieces.shape[-1]
     first_column = column_tile * _COLUMNS + warpgroup * _HALF
     accumulator = plgpu.ACC((_ROWS, _HALF), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
@@ -277,7 +281,7 @@ def _write(pieces, result, column_tile, written, sum_up: Callable[[Any], Any]) -
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         places = [(i, j) for i in range(_ROWS // _PIECE) for j in range(_HALF // wide)]
         for number, (i, j) in enumerate(places):
-            # Two pieces take turns: the one before last has been copied.
+            # Two pieces take turns; at most the previous one may still be on its way.
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             piece = pieces.at[warpgroup, number % 2]
             piece[...] = sums[i * _PIECE : (i + 1) * _PIECE, j * wide : (j + 1) * wide]
@@ -288,8 +292,9 @@ def _write(pieces, result, column_tile, written, sum_up: Callable[[Any], Any]) -
 
 
 def _copy(piece: Any, target: Any, written: tuple[jax.Array, jax.Array] | None) -> None:
-    """Copies rows [first, end) of a piece to where they belong, all of them unless given. Always as
-    one group of copies, be it an empty one: who waits counts groups.
+    """Copies rows [first, end) of a piece to the result, or all rows, as one group of copies.
+
+    The group may be empty: waiting counts groups.
     """
     if written is None:
         plgpu.copy_smem_to_gmem(piece, target)
@@ -301,6 +306,7 @@ def _copy(piece: Any, target: Any, written: tuple[jax.Array, jax.Array] | None) 
     def _():
         plgpu.copy_smem_to_gmem(piece, target, commit_group=False)
 
+    # Copies have static sizes, so a partial piece is copied by powers of two.
     @pl.when((size > 0) & (size < _PIECE))
     def _():
         begin = first

@@ -1,4 +1,4 @@
-"""Telling `shard_map` which values differ between devices."""
+"""Types that tell `shard_map` along which mesh axes a value differs between devices."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from jax.sharding import PartitionSpec
 
 
 def varies_over(*arrays: jax.Array) -> frozenset[str]:
-    """The mesh axes along which one of the arrays differs between devices; none outside
+    """Returns the mesh axes along which any of the arrays differs between devices; none outside
     `shard_map`.
     """
     return frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
 
 
 def vary_as(x: jax.Array, *others: jax.Array) -> jax.Array:
-    """Marks x as different between devices wherever one of the others is.
+    """Marks x as differing between devices along every mesh axis along which another array does.
 
-    A loop needs it whose carry starts from zeros. In the backward pass x's gradient is summed over
-    the axes that are new to it.
+    A loop needs this for a carry that starts as zeros. In the backward pass x's gradient is summed
+    over the axes that were added.
     """
     missing = varies_over(*others) - varies_over(x)
     return lax.pcast(x, tuple(missing), to="varying") if missing else x
 
 
 def call_shipped(kernel: Callable[..., jax.Array], *inputs: jax.Array) -> jax.Array:
-    """Runs a kernel of JAX's or tokamax's, inside `shard_map` too: its code does not say over which
-    mesh axes its output varies, so for the length of the call nobody asks.
+    """Runs a kernel that ships with JAX or tokamax, inside `shard_map` too.
+
+    The kernel does not declare which mesh axes its output varies over, so the check is disabled for
+    this call.
     """
     mesh = jax.sharding.get_abstract_mesh()
     with shipped_promotion():
@@ -47,6 +49,6 @@ def call_shipped(kernel: Callable[..., jax.Array], *inputs: jax.Array) -> jax.Ar
 
 @contextlib.contextmanager
 def shipped_promotion() -> Iterator[None]:
-    """JAX's defaults of dtype and rank promotion, on which the code of such kernels relies."""
+    """Restores JAX's defaults for dtype and rank promotion, on which such kernels rely."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
