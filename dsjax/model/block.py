@@ -1,7 +1,7 @@
-"""One transformer layer, and how a stack of layers runs.
+"""One transformer layer, and scans over stacks of layers.
 
-A stack is one `Block` whose parameters have a leading layer dimension, which `lax.scan` walks: once
-for whole sequences (`run_layers`), once for tokens that are added to a cache (`extend_layers`).
+A stack is one `Block` whose parameters have a leading layer dimension. `run_layers` scans over it
+with whole sequences, `extend_layers` with tokens that are added to a cache.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from dsjax.parallel.sharding import constrain
 from dsjax.precision.policy import Policy
 
 _REMAT_POLICIES = {
-    # V3 section 3.2.3: norms, MLA up-projections and the SwiGLU product are computed again; so is
-    # the attention core. Routing is kept: little to keep, and sorting takes time.
+    # As V3 (section 3.2.3), norms, MLA up-projections and the SwiGLU product are recomputed; so is
+    # the attention core. Routing is kept: it is small, and sorting takes time.
     "selective": jax.checkpoint_policies.save_only_these_names(
         "latent", "attention", "routing", "swiglu_input"
     ),
@@ -36,17 +36,17 @@ _REMAT_POLICIES = {
 
 
 class Context(NamedTuple):
-    """What every layer needs besides the hidden state, in the hidden state's order."""
+    """What every layer needs besides the hidden states, in their order."""
 
     angles: tuple[jax.Array, jax.Array]  # rope cosine and sine, float32 [B, T, R/2]
-    segment_ids_BT: jax.Array | None  # attention stays inside a segment; None: it does not care
-    documents_BT: jax.Array  # int32, sequences of the balance loss; 0 is padding
+    segment_ids_BT: jax.Array | None  # attention stays within a segment; None: within the row
+    documents_BT: jax.Array  # int32, sequences of the balance losses; 0 is padding
 
 
 class Extension(NamedTuple):
-    """What every layer needs besides the hidden state when tokens are added to a cache."""
+    """What every layer needs besides the hidden states when tokens are added to a cache."""
 
-    positions_BT: jax.Array  # int32, consecutive in a row
+    positions_BT: jax.Array  # int32, consecutive within a row
     angles: tuple[jax.Array, jax.Array]  # rope cosine and sine, float32 [B, T, R/2]
 
 
@@ -78,7 +78,7 @@ class Block(nnx.Module):
         """Runs the layer on whole sequences.
 
         Args:
-          experts_BTK: int32, choices of a MoE layer to replay; None: its router chooses.
+          experts_BTK: int32, a MoE layer's choices to replay; None: its router chooses.
         """
         x_BTD = constrain(x_BTD, "batch", "length", "width")
         x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), context.angles, context.segment_ids_BT)
@@ -90,7 +90,7 @@ class Block(nnx.Module):
 
     @property
     def routed_experts(self) -> Experts | None:
-        """The routed experts' weights; None for a dense layer."""
+        """Returns the routed experts' weights; None for a dense layer."""
         return self.ffn.experts if isinstance(self.ffn, MoE) else None
 
     def extend(
@@ -103,10 +103,11 @@ class Block(nnx.Module):
         """Adds tokens to the layer's cache.
 
         Args:
-          experts: those of the whole stack, of which this is layer `cache.layer`; None if dense.
+          experts: the experts of the whole stack, in which this is layer `cache.layer`; None if
+            dense.
 
         Returns:
-          the hidden state, the cache, and the chosen experts, int32 [B, T, K]; None if dense.
+          the hidden states, the cache, and the chosen experts, int32 [B, T, K]; None if dense.
         """
         x_BTD = constrain(x_BTD, "batch", "tokens", "width")
         y_BTD, cache = self.attn.extend(
@@ -130,12 +131,11 @@ def run_layers(
     experts_LBTK: jax.Array | None = None,
     present_L: jax.Array | None = None,
 ) -> tuple[jax.Array, RoutingStatistics | None]:
-    """Walks a stack of layers; None is the routing of dense ones.
+    """Runs a stack of layers on whole sequences. Dense layers have no routing: None.
 
     Args:
       experts_LBTK: int32, the layers' choices to replay; None: their routers choose.
-      present_L: bool; a layer that is not present runs, but changes and counts nothing. None: all
-        are present.
+      present_L: bool; an absent layer runs, but changes and counts nothing. None: all are present.
     """
 
     def layer(x_BTD: jax.Array, row: tuple[Block, jax.Array | None, jax.Array | None]):
@@ -151,7 +151,7 @@ def run_layers(
 
 
 def rematerialized(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """The function, whose backward pass recomputes what `remat` does not keep."""
+    """Returns the function with a backward pass that recomputes what `remat` does not keep."""
     if remat == "none":
         return function
     return jax.checkpoint(function, policy=_REMAT_POLICIES[remat])
@@ -165,7 +165,7 @@ def extend_layers(
     *,
     routing: bool = False,
 ) -> tuple[jax.Array, Entries, jax.Array | None]:
-    """Walks a stack of layers and adds tokens to its entries.
+    """Runs a stack of layers on tokens that it adds to the cache entries.
 
     Args:
       routing: whether to return the chosen experts, int32 [L, B, T, K].
@@ -177,7 +177,7 @@ def extend_layers(
         x_BTD, own, experts_BTK = block.extend(x_BTD, own, extension, layers.routed_experts)
         return (x_BTD, own.entries, index + 1), experts_BTK if routing else None
 
-    # The entries are carried whole: scanned over layer by layer they would be copied out and in.
+    # The entries are carried whole; scanned over, each layer's would be copied out and back in.
     start = (x_BTD, entries, jnp.int32(0))
     (x_BTD, entries, _), experts_LBTK = jax.lax.scan(layer, start, layers)
     return x_BTD, entries, experts_LBTK

@@ -1,4 +1,4 @@
-"""Multi-token prediction (MTP): module k predicts the token k + 1 places ahead.
+"""Multi-token prediction (MTP): module k predicts the token k + 1 positions ahead.
 
 At position i, module k joins the normed embedding of token i + k with the normed hidden state of
 module k - 1 (the main model's for k = 1), projects the pair to the model width and runs one
@@ -7,11 +7,11 @@ module's own.
 
 Paper: V3 (arXiv:2412.19437) section 2.2, equations 21 to 25. Departures:
 
-1. The embedding comes first in the joined pair, as in the released `eh_proj`; the paper writes the
+1. The embedding comes first in the joined pair, as in the released `eh_proj`; the paper puts the
    hidden state first.
-2. The first module reads the main model's state after the final norm (`mtp_after_final_norm`),
-   which the paper leaves open and public loaders decide differently; deeper modules read the layer
-   output of the one before.
+2. The first module reads the main model's state after the final norm (`mtp_after_final_norm`). The
+   paper leaves this open, and public loaders differ. Deeper modules read the layer output of the
+   module before.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dsjax.precision.policy import Policy
 
 
 def shift_left(tokens_BT: jax.Array) -> jax.Array:
-    """Each position takes its right neighbour; the last one, which predicts nothing, takes 0."""
+    """Gives each position its right neighbour; the last one, which predicts nothing, gets 0."""
     return arrange(jnp.pad(restore(tokens_BT)[:, 1:], ((0, 0), (0, 1))))
 
 
@@ -46,7 +46,7 @@ class MTP(nnx.Module):
         )
         self.layer = layer
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        # Not among the layers that train in FP8: the published FP8 checkpoint has it in bfloat16.
+        # The projection does not train in FP8: the published FP8 checkpoint has it in bfloat16.
         self.policy = dataclasses.replace(policy, fp8=None)
 
     def __call__(
@@ -57,10 +57,10 @@ class MTP(nnx.Module):
         balance: BalanceWeights | None,
         experts_BTK: jax.Array | None = None,
     ) -> tuple[jax.Array, RoutingStatistics | None]:
-        """Advances the hidden state one token further ahead, given that token's embedding."""
+        """Advances the hidden states by one token, given that token's embedding."""
         return self.layer(self.join(embedding_BTD, hidden_BTD), context, balance, experts_BTK)
 
     def join(self, embedding_BTD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
-        """What the module's layer reads: the pair, projected to the model width."""
+        """Projects the pair to the model width, as the module's layer reads it."""
         pair = jnp.concatenate([self.enorm(embedding_BTD), self.hnorm(hidden_BTD)], axis=-1)
         return linear(pair, self.eh_proj[...], self.policy)

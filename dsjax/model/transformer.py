@@ -1,9 +1,10 @@
 """The whole model: embedding, dense layers, mixture-of-experts layers, final norm, output head and
 MTP modules.
 
-Dense prefix, MoE body and MTP modules are three stacks, each one set of parameters with a leading
-layer dimension that `lax.scan` walks, so program size and compile time do not grow with depth. The
-forward pass changes nothing: routing statistics and balance losses come out as values.
+Dense prefix, MoE body and MTP modules are three stacks. A stack is one set of parameters with a
+leading layer dimension, over which `lax.scan` runs, so program size and compile time do not grow
+with depth. The forward pass has no side effects: routing statistics and balance losses are
+returned.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from dsjax.precision.policy import Policy
 
 
 class Hidden(NamedTuple):
-    """Everything training needs of a forward pass."""
+    """What training needs from a forward pass."""
 
     main_BTD: jax.Array  # after the final norm
     mtp_DBTD: jax.Array | None  # depth first, each after its own norm
@@ -38,23 +39,25 @@ class Hidden(NamedTuple):
 
 
 class Extended(NamedTuple):
-    """What the added tokens give, and the cache that holds them."""
+    """Hidden states of the added tokens, and the cache that now holds them."""
 
     main_BTD: jax.Array  # after the final norm
     mtp_input_BTD: jax.Array  # what the first MTP module reads
     cache: Cache
-    experts_LBTK: jax.Array | None = None  # int32, what the MoE layers chose, where asked for
+    experts_LBTK: jax.Array | None = None  # int32, chosen by the MoE layers; on request
 
 
 class Embeddings(NamedTuple):
-    """Embeddings that stand in for those of some tokens, such as a picture's."""
+    """Embeddings that replace those of some tokens, for example an image's."""
 
-    given_BT: jax.Array  # bool, where they do
-    values_BTD: jax.Array  # elsewhere they are ignored
+    given_BT: jax.Array  # bool, the positions to replace
+    values_BTD: jax.Array  # ignored at other positions
 
 
 class Transformer(nnx.Module):
-    """A DeepSeek model, declared; `dsjax.model.parameters.initialize` gives it values."""
+    """A DeepSeek model. The constructor declares the parameters, and
+    `dsjax.model.parameters.initialize` gives them values.
+    """
 
     def __init__(self, config: ModelConfig, policy: Policy):
         self.embed = Embedding(config.vocab_size, config.dim, config.init_std, policy)
@@ -73,11 +76,12 @@ class Transformer(nnx.Module):
         self.policy = policy
 
     def __call__(self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
-        """Predicts each next token.
+        """Predicts the token after each token.
 
         Args:
-          tokens_BT: int32 ids below `vocab_size`; an id outside gives NaN logits.
-          segment_ids_BT: int32; documents packed into a row, kept apart from one another.
+          tokens_BT: int32; ids of `vocab_size` or more give NaN logits.
+          segment_ids_BT: int32, the document of each token; documents packed into one row do not
+            see one another.
 
         Returns:
           logits, float32 [B, T, V].
@@ -85,11 +89,13 @@ class Transformer(nnx.Module):
         return restore(self.logits(self.hidden(tokens_BT, segment_ids_BT, mtp=False).main_BTD))
 
     def head_weight(self) -> jax.Array:
-        """[D, V]; the embedding's transpose where they are tied."""
+        """Returns [D, V]: the head's weight, or the transposed embedding if they are tied."""
         return self.embed.weight[...].T if self.config.tie_embed else self.head.weight[...]
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """float32 [B, T, V] of a normed hidden state, the main model's or an MTP module's."""
+        """Returns logits, float32 [B, T, V], of a normed hidden state of the main model or an MTP
+        module.
+        """
         return vocabulary_logits(hidden_BTD, self.head_weight(), self.policy)
 
     def hidden(
@@ -104,19 +110,21 @@ class Transformer(nnx.Module):
         embeddings: Embeddings | None = None,
         experts_LBTK: jax.Array | None = None,
     ) -> Hidden:
-        """Runs the model up to the states that the output head reads. They lie as
-        `dsjax.parallel.context.arrange` brings the tokens to lie, which it does here.
+        """Runs the model up to the hidden states that the output head reads. Their tokens are in
+        the order of `dsjax.parallel.context.arrange`.
 
         Args:
-          segment_ids_BT: int32 document of each token, 0 for padding; None: one document a row.
-          isolate: whether attention, positions and balance losses stay inside a document.
+          segment_ids_BT: int32, the document of each token, 0 for padding; None: each row is one
+            document.
+          isolate: whether attention, positions and balance losses stay within a document.
           mtp: whether to run the MTP modules.
-          balance: weights of the balance losses; None leaves them out.
-          remat: what a layer's backward pass computes again: "none", "selective" or "full".
-          embeddings: replace those of some tokens in the main model.
-          experts_LBTK: int32, choices to replay, in the hidden state's order: those of every MoE
-            layer, then, where they are given too, those of every MTP module. Weights still come
-            from the routers, with gradients. None: the routers choose.
+          balance: weights of the balance losses; None omits them.
+          remat: what a layer's backward pass recomputes: "none", "selective" or "full".
+          embeddings: replace the main model's embeddings of some tokens, in the hidden states'
+            order.
+          experts_LBTK: int32, expert choices to replay, in the hidden states' order: those of the
+            MoE layers, optionally followed by those of the MTP modules. Weights still come from the
+            routers, with gradients. None: the routers choose.
         """
         context = self.context(tokens_BT, segment_ids_BT, isolate)
         x_BTD = self.enter(tokens_BT, context, remat, embeddings)
@@ -146,7 +154,7 @@ class Transformer(nnx.Module):
 
     @property
     def body(self) -> str:
-        """The name of the stack that makes up the model, between its ends `enter` and `leave`."""
+        """Names the stack of layers that runs between `enter` and `leave`."""
         return "moe_layers" if self.config.n_moe_layers else "dense_layers"
 
     def enter(
@@ -156,7 +164,7 @@ class Transformer(nnx.Module):
         remat: str,
         embeddings: Embeddings | None = None,
     ) -> jax.Array:
-        """What the body's first layer reads: embedding and, before a MoE body, dense layers."""
+        """Computes the body's input: embeddings and, before a MoE body, the dense layers."""
         x_BTD = self._embed(arrange(tokens_BT), embeddings)
         if self.config.n_moe_layers and self.config.n_dense_layers:
             x_BTD, _ = run_layers(self.dense_layers, x_BTD, context, None, remat)
@@ -180,10 +188,11 @@ class Transformer(nnx.Module):
         remat: str,
         experts_LBTK: jax.Array | None = None,
     ) -> Hidden:
-        """Final norm and MTP modules, whose routing alone is in the result.
+        """Applies the final norm and the MTP modules; `routing` of the result is that of the
+        modules alone.
 
         Args:
-          experts_LBTK: the modules' choices to replay.
+          experts_LBTK: int32, the modules' choices to replay.
         """
 
         def mtp_module(carry: tuple[jax.Array, jax.Array, jax.Array], inputs: tuple[MTP, Any]):
@@ -191,8 +200,8 @@ class Transformer(nnx.Module):
             module = pinned(module, self.policy)
             hidden_BTD, tokens_BT, ahead_BT = carry
             tokens_BT, ahead_BT = shift_left(tokens_BT), shift_left(ahead_BT)
-            # Where the token that is read lies in no document, or in another, there is no sequence
-            # to balance.
+            # A position whose further token is padding, or belongs to another document, is left
+            # out of the balance losses.
             documents_BT = jnp.where(ahead_BT == context.documents_BT, ahead_BT, 0)
             hidden_BTD, statistics = module(
                 self.embed(tokens_BT),
@@ -225,12 +234,11 @@ class Transformer(nnx.Module):
         """Runs tokens whose predecessors are in the cache, and adds them to it.
 
         Args:
-          tokens_BT: int32; row b's stand at positions starts_B[b], starts_B[b] + 1, ... A row may
-            end in padding: what that leaves in the cache, tokens written there later replace before
-            anyone sees it.
+          tokens_BT: int32; row b has positions starts_B[b], starts_B[b] + 1, ... A row may end in
+            padding: later tokens overwrite its cache entries before any query sees them.
           starts_B: int32; starts_B + T must not exceed the cache's length.
           routing: whether to return the experts that the MoE layers choose.
-          embeddings: replace those of some tokens.
+          embeddings: replace the embeddings of some tokens.
         """
         extension = self._extension(tokens_BT, starts_B)
         x_BTD = self._embed(tokens_BT, embeddings)
@@ -259,12 +267,12 @@ class Transformer(nnx.Module):
         Args:
           depth: which module; 0 is the first.
           tokens_BT: int32; for position p the token at p + depth + 1, whose successor is predicted.
-          hidden_BTD: the states at these positions: `mtp_input_BTD` of `extend` for the first
-            module, what this function returned for the module before otherwise.
-          cache: made with `mtp=True`; every earlier position has run through this module.
+          hidden_BTD: the states at these positions: for the first module `mtp_input_BTD` of
+            `extend`, for later ones what this method returned for the module before.
+          cache: made with `mtp=True`; all earlier positions must have run through this module.
 
         Returns:
-          the hidden state for the next module, the normed one for the output head, and the cache.
+          the hidden states for the next module, the normed ones for the output head, and the cache.
         """
         assert cache.mtp is not None, "the cache has no room for the MTP modules"
         extension = self._extension(tokens_BT, starts_B)
@@ -286,7 +294,7 @@ class Transformer(nnx.Module):
     def context(
         self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None, isolate: bool
     ) -> Context:
-        """What all layers need to know of the tokens; the arguments are those of `hidden`."""
+        """Prepares what all layers need to know of the tokens; for the arguments see `hidden`."""
         if segment_ids_BT is None:
             isolate, segment_ids_BT = False, jnp.ones_like(tokens_BT)
         if isolate:
