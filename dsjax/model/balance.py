@@ -1,20 +1,20 @@
-"""Keeping experts evenly used: the bias update and the balance losses.
+"""Load balancing of experts: the bias update and the balance losses.
 
-Every loss has the form sum over i of f_i * P_i for one sequence: f_i is how often i is chosen,
-scaled so that an even load gives 1 each, and P_i is the mean score share of i, through which the
-gradient flows. An even load and uniform scores give exactly 1. They differ in what i is and what
-counts as chosen:
+Every loss has the form sum_i f_i * P_i per sequence. f_i is how often i is chosen, scaled so that
+an even load gives 1 for each i; P_i is the mean share of i in the scores and carries the gradient.
+An even load with uniform scores gives exactly 1. The losses differ in what i is and in what counts
+as chosen:
 
-* sequence-wise (V3, equations 17 to 20): i an expert, chosen when among the K best *unbiased*
-  scores of all experts;
-* expert-level (V1; V2 equations 23 to 25): i an expert, chosen as the router did;
-* device-level (V1; V2 equations 26 to 28): i a group of experts, f the mean and P the sum over the
-  group;
-* communication (V2 equations 29 to 31): i a group, chosen when the token is sent to at least one of
-  its experts.
+* sequence-wise (V3, equations 17 to 20): i is an expert, chosen if it is among the K best
+  *unbiased* scores of all experts;
+* expert-level (V1; V2 equations 23 to 25): i is an expert, chosen if the router chose it;
+* device-level (V1; V2 equations 26 to 28): i is a group of experts; f is the mean over the group, P
+  the sum;
+* communication (V2 equations 29 to 31): i is a group, chosen if the token is sent to at least one
+  of its experts.
 
-A sequence is a row; when documents are isolated it is a document, and documents are averaged by
-their length, so that packing does not change the loss. Padding counts nowhere.
+A sequence is a row. With isolated documents it is a document, and documents are averaged by length,
+so that packing does not change the loss. Padding is never counted.
 
 Papers: DeepSeekMoE arXiv:2401.06066 section 3.3; V2 arXiv:2405.04434 section 2.2.3; V3
 arXiv:2412.19437 section 2.1.2.
@@ -33,16 +33,14 @@ from dsjax.parallel import context
 
 
 class BalanceWeights(NamedTuple):
-    """Weight of each balance loss, the groups that stand for devices, and whether sequences are
-    documents, or whole rows.
-    """
+    """The weight of each balance loss, and what the losses count."""
 
     sequence: float
     expert: float
     device: float
     communication: float
-    n_devices: int
-    isolated: bool
+    n_devices: int  # groups of experts in the device-level and communication losses
+    isolated: bool  # whether a sequence is a document or a whole row
 
     @classmethod
     def of(cls, config: Config) -> BalanceWeights:
@@ -61,32 +59,30 @@ def update_bias(bias_LE: jax.Array, counts_LE: jax.Array, speed: jax.Array | flo
     """Moves each expert's selection bias one step towards an even load (V3 section 2.1.2).
 
     Args:
-      counts_LE: assignments of each expert over the whole global batch.
-      speed: gamma; 0 leaves the bias alone.
+      counts_LE: assignments to each expert in the whole global batch.
+      speed: gamma; 0 leaves the bias unchanged.
     """
     counts_LE = counts_LE.astype(jnp.float32)
     return bias_LE + speed * jnp.sign(counts_LE.mean(axis=-1, keepdims=True) - counts_LE)
 
 
 def max_violation(counts_LE: jax.Array) -> jax.Array:
-    """(highest load - mean load) / mean load, float32 [L]; arXiv:2408.15664 section 4.1."""
+    """Returns (highest load - mean load) / mean load, float32 [L]; arXiv:2408.15664 section 4.1."""
     counts_LE = counts_LE.astype(jnp.float32)
     mean_L = jnp.maximum(counts_LE.mean(axis=-1), 1.0)
     return counts_LE.max(axis=-1) / mean_L - 1.0
 
 
 def _chosen(experts_MK: jax.Array, n_experts: int) -> jax.Array:
-    """1.0 where a token's choice includes an expert: [..., K] -> float32 [..., E]."""
+    """Marks each token's chosen experts with 1.0: [..., K] -> float32 [..., E]."""
     return jax.nn.one_hot(experts_MK, n_experts, dtype=jnp.float32).sum(axis=-2)
 
 
 def _frequency_times_share(
     f_BTX: jax.Array, share_BTX: jax.Array, documents_BT: jax.Array, isolated: bool
 ) -> jax.Array:
-    """Mean over documents, weighted by length, of sum_i mean_t(f) * mean_t(share). Scalar.
-
-    That is the mean over tokens of share times its document's mean of f, which has no gradient.
-    """
+    """Returns the mean over documents, weighted by length, of sum_i mean_t(f) * mean_t(share)."""
+    # Equal to the mean over tokens of share times the document's mean of f, which has no gradient.
     valid_BT1 = (documents_BT > 0).astype(jnp.float32)[:, :, None]
     f_BTX *= valid_BT1
     if isolated:
@@ -98,7 +94,7 @@ def _frequency_times_share(
 
 
 def _document_sums(x_BTX: jax.Array, documents_BT: jax.Array) -> jax.Array:
-    """The sum over each token's document: [B, T, X]; exact for counts."""
+    """Sums x over each token's document: [B, T, X]; exact for counts."""
     index = jnp.arange(documents_BT.shape[1], dtype=jnp.int32)[None]
     border = documents_BT[:, 1:] != documents_BT[:, :-1]
     first, last = (
@@ -114,11 +110,11 @@ def _document_sums(x_BTX: jax.Array, documents_BT: jax.Array) -> jax.Array:
 def balance_loss(
     routing: Routing, documents_BT: jax.Array, weights: BalanceWeights, config: ModelConfig
 ) -> jax.Array:
-    """Adds up one layer's weighted balance losses.
+    """Sums one layer's weighted balance losses.
 
     Args:
-      documents_BT: int32 id of each token's document, 0 for padding; without `weights.isolated` a
-        row is one document.
+      documents_BT: int32, the document of each token, 0 for padding; a row is one document unless
+        `weights.isolated`.
 
     Returns:
       float32 scalar.
@@ -126,7 +122,7 @@ def balance_loss(
     B, T = documents_BT.shape
     E, K = config.n_routed_experts, config.n_activated_experts
     D, isolated = weights.n_devices, weights.isolated
-    # A sequence's tokens together, in their order.
+    # Document sums need each sequence's tokens in order, on one device.
     documents_BT = context.restore(documents_BT)
     scores_ME, experts_MK = (
         context.restore(x.reshape(B, T, -1)).reshape(x.shape)

@@ -1,10 +1,10 @@
-"""What a model costs, counted: parameters, floating-point operations a token, cache bytes a token.
+"""What a model costs: parameters, floating-point operations per token, cache bytes per token.
 
 Conventions: a multiplication and an addition are two operations; a training step is three forward
-passes (recomputation is not counted); the embedding lookup, norms and softmax cost nothing. Causal
-attention counts half of the square, full attention all of it: published figures use both, so the
-convention is always named. For DeepSeek-V3 at 4,096 tokens that gives 250.4 G causal and 281.2 G
-full without MTP, 260.6 G causal with it, the three figures that published throughput tables imply.
+passes (recomputation does not count); embedding lookup, norms and softmax are free. Causal
+attention counts half of the square of queries and keys, full attention all of it; published figures
+use both. For DeepSeek-V3 at 4,096 tokens this gives 250.4 G causal and 281.2 G full without MTP,
+and 260.6 G causal with it: the three figures that published throughput tables imply.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Declared(Protocol):
 
 
 class Counts(NamedTuple):
-    """Parameters of a model. MTP modules are apart, as in published counts."""
+    """Parameters of a model. MTP modules are counted apart, as in published counts."""
 
     total: int  # main model
-    activated: int  # main model, of which a token uses so many; embedding and head included
+    activated: int  # used per token by the main model; embedding and head included
     mtp: int
 
 
 def count_parameters(declared: Iterable[Declared], model: ModelConfig) -> Counts:
-    """Counts declared parameters; of the routed experts a token activates its share."""
+    """Counts declared parameters; each token activates its share of the routed experts."""
     total = mtp = 0
     activated = Fraction(0)
     for parameter in declared:
@@ -53,14 +53,14 @@ def count_parameters(declared: Iterable[Declared], model: ModelConfig) -> Counts
 def train_flops_per_token(
     model: ModelConfig, length: int, *, causal: bool = True, mtp: bool = True
 ) -> int:
-    """Returns the operations of forward and backward pass, a token of a sequence of `length`."""
+    """Returns the operations of a training step per token of a sequence of `length`."""
     return 3 * forward_flops_per_token(model, length, causal=causal, mtp=mtp)
 
 
 def forward_flops_per_token(
     model: ModelConfig, length: int, *, causal: bool = True, mtp: bool = False
 ) -> int:
-    """Returns the operations of the forward pass, a token of a sequence of `length`."""
+    """Returns the operations of a forward pass per token of a sequence of `length`."""
     weights = matmul_parameters(model)
     layers = model.n_layers
     if mtp:
@@ -70,7 +70,9 @@ def forward_flops_per_token(
 
 
 def matmul_parameters(model: ModelConfig) -> int:
-    """Returns the weights that multiply a token in the main model: activated experts, no lookup."""
+    """Returns the number of weights that multiply a token in the main model: activated experts, no
+    lookup.
+    """
     layers = model.n_layers * attention_class(model).matmul_parameters(model)
     layers += model.n_dense_layers * _feed_forward(model.dim, model.inter_dim)
     layers += model.n_moe_layers * _experts(model)
@@ -86,7 +88,7 @@ def mtp_matmul_parameters(model: ModelConfig) -> int:
 
 
 def cache_bytes_per_token(model: ModelConfig, bytes_per_value: int = 2) -> int:
-    """Returns what decoding keeps for a token over all layers, in bytes; 2 bytes is bfloat16."""
+    """Returns the bytes that decoding caches per token over all layers; 2 per value is bfloat16."""
     entries = attention_class(model).cached(model).values()
     return model.n_layers * sum(entry.heads * entry.width for entry in entries) * bytes_per_value
 

@@ -1,14 +1,14 @@
-"""What every part of the model is made of: parameter declaration, stacks, and the small layers.
+"""Building blocks of the model: parameter declarations, stacks of layers, and small layers.
 
-A module's constructor declares its parameters without making them: each holds a
-`jax.ShapeDtypeStruct` plus the names of its dimensions and its initialiser. From that one
-declaration follow the abstract tree, the parameter count, the shardings and the initial values
+A module's constructor declares its parameters without creating them: each holds a
+`jax.ShapeDtypeStruct`, the logical names of its dimensions and its initialiser. The abstract tree,
+the parameter count, the shardings and the initial values all derive from that one declaration
 (`dsjax.model.parameters`).
 
-Dimension letters, for the whole package: B batch, T query tokens, S key positions, M tokens (B*T),
+Dimension letters of the whole package: B batch, T query tokens, S key positions, M tokens (B*T),
 D model width, V vocabulary, L layers, N heads, P key-value heads, H query/key head width, R rope
 width, W value head width, Q query latent, C key-value latent, F feed-forward width, E routed
-experts, K experts a token, G expert groups, A assignments (M*K).
+experts, K experts per token, G expert groups, A assignments (M*K).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Normal:
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """The same initial value everywhere."""
+    """One initial value for all elements."""
 
     value: float
 
@@ -46,13 +46,13 @@ class Constant:
         return jnp.full(shape, self.value, dtype)
 
 
-# A stack's leading dimension: of the layers that a pipeline cuts into stages, or of those that stay
-# at its ends.
+# Logical names of a stack's leading dimension: "layers" are cut into a pipeline's stages,
+# "end_layers" run at its ends.
 LAYER_AXES = ("layers", "end_layers")
 
 
 class RouterState(nnx.Variable):
-    """A router's selection bias: float32 always, outside gradients and optimizer."""
+    """A router's selection bias: always float32, without gradient or optimizer state."""
 
 
 def declare(
@@ -61,7 +61,7 @@ def declare(
     init: Normal | Constant,
     kind: type[nnx.Variable] = nnx.Param,
 ) -> nnx.Variable:
-    """Declares one float32 parameter: shape, logical name of each dimension, initial values."""
+    """Declares a float32 parameter by shape, logical name of each dimension, and initialiser."""
     return kind(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes, init=init)
 
 
@@ -69,10 +69,10 @@ AnyModule = TypeVar("AnyModule", bound=nnx.Module)
 
 
 def stack(module: AnyModule, count: int, axis: str = "layers") -> AnyModule:
-    """Turns a declared module into `count` of them along a leading dimension, to scan over.
+    """Adds a leading dimension of size `count` to all parameters of a declared module.
 
     Args:
-      axis: logical name of that dimension, one of `LAYER_AXES`.
+      axis: the dimension's logical name, one of `LAYER_AXES`.
     """
 
     def widen(variable: nnx.Variable) -> nnx.Variable:
@@ -84,7 +84,7 @@ def stack(module: AnyModule, count: int, axis: str = "layers") -> AnyModule:
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square normalisation over the last dimension, in float32; returns x's dtype."""
+    """Normalises the last dimension by its root mean square, in float32; returns x's dtype."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     weight = jnp.broadcast_to(weight.astype(jnp.float32), x.shape)
@@ -102,7 +102,7 @@ class RMSNorm(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU feed-forward layer: the dense layers' and the shared experts'."""
+    """SwiGLU feed-forward layer, of dense layers and of shared experts."""
 
     def __init__(self, dim: int, hidden: int, init_std: float, policy: Policy):
         init = Normal(init_std)
@@ -124,14 +124,14 @@ class Embedding(nnx.Module):
 
     @jax.named_scope("embedding")
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """int32 [B, T] -> [B, T, D] in the compute type; an id outside the vocabulary gives NaN."""
+        """Looks up int32 [B, T] as [B, T, D] in the compute type; NaN for ids outside the
+        vocabulary.
+        """
         return lookup(self.weight[...], tokens_BT).astype(self.policy.compute)
 
 
 class Head(nnx.Module):
-    """Projection onto the vocabulary; never low precision beyond the compute type, logits in
-    float32.
-    """
+    """Projection onto the vocabulary: never FP8, and its logits are float32."""
 
     def __init__(self, dim: int, vocab_size: int, init_std: float):
         self.weight = declare((dim, vocab_size), ("embed", "vocab"), Normal(init_std))

@@ -1,5 +1,5 @@
-"""DeepSeekMoE: shared experts that see every token, and routed experts that a router chooses. No
-token is dropped.
+"""DeepSeekMoE: shared experts that process every token, and routed experts that a router chooses.
+No token is dropped.
 
 Paper: DeepSeekMoE (arXiv:2401.06066) section 3; V3 (arXiv:2412.19437) section 2.1.2.
 """
@@ -33,9 +33,9 @@ from dsjax.precision.policy import Policy
 
 
 class RoutingStatistics(NamedTuple):
-    """What a layer reports of its routing, as values; stacked over layers by the scan."""
+    """What a layer reports of its routing; the scan stacks it over layers."""
 
-    counts_E: jax.Array  # int32, tokens of each expert, padding left out
+    counts_E: jax.Array  # int32, tokens of each expert, without padding
     balance_loss: jax.Array  # float32 scalar, weighted
     dropped_tokens: jax.Array  # int32 scalar, assignments that no expert computed
 
@@ -52,14 +52,14 @@ class Experts(nnx.Module):
         self.policy = policy
 
     def at_use(self, like: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-        """The experts as a function of rows sorted by expert, [A, D], of the rows of each, and of
-        what each row's output is multiplied by, float32 [A].
+        """Returns the experts as a function of rows sorted by expert, [A, D], of the number of rows
+        of each expert, and of the weight of each row's output, float32 [A].
 
-        Inside `shard_map` they are a device's own, with those parts of their width put together
-        that lie on several devices.
+        Inside `shard_map` these are the device's own experts, with their widths gathered from the
+        devices that split them.
 
         Args:
-          like: an array that differs between devices along the mesh axes that the rows do.
+          like: an array that differs between devices along the same mesh axes as the rows.
         """
         policy, axes = self.policy, split_axes("expert_embed")
         weights = [
@@ -69,7 +69,8 @@ class Experts(nnx.Module):
         w_gate, w_up, w_down = (vary_as(w, like) for w in weights)
 
         def experts(x_AD: jax.Array, sizes_E: jax.Array, weights_A: jax.Array) -> jax.Array:
-            # Where a device makes a part of a sum (tensor), its gradients are parts of sums too.
+            # With tensor parallelism outputs are partial sums, and so are the inputs' gradients:
+            # marked as varying, they are summed over the devices.
             x_AD, weights_A = vary_as(x_AD, w_gate), vary_as(weights_A, w_gate)
             gate, up = (grouped_linear(x_AD, w, sizes_E, policy) for w in (w_gate, w_up))
             return swiglu_grouped_linear(gate, up, weights_A, w_down, sizes_E, policy)
@@ -77,11 +78,13 @@ class Experts(nnx.Module):
         return experts
 
     def few(self, x_MD: jax.Array, routing: Routing, layer: jax.Array) -> jax.Array:
-        """Dispatch, experts and combine for a few tokens of one layer, this being the stack of all
-        layers: [M, D] -> [M, D]. To slice the layer out would read all its experts.
+        """Runs the chosen experts of one layer for a few tokens: [M, D] -> [M, D].
+
+        Must be called on the stack of all layers.
         """
         n_layers, E = self.w_gate.shape[:2]
 
+        # The layer is selected by the experts' numbers: slicing it out would read all its experts.
         def flat(variable: nnx.Variable) -> jax.Array:
             return variable[...].reshape(n_layers * E, *variable.shape[2:])
 
@@ -119,7 +122,7 @@ class MoE(nnx.Module):
 
         Args:
           experts_BTK: int32, choices to replay; None: the router chooses.
-          length: logical name of the tokens' dimension; "tokens" where sequences are whole.
+          length: logical name of the tokens' dimension; "tokens" if sequences must stay whole.
 
         Returns:
           the output, the statistics, and the chosen experts, int32 [B, T, K].
@@ -158,11 +161,11 @@ class MoE(nnx.Module):
         *,
         length: str,
     ) -> tuple[jax.Array, Routing, jax.Array, jax.Array]:
-        """Routing and the routed experts' output, on a device's part of the tokens and experts.
+        """Routes a device's tokens and runs the routed experts on them.
 
         Returns:
-          the output, the routing as [b, t, ...]; of the whole batch the tokens of each expert,
-          padding left out, and the assignments that no expert computed.
+          the output, and the routing as [b, t, ...]; for the whole batch, the tokens of each expert
+          without padding, and the number of assignments that no expert computed.
         """
         config, policy = self.config, experts.policy
         x_mD = x_btD.reshape(-1, x_btD.shape[-1])

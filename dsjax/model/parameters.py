@@ -1,4 +1,4 @@
-"""What follows from the parameters' declarations: initial values, shardings, a table and counts."""
+"""What derives from the parameters' declarations: initial values, shardings, and a list."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AnyModule = TypeVar("AnyModule", bound=nnx.Module)
 
 @dataclasses.dataclass(frozen=True)
 class Declaration:
-    """One parameter as its module declared it."""
+    """A parameter as its module declared it."""
 
     path: str  # dotted, as in a checkpoint
     shape: tuple[int, ...]
@@ -59,7 +59,7 @@ def declarations(model: nnx.Module) -> list[Declaration]:
 
 
 def initialize(model: AnyModule, key: jax.Array) -> AnyModule:
-    """Gives a declared model its initial values, each from the key and its own path alone."""
+    """Initialises a declared model; each value depends only on the key and its own path."""
 
     def make(keys: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
         metadata = variable.get_metadata()
@@ -71,10 +71,10 @@ def initialize(model: AnyModule, key: jax.Array) -> AnyModule:
 
 
 def partition_specs(module: AnyModule, mesh: Mesh | AbstractMesh) -> AnyModule:
-    """The PartitionSpecs of a module's parameters, in their places.
+    """Returns a module's tree with a PartitionSpec for each parameter.
 
     Args:
-      module: one layer of a stack will do.
+      module: may be one layer of a stack.
     """
 
     def place(keys: tuple[Any, ...], leaf: nnx.Variable) -> nnx.Variable:
@@ -86,10 +86,11 @@ def partition_specs(module: AnyModule, mesh: Mesh | AbstractMesh) -> AnyModule:
 
 
 def pinned(module: AnyModule, policy: Policy) -> AnyModule:
-    """Lays each parameter out as declared under the current mesh, and with it its gradient.
+    """Constrains each parameter, and so its gradient, to its declared layout on the current mesh.
 
-    For use where a module is: a layer out of a stack keeps its place while it is gathered for its
-    products, and its gradients are summed straight into their parts, not whole on every device.
+    Call it where a layer is taken out of its stack: the layer then stays split until it is gathered
+    for its products, and its gradients are reduced to shards instead of being summed whole on every
+    device.
     """
 
     def pin(variable: nnx.Variable) -> nnx.Variable:
@@ -106,10 +107,11 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, *, optimizer_state: bool = F
 
     Args:
       tree: a model, or a pytree that holds declared variables, such as an optimizer's moments.
-      optimizer_state: whether it is that, which is split further (`optimizer_spec`).
+      optimizer_state: whether the tree is optimizer state, which is split further
+        (`optimizer_spec`).
 
     Raises:
-      ValueError: dimensions that do not divide over the mesh, all listed together.
+      ValueError: some dimensions do not divide over the mesh; all of them are listed.
     """
     problems: list[str] = []
     look_up = optimizer_spec if optimizer_state else stored_spec

@@ -19,7 +19,7 @@ from dsjax.config import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians a position for each rotated pair: float64 [R/2]."""
+    """Returns radians per position for each rotated pair: float64 [R/2]."""
     dim = config.rope_dim
     plain = config.rope_theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     if config.rope_scaling == "linear":
@@ -32,11 +32,11 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def _yarn(plain: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Divides slow channels by the factor, leaves fast ones alone, and ramps in between."""
+    """Divides slow channels by the factor, keeps fast ones, and interpolates in between."""
     dim = config.rope_dim
 
     def channel_turning(rotations: float) -> float:
-        """The channel that turns so many times over the original length."""
+        """Returns the channel that makes that many turns over the original length."""
         return (
             dim
             * math.log(config.original_seq_len / (rotations * 2 * math.pi))
@@ -63,7 +63,7 @@ def _yarn_temperature(factor: float, mscale: float) -> float:
 
 
 def attention_scale(config: ModelConfig) -> float:
-    """What scores are multiplied by: 1 / sqrt(head width), times YaRN's temperature squared."""
+    """Returns the factor on scores: 1 / sqrt(head width), times YaRN's temperature squared."""
     scale = config.qk_head_dim**-0.5
     if config.rope_scaling == "yarn" and config.mscale_all_dim:
         scale *= _yarn_temperature(config.rope_factor, config.mscale_all_dim) ** 2
@@ -71,7 +71,7 @@ def attention_scale(config: ModelConfig) -> float:
 
 
 def _rotation_scale(config: ModelConfig) -> float:
-    """YaRN's factor on cos and sin: 1 where the two mscales agree, as in every released model."""
+    """Returns YaRN's factor on cos and sin: 1 if the two mscales agree, as in all releases."""
     if config.rope_scaling != "yarn":
         return 1.0
     temperature = _yarn_temperature(config.rope_factor, config.mscale)
@@ -79,7 +79,7 @@ def _rotation_scale(config: ModelConfig) -> float:
 
 
 def angles(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of each position and pair: float32 [B, T, R/2] each."""
+    """Computes cosine and sine of each position and pair: float32 [B, T, R/2] each."""
     frequencies = jnp.asarray(inverse_frequencies(config), jnp.float32)
     angle_BTR = positions_BT.astype(jnp.float32)[..., None] * frequencies[None, None, :]
     scale = _rotation_scale(config)
@@ -87,7 +87,7 @@ def angles(positions_BT: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax
 
 
 def rotate_pairs(x_BTNR: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
-    """Rotates channels 2i and 2i + 1 together; returns x's dtype."""
+    """Rotates channels 2i and 2i + 1 as a pair; returns x's dtype."""
     x32 = x_BTNR.astype(jnp.float32)
     even, odd = x32[..., 0::2], x32[..., 1::2]
     cos, sin = cos_BTR[:, :, None], sin_BTR[:, :, None]
@@ -96,7 +96,7 @@ def rotate_pairs(x_BTNR: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> j
 
 
 def rotate_halves(x_BTNR: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
-    """Rotates channels i and i + R/2 together; returns x's dtype."""
+    """Rotates channels i and i + R/2 as a pair; returns x's dtype."""
     first, second = jnp.split(x_BTNR.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos_BTR[:, :, None], sin_BTR[:, :, None]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -104,7 +104,7 @@ def rotate_halves(x_BTNR: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> 
 
 
 def positions_in_segments(segment_ids_BT: jax.Array) -> jax.Array:
-    """Position of each token within its own run of equal segment ids: int32 [B, T]."""
+    """Returns each token's position within its run of equal segment ids: int32 [B, T]."""
     index = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None]
     starts = jnp.pad(
         segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True

@@ -1,17 +1,15 @@
-"""The router: which experts a token goes to, and how much each counts.
+"""The router: which experts each token goes to, and their weights.
 
-One function serves every generation:
+One function serves every generation of models:
 
-* DeepSeekMoE and V2-Lite: softmax scores, the best K of all experts.
-* V2: softmax scores; experts lie in groups, a group is worth its best expert, only the best groups
-  are eligible.
-* V3 and R1: sigmoid scores; a bias per expert is added for the choice and never for the weights; a
-  group is worth its two best biased scores; the chosen experts' scores are normalised to sum to
-  `route_scale`.
+* DeepSeekMoE and V2-Lite: softmax scores; the best K of all experts.
+* V2: softmax scores; experts form groups, ranked by their best expert, and only experts of the best
+  groups are eligible.
+* V3 and R1: sigmoid scores; a bias per expert is added for selection, but never to the weights;
+  groups are ranked by the sum of their two best biased scores; the chosen experts' scores are
+  normalised to sum to `route_scale`.
 
-Scores are computed in float32 from float32 weights on every platform. Experts outside the kept
-groups are masked with minus infinity, as in DeepSeek's own code: biased scores may be negative, so
-the 0 that the Hugging Face port fills in would let a masked expert win.
+Scores are computed in float32 from float32 weights on every platform.
 
 Papers: DeepSeekMoE (arXiv:2401.06066) section 3; V2 (arXiv:2405.04434) section 2.2; V3
 (arXiv:2412.19437) section 2.1.2.
@@ -40,20 +38,22 @@ class Routing(NamedTuple):
 
 
 def scores(logits_ME: jax.Array, score_func: str) -> jax.Array:
-    """Affinity of each token to each expert, in (0, 1)."""
+    """Computes the affinity of each token to each expert, in (0, 1)."""
     return (
         jax.nn.sigmoid(logits_ME) if score_func == "sigmoid" else jax.nn.softmax(logits_ME, axis=-1)
     )
 
 
 def _mask_groups(choice_ME: jax.Array, n_groups: int, n_kept: int, group_score: str) -> jax.Array:
-    """Sets experts outside each token's best groups to minus infinity."""
+    """Masks the experts outside each token's best groups."""
     grouped_MGX = choice_ME.reshape(choice_ME.shape[0], n_groups, -1)
     if group_score == "top2":
         worth_MG = jax.lax.top_k(grouped_MGX, 2)[0].sum(axis=-1)
     else:
         worth_MG = grouped_MGX.max(axis=-1)
     kept = jax.lax.top_k(worth_MG, n_kept)[1]
+    # Minus infinity, as in DeepSeek's own code: biased scores may be negative, so with the 0 of the
+    # Hugging Face port a masked expert could win.
     kept_MG = jax.nn.one_hot(kept, n_groups, dtype=jnp.bool_).any(axis=1)
     return jnp.where(kept_MG[:, :, None], grouped_MGX, -jnp.inf).reshape(choice_ME.shape)
 
@@ -69,7 +69,7 @@ def select(scores_ME: jax.Array, bias_E: jax.Array | None, config: ModelConfig) 
 
 
 def weigh(scores_ME: jax.Array, experts_MK: jax.Array, config: ModelConfig) -> jax.Array:
-    """The chosen experts' weights, from unbiased scores: float32 [M, K]."""
+    """Computes the chosen experts' weights from unbiased scores: float32 [M, K]."""
     weights_MK = jnp.take_along_axis(scores_ME, experts_MK, axis=-1)
     if config.norm_topk:
         weights_MK = weights_MK / (weights_MK.sum(axis=-1, keepdims=True) + 1e-20)
@@ -87,8 +87,7 @@ def route(
     Args:
       logits_ME: float32.
       bias_E: float32 selection bias, or None.
-      experts_MK: a choice made elsewhere, to be replayed; weights still come from these logits,
-        with gradients.
+      experts_MK: int32, choices to replay; weights still come from these logits, with gradients.
     """
     scores_ME = scores(logits_ME, config.score_func)
     if experts_MK is None:

@@ -129,7 +129,9 @@ class Transformer(nnx.Module):
         context = self.context(tokens_BT, segment_ids_BT, isolate)
         x_BTD = self.enter(tokens_BT, context, remat, embeddings)
         body = getattr(self, self.body)
-        own, ahead = self._replayed(experts_LBTK)
+        own = ahead = None
+        if experts_LBTK is not None:
+            own, ahead = jnp.split(experts_LBTK, [self.config.n_moe_layers])
         x_BTD, statistics = run_layers(body, x_BTD, context, balance, remat, own)
         hidden = self.leave(
             x_BTD, tokens_BT, context, mtp=mtp, balance=balance, remat=remat, experts_LBTK=ahead
@@ -139,18 +141,6 @@ class Transformer(nnx.Module):
                 lambda *stacks: jnp.concatenate(stacks), statistics, hidden.routing
             )
         return hidden._replace(routing=statistics)
-
-    def _replayed(self, experts_LBTK: jax.Array | None) -> tuple[Any, Any]:
-        """The choices of the MoE layers and those of the MTP modules; None where none are given."""
-        n_moe, n_mtp = self.config.n_moe_layers, self.config.n_mtp
-        if experts_LBTK is None:
-            return None, None
-        if len(experts_LBTK) not in (n_moe, n_moe + n_mtp):
-            raise ValueError(
-                f"choices of {len(experts_LBTK)} layers cannot be replayed in {n_moe} MoE layers "
-                f"and {n_mtp} MTP modules; give those of the {n_moe} layers, or of all"
-            )
-        return experts_LBTK[:n_moe], experts_LBTK[n_moe:] if len(experts_LBTK) > n_moe else None
 
     @property
     def body(self) -> str:
@@ -192,8 +182,10 @@ class Transformer(nnx.Module):
         modules alone.
 
         Args:
-          experts_LBTK: int32, the modules' choices to replay.
+          experts_LBTK: int32, the modules' choices to replay; None or of no layers: they choose.
         """
+        if experts_LBTK is not None and not len(experts_LBTK):
+            experts_LBTK = None
 
         def mtp_module(carry: tuple[jax.Array, jax.Array, jax.Array], inputs: tuple[MTP, Any]):
             module, experts_BTK = inputs

@@ -262,12 +262,6 @@ def test_other_choices_are_obeyed():
     assert (counts_E[:, :2] > 0).all() and (counts_E[:, 2:] == 0).all()
 
 
-def test_choices_of_another_number_of_layers_are_refused():
-    model, rows = tiny_model(), tokens(1, 8)
-    with pytest.raises(ValueError, match="choices of 3 layers cannot be replayed in 2 MoE layers"):
-        model.hidden(rows, experts_LBTK=jnp.zeros((3, 1, 8, 2), jnp.int32))
-
-
 @pytest.mark.heavy
 @pytest.mark.parametrize("remat", ["none", "selective"])
 def test_gradients_reach_routers_through_replayed_choices(remat):
