@@ -10,6 +10,7 @@ Departures: the paper does not say what decays; here it is every matrix, and no 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -20,21 +21,32 @@ from flax import nnx
 from dsjax.config import OptimConfig
 from dsjax.model.layers import LAYER_AXES
 
+# The path of a parameter, such as ("moe_layers", "ffn", "experts", "w_up"), to whether it trains:
+# True, False, or an array of 0 and 1 that broadcasts over it, for a part (some experts of a stack).
+Trains = Callable[[tuple[Any, ...]], bool | jax.Array]
+
 
 class Optimizer(NamedTuple):
-    """`init(params)` gives the state; `update(grads, state, params, learning_rate)` gives new
-    params, state and the norm of the gradients.
+    """How parameters change.
+
+    Attributes:
+      split: all parameters -> those that train, those that are frozen.
+      init: all parameters -> the state, which holds nothing of the frozen ones.
+      update: (gradients of those that train, state, all parameters, learning rate) -> new
+        parameters and state, and the norm of the gradients.
     """
 
-    init: Any
-    update: Any
+    split: Callable[[nnx.State], tuple[nnx.State, nnx.State]]
+    init: Callable[[nnx.State], optax.OptState]
+    update: Callable[..., tuple[nnx.State, optax.OptState, jax.Array]]
 
 
-def adamw(config: OptimConfig) -> Optimizer:
+def adamw(config: OptimConfig, trains: Trains = lambda path: True) -> Optimizer:
     """Builds the optimizer of a run.
 
-    `update` takes gradients shaped as the parameters (float32) and a float32 scalar learning rate;
-    `grad_norm` is the global norm before clipping.
+    `update` takes float32 gradients and a float32 scalar learning rate; the norm that it returns is
+    the global one before clipping. What does not train has no part in the norm, does not decay and
+    keeps its bits. A parameter that trains in part has moments as a whole.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     chain = optax.named_chain(  # named, so that a checkpoint says optimizer.adam.mu.head.weight
@@ -51,16 +63,34 @@ def adamw(config: OptimConfig) -> Optimizer:
         ("decay", optax.add_decayed_weights(config.weight_decay, mask=decay_mask)),
     )
 
+    def split(params: nnx.State) -> tuple[nnx.State, nnx.State]:
+        trained, frozen = nnx.split_state(params, lambda path, _: trains(path) is not False, ...)
+        if not jax.tree.leaves(trained):
+            raise ValueError("no parameter is chosen to train; choose at least one")
+        return trained, frozen
+
+    def masked(tree: nnx.State) -> nnx.State:
+        def mask(path: tuple[Any, ...], variable: Any) -> Any:
+            kept = trains(path)
+            return variable if kept is True else jax.tree.map(lambda x: x * kept, variable)
+
+        return nnx.map_state(mask, tree)
+
     @jax.named_scope("optimizer")
     def update(
-        grads: Any, state: optax.OptState, params: Any, learning_rate: jax.Array
-    ) -> tuple[Any, optax.OptState, jax.Array]:
+        grads: nnx.State, state: optax.OptState, params: nnx.State, learning_rate: jax.Array
+    ) -> tuple[nnx.State, optax.OptState, jax.Array]:
+        trained, frozen = split(params)
+        grads = masked(grads)
         grad_norm = optax.tree.norm(grads)
-        updates, state = chain.update(grads, state, params)
-        params = jax.tree.map(lambda param, change: param - learning_rate * change, params, updates)
-        return params, state, grad_norm
+        changes, state = chain.update(grads, state, trained)
+        # Masked once more, since what has no gradient decays.
+        trained = jax.tree.map(
+            lambda param, change: param - learning_rate * change, trained, masked(changes)
+        )
+        return nnx.merge_state(trained, frozen), state, grad_norm
 
-    return Optimizer(chain.init, update)
+    return Optimizer(split, lambda params: chain.init(split(params)[0]), update)
 
 
 def scale_by_adam(

@@ -82,8 +82,8 @@ def _schedule(
 def gradients(
     declared: Transformer,
     objective: Objective,
-    params: nnx.State,
-    router: nnx.State,
+    trained: nnx.State,
+    fixed: nnx.State,
     batch: tuple[Batch, Weights],
     knobs: Knobs,
     schedule_name: str,
@@ -92,12 +92,14 @@ def gradients(
 
     Args:
       declared: the model without values.
+      trained: the parameters whose gradients are returned.
+      fixed: all other values of the model.
       batch: the batch and its weights, each array [micro-batches, ...].
       schedule_name: one of `schedules.NAMES`.
     """
     name, mesh = declared.body, jax.sharding.get_abstract_mesh()
     schedule = _schedule(declared.config, schedule_name, mesh, batch[0]["tokens"].shape[0])
-    body, outer = zip(*(_cut(state, name) for state in (params, router)), strict=True)
+    body, outer = zip(*(_cut(state, name) for state in (trained, fixed)), strict=True)
     pieces = _pieces(declared, objective, knobs)
     specs = jax.tree.map(lambda placed: placed.spec, shardings((body, outer), mesh))
     found = pipeline.run(schedule, pieces, body, outer, batch, specs)

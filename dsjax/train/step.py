@@ -64,7 +64,7 @@ def declared_model(
 
 
 def split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:
-    """Takes a model apart into its structure, its trained parameters and its router state."""
+    """Takes a model apart into its structure, its parameters and its router state."""
     structure, params, router = nnx.split(model, nnx.Param, RouterState)
     return structure, params, router
 
@@ -135,8 +135,10 @@ def train_step(
         weights = objective.weights(batch, knobs)
         pipelined = jax.sharding.get_abstract_mesh().shape.get(PIPE, 1) > 1
         gradients = partial(pipelined_step.gradients, schedule_name=schedule)
+        trained, frozen = optimizer.split(state.params)
+        fixed = nnx.merge_state(frozen, state.router)
         grads, totals = (gradients if pipelined else _gradients)(
-            declared, objective, state.params, state.router, (batch, weights), knobs
+            declared, objective, trained, fixed, (batch, weights), knobs
         )
         params, optimizer_state, grad_norm = optimizer.update(
             grads, state.optimizer, state.params, knobs["learning_rate"]
@@ -160,21 +162,21 @@ def train_step(
 def _gradients(
     declared: Transformer,
     objective: Objective,
-    params: nnx.State,
-    router: nnx.State,
+    trained: nnx.State,
+    fixed: nnx.State,
     batch: tuple[Batch, Weights],
     knobs: Knobs,
 ) -> tuple[nnx.State, Totals]:
     structure, *_ = split(declared)
 
-    def weighted(params: nnx.State, micro_batch: tuple[Batch, Weights]):
-        model, (inputs, _) = nnx.merge(structure, params, router), micro_batch
+    def weighted(trained: nnx.State, micro_batch: tuple[Batch, Weights]):
+        model, (inputs, _) = nnx.merge(structure, trained, fixed), micro_batch
         tokens, segment_ids = inputs["tokens"][:, :-1], inputs["segment_ids"][:, :-1]
         hidden = model.hidden(tokens, segment_ids, **objective.forward._asdict())
         return weigh(objective, model, hidden, micro_batch, knobs)
 
     def micro_step(micro_batch: tuple[Batch, Weights]) -> tuple[nnx.State, Totals]:
-        (_, totals), grads = jax.value_and_grad(weighted, has_aux=True)(params, micro_batch)
+        (_, totals), grads = jax.value_and_grad(weighted, has_aux=True)(trained, micro_batch)
         return grads, totals
 
     return sum_over_micro_batches(micro_step, batch)

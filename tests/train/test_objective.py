@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsjax.checkpoint import store
 from dsjax.config import OptimConfig
 from dsjax.model.transformer import Transformer
 from dsjax.parallel.mesh import make_mesh
 from dsjax.precision.policy import Policy
 from dsjax.train.objective import ForwardPass, Objective, Weights, sum_over_micro_batches
 from dsjax.train.optimizer import adamw
-from dsjax.train.step import TrainState, split, train_step
+from dsjax.train.step import TrainState, abstract_state, split, train_step
 from tests.closeness import F32, assert_close
 from tests.model.tiny import TINY, tiny_model, tokens
 
@@ -64,8 +65,8 @@ KNOBS = {
 }
 
 
-def _run(n_micro_batches, sizes=None):
-    model, optimizer = tiny_model(MODEL), adamw(OptimConfig(clip_norm=0.0))
+def _run(n_micro_batches, sizes=None, trains=lambda path: True):
+    model, optimizer = tiny_model(MODEL), adamw(OptimConfig(clip_norm=0.0), trains)
     _, params, router = split(model)
     state = TrainState(params, router, optimizer.init(params))
     knobs = {name: jnp.asarray(value, jnp.float32) for name, value in KNOBS.items()}
@@ -122,6 +123,35 @@ def test_pipeline_minimises_the_same_objective(whole):
         *map(jax.tree.leaves, (_gradients(state), _gradients(whole[1]))), strict=True
     ):
         assert_close(got, want, F32._replace(bound=5e-5), "gradient")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("sizes", [None, {"pipe": 2}], ids=str)
+def test_parameters_that_train_move_as_if_all_did(whole, sizes, tmp_path):
+    """In the layers and at their ends; the state that holds less is saved and read again."""
+    trains = {("moe_layers", "attn", "wo"), ("head", "weight")}
+    model, state, metrics = _run(4, sizes, lambda path: path in trains)
+    assert_close(metrics["loss"], whole[2]["loss"], F32, "loss")
+    before, wanted = split(model)[1].flat_state(), whole[1].params.flat_state()
+    for path, after in state.params.flat_state():
+        got = np.asarray(after[...])
+        if path in trains:
+            assert_close(got, np.asarray(dict(wanted)[path][...]), F32, str(path))
+            assert (got != np.asarray(dict(before)[path][...])).any()
+        else:
+            np.testing.assert_array_equal(got, dict(before)[path][...], str(path))
+    moments = state.optimizer["adam"].mu
+    assert {path for path, _ in moments.flat_state()} == trains
+    kept = store.Store(tmp_path, keep=1)
+    kept.save(1, jax.tree.map(jnp.asarray, state), {})
+    kept.close()
+    optimizer = adamw(OptimConfig(clip_norm=0.0), lambda path: path in trains)
+    declared = Transformer(MODEL, Policy(jnp.float32))
+    abstract = abstract_state(declared, optimizer, make_mesh({"data": 1}, 1))
+    restored = store.restore(tmp_path, 1, abstract)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for found, leaf in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(found, leaf)
 
 
 def test_modules_that_do_not_run_keep_their_bias(whole):

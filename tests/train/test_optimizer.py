@@ -107,3 +107,44 @@ def test_decay_mask_refuses_parameter_without_axes():
         ValueError, match=r"parameter \['stray'\] has no metadata 'axes'.*declare it"
     ):
         decay_mask(nnx.State({"stray": nnx.Param(jnp.zeros(3))}))
+
+
+def _step(config, trains, grads, params):
+    optimizer = adamw(config, trains)
+    trained, frozen = optimizer.split(params)
+    grads = nnx.State({name: grads[name] for name in trained})
+    state = optimizer.init(params)
+    return trained, frozen, *jax.jit(optimizer.update)(grads, state, params, jnp.float32(0.01))
+
+
+def test_frozen_parameters_keep_their_bits_and_have_no_moments():
+    config, params, grads = OptimConfig(weight_decay=0.1), tree(0), tree(1, scale=5.0)
+    chosen = {sorted(DECAYED)[0], sorted(set(SHAPES) - DECAYED)[0]}
+    trained, frozen, after, state, norm = _step(config, lambda p: p[0] in chosen, grads, params)
+    assert (set(trained), set(frozen)) == (chosen, set(SHAPES) - chosen)
+    for name in frozen:
+        np.testing.assert_array_equal(after[name][...], params[name][...])
+    assert set(state["adam"].mu) == set(state["adam"].nu) == chosen
+    # As if the others did not exist: clipping, too, sees the norm of these alone.
+    alone = nnx.State({name: params[name] for name in chosen})
+    *_, want, _, want_norm = _step(config, lambda p: True, grads, alone)
+    assert float(norm) == float(want_norm) > config.clip_norm
+    for name in chosen:
+        np.testing.assert_array_equal(after[name][...], want[name][...])
+
+
+def test_part_of_a_parameter_trains():
+    config, params, grads = OptimConfig(weight_decay=0.1), tree(0), tree(1, scale=5.0)
+    name = sorted(DECAYED)[0]
+    rows = np.arange(SHAPES[name][0]) % 2
+    mask = jnp.asarray(rows.reshape(-1, *(1,) * (len(SHAPES[name]) - 1)), jnp.float32)
+    _, frozen, after, _, norm = _step(config, lambda p: p[0] == name and mask, grads, params)
+    assert set(frozen) == set(SHAPES) - {name}
+    moved = np.asarray(after[name][...] != params[name][...])
+    np.testing.assert_array_equal(moved.reshape(len(rows), -1).any(axis=1), rows == 1)
+    np.testing.assert_allclose(norm, np.linalg.norm(np.asarray(grads[name][...])[rows == 1]), 1e-6)
+
+
+def test_something_must_train():
+    with pytest.raises(ValueError, match="no parameter is chosen to train"):
+        adamw(OptimConfig(), lambda path: False).init(tree(0))
