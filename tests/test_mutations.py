@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.model import balance, layers, mla, moe, rope, router, transformer
+from dsjax.model import balance, inputs, layers, mla, moe, rope, router, transformer
 from dsjax.parallel import context, expert_parallel, routing_plan
 from dsjax.train import loss
 from tests.golden import checkpoint, compare, ours
@@ -179,8 +179,8 @@ def _no_key_bias(tree) -> None:
     tree["dense_layers"]["attn"]["bk"][:] = 0
 
 
-def _all_one_document(self, tokens_BT, segments_BT, isolate):
-    return RIGHT_CONTEXT(self, tokens_BT, segments_BT, False)
+def _all_one_document(tokens, segment_ids, *, isolate, n_mtp):
+    return RIGHT_READ(tokens, segment_ids, isolate=False, n_mtp=n_mtp)
 
 
 def _positions_of_the_row(segments_BT):
@@ -190,9 +190,9 @@ def _positions_of_the_row(segments_BT):
     return jnp.where(segments_BT > 1, segments_BT.shape[1] - index, index)
 
 
-def _count_padding(self, tokens_BT, segments_BT, isolate):
-    context = RIGHT_CONTEXT(self, tokens_BT, segments_BT, isolate)
-    return context._replace(documents_BT=jnp.maximum(context.documents_BT, 1))
+def _count_padding(tokens, segment_ids, *, isolate, n_mtp):
+    read = RIGHT_READ(tokens, segment_ids, isolate=isolate, n_mtp=n_mtp)
+    return read._replace(documents=jnp.maximum(read.documents, 1))
 
 
 def _choose_with_bias(experts_MK, n_experts):
@@ -239,8 +239,12 @@ def _norm_plus_one(x, weight, eps):
     return RIGHT_NORM(x, weight + 1, eps)
 
 
-def _shift_twice(tokens_BT):
-    return RIGHT_SHIFT(RIGHT_SHIFT(tokens_BT))
+def _no_shift(x, places):
+    return x
+
+
+def _shift_twice(x, places):
+    return RIGHT_SHIFT(x, 2 * places)
 
 
 def _targets_across_documents(segment_ids_BX, ahead, isolate):
@@ -260,14 +264,14 @@ def _drop_beyond_capacity(y_AD, plan):
 
 
 RIGHT_ROUTE, RIGHT_MASK, RIGHT_SCORES = router.route, router._mask_groups, router.scores
-RIGHT_CONTEXT, RIGHT_CHOSEN = transformer.Transformer.context, balance._chosen
+RIGHT_READ, RIGHT_CHOSEN = transformer.read_tokens, balance._chosen
 RIGHT_PRODUCT, RIGHT_COMBINE, RIGHT_NORM = (
     balance._frequency_times_share,
     routing_plan.combine,
     layers.rms_norm,
 )
 RIGHT_ATTENTION, RIGHT_UPDATE = context.sharded_attention, balance.update_bias
-RIGHT_SHIFT, RIGHT_MASK_OF_TARGETS = transformer.shift_left, loss.target_mask
+RIGHT_SHIFT, RIGHT_MASK_OF_TARGETS = inputs.shift_left, loss.target_mask
 
 
 def _attend_to_one_later(q_BTNH, k_BTPH, v_BTPW, *segments, **settings):
@@ -336,7 +340,7 @@ MUTATIONS = [
     Mutation(8, "wrong sign", BIAS_UPDATE, balance, "update_bias", _update_backwards),
     Mutation(8, "step by the difference", BIAS_UPDATE, balance, "update_bias",
              _update_in_proportion),
-    Mutation(8, "padding counted in the load", MOE_ISOLATED, transformer.Transformer, "context",
+    Mutation(8, "padding counted in the load", MOE_ISOLATED, transformer, "read_tokens",
              _count_padding),
     Mutation(9, "sequence loss of biased choice", SEQUENCE_LOSS, balance, "_chosen",
              _choose_with_bias),
@@ -352,9 +356,9 @@ MUTATIONS = [
     Mutation(10, "before the final norm", MTP, change={"mtp_after_final_norm": False}),
     Mutation(10, "enorm and hnorm swapped", MTP, edit=_swap("mtp", (), "enorm", "hnorm")),
     Mutation(10, "the main model's norm", MTP, edit=_main_norm_for_modules),
-    Mutation(10, "no shift", MTP, transformer, "shift_left", lambda tokens_BT: tokens_BT),
-    Mutation(10, "shift by two", MTP, transformer, "shift_left", _shift_twice),
-    Mutation(10, "documents not isolated", MTP_ISOLATED, transformer.Transformer, "context",
+    Mutation(10, "no shift", MTP, inputs, "shift_left", _no_shift),
+    Mutation(10, "shift by two", MTP, inputs, "shift_left", _shift_twice),
+    Mutation(10, "documents not isolated", MTP_ISOLATED, transformer, "read_tokens",
              _all_one_document),
     Mutation(10, "positions of the wrong order", MTP_ISOLATED, rope, "positions_in_segments",
              _positions_of_the_row),

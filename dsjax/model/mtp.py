@@ -27,14 +27,8 @@ from dsjax.model.balance import BalanceWeights
 from dsjax.model.block import Block, Context
 from dsjax.model.layers import Normal, RMSNorm, declare
 from dsjax.model.moe import RoutingStatistics
-from dsjax.parallel.context import arrange, restore
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
-
-
-def shift_left(tokens_BT: jax.Array) -> jax.Array:
-    """Gives each position its right neighbour; the last one, which predicts nothing, gets 0."""
-    return arrange(jnp.pad(restore(tokens_BT)[:, 1:], ((0, 0), (0, 1))))
 
 
 class MTP(nnx.Module):

@@ -104,9 +104,12 @@ def rotate_halves(x_BTNR: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> 
 
 
 def positions_in_segments(segment_ids_BT: jax.Array) -> jax.Array:
-    """Returns each token's position within its run of equal segment ids: int32 [B, T]."""
-    index = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None]
+    """Returns each token's position within its run of equal segment ids: int32 [..., T]."""
+    last = segment_ids_BT.ndim - 1
+    index = jax.lax.broadcasted_iota(jnp.int32, segment_ids_BT.shape, last)
     starts = jnp.pad(
-        segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True
+        segment_ids_BT[..., 1:] != segment_ids_BT[..., :-1],
+        ((0, 0),) * last + ((1, 0),),
+        constant_values=True,
     )
-    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=last)

@@ -20,12 +20,13 @@ from dsjax.model import rope
 from dsjax.model.balance import BalanceWeights
 from dsjax.model.block import Block, Context, Extension, extend_layers, rematerialized, run_layers
 from dsjax.model.cache import Cache
+from dsjax.model.inputs import Ahead, Inputs, read_tokens
 from dsjax.model.layer_cache import LayerCache
 from dsjax.model.layers import Embedding, Head, RMSNorm, stack
 from dsjax.model.moe import RoutingStatistics
-from dsjax.model.mtp import MTP, shift_left
+from dsjax.model.mtp import MTP
 from dsjax.model.parameters import pinned
-from dsjax.parallel.context import arrange, restore
+from dsjax.parallel.context import restore
 from dsjax.precision.matmul import vocabulary_logits
 from dsjax.precision.policy import Policy
 
@@ -118,24 +119,42 @@ class Transformer(nnx.Module):
             document.
           isolate: whether attention, positions and balance losses stay within a document.
           mtp: whether to run the MTP modules.
+
+        The others are those of `forward`.
+        """
+        n_mtp = self.config.n_mtp if mtp else 0
+        inputs = read_tokens(tokens_BT, segment_ids_BT, isolate=isolate, n_mtp=n_mtp)
+        return self.forward(
+            inputs, balance=balance, remat=remat, embeddings=embeddings, experts_LBTK=experts_LBTK
+        )
+
+    def forward(
+        self,
+        inputs: Inputs,
+        *,
+        balance: BalanceWeights | None = None,
+        remat: str = "none",
+        embeddings: Embeddings | None = None,
+        experts_LBTK: jax.Array | None = None,
+    ) -> Hidden:
+        """Runs the model on prepared tokens, in their order.
+
+        Args:
           balance: weights of the balance losses; None omits them.
           remat: what a layer's backward pass recomputes: "none", "selective" or "full".
-          embeddings: replace the main model's embeddings of some tokens, in the hidden states'
-            order.
-          experts_LBTK: int32, expert choices to replay, in the hidden states' order: those of the
-            MoE layers, optionally followed by those of the MTP modules. Weights still come from the
-            routers, with gradients. None: the routers choose.
+          embeddings: replace the main model's embeddings of some tokens.
+          experts_LBTK: int32, expert choices to replay: those of the MoE layers, optionally
+            followed by those of the MTP modules. Weights still come from the routers, with
+            gradients. None: the routers choose.
         """
-        context = self.context(tokens_BT, segment_ids_BT, isolate)
-        x_BTD = self.enter(tokens_BT, context, remat, embeddings)
+        context = self.context(inputs)
+        x_BTD = self.enter(inputs, context, remat, embeddings)
         body = getattr(self, self.body)
         own = ahead = None
         if experts_LBTK is not None:
             own, ahead = jnp.split(experts_LBTK, [self.config.n_moe_layers])
         x_BTD, statistics = run_layers(body, x_BTD, context, balance, remat, own)
-        hidden = self.leave(
-            x_BTD, tokens_BT, context, mtp=mtp, balance=balance, remat=remat, experts_LBTK=ahead
-        )
+        hidden = self.leave(x_BTD, inputs, context, balance=balance, remat=remat, experts=ahead)
         if statistics is not None and hidden.routing is not None:
             statistics = jax.tree.map(
                 lambda *stacks: jnp.concatenate(stacks), statistics, hidden.routing
@@ -149,13 +168,13 @@ class Transformer(nnx.Module):
 
     def enter(
         self,
-        tokens_BT: jax.Array,
+        inputs: Inputs,
         context: Context,
         remat: str,
         embeddings: Embeddings | None = None,
     ) -> jax.Array:
         """Computes the body's input: embeddings and, before a MoE body, the dense layers."""
-        x_BTD = self._embed(arrange(tokens_BT), embeddings)
+        x_BTD = self._embed(inputs.tokens, embeddings)
         if self.config.n_moe_layers and self.config.n_dense_layers:
             x_BTD, _ = run_layers(self.dense_layers, x_BTD, context, None, remat)
         return x_BTD
@@ -170,47 +189,41 @@ class Transformer(nnx.Module):
     def leave(
         self,
         x_BTD: jax.Array,
-        tokens_BT: jax.Array,
+        inputs: Inputs,
         context: Context,
         *,
-        mtp: bool,
         balance: BalanceWeights | None,
         remat: str,
-        experts_LBTK: jax.Array | None = None,
+        experts: jax.Array | None = None,
     ) -> Hidden:
         """Applies the final norm and the MTP modules; `routing` of the result is that of the
         modules alone.
 
         Args:
-          experts_LBTK: int32, the modules' choices to replay; None or of no layers: they choose.
+          experts: int32 [modules, B, T, K], the modules' choices to replay; None or of no
+            modules: they choose.
         """
-        if experts_LBTK is not None and not len(experts_LBTK):
-            experts_LBTK = None
+        if experts is not None and not len(experts):
+            experts = None
 
-        def mtp_module(carry: tuple[jax.Array, jax.Array, jax.Array], inputs: tuple[MTP, Any]):
-            module, experts_BTK = inputs
+        def mtp_module(hidden_BTD: jax.Array, scanned: tuple[MTP, Ahead, Any]):
+            module, ahead, experts_BTK = scanned
             module = pinned(module, self.policy)
-            hidden_BTD, tokens_BT, ahead_BT = carry
-            tokens_BT, ahead_BT = shift_left(tokens_BT), shift_left(ahead_BT)
-            # A position whose further token is padding, or belongs to another document, is left
-            # out of the balance losses.
-            documents_BT = jnp.where(ahead_BT == context.documents_BT, ahead_BT, 0)
             hidden_BTD, statistics = module(
-                self.embed(tokens_BT),
+                self.embed(ahead.tokens),
                 hidden_BTD,
-                context._replace(documents_BT=documents_BT),
+                context._replace(documents_BT=ahead.documents),
                 balance,
                 experts_BTK,
             )
-            return (hidden_BTD, tokens_BT, ahead_BT), (module.norm(hidden_BTD), statistics)
+            return hidden_BTD, (module.norm(hidden_BTD), statistics)
 
         main_BTD = self.norm(x_BTD)
-        if not (mtp and self.config.n_mtp):
+        if inputs.ahead is None:
             return Hidden(main_BTD, None, None)
         first = main_BTD if self.config.mtp_after_final_norm else x_BTD
-        start = (first, arrange(tokens_BT), context.documents_BT)
         _, (mtp_DBTD, routing) = jax.lax.scan(
-            rematerialized(mtp_module, remat), start, (self.mtp, experts_LBTK)
+            rematerialized(mtp_module, remat), first, (self.mtp, inputs.ahead, experts)
         )
         return Hidden(main_BTD, mtp_DBTD, routing)
 
@@ -283,18 +296,7 @@ class Transformer(nnx.Module):
         positions_BT = starts_B[:, None] + steps_T[None]
         return Extension(positions_BT, rope.angles(positions_BT, self.config))
 
-    def context(
-        self, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None, isolate: bool
-    ) -> Context:
-        """Prepares what all layers need to know of the tokens; for the arguments see `hidden`."""
-        if segment_ids_BT is None:
-            isolate, segment_ids_BT = False, jnp.ones_like(tokens_BT)
-        if isolate:
-            positions_BT, documents_BT = rope.positions_in_segments(segment_ids_BT), segment_ids_BT
-        else:
-            positions_BT = jnp.broadcast_to(
-                jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape
-            )
-            documents_BT = (segment_ids_BT > 0).astype(jnp.int32)
-        angles = rope.angles(arrange(positions_BT), self.config)
-        return Context(angles, arrange(segment_ids_BT) if isolate else None, arrange(documents_BT))
+    def context(self, inputs: Inputs) -> Context:
+        """Prepares what all layers need to know of the tokens."""
+        angles = rope.angles(inputs.positions, self.config)
+        return Context(angles, inputs.segment_ids, inputs.documents)

@@ -57,11 +57,14 @@ def order(length: int, n_parts: int) -> np.ndarray:
 
 
 def arrange(x_BT: jax.Array) -> jax.Array:
-    """Brings a number per token from the sequence's order to that of the devices, and splits it."""
+    """Brings numbers per token, [..., B, T], from the order of their sequence to that of the
+    devices, and splits them.
+    """
     n_parts = parts_here("length")
     if n_parts == 1:
         return x_BT
-    return constrain(x_BT[:, order(x_BT.shape[1], n_parts)], "batch", "length")
+    x_BT = x_BT[..., order(x_BT.shape[-1], n_parts)]
+    return constrain(x_BT, *("micro_batches",) * (x_BT.ndim - 2), "batch", "length")
 
 
 def restore(x_BTX: jax.Array) -> jax.Array:

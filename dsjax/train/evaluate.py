@@ -7,14 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dsjax.data.packing import HeldoutSequences
-from dsjax.model.head import weighted_nll
 from dsjax.model.transformer import Transformer
-from dsjax.parallel.context import arrange
-from dsjax.train.loss import target_mask
+from dsjax.train.objective import Objective, read_batch
 from dsjax.train.step import TrainState, restored_model
 
 
@@ -26,7 +23,7 @@ class Evaluation(NamedTuple):
 
 
 def scorer(
-    declared: Transformer, *, isolate: bool, chunk: int
+    declared: Transformer, objective: Objective
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:
     """Builds (state, batch) -> (summed loss in nats, number of targets), to be jitted.
 
@@ -35,24 +32,19 @@ def scorer(
 
     Args:
       declared: the model without values.
-      isolate: whether documents of a row are kept apart.
-      chunk: as in `weighted_nll`.
+      objective: has the sums `main` and `main_targets`, as pre-training has.
     """
+    forward = objective.forward._replace(mtp=False, balance=None, remat="none")
+    objective = objective._replace(forward=forward)
 
     def score(state: TrainState, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        model = restored_model(declared, state)
-        tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-        hidden = model.hidden(tokens[:, :-1], segment_ids[:, :-1], isolate=isolate, mtp=False)
-        mask_BT = target_mask(segment_ids, 1, isolate)
-        nats = weighted_nll(
-            hidden.main_BTD,
-            model.head_weight(),
-            arrange(tokens[:, 1:]),
-            arrange(mask_BT.astype(jnp.float32)),
-            model.policy,
-            chunk,
+        micro_batches = {name: rows[None] for name, rows in batch.items()}
+        inputs, targets = jax.tree.map(
+            lambda x: x[0], read_batch(objective, declared, micro_batches)
         )
-        return nats, mask_BT.sum()
+        model = restored_model(declared, state)
+        sums = objective.sums(model, model.forward(inputs), targets, {})
+        return sums["main"], sums["main_targets"]
 
     return score
 

@@ -19,20 +19,23 @@ import jax
 import jax.numpy as jnp
 
 from dsjax.model.balance import BalanceWeights
+from dsjax.model.inputs import Inputs, read_tokens
 from dsjax.model.transformer import Hidden, Transformer
+from dsjax.parallel.context import arrange
 
-# Arrays [micro-batches, sequences, ...], without the first dimension in what works on one
-# micro-batch. `tokens` and `segment_ids`, int32 [.., T + 1], are always there; an objective may ask
-# for more, per token (weights, advantages, log-probabilities of another policy) or per sequence.
+# What a source gives: arrays [micro-batches, sequences, ...]. `tokens` and `segment_ids`, int32
+# [.., T + 1], are always there; an objective may ask for more, per token (weights, advantages,
+# log-probabilities of another policy) or per sequence.
 Batch = dict[str, jax.Array]
 # What may change at every step without another compilation, the same on every device: scalars of
 # the schedule, and whatever arrays an objective reads and does not train, such as a teacher's head.
 Knobs = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Sums = dict[str, jax.Array]
 
 
 class ForwardPass(NamedTuple):
-    """How the model runs on a micro-batch; the fields are arguments of `Transformer.hidden`."""
+    """How the model runs; see `dsjax.model.inputs.read_tokens` and `Transformer.forward`."""
 
     isolate: bool
     mtp: bool
@@ -51,40 +54,63 @@ class Objective(NamedTuple):
     """What a step minimises.
 
     Attributes:
-      forward: how the model runs.
-      weights: of the whole batch and the knobs: what each micro-batch's terms count.
-      sums: of the model (for its head), the hidden states, one micro-batch and the knobs: float32
-        scalars by name, each a sum over tokens or sequences. Those without a weight are for the
-        metrics.
+      forward: how the model runs on positions 0 to T - 1 of the batch.
+      targets: of the whole batch: a tree of what the two below read, arrays [micro-batches, ...,
+        B, T] per token or [micro-batches, B] per sequence. Here tokens are in the order of their
+        sequence, so this is where targets are shifted; afterwards they lie as they do on the
+        devices (`dsjax.parallel.context`), hidden states and targets alike.
+      weights: of the targets and the knobs: what each micro-batch's terms count.
+      sums: of the model (for its head), the hidden states, the targets of one micro-batch and the
+        knobs: float32 scalars by name, each a sum over tokens or sequences. Those without a weight
+        are for the metrics.
       metrics: of the same sums over the whole batch: what the step reports. `loss` is among them; a
         step whose loss is not finite changes nothing.
     """
 
     forward: ForwardPass
-    weights: Callable[[Batch, Knobs], Weights]
-    sums: Callable[[Transformer, Hidden, Batch, Knobs], dict[str, jax.Array]]
-    metrics: Callable[[dict[str, jax.Array]], Metrics]
+    targets: Callable[[Batch], Any]
+    weights: Callable[[Any, Knobs], Weights]
+    sums: Callable[[Transformer, Hidden, Any, Knobs], Sums]
+    metrics: Callable[[Sums], Metrics]
+
+
+class Prepared(NamedTuple):
+    """A batch, each array [micro-batches, ...], or one of its micro-batches."""
+
+    inputs: Inputs
+    targets: Any
+    weights: Weights
+
+
+def read_batch(objective: Objective, declared: Transformer, batch: Batch) -> tuple[Inputs, Any]:
+    """Computes what the model and the objective read of a batch, and lays it out over the devices;
+    nothing after this shifts tokens.
+    """
+    forward, targets = objective.forward, objective.targets(batch)
+    inputs = read_tokens(
+        batch["tokens"][..., :-1],
+        batch["segment_ids"][..., :-1],
+        isolate=forward.isolate,
+        n_mtp=declared.config.n_mtp if forward.mtp else 0,
+    )
+    return inputs, jax.tree.map(lambda x: arrange(x) if x.ndim > 2 else x, targets)
 
 
 class Totals(NamedTuple):
     """What a step adds up over micro-batches."""
 
-    sums: dict[str, jax.Array]
+    sums: Sums
     balance: jax.Array  # float32, weighted, summed over layers
     dropped_tokens: jax.Array  # int32
     counts_LE: jax.Array | None  # int32, tokens of each expert; None without routed experts
 
 
 def weigh(
-    objective: Objective,
-    model: Transformer,
-    hidden: Hidden,
-    micro_batch: tuple[Batch, Weights],
-    knobs: Knobs,
+    objective: Objective, model: Transformer, hidden: Hidden, micro_batch: Prepared, knobs: Knobs
 ) -> tuple[jax.Array, Totals]:
     """Returns a micro-batch's part of the scalar whose gradient is taken, and its totals."""
-    batch, weights = micro_batch
-    sums, routing = objective.sums(model, hidden, batch, knobs), hidden.routing
+    weights, routing = micro_batch.weights, hidden.routing
+    sums = objective.sums(model, hidden, micro_batch.targets, knobs)
     if routing is None:
         totals = Totals(sums, jnp.float32(0), jnp.int32(0), None)
     else:

@@ -27,11 +27,10 @@ from dsjax.parallel import pipeline, schedules
 from dsjax.parallel.timetable import Schedule
 from dsjax.train.hyperparameters import batch_stages
 from dsjax.train.objective import (
-    Batch,
     Knobs,
     Objective,
+    Prepared,
     Totals,
-    Weights,
     sum_over_micro_batches,
     weigh,
 )
@@ -84,7 +83,7 @@ def gradients(
     objective: Objective,
     trained: nnx.State,
     fixed: nnx.State,
-    batch: tuple[Batch, Weights],
+    batch: Prepared,
     knobs: Knobs,
     schedule_name: str,
 ) -> tuple[nnx.State, Totals]:
@@ -94,11 +93,11 @@ def gradients(
       declared: the model without values.
       trained: the parameters whose gradients are returned.
       fixed: all other values of the model.
-      batch: the batch and its weights, each array [micro-batches, ...].
+      batch: each array [micro-batches, ...].
       schedule_name: one of `schedules.NAMES`.
     """
     name, mesh = declared.body, jax.sharding.get_abstract_mesh()
-    schedule = _schedule(declared.config, schedule_name, mesh, batch[0]["tokens"].shape[0])
+    schedule = _schedule(declared.config, schedule_name, mesh, len(batch.inputs.tokens))
     body, outer = zip(*(_cut(state, name) for state in (trained, fixed)), strict=True)
     pieces = _pieces(declared, objective, knobs)
     specs = jax.tree.map(lambda placed: placed.spec, shardings((body, outer), mesh))
@@ -125,31 +124,26 @@ def _cut(state: nnx.State, body: str) -> tuple[nnx.State, nnx.State]:
 def _pieces(declared: Transformer, objective: Objective, knobs: Knobs) -> pipeline.Pieces:
     structure, *whole = nnx.split(declared, nnx.Param, RouterState)
     placeholders = [_cut(state, declared.body)[0] for state in whole]
-    forward = objective.forward
-    balance, remat = forward.balance, forward.remat
+    balance, remat = objective.forward.balance, objective.forward.remat
 
     def ends(outer: Tree) -> Transformer:
         """The model without values in its body."""
         return _merge(structure, outer, placeholders)
 
-    def read(model: Transformer, inputs: tuple[Batch, Weights]):
-        tokens_BT, segment_ids_BT = (inputs[0][name][:, :-1] for name in ("tokens", "segment_ids"))
-        return tokens_BT, model.context(tokens_BT, segment_ids_BT, forward.isolate)
-
-    def enter(outer: Tree, inputs: Tree) -> jax.Array:
+    def enter(outer: Tree, batch: Prepared) -> jax.Array:
         model = ends(outer)
-        return model.enter(*read(model, inputs), remat)
+        return model.enter(batch.inputs, model.context(batch.inputs), remat)
 
     def stage(
-        body: Tree, present_L: jax.Array | None, x_BTD: jax.Array, inputs: Tree
+        body: Tree, present_L: jax.Array | None, x_BTD: jax.Array, batch: Prepared
     ) -> tuple[jax.Array, jax.Array, Tree]:
         model = _merge(structure, body, [_cut(state, declared.body)[1] for state in whole])
         layers = getattr(model, declared.body)
-        context = read(model, inputs)[1]
+        context = model.context(batch.inputs)
         x_BTD, routing = run_layers(layers, x_BTD, context, balance, remat, present_L=present_L)
         if routing is None:
             return x_BTD, jnp.float32(0), {}
-        weighted_L = routing.balance_loss * inputs[1].balance
+        weighted_L = routing.balance_loss * batch.weights.balance
         report = {
             "balance": weighted_L,
             "counts": routing.counts_E,
@@ -157,14 +151,11 @@ def _pieces(declared: Transformer, objective: Objective, knobs: Knobs) -> pipeli
         }
         return x_BTD, weighted_L.sum(), report
 
-    def leave(
-        outer: Tree, x_BTD: jax.Array, inputs: tuple[Batch, Weights]
-    ) -> tuple[jax.Array, Totals]:
+    def leave(outer: Tree, x_BTD: jax.Array, batch: Prepared) -> tuple[jax.Array, Totals]:
         model = ends(outer)
-        hidden = model.leave(
-            x_BTD, *read(model, inputs), mtp=forward.mtp, balance=balance, remat=remat
-        )
-        return weigh(objective, model, hidden, inputs, knobs)
+        context = model.context(batch.inputs)
+        hidden = model.leave(x_BTD, batch.inputs, context, balance=balance, remat=remat)
+        return weigh(objective, model, hidden, batch, knobs)
 
     return pipeline.Pieces(enter, stage, leave)
 

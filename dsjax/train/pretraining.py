@@ -102,10 +102,9 @@ class Pretraining:
         )
         self.declared, self.corpus = declared, corpus
         self.heldout = heldout_sequences(corpus.heldout, special, sequence_length=length)
-        step = train_step(declared, optimizer, pretraining(config), schedule=config.mesh.schedule)
-        score = scorer(
-            declared, isolate=config.data.isolate_documents, chunk=config.train.loss_chunk
-        )
+        objective = pretraining(config)
+        step = train_step(declared, optimizer, objective, schedule=config.mesh.schedule)
+        score = scorer(declared, objective)
         everywhere = NamedSharding(mesh, PartitionSpec())  # for numbers that each process reads
         # Without out_shardings the compiler may place the new state where the next step cannot
         # take it.

@@ -32,8 +32,9 @@ from dsjax.train.objective import (
     Knobs,
     Metrics,
     Objective,
+    Prepared,
     Totals,
-    Weights,
+    read_batch,
     sum_over_micro_batches,
     weigh,
 )
@@ -132,13 +133,14 @@ def train_step(
     """
 
     def step(state: TrainState, batch: Batch, knobs: Knobs) -> tuple[TrainState, Metrics]:
-        weights = objective.weights(batch, knobs)
+        inputs, targets = read_batch(objective, declared, batch)
+        prepared = Prepared(inputs, targets, objective.weights(targets, knobs))
         pipelined = jax.sharding.get_abstract_mesh().shape.get(PIPE, 1) > 1
         gradients = partial(pipelined_step.gradients, schedule_name=schedule)
         trained, frozen = optimizer.split(state.params)
         fixed = nnx.merge_state(frozen, state.router)
         grads, totals = (gradients if pipelined else _gradients)(
-            declared, objective, trained, fixed, (batch, weights), knobs
+            declared, objective, trained, fixed, prepared, knobs
         )
         params, optimizer_state, grad_norm = optimizer.update(
             grads, state.optimizer, state.params, knobs["learning_rate"]
@@ -164,18 +166,19 @@ def _gradients(
     objective: Objective,
     trained: nnx.State,
     fixed: nnx.State,
-    batch: tuple[Batch, Weights],
+    batch: Prepared,
     knobs: Knobs,
 ) -> tuple[nnx.State, Totals]:
     structure, *_ = split(declared)
 
-    def weighted(trained: nnx.State, micro_batch: tuple[Batch, Weights]):
-        model, (inputs, _) = nnx.merge(structure, trained, fixed), micro_batch
-        tokens, segment_ids = inputs["tokens"][:, :-1], inputs["segment_ids"][:, :-1]
-        hidden = model.hidden(tokens, segment_ids, **objective.forward._asdict())
+    balance, remat = objective.forward.balance, objective.forward.remat
+
+    def weighted(trained: nnx.State, micro_batch: Prepared):
+        model = nnx.merge(structure, trained, fixed)
+        hidden = model.forward(micro_batch.inputs, balance=balance, remat=remat)
         return weigh(objective, model, hidden, micro_batch, knobs)
 
-    def micro_step(micro_batch: tuple[Batch, Weights]) -> tuple[nnx.State, Totals]:
+    def micro_step(micro_batch: Prepared) -> tuple[nnx.State, Totals]:
         (_, totals), grads = jax.value_and_grad(weighted, has_aux=True)(trained, micro_batch)
         return grads, totals
 

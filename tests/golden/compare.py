@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import pathlib
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ from tests.closeness import EXACT, F32, LOGITS, assert_close
 from tests.golden import checkpoint, ours
 from tests.golden.cases import CASES, LENGTH, ORACLE_CASES, STORED, Case
 from tests.oracles import experts, losses, transformer
+from tests.train.objectives import sums_of
 
 FOLDER = pathlib.Path(__file__).parent
 # Against the oracles: three documents and padding, none a round number long.
@@ -130,12 +130,10 @@ def against_loss_oracle(isolated: bool) -> None:
     batch = {"tokens": jnp.asarray(tokens)[None], "segment_ids": jnp.asarray(segments)[None]}
     objective = loss.pretraining(experiment)
 
-    def sums(model: Any, batch: Any) -> dict[str, Any]:
-        rows = (batch[name][:, :-1] for name in ("tokens", "segment_ids"))
-        hidden = model.hidden(*rows, **objective.forward._asdict())
-        return objective.sums(model, hidden, batch, {})
-
-    got = jax.jit(sums, compiler_options=ours.QUICK)(ours.place(config, tree), batch)
+    sums = jax.jit(
+        lambda model, batch: sums_of(objective, model, batch)[0], compiler_options=ours.QUICK
+    )
+    got = sums(ours.place(config, tree), batch)
     inputs, inner = tokens[:ROW], SEGMENTS if isolated else None
     forward = transformer.forward(inputs, float64(tree), config, inner)
     sums, counts = [], []

@@ -9,6 +9,7 @@ import pytest
 
 from dsjax.model import block, rope
 from dsjax.model.cache import empty_cache
+from dsjax.model.inputs import read_tokens
 from dsjax.model.layer_cache import LayerCache
 from dsjax.model.parameters import declarations
 from tests.closeness import F32, assert_close
@@ -26,7 +27,7 @@ def test_stack_runs_its_layers_in_order():
 
     @jax.jit
     def both(model):
-        context = model.context(row, None, False)
+        context = model.context(read_tokens(row, None, isolate=False, n_mtp=0))
         start_BTD = model.embed(row)
         stacked = block.run_layers(model.moe_layers, start_BTD, context, None, "none")
         x_BTD, counts = start_BTD, []

@@ -4,12 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsjax.model.mtp import shift_left
 from tests.model.tiny import TINY, tiny_model, tokens
-
-
-def test_shift_left_takes_the_right_neighbour():
-    np.testing.assert_array_equal(shift_left(jnp.asarray([[5, 6, 7]])), [[6, 7, 0]])
 
 
 def test_module_k_sees_k_tokens_further_and_no_more():

@@ -19,6 +19,7 @@ from dsjax.train.loss import pretraining
 from tests.closeness import F32, assert_close
 from tests.model.tiny import TINY, tiny_model, tokens
 from tests.oracles.kernels import reference_attention
+from tests.train.objectives import sums_of
 
 pytestmark = pytest.mark.heavy
 
@@ -159,10 +160,8 @@ def _compute(function, sizes):
 
 def _losses(model, batch):
     """The sums of a batch and what its layers routed."""
-    objective = pretraining(CONFIG)
-    rows = (batch[name][:, :-1] for name in ("tokens", "segment_ids"))
-    hidden = model.hidden(*rows, **objective.forward._asdict())
-    return objective.sums(model, hidden, batch, {}) | hidden.routing._asdict()
+    sums, routing = sums_of(pretraining(CONFIG), model, batch)
+    return sums | routing._asdict()
 
 
 def _gradients(model, batch):

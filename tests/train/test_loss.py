@@ -13,6 +13,7 @@ from dsjax.config import Config, DataConfig, PrecisionConfig, TrainConfig
 from dsjax.train.loss import pretraining, target_mask
 from tests.closeness import F32, assert_close
 from tests.model.tiny import TINY, tiny_model, tokens
+from tests.train.objectives import sums_of
 
 
 def test_targets_end_at_the_row_at_padding_and_at_isolated_documents():
@@ -41,21 +42,15 @@ def _config(**data):
     )
 
 
-def _sums(model, batch, config):
-    """The sums of a micro-batch, and the balance losses of its layers."""
-    objective = pretraining(config)
-    rows = (batch[name][:, :-1] for name in ("tokens", "segment_ids"))
-    hidden = model.hidden(*rows, **objective.forward._asdict())
-    return objective.sums(model, hidden, batch, {}), hidden.routing
-
-
 @pytest.mark.parametrize("isolate", [pytest.param(False, marks=pytest.mark.heavy), True])
 def test_losses_ignore_what_follows_padding(isolate):
     row = tokens(1, 25)
     segments = jnp.asarray([[1] * 11 + [2] * 6 + [0] * 8], jnp.int32)
     run = jax.jit(
-        lambda model, row: _sums(
-            model, {"tokens": row, "segment_ids": segments}, _config(isolate_documents=isolate)
+        lambda model, row: sums_of(
+            pretraining(_config(isolate_documents=isolate)),
+            model,
+            {"tokens": row, "segment_ids": segments},
         )
     )
     first, second = run(tiny_model(), row), run(tiny_model(), row.at[0, 17:].set(3))
@@ -70,5 +65,6 @@ def test_model_without_experts_has_no_routing_terms():
     dense = dataclasses.replace(TINY, n_routed_experts=0, n_dense_layers=3, n_mtp=0)
     row = tokens(1, 25)
     batch = {"tokens": row, "segment_ids": jnp.ones_like(row)}
-    sums, routing = _sums(tiny_model(dense), batch, dataclasses.replace(_config(), model=dense))
+    objective = pretraining(dataclasses.replace(_config(), model=dense))
+    sums, routing = sums_of(objective, tiny_model(dense), batch)
     assert routing is None and float(sums["mtp"]) == 0 < float(sums["main"])

@@ -27,21 +27,24 @@ def advantage_weighted() -> Objective:
     the shape of a policy gradient. MTP modules rest.
     """
 
-    def weights(batch, knobs):
-        count = (batch["advantages"] != 0).sum().astype(jnp.float32)
-        ones = jnp.ones(batch["tokens"].shape[0], jnp.float32)
+    def targets(batch):
+        return {"ids": batch["tokens"][..., 1:], "advantages": batch["advantages"][..., 1:]}
+
+    def weights(targets, knobs):
+        count = (targets["advantages"] != 0).sum().astype(jnp.float32)
+        ones = jnp.ones(len(targets["ids"]), jnp.float32)
         return Weights({"policy": knobs["scale"] * ones / count}, 0 * ones)
 
-    def sums(model, hidden, batch, knobs):
+    def sums(model, hidden, targets, knobs):
         logp = jax.nn.log_softmax(model.logits(hidden.main_BTD))
-        chosen_BT = jnp.take_along_axis(logp, batch["tokens"][:, 1:, None], axis=-1)[..., 0]
-        policy = -(knobs["by_position"][None] * batch["advantages"][:, 1:] * chosen_BT).sum()
+        chosen_BT = jnp.take_along_axis(logp, targets["ids"][..., None], axis=-1)[..., 0]
+        policy = -(knobs["by_position"][None] * targets["advantages"] * chosen_BT).sum()
         return {"policy": policy, "logp": chosen_BT.sum()}
 
     def metrics(sums):
         return {"loss": sums["policy"], "logp": sums["logp"]}
 
-    return Objective(ForwardPass(True, False, None, "none"), weights, sums, metrics)
+    return Objective(ForwardPass(True, False, None, "none"), targets, weights, sums, metrics)
 
 
 def _batch(n_micro_batches):

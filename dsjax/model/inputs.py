@@ -1,0 +1,67 @@
+"""What the model reads of a batch of tokens, computed in the order of the sequences and then laid
+out over the devices, once, before anything runs.
+
+Everything after this is per token, but for attention, the balance losses and the logits that a
+user sees, which know the order of `dsjax.parallel.context` themselves.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsjax.model import rope
+from dsjax.parallel.context import arrange
+
+
+class Ahead(NamedTuple):
+    """What MTP module k reads at each position, int32 [..., K, B, T]."""
+
+    tokens: jax.Array  # the token k + 1 places further on
+    documents: jax.Array  # its document if that is the position's own, else 0: nothing to balance
+
+
+class Inputs(NamedTuple):
+    """Numbers of tokens, int32 [..., B, T], in the order in which the tokens lie on the devices."""
+
+    tokens: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array | None  # attention stays inside a segment; None: inside a row
+    documents: jax.Array  # sequences of the balance losses; 0 is padding
+    ahead: Ahead | None  # None: the MTP modules do not run
+
+
+def read_tokens(
+    tokens: jax.Array, segment_ids: jax.Array | None, *, isolate: bool, n_mtp: int
+) -> Inputs:
+    """Prepares int32 ids [..., B, T].
+
+    Args:
+      segment_ids: int32 document of each token, 0 for padding; None: one document per row.
+      isolate: whether attention, positions and balance losses stay inside a document.
+      n_mtp: how many MTP modules run.
+    """
+    if segment_ids is None:
+        isolate, segment_ids = False, jnp.ones_like(tokens)
+    if isolate:
+        positions, documents = rope.positions_in_segments(segment_ids), segment_ids
+    else:
+        positions = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, tokens.ndim - 1)
+        documents = (segment_ids > 0).astype(jnp.int32)
+    ahead = None
+    if n_mtp:
+        further = jnp.stack([shift_left(documents, k) for k in range(1, n_mtp + 1)], axis=-3)
+        same = further == jnp.expand_dims(documents, -3)
+        ahead = Ahead(
+            jnp.stack([shift_left(tokens, k) for k in range(1, n_mtp + 1)], axis=-3),
+            jnp.where(same, further, 0),
+        )
+    inputs = Inputs(tokens, positions, segment_ids if isolate else None, documents, ahead)
+    return jax.tree.map(arrange, inputs)
+
+
+def shift_left(x: jax.Array, places: int) -> jax.Array:
+    """Gives each position the value `places` further on; the last ones, which have none, get 0."""
+    return jnp.pad(x[..., places:], ((0, 0),) * (x.ndim - 1) + ((0, places),))
