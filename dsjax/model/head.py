@@ -1,5 +1,5 @@
-"""Log-likelihoods of given tokens, a chunk of positions at a time: a batch's logits never exist at
-once.
+"""Log-likelihoods of given tokens, computed a chunk of positions at a time, so that the logits of a
+batch never exist at once.
 
 `predict` computes a chunk. Three functions walk over the chunks with it:
 
@@ -9,8 +9,7 @@ once.
   of them twice.
 * `token_nll` returns one value per token, for objectives that are not linear in them. Its backward
   pass computes the logits again: four products per chunk.
-* `token_scores`, for evaluation, also tells whether each token is the likeliest, and has no
-  gradient.
+* `token_scores` also says whether each token is the likeliest. It has no gradient.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from dsjax.precision.policy import Policy
 
 
 class Prediction(NamedTuple):
-    """What the head makes of some hidden states, all float32."""
+    """The head's output for some hidden states, all float32."""
 
     logits: jax.Array  # [..., V]
     nll: jax.Array  # [...], of the targets, in nats
@@ -37,7 +36,7 @@ class Prediction(NamedTuple):
 
 
 def predict(hidden: jax.Array, w_DV: jax.Array, targets: jax.Array, policy: Policy) -> Prediction:
-    """Computes all logits of hidden states [..., D] for target ids [...], int32."""
+    """Computes the logits of hidden states [..., D], and the nats of target ids, int32 [...]."""
     logits = vocabulary_logits(hidden, w_DV, policy)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.where(_hits(targets, logits), logits, 0.0).sum(axis=-1)
@@ -60,7 +59,7 @@ def weighted_nll(
       w_DV: the head's float32 weight.
       weights_BT: float32 constants, through which no gradient flows. A token of weight 0 has no
         effect, even if its likelihood is not finite.
-      chunk: about how many tokens' logits exist at once on a device.
+      chunk: the approximate number of tokens whose logits exist at once on a device.
 
     Returns:
       float32 scalar.
@@ -85,8 +84,8 @@ def token_nll(
 def token_scores(
     hidden_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, policy: Policy, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns what `token_nll` does, and whether each target is the likeliest token, bool [B, T].
-    Not to be differentiated.
+    """Returns the values of `token_nll`, and whether each target is the likeliest token, bool
+    [B, T]. Cannot be differentiated.
     """
 
     def score(prediction: Prediction, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -99,17 +98,16 @@ def token_scores(
 
 
 def _width(targets: jax.Array, chunk: int) -> int:
-    """Positions of a chunk. Chunks are cut along the sequence, so that a batch split over devices
-    stays split.
-    """
+    """Returns the number of positions per chunk."""
+    # Chunks are cut along the sequence, so that a batch split over devices stays split.
     batch, length = targets.shape
     return min(max(chunk // (batch // parts_here("length_shards")), 1), length)
 
 
 def _hits(targets: jax.Array, logits: jax.Array) -> jax.Array:
-    """Marks each target in its row of the vocabulary. A comparison, not a lookup: a row may be
-    split over devices, and XLA (of jax 0.10 to 0.12) aborts at some lookups in a pipeline.
-    """
+    """Marks each target in its row of the vocabulary."""
+    # A comparison, not a lookup: a row may be split over devices, and XLA (of jax 0.10 to 0.12)
+    # aborts at some lookups in a pipeline.
     ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
     return ids == targets[..., None]
 
@@ -119,7 +117,7 @@ def _head_weight(w_DV: jax.Array, policy: Policy) -> jax.Array:
 
 
 def _cut(x: jax.Array, width: int) -> jax.Array:
-    """[B, T, ...] -> [chunks, B, width, ...]; zeros fill the last chunk up."""
+    """Reshapes [B, T, ...] to [chunks, B, width, ...]; zeros fill the last chunk."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % width)) + ((0, 0),) * (x.ndim - 2))
     return x.reshape(x.shape[0], -1, width, *x.shape[2:]).swapaxes(0, 1)
 
@@ -137,7 +135,7 @@ def _map_chunks(
     policy: Policy,
     width: int,
 ) -> Any:
-    """Applies a function to the prediction and targets of each chunk; its values are [B, T]."""
+    """Applies a function to the prediction and the targets of each chunk; values are [B, T]."""
     weight = _head_weight(w_DV, policy)
     values = jax.lax.map(
         lambda chunk: function(predict(chunk[0], weight, chunk[1], policy), chunk[1]),
@@ -147,6 +145,7 @@ def _map_chunks(
 
 
 def _weigh(weights: jax.Array, values: jax.Array) -> jax.Array:
+    # Selected as well as multiplied: 0 times infinity is not 0.
     return jnp.where(weights != 0, weights * values, 0.0)
 
 
@@ -156,7 +155,7 @@ def _weighted_chunks(hidden_BTD, targets_BT, weights_BT, policy, width):
 
 
 def _sum_and_gradients(hidden_BTD, w_DV, targets_BT, weights_BT, policy, width):
-    """The weighted sum, and its gradients by hidden state and head."""
+    """Returns the weighted sum and its gradients with respect to hidden states and head."""
     weight = _head_weight(w_DV, policy)
 
     def step(carry, chunk):
@@ -170,7 +169,7 @@ def _sum_and_gradients(hidden_BTD, w_DV, targets_BT, weights_BT, policy, width):
         chunk_dw_DV = jnp.tensordot(
             hidden, dlogits, ((0, 1), (0, 1)), preferred_element_type=jnp.float32
         )
-        # Summed straight into each device's part: whole, it is the largest array of all.
+        # Summed directly into each device's part: the whole is the largest array of all.
         dw_DV += reduce_to_shards(chunk_dw_DV, "embed", "vocab")
         return (total + _weigh(weights, nll).sum(), dw_DV), dhidden
 

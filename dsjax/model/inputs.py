@@ -1,8 +1,8 @@
-"""What the model reads of a batch of tokens, computed in the order of the sequences and then laid
-out over the devices, once, before anything runs.
+"""Prepares what the model reads of a batch: positions, documents, the tokens of MTP modules.
 
-Everything after this is per token, but for attention, the balance losses and the logits that a
-user sees, which know the order of `dsjax.parallel.context` themselves.
+All of it is computed in the order of the sequences and then laid out over the devices, once, before
+the model runs. From there on everything is per token; only attention, the balance losses and the
+logits that are handed to a user know the devices' order (`dsjax.parallel.context`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from dsjax.parallel.context import arrange
 
 
 class Ahead(NamedTuple):
-    """What MTP module k reads at each position, int32 [..., K, B, T]."""
+    """What the MTP modules read at each position, int32 [..., modules, B, T]."""
 
-    tokens: jax.Array  # the token k + 1 places further on
-    documents: jax.Array  # its document if that is the position's own, else 0: nothing to balance
+    tokens: jax.Array  # the token k places ahead for module k, counted from 1
+    # That token's document if it is the position's own, else 0: there is no sequence to balance.
+    documents: jax.Array
 
 
 class Inputs(NamedTuple):
-    """Numbers of tokens, int32 [..., B, T], in the order in which the tokens lie on the devices."""
+    """Numbers per token, int32 [..., B, T], in the devices' order."""
 
     tokens: jax.Array
     positions: jax.Array
@@ -36,7 +37,7 @@ class Inputs(NamedTuple):
 def read_tokens(
     tokens: jax.Array, segment_ids: jax.Array | None, *, isolate: bool, n_mtp: int
 ) -> Inputs:
-    """Prepares int32 ids [..., B, T].
+    """Prepares token ids, int32 [..., B, T].
 
     Args:
       segment_ids: int32 document of each token, 0 for padding; None: one document per row.
@@ -63,5 +64,5 @@ def read_tokens(
 
 
 def shift_left(x: jax.Array, places: int) -> jax.Array:
-    """Gives each position the value `places` further on; the last ones, which have none, get 0."""
+    """Gives each position the value `places` ahead; the last ones, which have none, get 0."""
     return jnp.pad(x[..., places:], ((0, 0),) * (x.ndim - 1) + ((0, places),))

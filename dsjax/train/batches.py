@@ -1,4 +1,4 @@
-"""Batches on the devices of a mesh, of which each process reads and places only its own rows."""
+"""Places batches on the devices of a mesh. Each process reads and places only its own rows."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from dsjax.parallel.sharding import partition_spec
 
 
 def batch_sharding(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The placement of token ids [..., sequences, T + 1].
-
-    Sequences are split; their length is not, since a token and the one it predicts may not part
-    here: the model splits it once inputs and targets are apart.
+    """Returns the placement of numbers per token, [..., sequences, T + 1].
 
     Raises:
       ValueError: the sequences do not divide over the mesh.
     """
+    # The length is split only after inputs and targets have been separated (`Objective.targets`),
+    # so that a token and its target are never on different devices.
     axes = ("micro_batches",) * (len(shape) - 2) + ("batch", "tokens")
     spec = partition_spec(
         axes, shape, mesh, "sequences of a micro-batch (train.micro_batch_size, mesh.microbatches)"
@@ -30,8 +29,8 @@ def batch_sharding(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSh
 
 
 def held_rows(shape: tuple[int, ...], mesh: Mesh) -> np.ndarray:
-    """Which rows of a batch [..., sequences, T + 1], counted through, this process's devices hold;
-    ascending.
+    """Returns the numbers of the rows that this process's devices hold, ascending. Rows of a batch
+    [..., sequences, T + 1] are numbered across micro-batches.
     """
     numbers = _numbers(shape)
     indices = batch_sharding(shape, mesh).addressable_devices_indices_map(shape).values()
@@ -41,7 +40,7 @@ def held_rows(shape: tuple[int, ...], mesh: Mesh) -> np.ndarray:
 def place_held(
     rows: Mapping[str, np.ndarray], shape: tuple[int, ...], mesh: Mesh
 ) -> dict[str, jax.Array]:
-    """Makes a batch of the given shape of the rows that each process holds."""
+    """Assembles a batch of the given shape from the rows that each process holds."""
     sharding, held, numbers = batch_sharding(shape, mesh), held_rows(shape, mesh), _numbers(shape)
 
     def array(own: np.ndarray) -> jax.Array:
@@ -54,7 +53,7 @@ def place_held(
 
 
 def place_all(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts a batch [..., sequences, T + 1] that every process has whole on the devices."""
+    """Places a batch [..., sequences, T + 1] of which every process has all rows."""
     return {
         name: jax.make_array_from_callback(
             array.shape, batch_sharding(array.shape, mesh), array.__getitem__

@@ -1,4 +1,4 @@
-"""Held-out loss, and bits per byte: the one figure that does not depend on the tokenizer."""
+"""Held-out loss, and bits per byte, which unlike the loss does not depend on the tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dsjax.train.step import TrainState, restored_model
 
 
 class Evaluation(NamedTuple):
-    """Mean loss in nats a predicted token, and bits a byte of the text those tokens stand for."""
+    """Mean loss in nats per predicted token, and bits per byte of the text of those tokens."""
 
     loss: float
     bits_per_byte: float
@@ -27,8 +27,8 @@ def scorer(
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:
     """Builds (state, batch) -> (summed loss in nats, number of targets), to be jitted.
 
-    The batch is `tokens` and `segment_ids`, int32 [B, T + 1]. The main model alone, without MTP and
-    balance losses.
+    The batch is `tokens` and `segment_ids`, int32 [B, T + 1]. Only the main model's loss counts,
+    without MTP and balance losses.
 
     Args:
       declared: the model without values.
@@ -60,17 +60,17 @@ def evaluate(
     """Scores some held-out rows.
 
     Args:
-      score: takes a batch of `batch_size` rows, gives the summed loss of its targets (nats) and
-        their number.
-      rows: row numbers; the last batch is filled up with padding, so that one compiled program does
-        them all.
-      interrupted: asked before each batch; True ends the evaluation, whose result is then None.
+      score: a batch of `batch_size` rows -> the summed loss of its targets, in nats, and their
+        number.
+      rows: row numbers.
+      interrupted: called before each batch; if it returns True, the result is None.
     """
     nats = targets = 0.0
     for first in range(0, len(rows), batch_size):
         if interrupted():
             return None
         batch = heldout.batch(rows[first : first + batch_size])
+        # The last batch is padded to full size, so that one compiled program serves all.
         batch_nats, batch_targets = score(
             {name: _fill(array, batch_size) for name, array in batch.items()}
         )
@@ -82,5 +82,5 @@ def evaluate(
 
 
 def _fill(array: np.ndarray, batch_size: int) -> np.ndarray:
-    """Adds rows of zeros: segment id 0, so nothing there is predicted."""
+    """Appends rows of zeros. Their segment id is 0, so they have no targets."""
     return np.pad(array, ((0, batch_size - len(array)), (0, 0)))

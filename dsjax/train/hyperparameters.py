@@ -1,9 +1,10 @@
-"""What changes along a run, as pure functions of its step: batch size, learning rate, loss weights.
+"""The values that change over a run, as pure functions of the step: batch size, learning rate, loss
+weights.
 
 Paper: DeepSeek-V3 (arXiv:2412.19437), section 4.2. The paper gives its points in tokens; here they
-are shares of the run's tokens, so that one schedule fits a run of any length. The learning rate
-warms up in steps, as in the paper. No jax here: the numbers are made on the host and given to the
-compiled step, which never compiles again for them.
+are fractions of the run's tokens, so that one schedule fits a run of any length. Warm-up is in
+steps, as in the paper. There is no jax here: the host computes the numbers and passes them to the
+compiled step as arguments, so a change never causes another compilation.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import math
 
 from dsjax.config import Config, OptimConfig, TrainConfig
 
-RAMP_STAGES = 4  # batch sizes on the way up; each is one more compilation, so they are few
+RAMP_STAGES = 4  # batch sizes below the final one; few, since each is one more compilation
 
 
 def batch_size(train: TrainConfig, step: int) -> int:
-    """Sequences of optimizer step `step` (counted from 0)."""
+    """Returns the number of sequences of optimizer step `step` (counted from 0)."""
     for first_step, sequences in reversed(batch_stages(train)):
         if step >= first_step:
             return sequences
@@ -25,9 +26,10 @@ def batch_size(train: TrainConfig, step: int) -> int:
 
 
 def batch_stages(train: TrainConfig) -> list[tuple[int, int]]:
-    """(first step, sequences) of each stage of the batch ramp, ascending; one without a ramp.
+    """Returns (first step, sequences) of each stage of the batch ramp, ascending; a single stage if
+    there is no ramp.
 
-    The ramp is cut into at most RAMP_STAGES equal stages, and grows by whole micro-batches.
+    The ramp has at most RAMP_STAGES stages of equal length and grows by whole micro-batches.
     """
     ramp_steps = round(train.batch_ramp_fraction * train.steps)
     if not train.batch_size_start or not ramp_steps:
@@ -46,7 +48,7 @@ def batch_stages(train: TrainConfig) -> list[tuple[int, int]]:
 
 
 def sequences_before(train: TrainConfig, step: int) -> int:
-    """Sequences that optimizer steps 0 to `step` - 1 consume."""
+    """Returns the number of sequences that steps 0 to `step` - 1 consume."""
     stages = batch_stages(train)
     ends = [first_step for first_step, _ in stages[1:]] + [step]
     return sum(
@@ -56,19 +58,21 @@ def sequences_before(train: TrainConfig, step: int) -> int:
 
 
 def tokens_before(config: Config, step: int) -> int:
-    """Tokens that optimizer steps 0 to `step` - 1 train on."""
+    """Returns the number of tokens that steps 0 to `step` - 1 train on."""
     return sequences_before(config.train, step) * config.data.sequence_length
 
 
 def progress(config: Config, step: int) -> float:
-    """Share of the run's tokens seen before `step`, between 0 and 1."""
+    """Returns the fraction of the run's tokens seen before `step`, between 0 and 1."""
     return sequences_before(config.train, step) / sequences_before(config.train, config.train.steps)
 
 
 def learning_rate(optim: OptimConfig, step: int, share: float) -> float:
-    """Learning rate of `step`, `share` of the run's tokens having been seen before it."""
+    """Returns the learning rate of `step`, before which the fraction `share` of the run's tokens
+    has been seen.
+    """
     if step < optim.warmup_steps:
-        # The first step learns too: rates are 1/n, 2/n, ... of the highest.
+        # The first step trains too: rates are 1/n, 2/n, ... of the highest.
         return optim.learning_rate * (step + 1) / optim.warmup_steps
     if optim.schedule == "constant":
         return optim.learning_rate
@@ -79,7 +83,9 @@ def learning_rate(optim: OptimConfig, step: int, share: float) -> float:
 
 
 def _v3_ratio(optim: OptimConfig, share: float) -> float:
-    """Constant, a cosine from the first point to the second, then two constant tails."""
+    """Returns V3's rate as a fraction of the highest: constant, then a cosine from the first point
+    to the second, then two constant tails.
+    """
     cosine_start, cosine_end, last_tail = optim.decay_points
     first_ratio, last_ratio = optim.decay_ratios
     if share < cosine_start:
@@ -93,17 +99,17 @@ def _v3_ratio(optim: OptimConfig, share: float) -> float:
 
 
 def mtp_weight(train: TrainConfig, share: float) -> float:
-    """Weight of the multi-token prediction loss, lambda of equation 25."""
+    """Returns the weight of the multi-token prediction loss, lambda of equation 25."""
     return train.mtp_weight if share < train.mtp_switch else train.mtp_weight_final
 
 
 def bias_update_speed(train: TrainConfig, share: float) -> float:
-    """Step of the router bias, gamma of section 2.1.2; 0 in the last part of the run."""
+    """Returns the step of the router bias, gamma of section 2.1.2; 0 in the last part of a run."""
     return train.bias_update_speed if share < train.bias_update_until else 0.0
 
 
 def knobs(config: Config, step: int) -> dict[str, float]:
-    """All that the compiled step takes from the schedule at `step` (counted from 0)."""
+    """Returns the knobs of pre-training at `step` (counted from 0)."""
     share = progress(config, step)
     return {
         "learning_rate": learning_rate(config.optim, step, share),

@@ -1,8 +1,8 @@
 """The objective of pre-training: next-token cross-entropy, multi-token prediction and balance.
 
 Paper: V3 (arXiv:2412.19437), equations 23 to 25. An MTP module has fewer targets than the main
-model (the last k positions have none) and yet is divided by the main model's count, as the paper
-writes it.
+model (the last k positions have none), and still its sum is divided by the main model's count, as
+the paper writes it.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ def target_mask(segment_ids_BX: jax.Array, ahead: int, isolate: bool) -> jax.Arr
 
 
 class Targets(NamedTuple):
-    """What the main model or an MTP module predicts at each position."""
+    """The tokens that the main model or an MTP module predicts, one per position."""
 
     ids: jax.Array  # int32 [..., B, T]
     counted: jax.Array  # float32 [..., B, T], 1 or 0
 
 
 def pretraining(config: Config) -> Objective:
-    """Next-token prediction, MTP and balance losses.
+    """Returns the objective: next-token prediction, MTP and balance losses.
 
-    Its knob is `mtp_weight`. Its sums are `main` and `mtp`, nats over the targets of the main model
-    and of all MTP depths, with their counts `main_targets` and `mtp_targets`. Position t predicts
-    token t + 1.
+    Its knob is `mtp_weight`. Its sums are `main` and `mtp`, in nats over the targets of the main
+    model and of all MTP depths, and the counts `main_targets` and `mtp_targets`. Position t
+    predicts token t + 1.
     """
     isolate, chunk = config.data.isolate_documents, config.train.loss_chunk
     n_mtp = config.model.n_mtp
@@ -75,6 +75,7 @@ def pretraining(config: Config) -> Objective:
         n_targets = jnp.maximum(counts.sum(), 1.0)
         main = jnp.broadcast_to(1.0 / n_targets, counts.shape)
         mtp = knobs["mtp_weight"] / max(n_mtp, 1) * main
+        # A balance loss is an average already, so micro-batches weigh as their targets do.
         return Weights({"main": main, "mtp": mtp}, counts / n_targets)
 
     def sums(model: Transformer, hidden: Hidden, targets: list[Targets], knobs: Knobs) -> Sums:

@@ -7,7 +7,8 @@ with or without a pipeline, is the same for all.
 
 The scalar is the sum over micro-batches of weight times sum, plus the routers' balance losses.
 Micro-batches contribute sums, never means: `Objective.weights` sees the whole batch and divides
-once by its count, so the result does not depend on how the batch is cut.
+once by its count, so the result does not depend on how the batch is divided. (A mean of means over
+micro-batches with unequal numbers of targets is another loss.)
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from dsjax.parallel.context import arrange
 # [.., T + 1], are always there; an objective may ask for more, per token (weights, advantages,
 # log-probabilities of another policy) or per sequence.
 Batch = dict[str, jax.Array]
-# What may change at every step without another compilation, the same on every device: scalars of
-# the schedule, and whatever arrays an objective reads and does not train, such as a teacher's head.
+# Values that may change at every step without another compilation, the same on every device: the
+# schedule's scalars, and any array that an objective reads but does not train, such as the output
+# head of a frozen teacher.
 Knobs = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
@@ -44,9 +46,9 @@ class ForwardPass(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What each micro-batch's terms count in the batch's scalar, each float32 [micro-batches]."""
+    """The factors of a micro-batch's terms in the scalar, each float32 [micro-batches]."""
 
-    sums: dict[str, jax.Array]  # by name of what `Objective.sums` returns; others are not minimised
+    sums: dict[str, jax.Array]  # by the names of `Objective.sums`; sums left out are only reported
     balance: jax.Array  # of the balance losses, which are averages over a micro-batch's tokens
 
 
@@ -55,16 +57,15 @@ class Objective(NamedTuple):
 
     Attributes:
       forward: how the model runs on positions 0 to T - 1 of the batch.
-      targets: of the whole batch: a tree of what the two below read, arrays [micro-batches, ...,
-        B, T] per token or [micro-batches, B] per sequence. Here tokens are in the order of their
-        sequence, so this is where targets are shifted; afterwards they lie as they do on the
-        devices (`dsjax.parallel.context`), hidden states and targets alike.
-      weights: of the targets and the knobs: what each micro-batch's terms count.
-      sums: of the model (for its head), the hidden states, the targets of one micro-batch and the
-        knobs: float32 scalars by name, each a sum over tokens or sequences. Those without a weight
-        are for the metrics.
-      metrics: of the same sums over the whole batch: what the step reports. `loss` is among them; a
-        step whose loss is not finite changes nothing.
+      targets: batch -> a tree of the arrays that the next two functions read: per token
+        [micro-batches, ..., B, T], per sequence [micro-batches, B]. Only here are tokens in the
+        order of their sequence, so this is where to shift them; afterwards hidden states and
+        targets alike are in the devices' order (`dsjax.parallel.context`).
+      weights: (targets, knobs) -> the factors of each micro-batch's sums.
+      sums: (model, hidden states, targets of one micro-batch, knobs) -> float32 scalars by name,
+        each a sum over tokens or sequences. The model is there for its output head.
+      metrics: the sums over the whole batch -> what the step reports, `loss` among them. A step
+        whose loss is not finite changes nothing.
     """
 
     forward: ForwardPass
@@ -83,8 +84,8 @@ class Prepared(NamedTuple):
 
 
 def read_batch(objective: Objective, declared: Transformer, batch: Batch) -> tuple[Inputs, Any]:
-    """Computes what the model and the objective read of a batch, and lays it out over the devices;
-    nothing after this shifts tokens.
+    """Computes the arrays that the model and the objective read, and lays them out over the
+    devices. Nothing after this shifts tokens.
     """
     forward, targets = objective.forward, objective.targets(batch)
     inputs = read_tokens(
@@ -97,7 +98,7 @@ def read_batch(objective: Objective, declared: Transformer, batch: Batch) -> tup
 
 
 class Totals(NamedTuple):
-    """What a step adds up over micro-batches."""
+    """What a step sums over micro-batches."""
 
     sums: Sums
     balance: jax.Array  # float32, weighted, summed over layers
@@ -108,7 +109,7 @@ class Totals(NamedTuple):
 def weigh(
     objective: Objective, model: Transformer, hidden: Hidden, micro_batch: Prepared, knobs: Knobs
 ) -> tuple[jax.Array, Totals]:
-    """Returns a micro-batch's part of the scalar whose gradient is taken, and its totals."""
+    """Returns a micro-batch's contribution to the scalar that is differentiated, and its totals."""
     weights, routing = micro_batch.weights, hidden.routing
     sums = objective.sums(model, hidden, micro_batch.targets, knobs)
     if routing is None:
@@ -121,7 +122,7 @@ def weigh(
 
 
 def sum_over_micro_batches(function: Callable[[Any], Any], batch: Any) -> Any:
-    """Adds up a function's values over the leading dimension, one micro-batch at a time."""
+    """Sums a function's values over the leading dimension, one micro-batch at a time."""
     first = jax.tree.map(lambda x: x[0], batch)
     if jax.tree.leaves(batch)[0].shape[0] == 1:
         return function(first)

@@ -1,11 +1,11 @@
-"""AdamW as DeepSeek trains with it: global-norm clipping, float32 or bfloat16 moments, decay.
+"""AdamW as DeepSeek uses it: global-norm clipping, float32 or bfloat16 moments, weight decay.
 
-Paper: DeepSeek-V3 (arXiv:2412.19437), sections 3.3.3 (moments in bfloat16) and 4.2. The pieces are
-optax's; what is added is the rounding of both moments when they are stored, the choice of what
-decays, and a learning rate that comes in at each update, so that a schedule never compiles anything
-again.
+Paper: DeepSeek-V3 (arXiv:2412.19437), sections 3.3.3 (moments in bfloat16) and 4.2. The parts are
+optax's. Added are the rounding of both moments when they are stored, the choice of what decays and
+of what trains, and a learning rate that is an argument of each update, so that a schedule never
+causes another compilation.
 
-Departures: the paper does not say what decays; here it is every matrix, and no norm or bias.
+Departure: the paper does not say what decays; here every matrix does, and no norm or bias.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from flax import nnx
 from dsjax.config import OptimConfig
 from dsjax.model.layers import LAYER_AXES
 
-# The path of a parameter, such as ("moe_layers", "ffn", "experts", "w_up"), to whether it trains:
-# True, False, or an array of 0 and 1 that broadcasts over it, for a part (some experts of a stack).
+# Says whether a parameter trains, given its path, such as ("moe_layers", "ffn", "experts", "w_up"):
+# True, False, or a float32 array of 0 and 1 that broadcasts over it, where a part trains. ESFT's mask
+# of chosen experts is such an array, [L, E, 1, 1].
 Trains = Callable[[tuple[Any, ...]], bool | jax.Array]
 
 
 class Optimizer(NamedTuple):
-    """How parameters change.
+    """An update rule and the parameters that it applies to.
 
     Attributes:
       split: all parameters -> those that train, those that are frozen.
-      init: all parameters -> the state, which holds nothing of the frozen ones.
-      update: (gradients of those that train, state, all parameters, learning rate) -> new
-        parameters and state, and the norm of the gradients.
+      init: all parameters -> the optimizer state, which holds nothing for frozen ones.
+      update: (gradients of those that train, state, all parameters, learning rate) -> all
+        parameters, state, norm of the gradients.
     """
 
     split: Callable[[nnx.State], tuple[nnx.State, nnx.State]]
@@ -44,9 +45,9 @@ class Optimizer(NamedTuple):
 def adamw(config: OptimConfig, trains: Trains = lambda path: True) -> Optimizer:
     """Builds the optimizer of a run.
 
-    `update` takes float32 gradients and a float32 scalar learning rate; the norm that it returns is
-    the global one before clipping. What does not train has no part in the norm, does not decay and
-    keeps its bits. A parameter that trains in part has moments as a whole.
+    `update` takes float32 gradients and a float32 scalar learning rate, and returns the global norm
+    before clipping. What does not train is left out of that norm, does not decay and keeps its
+    bits. A parameter of which a part trains has moments for all of it.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     chain = optax.named_chain(  # named, so that a checkpoint says optimizer.adam.mu.head.weight
@@ -84,7 +85,7 @@ def adamw(config: OptimConfig, trains: Trains = lambda path: True) -> Optimizer:
         grads = masked(grads)
         grad_norm = optax.tree.norm(grads)
         changes, state = chain.update(grads, state, trained)
-        # Masked once more, since what has no gradient decays.
+        # Masked again: without a gradient a parameter would still decay.
         trained = jax.tree.map(
             lambda param, change: param - learning_rate * change, trained, masked(changes)
         )
@@ -96,10 +97,10 @@ def adamw(config: OptimConfig, trains: Trains = lambda path: True) -> Optimizer:
 def scale_by_adam(
     beta1: float, beta2: float, *, epsilon: float, moment_dtype: jnp.dtype
 ) -> optax.GradientTransformation:
-    """Makes optax's Adam keep both moments in `moment_dtype`.
+    """Returns optax's Adam with both moments stored in `moment_dtype`.
 
-    The arithmetic is float32; a moment is rounded (to nearest) only when it is stored, and the
-    update of this step uses it unrounded. optax's own `mu_dtype` rounds the first moment alone.
+    The arithmetic is float32. A moment is rounded (to nearest) only when it is stored; the update
+    of the same step uses it unrounded. optax's own `mu_dtype` covers only the first moment.
     """
     adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=epsilon)
 
@@ -122,7 +123,7 @@ def scale_by_adam(
 
 
 def decay_mask(params: Any) -> Any:
-    """Marks the parameters that decay: those of two dims or more, the stack of layers not counted.
+    """Marks the parameters that decay: those with at least two dims besides the stacked layers.
 
     Args:
       params: nnx variables whose metadata `axes` names each dim.

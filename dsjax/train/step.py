@@ -1,8 +1,7 @@
-"""One optimizer step: gradients over the micro-batches, AdamW, and the router's bias update.
+"""One optimizer step: gradients over the micro-batches, AdamW, and the routers' bias update.
 
-The step is a pure function of state, batch and the knobs that a schedule turns. The batch may come
-as several micro-batches; their sums are added before anything is divided, so the result is that of
-the whole batch.
+The step is a pure function of state, batch and knobs. What it minimises is an argument
+(`dsjax.train.objective`), so every kind of training runs this one step.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from dsjax.train.optimizer import Optimizer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All arrays that a step reads and writes."""
+    """Every array that a step reads and writes."""
 
     params: nnx.State  # float32 masters
     router: nnx.State  # selection biases, float32
@@ -54,10 +53,10 @@ class TrainState:
 def declared_model(
     model: ModelConfig, precision: PrecisionConfig, target: Target | None = None
 ) -> Transformer:
-    """The config's model without values.
+    """Declares the model of a config, without values.
 
     Args:
-      target: the machine it is compiled for; None: JAX's own devices.
+      target: the machine to compile for; None: JAX's own devices.
     """
     fp8 = precision.fp8_scale if precision.fp8 == "on" else None
     policy = Policy(jnp.dtype(precision.compute), target or Target.here(), fp8)
@@ -65,7 +64,7 @@ def declared_model(
 
 
 def split(model: Transformer) -> tuple[Any, nnx.State, nnx.State]:
-    """Takes a model apart into its structure, its parameters and its router state."""
+    """Splits a model into its structure, its parameters and its router state."""
     structure, params, router = nnx.split(model, nnx.Param, RouterState)
     return structure, params, router
 
@@ -78,10 +77,10 @@ def _make_state(declared: Transformer, optimizer: Optimizer, key: jax.Array) -> 
 def abstract_state(
     declared: Transformer, optimizer: Optimizer, mesh: Mesh | AbstractMesh
 ) -> TrainState:
-    """The state's shapes, dtypes and shardings, to restore a checkpoint into or to compile for.
+    """Returns the state's shapes, dtypes and shardings: what to restore into or to compile for.
 
     Raises:
-      ValueError: parameters that do not divide over the mesh.
+      ValueError: a parameter does not divide over the mesh.
     """
     shapes = jax.eval_shape(lambda key: _make_state(declared, optimizer, key), jax.random.key(0))
     placement = TrainState(
@@ -97,9 +96,11 @@ def abstract_state(
 
 
 def initial_state(declared: Transformer, optimizer: Optimizer, mesh: Mesh, seed: int) -> TrainState:
-    """Makes the state of step 0, each device its own part; values depend on the seed alone."""
+    """Makes the state before the first step, each device its own part. Values depend on the seed
+    alone, not on the mesh.
+    """
     placement = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(declared, optimizer, mesh))
-    # It runs once, and an optimised random generator per parameter takes the CPU's compiler longer
+    # This program runs once; on a CPU, optimising a random generator per parameter takes longer
     # than it saves.
     options = {"xla_backend_optimization_level": 0} if Target.here().kind == "cpu" else None
     make = jax.jit(
@@ -111,7 +112,7 @@ def initial_state(declared: Transformer, optimizer: Optimizer, mesh: Mesh, seed:
 
 
 def restored_model(declared: Transformer, state: TrainState) -> Transformer:
-    """The model with a state's values."""
+    """Returns the declared model with the values of a state."""
     structure, *_ = split(declared)
     return nnx.merge(structure, state.params, state.router)
 
@@ -119,17 +120,16 @@ def restored_model(declared: Transformer, state: TrainState) -> Transformer:
 def train_step(
     declared: Transformer, optimizer: Optimizer, objective: Objective, *, schedule: str = "1f1b"
 ) -> Callable[[TrainState, Batch, Knobs], tuple[TrainState, Metrics]]:
-    """Builds the step: (state, batch, knobs) -> (state, metrics), to be jitted with the state
-    donated.
+    """Builds the step: (state, batch, knobs) -> (state, metrics). Jit it with the state donated.
 
-    Knobs are `learning_rate`, `bias_update_speed` (float32 scalars) and what the objective asks
-    for. Metrics are scalars, but for `expert_load` [MoE layers and MTP modules, E], each expert's
-    share of its layer's assignments. Where loss or gradient is not finite, the state comes back as
-    it was, and `skipped` is true.
+    Knobs are `learning_rate` and `bias_update_speed`, float32 scalars, and what the objective asks
+    for. Metrics are those of the objective and of the step: scalars, except `expert_load` [MoE
+    layers and MTP modules, E], each expert's share of its layer's assignments. If the loss or the
+    gradient is not finite, the state is returned unchanged and `skipped` is true.
 
     Args:
       declared: the model without values.
-      schedule: of the pipeline, where the mesh has one.
+      schedule: the pipeline's, used if the mesh has a pipeline.
     """
 
     def step(state: TrainState, batch: Batch, knobs: Knobs) -> tuple[TrainState, Metrics]:
@@ -152,6 +152,7 @@ def train_step(
                 router, totals.counts_LE, knobs["bias_update_speed"], declared.config.n_moe_layers
             )
         updated = TrainState(params, router, optimizer_state)
+        # One NaN in a gradient would reach every parameter through the moments, for good.
         fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         metrics["skipped"] = ~fine
         with jax.named_scope("optimizer"):
@@ -186,7 +187,7 @@ def _gradients(
 
 
 def _metrics(totals: Totals, grad_norm: jax.Array) -> Metrics:
-    """What a step reports whatever the objective."""
+    """Returns the metrics that every step reports, whatever its objective."""
     metrics = {
         "balance_loss": totals.balance,
         "grad_norm": grad_norm,
@@ -197,7 +198,7 @@ def _metrics(totals: Totals, grad_norm: jax.Array) -> Metrics:
         counts_LE = totals.counts_LE.astype(jnp.float32)
         metrics["max_violation"] = max_violation(totals.counts_LE).mean()
         load_LE = counts_LE / jnp.maximum(counts_LE.sum(axis=-1, keepdims=True), 1.0)
-        # Whole on every device, so that every process can read it.
+        # Replicated, so that every process can read all of it.
         metrics["expert_load"] = constrain(load_LE, "norm", "norm")
     return metrics
 
@@ -205,8 +206,10 @@ def _metrics(totals: Totals, grad_norm: jax.Array) -> Metrics:
 def _update_router(
     router: nnx.State, counts_LE: jax.Array, speed: jax.Array, n_main: int
 ) -> nnx.State:
-    """Moves every layer's bias. Counts list the main stack's layers first, then the MTP modules;
-    those of modules that did not run are absent, and their bias rests.
+    """Updates the bias of every layer that ran.
+
+    Args:
+      counts_LE: the `n_main` layers of the main stack first, then the MTP modules, if they ran.
     """
     stacks = {"moe_layers": counts_LE[:n_main], "mtp": counts_LE[n_main:]}
 
