@@ -22,8 +22,8 @@ from dsjax.config import OptimConfig
 from dsjax.model.layers import LAYER_AXES
 
 # Says whether a parameter trains, given its path, such as ("moe_layers", "ffn", "experts", "w_up"):
-# True, False, or a float32 array of 0 and 1 that broadcasts over it, where a part trains. ESFT's mask
-# of chosen experts is such an array, [L, E, 1, 1].
+# True, False, or, where a part of it trains, a float32 array of 0 and 1 that broadcasts over it.
+# ESFT's mask of chosen experts is such an array, [L, E, 1, 1].
 Trains = Callable[[tuple[Any, ...]], bool | jax.Array]
 
 
