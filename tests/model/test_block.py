@@ -46,7 +46,7 @@ def test_layer_that_is_not_present_changes_and_counts_nothing():
 
     @jax.jit
     def both(model, present_L):
-        context = model.context(row, None, False)
+        context = model.context(read_tokens(row, None, isolate=False, n_mtp=0))
         start_BTD = model.embed(row)
         run = lambda layers: block.run_layers(  # noqa: E731
             layers, start_BTD, context, None, "none", present_L=present_L
