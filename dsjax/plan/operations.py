@@ -44,7 +44,8 @@ def _equation(equation: Any, devices: int, rows: float) -> float:
     if name == "cond":
         branches = [branch.jaxpr for branch in params["branches"]]
         counts = [_count(branch, devices, rows) for branch in branches]
-        if any(shares := list(map(_share, branches))):
+        shares = [_share(branch) for branch in branches]
+        if any(shares):
             return sum(share * count for share, count in zip(shares, counts, strict=True))
         return min(counts)
     if name == "shard_map":
@@ -59,8 +60,8 @@ def _equation(equation: Any, devices: int, rows: float) -> float:
 
 
 def _share(branch: Any) -> float:
-    """The share of a loop's trips that take a branch, where the branch is named so (`in_ticks` of
-    `dsjax.parallel.pipeline`); else 0.
+    """Returns the share of a loop's trips that take a branch, read from the name that `in_ticks` of
+    `dsjax.parallel.pipeline` gives it; 0 without such a name.
     """
     for equation in branch.eqns:
         if found := re.search(r"(\d+)_of_(\d+)_ticks", str(equation.source_info.name_stack)):
