@@ -80,8 +80,7 @@ class Engine:
 
         Raises:
           ValueError: `prefill_chunk` or `max_batch` is out of range, or the model has no MTP
-          modules
-            to draft with.
+            modules to draft with.
         """
         if prefill_chunk < _MIN_CHUNK or prefill_chunk != power_of_two(prefill_chunk):
             raise ValueError(
