@@ -17,7 +17,7 @@ import pytest
 import dsjax
 from dsjax.infer import score
 from dsjax.infer.score import Scorer
-from dsjax.infer.windows import read_text
+from dsjax.infer.windows import TextFiles, read_text
 from dsjax.text.tokenizer import load_tokenizer, train_tokenizer
 from tests.checkpoint import hf_files
 from tests.closeness import F32, assert_close
@@ -205,7 +205,8 @@ def test_bits_per_byte_are_those_of_the_scoring_command(results, folder, model, 
     (tmp_path / "short.jsonl").write_text(
         "".join(json.dumps({"text": t}) + "\n" for t in TEXTS[:2])
     )
-    text = read_text([str(tmp_path / "short.jsonl")], folder / "checkpoint", 320)
+    files = TextFiles([str(tmp_path / "short.jsonl")])
+    text = read_text(files, folder / "checkpoint", 320)
     scored = score.score_text(Scorer(model), text, length=LIMIT)
     assert_close(-sum(float(value[0]) for value in values), scored.nats, F32, "nats")
 
