@@ -16,7 +16,9 @@ from dsjax.config import Config, ModelConfig
 from dsjax.model import flops
 from dsjax.model.block import attention_class
 from dsjax.model.parameters import Declaration, declarations
+from dsjax.parallel import schedules
 from dsjax.parallel.expert_parallel import SLACK
+from dsjax.parallel.lockstep import lock_step
 from dsjax.parallel.sharding import AXIS_TABLE, parts, split_over, stored_spec
 from dsjax.plan.programs import Program
 from dsjax.train.step import declared_model
@@ -43,7 +45,8 @@ class _Weights(NamedTuple):
     """Weights per device, in values: kept (split), and gathered for use."""
 
     kept: float
-    gathered: float  # all layers
+    worked: float  # as kept, or a pipeline's copies: the layers of its stages and the ends
+    gathered: float  # all layers that it works on
     largest_layer: float  # gathered
     head: float  # gathered
 
@@ -57,45 +60,63 @@ def estimate(config: Config, mesh: AbstractMesh, program: Program, step: str) ->
 def _weights(config: Config, mesh: AbstractMesh) -> _Weights:
     declared = declarations(declared_model(config.model, config.precision))
     layers: dict[str, float] = {}
-    kept = gathered = head = 0.0
+    kept = worked = gathered = head = 0.0
     for parameter in declared:
-        split, whole = _split(parameter, mesh)
-        kept += split
+        stored, split, whole = _split(parameter, mesh)
+        in_body = parameter.axes[0] == "layers"
+        share = _stage_layers(config, mesh) / parameter.shape[0] if in_body else 1.0
+        kept, worked = kept + stored, worked + share * split
         stack = parameter.path.partition(".")[0]
-        if parameter.axes[0] == "layers":
+        if in_body:
             layers[stack] = layers.get(stack, 0.0) + whole / parameter.shape[0]
-            gathered += whole
+            gathered += share * whole
         elif stack in ("head", "embed"):
             head = max(head, whole)
-    return _Weights(kept, gathered, max(layers.values()), head)
+    return _Weights(kept, worked, gathered, max(layers.values()), head)
 
 
-def _split(parameter: Declaration, mesh: AbstractMesh) -> tuple[float, float]:
-    """Counts a device's shard, and what it gathers for use: split over tensor and expert only, and
-    layers over pipe.
+def _stage_layers(config: Config, mesh: AbstractMesh) -> int:
+    """Counts the layers that a device works on: all, or those of its stages in a pipeline."""
+    name, ranks = config.mesh.schedule, mesh.shape["pipe"]
+    per_rank = schedules.stages_per_rank(name)
+    layers = config.model.n_moe_layers or config.model.n_layers
+    if ranks == 1:
+        return layers
+    copies = 2 if name == "dualpipe" else 1
+    return -(-layers // (ranks * per_rank)) * per_rank * copies
+
+
+def _split(parameter: Declaration, mesh: AbstractMesh) -> tuple[float, float, float]:
+    """Counts a device's shard as stored, as laid out for use, and as gathered for use: split over
+    tensor and expert only.
     """
     spec = stored_spec(parameter.axes, parameter.shape, mesh, parameter.path)
-    kept = parameter.count / math.prod(
-        mesh.shape[name] for entry in spec for name in split_over(entry)
-    )
-    gathered = float(parameter.count) / (mesh.shape["pipe"] if parameter.axes[0] == "layers" else 1)
+    names = [name for entry in spec for name in split_over(entry)]
+    split = gathered = float(parameter.count)
     for axis in parameter.axes:
+        split /= parts(axis, mesh)
         if "fsdp" not in AXIS_TABLE[axis]:
             gathered /= parts(axis, mesh)
-    return kept, gathered
+    return parameter.count / math.prod(mesh.shape[name] for name in names), split, gathered
 
 
 def _train(config: Config, mesh: AbstractMesh, program: Program, weights: _Weights) -> Estimate:
     model, item = config.model, _COMPUTE[config.precision.compute]
     tokens = program.tokens_per_pass // parts("batch", mesh)
     passes = program.tokens // program.tokens_per_pass
-    layers = model.n_layers + model.n_mtp
+    pipelined = mesh.shape["pipe"] > 1
+    layers = (_stage_layers(config, mesh) if pipelined else model.n_layers) + model.n_mtp
     again = {"none": 0, "selective": 0.5, "full": 1}[config.train.remat]
     memory = {
         "arguments": program.argument_bytes,
-        "gradients": int(weights.kept * _FLOAT32) * (2 if passes > 1 else 1),
+        "gradients": int(weights.worked * _FLOAT32) * (2 if passes > 1 and not pipelined else 1),
         "kept between the layers": int(tokens * layers * _kept_values(config, mesh) * item),
     }
+    if pipelined:
+        memory["parameters of the stages"] = int(weights.worked * _FLOAT32)
+        memory["inputs of the stages"] = int(
+            _waiting(config, mesh, passes) * tokens * model.dim * item
+        )
     attention = tokens * _attention_values(model, mesh) * item
     routed = tokens * _routed_values(model, mesh) * item
     backward = int(max(attention, routed) + 2 * weights.largest_layer * item)
@@ -107,12 +128,23 @@ def _train(config: Config, mesh: AbstractMesh, program: Program, weights: _Weigh
     uses = 3 + again
     through = tokens * passes * layers * (_attention_values(model, mesh) + 12 * model.dim) * item
     traffic = optimizer + passes * uses * 2 * weights.gathered * item + uses * through
-    per_pass = uses * (weights.gathered - weights.kept) * item
+    per_pass = uses * (weights.gathered - weights.worked) * item
     per_pass += weights.gathered * _FLOAT32  # gradients, reduced to shards
-    sent = per_pass + _dispatch_bytes(model, mesh, tokens, item) * 2 * (1 + again)
+    moe_layers = layers - (0 if pipelined else model.n_dense_layers)
+    dispatch = moe_layers * _dispatch_bytes(model, mesh, tokens, item)
+    sent = per_pass + dispatch * 2 * (1 + again)
     needed = flops.train_flops_per_token(model, config.data.sequence_length) * program.tokens
     network = passes * sent if parts("batch", mesh) > 1 else 0.0
     return Estimate(memory, traffic, network, needed * (1 + again / 3), needed)
+
+
+def _waiting(config: Config, mesh: AbstractMesh, microbatches: int) -> int:
+    """Counts the activations that a device stores between the stages and at the ends."""
+    ranks, name = mesh.shape["pipe"], config.mesh.schedule
+    stages = ranks * schedules.stages_per_rank(name)
+    table = lock_step(schedules.build(name, stages, microbatches))
+    slots = table.activation_slots + table.gradient_slots
+    return table.stages.shape[1] * slots + 2 * -(-microbatches // ranks)
 
 
 def _decode(config: Config, mesh: AbstractMesh, program: Program, weights: _Weights) -> Estimate:
@@ -128,7 +160,8 @@ def _decode(config: Config, mesh: AbstractMesh, program: Program, weights: _Weig
     # A new token attends to the whole cache.
     length = config.data.sequence_length
     needed = flops.forward_flops_per_token(model, length, causal=False) * program.tokens
-    network = gathered + _dispatch_bytes(model, mesh, tokens, item)
+    moe_layers = model.n_moe_layers + model.n_mtp
+    network = gathered + moe_layers * _dispatch_bytes(model, mesh, tokens, item)
     return Estimate(memory, program.argument_bytes + 2.0 * gathered, network, needed, needed)
 
 
@@ -172,10 +205,10 @@ def _routed_values(model: ModelConfig, mesh: AbstractMesh) -> float:
 
 
 def _dispatch_bytes(model: ModelConfig, mesh: AbstractMesh, tokens: int, item: int) -> float:
-    """Counts bytes per device and pass: tokens sent to experts elsewhere, and sums returned."""
+    """Counts bytes per device, pass and layer: tokens sent to experts elsewhere, sums returned."""
     ranks = parts("experts", mesh)
     if ranks == 1 or not model.n_routed_experts:
         return 0.0
     # As if each of a token's experts were on a different rank; those on its own rank cost nothing.
     copies = min(model.n_activated_experts, ranks) * (1 - 1 / ranks)
-    return (model.n_moe_layers + model.n_mtp) * 2.0 * tokens * copies * model.dim * item
+    return 2.0 * tokens * copies * model.dim * item
