@@ -109,6 +109,19 @@ def test_grouped_product_counts_the_rows_of_an_even_load(rows):
     assert count(outer, x, y, sizes, rows=rows) == want
 
 
+def test_each_rank_of_a_pipeline_has_the_rows_of_a_whole_pass():
+    mesh = AbstractMesh((2,), ("pipe",), axis_types=(AxisType.Auto,))
+    product = jax.shard_map(
+        lambda *arrays: grouped_matmul(*arrays, Target("tpu")),
+        mesh=mesh,
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    arrays = shape(1024, 256), shape(4, 256, 128), shape(4, dtype=jnp.int32)
+    assert count(product, *arrays, rows=32.0) == 2 * (2 * 4 * 32 * 256 * 128)
+
+
 def test_causal_attention_counts_half_of_the_square():
     q, k, v = shape(2, 512, 4, 192), shape(2, 512, 4, 192), shape(2, 512, 4, 128)
     square = 2 * 4 * 512**2
