@@ -52,17 +52,18 @@ class _Softmax(NamedTuple):
     total: jax.Array  # of the weights, relative to the highest score
 
     @classmethod
-    def empty(cls, rows: tuple[int, ...], width: int) -> _Softmax:
-        zeros = jnp.zeros((*rows, 1), jnp.float32)
-        return cls(jnp.zeros((*rows, width), jnp.float32), zeros + _MASKED, zeros)
-
-    def meet(self, scores_BPGTS: jax.Array, v_BPSW: jax.Array) -> _Softmax:
-        """Adds the keys and values of one tile."""
-        highest = jnp.maximum(self.highest, scores_BPGTS.max(axis=-1, keepdims=True))
-        weights, shrink = jnp.exp(scores_BPGTS - highest), jnp.exp(self.highest - highest)
-        values = _product("BPGTS,BPSW->BPGTW", weights.astype(v_BPSW.dtype), v_BPSW)
+    def of(cls, scores_BPGTS: jax.Array, v_BPSW: jax.Array, past: _Softmax | None = None):
+        """Adds the keys and values of one tile to those of past tiles, if any."""
+        highest = scores_BPGTS.max(axis=-1, keepdims=True)
+        if past is not None:
+            highest = jnp.maximum(past.highest, highest)
+        weights = jnp.exp(scores_BPGTS - highest)
         total = weights.sum(axis=-1, keepdims=True)
-        return _Softmax(self.values * shrink + values, highest, self.total * shrink + total)
+        values = _product("BPGTS,BPSW->BPGTW", weights.astype(v_BPSW.dtype), v_BPSW)
+        if past is not None:
+            shrink = jnp.exp(past.highest - highest)
+            values, total = past.values * shrink + values, past.total * shrink + total
+        return cls(values, highest, total)
 
     def result(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """Returns the output, and the logarithm of the softmax's denominator."""
@@ -144,8 +145,7 @@ def _chunked_forward(q_BPGTH, k_BPTH, v_BPTW, segment_ids_BT, scale):
     results = []
     for chunk in _chunks(q_BPGTH.shape[3]):
         scores = _chunk_scores(q_BPGTH, k_BPTH, segment_ids_BT, chunk, scale)
-        softmax = _Softmax.empty(scores.shape[:-1], v_BPTW.shape[-1])
-        softmax = softmax.meet(scores, v_BPTW[:, :, : chunk.stop])
+        softmax = _Softmax.of(scores, v_BPTW[:, :, : chunk.stop])
         results.append(softmax.result(q_BPGTH.dtype))
     out, log_sum = (jnp.concatenate(parts, axis=3) for parts in zip(*results, strict=True))
     return out, (q_BPGTH, k_BPTH, v_BPTW, segment_ids_BT, out, log_sum)
@@ -217,13 +217,15 @@ def _tiled_forward(q_IBPGtH, k_JBPsH, v_JBPsW, segments, tiles, scale):
     def tile(softmax_I: _Softmax, pair_2):
         index, number = pair_2
         scores = _tile_scores(q_IBPGtH[index], k_JBPsH[number], segments, tiles, pair_2, scale)
-        softmax = _Softmax(*(x[index] for x in softmax_I)).meet(scores, v_JBPsW[number])
+        past = _Softmax(*(x[index] for x in softmax_I))
+        softmax = _Softmax.of(scores, v_JBPsW[number], past)
         new = (all_.at[index].set(one) for all_, one in zip(softmax_I, softmax, strict=True))
         return _Softmax(*new), None
 
-    start = _Softmax.empty(q_IBPGtH.shape[:-1], v_JBPsW.shape[-1])
-    start = _Softmax(*(vary_as(x, q_IBPGtH, k_JBPsH, v_JBPsW, tiles.pairs_X2) for x in start))
-    softmax_I, _ = jax.lax.scan(tile, start, tiles.pairs_X2)
+    rows, width = q_IBPGtH.shape[:-1], v_JBPsW.shape[-1]
+    start = [jnp.full((*rows, x), y, jnp.float32) for x, y in ((width, 0), (1, _MASKED), (1, 0))]
+    start = (vary_as(x, q_IBPGtH, k_JBPsH, v_JBPsW, tiles.pairs_X2) for x in start)
+    softmax_I, _ = jax.lax.scan(tile, _Softmax(*start), tiles.pairs_X2)
     out_IBPGtW, log_sum = softmax_I.result(q_IBPGtH.dtype)
     return out_IBPGtW, (q_IBPGtH, k_JBPsH, v_JBPsW, segments, tiles, out_IBPGtW, log_sum)
 
