@@ -218,7 +218,7 @@ def against_crowded_oracle() -> None:
     block = ours.last_layer(ours.place(config, tree).moe_layers)
     x_TD = checkpoint.inputs(case, LENGTH)
     valid_BT = np.ones((1, LENGTH), np.int32)
-    y_BTD, statistics = jax.jit(lambda ffn, x, valid: ffn(x, valid, None))(
+    y_BTD, statistics, _ = jax.jit(lambda ffn, x, valid: ffn(x, valid, None))(
         block.ffn, x_TD[None], valid_BT
     )
     params = transformer.at(float64(tree["moe_layers"]["ffn"]), -1)

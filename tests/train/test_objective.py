@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dsjax.checkpoint import store
 from dsjax.config import OptimConfig
@@ -84,6 +85,10 @@ def _gradients(state):
     return jax.tree.map(lambda m: m / 0.1, state.optimizer["adam"].mu)
 
 
+def _by_path(state):
+    return {path: np.asarray(variable[...]) for path, variable in nnx.to_flat_state(state)}
+
+
 @pytest.fixture(scope="module")
 def whole():
     return _run(1)
@@ -135,16 +140,14 @@ def test_parameters_that_train_move_as_if_all_did(whole, sizes, tmp_path):
     trains = {("moe_layers", "attn", "wo"), ("head", "weight")}
     model, state, metrics = _run(4, sizes, lambda path: path in trains)
     assert_close(metrics["loss"], whole[2]["loss"], F32, "loss")
-    before, wanted = split(model)[1].flat_state(), whole[1].params.flat_state()
-    for path, after in state.params.flat_state():
-        got = np.asarray(after[...])
+    before, wanted, after = map(_by_path, (split(model)[1], whole[1].params, state.params))
+    for path, got in after.items():
         if path in trains:
-            assert_close(got, np.asarray(dict(wanted)[path][...]), F32, str(path))
-            assert (got != np.asarray(dict(before)[path][...])).any()
+            assert_close(got, wanted[path], F32, str(path))
+            assert (got != before[path]).any()
         else:
-            np.testing.assert_array_equal(got, dict(before)[path][...], str(path))
-    moments = state.optimizer["adam"].mu
-    assert {path for path, _ in moments.flat_state()} == trains
+            np.testing.assert_array_equal(got, before[path], str(path))
+    assert set(_by_path(state.optimizer["adam"].mu)) == trains
     kept = store.Store(tmp_path, keep=1)
     kept.save(1, jax.tree.map(jnp.asarray, state), {})
     kept.close()
