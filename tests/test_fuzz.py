@@ -132,7 +132,11 @@ PARSERS = {
     "converted": ("config.json", converted, either(CONVERTED)),
     "manifest": ("manifest.json", manifest.verify, damaged(MANIFEST)),
     "generation_config": ("generation_config.json", default_sampling, either(GENERATION)),
-    "tokens": ("t.npy", lambda folder: read_tokens(folder / "t.npy", 100), damaged(npy())),
+    "tokens": (
+        "t.npy",
+        lambda folder: read_tokens(folder / "t.npy", 100, max_length=8),
+        damaged(npy()),
+    ),
 }
 
 
