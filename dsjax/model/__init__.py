@@ -1,6 +1,7 @@
 """The DeepSeek family as Flax modules: what a model computes, and what that costs.
 
 transformer.py   the whole model: training's forward pass, and steps on a decoding cache
+inputs.py        what the model reads of tokens, computed and laid out over the devices once
 block.py         one layer; scans over stacks of layers; rematerialisation
 attention.py     what every kind of attention declares and shares
 mla.py, gqa.py   the kinds: multi-head latent and grouped-query attention
