@@ -57,7 +57,7 @@ def _forward(q_BTNH, k_BTPH, v_BTPW, scale):
 
 def _backward(scale, residuals, dout_BTNW):
     *inputs, log_sums_BNT, out_BTNW = residuals
-    call = _call("__cudnn$fmhaSoftmaxBackward", *inputs[:2], scale, BACKWARD)
+    call = _call("__cudnn$fmhaSoftmaxBackward", *inputs[:2], scale, BACKWARD)  # type: ignore
     return call((*inputs, log_sums_BNT, dout_BTNW, out_BTNW), inputs)
 
 

@@ -118,7 +118,7 @@ def chunked_attention(
     q_BPGTH = q_BTNH.reshape(B, T, P, N // P, H).transpose(0, 2, 3, 1, 4)
     k_BPTH, v_BPTW = k_BTPH.swapaxes(1, 2), v_BTPW.swapaxes(1, 2)
     out_BPGTW = _chunked(q_BPGTH, k_BPTH, v_BPTW, segment_ids_BT, scale)
-    return out_BPGTW.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
+    return out_BPGTW.transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)  # type: ignore
 
 
 def _chunks(length: int) -> list[slice]:
@@ -196,7 +196,7 @@ def tiled_attention(
     )
     cut = segments and Segments(*(x.reshape(B, -1, size).swapaxes(0, 1) for x in segments))
     out_IBPGtW = _tiled(q_IBPGtH, k_JBPsH, v_JBPsW, cut, tiles, scale)
-    return out_IBPGtW.transpose(1, 0, 4, 2, 3, 5).reshape(B, T, N, -1)
+    return out_IBPGtW.transpose(1, 0, 4, 2, 3, 5).reshape(B, T, N, -1)  # type: ignore
 
 
 def _tile_scores(q_BPGtH, k_BPsH, segments, tiles: Tiles, pair_2, scale) -> jax.Array:

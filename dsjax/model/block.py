@@ -60,7 +60,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, policy: Policy, *, moe: bool):
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attn = attention_class(config)(config, policy)
+        self.attn = attention_class(config)(config, policy)  # type: ignore
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = (
             MoE(config, policy)

@@ -58,7 +58,7 @@ class GQA(Attention):
         key_BTPH = rope.rotate_halves(self._project(x_BTD, "k"), *angles)
         return {"key": key_BTPH, "value": self._project(x_BTD, "v")}
 
-    def expand(self, k_BSPH, v_BSPH, weights: None) -> tuple[jax.Array, jax.Array]:
+    def expand(self, k_BSPH, v_BSPH, weights: None) -> tuple[jax.Array, jax.Array]:  # type: ignore
         return k_BSPH, v_BSPH
 
     def attend(self, q_BTNH: jax.Array, cache: LayerCache, positions_BT: jax.Array) -> jax.Array:

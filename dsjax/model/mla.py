@@ -103,7 +103,7 @@ class MLA(Attention):
     def expansion(self) -> jax.Array:
         return self.wkv_b[...]
 
-    def expand(self, c_BSC, k_rope_BSR, wkv_b) -> tuple[jax.Array, jax.Array]:
+    def expand(self, c_BSC, k_rope_BSR, wkv_b) -> tuple[jax.Array, jax.Array]:  # type: ignore
         """Returns keys [B, S, N, H + R], each head's ending with the shared rotated key, and values
         [B, S, N, W].
         """

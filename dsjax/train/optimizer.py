@@ -87,7 +87,9 @@ def adamw(config: OptimConfig, trains: Trains = lambda path: True) -> Optimizer:
         changes, state = chain.update(grads, state, trained)
         # Masked again: without a gradient a parameter would still decay.
         trained = jax.tree.map(
-            lambda param, change: param - learning_rate * change, trained, masked(changes)
+            lambda param, change: param - learning_rate * change,
+            trained,
+            masked(changes),  # type: ignore
         )
         return nnx.merge_state(trained, frozen), state, grad_norm
 
