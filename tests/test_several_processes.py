@@ -76,10 +76,12 @@ def start_two(folder):
 
 def read_until(process, step):
     """Reads what a process prints up to the line of a step."""
+    read = []
     for line in process.stdout:
+        read.append(line)
         if line.startswith(f"step {step}/"):
             return
-    raise AssertionError(f"ended with {process.wait()} before step {step}")
+    raise AssertionError(f"ended with {process.wait()} before step {step}:\n{''.join(read)}")
 
 
 def test_two_processes_are_one_run(folder):

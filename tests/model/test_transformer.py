@@ -265,7 +265,9 @@ def test_other_choices_are_obeyed():
 @pytest.mark.heavy
 @pytest.mark.parametrize("remat", ["none", "selective"])
 def test_gradients_reach_routers_through_replayed_choices(remat):
-    """The same gradients as with natural choices, to the bit."""
+    """The same gradients as with natural choices, but for the order of sums: the two programs
+    compile to different ones, and float32 sums then differ in the last bits.
+    """
     model, rows = tiny_model(), tokens(2, 24)
 
     def loss(model, experts_LBTK):
@@ -276,7 +278,7 @@ def test_gradients_reach_routers_through_replayed_choices(remat):
     got, want = gradient(model, expert_choices(model, rows)), gradient(model, None)
     assert np.abs(got.moe_layers.ffn.gate.weight[...]).max(axis=(1, 2)).min() > 0
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_array_equal(g, w)
+        np.testing.assert_allclose(g, w, rtol=0, atol=5e-6 * np.abs(w).max())
 
 
 def test_embeddings_replace_those_of_their_tokens_alone():
