@@ -23,11 +23,13 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dsjax import files, settings
 from dsjax.axes import AXES, CHECKPOINT_AXES
-from dsjax.config import Config, MeshConfig
+from dsjax.config import Config, MeshConfig, PostTraining
+
+Initial = TypeVar("Initial", bound=PostTraining)
 
 SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -99,6 +101,40 @@ def load(arguments: argparse.Namespace, kind: type[settings.Root] = Config) -> s
       kind: its root; the tool of another kind of experiment names its own.
     """
     return settings.override(settings.load_config(arguments.config, kind), arguments.set)
+
+
+def add_initial(parser: argparse.ArgumentParser) -> None:
+    """Adds `--init`, the checkpoint that post-training begins with, and `--workdir`, the folder of
+    the run; `load_initial` reads them.
+    """
+    parser.add_argument(
+        "--init",
+        metavar="CKPT",
+        help="checkpoint to begin with: Hugging Face folder, converted folder, or folder of a run",
+    )
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        metavar="DIR",
+        help="folder of the run (default: runs/<name of the config>)",
+    )
+
+
+def load_initial(arguments: argparse.Namespace, kind: type[Initial]) -> tuple[Initial, Path]:
+    """Returns the config that CONFIG, `--set` and `--init` describe, and the folder of its run.
+
+    Raises:
+      ValueError: neither `--init` nor the config names a checkpoint.
+    """
+    config = load(arguments, kind)
+    if arguments.init:
+        config = dataclasses.replace(config, init=arguments.init)
+    if not config.init:
+        raise ValueError(
+            f"{config.name} begins with a checkpoint; name it: --init CKPT, a Hugging Face folder, "
+            "a folder from tools/convert.py import, or the folder of a run"
+        )
+    return config, arguments.workdir or Path("runs") / config.name
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,9 @@
 """Reads experiments: config files, `--set` assignments, and the JSON form that a run keeps.
 
 The root of an experiment is a frozen dataclass whose fields are values or groups, and a group is a
-frozen dataclass of values. `dsjax.config.Config` is the root for pre-training; another kind of
+frozen dataclass of values. A group that may be None, such as the model of a post-training run,
+comes from elsewhere (a checkpoint): it is read and written whole, and `--set` does not reach into
+it. `dsjax.config.Config` is the root for pre-training; another kind of
 experiment brings its own, and every function here accepts any root. A config file is Python that
 assigns a root to `config`; a run's config.json holds the same values. All types come from the
 dataclasses' annotations, so a key is declared once. Nothing here imports jax.
@@ -88,6 +90,10 @@ def override(config: Root, assignments: Sequence[str]) -> Root:
         key, equals, text = assignment.partition("=")
         if not equals:
             problems.append(f"--set takes KEY=VALUE, not {assignment!r}")
+        elif _whole_group(kinds.get(key.partition(".")[0])) is not None:
+            problems.append(
+                f"{key} cannot be set: {key.partition('.')[0]} comes whole, with the checkpoint"
+            )
         elif key not in kinds:
             problems.append(f"{key} is not a config key{_nearest_keys(key, list(kinds))}")
         else:
@@ -137,6 +143,10 @@ def from_dict(
     absent = [key for key in kinds if key not in flat]
     problems += [f"{key} is missing" for key in absent if key not in settled]
     for key in [] if problems else [key for key in kinds if key in flat]:
+        group = _whole_group(kinds[key])
+        if group is not None and isinstance(flat[key], Mapping):
+            settled[key] = from_dict(flat[key], f"{place}: {key}", group)
+            continue
         try:
             settled[key] = _convert(flat[key], kinds[key])
         except ValueError as error:
@@ -195,6 +205,13 @@ def _build(root: type[Root], values: Mapping[str, Any]) -> Root:
 def _groups(root: type[Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(root)
     return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+
+
+def _whole_group(kind: Any) -> Any:
+    """Returns the dataclass of a group that may be None; None for any other type."""
+    inner = [arm for arm in typing.get_args(kind) if arm is not types.NoneType]
+    optional = isinstance(kind, types.UnionType) and len(inner) == 1
+    return inner[0] if optional and dataclasses.is_dataclass(inner[0]) else None
 
 
 def _defaults(root: type[Any]) -> dict[str, Any]:
@@ -269,6 +286,10 @@ def _convert(value: Any, kind: Any) -> Any:
         if value not in choices:
             raise ValueError(f"must be one of {', '.join(choices)}")
         return value
+    if (group := _whole_group(kind)) is not None:
+        if value is None or isinstance(value, group):
+            return value
+        raise ValueError("must be an object of keys")
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"must be a list, each item {_KIND_NAMES[typing.get_args(kind)[0]]}")

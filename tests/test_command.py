@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dsjax import command
-from dsjax.config import Config, ModelConfig, TrainConfig
+from dsjax.config import Config, ModelConfig, PostTraining, TrainConfig
 
 MODEL = ModelConfig(
     vocab_size=64, dim=16, n_layers=2, n_dense_layers=2, n_heads=2, inter_dim=32, attention="gqa"
@@ -240,3 +240,31 @@ def test_config_of_another_root_is_loaded(tmp_path):
     arguments = example.parse_args([str(tmp_path), "--set", "seed=5"])
     config = command.load(arguments, TrainConfig)
     assert (type(config), config.steps, config.seed) == (TrainConfig, 3, 5)
+
+
+@pytest.fixture
+def tuning(tmp_path):
+    """(words after CONFIG) -> the config and the folder."""
+    path = tmp_path / "tuned.py"
+    path.write_text("from dsjax.config import PostTraining\nconfig = PostTraining(name='tuned')\n")
+
+    def load(*words):
+        own = parser()
+        command.add_config(own)
+        command.add_initial(own)
+        return command.load_initial(own.parse_args([str(path), *words]), PostTraining)
+
+    return load
+
+
+def test_initial_checkpoint_comes_with_init(tuning):
+    config, folder = tuning("--init", "runs/base", "--set", "train.steps=3")
+    assert (config.init, config.train.steps) == ("runs/base", 3)
+    assert folder == Path("runs/tuned")
+    config, folder = tuning("--set", "init=base", "--workdir", "here")
+    assert (config.init, folder) == ("base", Path("here"))
+
+
+def test_initial_checkpoint_is_asked_for(tuning):
+    with pytest.raises(ValueError, match=r"tuned begins with a checkpoint; name it: --init CKPT"):
+        tuning()

@@ -291,3 +291,42 @@ def test_content_hash_depends_on_every_value():
     other = Config(name="example", model=DENSE, data=CONFIG.data, train=TrainConfig(seed=1))
     assert settings.content_hash(CONFIG) != settings.content_hash(other)
     assert len(settings.content_hash(CONFIG)) == 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """A root whose model comes from elsewhere."""
+
+    name: str
+    model: ModelConfig | None = None
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+
+
+def test_group_from_elsewhere_is_kept_whole():
+    bare, filled = Tuned(name="example"), Tuned(name="example", model=DENSE)
+    for config in (bare, filled):
+        assert settings.from_dict(settings.to_dict(config), kind=Tuned) == config
+    longer = settings.override(filled, ["data.sequence_length=64"])
+    assert longer.model == DENSE and longer.data.sequence_length == 64
+
+
+@pytest.mark.parametrize("key", ["model", "model.dim"])
+def test_group_from_elsewhere_cannot_be_set(key):
+    with pytest.raises(ValueError, match=f"^{key} cannot be set: model comes whole, with the"):
+        settings.override(Tuned(name="example", model=DENSE), [f"{key}=8"])
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (3, "x: model=3 must be an object of keys"),
+        (
+            settings.to_dict(DENSE) | {"dims": 8},
+            r"x: model: dims is not a config key; did you mean",
+        ),
+        (settings.to_dict(DENSE) | {"dim": 0}, r"x: model: model\.dim=0 must be greater than 0"),
+    ],
+)
+def test_damage_in_a_group_from_elsewhere_is_named(model, message):
+    with pytest.raises(ValueError, match=message):
+        settings.from_dict({"name": "example", "model": model}, "x", Tuned)

@@ -227,9 +227,21 @@ def _open_run(workdir: Path, step: int | None = None) -> Checkpoint:
         )
     else:
         manifest.verify(directory / str(step))
-    model = settings.load_config(workdir).model
+    model = _model_of_run(workdir / "config.json")
     weights = Weights(directory / str(step) / "state")
-    return _with_weights(workdir, weights, model, family_for(model), workdir)
+    # A run that began with a published checkpoint keeps what was beside the weights there.
+    beside = workdir / "hf" if (workdir / "hf").is_dir() else workdir
+    return _with_weights(workdir, weights, model, family_for(model), beside)
+
+
+def _model_of_run(path: Path) -> ModelConfig:
+    """Reads the model from a run's config.json, whatever kind of run wrote it."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; a run's checkpoints need it: copy it too")
+    values = read_json(path).get("model")
+    if values is None:
+        raise ValueError(f"{path} does not say what the model is; the run has not begun")
+    return settings.from_dict(values, f"{path}: model", ModelConfig)
 
 
 def _with_weights(

@@ -4,7 +4,9 @@
   data.py         DataConfig: the text and how it becomes sequences
   train.py        TrainConfig, OptimConfig, PrecisionConfig: run, optimizer, element types
   mesh.py         MeshConfig: devices along each mesh axis, and the pipeline schedule
+  microbatches.py how a batch divides into forward passes
   pretraining.py  Config: one pre-training experiment, the root that holds all groups
+  posttraining.py PostTraining: what the roots of post-training share
   shapes.py       the ModelConfig of each published model
   recipes.py      experiments that differ only in model and learning rate
   rules.py        the checks that groups are written with
@@ -19,6 +21,7 @@ Nothing here imports jax, so that a command answers `--help` and refuses bad inp
 from dsjax.config.data import DataConfig
 from dsjax.config.mesh import MeshConfig
 from dsjax.config.model import ModelConfig
+from dsjax.config.posttraining import PostTraining
 from dsjax.config.pretraining import Config
 from dsjax.config.train import OptimConfig, PrecisionConfig, TrainConfig
 
@@ -28,6 +31,7 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "OptimConfig",
+    "PostTraining",
     "PrecisionConfig",
     "TrainConfig",
 ]

@@ -6,6 +6,7 @@ import dataclasses
 
 from dsjax.config.data import DataConfig
 from dsjax.config.mesh import MeshConfig
+from dsjax.config.microbatches import check_microbatches, micro_batch_size
 from dsjax.config.model import ModelConfig
 from dsjax.config.rules import require
 from dsjax.config.train import OptimConfig, PrecisionConfig, TrainConfig
@@ -35,7 +36,7 @@ class Config:
             f"data.sequence_length={length} leaves nothing to predict for "
             f"model.n_mtp={self.model.n_mtp}",
         )
-        self._check_microbatches()
+        check_microbatches(self.train, self.mesh)
         groups = self.train.n_balance_devices or self.model.n_expert_groups
         require(
             not self.model.n_routed_experts or self.model.n_routed_experts % groups == 0,
@@ -43,21 +44,7 @@ class Config:
             f"train.n_balance_devices={groups}",
         )
 
-    def _check_microbatches(self) -> None:
-        count, size = self.mesh.microbatches, self.train.micro_batch_size
-        batch = self.train.batch_size
-        require(
-            not count or batch % count == 0,
-            f"train.batch_size={batch} does not divide into mesh.microbatches={count}",
-        )
-        require(
-            not (count and size) or batch == count * size,
-            f"mesh.microbatches={count} of train.micro_batch_size={size} do not make up "
-            f"train.batch_size={batch}; set one of the two to 0",
-        )
-
     @property
     def micro_batch_size(self) -> int:
         """Sequences per forward pass."""
-        train = self.train
-        return train.micro_batch_size or train.batch_size // (self.mesh.microbatches or 1)
+        return micro_batch_size(self.train, self.mesh)

@@ -347,6 +347,23 @@ def test_converted_config_of_an_older_version_takes_defaults(folders, tmp_path, 
     assert "lacks qkv_bias, mtp_after_final_norm; defaults are used" in caplog.text
 
 
+def test_run_of_any_kind_is_opened_by_its_model_alone(folders, model, tmp_path):
+    shutil.copytree(folders["run"], tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({"name": "x", "rl": {"group_size": 8}, "model": values["model"]}))
+    assert_same_model(dsjax.load(tmp_path / "run"), model)
+    for wrong, message in (({}, "does not say what the model is"), ({"model": 3}, "not 3")):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=message):
+            open_checkpoint(tmp_path / "run")
+    path.unlink()
+    with pytest.raises(
+        ValueError, match=r"config\.json does not exist; a run's checkpoints need it"
+    ):
+        open_checkpoint(tmp_path / "run")
+
+
 def test_importing_the_package_needs_no_jax():
     code = "import sys, dsjax; dsjax.load; sys.exit('jax' in sys.modules)"
     root = Path(dsjax.__file__).parents[1]

@@ -1,0 +1,42 @@
+"""What every post-training experiment has: a checkpoint to begin with, and how to train it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dsjax.config.mesh import MeshConfig
+from dsjax.config.microbatches import check_microbatches, micro_batch_size
+from dsjax.config.model import ModelConfig
+from dsjax.config.train import OptimConfig, PrecisionConfig, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PostTraining:
+    """The base of the roots for fine-tuning, preferences and reinforcement learning.
+
+    A config file leaves `init` and `model` out. `--init` names the checkpoint, the program reads
+    the model's shape from it, and the run's config.json holds both, so that the run is a
+    checkpoint like any other.
+    """
+
+    name: str
+    init: str = ""  # path of the checkpoint to begin with, as `--init` gives it
+    model: ModelConfig | None = None  # the shape of that checkpoint
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    precision: PrecisionConfig = dataclasses.field(default_factory=PrecisionConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        check_microbatches(self.train, self.mesh)
+
+    @property
+    def shape(self) -> ModelConfig:
+        """The model, once the checkpoint has been read."""
+        assert self.model is not None, "the program fills the model in before it trains"
+        return self.model
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences per forward pass."""
+        return micro_batch_size(self.train, self.mesh)

@@ -1,0 +1,103 @@
+"""The checkpoint that post-training begins with: its shape, tokenizer, chat format and weights.
+
+    initial = open_initial(arguments.init)
+    config = initial.fill(config)                        # config.model is the checkpoint's
+    state = initial.state(declared, optimizer, mesh)     # a new state with its weights
+    initial.keep_files(run.folder)                       # so that the run can be used alone
+
+MTP modules come along and rest: an objective whose forward pass has `mtp=False` leaves them as they
+are, and speculation with them stays correct, though fewer drafts are accepted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dsjax.checkpoint.importing import copy_side_files, side_files
+from dsjax.checkpoint.load import Checkpoint, load, open_checkpoint
+from dsjax.config import ModelConfig, PostTraining
+from dsjax.model.transformer import Transformer
+from dsjax.text import tokenizer
+from dsjax.text.chat import ChatFormat, find_format
+from dsjax.text.vocabulary import Vocabulary, open_vocabulary
+from dsjax.train.optimizer import Optimizer
+from dsjax.train.step import TrainState, abstract_state, split
+
+AnyPostTraining = TypeVar("AnyPostTraining", bound=PostTraining)
+
+# What a pre-training run keeps of its tokenizer, at the top of its folder.
+_OF_A_RUN = (*tokenizer.FILE_NAMES, "tokenizer_config.json", "generation_config.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Initial:
+    """A checkpoint, open for reading.
+
+    Attributes:
+      chat: None for a base model, whose tokenizer has no tokens for turns.
+    """
+
+    checkpoint: Checkpoint
+    vocabulary: Vocabulary
+    chat: ChatFormat | None
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.checkpoint.model
+
+    def fill(self, config: AnyPostTraining) -> AnyPostTraining:
+        """Returns the config with this checkpoint's path and shape.
+
+        Raises:
+          ValueError: they break a rule of the config.
+        """
+        return dataclasses.replace(config, init=str(self.checkpoint.path), model=self.model)
+
+    def state(self, declared: Transformer, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+        """Returns the state before the first step, each device its own part: the checkpoint's
+        weights as float32 masters, its router biases, and new moments.
+
+        Args:
+          declared: the model without values, of this checkpoint's shape.
+
+        Raises:
+          ValueError: files are damaged, or the model does not fit the mesh.
+        """
+        abstract = abstract_state(declared, optimizer, mesh)
+        loaded = load(self.checkpoint, mesh=mesh, dtype=np.float32)
+        _, params, router = split(loaded)
+        placement = jax.tree.map(lambda leaf: leaf.sharding, abstract.optimizer)
+        moments = jax.jit(optimizer.init, out_shardings=placement)(params)
+        return TrainState(params, router, moments)
+
+    def keep_files(self, folder: Path) -> None:
+        """Copies the tokenizer, the chat template and the published config into a run's folder.
+
+        What Hugging Face published goes to `hf/`, as in a converted folder, from where it is
+        exported unchanged; a pre-training run's tokenizer goes to the top, as that run has it.
+        """
+        source = self.checkpoint.tokenizer_folder
+        if (source / "checkpoints").is_dir():
+            found = [source / name for name in _OF_A_RUN if (source / name).is_file()]
+            copy_side_files(found, folder)
+            return
+        (folder / "hf").mkdir(exist_ok=True)
+        copy_side_files(list(side_files(source)), folder / "hf")
+
+
+def open_initial(path: str | Path) -> Initial:
+    """Opens a Hugging Face folder, a converted folder, or a run of any kind.
+
+    Raises:
+      ValueError: there is no whole checkpoint with a tokenizer; says what is missing.
+    """
+    checkpoint = open_checkpoint(path)
+    folder = checkpoint.tokenizer_folder
+    vocabulary = open_vocabulary(folder, checkpoint.model.vocab_size)
+    return Initial(checkpoint, vocabulary, find_format(folder, vocabulary))
