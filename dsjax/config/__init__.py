@@ -7,6 +7,7 @@
   microbatches.py how a batch divides into forward passes
   pretraining.py  Config: one pre-training experiment, the root that holds all groups
   posttraining.py PostTraining: what the roots of post-training share
+  finetuning.py   FineTuning: supervised fine-tuning, the root of tools/sft.py
   shapes.py       the ModelConfig of each published model
   recipes.py      experiments that differ only in model and learning rate
   rules.py        the checks that groups are written with
@@ -19,19 +20,24 @@ Nothing here imports jax, so that a command answers `--help` and refuses bad inp
 """
 
 from dsjax.config.data import DataConfig
+from dsjax.config.finetuning import EsftConfig, FineTuning, SftConfig
 from dsjax.config.mesh import MeshConfig
 from dsjax.config.model import ModelConfig
-from dsjax.config.posttraining import PostTraining
+from dsjax.config.posttraining import PostTraining, TuningConfig
 from dsjax.config.pretraining import Config
 from dsjax.config.train import OptimConfig, PrecisionConfig, TrainConfig
 
 __all__ = [
     "Config",
     "DataConfig",
+    "EsftConfig",
+    "FineTuning",
     "MeshConfig",
     "ModelConfig",
     "OptimConfig",
     "PostTraining",
     "PrecisionConfig",
+    "SftConfig",
     "TrainConfig",
+    "TuningConfig",
 ]

@@ -11,6 +11,14 @@ from dsjax.config.train import OptimConfig, PrecisionConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TuningConfig(TrainConfig):
+    """The same keys as in pre-training; the balance of a trained router is left alone."""
+
+    bias_update_speed: float = 0.0
+    sequence_balance: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PostTraining:
     """The base of the roots for fine-tuning, preferences and reinforcement learning.
 
@@ -22,7 +30,7 @@ class PostTraining:
     name: str
     init: str = ""  # path of the checkpoint to begin with, as `--init` gives it
     model: ModelConfig | None = None  # the shape of that checkpoint
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    train: TuningConfig = dataclasses.field(default_factory=TuningConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     precision: PrecisionConfig = dataclasses.field(default_factory=PrecisionConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

@@ -83,13 +83,14 @@ class OptimConfig:
     """AdamW and its learning-rate schedule. The defaults are V3's (section 4.2)."""
 
     learning_rate: float = 2.2e-4  # the peak
-    schedule: Literal["v3", "multistep", "constant"] = "v3"
+    schedule: Literal["v3", "multistep", "cosine", "constant"] = "v3"
     warmup_steps: int = 2000
     # Fractions of the run's tokens at which the rate changes. v3: start of the cosine, its end, and
     # the last drop.
     decay_points: tuple[float, ...] = (10.0 / 14.8, 14.3 / 14.8, 14.633 / 14.8)
     # Rate after each point, relative to the peak. v3: after the cosine, then after the last drop.
     decay_ratios: tuple[float, ...] = (0.1, 7.3e-6 / 2.2e-4)
+    final_ratio: float = 0.1  # cosine: rate at the end of the run, relative to the peak
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -103,7 +104,8 @@ class OptimConfig:
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optim.{name}={value} must lie in [0, 1)")
-        if self.schedule == "constant":
+        require_fraction("optim", self, "final_ratio")
+        if self.schedule in ("cosine", "constant"):
             return
         require(
             list(self.decay_points) == sorted(self.decay_points)

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsjax.config import Config, ModelConfig
+from dsjax.config import ModelConfig, TrainConfig
 from dsjax.model.router import Routing
 from dsjax.parallel import context
 
@@ -43,15 +43,14 @@ class BalanceWeights(NamedTuple):
     isolated: bool  # whether a sequence is a document or a whole row
 
     @classmethod
-    def of(cls, config: Config) -> BalanceWeights:
-        train = config.train
+    def of(cls, train: TrainConfig, model: ModelConfig, *, isolated: bool) -> BalanceWeights:
         return cls(
             train.sequence_balance,
             train.expert_balance,
             train.device_balance,
             train.communication_balance,
-            train.n_balance_devices or config.model.n_expert_groups,
-            config.data.isolate_documents,
+            train.n_balance_devices or model.n_expert_groups,
+            isolated,
         )
 
 

@@ -2,18 +2,19 @@
 
     initial = open_initial(arguments.init)
     config = initial.fill(config)                        # config.model is the checkpoint's
+    optimizer = adamw(config.optim, all_but_mtp)
     state = initial.state(declared, optimizer, mesh)     # a new state with its weights
     initial.keep_files(run.folder)                       # so that the run can be used alone
 
-MTP modules come along and rest: an objective whose forward pass has `mtp=False` leaves them as they
-are, and speculation with them stays correct, though fewer drafts are accepted.
+MTP modules come along and rest, if the objective's forward pass has `mtp=False` and the optimizer
+leaves them out. Speculation with them stays correct, though fewer drafts are accepted.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -89,6 +90,13 @@ class Initial:
             return
         (folder / "hf").mkdir(exist_ok=True)
         copy_side_files(list(side_files(source)), folder / "hf")
+
+
+def all_but_mtp(path: tuple[Any, ...]) -> bool:
+    """Says that all parameters train but the MTP modules', for `optimizer.adamw`: without a
+    gradient they would still decay.
+    """
+    return path[0] != "mtp"
 
 
 def open_initial(path: str | Path) -> Initial:

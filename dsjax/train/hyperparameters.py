@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from typing import Protocol
 
 from dsjax.config import Config, OptimConfig, TrainConfig
 
@@ -62,9 +63,9 @@ def tokens_before(config: Config, step: int) -> int:
     return sequences_before(config.train, step) * config.data.sequence_length
 
 
-def progress(config: Config, step: int) -> float:
+def progress(train: TrainConfig, step: int) -> float:
     """Returns the fraction of the run's tokens seen before `step`, between 0 and 1."""
-    return sequences_before(config.train, step) / sequences_before(config.train, config.train.steps)
+    return sequences_before(train, step) / sequences_before(train, train.steps)
 
 
 def learning_rate(optim: OptimConfig, step: int, share: float) -> float:
@@ -76,6 +77,9 @@ def learning_rate(optim: OptimConfig, step: int, share: float) -> float:
         return optim.learning_rate * (step + 1) / optim.warmup_steps
     if optim.schedule == "constant":
         return optim.learning_rate
+    if optim.schedule == "cosine":
+        # Over the whole run; the warm-up takes the place of its first steps.
+        return optim.learning_rate * _cosine(1.0, optim.final_ratio, share)
     if optim.schedule == "v3":
         return optim.learning_rate * _v3_ratio(optim, share)
     ratios = (1.0, *optim.decay_ratios)
@@ -95,7 +99,12 @@ def _v3_ratio(optim: OptimConfig, share: float) -> float:
     if share >= cosine_end:
         return first_ratio
     phase = (share - cosine_start) / (cosine_end - cosine_start)
-    return first_ratio + (1.0 - first_ratio) * 0.5 * (1.0 + math.cos(math.pi * phase))
+    return _cosine(1.0, first_ratio, phase)
+
+
+def _cosine(start: float, end: float, phase: float) -> float:
+    """Returns the value at `phase`, between 0 and 1, of half a cosine from `start` to `end`."""
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * phase))
 
 
 def mtp_weight(train: TrainConfig, share: float) -> float:
@@ -108,9 +117,18 @@ def bias_update_speed(train: TrainConfig, share: float) -> float:
     return train.bias_update_speed if share < train.bias_update_until else 0.0
 
 
-def knobs(config: Config, step: int) -> dict[str, float]:
-    """Returns the knobs of pre-training at `step` (counted from 0)."""
-    share = progress(config, step)
+class Scheduled(Protocol):
+    """What schedules read of a config; any root with these groups will do."""
+
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def optim(self) -> OptimConfig: ...
+
+
+def knobs(config: Scheduled, step: int) -> dict[str, float]:
+    """Returns the knobs of next-token training at `step` (counted from 0)."""
+    share = progress(config.train, step)
     return {
         "learning_rate": learning_rate(config.optim, step, share),
         "mtp_weight": mtp_weight(config.train, share),

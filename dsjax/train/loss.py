@@ -1,4 +1,4 @@
-"""The objective of pre-training: next-token cross-entropy, multi-token prediction and balance.
+"""Next-token cross-entropy with multi-token prediction and balance: what pre-training minimises.
 
 Paper: V3 (arXiv:2412.19437), equations 23 to 25. An MTP module has fewer targets than the main
 model (the last k positions have none), and still its sum is divided by the main model's count, as
@@ -7,6 +7,7 @@ the paper writes it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -53,20 +54,39 @@ class Targets(NamedTuple):
 
 
 def pretraining(config: Config) -> Objective:
-    """Returns the objective: next-token prediction, MTP and balance losses.
+    """Returns the objective of pre-training: every token that has a successor counts."""
+    isolate, n_mtp = config.data.isolate_documents, config.model.n_mtp
+    balance = BalanceWeights.of(config.train, config.model, isolated=isolate)
+    return next_tokens(
+        ForwardPass(isolate, n_mtp > 0, balance, config.train.remat),
+        lambda batch, ahead: target_mask(batch["segment_ids"], ahead, isolate),
+        n_mtp=n_mtp,
+        chunk=config.train.loss_chunk,
+    )
+
+
+def next_tokens(
+    forward: ForwardPass,
+    counted: Callable[[Batch, int], jax.Array],
+    *,
+    n_mtp: int,
+    chunk: int,
+) -> Objective:
+    """Returns an objective of next-token prediction, MTP and balance losses.
 
     Its knob is `mtp_weight`. Its sums are `main` and `mtp`, in nats over the targets of the main
     model and of all MTP depths, and the counts `main_targets` and `mtp_targets`. Position t
     predicts token t + 1.
+
+    Args:
+      counted: (batch, k) -> which positions' token k places ahead is a target, [..., T].
+      n_mtp: MTP modules that run, as `forward` says.
     """
-    isolate, chunk = config.data.isolate_documents, config.train.loss_chunk
-    n_mtp = config.model.n_mtp
 
     def targets(batch: Batch) -> list[Targets]:
         def of(ahead: int) -> Targets:
-            mask = target_mask(batch["segment_ids"], ahead, isolate)
             ids = shift_left(batch["tokens"], ahead)[..., :-1]
-            return Targets(ids, mask.astype(jnp.float32))
+            return Targets(ids, counted(batch, ahead).astype(jnp.float32))
 
         return [of(ahead) for ahead in range(1, n_mtp + 2)]
 
@@ -100,5 +120,4 @@ def pretraining(config: Config) -> Objective:
             "mtp_loss": sums["mtp"] / jnp.maximum(sums["mtp_targets"], 1.0),
         }
 
-    forward = ForwardPass(isolate, n_mtp > 0, BalanceWeights.of(config), config.train.remat)
     return Objective(forward, targets, weights, sums, metrics)

@@ -21,7 +21,7 @@ from dsjax.infer.answers import continue_tokens
 from dsjax.kernels.target import Target
 from dsjax.model.flops import train_flops_per_token
 from dsjax.parallel import processes
-from dsjax.parallel.compilation import Compiled, compiler_options
+from dsjax.parallel.compilation import Compiled
 from dsjax.parallel.context import check_length
 from dsjax.parallel.mesh import make_mesh
 from dsjax.precision.policy import advice
@@ -35,6 +35,7 @@ from dsjax.train.session import Session
 from dsjax.train.source import RowSource
 from dsjax.train.step import (
     abstract_state,
+    compile_step,
     declared_model,
     initial_state,
     restored_model,
@@ -106,17 +107,8 @@ class Pretraining:
         step = train_step(declared, optimizer, objective, schedule=config.mesh.schedule)
         score = scorer(declared, objective)
         everywhere = NamedSharding(mesh, PartitionSpec())  # for numbers that each process reads
-        # Without out_shardings the compiler may place the new state where the next step cannot
-        # take it.
-        placement = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        step = jax.jit(
-            step,
-            donate_argnums=0,
-            out_shardings=(placement, everywhere),
-            compiler_options=compiler_options(Target.here(), mesh.size),
-        )
         compiling = functools.partial(run.display.say, "compiling the training step")
-        self.train_step = Compiled(step, mesh, announce=compiling)
+        self.train_step = compile_step(step, abstract, mesh, compiling)
         self.score = Compiled(jax.jit(score, out_shardings=everywhere), mesh)
 
     def evaluate_sample(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dsjax.config import ModelConfig, PrecisionConfig
 from dsjax.kernels.target import Target
@@ -22,6 +22,7 @@ from dsjax.model.balance import max_violation, update_bias
 from dsjax.model.layers import RouterState
 from dsjax.model.parameters import initialize, shardings
 from dsjax.model.transformer import Transformer
+from dsjax.parallel.compilation import Compiled, compiler_options
 from dsjax.parallel.pipeline import PIPE
 from dsjax.parallel.sharding import constrain
 from dsjax.precision.policy import Policy
@@ -218,3 +219,28 @@ def _update_router(
         return update_bias(bias_LE, counts_LE, speed) if len(counts_LE) else bias_LE
 
     return jax.tree_util.tree_map_with_path(moved, router)
+
+
+def compile_step(
+    step: Callable[[TrainState, Batch, Knobs], tuple[TrainState, Metrics]],
+    abstract: TrainState,
+    mesh: Mesh,
+    announce: Callable[[], None] = lambda: None,
+) -> Compiled:
+    """Jits a step for a mesh: the state is donated and stays where it is, and every process can
+    read the metrics.
+
+    Args:
+      abstract: the state's shapes and shardings.
+      announce: called when a compilation starts.
+    """
+    # Without out_shardings the compiler may place the new state where the next step cannot take it.
+    placement = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    jitted = jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(placement, everywhere),
+        compiler_options=compiler_options(Target.here(), mesh.size),
+    )
+    return Compiled(jitted, mesh, announce=announce)

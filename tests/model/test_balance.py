@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.config import Config, TrainConfig
+from dsjax.config import TrainConfig
 from dsjax.model.balance import BalanceWeights, balance_loss, max_violation, update_bias
 from dsjax.model.router import Routing
 from tests.model.tiny import TINY
@@ -128,9 +128,8 @@ def test_max_violation_is_relative_to_the_mean():
 
 
 def test_weights_come_from_the_config():
-    config = Config(
-        name="x", model=TINY, train=TrainConfig(sequence_balance=0.25, device_balance=0.5)
-    )
-    assert BalanceWeights.of(config) == BalanceWeights(
-        0.25, 0.0, 0.5, 0.0, TINY.n_expert_groups, isolated=False
-    )
+    train = TrainConfig(sequence_balance=0.25, device_balance=0.5)
+    for isolated in (True, False):
+        assert BalanceWeights.of(train, TINY, isolated=isolated) == BalanceWeights(
+            0.25, 0.0, 0.5, 0.0, TINY.n_expert_groups, isolated
+        )

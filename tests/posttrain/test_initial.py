@@ -14,7 +14,7 @@ from dsjax.checkpoint.load import open_checkpoint
 from dsjax.config import OptimConfig, PostTraining, PrecisionConfig
 from dsjax.files import write_json
 from dsjax.parallel.mesh import make_mesh
-from dsjax.posttrain.initial import open_initial
+from dsjax.posttrain.initial import all_but_mtp, open_initial
 from dsjax.train.optimizer import adamw
 from dsjax.train.step import abstract_state, declared_model
 from tests.checkpoint.conversions import bring_in, send_out
@@ -27,10 +27,10 @@ def base(tmp_path_factory):
     return write_hf(tmp_path_factory.mktemp("initial") / "hf", "V3 MTP", dtype="bfloat16")
 
 
-def _state(folder, sizes, moment_dtype="bfloat16"):
+def _state(folder, sizes):
     initial = open_initial(folder)
     mesh = make_mesh(sizes, int(np.prod(list(sizes.values()))))
-    optimizer = adamw(OptimConfig(moment_dtype=moment_dtype))
+    optimizer = adamw(OptimConfig(moment_dtype="bfloat16"), all_but_mtp)
     declared = declared_model(initial.model, PrecisionConfig(compute="float32"))
     return initial.state(declared, optimizer, mesh), abstract_state(declared, optimizer, mesh)
 
@@ -51,6 +51,8 @@ def test_state_has_the_checkpoints_weights_and_new_moments(base, state):
     adam = state.optimizer["adam"]
     assert int(adam.count) == 0 and not any(leaf.any() for leaf in jax.tree.leaves(adam.mu))
     assert any("mtp" in path for path, _ in nnx.to_flat_state(state.params))
+    trained = {path[0] for path, _ in nnx.to_flat_state(adam.mu)}
+    assert trained == {"embed", "moe_layers", "norm", "head"}
     biases = jax.tree.leaves(state.router)
     assert biases and all(bias.any() for bias in biases)
 

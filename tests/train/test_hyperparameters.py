@@ -67,6 +67,14 @@ def test_learning_rate_multistep_holds_given_ratios():
     assert rates == pytest.approx([4.2e-4, 4.2e-4 * 0.316, 4.2e-4 * 0.316, 4.2e-5, 4.2e-5])
 
 
+def test_learning_rate_cosine_falls_to_its_ratio_over_the_run():
+    """R1's third stage: 5e-5 to 5e-6 (arXiv:2501.12948)."""
+    optim = OptimConfig(learning_rate=5e-5, schedule="cosine", warmup_steps=2, final_ratio=0.1)
+    rates = [hyperparameters.learning_rate(optim, step, step / 8) for step in (0, 1, 2, 4, 6, 8)]
+    # 0.55 + 0.45 cos(pi/4) after a quarter
+    assert rates == pytest.approx([2.5e-5, 5e-5, 4.340990e-5, 2.75e-5, 1.159010e-5, 5e-6], rel=1e-6)
+
+
 def test_learning_rate_constant_ignores_decay_points():
     optim = OptimConfig(learning_rate=3e-4, schedule="constant", warmup_steps=0)
     assert hyperparameters.learning_rate(optim, step=9, share=0.99) == 3e-4
@@ -106,7 +114,10 @@ def test_tokens_before_equals_sum_of_batches():
     assert sizes[0] == 4 and sizes[-1] == 28 and sorted(sizes) == sizes
     for step in range(51):
         assert hyperparameters.tokens_before(run, step) == 8 * sum(sizes[:step])
-    assert (hyperparameters.progress(run, 0), hyperparameters.progress(run, 50)) == (0.0, 1.0)
+    assert (hyperparameters.progress(run.train, 0), hyperparameters.progress(run.train, 50)) == (
+        0.0,
+        1.0,
+    )
 
 
 def test_knobs_follow_tokens_and_not_steps():
