@@ -1,15 +1,17 @@
-"""Log-likelihoods of given tokens, computed a chunk of positions at a time, so that the logits of a
+"""What the logits are needed for, computed a chunk of positions at a time, so that the logits of a
 batch never exist at once.
 
-`predict` computes a chunk. Three functions walk over the chunks with it:
+`predict` computes the log-likelihoods of a chunk. These functions walk over the chunks:
 
-* `weighted_nll`, a weighted sum with its gradient, is what training minimises. Since the sum is
-  linear in the chunks, a chunk's gradient is known as soon as its logits are, so the forward pass
-  computes it and the backward pass only scales it: three vocabulary-sized products per chunk, none
-  of them twice.
+* `weighted_loss`, a weighted sum of a loss per token with its gradient, is what training minimises.
+  Since the sum is linear in the chunks, a chunk's gradient is known as soon as its logits are, so
+  the forward pass computes it and the backward pass only scales it: three vocabulary-sized products
+  per chunk, none of them twice. A `TokenLoss` says what is summed: `weighted_nll` is its case of
+  log-likelihoods; distillation compares with the logits of a teacher.
 * `token_nll` returns one value per token, for objectives that are not linear in them. Its backward
   pass computes the logits again: four products per chunk.
-* `token_scores` also says whether each token is the likeliest. It has no gradient.
+* `map_logits` returns any function of each token's logits, and `token_scores` is its case of
+  likelihoods and whether each token is the likeliest. Neither has a gradient.
 """
 
 from __future__ import annotations
@@ -26,6 +28,10 @@ from dsjax.parallel.sharding import gather_for_use, parts_here, reduce_to_shards
 from dsjax.precision.matmul import vocabulary_logits
 from dsjax.precision.policy import Policy
 
+# A loss per token as a function of its logits: (logits [..., V], what else is known of the tokens,
+# weights of further heads) -> (losses [...], their derivatives by the logits [..., V]), float32.
+TokenLoss = Callable[[jax.Array, Any, tuple[jax.Array, ...]], tuple[jax.Array, jax.Array]]
+
 
 class Prediction(NamedTuple):
     """The head's output for some hidden states, all float32."""
@@ -37,10 +43,22 @@ class Prediction(NamedTuple):
 
 def predict(hidden: jax.Array, w_DV: jax.Array, targets: jax.Array, policy: Policy) -> Prediction:
     """Computes the logits of hidden states [..., D], and the nats of target ids, int32 [...]."""
-    logits = vocabulary_logits(hidden, w_DV, policy)
+    return _predict(vocabulary_logits(hidden, w_DV, policy), targets)
+
+
+def _predict(logits: jax.Array, targets: jax.Array) -> Prediction:
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.where(_hits(targets, logits), logits, 0.0).sum(axis=-1)
     return Prediction(logits, normalizer - chosen, normalizer)
+
+
+def _next_token(
+    logits: jax.Array, targets: jax.Array, heads: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """The `TokenLoss` of log-likelihoods."""
+    _, nll, normalizer = _predict(logits, targets)
+    hits = _hits(targets, logits).astype(jnp.float32)
+    return nll, jnp.exp(logits - normalizer[..., None]) - hits
 
 
 @jax.named_scope("head")
@@ -64,9 +82,36 @@ def weighted_nll(
     Returns:
       float32 scalar.
     """
-    rows = map(split_length, (hidden_BTD, targets_BT, weights_BT))
-    hidden, targets, weights = rows
-    return _weighted_nll(hidden, w_DV, targets, weights, policy, _width(targets, chunk))
+    return weighted_loss(_next_token, hidden_BTD, w_DV, targets_BT, weights_BT, policy, chunk)
+
+
+@jax.named_scope("head")
+def weighted_loss(
+    loss: TokenLoss,
+    hidden_BTD: jax.Array,
+    w_DV: jax.Array,
+    known_BTX: Any,
+    weights_BT: jax.Array,
+    policy: Policy,
+    chunk: int,
+    heads: tuple[jax.Array, ...] = (),
+) -> jax.Array:
+    """Sums weight times loss over the tokens; the other arguments are those of `weighted_nll`.
+
+    Args:
+      loss: is given a chunk's logits, its part of `known_BTX` and `heads`, and must be a pure
+        function of them.
+      known_BTX: a tree of arrays [B, T, ...], such as targets or a teacher's hidden states, through
+        which no gradient flows.
+      heads: weights of further heads, [D, V] each, such as a teacher's, without gradient; `loss`
+        gets them in the compute type.
+
+    Returns:
+      float32 scalar.
+    """
+    hidden, known, weights = jax.tree.map(split_length, (hidden_BTD, known_BTX, weights_BT))
+    width = _width(weights, chunk)
+    return _weighted_loss(hidden, w_DV, known, weights, heads, loss, policy, width)
 
 
 @jax.named_scope("head")
@@ -80,7 +125,6 @@ def token_nll(
     return join_length(_token_nll(hidden, w_DV, targets, policy, _width(targets, chunk)))
 
 
-@jax.named_scope("head")
 def token_scores(
     hidden_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, policy: Policy, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -88,13 +132,28 @@ def token_scores(
     [B, T]. Cannot be differentiated.
     """
 
-    def score(prediction: Prediction, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return prediction.nll, prediction.logits.argmax(axis=-1) == targets
+    def score(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _predict(logits, targets).nll, logits.argmax(axis=-1) == targets
 
-    hidden, targets = split_length(hidden_BTD), split_length(targets_BT)
-    width = _width(targets, chunk)
-    nll, likeliest = _map_chunks(score, hidden, w_DV, targets, policy, width)
-    return join_length(nll), join_length(likeliest)
+    return map_logits(score, hidden_BTD, w_DV, targets_BT, policy, chunk)
+
+
+@jax.named_scope("head")
+def map_logits(
+    function: Callable[[jax.Array, Any], Any],
+    hidden_BTD: jax.Array,
+    w_DV: jax.Array,
+    known_BTX: Any,
+    policy: Policy,
+    chunk: int,
+) -> Any:
+    """Applies a function to the logits of each chunk, float32 [..., V], and its part of
+    `known_BTX`, a tree of arrays [B, T, ...]. Its values, a tree of arrays [..., X], come back as
+    [B, T, X]. Cannot be differentiated.
+    """
+    hidden, known = jax.tree.map(split_length, (hidden_BTD, known_BTX))
+    width = _width(hidden[..., 0], chunk)
+    return jax.tree.map(join_length, _map_chunks(function, hidden, w_DV, known, policy, width))
 
 
 def _width(targets: jax.Array, chunk: int) -> int:
@@ -127,21 +186,13 @@ def _join(x: jax.Array, length: int) -> jax.Array:
     return x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
 
 
-def _map_chunks(
-    function: Callable[[Prediction, jax.Array], Any],
-    hidden_BTD: jax.Array,
-    w_DV: jax.Array,
-    targets_BT: jax.Array,
-    policy: Policy,
-    width: int,
-) -> Any:
-    """Applies a function to the prediction and the targets of each chunk; values are [B, T]."""
+def _map_chunks(function, hidden_BTD, w_DV, known_BTX, policy, width):
     weight = _head_weight(w_DV, policy)
+    chunks = jax.tree.map(lambda x: _cut(x, width), (hidden_BTD.astype(policy.compute), known_BTX))
     values = jax.lax.map(
-        lambda chunk: function(predict(chunk[0], weight, chunk[1], policy), chunk[1]),
-        (_cut(hidden_BTD.astype(policy.compute), width), _cut(targets_BT, width)),
+        lambda chunk: function(vocabulary_logits(chunk[0], weight, policy), chunk[1]), chunks
     )
-    return jax.tree.map(lambda x: _join(x, targets_BT.shape[1]), values)
+    return jax.tree.map(lambda x: _join(x, hidden_BTD.shape[1]), values)
 
 
 def _weigh(weights: jax.Array, values: jax.Array) -> jax.Array:
@@ -149,64 +200,67 @@ def _weigh(weights: jax.Array, values: jax.Array) -> jax.Array:
     return jnp.where(weights != 0, weights * values, 0.0)
 
 
-def _weighted_chunks(hidden_BTD, targets_BT, weights_BT, policy, width):
-    hidden_BTD = hidden_BTD.astype(policy.compute)
-    return tuple(_cut(x, width) for x in (hidden_BTD, targets_BT, weights_BT))
+def _weighted_chunks(hidden_BTD, known_BTX, weights_BT, policy, width):
+    whole = (hidden_BTD.astype(policy.compute), known_BTX, weights_BT)
+    return jax.tree.map(lambda x: _cut(x, width), whole)
 
 
-def _sum_and_gradients(hidden_BTD, w_DV, targets_BT, weights_BT, policy, width):
+def _sum_and_gradients(hidden_BTD, w_DV, known_BTX, weights_BT, heads, loss, policy, width):
     """Returns the weighted sum and its gradients with respect to hidden states and head."""
-    weight = _head_weight(w_DV, policy)
+    weight, *heads = (_head_weight(w, policy) for w in (w_DV, *heads))
 
     def step(carry, chunk):
         total, dw_DV = carry
-        hidden, targets, weights = chunk
-        logits, nll, normalizer = predict(hidden, weight, targets, policy)
-        hits = _hits(targets, logits).astype(jnp.float32)
-        dlogits = _weigh(weights[..., None], jnp.exp(logits - normalizer[..., None]) - hits)
-        dlogits = dlogits.astype(policy.compute)
+        hidden, known, weights = chunk
+        values, dlogits = loss(vocabulary_logits(hidden, weight, policy), known, tuple(heads))
+        dlogits = _weigh(weights[..., None], dlogits).astype(policy.compute)
         dhidden = jnp.matmul(dlogits, weight.T, preferred_element_type=policy.compute)
         chunk_dw_DV = jnp.tensordot(
             hidden, dlogits, ((0, 1), (0, 1)), preferred_element_type=jnp.float32
         )
         # Summed directly into each device's part: the whole is the largest array of all.
         dw_DV += reduce_to_shards(chunk_dw_DV, "embed", "vocab")
-        return (total + _weigh(weights, nll).sum(), dw_DV), dhidden
+        return (total + _weigh(weights, values).sum(), dw_DV), dhidden
 
     start = (jnp.float32(0), jnp.zeros(w_DV.shape, jnp.float32))
-    chunks = _weighted_chunks(hidden_BTD, targets_BT, weights_BT, policy, width)
+    chunks = _weighted_chunks(hidden_BTD, known_BTX, weights_BT, policy, width)
     (total, dw_DV), dhidden = jax.lax.scan(step, start, chunks)
-    return total, _join(dhidden, targets_BT.shape[1]).astype(hidden_BTD.dtype), dw_DV
+    return total, _join(dhidden, weights_BT.shape[1]).astype(hidden_BTD.dtype), dw_DV
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _weighted_nll(hidden_BTD, w_DV, targets_BT, weights_BT, policy, width):
-    weight = _head_weight(w_DV, policy)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _weighted_loss(hidden_BTD, w_DV, known_BTX, weights_BT, heads, loss, policy, width):
+    weight, *heads = (_head_weight(w, policy) for w in (w_DV, *heads))
 
     def step(total, chunk):
-        hidden, targets, weights = chunk
-        return total + _weigh(weights, predict(hidden, weight, targets, policy).nll).sum(), None
+        hidden, known, weights = chunk
+        values, _ = loss(vocabulary_logits(hidden, weight, policy), known, tuple(heads))
+        return total + _weigh(weights, values).sum(), None
 
-    chunks = _weighted_chunks(hidden_BTD, targets_BT, weights_BT, policy, width)
+    chunks = _weighted_chunks(hidden_BTD, known_BTX, weights_BT, policy, width)
     return jax.lax.scan(step, jnp.float32(0), chunks)[0]
 
 
-def _weighted_nll_forward(hidden_BTD, w_DV, targets_BT, weights_BT, policy, width):
-    total, *gradients = _sum_and_gradients(hidden_BTD, w_DV, targets_BT, weights_BT, policy, width)
+def _weighted_loss_forward(*arguments):
+    total, *gradients = _sum_and_gradients(*arguments)
     return total, gradients
 
 
-def _weighted_nll_backward(policy, width, gradients, cotangent):
+def _weighted_loss_backward(loss, policy, width, gradients, cotangent):
     dhidden_BTD, dw_DV = gradients
-    return dhidden_BTD * cotangent.astype(dhidden_BTD.dtype), dw_DV * cotangent, None, None
+    dhidden_BTD = dhidden_BTD * cotangent.astype(dhidden_BTD.dtype)
+    return dhidden_BTD, dw_DV * cotangent, None, None, None
 
 
-_weighted_nll.defvjp(_weighted_nll_forward, _weighted_nll_backward)
+_weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _token_nll(hidden_BTD, w_DV, targets_BT, policy, width):
-    return _map_chunks(lambda p, _: p.nll, hidden_BTD, w_DV, targets_BT, policy, width)
+    def nll(logits, targets):
+        return _predict(logits, targets).nll
+
+    return _map_chunks(nll, hidden_BTD, w_DV, targets_BT, policy, width)
 
 
 def _token_nll_forward(hidden_BTD, w_DV, targets_BT, policy, width):
@@ -218,7 +272,7 @@ def _token_nll_backward(policy, width, residuals, cotangent_BT):
     hidden_BTD, w_DV, targets_BT = residuals
     # The gradient of a function of these values is that of their sum weighted by its cotangents.
     _, dhidden_BTD, dw_DV = _sum_and_gradients(
-        hidden_BTD, w_DV, targets_BT, cotangent_BT, policy, width
+        hidden_BTD, w_DV, targets_BT, cotangent_BT, (), _next_token, policy, width
     )
     return dhidden_BTD, dw_DV, None
 

@@ -37,7 +37,16 @@ class Inputs(NamedTuple):
 def read_tokens(
     tokens: jax.Array, segment_ids: jax.Array | None, *, isolate: bool, n_mtp: int
 ) -> Inputs:
-    """Prepares token ids, int32 [..., B, T].
+    """Prepares token ids, int32 [..., B, T], and lays them out; the arguments are those of
+    `in_sequence`.
+    """
+    return jax.tree.map(arrange, in_sequence(tokens, segment_ids, isolate=isolate, n_mtp=n_mtp))
+
+
+def in_sequence(
+    tokens: jax.Array, segment_ids: jax.Array | None, *, isolate: bool, n_mtp: int
+) -> Inputs:
+    """Prepares token ids, int32 [..., B, T], and leaves them in the order of their sequences.
 
     Args:
       segment_ids: int32 document of each token, 0 for padding; None: one document per row.
@@ -59,8 +68,7 @@ def read_tokens(
             jnp.stack([shift_left(tokens, k) for k in range(1, n_mtp + 1)], axis=-3),
             jnp.where(same, further, 0),
         )
-    inputs = Inputs(tokens, positions, segment_ids if isolate else None, documents, ahead)
-    return jax.tree.map(arrange, inputs)
+    return Inputs(tokens, positions, segment_ids if isolate else None, documents, ahead)
 
 
 def shift_left(x: jax.Array, places: int) -> jax.Array:

@@ -4,6 +4,7 @@ Every run begins with a checkpoint (`--init`) and is a run like any other: it re
 generates and exports.
 
   initial.py      the checkpoint that a run begins with: shape, tokenizer, chat format, weights
+  distill.py      a teacher's distribution as the target: forward, reverse and top-k KL
   advantages.py   rewards to advantages, and each token's weight in the loss
   objective.py    the policy loss: GRPO and its relatives, a pure function of log-probabilities
 """

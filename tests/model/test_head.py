@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.model.head import predict, token_nll, token_scores, weighted_nll
+from dsjax.model.head import (
+    map_logits,
+    predict,
+    token_nll,
+    token_scores,
+    weighted_loss,
+    weighted_nll,
+)
 from dsjax.parallel.context import arrange, restore
 from dsjax.parallel.mesh import make_mesh
 from dsjax.precision.policy import Policy
@@ -130,6 +137,58 @@ def test_scores_are_the_values_and_whether_each_is_the_likeliest():
     assert_close(whole.nll, nll[0], F32, "nats of whole logits")
 
 
+def _from_another_head(logits, other, heads):
+    """Half the squared distance of the logits to those of another model."""
+    wanted = jnp.matmul(other, heads[0])
+    return 0.5 * ((logits - wanted) ** 2).sum(axis=-1), logits - wanted
+
+
+def _other_head(batch=BATCH, length=LENGTH):
+    """Hidden states and head of a narrower model."""
+    rng = np.random.default_rng(3)
+    shapes = (batch, length, DIM // 2), (DIM // 2, VOCAB)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_any_loss_per_token_is_summed_with_its_gradient(chunk):
+    hidden, weight, _, weights = _operands()
+    other, other_weight = _other_head()
+
+    def chunked(hidden, weight):
+        return weighted_loss(
+            _from_another_head, hidden, weight, other, weights, Policy(jnp.float32), chunk,
+            (other_weight,),
+        )  # fmt: skip
+
+    def plain(hidden, weight):
+        return (weights * _from_another_head(hidden @ weight, other, (other_weight,))[0]).sum()
+
+    for got, want in zip(
+        *(
+            jax.tree.leaves(jax.jit(jax.value_and_grad(f, (0, 1)))(hidden, weight))
+            for f in (chunked, plain)
+        ),
+        strict=True,
+    ):
+        assert_close(got, want, F32, "value or gradient")
+    assert_close(chunked(hidden, weight), plain(hidden, weight), F32, "value without gradient")
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_any_function_of_the_logits_is_mapped(chunk):
+    hidden, weight, targets, _ = _operands()
+
+    def largest(logits, targets):
+        return jax.lax.top_k(logits, 3), targets
+
+    (values, ids), same = map_logits(largest, hidden, weight, targets, Policy(jnp.float32), chunk)
+    logits = np.asarray(hidden, np.float64) @ np.asarray(weight, np.float64)
+    assert_close(values, -np.sort(-logits, axis=-1)[..., :3], F32, "values")
+    np.testing.assert_array_equal(ids, np.argsort(-logits, axis=-1)[..., :3])
+    np.testing.assert_array_equal(same, targets)
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"context": 4, "fsdp": 2}])
 def test_result_is_the_same_on_eight_devices(sizes):
@@ -140,6 +199,11 @@ def test_result_is_the_same_on_eight_devices(sizes):
         placed = [arrange(x) for x in (targets, weights)]
         nll_BT = token_nll(hidden, weight, placed[0], Policy(jnp.float32), 48)
         total = weighted_nll(hidden, weight, *placed, Policy(jnp.float32), 48)
+        other, other_weight = _other_head(batch=8, length=40)
+        total += weighted_loss(
+            _from_another_head, hidden, weight, jax.vmap(arrange, -1, -1)(other), placed[1],
+            Policy(jnp.float32), 48, (other_weight,),
+        )  # fmt: skip
         return total + (placed[1] * nll_BT**2).sum(), restore(nll_BT)
 
     run = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))
