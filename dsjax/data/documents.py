@@ -146,6 +146,26 @@ def read_documents(sources: Sequence[Source], *, text_field: str = "text") -> It
             raise ValueError(f"cannot read {source.path}: {error.strerror or error}") from error
 
 
+def read_records(sources: Sequence[Source]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the objects of JSON lines and the rows of parquet files, whatever their fields, each
+    with its place, "FILE:LINE" from 1.
+
+    Raises:
+      ValueError: a file cannot be read or is of another kind; says which.
+    """
+    for source in sources:
+        if source.kind not in ("lines", "parquet"):
+            raise ValueError(
+                f"{source.path} is neither JSON lines (.jsonl, .ndjson, .json, also .gz and .zst) "
+                "nor .parquet; convert it, or correct its name"
+            )
+        try:
+            for index, record in _objects(source) if source.kind == "lines" else _rows(source):
+                yield f"{source.path}:{index + 1}", record
+        except OSError as error:
+            raise ValueError(f"cannot read {source.path}: {error.strerror or error}") from error
+
+
 def read_bytes(source: Source) -> bytes:
     """Returns the bytes of a file, compressed if it is.
 
@@ -294,6 +314,12 @@ def _read_python(source: Source, text_field: str) -> Iterator[tuple[int, str]]:
 
 
 def _read_lines(source: Source, text_field: str) -> Iterator[tuple[int, str]]:
+    for index, record in _objects(source, f" with {text_field!r}"):
+        yield index, _field(record, text_field, f"{source.path} line {index + 1}")
+
+
+def _objects(source: Source, wanted: str = "") -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the objects of JSON lines, each with the number of its line from 0."""
     offset = 0
     with _decompressed(source) as stream:
         for index, data in enumerate(stream):
@@ -310,10 +336,10 @@ def _read_lines(source: Source, text_field: str) -> Iterator[tuple[int, str]]:
                 ) from error
             if not isinstance(record, dict):
                 raise ValueError(
-                    f"{place} is a JSON {type(record).__name__}, not an object with "
-                    f"{text_field!r}; such a file holds one complete object per line"
+                    f"{place} is a JSON {type(record).__name__}, not an object{wanted}; such a "
+                    "file holds one complete object per line"
                 )
-            yield index, _field(record, text_field, place)
+            yield index, record
 
 
 def _field(record: dict[str, object], text_field: str, place: str) -> str:
@@ -340,6 +366,12 @@ def _checked_text(text: object, text_field: str, place: str) -> str:
 
 
 def _read_parquet(source: Source, text_field: str) -> Iterator[tuple[int, str]]:
+    for index, row in _rows(source, text_field):
+        yield index, _checked_text(row[text_field], text_field, f"{source.path} row {index + 1}")
+
+
+def _rows(source: Source, text_field: str | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the rows of a parquet file, with one column or all, each with its number from 0."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -347,16 +379,16 @@ def _read_parquet(source: Source, text_field: str) -> Iterator[tuple[int, str]]:
         raise ValueError(f"reading {source.path} needs pyarrow: pip install pyarrow") from error
     try:
         with pq.ParquetFile(source.path) as table:
-            if text_field not in table.schema_arrow.names:
+            if text_field is not None and text_field not in table.schema_arrow.names:
                 names = ", ".join(table.schema_arrow.names[:20])
                 raise ValueError(
                     f"{source.path} has no column {text_field!r} but {names}; set data.text_field"
                 )
+            columns = None if text_field is None else [text_field]
             index = 0
-            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_field]):
-                for value in batch.column(0):
-                    place = f"{source.path} row {index + 1}"
-                    yield index, _checked_text(value.as_py(), text_field, place)
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+                for row in batch.to_pylist():
+                    yield index, row
                     index += 1
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(

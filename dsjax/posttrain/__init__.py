@@ -6,5 +6,9 @@ generates and exports.
   initial.py      the checkpoint that a run begins with: shape, tokenizer, chat format, weights
   distill.py      a teacher's distribution as the target: forward, reverse and top-k KL
   advantages.py   rewards to advantages, and each token's weight in the loss
+  problems.py     files of prompts with what their answers are judged by
+  answer.py       the parts of a reply: thought, answer, box
+  rewards/        what an answer is worth, by rule
+  verify.py       the limited processes that judge
   objective.py    the policy loss: GRPO and its relatives, a pure function of log-probabilities
 """

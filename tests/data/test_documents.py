@@ -13,7 +13,12 @@ import pytest
 import zstandard
 
 from dsjax.data import documents
-from dsjax.data.documents import embedded_sources, find_sources, read_documents
+from dsjax.data.documents import (
+    embedded_sources,
+    find_sources,
+    read_documents,
+    read_records,
+)
 
 TEXTS = ["first\nline", "\u00fcber \U0001f600", "  spaces kept \r\n"]
 
@@ -208,3 +213,15 @@ def test_check_unchanged_rejects_a_file_written_to(tmp_path):
     os.utime(path, ns=(0, 0))
     with pytest.raises(ValueError, match=r"a\.txt changed while it was read; run again"):
         documents.check_unchanged(sources)
+
+
+def test_records_keep_all_fields_and_say_their_places(tmp_path):
+    write(tmp_path / "a.jsonl", b'{"x": 1}\n\n{"x": [2], "y": null}\n')
+    pq.write_table(pa.table({"x": [3, 4]}), tmp_path / "b.parquet")
+    found = list(read_records(find_sources(str(tmp_path / "*"))))
+    places = [f"{tmp_path}/{place}" for place in ("a.jsonl:1", "a.jsonl:3", "b.parquet:1")]
+    assert found[:3] == list(zip(places, [{"x": 1}, {"x": [2], "y": None}, {"x": 3}], strict=True))
+    with pytest.raises(ValueError, match=r"c\.txt is neither JSON lines .* nor \.parquet"):
+        list(read_records(find_sources(str(write(tmp_path / "c.txt", b"x")))))
+    with pytest.raises(ValueError, match="line 1 is a JSON list, not an object; such a file"):
+        list(read_records(find_sources(str(write(tmp_path / "d.jsonl", b"[1]")))))

@@ -1,0 +1,60 @@
+"""The parts of a reply: the thought, the answer after it, and what the answer puts in a box."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+THINK, END_THINK = "<think>", "</think>"
+MOST_BOXED = 4096  # characters; what is longer is no answer
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=[{\s\d])")
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+def opened(problem: Mapping[str, Any]) -> bool | None:
+    """Tells whether the prompt opened the thought: as `problem["opened"]` says, else as the end of
+    a prompt of text shows; None if neither is there.
+    """
+    if (said := problem.get("opened")) is not None:
+        return bool(said)
+    prompt = problem.get("prompt")
+    return prompt.rstrip().endswith(THINK) if isinstance(prompt, str) else None
+
+
+def split(completion: str, problem: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Returns the thought and the answer, "" for no thought, None for an answer that never comes.
+
+    Only what follows the last </think> is the answer. A thought that was opened, by the prompt or
+    by the completion, and never ends leaves no answer; so does one that is opened again.
+    """
+    thought, mark, answer = completion.rpartition(END_THINK)
+    if THINK in answer or (not mark and opened(problem)):
+        return completion.replace(THINK, ""), None
+    return thought.replace(THINK, "").replace(END_THINK, ""), answer
+
+
+def last_box(text: str) -> str | None:
+    """Returns what the last \\boxed{...} or \\fbox{...} of a text holds, as "\\boxed 5" does; None
+    without one or if its brace is never closed.
+    """
+    *_, last = [None, *_BOX.finditer(text)]
+    if last is None:
+        return None
+    rest = text[last.end() :].lstrip()
+    if not rest.startswith("{"):
+        return rest.split(maxsplit=1)[0].rstrip(".,$") if rest else None
+    depth, escaped = 0, False
+    for index, character in enumerate(rest[: MOST_BOXED + 2]):
+        if not escaped and character in "{}":
+            depth += 1 if character == "{" else -1
+            if not depth:
+                return rest[1:index]
+        escaped = character == "\\" and not escaped
+    return None
+
+
+def tagged(answer: str) -> str | None:
+    """Returns what the last <answer>...</answer> holds; None without one."""
+    found = _ANSWER.findall(answer)
+    return found[-1] if found else None

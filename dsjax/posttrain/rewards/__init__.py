@@ -1,0 +1,15 @@
+"""Rewards by rule: what an answer is worth, judged in limited processes.
+
+  registry.py    names to rules
+  grader.py      `score` judges one completion, `Grader` many
+  math.py countdown.py format.py language.py code.py      rules on their own
+  user.py        a function of the user's, `path.py:name`
+  model.py judge.py prover.py      a reward model, a model or service that is asked, a program
+
+A rule returns a number, or None for "cannot judge"; what it holds right and wrong is written in its
+file. docs/rewards.md tells how to bring one's own.
+"""
+
+from dsjax.posttrain.rewards.grader import Grader, score
+
+__all__ = ["Grader", "score"]
