@@ -22,12 +22,14 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 MAX_TEMPLATE = 1 << 20  # characters; the longest released ones have 20,000
 MAX_RENDERED = 1 << 24  # characters
 MEMORY = 512 << 20  # bytes
 PROCESSOR_SECONDS = 2
+RENDERED_PER_SECOND = 50  # further time for many contexts; real templates render 1,000 and more
 # V3's tokenizer (7.8 MB) takes a second and 200 MB. The limit is on address space, of which the
 # library's threads reserve far more than they use.
 TOKENIZER_MEMORY = 4 << 30
@@ -38,8 +40,8 @@ CLOCK_SECONDS = 60.0  # generous, for a busy machine
 _tried: set[bytes] = set()
 
 
-def render(template: str, context: dict[str, Any]) -> str:
-    """Renders a template in a child process; `context` holds JSON values.
+def render(template: str, *contexts: dict[str, Any]) -> list[str]:
+    """Renders a template for each context, which hold JSON values, in one child process.
 
     Raises:
       ValueError: the template is too long, has an error, raises one, or exceeds a limit.
@@ -48,8 +50,9 @@ def render(template: str, context: dict[str, Any]) -> str:
         raise ValueError(
             f"the template has {len(template)} characters; at most {MAX_TEMPLATE} are allowed"
         )
-    given = json.dumps({"template": template, "context": context}).encode()
-    return _ask("template", given, MEMORY, PROCESSOR_SECONDS)["text"]
+    given = json.dumps({"template": template, "contexts": contexts}).encode()
+    seconds = PROCESSOR_SECONDS + len(contexts) // RENDERED_PER_SECOND
+    return _ask("template", given, MEMORY, seconds)["texts"]
 
 
 def try_tokenizer(data: bytes) -> None:
@@ -64,7 +67,7 @@ def try_tokenizer(data: bytes) -> None:
         _tried.add(digest)
 
 
-def _ask(what: str, given: bytes, memory: int, seconds: int) -> dict[str, str]:
+def _ask(what: str, given: bytes, memory: int, seconds: int) -> dict[str, Any]:
     """Returns the answer of a child process with limits; `what` is "template" or "tokenizer"."""
     # -P keeps this folder off the module search path, where reply.py and others would shadow
     # modules of the same names.
@@ -98,12 +101,13 @@ def _limit_resources(memory: int, seconds: int) -> None:
             resource.setrlimit(what, (limit, limit))
 
 
-def _answer(template: str, context: dict[str, Any]) -> dict[str, str]:
-    """Returns the child's answer: the rendered text, or an error."""
+def _answer(template: str, contexts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the child's answer: the rendered texts, or an error."""
     import jinja2
 
     try:
-        text = _environment().from_string(template).render(context)
+        compiled = _environment().from_string(template)
+        texts = [compiled.render(context) for context in contexts]
     except MemoryError:
         return {"error": f"the template needs more than {MEMORY >> 20} MB of memory"}
     except jinja2.TemplateSyntaxError as error:
@@ -112,9 +116,10 @@ def _answer(template: str, context: dict[str, Any]) -> dict[str, str]:
         return {"error": "the template calls itself without end"}
     except Exception as error:  # a template can raise anything
         return {"error": f"the template failed: {error or type(error).__name__}"}
-    if len(text) > MAX_RENDERED:
-        return {"error": f"the template made a text of {len(text)} characters"}
-    return {"text": text}
+    longest = max(map(len, texts), default=0)
+    if longest > MAX_RENDERED:
+        return {"error": f"the template made a text of {longest} characters"}
+    return {"texts": texts}
 
 
 def _environment() -> Any:

@@ -9,6 +9,7 @@ split at the markers and each part is encoded separately.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,25 +50,62 @@ class Template:
                 f"{self.place} reads neither thinking nor enable_thinking, so the model cannot be "
                 "told whether to think; omit --thinking and --no-thinking"
             )
-        mark = _unused_character([self.source, *(message["content"] for message in messages)])
-        context: dict[str, Any] = {
-            "messages": [_broken(message, vocabulary, mark) for message in messages],
-            "add_generation_prompt": True,
-            "bos_token": vocabulary.bos or "",
-            "eos_token": vocabulary.eos or "",
-            "tools": None,
-            "documents": None,
-        }
+        mark = self.unused_mark(messages)
+        context = self.context(messages, vocabulary, mark)
         if thinking is not None:
             context |= {"thinking": thinking, "enable_thinking": thinking}
         try:
-            rendered = sandbox.render(self.source, context)
+            (rendered,) = self.render([context])
         except ValueError as error:
             raise ValueError(
-                f"{self.place}: {error}; repair it, or use --raw for a plain continuation"
+                f"{error}; repair it, or use --raw for a plain continuation"
             ) from error
         parts = rendered.split(mark)
         return [i for part in parts for i in vocabulary.coder.encode_control(part)]
+
+    def unused_mark(self, *values: Any) -> str:
+        """Returns a character that occurs neither in the template nor in JSON values.
+
+        Raises:
+          ValueError: the values leave none.
+        """
+        return _unused_character([self.source, json.dumps(values, ensure_ascii=False)])
+
+    def context(
+        self,
+        messages: Sequence[dict[str, Any]],
+        vocabulary: Vocabulary,
+        mark: str,
+        *,
+        reply: bool = True,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """Returns the variables that a template reads, with `mark` in each control token that a
+        message or a tool spells out.
+
+        Args:
+          reply: whether the assistant's next turn begins after the messages.
+          tools: what the assistant may call, in OpenAI's form.
+        """
+        return {
+            "messages": [_broken_message(message, vocabulary, mark) for message in messages],
+            "add_generation_prompt": reply,
+            "bos_token": vocabulary.bos or "",
+            "eos_token": vocabulary.eos or "",
+            "tools": None if tools is None else _broken(list(tools), vocabulary, mark),
+            "documents": None,
+        }
+
+    def render(self, contexts: Sequence[dict[str, Any]]) -> list[str]:
+        """Renders each context.
+
+        Raises:
+          ValueError: the template fails or exceeds a limit; names it.
+        """
+        try:
+            return sandbox.render(self.source, *contexts)
+        except ValueError as error:
+            raise ValueError(f"{self.place}: {error}") from error
 
 
 def find_template(folder: Path, vocabulary: Vocabulary) -> Template | None:
@@ -103,14 +141,26 @@ def find_template(folder: Path, vocabulary: Vocabulary) -> Template | None:
     return Template(found, place)
 
 
-def _broken(message: dict[str, Any], vocabulary: Vocabulary, mark: str) -> dict[str, Any]:
-    """Breaks up the control tokens spelled in a message."""
-    text = vocabulary.coder.break_control(message["content"], mark)
-    if message["role"] == "assistant":
-        # Templates search earlier replies for these, to remove the thought.
-        for name in (THINK, END_THINK):
-            text = text.replace(name[0] + mark + name[1:], name)
-    return message | {"content": text}
+def _broken_message(message: dict[str, Any], vocabulary: Vocabulary, mark: str) -> dict[str, Any]:
+    """Breaks up the control tokens spelled in a message, all but the thought's in a reply."""
+    # Templates search earlier replies for these, to remove the thought.
+    kept = (THINK, END_THINK) if message["role"] == "assistant" else ()
+    broken = _broken(message, vocabulary, mark, kept)
+    return broken | {"role": message["role"]}
+
+
+def _broken(value: Any, vocabulary: Vocabulary, mark: str, kept: Sequence[str] = ()) -> Any:
+    """Breaks up the control tokens in all texts of a JSON value."""
+    if isinstance(value, dict):
+        return {key: _broken(inner, vocabulary, mark, kept) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_broken(inner, vocabulary, mark, kept) for inner in value]
+    if not isinstance(value, str):
+        return value
+    text = vocabulary.coder.break_control(value, mark)
+    for name in kept:
+        text = text.replace(name[0] + mark + name[1:], name)
+    return text
 
 
 def _unused_character(texts: Sequence[str]) -> str:

@@ -109,11 +109,19 @@ class Coder:
 
     def encode_control(self, text: str) -> list[int]:
         """Encodes a text in which control tokens are recognised, such as a rendered template."""
-        ids, end = [], 0
+        ids: list[int] = []
+        for part, is_control in self.split_control(text):
+            ids += [self.control[part]] if is_control else self.encode(part)
+        return ids
+
+    def split_control(self, text: str) -> Iterator[tuple[str, bool]]:
+        """Yields the parts of a text in order, each with whether it is a control token."""
+        end = 0
         for match in self._control.finditer(text):
-            ids += [*self.encode(text[end : match.start()]), self.control[match.group()]]
+            yield text[end : match.start()], False
+            yield match.group(), True
             end = match.end()
-        return ids + self.encode(text[end:])
+        yield text[end:], False
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special: bool = True) -> str:
         """Decodes ids; invalid UTF-8, such as a character cut in half, becomes U+FFFD."""

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from dsjax.text import sandbox
-from dsjax.text.sandbox import render, try_tokenizer
+from dsjax.text.sandbox import try_tokenizer
+
+
+def render(template, context):
+    (text,) = sandbox.render(template, context)
+    return text
+
+
+def test_one_process_renders_many_contexts():
+    contexts = [{"n": n} for n in range(300)]
+    assert sandbox.render("{{ n }}", *contexts) == [str(n) for n in range(300)]
 
 
 def test_templates_render_as_in_transformers():
