@@ -124,16 +124,10 @@ class ChatFormat:
             given = [dataclasses.asdict(message) for message in messages]
             return self.template.encode(given, self.vocabulary, thinking=thinking)
         parts = _FORMATS[self.name](messages, thinking)
-        coder, names = (
-            self.vocabulary.coder,
-            {"bos": self.vocabulary.bos, "eos": self.vocabulary.eos},
-        )
+        coder = self.vocabulary.coder
         ids: list[int] = []
         for part in parts:
-            if isinstance(part, Control):
-                ids.append(coder.control[names.get(part) or part])
-            else:
-                ids += coder.encode(part)
+            ids += [coder.control[part]] if isinstance(part, Control) else coder.encode(part)
         return ids
 
 
