@@ -8,6 +8,7 @@
   pretraining.py  Config: one pre-training experiment, the root that holds all groups
   posttraining.py PostTraining: what the roots of post-training share
   finetuning.py   FineTuning: supervised fine-tuning, the root of tools/sft.py
+  reinforcement.py Reinforcement: learning from rewards, the root of tools/grpo.py
   shapes.py       the ModelConfig of each published model
   recipes.py      experiments that differ only in model and learning rate
   rules.py        the checks that groups are written with
@@ -25,6 +26,7 @@ from dsjax.config.mesh import MeshConfig
 from dsjax.config.model import ModelConfig
 from dsjax.config.posttraining import PostTraining, TuningConfig
 from dsjax.config.pretraining import Config
+from dsjax.config.reinforcement import Reinforcement, RewardConfig, RlConfig
 from dsjax.config.train import OptimConfig, PrecisionConfig, TrainConfig
 
 __all__ = [
@@ -37,6 +39,9 @@ __all__ = [
     "OptimConfig",
     "PostTraining",
     "PrecisionConfig",
+    "Reinforcement",
+    "RewardConfig",
+    "RlConfig",
     "SftConfig",
     "TrainConfig",
     "TuningConfig",

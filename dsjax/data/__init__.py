@@ -2,6 +2,7 @@
 
   documents.py   reads documents from files
   corpus.py      splits them into train and held-out, tokenizes them once, and caches the result
+  shuffling.py   random numbers and orders that depend on their place alone
   packing.py     makes rows of one length, for training and for evaluation
   loader.py      reads batches of rows ahead, of these rows or any others (`Rows`)
 

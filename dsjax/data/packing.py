@@ -16,21 +16,20 @@ floor(rate * n * e) of n documents. The length of every epoch is therefore known
 row i is found without reading what comes before it. Departure from the paper: cuts fall between
 tokens, not between characters, so that a document is tokenized only once.
 
-All randomness is SplitMix64 of (seed, epoch, document), implemented here because NumPy's generators
-may change between versions. Only epochs in use are laid out, at 17 bytes per document.
+All randomness is SplitMix64 of (seed, epoch, document), by `dsjax.data.shuffling`. Only epochs in
+use are laid out, at 17 bytes per document.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import threading
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
 from dsjax.data.corpus import TokenizedDocuments
+from dsjax.data.shuffling import mix, permute, stream_key
 from dsjax.text.tokenizer import FIM_BEGIN, SpecialTokens
 
 _FIM_TOKENS = 3
@@ -107,7 +106,7 @@ class PackedSequences:
         """Returns the number of the window that a row holds."""
         epoch = self.epoch_of(row)
         first, end = (-(-self._epoch_start(e) // self.sequence_length) for e in (epoch, epoch + 1))
-        return first + _permute(row - first, end - first, _key("rows", self.seed, epoch))
+        return first + permute(row - first, end - first, stream_key("rows", self.seed, epoch))
 
     def window(self, index: int) -> dict[str, np.ndarray]:
         """Returns window `index` of the stream, as it is before rows are shuffled."""
@@ -150,11 +149,11 @@ class PackedSequences:
     def _make_layout(self, epoch: int) -> _Layout:
         count = len(self._documents)
         numbers = np.arange(count, dtype=np.uint64)
-        order = np.argsort(_mix(_key("order", self.seed, epoch), numbers), kind="stable")
+        order = np.argsort(mix(stream_key("order", self.seed, epoch), numbers), kind="stable")
         chosen = np.zeros(count, bool)
         n_fim = self._fim_before(epoch + 1) - self._fim_before(epoch)
         if n_fim:
-            ranks = _mix(_key("fim", self.seed, epoch), numbers)
+            ranks = mix(stream_key("fim", self.seed, epoch), numbers)
             chosen[np.argsort(ranks, kind="stable")[:n_fim]] = True
         fim = chosen[order]
         starts = np.zeros(count + 1, np.int64)
@@ -168,7 +167,9 @@ class PackedSequences:
             return [_one(self._special.bos), tokens, _one(self._special.eos)]
         assert self._special.fim is not None
         number = np.array([document], np.uint64)
-        cuts = (int(_mix(_key(side, self.seed, epoch), number)[0]) for side in ("left", "right"))
+        cuts = (
+            int(mix(stream_key(side, self.seed, epoch), number)[0]) for side in ("left", "right")
+        )
         left, right = sorted(cut % (len(tokens) + 1) for cut in cuts)
         begin, hole, end = map(_one, self._special.fim)
         body = [begin, tokens[:left], hole, tokens[right:], end, tokens[left:right]]
@@ -205,38 +206,6 @@ def _copy(pieces: Sequence[np.ndarray], skip: int, out: np.ndarray) -> int:
         if written == len(out):
             break
     return written
-
-
-def _key(purpose: Literal["order", "rows", "fim", "left", "right"], seed: int, epoch: int) -> int:
-    """Returns a 64-bit start for `_mix`, independent for each purpose, seed and epoch."""
-    digest = hashlib.blake2b(f"{purpose} {seed} {epoch}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
-def _mix(key: int, numbers: np.ndarray) -> np.ndarray:
-    """Returns the outputs `numbers` (uint64) of SplitMix64 started at `key`; all are distinct."""
-    state = (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
-
-
-def _permute(index: int, count: int, key: int) -> int:
-    """Returns the image of `index` under a pseudo-random permutation of range(count).
-
-    The permutation is never stored: it is a Feistel network over the next power of four, repeated
-    until the value falls into the range (cycle walking).
-    """
-    half = max((count - 1).bit_length() + 1, 2) // 2
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for turn in range(4):
-            number = np.array([right * 4 + turn], np.uint64)
-            left, right = right, left ^ (int(_mix(key, number)[0]) & mask)
-        index = left << half | right
-        if index < count:
-            return index
 
 
 @dataclasses.dataclass(frozen=True)

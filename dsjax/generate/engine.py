@@ -13,7 +13,8 @@ two of rows, and requests differ in values only (lengths, limits, stop ids, samp
 One call of the decoding program runs several steps, because a round trip to the host can take
 longer than a small model's step. The number of steps is an argument, chosen such that tokens arrive
 several times per second. A call returns early when no row is left, or when a row finishes while
-another request waits.
+another request waits. Where nobody reads along (`streaming=False`), a call runs all the steps that
+it has room for, and newcomers take the rows that became free meanwhile together.
 """
 
 from __future__ import annotations
@@ -71,12 +72,14 @@ class Engine:
         speculative: bool = False,
         prefill_chunk: int = 512,
         max_batch: int | None = None,
+        streaming: bool = True,
     ) -> None:
         """
         Args:
           speculative: whether the model's MTP modules draft tokens (`dsjax.generate.speculative`).
           prefill_chunk: prompt tokens per row and step, a power of two and at least 16.
           max_batch: how many requests run together at most; the others wait. None: no limit.
+          streaming: whether tokens are wanted as they come; if not, all are there sooner.
 
         Raises:
           ValueError: `prefill_chunk` or `max_batch` is out of range, or the model has no MTP
@@ -101,7 +104,9 @@ class Engine:
         self._incoming: Rows | None = None  # newcomers, whose prompts have run up to `_start`
         self._running: Rows | None = None
         self._start = 0
-        self._n_steps = 1  # in the next call of the decoding program
+        self._streaming = streaming
+        # in the next call of the decoding program
+        self._n_steps = 1 if streaming else decoding.MAX_STEPS
         self._decoded_last = False
         self._next_id = 0
 
@@ -310,7 +315,8 @@ class Engine:
         """Runs some decoding steps."""
         run = self._programs.compiled(
             decoding.decode, rows.carry, rows.position_B, rows.recent_BW, rows.left_B,
-            rows.stop_ids_BX, rows.knobs, np.int32(self._n_steps), np.bool_(bool(self._waiting)),
+            rows.stop_ids_BX, rows.knobs, np.int32(self._n_steps),
+            np.bool_(self._streaming and bool(self._waiting)),
             wanted=rows.wanted,
         )  # fmt: skip
         began = time.perf_counter()
@@ -321,7 +327,7 @@ class Engine:
         self.statistics.decode_seconds += seconds
         self._count_steps(decoded)
         # All processes must run the same number of steps, and their clocks differ.
-        if jax.process_count() == 1:
+        if self._streaming and jax.process_count() == 1:
             n_steps = int(_SECONDS_BETWEEN_ITEMS * decoded.n_steps / seconds)
             self._n_steps = min(max(n_steps, 1), decoding.MAX_STEPS)
         new: dict[int, Output] = {}

@@ -9,7 +9,8 @@ batch never exist at once.
   per chunk, none of them twice. A `TokenLoss` says what is summed: `weighted_nll` is its case of
   log-likelihoods; distillation compares with the logits of a teacher.
 * `token_nll` returns one value per token, for objectives that are not linear in them. Its backward
-  pass computes the logits again: four products per chunk.
+  pass computes the logits again: four products per chunk. `token_nll_and_entropy` returns besides
+  how undecided the model is at each token.
 * `map_logits` returns any function of each token's logits, and `token_scores` is its case of
   likelihoods and whether each token is the likeliest. Neither has a gradient.
 """
@@ -53,12 +54,20 @@ def _predict(logits: jax.Array, targets: jax.Array) -> Prediction:
 
 
 def _next_token(
-    logits: jax.Array, targets: jax.Array, heads: tuple[jax.Array, ...]
+    logits: jax.Array,
+    targets: jax.Array,
+    heads: tuple[jax.Array, ...],
+    *,
+    temperature: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """The `TokenLoss` of log-likelihoods."""
-    _, nll, normalizer = _predict(logits, targets)
+    """The `TokenLoss` of log-likelihoods, of logits divided by the temperature."""
+    logits, nll, normalizer = _predict(_divided(logits, temperature), targets)
     hits = _hits(targets, logits).astype(jnp.float32)
-    return nll, jnp.exp(logits - normalizer[..., None]) - hits
+    return nll, _divided(jnp.exp(logits - normalizer[..., None]) - hits, temperature)
+
+
+def _divided(x: jax.Array, temperature: float) -> jax.Array:
+    return x if temperature == 1 else x / temperature
 
 
 @jax.named_scope("head")
@@ -114,15 +123,34 @@ def weighted_loss(
     return _weighted_loss(hidden, w_DV, known, weights, heads, loss, policy, width)
 
 
-@jax.named_scope("head")
 def token_nll(
     hidden_BTD: jax.Array, w_DV: jax.Array, targets_BT: jax.Array, policy: Policy, chunk: int
 ) -> jax.Array:
     """Returns the negative log-likelihood of each target, float32 [B, T], in nats; the arguments
     are those of `weighted_nll`.
     """
+    return token_nll_and_entropy(hidden_BTD, w_DV, targets_BT, policy, chunk)[0]
+
+
+@jax.named_scope("head")
+def token_nll_and_entropy(
+    hidden_BTD: jax.Array,
+    w_DV: jax.Array,
+    targets_BT: jax.Array,
+    policy: Policy,
+    chunk: int,
+    temperature: float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the values of `token_nll`, and the entropy of each prediction over the vocabulary,
+    float32 [B, T], in nats. No gradient flows through the entropy.
+
+    Args:
+      temperature: what the logits are divided by, as when tokens are drawn.
+    """
     hidden, targets = split_length(hidden_BTD), split_length(targets_BT)
-    return join_length(_token_nll(hidden, w_DV, targets, policy, _width(targets, chunk)))
+    width = _width(targets, chunk)
+    nll, entropy = _token_nll(hidden, w_DV, targets, policy, width, temperature)
+    return join_length(nll), join_length(jax.lax.stop_gradient(entropy))
 
 
 def token_scores(
@@ -255,24 +283,29 @@ def _weighted_loss_backward(loss, policy, width, gradients, cotangent):
 _weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _token_nll(hidden_BTD, w_DV, targets_BT, policy, width):
-    def nll(logits, targets):
-        return _predict(logits, targets).nll
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _token_nll(hidden_BTD, w_DV, targets_BT, policy, width, temperature):
+    def values(logits, targets):
+        logits, nll, normalizer = _predict(_divided(logits, temperature), targets)
+        # The entropy is log sum exp minus the mean of the logits; 0 times -inf is no part of it.
+        shares = jnp.exp(logits - normalizer[..., None])
+        return nll, normalizer - jnp.where(shares > 0, shares * logits, 0.0).sum(axis=-1)
 
-    return _map_chunks(nll, hidden_BTD, w_DV, targets_BT, policy, width)
-
-
-def _token_nll_forward(hidden_BTD, w_DV, targets_BT, policy, width):
-    nll_BT = _token_nll(hidden_BTD, w_DV, targets_BT, policy, width)
-    return nll_BT, (hidden_BTD, w_DV, targets_BT)
+    return _map_chunks(values, hidden_BTD, w_DV, targets_BT, policy, width)
 
 
-def _token_nll_backward(policy, width, residuals, cotangent_BT):
+def _token_nll_forward(hidden_BTD, w_DV, targets_BT, policy, width, temperature):
+    both = _token_nll(hidden_BTD, w_DV, targets_BT, policy, width, temperature)
+    return both, (hidden_BTD, w_DV, targets_BT)
+
+
+def _token_nll_backward(policy, width, temperature, residuals, cotangents):
     hidden_BTD, w_DV, targets_BT = residuals
+    cotangent_BT, _ = cotangents
+    loss = functools.partial(_next_token, temperature=temperature)
     # The gradient of a function of these values is that of their sum weighted by its cotangents.
     _, dhidden_BTD, dw_DV = _sum_and_gradients(
-        hidden_BTD, w_DV, targets_BT, cotangent_BT, (), _next_token, policy, width
+        hidden_BTD, w_DV, targets_BT, cotangent_BT, (), loss, policy, width
     )
     return dhidden_BTD, dw_DV, None
 

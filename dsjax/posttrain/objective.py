@@ -135,42 +135,34 @@ def policy_loss(
     def safe(x: jax.Array) -> jax.Array:
         return jnp.where(counted, x, 0)
 
-    new = safe(new)
+    def count(marked: jax.Array) -> jax.Array:
+        return (marked & counted).astype(new.dtype).sum()
+
+    new, advantages = safe(new), safe(advantages)
     old = jax.lax.stop_gradient(new) if old is None else safe(old)
-    advantages = safe(advantages)
+    samp = None if samp is None else safe(samp)
     log_rho = new - old
     if options.ratio == "sequence":
         log_rho = _output_mean(log_rho, counted, outputs)
     rho = jnp.exp(jnp.clip(log_rho, -_MOST, _MOST))
     low, high = 1 - options.epsilon, 1 + (options.epsilon_high or options.epsilon)
     policy = -jnp.minimum(rho * advantages, jnp.clip(rho, low, high) * advantages)
-
-    def count(marked: jax.Array) -> jax.Array:
-        return (marked & counted).astype(new.dtype).sum()
-
     sums = {
         "tokens": count(counted),
         "surprise": -new.sum(),
         "clipped_low": count((rho < low) & (advantages < 0)),
         "clipped_high": count((rho > high) & (advantages > 0)),
     }
-    kept = jnp.ones_like(counted)
-    if samp is not None:
-        samp = safe(samp)
-        sums["gap"] = jnp.abs(samp - old).sum()
-        correction = jnp.exp(jnp.clip(old - samp, -_MOST, _MOST))
-        if options.truncate:
-            policy *= jnp.minimum(correction, options.truncate)
-        if options.keep[1]:
-            kept &= (correction >= options.keep[0]) & (correction <= options.keep[1])
-            policy *= correction
+    factor = _correction(old, samp, options)
     if options.off_policy:
-        drawn = old if samp is None else samp
-        behind = _output_mean(jax.lax.stop_gradient(drawn - new), counted, outputs)
-        kept &= (advantages >= 0) | (behind <= options.off_policy)
+        drawn = jax.lax.stop_gradient((old if samp is None else samp) - new)
+        behind = _output_mean(drawn, counted, outputs)
+        factor = jnp.where((advantages >= 0) | (behind <= options.off_policy), factor, 0)
+    terms = jnp.where(factor > 0, factor * policy, 0)
     if options.keep[1] or options.off_policy:
-        sums["off_policy"] = count(~kept)
-    terms = jnp.where(kept, policy, 0)
+        sums["off_policy"] = count(factor == 0)
+    if samp is not None:
+        sums["gap"] = jnp.abs(samp - old).sum()
     if ref is not None:
         behind = jnp.clip(safe(ref) - new, -_MOST, _MOST)
         k3 = jnp.exp(behind) - behind - 1
@@ -178,6 +170,19 @@ def policy_loss(
         terms += options.beta * (rho * k3 if options.kl == "rho_k3" else k3)
     terms = safe(terms)
     return PolicyLoss((weights * terms).sum(), terms, jax.lax.stop_gradient(sums))
+
+
+def _correction(old: jax.Array, samp: jax.Array | None, options: PolicyOptions) -> jax.Array:
+    """Returns what a token's policy term is multiplied by, as the engine drew it with another
+    probability than the trainer's; 0 leaves the token out.
+    """
+    if samp is None or not (options.truncate or options.keep[1]):
+        return jnp.ones_like(old)
+    factor = jnp.exp(jnp.clip(old - samp, -_MOST, _MOST))
+    if options.truncate:
+        return jnp.minimum(factor, options.truncate)
+    low, high = options.keep
+    return jnp.where((factor >= low) & (factor <= high), factor, 0)
 
 
 def _check(options: PolicyOptions, ref: jax.Array | None, samp: jax.Array | None) -> None:

@@ -26,7 +26,8 @@ from dsjax.parallel.context import arrange
 
 # What a source gives: arrays [micro-batches, sequences, ...]. `tokens` and `segment_ids`, int32
 # [.., T + 1], are always there; an objective may ask for more, per token (weights, advantages,
-# log-probabilities of another policy) or per sequence.
+# log-probabilities of another policy) or per sequence. `experts`, int32 [micro-batches, L, K,
+# sequences, T + 1], if it is there, are the choices of the MoE layers, which are then replayed.
 Batch = dict[str, jax.Array]
 # Values that may change at every step without another compilation, the same on every device: the
 # schedule's scalars, and any array that an objective reads but does not train, such as the output
@@ -81,6 +82,7 @@ class Prepared(NamedTuple):
     inputs: Inputs
     targets: Any
     weights: Weights
+    experts: jax.Array | None = None  # int32 [..., L, K, B, T], choices to replay
 
 
 def read_batch(objective: Objective, declared: Transformer, batch: Batch) -> tuple[Inputs, Any]:
@@ -95,6 +97,18 @@ def read_batch(objective: Objective, declared: Transformer, batch: Batch) -> tup
         n_mtp=declared.config.n_mtp if forward.mtp else 0,
     )
     return inputs, jax.tree.map(lambda x: arrange(x) if x.ndim > 2 else x, targets)
+
+
+def read_experts(batch: Batch) -> jax.Array | None:
+    """Returns a batch's expert choices for positions 0 to T - 1, laid out over the devices; None if
+    the routers shall choose.
+    """
+    return arrange(batch["experts"][..., :-1]) if "experts" in batch else None
+
+
+def replayed(experts_LKBT: jax.Array | None) -> jax.Array | None:
+    """Returns a micro-batch's choices as the model takes them, [L, B, T, K]."""
+    return None if experts_LKBT is None else jnp.moveaxis(experts_LKBT, 1, -1)
 
 
 class Totals(NamedTuple):

@@ -95,7 +95,15 @@ def gradients(
       fixed: all other values of the model.
       batch: each array [micro-batches, ...].
       schedule_name: one of `schedules.NAMES`.
+
+    Raises:
+      ValueError: the batch has expert choices to replay, which stages cannot.
     """
+    if batch.experts is not None:
+        raise ValueError(
+            "a pipeline cannot replay expert choices (the batch's `experts`): its layers read what "
+            "comes from the stage before and no more; train with mesh.pipe=1, or without them"
+        )
     name, mesh = declared.body, jax.sharding.get_abstract_mesh()
     schedule = _schedule(declared.config, schedule_name, mesh, len(batch.inputs.tokens))
     body, outer = zip(*(_cut(state, name) for state in (trained, fixed)), strict=True)

@@ -35,6 +35,8 @@ from dsjax.train.objective import (
     Prepared,
     Totals,
     read_batch,
+    read_experts,
+    replayed,
     sum_over_micro_batches,
     weigh,
 )
@@ -135,7 +137,8 @@ def train_step(
 
     def step(state: TrainState, batch: Batch, knobs: Knobs) -> tuple[TrainState, Metrics]:
         inputs, targets = read_batch(objective, declared, batch)
-        prepared = Prepared(inputs, targets, objective.weights(targets, knobs))
+        weights, experts = objective.weights(targets, knobs), read_experts(batch)
+        prepared = Prepared(inputs, targets, weights, experts)
         pipelined = jax.sharding.get_abstract_mesh().shape.get(PIPE, 1) > 1
         gradients = partial(pipelined_step.gradients, schedule_name=schedule)
         trained, frozen = optimizer.split(state.params)
@@ -177,7 +180,12 @@ def _gradients(
 
     def weighted(trained: nnx.State, micro_batch: Prepared):
         model = nnx.merge(structure, trained, fixed)
-        hidden = model.forward(micro_batch.inputs, balance=balance, remat=remat)
+        hidden = model.forward(
+            micro_batch.inputs,
+            balance=balance,
+            remat=remat,
+            experts_LBTK=replayed(micro_batch.experts),
+        )
         return weigh(objective, model, hidden, micro_batch, knobs)
 
     def micro_step(micro_batch: Prepared) -> tuple[nnx.State, Totals]:

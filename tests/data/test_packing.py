@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsjax.data.corpus import TokenizedDocuments
-from dsjax.data.packing import PackedSequences, _key, _mix, heldout_sequences
+from dsjax.data.packing import PackedSequences, heldout_sequences
+from dsjax.data.shuffling import mix, stream_key
 from dsjax.text.tokenizer import SpecialTokens
 
 SPECIAL = SpecialTokens(bos=0, eos=1, pad=2, fim=(3, 4, 5))
@@ -166,8 +167,8 @@ def test_far_rows_are_found_at_once():
 def test_mix_is_splitmix64():
     """The first outputs of the published generator from seed 1234567."""
     want = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    assert _mix(1234567, np.arange(3, dtype=np.uint64)).tolist() == want
-    keys = {_key(purpose, seed, epoch) for purpose in ("order", "fim") for seed in (1, 11)
+    assert mix(1234567, np.arange(3, dtype=np.uint64)).tolist() == want
+    keys = {stream_key(purpose, seed, epoch) for purpose in ("order", "fim") for seed in (1, 11)
             for epoch in (1, 11)}  # fmt: skip
     assert len(keys) == 8
 

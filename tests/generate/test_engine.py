@@ -286,3 +286,18 @@ def test_batch_must_have_room():
 def test_a_request_that_is_added_is_checked():
     with pytest.raises(ValueError, match="token 96 at place 0 of the prompt is not in the"):
         engine().add(Request((96,), 1))
+
+
+def test_without_readers_the_same_tokens_take_fewer_calls():
+    asked = requests(Sampling(seed=3)) * 2
+    calls, found = [], []
+    for streaming in (True, False):
+        engine = Engine(tiny_model(), max_batch=2, streaming=streaming)
+        found.append([output.tokens for output in engine.complete(asked)])
+        ids = [engine.add(request) for request in asked]
+        calls.append(0)
+        while engine.busy:
+            engine.step()
+            calls[-1] += 1
+        assert len(ids) == len(asked)
+    assert found[0] == found[1] and calls[1] < calls[0]

@@ -9,6 +9,7 @@ from dsjax.model.head import (
     map_logits,
     predict,
     token_nll,
+    token_nll_and_entropy,
     token_scores,
     weighted_loss,
     weighted_nll,
@@ -234,3 +235,33 @@ def test_logits_of_the_whole_batch_never_exist(name):
     temporary = compiled.memory_analysis().temp_size_in_bytes
     assert temporary < batch * length * vocab * 4 / 4
     assert temporary > chunk * vocab * 4 / 2  # the measurement measures
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_temperature_and_entropy_equal_float64(temperature):
+    hidden, weight, targets, weights = _operands()
+
+    def run(hidden, weight):
+        values = token_nll_and_entropy(
+            hidden, weight, targets, Policy(jnp.float32), 16, temperature
+        )
+        return (weights * values[0]).sum() + values[1].sum(), values
+
+    (_, got), gradients = jax.value_and_grad(run, (0, 1), has_aux=True)(hidden, weight)
+    scaled = np.asarray(weight, np.float64) / temperature
+    nll, derivatives = _float64(hidden, scaled, targets)
+    hits = np.eye(VOCAB)[np.asarray(targets)]
+    shares = derivatives + hits
+    assert_close(got[0], nll, F32, "nll")
+    assert_close(got[1], -(shares * np.log(shares)).sum(axis=-1), F32, "entropy")
+    # The entropy was added to the loss and has no gradient.
+    dhidden, dweight = _gradients(derivatives, hidden, scaled, weights)
+    assert_close(gradients[0], dhidden, F32, "hidden")
+    assert_close(gradients[1], dweight / temperature, F32, "head")
+
+
+def test_entropy_of_a_certain_prediction_is_zero():
+    hidden, weight = jnp.ones((1, 1, 2)), jnp.asarray([[3e4, -3e4], [0.0, -jnp.inf]])
+    targets = jnp.zeros((1, 1), jnp.int32)
+    _, entropy = token_nll_and_entropy(hidden, weight, targets, Policy(jnp.float32), 1)
+    np.testing.assert_array_equal(entropy, [[0.0]])

@@ -205,9 +205,9 @@ def test_mask_decides(wrong):
         ("clip(safe(ref) - new", "clip(new - safe(ref)"),
         ("1 + (options.epsilon_high or options.epsilon)", "1 + options.epsilon"),
         ("rho * k3 if", "jax.lax.stop_gradient(rho) * k3 if"),
-        ("jnp.exp(jnp.clip(old - samp", "jnp.exp(jnp.clip(samp - old"),
+        ("factor = jnp.exp(jnp.clip(old - samp", "factor = jnp.exp(jnp.clip(samp - old"),
         ("behind <= options.off_policy", "behind <= 100 * options.off_policy"),
-        ("policy *= correction", "policy *= 1.0"),
+        ("<= high), factor, 0)", "<= high), 1.0, 0)"),
     ],
     ids=lambda mutation: mutation[1],
 )
