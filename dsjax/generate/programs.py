@@ -63,18 +63,27 @@ class Programs:
         shapes = (leaf.shape for leaf in jax.tree.leaves(arguments))
         key = (function, *sorted(static.items()), *shapes)
         if key not in self._compiled:
-            # Results beside the carry are replicated: every process reads all of them.
-            everywhere = NamedSharding(self.mesh, PartitionSpec()) if self.mesh else None
-            reads = function in (decoding.prefill, decoding.decode)
             jitted = jax.jit(
                 functools.partial(function, **static),
                 donate_argnums=(1,) if arguments else (),
-                out_shardings=(None, everywhere) if reads else None,
+                out_shardings=self._placement(function, arguments),
             )
             under_mesh = jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
             with under_mesh:
                 self._compiled[key] = jitted.lower(self.model, *arguments).compile()
         return functools.partial(self._compiled[key], self.model, *arguments)
+
+    def _placement(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """Returns the shardings of a function's results; None leaves them to the compiler."""
+        if self.mesh is None or not arguments:
+            return None
+        # The carry stays where it came from, or the next program could not take it: the compiler
+        # prefers the layout of weights that the pipeline's ranks share to a loop's own constraint.
+        carry = jax.tree.map(lambda leaf: leaf.sharding, arguments[0])
+        if function not in (decoding.prefill, decoding.decode):
+            return carry
+        # The other results are replicated: every process reads all of them.
+        return carry, NamedSharding(self.mesh, PartitionSpec())
 
 
 def _layout(model: Transformer) -> Any:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -82,8 +83,9 @@ def test_greedy_tokens_are_those_of_full_recomputation(speculative):
 
 
 @pytest.mark.heavy
-def test_model_on_a_mesh_generates_the_same():
-    mesh = make_mesh({"data": 2, "tensor": 2}, n_devices=4)
+@pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 2}, {"pipe": 2}], ids=str)
+def test_model_on_a_mesh_generates_the_same(sizes):
+    mesh = make_mesh(sizes, n_devices=math.prod(sizes.values()))
     spread = Engine(jax.device_put(tiny_model(), shardings(tiny_model(), mesh)), prefill_chunk=16)
     got, _ = run(spread, requests()[:3])  # three rows over two devices
     assert got == wanted()[:3]
