@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 THINK, END_THINK = "<think>", "</think>"
-MOST_BOXED = 4096  # characters; what is longer is no answer
+MOST_BOXED = 2000  # characters; what is longer is no answer
+MOST_BOXES = 100
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=[{\s\d])")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
@@ -39,17 +40,27 @@ def last_box(text: str) -> str | None:
     without one or if its brace is never closed.
     """
     *_, last = [None, *_BOX.finditer(text)]
-    if last is None:
-        return None
-    rest = text[last.end() :].lstrip()
-    if not rest.startswith("{"):
-        return rest.split(maxsplit=1)[0].rstrip(".,$") if rest else None
+    return None if last is None else _held(text[last.end() : last.end() + MOST_BOXED + 3])
+
+
+def all_boxes(text: str) -> list[str]:
+    """Returns what the boxes of a text hold, in order; at most MOST_BOXES of the last."""
+    starts = [found.end() for found in _BOX.finditer(text)][-MOST_BOXES:]
+    held = [_held(text[start : start + MOST_BOXED + 3]) for start in starts]
+    return [box for box in held if box is not None]
+
+
+def _held(text: str) -> str | None:
+    """Returns what the brace at the start of a text holds, or its first word."""
+    text = text.lstrip()
+    if not text.startswith("{"):
+        return text.split(maxsplit=1)[0].rstrip(".,$") if text else None
     depth, escaped = 0, False
-    for index, character in enumerate(rest[: MOST_BOXED + 2]):
+    for index, character in enumerate(text):
         if not escaped and character in "{}":
             depth += 1 if character == "{" else -1
             if not depth:
-                return rest[1:index]
+                return text[1:index]
         escaped = character == "\\" and not escaped
     return None
 

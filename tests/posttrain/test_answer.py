@@ -55,3 +55,8 @@ def test_last_box_is_found(text, held):
 def test_last_answer_tag_counts():
     assert answer.tagged("<answer>1</answer><answer>2\n</answer>") == "2\n"
     assert answer.tagged("<answer>1") is None
+
+
+def test_all_boxes_come_in_order_and_bounded():
+    assert answer.all_boxes(r"\boxed{1} \boxed{2 \boxed{\frac12}") == ["1", r"\frac12"]
+    assert len(answer.all_boxes(r"\boxed{1}" * 10_000)) == answer.MOST_BOXES
