@@ -10,5 +10,6 @@ generates and exports.
   answer.py       the parts of a reply: thought, answer, box
   rewards/        what an answer is worth, by rule
   verify.py       the limited processes that judge
+  execution.py confined.py   running code that a model wrote; the program in whose process it runs
   objective.py    the policy loss: GRPO and its relatives, a pure function of log-probabilities
 """
