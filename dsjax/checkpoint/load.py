@@ -55,6 +55,7 @@ class Checkpoint:
         bfloat16.
       tokenizer_folder: the folder of tokenizer.json, generation_config.json and the chat template,
         as far as the checkpoint has them.
+      kind: the module that the weights are of.
     """
 
     path: Path
@@ -64,6 +65,7 @@ class Checkpoint:
     tokenizer_folder: Path
     weights: Weights | None  # the arrays as stored; None for a Hugging Face folder
     _tensors: Mapping[tuple[str, ...], Tensors] = dataclasses.field(repr=False)
+    kind: type[Transformer] = Transformer
 
     def read(
         self, path: tuple[str, ...], index: Index, dtype: np.dtype | None = None
@@ -105,7 +107,7 @@ def load(
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     wanted = checkpoint.dtype if dtype is None else _weight_dtype(dtype)
-    model = Transformer(checkpoint.model, Policy(wanted))
+    model = checkpoint.kind(checkpoint.model, Policy(wanted))
     placement = model if mesh is None else shardings(model, mesh)
 
     def fill(keys: tuple[Any, ...], variable: nnx.Variable, placed: nnx.Variable) -> nnx.Variable:
@@ -123,7 +125,10 @@ def load(
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    kind: type[Transformer] = Transformer,
 ) -> Checkpoint:
     """Opens a checkpoint of any kind.
 
@@ -133,10 +138,11 @@ def open_checkpoint(
     Args:
       overrides: values of fields of a Hugging Face config.json, used instead of those in the file;
         see `hf_folder.read_config`.
+      kind: the module that a run is of. Other folders hold a Transformer.
 
     Raises:
-      ValueError: there is no checkpoint, it is not as it was written, or its config and its arrays
-        disagree; or overrides are given for a folder of our own.
+      ValueError: there is no checkpoint, it is not as it was written, its config and its arrays
+        disagree, or it is of another kind; or overrides are given for a folder of our own.
     """
     path = Path(path)
     begun = path.with_name(path.name + ".partial")
@@ -151,9 +157,9 @@ def open_checkpoint(
     if (path / "weights").is_dir():
         return _open_converted(path)
     if (path / "checkpoints").is_dir():
-        return _open_run(path)
+        return _open_run(path, kind)
     if path.name.isdecimal() and path.absolute().parent.name == "checkpoints":
-        return _open_run(path.absolute().parent.parent, int(path.name))
+        return _open_run(path.absolute().parent.parent, kind, int(path.name))
     if is_hf(path):
         return _open_hf(path, overrides)
     raise ValueError(
@@ -214,7 +220,7 @@ def _open_converted(path: Path) -> Checkpoint:
     return _with_weights(path, Weights(path / "weights", guard), model, family, path / "hf")
 
 
-def _open_run(workdir: Path, step: int | None = None) -> Checkpoint:
+def _open_run(workdir: Path, kind: type[Transformer], step: int | None = None) -> Checkpoint:
     """Opens the checkpoint of a step, or the newest intact one."""
     directory = workdir / "checkpoints"
     if step is None:
@@ -231,7 +237,22 @@ def _open_run(workdir: Path, step: int | None = None) -> Checkpoint:
     weights = Weights(directory / str(step) / "state")
     # A run that began with a published checkpoint keeps what was beside the weights there.
     beside = workdir / "hf" if (workdir / "hf").is_dir() else workdir
-    return _with_weights(workdir, weights, model, family_for(model), beside)
+    _check_kind(workdir, weights, kind)
+    return _with_weights(workdir, weights, model, family_for(model), beside, kind)
+
+
+def _check_kind(workdir: Path, weights: Weights, kind: type[Transformer]) -> None:
+    scores = ("params", "reward", "weight") in weights.leaves
+    if scores and kind is Transformer:
+        raise ValueError(
+            f"{workdir} is a reward model, which scores answers and predicts no tokens. Use it as "
+            "a reward, or name the checkpoint that it began with (init in its config.json)"
+        )
+    if not scores and kind is not Transformer:
+        raise ValueError(
+            f"{workdir} is a language model, not a reward model; train one from it with "
+            "tools/prefer.py --set preference.kind=bradley_terry"
+        )
 
 
 def _model_of_run(path: Path) -> ModelConfig:
@@ -245,13 +266,16 @@ def _model_of_run(path: Path) -> ModelConfig:
 
 
 def _with_weights(
-    path: Path, weights: Weights, model: ModelConfig, family: str, tokenizer_folder: Path
+    path: Path,
+    weights: Weights,
+    model: ModelConfig,
+    family: str,
+    tokenizer_folder: Path,
+    kind: type[Transformer] = Transformer,
 ) -> Checkpoint:
     """Checks arrays stored as leaves against the model's declarations."""
     tensors, problems = {}, []
-    declared = jax.tree_util.tree_leaves_with_path(
-        Transformer(model, Policy()), is_leaf=_is_variable
-    )
+    declared = jax.tree_util.tree_leaves_with_path(kind(model, Policy()), is_leaf=_is_variable)
     for keys, variable in declared:
         name = ("router" if isinstance(variable, RouterState) else "params", *_path(keys))
         shape = variable.get_value().shape
@@ -272,7 +296,7 @@ def _with_weights(
         )
     stored = (leaf.dtype for name, leaf in weights.leaves.items() if name[0] == "params")
     dtype = _loaded_dtype(stored)
-    return Checkpoint(path, model, family, dtype, tokenizer_folder, weights, tensors)
+    return Checkpoint(path, model, family, dtype, tokenizer_folder, weights, tensors, kind)
 
 
 def _loaded_dtype(stored: Iterable[np.dtype]) -> np.dtype:

@@ -9,6 +9,7 @@
   posttraining.py PostTraining: what the roots of post-training share
   finetuning.py   FineTuning: supervised fine-tuning, the root of tools/sft.py
   reinforcement.py Reinforcement: learning from rewards, the root of tools/grpo.py
+  preference.py   Preference: DPO and reward models, the root of tools/prefer.py
   shapes.py       the ModelConfig of each published model
   recipes.py      experiments that differ only in model and learning rate
   rules.py        the checks that groups are written with
@@ -25,6 +26,7 @@ from dsjax.config.finetuning import EsftConfig, FineTuning, SftConfig
 from dsjax.config.mesh import MeshConfig
 from dsjax.config.model import ModelConfig
 from dsjax.config.posttraining import PostTraining, TuningConfig
+from dsjax.config.preference import Preference, PreferenceConfig
 from dsjax.config.pretraining import Config
 from dsjax.config.reinforcement import Reinforcement, RewardConfig, RlConfig
 from dsjax.config.train import OptimConfig, PrecisionConfig, TrainConfig
@@ -39,6 +41,8 @@ __all__ = [
     "OptimConfig",
     "PostTraining",
     "PrecisionConfig",
+    "Preference",
+    "PreferenceConfig",
     "Reinforcement",
     "RewardConfig",
     "RlConfig",

@@ -5,6 +5,9 @@ generates and exports.
 
   initial.py      the checkpoint that a run begins with: shape, tokenizer, chat format, weights
   distill.py      a teacher's distribution as the target: forward, reverse and top-k KL
+  preference.py   the losses of DPO and of reward models
+  reward_model.py a score per answer in place of a vocabulary
+  row_store.py    what a frozen model says of each row, kept on disk
   advantages.py   rewards to advantages, and each token's weight in the loss
   problems.py     files of prompts with what their answers are judged by
   answer.py       the parts of a reply: thought, answer, box

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from dsjax.checkpoint.importing import copy_side_files, side_files
@@ -60,12 +61,19 @@ class Initial:
         """
         return dataclasses.replace(config, init=str(self.checkpoint.path), model=self.model)
 
-    def state(self, declared: Transformer, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+    def state(
+        self,
+        declared: Transformer,
+        optimizer: Optimizer,
+        mesh: Mesh,
+        new: nnx.State | None = None,
+    ) -> TrainState:
         """Returns the state before the first step, each device its own part: the checkpoint's
         weights as float32 masters, its router biases, and new moments.
 
         Args:
           declared: the model without values, of this checkpoint's shape.
+          new: parameters that the checkpoint lacks, such as a reward model's head.
 
         Raises:
           ValueError: files are damaged, or the model does not fit the mesh.
@@ -73,6 +81,8 @@ class Initial:
         abstract = abstract_state(declared, optimizer, mesh)
         loaded = load(self.checkpoint, mesh=mesh, dtype=np.float32)
         _, params, router = split(loaded)
+        if new is not None:
+            params = nnx.merge_state(params, new)
         placement = jax.tree.map(lambda leaf: leaf.sharding, abstract.optimizer)
         moments = jax.jit(optimizer.init, out_shardings=placement)(params)
         return TrainState(params, router, moments)

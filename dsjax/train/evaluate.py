@@ -1,4 +1,6 @@
-"""Held-out loss, and bits per byte, which unlike the loss does not depend on the tokenizer."""
+"""An objective's sums on held-out rows: loss, and bits per byte, which unlike the loss does not
+depend on the tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import numpy as np
 
 from dsjax.data.packing import HeldoutSequences
 from dsjax.model.transformer import Transformer
-from dsjax.train.objective import Objective, read_batch
+from dsjax.train.objective import Knobs, Objective, Sums, read_batch
 from dsjax.train.step import TrainState, restored_model
 
 
@@ -34,19 +36,38 @@ def scorer(
       declared: the model without values.
       objective: has the sums `main` and `main_targets`, as pre-training has.
     """
+    sums_of = batch_sums(declared, objective)
+
+    def score(state: TrainState, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        sums = sums_of(state, batch, {})
+        return sums["main"], sums["main_targets"]
+
+    return score
+
+
+def batch_sums(
+    declared: Transformer, objective: Objective
+) -> Callable[[TrainState, dict[str, jax.Array], Knobs], Sums]:
+    """Builds (state, batch, knobs) -> the objective's sums over the batch, to be jitted.
+
+    The batch is what a micro-batch of the objective is, [B, T + 1] per token. MTP modules and
+    balance losses rest.
+
+    Args:
+      declared: the model without values.
+    """
     forward = objective.forward._replace(mtp=False, balance=None, remat="none")
     objective = objective._replace(forward=forward)
 
-    def score(state: TrainState, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def sums(state: TrainState, batch: dict[str, jax.Array], knobs: Knobs) -> Sums:
         micro_batches = {name: rows[None] for name, rows in batch.items()}
         inputs, targets = jax.tree.map(
             lambda x: x[0], read_batch(objective, declared, micro_batches)
         )
         model = restored_model(declared, state)
-        sums = objective.sums(model, model.forward(inputs), targets, {})
-        return sums["main"], sums["main_targets"]
+        return objective.sums(model, model.forward(inputs), targets, knobs)
 
-    return score
+    return sums
 
 
 def evaluate(

@@ -28,6 +28,21 @@ def test_placed_batch_is_the_batch(sizes):
     assert shards == {(2, 8 // mesh.shape["data"] // mesh.shape["fsdp"], 5)}
 
 
+@pytest.mark.parametrize("sizes", [{"data": 4, "fsdp": 2}, {"data": 2, "context": 4}])
+def test_numbers_per_sequence_lie_with_their_sequences(sizes):
+    mesh, values = make_mesh(sizes), np.arange(16, dtype=np.float32)
+    rows = {"tokens": _batch(), "values": values.reshape(2, 8)}
+    whole = place_all(rows, mesh)
+    flat = {"tokens": _batch().reshape(-1, 5), "values": values}
+    parts = place_held(flat, SHAPE, mesh)
+    for placed in (whole, parts):
+        np.testing.assert_array_equal(placed["values"], values.reshape(2, 8))
+        for name in ("tokens", "values"):
+            assert placed[name].sharding.spec[1] == placed["tokens"].sharding.spec[1]
+    held = {shard.data.shape for shard in whole["values"].addressable_shards}
+    assert held == {(2, 8 // mesh.shape["data"] // mesh.shape["fsdp"])}
+
+
 def test_process_holds_its_rows_of_every_micro_batch(monkeypatch):
     """As if the last four of the eight devices were another process's."""
     all_of = jax.sharding.NamedSharding.devices_indices_map
