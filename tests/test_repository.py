@@ -50,6 +50,16 @@ FLAGS = {
         "--top-k",
         "--top-p",
     },
+    "grpo.py": {
+        "--coordinator",
+        "--debug",
+        "--help",
+        "--init",
+        "--num-processes",
+        "--process-id",
+        "--set",
+        "--workdir",
+    },
     "plan.py": {
         "--debug",
         "--help",

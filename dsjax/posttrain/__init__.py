@@ -15,4 +15,14 @@ generates and exports.
   verify.py       the limited processes that judge
   execution.py confined.py   running code that a model wrote; the program in whose process it runs
   objective.py    the policy loss: GRPO and its relatives, a pure function of log-probabilities
+
+Reinforcement learning (tools/grpo.py):
+
+  questions.py      problems as the model reads them, in an order that the seed decides
+  rollout.py        the model answers, on the devices and with the arrays that it trains on
+  experience.py     the source of a run: questions, answers, verdicts, batches
+  minibatches.py    answers packed into rows, with the loss's weights as data
+  policy.py         the policy loss as a training objective, and log-probabilities alone
+  updates.py        all minibatches of a step in one program, and the reference policy
+  reinforcement.py  the run
 """

@@ -13,15 +13,26 @@ from dsjax.files import write, writing
 from dsjax.train.workdir import RunConfig
 
 _SHOWN = {  # on the console, of a step's numbers, in this order
+    "reward": "reward {:.3f}",
+    "right": "right {:.1%}",
+    "length": "length {:.0f}",
+    "entropy": "entropy {:.3f}",
+    "kl": "kl {:.4f}",
     "loss": "loss {:.4f}",
     "mtp_loss": "mtp {:.4f}",
     "grad_norm": "grad_norm {:.3f}",
     "learning_rate": "lr {:.3g}",
     "max_violation": "max_violation {:.2f}",
+    "rollout_seconds": "seconds: rollout {:.2f}",
+    "grade_seconds": "grade {:.2f}",
+    "old_seconds": "old {:.2f}",
+    "update_seconds": "update {:.2f}",
     "tokens_per_second": "{:,.0f} tokens/s",
     "mfu": "mfu {:.1%}",
 }
-_IN_SHORT = ("loss", "tokens_per_second")  # beside a progress bar
+_IN_SHORT = ("reward", "right", "loss", "tokens_per_second")  # beside a progress bar
+# Rewards tell how a run fares that has them; its loss is near 0 by construction.
+_HIDDEN_BY_REWARDS = ("loss", "max_violation", "mfu")
 
 
 class Metrics:
@@ -123,5 +134,7 @@ def _open_wandb(workdir: Path, config: RunConfig) -> Any:
 
 def described(numbers: Mapping[str, Any]) -> tuple[str, str]:
     """Returns what the console shows of a step's numbers: in short, and in full."""
-    texts = {key: text.format(numbers[key]) for key, text in _SHOWN.items() if key in numbers}
+    hidden = _HIDDEN_BY_REWARDS if "reward" in numbers else ()
+    shown = [key for key in _SHOWN if key in numbers and key not in hidden]
+    texts = {key: _SHOWN[key].format(numbers[key]) for key in shown}
     return "  ".join(texts[key] for key in _IN_SHORT if key in texts), "  ".join(texts.values())

@@ -1,0 +1,333 @@
+"""The source of a reinforcement-learning run: questions, answers, verdicts, and batches of them.
+
+One step draws the next questions, answers each several times with the weights of the moment,
+judges the answers, compares them within their group, and packs them into minibatches. What a
+checkpoint keeps is how many questions were taken: all else follows from the weights and the seed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from dsjax.config import Reinforcement
+from dsjax.files import writing
+from dsjax.generate.sampling import Sampling
+from dsjax.model.transformer import Transformer
+from dsjax.parallel import processes
+from dsjax.parallel.compilation import Compiled
+from dsjax.posttrain import policy
+from dsjax.posttrain.advantages import outcome_advantages
+from dsjax.posttrain.minibatches import Layout, Sample, pack, split_samples
+from dsjax.posttrain.questions import Questions
+from dsjax.posttrain.rewards import Grader
+from dsjax.posttrain.rollout import Answer, Rollouts, casting, seeds
+from dsjax.posttrain.updates import PolicyState
+from dsjax.text.vocabulary import Vocabulary
+from dsjax.train.batches import place_all
+from dsjax.train.report import drop_later
+from dsjax.train.source import Taken
+
+FORMAT = "format"  # a reward that is always measured, and counts only if it is asked for
+_NOT_RIGHT = (FORMAT, "language")  # rewards that do not tell whether an answer is right
+
+
+class Judged:
+    """Verdicts on answers, arrays [questions, group].
+
+    Attributes:
+      rewards: of each reward by itself, NaN where it could not judge.
+      total_QG: weighted sums, NaN where none could judge; what one cannot judge adds nothing.
+      right_QG: whether the first reward that tells right from wrong gave 1.
+    """
+
+    def __init__(
+        self,
+        config: Reinforcement,
+        grader: Grader,
+        texts: Sequence[str],
+        facts: Sequence[Mapping[str, Any]],
+        *,
+        group: int,
+    ) -> None:
+        """Judges answers, `group` of which in a row are to one question. The first process does,
+        and the others take over its verdicts.
+
+        Args:
+          grader: of the config's rewards and the format.
+          facts: of each answer's question.
+        """
+        rl, names = config.rl, grader.names
+        table = np.zeros((len(texts), len(names)))
+        if processes.is_first():
+            for row, verdict in enumerate(grader.grade(texts, facts)):
+                table[row] = [np.nan if verdict[n] is None else verdict[n] for n in names]
+        if jax.process_count() > 1:
+            bits = multihost_utils.broadcast_one_to_all(table.view(np.uint32))
+            table = np.ascontiguousarray(bits, np.uint32).view(np.float64)
+        columns = table.T.reshape(len(names), -1, group)
+        self.rewards = dict(zip(names, columns, strict=True))
+        weights = np.asarray(config.reward.weights or (1.0,) * len(rl.rewards))[:, None, None]
+        given = np.stack([self.rewards[name] for name in rl.rewards])
+        total_QG = (weights * np.nan_to_num(given)).sum(axis=0)
+        self.total_QG = np.where(np.isnan(given).all(axis=0), np.nan, total_QG)
+        telling = [name for name in rl.rewards if name not in _NOT_RIGHT]
+        self.right_QG = self.rewards[(telling or rl.rewards)[0]] >= 1
+        self.advantages_QG = outcome_advantages(self.total_QG, rl.scale)
+
+    @property
+    def flat_Q(self) -> np.ndarray:
+        """Marks groups from which nothing is learned, bool [questions]."""
+        return ~self.advantages_QG.any(axis=1)
+
+    def metrics(self) -> dict[str, float]:
+        """Returns means over all answers, of what could be judged."""
+        found = {f"reward_{_plain(name)}": _mean(values) for name, values in self.rewards.items()}
+        share_Q = self.right_QG.mean(axis=1)
+        deviation_Q = [np.std(group[~np.isnan(group)]) for group in self.total_QG]
+        return {
+            "reward": _mean(self.total_QG),
+            "reward_std": float(np.mean(np.nan_to_num(deviation_Q))),
+            "format": found.pop(f"reward_{FORMAT}"),
+            **found,
+            "right": float(share_Q.mean()),
+            "solved": float((share_Q > 0).mean()),  # questions with at least one right answer
+            "flat_right": float((self.flat_Q & (share_Q == 1)).mean()),
+            "flat_wrong": float((self.flat_Q & (share_Q == 0)).mean()),
+            "not_judged": float(np.isnan(self.total_QG).mean()),
+        }
+
+
+def _mean(values: np.ndarray) -> float:
+    return 0.0 if np.isnan(values).all() else float(np.nanmean(values))
+
+
+def _plain(name: str) -> str:
+    """Returns a reward's name without what a path or an address would add to a metric's name."""
+    kind, _, rest = name.partition(":")
+    return rest if kind.endswith(".py") else kind
+
+
+class Experience:
+    """Hands out minibatches of judged answers; a `dsjax.train.source.Source`.
+
+    Attributes:
+      identity: of the questions and of what decides their order.
+    """
+
+    def __init__(
+        self,
+        config: Reinforcement,
+        questions: Questions,
+        grader: Grader,
+        rollouts: Rollouts,
+        vocabulary: Vocabulary,
+        declared: Transformer,
+        mesh: Mesh,
+        folder: Path,
+        say: Callable[[str], None],
+    ) -> None:
+        """
+        Args:
+          grader: of the config's rewards and the format.
+          folder: of the run, where samples.jsonl is written.
+          say: tells the user something.
+        """
+        self._config, self._mesh, self._folder, self._say = config, mesh, folder, say
+        self._questions, self._grader, self._vocabulary = questions, grader, vocabulary
+        self._rollouts, self._cast = rollouts, casting(declared, mesh)
+        self._score = Compiled(jax.jit(policy.log_probabilities(config, declared)), mesh)
+        pad = next(iter(sorted(vocabulary.stop_ids)), 0)
+        longest = questions.longest + config.rl.max_new_tokens
+        self._layout = Layout(
+            length=(config.rl.sequence_length or row_length(longest, mesh)) + 1,
+            unit=config.train.batch_size,
+            micro_batch=config.micro_batch_size,
+            pad=pad,
+            n_experts=config.shape.n_routed_experts,
+        )
+        self.identity = {"questions": questions.fingerprint, "seed": config.train.seed}
+        self._taken = self._flat_steps = 0
+        self._kept = False  # whether samples.jsonl holds the lines of earlier steps only
+
+    def state(self) -> dict[str, Any]:
+        return {"taken": self._taken, **self.identity}
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        found = {key: record.get(key) for key in self.identity}
+        if found != self.identity:
+            raise ValueError(
+                f"the checkpoint was trained on questions {found} and these are {self.identity}; "
+                "restore rl.problems, rl.template and train.seed, or use another --workdir"
+            )
+        self._taken = record["taken"]
+
+    def close(self) -> None:
+        self._grader.close()
+
+    def take(self, n: int, state: PolicyState) -> Taken:
+        """Answers, judges and packs the next `n` questions."""
+        rl, step = self._config.rl, self._taken // n
+        numbers = self._questions.drawn(self._taken, n, self._config.train.seed)
+        each = [number for number in numbers for _ in range(rl.group_size)]
+        clock = Clock()
+        params = self._cast(state.params)
+        answers = self._rollouts.answer(
+            params,
+            state.router,
+            [self._questions.prompts[number] for number in each],
+            Sampling(temperature=rl.temperature),
+            seeds("answers", self._config.train.seed, step, len(each)),
+            rl.max_new_tokens,
+        )
+        clock.lap("rollout_seconds")
+        texts = [completion_text(answer, self._vocabulary) for answer in answers]
+        facts = [self._questions.facts[number] for number in each]
+        judged = Judged(self._config, self._grader, texts, facts, group=rl.group_size)
+        clock.lap("grade_seconds")
+        batch = self._packed(each, answers, judged.advantages_QG.ravel(), step)
+        batch |= self._scored(params, state, batch)
+        clock.lap("old_seconds")
+        self._write(step + 1, each, answers, texts, judged)
+        self._warn_flat(step + 1, judged)
+        new_tokens = sum(len(answer.tokens) for answer in answers)
+        metrics = judged.metrics() | _lengths(answers, judged.right_QG.ravel()) | clock.seconds
+        metrics["rollout_tokens_per_second"] = new_tokens / clock.seconds["rollout_seconds"]
+        metrics |= self._graders_counts()
+        rows = range(self._taken, self._taken + n)
+        self._taken += n
+        return Taken(batch, new_tokens, rows, metrics)
+
+    def _packed(
+        self, each: Sequence[int], answers: Sequence[Answer], advantages: np.ndarray, step: int
+    ) -> dict[str, jax.Array]:
+        rl, seed = self._config.rl, self._config.train.seed
+        samples = [
+            Sample(self._questions.prompts[number], answer, float(advantage))
+            for number, answer, advantage in zip(each, answers, advantages, strict=True)
+        ]
+        minibatches = split_samples(samples, rl.minibatches, seed=seed, step=step)
+        batch = pack(minibatches, self._layout, rl.average, rl.max_new_tokens)
+        return place_all(batch, self._mesh)
+
+    def _scored(
+        self, params: nnx.State, state: PolicyState, batch: dict[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        """Computes the log-probabilities that the loss compares with."""
+        needed = {"ref": state.reference}
+        if self._config.rl.minibatches > 1:
+            # With a single update, they are those of the update's own forward pass.
+            needed["old"] = params
+        found = {
+            name: self._score((params, state.router), batch)
+            for name, params in needed.items()
+            if params is not None
+        }
+        return jax.block_until_ready(found)
+
+    def _write(
+        self,
+        step: int,
+        each: Sequence[int],
+        answers: Sequence[Answer],
+        texts: Sequence[str],
+        judged: Judged,
+    ) -> None:
+        """Appends some of a step's answers to samples.jsonl."""
+        if not processes.is_first():
+            return
+        path, most = self._folder / "samples.jsonl", self._config.rl.log_samples
+        if not self._kept:
+            drop_later(path, step - 1)
+            self._kept = True
+        total, advantages = judged.total_QG.ravel(), judged.advantages_QG.ravel()
+        with writing(path), path.open("a", encoding="utf-8") as file:
+            for index in range(len(each) if most < 0 else min(most, len(each))):
+                rewards = {name: _number(v.ravel()[index]) for name, v in judged.rewards.items()}
+                line = {
+                    "step": step,
+                    "question": each[index],
+                    "prompt": self._vocabulary.coder.decode(
+                        self._questions.prompts[each[index]], skip_special=False
+                    ),
+                    "text": texts[index],
+                    "tokens": len(answers[index].tokens),
+                    "ended": answers[index].ended,
+                    "reward": _number(total[index]),
+                    "rewards": rewards,
+                    "advantage": float(advantages[index]),
+                }
+                file.write(json.dumps(line) + "\n")
+
+    def _warn_flat(self, step: int, judged: Judged) -> None:
+        self._flat_steps = self._flat_steps + 1 if judged.flat_Q.all() else 0
+        after = self._config.rl.flat_after
+        if after and self._flat_steps == after:
+            right = judged.right_QG.mean()
+            way = (
+                "all answers are right: give harder questions"
+                if right == 1
+                else "no answer is right: give easier questions, or begin with fine-tuning on some"
+                if right == 0
+                else "the answers to each question are worth the same: raise rl.temperature"
+            )
+            self._say(f"nothing was learned in the {after} steps up to step {step}, since {way}")
+
+    def _graders_counts(self) -> dict[str, float]:
+        counts = self._grader.counts
+        return {
+            "judging_limits": float(sum(counts.limits.values())),
+            "judging_failures": float(sum(counts.failures.values())),
+        }
+
+
+class Clock:
+    """Seconds of the phases of a step, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self._last = now - self._last, now
+
+
+def row_length(longest: int, mesh: Mesh) -> int:
+    """Returns the tokens per row, T, for prompts and answers of at most `longest` tokens."""
+    # T + 1 tokens fit into a row; parts of T go to the devices along `context`.
+    parts = 2 * mesh.shape.get("context", 1)
+    return -(-(longest - 1) // parts) * parts
+
+
+def completion_text(answer: Answer, vocabulary: Vocabulary) -> str:
+    """Returns an answer as rewards judge it: all that follows the prompt, without its end token."""
+    tokens = answer.tokens[:-1] if answer.ended else answer.tokens
+    return vocabulary.coder.decode(tokens, skip_special=False)
+
+
+def _lengths(answers: Sequence[Answer], right: np.ndarray) -> dict[str, float]:
+    lengths = np.array([len(answer.tokens) for answer in answers], np.float64)
+
+    def mean(of: np.ndarray) -> float:
+        return float(of.mean()) if len(of) else 0.0
+
+    return {
+        "length": mean(lengths),
+        "length_right": mean(lengths[right]),
+        "length_wrong": mean(lengths[~right]),
+        "cut_off": float(np.mean([not answer.ended for answer in answers])),
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

@@ -1,0 +1,228 @@
+"""A reinforcement-learning run: rollouts, rewards, updates; held-out accuracy; a summary."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from dsjax.config import Reinforcement
+from dsjax.generate.sampling import Sampling
+from dsjax.kernels.target import Target
+from dsjax.model.flops import train_flops_per_token
+from dsjax.parallel import processes
+from dsjax.parallel.context import check_length
+from dsjax.parallel.mesh import make_mesh
+from dsjax.parallel.pipeline import PIPE
+from dsjax.posttrain.experience import FORMAT, Experience, Judged, completion_text, row_length
+from dsjax.posttrain.initial import Initial, all_but_mtp, open_initial
+from dsjax.posttrain.policy import policy_objective
+from dsjax.posttrain.problems import read_problems
+from dsjax.posttrain.questions import Questions
+from dsjax.posttrain.rewards import Grader
+from dsjax.posttrain.rollout import Rollouts, casting, seeds
+from dsjax.posttrain.updates import RENEW, PolicyState, Timed, all_minibatches, with_reference
+from dsjax.precision.policy import advice
+from dsjax.train import hyperparameters, loop, pipelined_step, session
+from dsjax.train.batches import batch_sharding
+from dsjax.train.optimizer import adamw
+from dsjax.train.session import Session
+from dsjax.train.step import abstract_state, compile_step, declared_model, train_step
+
+
+def learn(
+    config: Reinforcement, folder: Path, *, command: str, console: Console | None = None
+) -> int:
+    """Learns from rewards in `folder`; arguments, result and errors are those of `session.run`."""
+    initial = open_initial(config.init)
+    config = initial.fill(config)
+
+    def recipe(under_way: Session) -> None:
+        run = Learning(config, initial, under_way)
+        loop.run_steps(
+            under_way,
+            run.updates,
+            batch_size=lambda step: config.rl.prompts,
+            knobs=run.knobs,
+            evaluate=lambda: run.evaluate(config.train.eval_sequences),
+        )
+        if not under_way.exit_code:
+            run.finish()
+
+    return session.run(config, folder, recipe, command=command, console=console)
+
+
+class Learning:
+    """What reinforcement learning adds to a session."""
+
+    def __init__(self, config: Reinforcement, initial: Initial, run: Session) -> None:
+        """Reads questions, prepares programs, and begins the session.
+
+        Raises:
+          ValueError: config, problems, mesh, workdir or checkpoint do not fit; says what to do.
+          OSError: a file cannot be read or written.
+        """
+        self.config, self.session, self.vocabulary = config, run, initial.vocabulary
+        mesh, rl = make_mesh(config.mesh.sizes), config.rl
+        self.grader = Grader(dict.fromkeys([*rl.rewards, FORMAT]))
+        questions = self._questions(rl.problems, "rl.problems", initial)
+        self.heldout = self._questions(rl.heldout, "rl.heldout", initial) if rl.heldout else None
+        length = row_length_of(config, questions, mesh)
+        batch_sharding((config.micro_batch_size, length + 1), mesh)
+        check_length(length, mesh)
+        pipelined_step.check(config, mesh)  # pyright: ignore[reportArgumentType]
+        if mesh.shape[PIPE] > 1 and config.replays:
+            raise ValueError(
+                f"rl.replay=on, and a pipeline (mesh.pipe={mesh.shape[PIPE]}) cannot replay the "
+                "experts that generation chose; set rl.replay=off or mesh.pipe=1"
+            )
+        declared = declared_model(config.shape, config.precision)
+        optimizer = adamw(config.optim, all_but_mtp)
+        abstract = with_reference(
+            declared, abstract_state(declared, optimizer, mesh), keep=rl.beta > 0
+        )
+        if slow := advice(config.precision.compute, Target.here()):
+            run.display.say(slow)
+        run.display.say(
+            f"{len(questions):,} questions, {len(self.heldout) if self.heldout else 0:,} held out; "
+            f"each step {rl.prompts} questions, {rl.prompts * rl.group_size} answers of at most "
+            f"{rl.max_new_tokens} tokens, {rl.minibatches} updates"
+        )
+        if processes.is_first():
+            initial.keep_files(run.folder)
+        self.rollouts = Rollouts(
+            declared,
+            stop_ids=initial.vocabulary.stop_ids,
+            max_batch=rl.max_batch,
+            speculative=rl.speculative,
+            replay=config.replays,
+        )
+        self._cast = casting(declared, mesh)
+        source = Experience(
+            config, questions, self.grader, self.rollouts, initial.vocabulary, declared, mesh,
+            run.folder, run.display.say,
+        )  # fmt: skip
+        run.begin(
+            source,
+            abstract,
+            lambda: with_reference(
+                declared, initial.state(declared, optimizer, mesh), keep=rl.beta > 0
+            ),
+            mesh=mesh,
+            flops_per_token=train_flops_per_token(config.shape, length),
+        )
+        objective = policy_objective(config)
+        step = train_step(declared, optimizer, objective, schedule=config.mesh.schedule)
+        compiling = functools.partial(run.display.say, "compiling the updates")
+        self.updates = Timed(
+            compile_step(all_minibatches(step, declared), abstract, mesh, compiling)
+        )
+
+    def _questions(self, files: str, key: str, initial: Initial) -> Questions:
+        if not files:
+            raise ValueError(
+                f"{key} is empty; give files of questions, such as {key}=problems/*.jsonl, with "
+                'lines like {"prompt": "...", "answer": "..."}'
+            )
+        problems = read_problems(files, key=key)
+        context = self.config.shape.max_seq_len
+        rl = self.config.rl
+        questions = Questions(problems, initial.vocabulary, initial.chat, rl, context=context)
+        if processes.is_first():
+            self.grader.check(problems)
+        return questions
+
+    def knobs(self, step: int) -> dict[str, float]:
+        """Returns the knobs of a step, counted from 0."""
+        train, every = self.config.train, self.config.rl.reference_every
+        share = hyperparameters.progress(train, step)
+        return {
+            "learning_rate": hyperparameters.learning_rate(self.config.optim, step, share),
+            "bias_update_speed": hyperparameters.bias_update_speed(train, share),
+            RENEW: float(every > 0 and (step + 1) % every == 0),
+        }
+
+    def evaluate(self, most: int) -> dict[str, float]:
+        """Answers at most `most` held-out questions, evenly spread, and judges the answers."""
+        if self.heldout is None:
+            return {}
+        rl, state = self.config.rl, self.session.state
+        assert isinstance(state, PolicyState)
+        count = min(most, len(self.heldout))
+        numbers = [index * len(self.heldout) // count for index in range(count)]
+        each = [number for number in numbers for _ in range(rl.eval_samples)]
+        answers = self.rollouts.answer(
+            self._cast(state.params),
+            state.router,
+            [self.heldout.prompts[number] for number in each],
+            Sampling(temperature=rl.temperature),
+            seeds("evaluation", self.config.train.seed, 0, len(each)),
+            rl.max_new_tokens,
+        )
+        texts = [completion_text(answer, self.vocabulary) for answer in answers]
+        facts = [self.heldout.facts[number] for number in each]
+        judged = Judged(self.config, self.grader, texts, facts, group=rl.eval_samples)
+        found = judged.metrics()
+        return {
+            "eval_right": found["right"],
+            f"eval_pass_at_{rl.eval_samples}": found["solved"],
+            "eval_reward": found["reward"],
+            "eval_format": found["format"],
+            "eval_length": float(np.mean([len(answer.tokens) for answer in answers])),
+        }
+
+    def finish(self) -> None:
+        """Evaluates on all held-out questions, and writes and shows summary.json."""
+        run = self.session
+        run.display.stop()
+        run.checkpoints.wait()
+        if run.faults.skipped >= run.step:
+            raise ValueError(f"no step of this run had a finite loss; see {run.faults.path}")
+        found: dict[str, float] = {}
+        if self.heldout is not None:
+            run.display.say(f"answering all {len(self.heldout):,} held-out questions")
+            found = self.evaluate(len(self.heldout))
+        if run.interrupted() or run.metrics is None:
+            return
+        if found and run.metrics.lines()[-1].get("eval_right") is None:
+            run.log_evaluation(found)
+        logged = [line for line in run.metrics.lines() if "reward" in line]
+        run.finish(self._summary(found, logged))
+
+    def _summary(self, found: Mapping[str, float], logged: list[dict[str, Any]]) -> dict[str, Any]:
+        run, rates = self.session, self.session.rates
+        kept = ("reward", "right", "format", "length", "entropy", "engine_gap")
+        return {
+            "name": self.config.name,
+            "steps": run.step,
+            "tokens": run.tokens,
+            **{f"{name}_first": logged[0].get(name) for name in kept},
+            **{f"{name}_last": logged[-1].get(name) for name in kept},
+            **found,
+            "skipped_steps": run.faults.skipped,
+            "wall_seconds": run.seconds,
+            "compile_seconds": self.updates.seconds,
+            "median_step_seconds": rates and rates.step_seconds,
+        }
+
+
+def row_length_of(config: Reinforcement, questions: Questions, mesh: jax.sharding.Mesh) -> int:
+    """Returns the tokens per packed row, T.
+
+    Raises:
+      ValueError: rl.sequence_length has no room for the longest question and its answer.
+    """
+    needed = questions.longest + config.rl.max_new_tokens
+    asked = config.rl.sequence_length
+    if asked and asked + 1 < needed:
+        raise ValueError(
+            f"rl.sequence_length={asked} has no room for the longest question, of "
+            f"{questions.longest} tokens, and rl.max_new_tokens={config.rl.max_new_tokens}; set it "
+            f"to {needed - 1} or more, or to 0"
+        )
+    return asked or row_length(needed, mesh)

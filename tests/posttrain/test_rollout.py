@@ -1,0 +1,120 @@
+"""Engine and trainer agree on the probability of every token that the engine drew."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsjax.generate.sampling import Sampling
+from dsjax.model.parameters import shardings
+from dsjax.model.transformer import Transformer
+from dsjax.parallel.mesh import make_mesh
+from dsjax.posttrain.minibatches import Layout, Sample, pack
+from dsjax.posttrain.policy import log_probabilities
+from dsjax.posttrain.rollout import Rollouts, casting, generating, seeds
+from dsjax.precision.policy import Policy
+from dsjax.train.batches import place_all
+from dsjax.train.step import split
+from tests.model.tiny import tiny_model
+from tests.posttrain.shapes import SHAPES, V3, config_of
+
+PROMPTS = [(3, 4, 5), (60, 7), tuple(range(20, 40)), (9,), (1, 2, 3, 4), (50, 51)]
+
+
+def gap(model, sizes, *, speculative=False, compute="float32", temperature=1.0, replay=True):
+    """|samp - old| of each drawn token, and the shares of routers and tokens that differ."""
+    mesh = make_mesh(sizes, math.prod(sizes.values()))
+    config = config_of(
+        model, compute=compute, temperature=temperature, train={"batch_size": 4}, replay=replay
+    )
+    whole = tiny_model(dataclasses.replace(model))
+    declared = Transformer(model, Policy(jnp.dtype(compute)))
+    _, params, router = split(whole)
+    params, router = (jax.device_put(tree, shardings(tree, mesh)) for tree in (params, router))
+    rollouts = Rollouts(
+        declared,
+        stop_ids=frozenset({0}),
+        max_batch=4,
+        speculative=speculative,
+        replay=config.replays,
+    )
+    params = casting(declared, mesh)(params)
+    answers = rollouts.answer(
+        params, router, PROMPTS, Sampling(temperature=temperature), seeds("x", 0, 0, 6), 24
+    )
+    samples = [Sample(prompt, answer, 1.0) for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    layout = Layout(64, 4, 4, 0, model.n_routed_experts)
+    batch = pack([samples], layout, "token", 24)
+    with jax.set_mesh(mesh):
+        score = jax.jit(log_probabilities(config, declared))
+        old = np.asarray(score((params, router), place_all(batch, mesh)))
+    drawn = batch["weights"] != 0
+    assert drawn.sum() == sum(len(answer.tokens) for answer in answers) > 60
+    return batch["samp"][drawn] - old[drawn]
+
+
+MESHES = {"one device": {"data": 1}, "expert 2 x fsdp 2": {"data": 1, "fsdp": 2, "expert": 2}}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_engine_and_trainer_agree_in_float32(name, mesh):
+    assert np.abs(gap(SHAPES[name], MESHES[mesh])).max() <= 1e-4
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_engine_and_trainer_agree_with_drafts(mesh):
+    assert np.abs(gap(V3, MESHES[mesh], speculative=True)).max() <= 1e-4
+
+
+def test_engine_and_trainer_agree_at_a_temperature():
+    assert np.abs(gap(V3, {"data": 1}, temperature=0.7)).max() <= 1e-4
+    assert np.abs(gap(V3, {"data": 1}, replay=False)).max() <= 1e-4
+
+
+def test_bfloat16_with_replay_is_near_in_k3():
+    behind = gap(V3, {"data": 1}, compute="bfloat16")
+    k3 = np.exp(-behind) + behind - 1
+    assert k3.mean() <= 1e-3 and np.abs(behind).max() > 1e-4  # the measurement measures
+
+
+def test_weights_for_generation_are_those_of_the_trainer_at_use():
+    declared = Transformer(V3, Policy(jnp.bfloat16))
+    params = split(tiny_model(V3))[1]
+    cast = generating(declared, params)
+    kinds = {}
+    for (path, new), old in zip(
+        jax.tree_util.tree_leaves_with_path(cast), jax.tree.leaves(params), strict=True
+    ):
+        kinds[jax.tree_util.keystr(path)] = new.dtype
+        np.testing.assert_array_equal(new, old.astype(new.dtype))
+    narrow = {path for path, dtype in kinds.items() if dtype == jnp.bfloat16}
+    assert any("head" in path for path in narrow) and any("experts" in path for path in narrow)
+    assert not any("norm" in path or "gate" in path for path in narrow)
+
+
+def test_nothing_is_copied_where_nothing_is_cast():
+    declared = Transformer(V3, Policy(jnp.float32))
+    params = split(tiny_model(V3))[1]
+    assert casting(declared, make_mesh({"data": 1}, 1))(params) is params
+
+
+def test_answers_depend_on_their_seed_alone():
+    declared = Transformer(V3, Policy(jnp.float32))
+    _, params, router = split(tiny_model(V3))
+
+    def drawn(prompts, own_seeds, max_batch):
+        rollouts = Rollouts(
+            declared, stop_ids=frozenset({0}), max_batch=max_batch, speculative=False, replay=False
+        )
+        found = rollouts.answer(params, router, prompts, Sampling(), own_seeds, 12)
+        return [answer.tokens for answer in found]
+
+    numbers = seeds("answers", 1, 2, 6)
+    whole = drawn(PROMPTS, numbers, 0)
+    assert drawn(PROMPTS[::-1], numbers[::-1], 2) == whole[::-1]
+    assert len(set(numbers)) == 6 and numbers != seeds("answers", 1, 3, 6)
+    assert drawn(PROMPTS, seeds("answers", 1, 3, 6), 0) != whole
