@@ -10,6 +10,7 @@ THINK, END_THINK = "<think>", "</think>"
 MOST_BOXED = 2000  # characters; what is longer is no answer
 MOST_BOXES = 100
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=[{\s\d])")
+_DRESS = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}|[\s$]|\\[,;! ]|\\left|\\right")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
@@ -63,6 +64,28 @@ def _held(text: str) -> str | None:
                 return text[1:index]
         escaped = character == "\\" and not escaped
     return None
+
+
+def final(completion: str, problem: Mapping[str, Any]) -> str | None:
+    """Returns what a completion gives as its answer, by itself and without dress, to be compared as
+    text: what its last box holds, else its last <answer>...</answer>; None without either.
+    """
+    answer = split(completion, problem)[1]
+    if answer is None:
+        return None
+    inside = tagged(answer)
+    box = last_box(answer if inside is None else inside)
+    found = inside if box is None else box
+    return None if found is None else undressed(found) or None
+
+
+def undressed(text: str) -> str:
+    """Removes what does not change what is written: spaces, dollars, \\text, a final stop."""
+    while (less := _DRESS.sub(lambda found: found[1] or "", text)) != text:
+        text = less
+    text = text.rstrip(".")
+    # The letter of a choice.
+    return text[1] if re.fullmatch(r"\([A-Za-z]\)", text) else text
 
 
 def tagged(answer: str) -> str | None:

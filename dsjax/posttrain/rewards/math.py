@@ -23,13 +23,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dsjax.posttrain.answer import all_boxes, last_box, split, tagged
+from dsjax.posttrain.answer import all_boxes, last_box, split, tagged, undressed
 
 SECONDS, WALL_SECONDS = 5.0, 60.0
 MOST_CHARACTERS = 10_000  # of an answer without a box, from its end
 _ANCHORS = ("$", "\\boxed", "\\(", "\\[")
 _PLAIN = re.compile(r"[-+]?[\d.,\s]*\d[\d.,\s]*%?")
-_DRESS = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}|[\s$]|\\[,;! ]|\\left|\\right")
 
 
 def require() -> None:
@@ -76,8 +75,8 @@ def complaint(problem: Mapping[str, Any]) -> str | None:
 def _equal(truth: str, answer: str, *, bare: str | None = None) -> bool:
     import math_verify
 
-    spelled = _undressed(answer if bare is None else bare)
-    if spelled and spelled == _undressed(truth):
+    spelled = undressed(answer if bare is None else bare)
+    if spelled and spelled == undressed(truth):
         return True
     values = _parsed(answer, "both")
     return any(
@@ -104,15 +103,6 @@ def _parsed(text: str, what: str) -> list[Any]:
     if what == "both":
         targets.insert(0, math_verify.LatexExtractionConfig(boxed_match_priority=0))
     return math_verify.parse(text, targets, parsing_timeout=None)
-
-
-def _undressed(text: str) -> str:
-    """Removes what does not change what is written: spaces, dollars, \\text, a final stop."""
-    while (less := _DRESS.sub(lambda found: found[1] or "", text)) != text:
-        text = less
-    text = text.rstrip(".")
-    # The letter of a choice.
-    return text[1] if re.fullmatch(r"\([A-Za-z]\)", text) else text
 
 
 def _close(true: Any, value: Any) -> bool:

@@ -21,6 +21,7 @@ _WITH_ARGUMENT = {
     "judge": "judge:http://127.0.0.1:8000/v1",
     "prover": "prover:lake exe verdict",
 }
+_IMPLIED = {"tests": "code", "numbers": "countdown", "answer": "math"}
 _FOLDER = "dsjax.posttrain.rewards"
 
 
@@ -43,15 +44,17 @@ class Rule:
         """Returns the rule for a problem, which `rule` leaves to the problem.
 
         Raises:
-          ValueError: the problem names none, or one that is not there.
+          ValueError: the problem neither names nor implies one.
         """
         if self.name != "rule":
             return self
         named = problem.get("rule", problem.get("data_source"))
         if named not in RULES:
+            named = next((rule for field, rule in _IMPLIED.items() if field in problem), None)
+        if named is None or ("rule" in problem and named != problem["rule"]):
             raise ValueError(
-                f"the reward 'rule' needs a problem that names one in its field 'rule', and this "
-                f"one has {named!r}; name one of {', '.join(RULES)}"
+                f"the problem's field 'rule' is {problem.get('rule')!r:.80}; name one of "
+                f"{', '.join(RULES)}, or give 'answer', 'numbers' and 'target', or 'tests'"
             )
         return find(str(named))
 

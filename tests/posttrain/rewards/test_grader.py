@@ -60,7 +60,7 @@ def test_rewards_of_a_mixture_follow_the_problems_own_rule():
     problems = [GAME | {"rule": "countdown"}, {"rule": "format"}, {}]
     with Grader(["rule"], workers=1) as grader:
         assert [each["rule"] for each in grader.grade([RIGHT] * 3, problems)] == [1.0, 1.0, None]
-        with pytest.raises(ValueError, match="f:1: the reward 'rule' needs a problem that names"):
+        with pytest.raises(ValueError, match="f:1: the problem's field 'rule' is None"):
             grader.check([Problem("q", {}, "f:1")])
 
 

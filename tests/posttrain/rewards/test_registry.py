@@ -14,13 +14,16 @@ def test_names_stand_for_modules_and_arguments(tmp_path, monkeypatch):
     assert find("mine.py:worth").arguments == (str(tmp_path / "mine.py"), "worth")
 
 
-def test_rule_of_a_problem_is_the_one_it_names():
+def test_rule_of_a_problem_is_the_one_it_names_or_implies():
     rule = find("rule")
-    assert rule.of({"rule": "countdown"}).name == "countdown"
+    assert rule.of({"rule": "format", "answer": "1"}).name == "format"
     assert rule.of({"data_source": "math"}).name == "math"
+    assert rule.of({"data_source": "numina", "answer": "1"}).name == "math"
+    assert rule.of({"numbers": [1], "target": 1, "answer": "1"}).name == "countdown"
+    assert rule.of({"tests": [], "entry": "f"}).name == "code"
     assert find("math").of({"rule": "countdown"}).name == "math"
-    for problem in ({}, {"rule": "x"}, {"rule": "rule"}):
-        with pytest.raises(ValueError, match="names one in its field 'rule', and this one has"):
+    for problem in ({}, {"rule": "x", "answer": "1"}, {"rule": "rule"}):
+        with pytest.raises(ValueError, match="the problem's field 'rule' is .*; name one of math"):
             rule.of(problem)
 
 

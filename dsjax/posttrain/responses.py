@@ -1,0 +1,231 @@
+"""Answers of a checkpoint to problems, drawn by the engine as one stream of requests.
+
+A draw depends on its seed and its problem alone, and the seed on (seed, problem, sample), so the
+answers are the same however many are drawn together, in whatever order, and after an interruption.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dsjax.data.shuffling import mix, stream_key
+from dsjax.files import listed
+from dsjax.generate.engine import Engine, Statistics
+from dsjax.generate.request import Request
+from dsjax.generate.sampling import Sampling
+from dsjax.infer.answers import MOST_NEW_TOKENS, default_sampling
+from dsjax.infer.weights import load_weights
+from dsjax.parallel.mesh import submesh
+from dsjax.posttrain.initial import Initial, open_initial
+from dsjax.posttrain.problems import Problem
+from dsjax.text.chat import Message
+from dsjax.text.vocabulary import THINK
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """How to ask and to draw.
+
+    Attributes:
+      sampling: `seed` is the seed of all.
+      max_new_tokens: of each answer; None: MOST_NEW_TOKENS, or what the context has room for.
+      system: instructions that come before each prompt.
+      template: a text around each prompt that is a text, in place of its {prompt}.
+      max_batch: answers that are drawn at the same time.
+    """
+
+    sampling: Sampling
+    max_new_tokens: int | None = None
+    system: str = ""
+    template: str = ""
+    max_batch: int = 64
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens {self.max_new_tokens} is not at least 1")
+        if self.max_batch < 1:
+            raise ValueError(f"--max-batch {self.max_batch} is not at least 1")
+        if self.template and "{prompt}" not in self.template:
+            raise ValueError(
+                f"--template {self.template!r:.80} has no place for the prompt; write {{prompt}} there"
+            )
+
+
+class Response(NamedTuple):
+    """An answer.
+
+    Attributes:
+      key: what it was asked for under.
+      text: all that followed the prompt, control tokens spelled out, without the end token.
+      tokens: how many there are, the end token included.
+      ended: whether the model ended it; else it was cut off.
+    """
+
+    key: tuple[int, int]
+    text: str
+    tokens: int
+    ended: bool
+
+
+class Respondent:
+    """A checkpoint that answers problems. The weights are read at the first answer.
+
+    Attributes:
+      prompts: of each problem, the ids that an answer follows.
+      facts: of each problem, what rewards judge by.
+    """
+
+    def __init__(
+        self,
+        initial: Initial,
+        problems: Sequence[Problem],
+        wanted: Wanted,
+        *,
+        dtype: str | None = None,
+        mesh: Mapping[str, int] | None = None,
+    ) -> None:
+        """
+        Args:
+          dtype, mesh: as `command.add_checkpoint` gives them.
+
+        Raises:
+          ValueError: a prompt leaves no room for an answer, or a base model is given messages; all
+            such problems are named.
+        """
+        self._initial, self._wanted, self._dtype = initial, wanted, dtype
+        self._mesh = submesh(mesh or {})
+        self._engine: Engine | None = None
+        self.prompts: list[tuple[int, ...]] = []
+        self.facts: list[dict[str, Any]] = []
+        refused = []
+        for problem in problems:
+            try:
+                prompt = self._encode(problem)
+            except ValueError as error:
+                refused.append(f"{problem.place}: {error}")
+                continue
+            self.prompts.append(tuple(prompt))
+            self.facts.append(problem.facts(opened=self._opens_thought(prompt)))
+        if refused:
+            raise ValueError(listed(refused))
+
+    @property
+    def sampling(self) -> Sampling:
+        """How answers are drawn."""
+        return self._wanted.sampling
+
+    @property
+    def statistics(self) -> Statistics:
+        """What the answers since the last call of `answers` cost."""
+        return self._engine.statistics if self._engine else Statistics()
+
+    def answers(
+        self, keys: Sequence[tuple[int, int]], *, greedy: bool = False
+    ) -> Iterator[Response]:
+        """Yields the answers to (problem, sample) pairs, each as it is finished.
+
+        Args:
+          greedy: whether to take the most likely tokens instead of drawing.
+        """
+        if self._engine is None:
+            model = load_weights(self._initial.checkpoint, self._mesh, self._dtype)
+            self._engine = Engine(model, max_batch=self._wanted.max_batch, streaming=False)
+        engine = self._engine
+        engine.statistics = Statistics()
+        open_: dict[int, tuple[tuple[int, int], list[int]]] = {}
+        try:
+            for key in keys:
+                open_[engine.add(self._request(key, greedy))] = (key, [])
+            while open_:
+                for id, output in engine.step().items():
+                    key, tokens = open_[id]
+                    tokens += output.tokens
+                    if output.finish is not None:
+                        del open_[id]
+                        yield self._response(key, tokens, output.finish == "stop")
+        finally:  # the caller may stop iterating early
+            for id in open_:
+                engine.cancel(id)
+
+    def _request(self, key: tuple[int, int], greedy: bool) -> Request:
+        number, sample = key
+        stream = stream_key("responses", self._wanted.sampling.seed, number)
+        seed = int(mix(stream, np.array([sample], np.uint64))[0] >> np.uint64(32))
+        change = {"temperature": 0.0} if greedy else {}
+        return Request(
+            prompt=self.prompts[number],
+            max_new_tokens=self._most_new(self.prompts[number]),
+            sampling=dataclasses.replace(self._wanted.sampling, seed=seed, **change),
+            stop_ids=self._initial.vocabulary.stop_ids,
+        )
+
+    def _most_new(self, prompt: Sequence[int]) -> int:
+        room = self._initial.model.max_seq_len - len(prompt)
+        return self._wanted.max_new_tokens or min(MOST_NEW_TOKENS, room)
+
+    def _response(self, key: tuple[int, int], tokens: list[int], ended: bool) -> Response:
+        shown = tokens[:-1] if ended else tokens
+        text = self._initial.vocabulary.coder.decode(shown, skip_special=False)
+        return Response(key, text, len(tokens), ended)
+
+    def _encode(self, problem: Problem) -> list[int]:
+        prompt, chat, system = problem.prompt, self._initial.chat, self._wanted.system
+        if isinstance(prompt, str) and self._wanted.template:
+            prompt = self._wanted.template.replace("{prompt}", prompt)
+        if chat is None:
+            if not isinstance(prompt, str) or system:
+                raise ValueError(
+                    "this checkpoint's tokenizer has no tokens for turns, so its model cannot be "
+                    "given messages or --system; give 'prompt' as a text, with --template around it"
+                )
+            ids = self._initial.vocabulary.plain_prompt(prompt)
+        else:
+            turns = Problem(prompt, {}, "").messages
+            messages = [Message(turn["role"], turn["content"]) for turn in turns]
+            ids = chat.encode([*([Message("system", system)] if system else []), *messages])
+        context = self._initial.model.max_seq_len
+        if len(ids) + (self._wanted.max_new_tokens or 1) > context:
+            raise ValueError(
+                f"the prompt of {len(ids)} tokens and --max-new-tokens "
+                f"{self._wanted.max_new_tokens or 1} exceed the model's context of {context}; "
+                "shorten it, or ask for fewer tokens"
+            )
+        return ids
+
+    def _opens_thought(self, prompt: Sequence[int]) -> bool:
+        """Tells whether a prompt ends inside a thought."""
+        vocabulary = self._initial.vocabulary
+        if vocabulary.think_ids is not None:
+            marks = [token for token in prompt if token in vocabulary.think_ids]
+            return bool(marks) and marks[-1] == vocabulary.think_ids[0]
+        return vocabulary.coder.decode(prompt, skip_special=False).rstrip().endswith(THINK)
+
+
+def open_respondent(
+    path: str | Path,
+    problems: Sequence[Problem],
+    wanted: Wanted,
+    given: Mapping[str, Any],
+    **placement: Any,
+) -> Respondent:
+    """Opens a checkpoint to answer problems.
+
+    Args:
+      wanted: its sampling is that of the checkpoint's generation_config.json where `given` has
+        none of its own.
+      given: settings of `Sampling`; None for those not given.
+      placement: dtype and mesh, see `Respondent`.
+
+    Raises:
+      ValueError: there is no whole checkpoint with a tokenizer; or see `Respondent`.
+    """
+    initial = open_initial(path)
+    known = default_sampling(initial.checkpoint.tokenizer_folder)
+    own = {key: value for key, value in given.items() if value is not None}
+    sampling = dataclasses.replace(known, seed=wanted.sampling.seed, **own)
+    return Respondent(initial, problems, dataclasses.replace(wanted, sampling=sampling), **placement)
