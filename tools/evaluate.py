@@ -9,7 +9,7 @@ CKPT is a Hugging Face folder, a folder imported by tools/convert.py, or the fol
   python tools/evaluate.py runs/sft --problems HumanEval.jsonl.gz --n 20 --k 1 10 --reward code
   # the countdown game, with a base model that continues a text
   python tools/evaluate.py runs/zero --problems countdown.jsonl --reward countdown \\
-    --template 'Question: {prompt}\\nAnswer:'
+    --template $'Question: {prompt}\\nAnswer:'
 
 FILE is JSON lines or parquet: a prompt with what its reward reads (docs/rewards.md). A reward is
 math, countdown, code, format, language, judge:..., model:..., prover:... or PATH.py:FUNCTION; the

@@ -28,11 +28,11 @@ import numpy as np
 from rich.console import Console
 
 from dsjax import display, tables
+from dsjax.generate.sampling import Sampling
 from dsjax.posttrain.answer import final
 from dsjax.posttrain.problems import Problem, read_problems
 from dsjax.posttrain.responses import Respondent, Response, Wanted, open_respondent
 from dsjax.posttrain.rewards import Grader
-from dsjax.generate.sampling import Sampling
 
 RIGHT = 1.0
 _RESAMPLES, _CHUNK = 2000, 100
@@ -263,15 +263,16 @@ def _result(problem: Problem, samples: Sequence[Sample], greedy: Sample) -> dict
 
 
 def _print(summary: dict[str, Any], console: Console) -> None:
-    intervals = summary["intervals"]
-    rows = [
-        (name, f"{100 * summary[name]:.1f} %", f"{100 * each['low']:.1f} to {100 * each['high']:.1f} %",
-         each["kind"])
-        for name, each in intervals.items()
-    ]  # fmt: skip
-    title = f"{summary['count']:,} problems of {summary['problems']}, by {summary['reward']}"
-    console.print(tables.table(title, ("", ">right", ">95 % interval", "kind"), rows))
+    rows = []
+    for name, each in summary["intervals"].items():
+        low, high = 100 * each["low"], 100 * each["high"]
+        rows.append(
+            (name, f"{100 * summary[name]:.1f} %", f"{low:.1f} to {high:.1f} %", each["kind"])
+        )
+    console.print(f"{summary['count']:,} problems of {summary['problems']}", markup=False)
+    console.print(tables.table("", ("", ">right", ">95 % interval", "kind"), rows))
     rest = [
+        ("reward", summary["reward"]),
         ("samples per problem", summary["n"]),
         ("temperature", f"{summary['temperature']:g}"),
         ("top-p", f"{summary['top_p']:g}"),

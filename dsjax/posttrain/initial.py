@@ -13,6 +13,7 @@ leaves them out. Speculation with them stays correct, though fewer drafts are ac
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,13 +110,16 @@ def all_but_mtp(path: tuple[Any, ...]) -> bool:
     return path[0] != "mtp"
 
 
-def open_initial(path: str | Path) -> Initial:
+def open_initial(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Initial:
     """Opens a Hugging Face folder, a converted folder, or a run of any kind.
+
+    Args:
+      overrides: fields of a Hugging Face config.json, see `dsjax.load`.
 
     Raises:
       ValueError: there is no whole checkpoint with a tokenizer; says what is missing.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, overrides)
     folder = checkpoint.tokenizer_folder
     vocabulary = open_vocabulary(folder, checkpoint.model.vocab_size)
     return Initial(checkpoint, vocabulary, find_format(folder, vocabulary))

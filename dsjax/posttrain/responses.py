@@ -52,7 +52,8 @@ class Wanted:
             raise ValueError(f"--max-batch {self.max_batch} is not at least 1")
         if self.template and "{prompt}" not in self.template:
             raise ValueError(
-                f"--template {self.template!r:.80} has no place for the prompt; write {{prompt}} there"
+                f"--template {self.template!r:.80} has no place for the prompt; "
+                "write {prompt} in it"
             )
 
 
@@ -211,6 +212,8 @@ def open_respondent(
     problems: Sequence[Problem],
     wanted: Wanted,
     given: Mapping[str, Any],
+    *,
+    overrides: Mapping[str, Any] | None = None,
     **placement: Any,
 ) -> Respondent:
     """Opens a checkpoint to answer problems.
@@ -224,8 +227,10 @@ def open_respondent(
     Raises:
       ValueError: there is no whole checkpoint with a tokenizer; or see `Respondent`.
     """
-    initial = open_initial(path)
+    initial = open_initial(path, overrides)
     known = default_sampling(initial.checkpoint.tokenizer_folder)
     own = {key: value for key, value in given.items() if value is not None}
     sampling = dataclasses.replace(known, seed=wanted.sampling.seed, **own)
-    return Respondent(initial, problems, dataclasses.replace(wanted, sampling=sampling), **placement)
+    return Respondent(
+        initial, problems, dataclasses.replace(wanted, sampling=sampling), **placement
+    )

@@ -21,29 +21,28 @@ from typing import Any
 from dsjax.posttrain.answer import split
 
 SECONDS, WALL_SECONDS = 5.0, 30.0
+_CODES = {
+    "CJK": "zh ja",
+    "HIRAGANA": "ja",
+    "KATAKANA": "ja",
+    "HANGUL": "ko",
+    "CYRILLIC": "ru uk be bg sr mk kk mn",
+    "ARABIC": "ar fa ur",
+    "DEVANAGARI": "hi mr ne",
+    "LATIN": "en de fr es it pt nl sv da no fi pl cs sk hu ro hr sl lt lv et tr vi id ms tl sw ca",
+    "GREEK": "el",
+    "HEBREW": "he",
+    "THAI": "th",
+    "BENGALI": "bn",
+    "TAMIL": "ta",
+    "TELUGU": "te",
+    "GEORGIAN": "ka",
+    "ARMENIAN": "hy",
+}
 _SCRIPTS = {
-    "zh": {"CJK"},
-    "ja": {"CJK", "HIRAGANA", "KATAKANA"},
-    "ko": {"HANGUL"},
-    "el": {"GREEK"},
-    "he": {"HEBREW"},
-    "th": {"THAI"},
-    "hi": {"DEVANAGARI"},
-    "mr": {"DEVANAGARI"},
-    "ne": {"DEVANAGARI"},
-    "bn": {"BENGALI"},
-    "ta": {"TAMIL"},
-    "te": {"TELUGU"},
-    "ka": {"GEORGIAN"},
-    "hy": {"ARMENIAN"},
-    **dict.fromkeys(("ru", "uk", "be", "bg", "sr", "mk", "kk", "mn"), {"CYRILLIC"}),
-    **dict.fromkeys(("ar", "fa", "ur"), {"ARABIC"}),
-    **dict.fromkeys(
-        ("en", "de", "fr", "es", "it", "pt", "nl", "sv", "da", "no", "fi", "pl", "cs", "sk", "hu",
-         "ro", "hr", "sl", "lt", "lv", "et", "tr", "vi", "id", "ms", "tl", "sw", "ca"),
-        {"LATIN"},
-    ),
-}  # fmt: skip
+    code: {script for script, codes in _CODES.items() if code in codes.split()}
+    for code in sorted({code for codes in _CODES.values() for code in codes.split()})
+}
 _EACH_A_WORD = {"CJK", "HIRAGANA", "KATAKANA"}
 _VARIABLES = {"LATIN", "GREEK"}
 _LEFT_OUT = re.compile(

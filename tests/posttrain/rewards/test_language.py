@@ -29,7 +29,11 @@ def share(thought, language="en"):
         ("We add.", "EN-us", 1),
         # LaTeX, code, addresses and variables are in no language.
         (HAN + r" $\frac{alpha}{beta}$ \(sin x\) \[cos x\] \begin{cases}word\end{cases}", "zh", 1),
-        (HAN + " \\sqrt x ```python\nfor word in words: pass\n``` `print` https://a.b/word", "zh", 1),
+        (
+            HAN + " \\sqrt x ```py\nfor word in words: pass\n``` `print` https://a.b/word",
+            "zh",
+            1,
+        ),
         (HAN + " x = y + \u03b1", "zh", 1),
         (HAN + " ``` not closed word", "zh", 1),
     ],

@@ -23,7 +23,7 @@ def test_rule_of_a_problem_is_the_one_it_names_or_implies():
     assert rule.of({"tests": [], "entry": "f"}).name == "code"
     assert find("math").of({"rule": "countdown"}).name == "math"
     for problem in ({}, {"rule": "x", "answer": "1"}, {"rule": "rule"}):
-        with pytest.raises(ValueError, match="the problem's field 'rule' is .*; name one of math"):
+        with pytest.raises(ValueError, match=r"the problem's field 'rule' is .*; name one of math"):
             rule.of(problem)
 
 
