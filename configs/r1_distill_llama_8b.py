@@ -4,8 +4,8 @@ Paper: DeepSeek-R1 (arXiv:2501.12948), section 2.4 and the supplement. Llama-3.1
 about 800K samples of R1; cosine from 5e-5 to a tenth. The rest of the recipe, which all six
 distills share, and our choices in it are in `dsjax.config.recipes`. Llama 3.1's rope scaling.
 
-To reproduce it, two things are missing: the samples were not released, and this trains from
-scratch, because starting from a converted checkpoint is not supported yet.
+To fine-tune the base model, use `configs/distill_llama_8b.py`. This config trains the same
+shape from scratch, and gives it to tools/show.py and tools/plan.py.
 
 Command: python tools/train.py configs/r1_distill_llama_8b.py --workdir runs/r1_distill_llama_8b \
     --set data.files='samples/*.jsonl' data.tokenizer=r1-distill/tokenizer.json

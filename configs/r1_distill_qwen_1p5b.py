@@ -5,8 +5,8 @@ on about 800K samples of R1; cosine from 1e-4 to a tenth. The rest of the recipe
 distills share, and our choices in it are in `dsjax.config.recipes`. Qwen2's shape: biases on
 queries, keys and values; the head is untied, unlike the base model's.
 
-To reproduce it, two things are missing: the samples were not released, and this trains from
-scratch, because starting from a converted checkpoint is not supported yet.
+To fine-tune the base model, use `configs/distill_qwen_1_5b.py`. This config trains the same
+shape from scratch, and gives it to tools/show.py and tools/plan.py.
 
 Command: python tools/train.py configs/r1_distill_qwen_1p5b.py --workdir runs/r1_distill_qwen_1p5b \
     --set data.files='samples/*.jsonl' data.tokenizer=r1-distill/tokenizer.json

@@ -6,8 +6,8 @@ distills share, and our choices in it are in `dsjax.config.recipes`. Qwen2's sha
 queries, keys and values, with a norm epsilon of 1e-5 and a rope theta of 1e6, unlike the two
 smallest models.
 
-To reproduce it, two things are missing: the samples were not released, and this trains from
-scratch, because starting from a converted checkpoint is not supported yet.
+To fine-tune the base model, use `configs/distill_qwen_32b.py`. This config trains the same
+shape from scratch, and gives it to tools/show.py and tools/plan.py.
 
 Command: python tools/train.py configs/r1_distill_qwen_32b.py --workdir runs/r1_distill_qwen_32b \
     --set data.files='samples/*.jsonl' data.tokenizer=r1-distill/tokenizer.json

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from dsjax import settings
+from dsjax.config import Config, FineTuning
 
 ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / "configs").glob("*.py"))
 NAMES = [path.stem for path in PATHS]
+# The root that each tool reads; a config's docstring names its tool.
+ROOTS = {"train": Config, "sft": FineTuning}
 RELEASED = {
     "llm_7b", "llm_67b", "moe_2b", "moe_16b", "moe_145b", "v2_lite", "v2_236b", "v3_671b",
     "r1_distill_qwen_1p5b", "r1_distill_qwen_7b", "r1_distill_qwen_14b", "r1_distill_qwen_32b",
@@ -22,16 +25,26 @@ def test_configs_cover_the_family():
     assert set(NAMES) >= RELEASED | {"tiny", "small"}
 
 
+def docstring(path):
+    return ast.get_docstring(ast.parse(path.read_text())) or ""
+
+
+def root(path):
+    found = re.search(r"Command: python tools/(\w+)\.py", docstring(path))
+    assert found, f"{path.name} names no tool"
+    return ROOTS[found.group(1)]
+
+
 @pytest.mark.parametrize("path", PATHS, ids=NAMES)
 def test_config_resolves_under_its_own_name(path):
-    config = settings.load_config(path)
+    config = settings.load_config(path, root(path))
     assert config.name == path.stem
-    assert settings.from_dict(settings.to_dict(config)) == config
+    assert settings.from_dict(settings.to_dict(config), kind=root(path)) == config
 
 
 @pytest.mark.parametrize("path", PATHS, ids=NAMES)
 def test_config_docstring_has_command_hardware_cost_expected(path):
-    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    text = docstring(path)
     headings = [
         line.partition(":")[0] for line in text.splitlines() if re.match(r"[A-Z]\w+:", line)
     ]
@@ -42,14 +55,18 @@ def test_config_docstring_has_command_hardware_cost_expected(path):
 @pytest.mark.parametrize("path", PATHS, ids=NAMES)
 def test_config_command_is_runnable(path):
     """The command names this file, and its overrides are keys of the config with fitting values."""
-    text = ast.get_docstring(ast.parse(path.read_text())) or ""
-    match = re.search(r"Command: (.*?)\nHardware:", text, re.DOTALL)
+    match = re.search(r"Command: (.*?)\nHardware:", docstring(path), re.DOTALL)
     assert match
     words = match.group(1).replace("\\\n", " ").split()
-    assert words[:3] == ["python", "tools/train.py", f"configs/{path.name}"]
-    assert words[3:5] == ["--workdir", words[4]] and words[4].startswith("runs/")
-    assert words[5:6] in ([], ["--set"])
-    settings.override(settings.load_config(path), words[6:])
+    assert words[0] == "python" and words[2] == f"configs/{path.name}"
+    assert (ROOT / words[1]).is_file()
+    del words[:3]
+    if root(path) is not Config:
+        assert words[0] == "--init"
+        del words[:2]
+    assert words[0] == "--workdir" and words[1].startswith("runs/")
+    assert words[2:3] in ([], ["--set"])
+    settings.override(settings.load_config(path, root(path)), words[3:])
 
 
 @pytest.mark.parametrize("name", sorted(RELEASED - {"moe_2b"}))
@@ -78,3 +95,17 @@ def test_tiny_and_small_have_every_v3_mechanism():
         assert 1 < model.n_limited_groups < model.n_expert_groups
         assert config.train.bias_update_speed > 0 and config.train.sequence_balance > 0
         assert config.optim.schedule == "v3" and config.data.fim_rate > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        ("qwen_1_5b", 1e-4), ("qwen_7b", 8e-5), ("qwen_14b", 7e-5), ("qwen_32b", 6e-5),
+        ("llama_8b", 5e-5), ("llama_70b", 2e-5),
+    ],
+)  # fmt: skip
+def test_students_have_their_published_recipe(name, rate):
+    config = settings.load_config(ROOT / f"configs/distill_{name}.py", FineTuning)
+    assert (config.optim.learning_rate, config.optim.schedule) == (rate, "cosine")
+    assert (config.optim.final_ratio, config.train.batch_size) == (0.1, 64)
+    assert (config.sft.sequence_length, config.sft.epochs) == (32768, 2)

@@ -107,6 +107,16 @@ FLAGS = {
         "--text-field",
         "--tokens",
     },
+    "sft.py": {
+        "--coordinator",
+        "--debug",
+        "--help",
+        "--init",
+        "--num-processes",
+        "--process-id",
+        "--set",
+        "--workdir",
+    },
     "show.py": {"--debug", "--help", "--json", "--mesh", "--set"},
     "train.py": {
         "--coordinator",

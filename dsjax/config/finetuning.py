@@ -22,6 +22,8 @@ class SftConfig:
     longer: Literal["drop", "truncate"] = "drop"
     # the conversations' format; checkpoint: its template, else what its control tokens imply
     format: Literal["checkpoint", "V3", "R1", "V3.1"] = "checkpoint"
+    # folder of a tokenizer and a chat template to use instead of the checkpoint's
+    tokenizer: str = ""
     epochs: float = 0.0  # passes over the conversations; 0: train.steps decides
     mtp: Literal["on", "off"] = "off"  # whether the MTP modules are trained too
     seed: int = 0  # of the order
@@ -69,7 +71,8 @@ class FineTuning(PostTraining):
         length, limit, n_mtp = self.sft.sequence_length, self.model.max_seq_len, self.model.n_mtp
         require(
             length <= limit,
-            f"sft.sequence_length={length} exceeds the checkpoint's max_seq_len={limit}; lower it",
+            f"sft.sequence_length={length} exceeds the checkpoint's max_seq_len={limit}; lower it, "
+            "or, if the model can do more, import it with --override max_position_embeddings=...",
         )
         if self.sft.mtp == "on":
             require(n_mtp > 0, "sft.mtp=on, and the checkpoint has no MTP modules; leave it out")

@@ -1,8 +1,10 @@
 """Recipes that several published models share."""
 
 from dsjax.config.data import DataConfig
+from dsjax.config.finetuning import FineTuning, SftConfig
 from dsjax.config.mesh import MeshConfig
 from dsjax.config.model import ModelConfig
+from dsjax.config.posttraining import TuningConfig
 from dsjax.config.pretraining import Config
 from dsjax.config.train import OptimConfig, TrainConfig
 
@@ -24,6 +26,23 @@ def r1_distillation(name: str, model: ModelConfig, learning_rate: float) -> Conf
             warmup_steps=0,
             decay_points=(0.0, 1.0, 1.0),  # the cosine fills the run
             decay_ratios=(0.1, 0.1),
+        ),
+        mesh=MeshConfig(data=1, fsdp=-1),
+    )
+
+
+def distillation(name: str, learning_rate: float) -> FineTuning:
+    """Returns the same fine-tuning of a checkpoint, `--init`: the recipe of the six R1 distills.
+
+    R1's conversations hold its thoughts, so the format is R1's, whatever template the base model
+    has; its tokenizer needs the tokens, see `sft.tokenizer`.
+    """
+    return FineTuning(
+        name=name,
+        sft=SftConfig(sequence_length=32768, format="R1", epochs=2, heldout_fraction=0.002),
+        train=TuningConfig(batch_size=64, micro_batch_size=16),
+        optim=OptimConfig(
+            learning_rate=learning_rate, schedule="cosine", warmup_steps=0, final_ratio=0.1
         ),
         mesh=MeshConfig(data=1, fsdp=-1),
     )

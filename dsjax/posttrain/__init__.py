@@ -4,6 +4,11 @@ Every run begins with a checkpoint (`--init`) and is a run like any other: it re
 generates and exports.
 
   initial.py      the checkpoint that a run begins with: shape, tokenizer, chat format, weights
+  messages.py     conversations in everybody's forms, as tokens with what is trained
+  rows.py         conversations packed into rows
+  supervised.py   the objective of fine-tuning
+  esft.py         the choice of a task's experts, the only ones to train
+  finetuning.py   a fine-tuning run: tools/sft.py
   distill.py      a teacher's distribution as the target: forward, reverse and top-k KL
   preference.py   the losses of DPO and of reward models
   reward_model.py a score per answer in place of a vocabulary

@@ -43,10 +43,12 @@ class Initial:
     """A checkpoint, open for reading.
 
     Attributes:
+      text_folder: where the tokenizer and the chat template come from.
       chat: None for a base model, whose tokenizer has no tokens for turns.
     """
 
     checkpoint: Checkpoint
+    text_folder: Path
     vocabulary: Vocabulary
     chat: ChatFormat | None
 
@@ -94,13 +96,20 @@ class Initial:
         What Hugging Face published goes to `hf/`, as in a converted folder, from where it is
         exported unchanged; a pre-training run's tokenizer goes to the top, as that run has it.
         """
-        source = self.checkpoint.tokenizer_folder
-        if (source / "checkpoints").is_dir():
-            found = [source / name for name in _OF_A_RUN if (source / name).is_file()]
-            copy_side_files(found, folder)
+        if _is_run(self.text_folder):
+            found = [self.text_folder / name for name in _OF_A_RUN]
+            copy_side_files([file for file in found if file.is_file()], folder)
             return
+        files = [file for file in side_files(self.text_folder) if file.name != "config.json"]
+        published = self.checkpoint.tokenizer_folder / "config.json"
+        if published.is_file() and not _is_run(published.parent):
+            files.append(published)
         (folder / "hf").mkdir(exist_ok=True)
-        copy_side_files(list(side_files(source)), folder / "hf")
+        copy_side_files(files, folder / "hf")
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "checkpoints").is_dir()
 
 
 def all_but_mtp(path: tuple[Any, ...]) -> bool:
@@ -110,16 +119,20 @@ def all_but_mtp(path: tuple[Any, ...]) -> bool:
     return path[0] != "mtp"
 
 
-def open_initial(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Initial:
+def open_initial(
+    path: str | Path, overrides: Mapping[str, Any] | None = None, *, tokenizer: str = ""
+) -> Initial:
     """Opens a Hugging Face folder, a converted folder, or a run of any kind.
 
     Args:
       overrides: fields of a Hugging Face config.json, see `dsjax.load`.
+      tokenizer: folder of a tokenizer and a chat template to use instead of the checkpoint's; ids
+        must be within its vocabulary.
 
     Raises:
       ValueError: there is no whole checkpoint with a tokenizer; says what is missing.
     """
     checkpoint = open_checkpoint(path, overrides)
-    folder = checkpoint.tokenizer_folder
+    folder = Path(tokenizer) if tokenizer else checkpoint.tokenizer_folder
     vocabulary = open_vocabulary(folder, checkpoint.model.vocab_size)
-    return Initial(checkpoint, vocabulary, find_format(folder, vocabulary))
+    return Initial(checkpoint, folder, vocabulary, find_format(folder, vocabulary))

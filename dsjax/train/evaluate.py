@@ -6,15 +6,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
-from dsjax.data.packing import HeldoutSequences
 from dsjax.model.transformer import Transformer
 from dsjax.train.objective import Knobs, Objective, Sums, read_batch
 from dsjax.train.step import TrainState, restored_model
+
+
+class Heldout(Protocol):
+    """Rows to score; `dsjax.data.packing.HeldoutSequences` is one kind."""
+
+    @property
+    def row_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of the text that each row predicts, float64 [rows]."""
+        ...
+
+    def batch(self, rows: Sequence[int], /) -> dict[str, np.ndarray]:
+        """Returns the given rows, stacked."""
+        ...
 
 
 class Evaluation(NamedTuple):
@@ -29,8 +41,8 @@ def scorer(
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:
     """Builds (state, batch) -> (summed loss in nats, number of targets), to be jitted.
 
-    The batch is `tokens` and `segment_ids`, int32 [B, T + 1]. Only the main model's loss counts,
-    without MTP and balance losses.
+    The batch is `tokens` and `segment_ids`, int32 [B, T + 1], and what else the objective asks for.
+    Only the main model's loss counts, without MTP and balance losses.
 
     Args:
       declared: the model without values.
@@ -72,7 +84,7 @@ def batch_sums(
 
 def evaluate(
     score: Callable[[dict[str, np.ndarray]], tuple[Any, Any]],
-    heldout: HeldoutSequences,
+    heldout: Heldout,
     rows: Sequence[int],
     *,
     batch_size: int,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from dsjax.config import Config, ModelConfig
+from dsjax.config import Config, ModelConfig, PostTraining
 from dsjax.model.block import run_layers
 from dsjax.model.layers import RouterState
 from dsjax.model.parameters import shardings
@@ -38,7 +38,7 @@ from dsjax.train.objective import (
 Tree = Any
 
 
-def check(config: Config, mesh: Mesh | AbstractMesh) -> None:
+def check(config: Config | PostTraining, mesh: Mesh | AbstractMesh) -> None:
     """Refuses what cannot be pipelined over the mesh.
 
     Raises:
@@ -46,6 +46,7 @@ def check(config: Config, mesh: Mesh | AbstractMesh) -> None:
         that is too small for the schedule or does not suit it.
     """
     if mesh.shape[pipeline.PIPE] > 1:
+        assert config.model is not None, "the checkpoint's shape is known by now"
         for _, sequences in batch_stages(config.train):
             _schedule(
                 config.model, config.mesh.schedule, mesh, sequences // config.micro_batch_size

@@ -133,8 +133,11 @@ def _open_wandb(workdir: Path, config: RunConfig) -> Any:
 
 
 def described(numbers: Mapping[str, Any]) -> tuple[str, str]:
-    """Returns what the console shows of a step's numbers: in short, and in full."""
+    """Returns what the console shows of a step's numbers, in short and in full; no MTP loss where
+    no MTP module is trained.
+    """
     hidden = _HIDDEN_BY_REWARDS if "reward" in numbers else ()
+    hidden = hidden if numbers.get("mtp_loss") else (*hidden, "mtp_loss")
     shown = [key for key in _SHOWN if key in numbers and key not in hidden]
     texts = {key: _SHOWN[key].format(numbers[key]) for key in shown}
     return "  ".join(texts[key] for key in _IN_SHORT if key in texts), "  ".join(texts.values())

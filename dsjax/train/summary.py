@@ -55,10 +55,16 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     compared = f"  ({', '.join(against)}, on the same text)" if against else ""
     violation = [f"{summary[f'max_violation_{when}']:.2f}" for when in ("first", "last")]
     compiling = f"{summary['compile_seconds']:.0f} s of it compiling"
+    heldout = []
+    if summary["eval_loss"] is not None:  # None without held-out data
+        heldout = [
+            ("held-out loss", f"{summary['eval_loss']:.4f} nats per token"),
+            ("held-out bits per byte", f"{summary['bits_per_byte']:.3f}{compared}"),
+        ]
+    mtp = f", MTP {summary['mtp_loss']:.4f}" if summary["mtp_loss"] else ""
     rows = [
-        ("held-out loss", f"{summary['eval_loss']:.4f} nats per token"),
-        ("held-out bits per byte", f"{summary['bits_per_byte']:.3f}{compared}"),
-        ("training loss", f"{summary['loss']:.4f}, MTP {summary['mtp_loss']:.4f}"),
+        *heldout,
+        ("training loss", f"{summary['loss']:.4f}{mtp}"),
         ("max violation", " -> ".join(violation)),
         ("tokens", f"{summary['tokens']:,}"),
         ("wall time", f"{duration(summary['wall_seconds'])}, {compiling}"),

@@ -1,18 +1,17 @@
 """The shapes of published models: one config trains each, and none inherits what is not its own."""
 
-from pathlib import Path
-
 import pytest
 
 from dsjax import settings
-from dsjax.config import ModelConfig, shapes
+from dsjax.config import Config, ModelConfig, shapes
+from tests.test_configs import PATHS, root
 
-ROOT = Path(__file__).parents[2]
 SHAPES = {name: value for name, value in vars(shapes).items() if isinstance(value, ModelConfig)}
 
 
 def test_one_config_trains_each_shape():
-    models = [settings.load_config(path).model for path in sorted((ROOT / "configs").glob("*.py"))]
+    trained = [path for path in PATHS if root(path) is Config]  # others begin with a checkpoint
+    models = [settings.load_config(path).model for path in trained]
     assert {name: models.count(shape) for name, shape in SHAPES.items()} == dict.fromkeys(SHAPES, 1)
     assert len(models) == len(SHAPES) + 2  # tiny and small are shapes of our own
 

@@ -81,3 +81,8 @@ def test_metrics_says_how_to_get_wandb(tmp_path, monkeypatch):
         ValueError, match=r"train\.wandb_project=deep needs the package wandb; install it"
     ):
         report.Metrics(tmp_path, config, first_step=0)
+
+
+def test_mtp_loss_is_shown_only_where_modules_train():
+    assert "mtp" in report.described(LINE)[1]
+    assert "mtp" not in report.described(LINE | {"mtp_loss": 0.0})[1]

@@ -74,3 +74,11 @@ def test_table_of_a_run_that_had_nothing_left_to_do_has_no_rates():
     }
     summary.print_summary(Console(file=output, width=120), idle)
     assert "tokens per second" not in output.getvalue() and "Sample" not in output.getvalue()
+
+
+def test_table_leaves_out_what_was_not_measured():
+    output = io.StringIO()
+    bare = SUMMARY | {"eval_loss": None, "bits_per_byte": None, "mtp_loss": None}
+    summary.print_summary(Console(file=output, width=120), bare)
+    assert "held-out" not in output.getvalue() and "MTP" not in output.getvalue()
+    assert "2.1000" in output.getvalue()
