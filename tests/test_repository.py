@@ -92,6 +92,16 @@ FLAGS = {
         "--step",
         "--topology",
     },
+    "prefer.py": {
+        "--coordinator",
+        "--debug",
+        "--help",
+        "--init",
+        "--num-processes",
+        "--process-id",
+        "--set",
+        "--workdir",
+    },
     "score.py": {
         "--debug",
         "--dtype",

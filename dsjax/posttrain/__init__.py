@@ -10,9 +10,11 @@ generates and exports.
   esft.py         the choice of a task's experts, the only ones to train
   finetuning.py   a fine-tuning run: tools/sft.py
   distill.py      a teacher's distribution as the target: forward, reverse and top-k KL
+  pairs.py        preferences in everybody's forms, as rows
   preference.py   the losses of DPO and of reward models
   reward_model.py a score per answer in place of a vocabulary
   row_store.py    what a frozen model says of each row, kept on disk
+  preferring.py   a preference run: tools/prefer.py
   advantages.py   rewards to advantages, and each token's weight in the loss
   problems.py     files of prompts with what their answers are judged by
   answer.py       the parts of a reply: thought, answer, box

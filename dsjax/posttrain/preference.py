@@ -79,19 +79,10 @@ def preference(config: Preference) -> Objective:
     or over labelled answers.
     """
     group, model = config.preference, config.shape
+    known = {"dpo": "reference", "bradley_terry": None, "pointwise": "label"}[group.kind]
 
     def targets(batch: Batch) -> Answers:
-        counted = batch["counted"]
-        last = (counted > 0) & (shift_left(counted, 1) == 0)
-        present = (counted.max(axis=-1) > 0).astype(jnp.float32)
-        known = {"dpo": "reference", "bradley_terry": None, "pointwise": "label"}[group.kind]
-        return Answers(
-            batch["tokens"][..., 1:],
-            counted[..., 1:] > 0,
-            last[..., :-1].astype(jnp.float32),
-            present,
-            batch[known] if known else jnp.zeros_like(present),
-        )
+        return _answers(batch, known)
 
     def weights(targets: Answers, knobs: Knobs) -> Weights:
         del knobs
@@ -120,7 +111,20 @@ def answer_logp(config: Preference) -> Objective:
         del knobs
         return {"logp": _logp(config, model, hidden, targets)}
 
-    return objective._replace(sums=sums)
+    return objective._replace(targets=lambda batch: _answers(batch, None), sums=sums)
+
+
+def _answers(batch: Batch, known: str | None) -> Answers:
+    counted = batch["counted"]
+    last = (counted > 0) & (shift_left(counted, 1) == 0)
+    present = (counted.max(axis=-1) > 0).astype(jnp.float32)
+    return Answers(
+        batch["tokens"][..., 1:],
+        counted[..., 1:] > 0,
+        last[..., :-1].astype(jnp.float32),
+        present,
+        batch[known] if known else jnp.zeros_like(present),
+    )
 
 
 def _forward(config: Preference, model: ModelConfig) -> ForwardPass:

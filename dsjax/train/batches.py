@@ -14,18 +14,19 @@ from dsjax.parallel.sharding import partition_spec
 
 
 def batch_sharding(
-    shape: tuple[int, ...], mesh: Mesh | AbstractMesh, *, per_token: bool = True
+    shape: tuple[int, ...], mesh: Mesh | AbstractMesh, *, inside: int = 1
 ) -> NamedSharding:
-    """Returns the placement of numbers per token, [..., sequences, T + 1], or per sequence,
-    [..., sequences].
+    """Returns the placement of numbers per token, [..., sequences, T + 1].
+
+    Args:
+      inside: dims of a sequence: 0 for numbers per sequence, 2 for several per token.
 
     Raises:
       ValueError: the sequences do not divide over the mesh.
     """
     # The length is split only after inputs and targets have been separated (`Objective.targets`),
     # so that a token and its target are never on different devices.
-    axes = ("batch", "tokens") if per_token else ("batch",)
-    axes = ("micro_batches",) * (len(shape) - len(axes)) + axes
+    axes = ("micro_batches",) * (len(shape) - inside - 1) + ("batch",) + ("tokens",) * inside
     spec = partition_spec(
         axes, shape, mesh, "sequences of a micro-batch (train.micro_batch_size, mesh.microbatches)"
     )
@@ -47,32 +48,32 @@ def place_held(
     """Assembles a batch from the rows that each process holds.
 
     Args:
-      rows: numbers per token, [rows, T + 1], or per sequence, [rows].
+      rows: numbers per token, [rows, T + 1], several per token, [rows, T + 1, ...], or one per
+        sequence, [rows].
       shape: that of numbers per token.
     """
     held, numbers = held_rows(shape, mesh), _numbers(shape)
 
     def array(own: np.ndarray) -> jax.Array:
-        per_token, lead = own.ndim > 1, len(shape) - 1
-        whole = shape if per_token else shape[:-1]
+        whole = (*shape[:-1], *own.shape[1:])
 
         def part(index: Any) -> np.ndarray:
-            return own[np.searchsorted(held, numbers[index[:lead]])]
+            return own[np.searchsorted(held, numbers[index[: numbers.ndim]])]
 
-        return jax.make_array_from_callback(
-            whole, batch_sharding(whole, mesh, per_token=per_token), part
-        )
+        placement = batch_sharding(whole, mesh, inside=own.ndim - 1)
+        return jax.make_array_from_callback(whole, placement, part)
 
     return {name: array(own) for name, own in rows.items()}
 
 
 def place_all(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Places a batch of which every process has all rows: numbers per token, [..., sequences,
-    T + 1], as its `tokens` are, or per sequence, [..., sequences].
+    """Places a batch of which every process has all rows; `tokens` among its arrays, [...,
+    sequences, T + 1], and the others are as in `place_held`.
     """
+    outside = batch["tokens"].ndim - 1
 
     def array(whole: np.ndarray) -> jax.Array:
-        placement = batch_sharding(whole.shape, mesh, per_token=whole.ndim == batch["tokens"].ndim)
+        placement = batch_sharding(whole.shape, mesh, inside=whole.ndim - outside)
         return jax.make_array_from_callback(whole.shape, placement, whole.__getitem__)
 
     return {name: array(whole) for name, whole in batch.items()}

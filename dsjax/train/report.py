@@ -20,6 +20,7 @@ _SHOWN = {  # on the console, of a step's numbers, in this order
     "kl": "kl {:.4f}",
     "loss": "loss {:.4f}",
     "mtp_loss": "mtp {:.4f}",
+    "accuracy": "accuracy {:.1%}",
     "grad_norm": "grad_norm {:.3f}",
     "learning_rate": "lr {:.3g}",
     "max_violation": "max_violation {:.2f}",

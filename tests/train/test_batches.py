@@ -29,18 +29,19 @@ def test_placed_batch_is_the_batch(sizes):
 
 
 @pytest.mark.parametrize("sizes", [{"data": 4, "fsdp": 2}, {"data": 2, "context": 4}])
-def test_numbers_per_sequence_lie_with_their_sequences(sizes):
-    mesh, values = make_mesh(sizes), np.arange(16, dtype=np.float32)
-    rows = {"tokens": _batch(), "values": values.reshape(2, 8)}
+@pytest.mark.parametrize("inside", [(), (5, 3)], ids=["per sequence", "several per token"])
+def test_other_numbers_lie_with_their_sequences(inside, sizes):
+    mesh, shape = make_mesh(sizes), (16, *inside)
+    values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    rows = {"tokens": _batch(), "values": values.reshape(2, 8, *inside)}
     whole = place_all(rows, mesh)
     flat = {"tokens": _batch().reshape(-1, 5), "values": values}
     parts = place_held(flat, SHAPE, mesh)
     for placed in (whole, parts):
-        np.testing.assert_array_equal(placed["values"], values.reshape(2, 8))
-        for name in ("tokens", "values"):
-            assert placed[name].sharding.spec[1] == placed["tokens"].sharding.spec[1]
+        np.testing.assert_array_equal(placed["values"], rows["values"])
+        assert placed["values"].sharding.spec[1] == placed["tokens"].sharding.spec[1]
     held = {shard.data.shape for shard in whole["values"].addressable_shards}
-    assert held == {(2, 8 // mesh.shape["data"] // mesh.shape["fsdp"])}
+    assert held == {(2, 8 // mesh.shape["data"] // mesh.shape["fsdp"], *inside)}
 
 
 def test_process_holds_its_rows_of_every_micro_batch(monkeypatch):
