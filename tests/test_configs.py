@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from dsjax import settings
-from dsjax.config import Config, FineTuning, Preference
+from dsjax.config import Config, FineTuning, Preference, Reinforcement
 
 ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / "configs").glob("*.py"))
 NAMES = [path.stem for path in PATHS]
 # The root that each tool reads; a config's docstring names its tool.
-ROOTS = {"train": Config, "sft": FineTuning, "prefer": Preference}
+ROOTS = {"train": Config, "sft": FineTuning, "prefer": Preference, "grpo": Reinforcement}
 RELEASED = {
     "llm_7b", "llm_67b", "moe_2b", "moe_16b", "moe_145b", "v2_lite", "v2_236b", "v3_671b",
     "r1_distill_qwen_1p5b", "r1_distill_qwen_7b", "r1_distill_qwen_14b", "r1_distill_qwen_32b",

@@ -8,6 +8,15 @@ from dsjax.config.posttraining import TuningConfig
 from dsjax.config.pretraining import Config
 from dsjax.config.train import OptimConfig, TrainConfig
 
+# What R1-Zero's base model is told before each question (arXiv:2501.12948, table 1).
+R1_ZERO_INSTRUCTION = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves "
+    "it. The assistant first thinks about the reasoning process in the mind and then provides the "
+    "user with the answer. The reasoning process and answer are enclosed within <think> </think> "
+    "and <answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> "
+    "<answer> answer here </answer>."
+)
+
 
 def r1_distillation(name: str, model: ModelConfig, learning_rate: float) -> Config:
     """Returns the fine-tuning of the six R1 distills (arXiv:2501.12948, section 2.4).

@@ -22,6 +22,9 @@ class RlConfig:
     # what a question's text becomes before the chat format is applied; {prompt} stands for it
     template: str = ""
     system: str = ""  # a system message, for chat models
+    # whether the question is given as plain text although the checkpoint's tokenizer has a chat
+    # format, as that of a base model may
+    raw: bool = False
 
     prompts: int = 32  # questions per step
     group_size: int = 16  # answers per question

@@ -95,11 +95,12 @@ def _encode(
     given = problem.prompt
     if isinstance(given, str) and rl.template:
         given = rl.template.replace("{prompt}", given)
-    if chat is None:
+    if chat is None or rl.raw:
         if not isinstance(given, str) or rl.system:
+            why = "rl.raw=on gives plain text" if rl.raw else "the tokenizer has no chat format"
             raise ValueError(
-                "this checkpoint's tokenizer has no tokens for turns, so its model cannot be given "
-                "messages or rl.system; give 'prompt' as a text, with rl.template around it"
+                f"{why}, so the model cannot be given messages or rl.system; give 'prompt' as a "
+                "text, with rl.template around it"
             )
         return vocabulary.plain_prompt(given)
     turns = given if not isinstance(given, str) else [{"role": "user", "content": given}]

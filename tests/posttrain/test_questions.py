@@ -59,13 +59,20 @@ def test_messages_and_a_system_prompt_need_a_format(kind):
     given = problem([{"role": "user", "content": "2+2"}])
     rl = RlConfig(max_new_tokens=8, system="be-brief")
     if kind[0] == "base":
-        with pytest.raises(ValueError, match=r"p\.jsonl:3: this checkpoint's tokenizer has no"):
+        with pytest.raises(ValueError, match=r"p\.jsonl:3: the tokenizer has no chat format"):
             questions(kind, given)
         with pytest.raises(ValueError, match=r"rl\.system"):
             questions(kind, problem(), rl=rl)
         return
     assert questions(kind, given).prompts == questions(kind, problem()).prompts
     assert list(questions(kind, given, rl=rl).prompts[0][1:9]) == ids("be-brief")
+
+
+def test_raw_question_has_no_turns_whatever_the_tokenizer(kind):
+    rl = RlConfig(max_new_tokens=8, raw=True)
+    assert list(questions(kind, problem(), rl=rl).prompts[0]) == [0, *ids("2+2")]
+    with pytest.raises(ValueError, match=r"rl\.raw=on|no chat format"):
+        questions(kind, problem([{"role": "user", "content": "2+2"}]), rl=rl)
 
 
 def test_question_without_room_for_an_answer_is_refused(kind):

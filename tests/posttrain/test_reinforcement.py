@@ -90,15 +90,15 @@ def lines(path):
 @pytest.mark.heavy
 def test_policy_learns_what_is_rewarded(place, tmp_path, monkeypatch):
     config = config_of(
-        place, steps=25, beta=0.001, heldout=str(place / "test.jsonl"), minibatches=2,
-        train={"checkpoint_every": 0, "eval_every": 20},
+        place, steps=15, beta=0.001, heldout=str(place / "test.jsonl"), minibatches=2,
+        train={"checkpoint_every": 0, "eval_every": 10},
     )  # fmt: skip
     code, shown = learn(config, tmp_path, monkeypatch)
     assert code == 0 and "reward" in shown and "rollout" in shown
     logged = [line for line in lines(tmp_path / "metrics.jsonl") if "reward" in line]
-    assert len(logged) == 25
-    first, last = (sum(x["reward"] for x in part) / 5 for part in (logged[:5], logged[-5:]))
-    assert last > first + 0.2
+    assert len(logged) == 15
+    first, last = logged[0]["reward"], sum(line["reward"] for line in logged[-5:]) / 5
+    assert first < 0.6 < 0.9 < last
     promised = (
         "reward reward_std format length entropy kl clipped rollout_tokens_per_second "
         "update_tokens_per_second engine_gap step tokens loss grad_norm learning_rate "
@@ -108,9 +108,9 @@ def test_policy_learns_what_is_rewarded(place, tmp_path, monkeypatch):
     assert set(promised.split()) <= logged[0].keys()
     assert max(line["engine_gap"] for line in logged) <= 1e-4
     samples = lines(tmp_path / "samples.jsonl")
-    assert len(samples) == 25 * 16
+    assert len(samples) == 15 * 16
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["steps"] == 25 and summary["eval_reward"] > first
+    assert summary["steps"] == 15 and summary["eval_reward"] > first
     assert dsjax.load(tmp_path) is not None  # a run like any other
 
 
