@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-batch", metavar="N", type=int, default=64, help="samples at a time (default: 64)")
     add("--system", metavar="TEXT", default="", help="instructions before each prompt")
     add("--template", metavar="TEXT", default="", help="text around each {prompt}")
+    add("--raw", action="store_true", help="give prompts as plain text, without a chat format")
     add("--json", metavar="F", help="write figures and every sample here; - prints them instead")
     return result
 

@@ -23,9 +23,14 @@ generates and exports.
   execution.py confined.py   running code that a model wrote; the program in whose process it runs
   objective.py    the policy loss: GRPO and its relatives, a pure function of log-probabilities
 
+  prompts.py      problems as the model reads them
+  responses.py    answers of a checkpoint, drawn as one stream
+  evaluation.py   tools/evaluate.py: pass@k, maj@k
+  filters.py rejection.py   tools/sample.py: answers that become training data
+
 Reinforcement learning (tools/grpo.py):
 
-  questions.py      problems as the model reads them, in an order that the seed decides
+  questions.py      problems by number, in an order that the seed decides
   rollout.py        the model answers, on the devices and with the arrays that it trains on
   experience.py     the source of a run: questions, answers, verdicts, batches
   minibatches.py    answers packed into rows, with the loss's weights as data

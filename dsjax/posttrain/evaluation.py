@@ -202,7 +202,7 @@ def run(arguments: argparse.Namespace) -> None:
         grader.check(problems)
         wanted = Wanted(
             Sampling(seed=arguments.seed), arguments.max_new_tokens, arguments.system,
-            arguments.template, arguments.max_batch,
+            arguments.template, arguments.max_batch, arguments.raw,
         )  # fmt: skip
         given = {"temperature": arguments.temperature, "top_p": arguments.top_p}
         respondent = open_respondent(

@@ -11,8 +11,9 @@ from dsjax.config import RlConfig
 from dsjax.data.shuffling import shuffled, stream_key
 from dsjax.files import listed
 from dsjax.posttrain.problems import Problem
-from dsjax.text.chat import ChatFormat, Message
-from dsjax.text.vocabulary import THINK, Vocabulary
+from dsjax.posttrain.prompts import Prompting
+from dsjax.text.chat import ChatFormat
+from dsjax.text.vocabulary import Vocabulary
 
 
 class Questions:
@@ -45,10 +46,18 @@ class Questions:
         self.problems = list(problems)
         self.prompts: list[tuple[int, ...]] = []
         self.facts: list[dict[str, Any]] = []
+        prompting = Prompting(
+            vocabulary,
+            chat,
+            rl.system,
+            rl.template,
+            raw=rl.raw,
+            named=("rl.system", "rl.template", "rl.raw"),
+        )
         refused = []
         for problem in problems:
             try:
-                prompt = _encode(problem, vocabulary, chat, rl)
+                prompt = prompting.encode(problem)
             except ValueError as error:
                 refused.append(f"{problem.place}: {error}")
                 continue
@@ -59,7 +68,7 @@ class Questions:
                     f"{context}; shorten it or lower rl.max_new_tokens"
                 )
             self.prompts.append(tuple(prompt))
-            self.facts.append(problem.facts(opened=_opens_thought(prompt, vocabulary)))
+            self.facts.append(problem.facts(opened=prompting.opens_thought(prompt)))
         if refused:
             raise ValueError(listed(refused))
 
@@ -87,32 +96,3 @@ class Questions:
             start, end = first - epoch * total, first + count - epoch * total
             numbers += order[max(start, 0) : max(end, 0)].tolist()
         return numbers
-
-
-def _encode(
-    problem: Problem, vocabulary: Vocabulary, chat: ChatFormat | None, rl: RlConfig
-) -> list[int]:
-    given = problem.prompt
-    if isinstance(given, str) and rl.template:
-        given = rl.template.replace("{prompt}", given)
-    if chat is None or rl.raw:
-        if not isinstance(given, str) or rl.system:
-            why = "rl.raw=on gives plain text" if rl.raw else "the tokenizer has no chat format"
-            raise ValueError(
-                f"{why}, so the model cannot be given messages or rl.system; give 'prompt' as a "
-                "text, with rl.template around it"
-            )
-        return vocabulary.plain_prompt(given)
-    turns = given if not isinstance(given, str) else [{"role": "user", "content": given}]
-    messages = [Message(turn["role"], turn["content"]) for turn in turns]
-    if rl.system:
-        messages.insert(0, Message("system", rl.system))
-    return chat.encode(messages)
-
-
-def _opens_thought(prompt: Sequence[int], vocabulary: Vocabulary) -> bool:
-    """Tells whether a prompt ends inside a thought."""
-    if vocabulary.think_ids is not None:
-        marks = [token for token in prompt if token in vocabulary.think_ids]
-        return bool(marks) and marks[-1] == vocabulary.think_ids[0]
-    return vocabulary.coder.decode(prompt, skip_special=False).rstrip().endswith(THINK)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dsjax.checkpoint.load import Checkpoint
 from dsjax.data.shuffling import mix, stream_key
 from dsjax.files import listed
 from dsjax.generate.engine import Engine, Statistics
@@ -23,8 +24,7 @@ from dsjax.infer.weights import load_weights
 from dsjax.parallel.mesh import submesh
 from dsjax.posttrain.initial import Initial, open_initial
 from dsjax.posttrain.problems import Problem
-from dsjax.text.chat import Message
-from dsjax.text.vocabulary import THINK
+from dsjax.posttrain.prompts import Prompting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Wanted:
       system: instructions that come before each prompt.
       template: a text around each prompt that is a text, in place of its {prompt}.
       max_batch: answers that are drawn at the same time.
+      raw: whether the model is given plain text although it chats.
     """
 
     sampling: Sampling
@@ -44,6 +45,7 @@ class Wanted:
     system: str = ""
     template: str = ""
     max_batch: int = 64
+    raw: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -77,6 +79,7 @@ class Respondent:
     """A checkpoint that answers problems. The weights are read at the first answer.
 
     Attributes:
+      prompting: how problems are put to it.
       prompts: of each problem, the ids that an answer follows.
       facts: of each problem, what rewards judge by.
     """
@@ -99,6 +102,7 @@ class Respondent:
             such problems are named.
         """
         self._initial, self._wanted, self._dtype = initial, wanted, dtype
+        self.prompting = Prompting(initial.vocabulary, initial.chat, wanted.system, wanted.template)
         self._mesh = submesh(mesh or {})
         self._engine: Engine | None = None
         self.prompts: list[tuple[int, ...]] = []
@@ -106,14 +110,19 @@ class Respondent:
         refused = []
         for problem in problems:
             try:
-                prompt = self._encode(problem)
+                prompt = self._checked(problem)
             except ValueError as error:
                 refused.append(f"{problem.place}: {error}")
                 continue
             self.prompts.append(tuple(prompt))
-            self.facts.append(problem.facts(opened=self._opens_thought(prompt)))
+            self.facts.append(problem.facts(opened=self.prompting.opens_thought(prompt)))
         if refused:
             raise ValueError(listed(refused))
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What answers."""
+        return self._initial.checkpoint
 
     @property
     def sampling(self) -> Sampling:
@@ -174,37 +183,16 @@ class Respondent:
         text = self._initial.vocabulary.coder.decode(shown, skip_special=False)
         return Response(key, text, len(tokens), ended)
 
-    def _encode(self, problem: Problem) -> list[int]:
-        prompt, chat, system = problem.prompt, self._initial.chat, self._wanted.system
-        if isinstance(prompt, str) and self._wanted.template:
-            prompt = self._wanted.template.replace("{prompt}", prompt)
-        if chat is None:
-            if not isinstance(prompt, str) or system:
-                raise ValueError(
-                    "this checkpoint's tokenizer has no tokens for turns, so its model cannot be "
-                    "given messages or --system; give 'prompt' as a text, with --template around it"
-                )
-            ids = self._initial.vocabulary.plain_prompt(prompt)
-        else:
-            turns = Problem(prompt, {}, "").messages
-            messages = [Message(turn["role"], turn["content"]) for turn in turns]
-            ids = chat.encode([*([Message("system", system)] if system else []), *messages])
-        context = self._initial.model.max_seq_len
-        if len(ids) + (self._wanted.max_new_tokens or 1) > context:
+    def _checked(self, problem: Problem) -> list[int]:
+        """Returns a problem's prompt, if it leaves room for an answer."""
+        ids = self.prompting.encode(problem)
+        context, new = self._initial.model.max_seq_len, self._wanted.max_new_tokens or 1
+        if len(ids) + new > context:
             raise ValueError(
-                f"the prompt of {len(ids)} tokens and --max-new-tokens "
-                f"{self._wanted.max_new_tokens or 1} exceed the model's context of {context}; "
-                "shorten it, or ask for fewer tokens"
+                f"the prompt of {len(ids)} tokens and --max-new-tokens {new} exceed the model's "
+                f"context of {context}; shorten it, or ask for fewer tokens"
             )
         return ids
-
-    def _opens_thought(self, prompt: Sequence[int]) -> bool:
-        """Tells whether a prompt ends inside a thought."""
-        vocabulary = self._initial.vocabulary
-        if vocabulary.think_ids is not None:
-            marks = [token for token in prompt if token in vocabulary.think_ids]
-            return bool(marks) and marks[-1] == vocabulary.think_ids[0]
-        return vocabulary.coder.decode(prompt, skip_special=False).rstrip().endswith(THINK)
 
 
 def open_respondent(

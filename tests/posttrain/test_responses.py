@@ -62,7 +62,7 @@ def test_prompt_of_a_base_model_is_its_text(base):
 @pytest.mark.parametrize(
     ("problem", "options", "message"),
     [
-        ([{"role": "user", "content": "x"}], {}, "f:1: this checkpoint's tokenizer has no tokens"),
+        ([{"role": "user", "content": "x"}], {}, "f:1: the tokenizer has no chat format, so"),
         ("x", {"system": "s"}, "cannot be given messages or --system; give 'prompt' as a text"),
         ("x" * 300, {"max_new_tokens": 8}, "f:1: the prompt of 301 tokens .* context of 256"),
         ("x" * 256, {}, "f:1: the prompt of 257 tokens"),

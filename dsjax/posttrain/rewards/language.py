@@ -55,7 +55,7 @@ _LEFT_OUT = re.compile(
 
 def score(completion: str, problem: Mapping[str, Any]) -> float | None:
     wanted = _SCRIPTS[_code(problem["language"])]
-    words = list(_words(split(completion, problem)[0]))
+    words = list(word_scripts(split(completion, problem)[0]))
     return sum(script in wanted for script in words) / len(words) if words else None
 
 
@@ -71,8 +71,8 @@ def _code(language: str) -> str:
     return re.split("[-_]", language.strip().lower())[0]
 
 
-def _words(text: str) -> Iterator[str]:
-    """Yields the script of each word of a text."""
+def word_scripts(text: str) -> Iterator[str]:
+    """Yields the script of each word of a text, as Unicode names it: LATIN, CJK, CYRILLIC."""
     text = unicodedata.normalize("NFKC", _LEFT_OUT.sub(" ", text))
     script, length = "", 0
     for character in [*text, " "]:
