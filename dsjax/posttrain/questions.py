@@ -52,7 +52,7 @@ class Questions:
             rl.system,
             rl.template,
             raw=rl.raw,
-            named=("rl.system", "rl.template", "rl.raw"),
+            named=("rl.system", "rl.template", "rl.raw=on"),
         )
         refused = []
         for problem in problems:

@@ -43,3 +43,12 @@ def test_thought_is_open_where_the_format_or_the_text_opens_it(kind):
     if name == "base":
         opening = Prompting(initial.vocabulary, None, template="{prompt}\n<think>\n")
         assert opening.opens_thought(opening.encode(PROBLEM))
+
+
+def test_raw_prompt_has_no_turns_whatever_the_tokenizer(kind):
+    _, initial = kind
+    prompting = Prompting(initial.vocabulary, initial.chat, raw=True)
+    assert prompting.encode(PROBLEM) == initial.vocabulary.plain_prompt("What is it?")
+    assert prompting.shown(PROBLEM) == "What is it?"
+    with pytest.raises(ValueError, match="--raw gives plain text, so the model cannot be given"):
+        prompting.encode(TURNS)
