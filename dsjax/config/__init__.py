@@ -9,6 +9,7 @@
   posttraining.py PostTraining: what the roots of post-training share
   finetuning.py   FineTuning: supervised fine-tuning, the root of tools/sft.py
   reinforcement.py Reinforcement: learning from rewards, the root of tools/grpo.py
+  distillation.py DistillConfig: what a student learns of a teacher, a group of FineTuning
   preference.py   Preference: DPO and reward models, the root of tools/prefer.py
   shapes.py       the ModelConfig of each published model
   recipes.py      experiments that differ only in model and learning rate
@@ -22,6 +23,7 @@ Nothing here imports jax, so that a command answers `--help` and refuses bad inp
 """
 
 from dsjax.config.data import DataConfig
+from dsjax.config.distillation import DistillConfig
 from dsjax.config.finetuning import EsftConfig, FineTuning, SftConfig
 from dsjax.config.mesh import MeshConfig
 from dsjax.config.model import ModelConfig
@@ -34,6 +36,7 @@ from dsjax.config.train import OptimConfig, PrecisionConfig, TrainConfig
 __all__ = [
     "Config",
     "DataConfig",
+    "DistillConfig",
     "EsftConfig",
     "FineTuning",
     "MeshConfig",

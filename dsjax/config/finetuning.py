@@ -1,10 +1,11 @@
-"""Fine-tuning on conversations: supervised, expert-specialized (ESFT)."""
+"""Fine-tuning on conversations: supervised, expert-specialized (ESFT), taught by a teacher."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Literal
 
+from dsjax.config.distillation import DistillConfig
 from dsjax.config.posttraining import PostTraining
 from dsjax.config.rules import require, require_not_negative, require_positive
 
@@ -62,10 +63,16 @@ class FineTuning(PostTraining):
     """A fine-tuning experiment, the root that `tools/sft.py` reads."""
 
     sft: SftConfig = dataclasses.field(default_factory=SftConfig)
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     esft: EsftConfig = dataclasses.field(default_factory=EsftConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(
+            self.distill.kind == "samples" or self.sft.mtp == "off",
+            f"sft.mtp=on: distill.kind={self.distill.kind} has no loss for MTP modules; leave it "
+            "out",
+        )
         if self.model is None:
             return
         length, limit, n_mtp = self.sft.sequence_length, self.model.max_seq_len, self.model.n_mtp

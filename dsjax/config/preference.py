@@ -23,8 +23,6 @@ class PreferenceConfig:
     heldout_files: str = ""  # globs of held-out examples; empty: heldout_fraction of them
     heldout_fraction: float = 0.05  # 0: none, and no held-out accuracy
     sequence_length: int = 2048  # tokens of a prompt with one answer; longer examples are dropped
-    # the conversations' format; checkpoint: its template, else what its control tokens imply
-    format: Literal["checkpoint", "V3", "R1", "V3.1"] = "checkpoint"
     epochs: float = 0.0  # passes over the examples; 0: train.steps decides
     seed: int = 0  # of the order
 

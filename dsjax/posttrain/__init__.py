@@ -10,6 +10,8 @@ generates and exports.
   esft.py         the choice of a task's experts, the only ones to train
   finetuning.py   a fine-tuning run: tools/sft.py
   distill.py      a teacher's distribution as the target: forward, reverse and top-k KL
+  teacher.py      the objectives that compare with it, and what it says of rows
+  teaching.py     what a fine-tuning run learns from: conversations, or a teacher as well
   pairs.py        preferences in everybody's forms, as rows
   preference.py   the losses of DPO and of reward models
   reward_model.py a score per answer in place of a vocabulary

@@ -32,8 +32,9 @@ from dsjax.parallel.mesh import make_mesh
 from dsjax.posttrain import esft
 from dsjax.posttrain.initial import Initial, all_but_mtp, open_initial
 from dsjax.posttrain.messages import TokenizedConversations, read_conversations
-from dsjax.posttrain.rows import ConversationRows, HeldoutRows, ShuffledRows, hold_out
+from dsjax.posttrain.rows import ConversationRows, HeldoutRows, hold_out
 from dsjax.posttrain.supervised import supervised
+from dsjax.posttrain.teaching import lessons
 from dsjax.precision.policy import advice
 from dsjax.text.chat import ChatFormat, Message
 from dsjax.text.conversation import choose_format
@@ -42,7 +43,6 @@ from dsjax.train.batches import batch_sharding, place_all
 from dsjax.train.evaluate import Evaluation, evaluate, scorer
 from dsjax.train.optimizer import Trains, adamw
 from dsjax.train.session import Session
-from dsjax.train.source import RowSource
 from dsjax.train.step import (
     abstract_state,
     compile_step,
@@ -80,7 +80,7 @@ def train(config: FineTuning, folder: Path, *, command: str, console: Console | 
             under_way,
             run.train_step,
             batch_size=lambda step: hyperparameters.batch_size(config.train, step),
-            knobs=lambda step: hyperparameters.knobs(config, step),
+            knobs=lambda step: {**hyperparameters.knobs(config, step), **run.knobs},
             evaluate=run.evaluate_sample,
         )
         if not under_way.exit_code:
@@ -196,24 +196,23 @@ class FineTuningRun:
             initial.keep_files(run.folder)
         optimizer = adamw(config.optim, self._trains(mesh))
         abstract = abstract_state(self.declared, optimizer, mesh)
+        learned = lessons(config, initial, data.training, mesh, run)
         run.begin(
-            RowSource(
-                ShuffledRows(data.training, seed=config.sft.seed),
-                mesh,
-                micro_batch_size=config.micro_batch_size,
-                length=length + 1,
-            ),
+            learned.source,
             abstract,
             lambda: initial.state(self.declared, optimizer, mesh),
             mesh=mesh,
             flops_per_token=train_flops_per_token(config.shape, length),
         )
-        objective = supervised(config)
-        step = train_step(self.declared, optimizer, objective, schedule=config.mesh.schedule)
+        self.knobs = learned.knobs
+        step = train_step(
+            self.declared, optimizer, learned.objective, schedule=config.mesh.schedule
+        )
         compiling = functools.partial(run.display.say, "compiling the training step")
         self.train_step = compile_step(step, abstract, mesh, compiling)
         everywhere = NamedSharding(mesh, PartitionSpec())  # for numbers that each process reads
-        score = scorer(self.declared, objective)
+        # Held-out text is scored as text, whatever the student learns from.
+        score = scorer(self.declared, supervised(config))
         self.score = Compiled(jax.jit(score, out_shardings=everywhere), mesh)
         rows = data.heldout
         self.heldout = rows and HeldoutRows(rows, initial.vocabulary.coder)

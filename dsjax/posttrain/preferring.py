@@ -37,7 +37,6 @@ from dsjax.posttrain.reward_model import RewardModel, new_head, trains
 from dsjax.posttrain.row_store import Field, RowStore
 from dsjax.posttrain.rows import hold_out
 from dsjax.precision.policy import advice
-from dsjax.text.conversation import choose_format
 from dsjax.train import hyperparameters, loop, pipelined_step, plots, session
 from dsjax.train.batches import batch_sharding, place_all
 from dsjax.train.evaluate import batch_sums
@@ -91,9 +90,6 @@ def read_data(config: Preference, initial: Initial, say: Callable[[str], None]) 
       ValueError: there are none, or one of them cannot be trained; names file and line.
     """
     group, vocabulary = config.preference, initial.vocabulary
-    form = initial.chat
-    if group.format != "checkpoint":
-        form = choose_format(group.format, vocabulary)
     if not group.files:
         raise ValueError(
             "preference.files is empty; name the examples, JSON lines or parquet: "
@@ -104,7 +100,7 @@ def read_data(config: Preference, initial: Initial, say: Callable[[str], None]) 
         found = read_examples(
             files,
             vocabulary,
-            form,
+            initial.chat,
             labelled=group.kind == "pointwise",
             longest=group.sequence_length,
             key=key,

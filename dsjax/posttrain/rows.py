@@ -13,6 +13,7 @@ import bisect
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -106,10 +107,24 @@ class HeldoutRows:
         return self._count
 
 
+class FiniteRows(Protocol):
+    """Rows of which there are so many, in a fixed order."""
+
+    sequence_length: int
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all rows."""
+        ...
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, row: int, /) -> dict[str, np.ndarray]: ...
+
+
 class ShuffledRows:
     """Training rows by number, without end: all of them once per epoch, in an order of its own."""
 
-    def __init__(self, rows: ConversationRows, *, seed: int) -> None:
+    def __init__(self, rows: FiniteRows, *, seed: int) -> None:
         self.rows, self.seed = rows, seed
         self._fingerprint = rows.fingerprint
 

@@ -30,11 +30,11 @@ NARROW = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "num_nextn_predict
 
 
 def examples(count, seed=0, *, labelled=False):
-    """A planted preference: answers with many a's are good, whatever they are asked."""
+    """A planted preference: answers with an a are good, those with a b bad, whatever was asked."""
     rng = np.random.default_rng(seed)
     found = []
     for number in range(count):
-        good, bad = ("".join(rng.choice(list(letters), 6)) for letters in ("aaab", "abbb"))
+        good, bad = ("".join(rng.choice(list(letters), 6)) for letters in ("aaac", "bbbc"))
         prompt = f"{rng.integers(50):02d}"
         if labelled:
             label = bool(number % 2)
@@ -169,18 +169,17 @@ def test_a_resumed_run_is_the_same_to_the_bit(preferred, base, files, tmp_path):
 @pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["bradley_terry", "pointwise"])
 def test_reward_models_learn_the_planted_preference(kind, base, files, tmp_path):
-    steps = 24 if kind == "bradley_terry" else 64
-    code, _ = run(config(base, files, kind, steps), tmp_path / "run")
+    code, _ = run(config(base, files, kind), tmp_path / "run")
     assert code == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["eval_accuracy"] > 0.9, summary
     scorer = load_reward_model(tmp_path / "run")
     encode = scorer.vocabulary.coder.encode
     good, bad = (
-        scorer([0, 263, *encode("07"), 264, *encode(answer), 1]) for answer in ("aaaaba", "bbbabb")
+        scorer([0, 263, *encode("07"), 264, *encode(answer), 1]) for answer in ("aacaca", "bcbbbc")
     )
     assert good > bad and (kind != "pointwise" or good > 0 > bad)
-    assert store.latest(tmp_path / "run/checkpoints") == steps
+    assert store.latest(tmp_path / "run/checkpoints") == 24
     assert not (tmp_path / "run/reference").exists()
 
 
