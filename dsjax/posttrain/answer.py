@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 THINK, END_THINK = "<think>", "</think>"
@@ -11,6 +11,7 @@ MOST_BOXED = 2000  # characters; what is longer is no answer
 MOST_BOXES = 100
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=[{\s\d])")
 _DRESS = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}|[\s$]|\\[,;! ]|\\left|\\right")
+_FENCE = re.compile(r"^[ \t]*```([^\n`]*)\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
@@ -86,6 +87,20 @@ def undressed(text: str) -> str:
     text = text.rstrip(".")
     # The letter of a choice.
     return text[1] if re.fullmatch(r"\([A-Za-z]\)", text) else text
+
+
+def last_block(text: str, kinds: Collection[str] | None = None) -> str | None:
+    """Returns the last fenced block of a text; None without one.
+
+    Args:
+      kinds: names after the fence, in lower case, that count; None: all.
+    """
+    found = [
+        block
+        for kind, block in _FENCE.findall(text)
+        if kinds is None or kind.strip().lower() in kinds
+    ]
+    return found[-1] if found else None
 
 
 def tagged(answer: str) -> str | None:

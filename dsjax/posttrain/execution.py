@@ -101,12 +101,27 @@ def passes(answer: str, tests: str, names: Sequence[str], limits: Limits) -> boo
             return output == b"passed\n" and _succeeds(asserting)
 
 
+def printed_by(command: Sequence[str], given: str, seconds: float) -> str | None:
+    """Returns what a program of the user's prints after it has read `given`; None if it fails or
+    takes longer. It runs as it is, with this process's environment.
+    """
+    process = subprocess.Popen(
+        list(command),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    with _ended(process):
+        output, ended = _converse(process, given.encode("utf-8", "surrogatepass"), seconds)
+        return output.decode(errors="replace") if ended and _succeeds(process) else None
+
+
 @contextlib.contextmanager
 def _process(
     role: str, place: str, limits: Limits, more: Sequence[str] = (), pipes: Sequence[int] = ()
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Context of a confined process, which ends with all that it started."""
-    _adopt_orphans()
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", confined.__file__, role, place, str(limits.seconds), *more],
         stdin=subprocess.PIPE,
@@ -117,8 +132,22 @@ def _process(
         pass_fds=pipes,
         start_new_session=True,
     )
-    try:
+    # Of two processes the outer one ends what is left.
+    with _ended(process, sweep=role != "asserts"):
         yield process
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen[bytes], *, sweep: bool = True) -> Iterator[None]:
+    """Context of a process, which ends with all that it started.
+
+    Args:
+      sweep: whether to end all children of this process; what a process started and left behind
+        has become one of them.
+    """
+    _adopt_orphans()
+    try:
+        yield
     finally:
         kill_tree(process.pid)
         process.wait()
@@ -126,8 +155,7 @@ def _process(
             with contextlib.suppress(OSError):
                 assert pipe is not None
                 pipe.close()
-        if role != "asserts":  # the outer process, if there are two
-            # What the answer started and left behind has become a child of this process.
+        if sweep:
             kill_tree(os.getpid(), and_root=False)
             _bury()
 

@@ -97,6 +97,11 @@ class Scorer:
         self.chat: ChatFormat | None = find_format(folder, self.vocabulary)
         self._model, self._mesh = model, mesh
 
+    @property
+    def longest(self) -> int:
+        """The most tokens that it judges, the prompt's included."""
+        return self._model.config.max_seq_len
+
     def __call__(self, ids: Sequence[int]) -> float:
         """Scores a prompt with its answer, the end token included.
 

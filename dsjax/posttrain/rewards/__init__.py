@@ -4,7 +4,8 @@
   grader.py      `score` judges one completion, `Grader` many
   math.py countdown.py format.py language.py code.py      rules on their own
   user.py        a function of the user's, `path.py:name`
-  model.py judge.py prover.py      a reward model, a model or service that is asked, a program
+  prover.py      a program's verdict
+  held.py model.py judge.py      what is held here: a reward model, a model or service that is asked
 
 A rule returns a number, or None for "cannot judge"; what it holds right and wrong is written in its
 file. docs/rewards.md tells how to bring one's own.

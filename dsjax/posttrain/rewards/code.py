@@ -30,13 +30,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsjax.posttrain import execution
-from dsjax.posttrain.answer import split
+from dsjax.posttrain.answer import last_block, split
 
 SECONDS = 30.0  # of the judge itself; the programs have limits of their own
 TOTAL_SECONDS = 120.0  # wall-clock, all tests together
 WALL_SECONDS = TOTAL_SECONDS + 60.0
 MOST_CHARACTERS = 100_000
-_FENCE = re.compile(r"^[ \t]*```([^\n`]*)\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
 _PYTHON = {"", "py", "python", "python3"}
 # What ends a function that continues the prompt: OpenAI Codex (arXiv:2107.03374), section 2.1.
 _ENDS = re.compile(r"\n(?:class |def |#|if |print|```)")
@@ -83,15 +82,15 @@ def _program(completion: str, problem: Mapping[str, Any]) -> str | None:
     answer = split(completion, problem)[1]
     if answer is None:
         return None
-    blocks = [text for kind, text in _FENCE.findall(answer) if kind.strip().lower() in _PYTHON]
-    code, begun = blocks[-1] if blocks else answer, problem.get("begun")
+    block, begun = last_block(answer, _PYTHON), problem.get("begun")
+    code = answer if block is None else block
     if not isinstance(begun, str) or not begun:
         return code
     if re.search(rf"^(?:async )?def {re.escape(str(problem.get('entry')))}\b", code, re.MULTILINE):
         imports = [line for line in begun.splitlines() if line.startswith(("import ", "from "))]
         # Helpers of the prompt come first, so that the answer's own functions replace them.
         return "\n".join([*imports, _helpers(begun, str(problem.get("entry"))), code])
-    if not blocks and (end := _ENDS.search(code)):
+    if block is None and (end := _ENDS.search(code)):
         code = code[: end.start()]
     return f"{begun}{code}\n"
 

@@ -8,12 +8,16 @@ import importlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsjax.files import listed
 from dsjax.posttrain.problems import Problem
+from dsjax.posttrain.rewards.held import Held
 from dsjax.posttrain.rewards.registry import Rule, find
 from dsjax.posttrain.verify import Call, Outcome, Pool
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 _logger = logging.getLogger(__name__)
 _IDLE_SECONDS = 2.0  # of the process of `score`
@@ -47,11 +51,13 @@ class Grader:
         *,
         workers: int | None = None,
         idle_seconds: float | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         """
         Args:
           names: of rewards, see `registry`.
           workers: processes that judge at once; None: see `verify.Pool`, as for `idle_seconds`.
+          mesh: devices of models that judge; None: the default device.
 
         Raises:
           ValueError: there is no such reward, or it is named twice, or what it needs is missing.
@@ -63,6 +69,8 @@ class Grader:
         for rule in self._rules:
             if require := getattr(_module(rule), "require", None):
                 require(*rule.arguments)
+        self._mesh = mesh
+        self._held: dict[str, Held] = {}
         self._pool = Pool(workers, idle_seconds=idle_seconds)
         self.counts = Counts()
 
@@ -87,6 +95,10 @@ class Grader:
         for problem in problems:
             facts = problem.facts(opened=False)
             for rule in self._rules:
+                if rule.is_held:
+                    why = _module(rule).complaint(facts, *rule.arguments)
+                    found += [f"{problem.place}: reward {rule.name!r}: {why}"] if why else []
+                    continue
                 try:
                     calls.append(_call(rule.of(facts), "complaint", facts))
                     asked.append((problem, rule))
@@ -118,7 +130,7 @@ class Grader:
         calls, asked = [], []
         rewards: list[dict[str, float | None]] = [dict.fromkeys(self.names) for _ in completions]
         for index, (completion, problem) in enumerate(zip(completions, problems, strict=True)):
-            for rule in self._rules:
+            for rule in (each for each in self._rules if not each.is_held):
                 try:
                     calls.append(_call(rule.of(problem), "score", completion, problem))
                     asked.append((index, rule.name))
@@ -127,7 +139,17 @@ class Grader:
         outcomes = self._pool.run(calls, progress)
         for (index, name), outcome in zip(asked, outcomes, strict=True):
             rewards[index][name] = self._worth(name, outcome)
+        for rule in (each for each in self._rules if each.is_held):
+            judged = self._hold(rule).grade(completions, problems)
+            for reward, outcome in zip(rewards, judged, strict=True):
+                reward[rule.name] = self._worth(rule.name, outcome)
         return rewards
+
+    def _hold(self, rule: Rule) -> Held:
+        """Returns what judges by a held rule, opened at its first use."""
+        if rule.name not in self._held:
+            self._held[rule.name] = _module(rule).hold(*rule.arguments, self._mesh)
+        return self._held[rule.name]
 
     def _worth(self, name: str, outcome: Outcome) -> float | None:
         value = outcome.value

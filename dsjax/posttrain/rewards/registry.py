@@ -23,22 +23,29 @@ _WITH_ARGUMENT = {
 }
 _IMPLIED = {"tests": "code", "numbers": "countdown", "answer": "math"}
 _FOLDER = "dsjax.posttrain.rewards"
+_HELD = (f"{_FOLDER}.model", f"{_FOLDER}.judge")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A rule that is called in a limited process.
+    """A rule, called in a limited process unless it is held.
 
     Attributes:
       name: as the user wrote it.
       module: that has `score(completion, problem, *arguments)`, `complaint(problem, *arguments)`,
-        `SECONDS` and `WALL_SECONDS`.
+        `SECONDS` and `WALL_SECONDS`; for a held rule, see `held.Holder`. If it has `require`, that
+        checks the arguments.
       arguments: what the name says beyond the rule.
     """
 
     name: str
     module: str
     arguments: tuple[str, ...] = ()
+
+    @property
+    def is_held(self) -> bool:
+        """Tells whether the rule judges in this process, see `held`."""
+        return self.module in _HELD
 
     def of(self, problem: Mapping[str, object]) -> Rule:
         """Returns the rule for a problem, which `rule` leaves to the problem.
