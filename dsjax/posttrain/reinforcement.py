@@ -69,7 +69,9 @@ class Learning:
         """
         self.config, self.session, self.vocabulary = config, run, initial.vocabulary
         mesh, rl = make_mesh(config.mesh.sizes), config.rl
-        self.grader = Grader(dict.fromkeys([*rl.rewards, FORMAT]))
+        # The first process judges, alone where there are several.
+        alone = mesh if jax.process_count() == 1 else None
+        self.grader = Grader(list(dict.fromkeys([*rl.rewards, FORMAT])), mesh=alone)
         questions = self._questions(rl.problems, "rl.problems", initial)
         self.heldout = self._questions(rl.heldout, "rl.heldout", initial) if rl.heldout else None
         length = row_length_of(config, questions, mesh)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import queue
@@ -33,6 +34,7 @@ from typing import Any
 MEMORY = 4 << 30  # bytes of address space
 STARTING = 60.0  # wall-clock seconds that starting a child and its imports may add to a call
 MOST_WORKERS = 16
+QUICK, MOST_TOGETHER = 30.0, 16  # calls of at most so many seconds are sent so many at a time
 MOST_ANSWER = 1 << 20  # bytes of a child's answer
 _ROOT = str(Path(__file__).parents[2])
 
@@ -102,25 +104,37 @@ class Pool:
         """Makes all calls, several at a time, and returns their outcomes in order."""
         done, lock = 0, threading.Lock()
 
-        def make(call: Call) -> Outcome:
+        def make(share: Sequence[Call]) -> list[Outcome]:
             nonlocal done
             child = self._idle.get()
             try:
-                return child.call(call)
+                return child.call(share)
             finally:
                 self._idle.put(child)
                 if progress is not None:
                     with lock:
-                        done += 1
+                        done += len(share)
                         progress(done, len(calls))
 
         with ThreadPoolExecutor(self.workers) as threads:
             try:
-                return list(threads.map(make, calls))
+                shares = threads.map(make, self._shares(calls))
+                return [outcome for share in shares for outcome in share]
             except BaseException:  # Ctrl-C must not wait for the calls that are running
                 threads.shutdown(wait=False, cancel_futures=True)
                 self.close()
                 raise
+
+    def _shares(self, calls: Sequence[Call]) -> list[Sequence[Call]]:
+        """Cuts calls into those that a child is sent at once: several only of quick ones, whose
+        time would go into waking processes.
+        """
+        most = min(MOST_TOGETHER, max(len(calls) // (4 * self.workers), 1))
+        shares: list[Sequence[Call]] = []
+        for quick, group in itertools.groupby(calls, lambda call: call.wall_seconds <= QUICK):
+            each, size = list(group), most if quick else 1
+            shares += [each[start : start + size] for start in range(0, len(each), size)]
+        return shares
 
 
 class _Child:
@@ -128,42 +142,56 @@ class _Child:
 
     def __init__(self, idle_seconds: float | None) -> None:
         self._idle_seconds = idle_seconds
+        self._ahead = b""  # what is read but not yet taken
         self.process: subprocess.Popen[bytes] | None = None
         self.closed = False
 
-    def call(self, call: Call) -> Outcome:
-        given = {"target": call.target, "arguments": call.arguments, "seconds": call.seconds}
-        line = json.dumps(given).encode() + b"\n"
-        outcome = self._try(call, line)
-        # An idle child ends by itself, perhaps just as the call comes.
-        return outcome or self._try(call, line) or Outcome(error="its process ended", limit=True)
+    def call(self, calls: Sequence[Call]) -> list[Outcome]:
+        """Makes some calls, one after the other."""
+        outcomes: list[Outcome] = []
+        idle = 0
+        while left := calls[len(outcomes) :]:
+            found = self._send(left)
+            outcomes += found
+            # An idle child ends by itself, perhaps just as the calls come.
+            idle = 0 if found else idle + 1
+            if idle == 2:
+                outcomes.append(Outcome(error="its process ended", limit=True))
+        return outcomes
 
-    def _try(self, call: Call, line: bytes) -> Outcome | None:
-        """Makes a call; None if the child ended in peace without an answer."""
+    def _send(self, calls: Sequence[Call]) -> list[Outcome]:
+        """Makes calls until one ends the child; the outcomes so far, with that of this one. None at
+        all if the child ended in peace before the first.
+        """
         if self.closed:
-            return Outcome(error="the pool is closed", limit=True)
+            return [Outcome(error="the pool is closed", limit=True)] * len(calls)
         if self.process is None or self.process.poll() is not None:
             self._start()
         assert self.process is not None and self.process.stdin is not None
+        lines = [json.dumps([call.target, call.arguments, call.seconds]) for call in calls]
         try:
-            self.process.stdin.write(line)
+            self.process.stdin.write("\n".join([*lines, ""]).encode())
             self.process.stdin.flush()
         except BrokenPipeError:
             self.end()
-            return None
-        answer = self._read(call.wall_seconds + STARTING)
-        if answer is None:
-            self.end()
-            return Outcome(error=f"no answer within {call.wall_seconds:g} seconds", limit=True)
-        try:
-            return Outcome(**json.loads(answer))
-        except (ValueError, TypeError):
-            code = self.end()
-            if code == 0:
-                return None
-            over = code in (-signal.SIGXCPU, -signal.SIGKILL)
-            why = f"more than {call.seconds:g} processor seconds" if over else f"exit code {code}"
-            return Outcome(error=f"its process ended: {why}", limit=True)
+            return []
+        outcomes: list[Outcome] = []
+        for call in calls:
+            answer = self._read(call.wall_seconds + STARTING)
+            if answer is None:
+                self.end()
+                why = f"no answer within {call.wall_seconds:g} seconds"
+                return [*outcomes, Outcome(error=why, limit=True)]
+            try:
+                outcomes.append(Outcome(**json.loads(answer)))
+            except (ValueError, TypeError):
+                code = self.end()
+                if code == 0 and not outcomes:
+                    return []
+                over = code in (-signal.SIGXCPU, -signal.SIGKILL)
+                why = f"more than {call.seconds:g} processor seconds" if over else f"exit {code}"
+                return [*outcomes, Outcome(error=f"its process ended: {why}", limit=True)]
+        return outcomes
 
     def end(self) -> int | None:
         """Kills the process and everything that it started, and returns its exit code."""
@@ -183,6 +211,7 @@ class _Child:
         # -P keeps the folder of this file off the module search path.
         command = [sys.executable, "-P", __file__, _ROOT, json.dumps(self._idle_seconds)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self._ahead = b""
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -195,17 +224,18 @@ class _Child:
     def _read(self, seconds: float) -> bytes | None:
         """Returns the next line of the child, less if it ended; None when the time is up."""
         assert self.process is not None and self.process.stdout is not None
-        descriptor, deadline, found = self.process.stdout.fileno(), time.monotonic() + seconds, b""
-        while not found.endswith(b"\n") and len(found) < MOST_ANSWER:
+        descriptor, deadline = self.process.stdout.fileno(), time.monotonic() + seconds
+        while b"\n" not in self._ahead and len(self._ahead) < MOST_ANSWER:
             left = deadline - time.monotonic()
             if left <= 0 or self.closed:
                 return None
             if select.select([descriptor], [], [], min(left, 0.5))[0]:
                 part = os.read(descriptor, 1 << 16)
                 if not part:
-                    return found
-                found += part
-        return found
+                    break
+                self._ahead += part
+        line, _, self._ahead = self._ahead.partition(b"\n")
+        return line
 
 
 def _end_all(children: Sequence[_Child]) -> None:
@@ -272,17 +302,20 @@ def _serve(idle_seconds: float | None) -> None:
     os.dup2(2, 1)
     calls = os.fdopen(os.dup(0), "rb", buffering=0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    # A line may come in parts, and `select` does not see what a buffer holds.
-    while select.select([calls], [], [], idle_seconds)[0]:
-        line = b""
-        while not line.endswith(b"\n"):
+    ahead = b""
+    while True:
+        while b"\n" not in ahead:
+            # Never idle in the middle of a line.
+            if not ahead and not select.select([calls], [], [], idle_seconds)[0]:
+                return
             part = calls.read(1 << 20)
             if not part:
                 return
-            line += part
-        call = json.loads(line)
-        _limit_processor(call["seconds"])
-        answers.write(_answer(call) + b"\n")
+            ahead += part
+        line, _, ahead = ahead.partition(b"\n")
+        target, arguments, seconds = json.loads(line)
+        _limit_processor(seconds)
+        answers.write(_answer(target, arguments) + b"\n")
         answers.flush()
 
 
@@ -294,10 +327,10 @@ def _limit_processor(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (int(used + seconds) + 1, hard))
 
 
-def _answer(call: dict[str, Any]) -> bytes:
-    module, _, function = call["target"].partition(":")
+def _answer(target: str, arguments: Sequence[Any]) -> bytes:
+    module, _, function = target.partition(":")
     try:
-        value = getattr(importlib.import_module(module), function)(*call["arguments"])
+        value = getattr(importlib.import_module(module), function)(*arguments)
         return json.dumps({"value": value}, allow_nan=False).encode()
     except MemoryError:
         return json.dumps({"error": "out of memory", "limit": True}).encode()

@@ -58,7 +58,20 @@ def test_calls_return_in_order(pool, bad):
     seen = []
     outcomes = pool.run([bad("add", n, 1) for n in range(20)], lambda *counts: seen.append(counts))
     assert outcomes == [Outcome(n + 1) for n in range(20)]
-    assert seen == [(n + 1, 20) for n in range(20)]
+    assert seen[-1] == (20, 20) and seen == sorted(seen)
+
+
+def test_calls_that_are_sent_together_fail_alone(pool):
+    """Quick calls share a message; one that ends the child takes no other with it."""
+    names = ["add", "kill", "add", "spin", "leave", "add", "fail", "add"] * 2
+    given = {"add": (1, 2), "leave": (0,)}
+    calls = [Call(f"bad_calls:{name}", given.get(name, ()), 1.0, 2.0) for name in names]
+    outcomes = pool.run(calls)
+    for name, outcome in zip(names, outcomes, strict=True):
+        if name == "add":
+            assert outcome == Outcome(3)
+        else:
+            assert outcome.value is None and outcome.limit == (name != "fail"), (name, outcome)
 
 
 def test_calls_run_elsewhere(pool, bad):
