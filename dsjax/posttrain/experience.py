@@ -47,7 +47,8 @@ class Judged:
     Attributes:
       rewards: of each reward by itself, NaN where it could not judge.
       total_QG: weighted sums, NaN where none could judge; what one cannot judge adds nothing.
-      right_QG: whether the first reward that tells right from wrong gave 1.
+      worth_QG: of the first reward that tells right from wrong.
+      right_QG: whether that is 1 or more.
     """
 
     def __init__(
@@ -81,7 +82,8 @@ class Judged:
         total_QG = (weights * np.nan_to_num(given)).sum(axis=0)
         self.total_QG = np.where(np.isnan(given).all(axis=0), np.nan, total_QG)
         telling = [name for name in rl.rewards if name not in _NOT_RIGHT]
-        self.right_QG = self.rewards[(telling or rl.rewards)[0]] >= 1
+        self.worth_QG = self.rewards[(telling or rl.rewards)[0]]
+        self.right_QG = self.worth_QG >= 1
         self.advantages_QG = outcome_advantages(self.total_QG, rl.scale)
 
     @property

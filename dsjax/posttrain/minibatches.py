@@ -63,7 +63,7 @@ def pack(
 
     Returns:
       arrays [minibatches, micro-batches, rows, T + 1], and `experts` [minibatches, micro-batches,
-      L, K, rows, T + 1] if the answers have them.
+      rows, T + 1, L, K] if the answers have them.
     """
     packed = [_rows(samples, layout.length) for samples in minibatches]
     units = rounded_up(max(-(-max(map(len, packed)) // layout.unit), 1))
@@ -86,7 +86,8 @@ def pack(
                 place = (number, row, slice(start, start + samples[index].length))
                 _write(batch, place, samples[index], segment, weights[index])
                 start += samples[index].length
-    return {name: _cut(array, layout.micro_batch) for name, array in batch.items()}
+    cut = len(packed), -1, layout.micro_batch
+    return {name: array.reshape(*cut, *array.shape[2:]) for name, array in batch.items()}
 
 
 def rounded_up(count: int) -> int:
@@ -145,12 +146,3 @@ def _write(
     if answer.experts is not None:
         # The last token was never run, and nothing that counts depends on its experts.
         batch["experts"][number, row, span.start : span.stop - 1] = answer.experts
-
-
-def _cut(array: np.ndarray, micro_batch: int) -> np.ndarray:
-    """[minibatches, rows, ...] -> [minibatches, micro-batches, rows, T + 1], or with L and K before
-    the rows, as `dsjax.train.objective.Batch` has it.
-    """
-    count, rows, *rest = array.shape
-    cut = array.reshape(count, rows // micro_batch, micro_batch, *rest)
-    return cut if len(rest) == 1 else np.ascontiguousarray(np.moveaxis(cut, (4, 5), (2, 3)))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from dsjax.config import Reinforcement
@@ -19,6 +19,8 @@ from dsjax.parallel import processes
 from dsjax.parallel.context import check_length
 from dsjax.parallel.mesh import make_mesh
 from dsjax.parallel.pipeline import PIPE
+from dsjax.posttrain.answer import final
+from dsjax.posttrain.evaluation import Sample, summarise
 from dsjax.posttrain.experience import FORMAT, Experience, Judged, completion_text, row_length
 from dsjax.posttrain.initial import Initial, all_but_mtp, open_initial
 from dsjax.posttrain.policy import policy_objective
@@ -150,33 +152,57 @@ class Learning:
         }
 
     def evaluate(self, most: int) -> dict[str, float]:
-        """Answers at most `most` held-out questions, evenly spread, and judges the answers."""
+        """Answers at most `most` held-out questions, evenly spread, and judges the answers: shares
+        of right ones as `dsjax.posttrain.evaluation` measures them, with the interval of pass@1.
+        """
         if self.heldout is None:
             return {}
-        rl, state = self.config.rl, self.session.state
-        assert isinstance(state, PolicyState)
-        count = min(most, len(self.heldout))
+        rl, count = self.config.rl, min(most, len(self.heldout))
         numbers = [index * len(self.heldout) // count for index in range(count)]
-        each = [number for number in numbers for _ in range(rl.eval_samples)]
+        drawn, judged = self._answered(numbers, rl.eval_samples, rl.temperature)
+        greedy, _ = self._answered(numbers, 1, 0.0)
+        measured = summarise(drawn, (rl.eval_samples,), [one for (one,) in greedy])
+        found = {f"eval_{name}": share.value for name, share in measured.items()}
+        if "pass@1" in measured:
+            interval = measured["pass@1"]
+            found |= {"eval_pass@1_low": interval.low, "eval_pass@1_high": interval.high}
+        means = judged.metrics()
+        tokens = [each.tokens for one in drawn for each in one]
+        return found | {
+            "eval_reward": means["reward"],
+            "eval_format": means["format"],
+            "eval_length": sum(tokens) / len(tokens),
+        }
+
+    def _answered(
+        self, numbers: list[int], n: int, temperature: float
+    ) -> tuple[list[list[Sample]], Judged]:
+        """Answers held-out questions n times each, with the same seeds every time."""
+        assert self.heldout is not None
+        state, heldout = self.session.state, self.heldout
+        assert isinstance(state, PolicyState)
+        each = [number for number in numbers for _ in range(n)]
         answers = self.rollouts.answer(
             self._cast(state.params),
             state.router,
-            [self.heldout.prompts[number] for number in each],
-            Sampling(temperature=rl.temperature),
+            [heldout.prompts[number] for number in each],
+            Sampling(temperature=temperature),
             seeds("evaluation", self.config.train.seed, 0, len(each)),
-            rl.max_new_tokens,
+            self.config.rl.max_new_tokens,
         )
         texts = [completion_text(answer, self.vocabulary) for answer in answers]
-        facts = [self.heldout.facts[number] for number in each]
-        judged = Judged(self.config, self.grader, texts, facts, group=rl.eval_samples)
-        found = judged.metrics()
-        return {
-            "eval_right": found["right"],
-            f"eval_pass_at_{rl.eval_samples}": found["solved"],
-            "eval_reward": found["reward"],
-            "eval_format": found["format"],
-            "eval_length": float(np.mean([len(answer.tokens) for answer in answers])),
-        }
+        facts = [heldout.facts[number] for number in each]
+        judged = Judged(self.config, self.grader, texts, facts, group=n)
+        samples = [
+            Sample(
+                None if math.isnan(worth) else worth, final(text, fact), len(answer.tokens),
+                answer.ended,
+            )
+            for worth, text, fact, answer in zip(
+                judged.worth_QG.ravel().tolist(), texts, facts, answers, strict=True
+            )
+        ]  # fmt: skip
+        return [samples[start : start + n] for start in range(0, len(samples), n)], judged
 
     def finish(self) -> None:
         """Evaluates on all held-out questions, and writes and shows summary.json."""
@@ -191,7 +217,7 @@ class Learning:
             found = self.evaluate(len(self.heldout))
         if run.interrupted() or run.metrics is None:
             return
-        if found and run.metrics.lines()[-1].get("eval_right") is None:
+        if found and run.metrics.lines()[-1].get("eval_reward") is None:
             run.log_evaluation(found)
         logged = [line for line in run.metrics.lines() if "reward" in line]
         run.finish(self._summary(found, logged))

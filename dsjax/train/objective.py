@@ -26,8 +26,8 @@ from dsjax.parallel.context import arrange
 
 # What a source gives: arrays [micro-batches, sequences, ...]. `tokens` and `segment_ids`, int32
 # [.., T + 1], are always there; an objective may ask for more, per token (weights, advantages,
-# log-probabilities of another policy) or per sequence. `experts`, int32 [micro-batches, L, K,
-# sequences, T + 1], if it is there, are the choices of the MoE layers, which are then replayed.
+# log-probabilities of another policy) or per sequence. If `experts` is there, int32 [micro-batches,
+# sequences, T + 1, L, K], the MoE layers replay these choices.
 Batch = dict[str, jax.Array]
 # Values that may change at every step without another compilation, the same on every device: the
 # schedule's scalars, and any array that an objective reads but does not train, such as the output
@@ -100,10 +100,12 @@ def read_batch(objective: Objective, declared: Transformer, batch: Batch) -> tup
 
 
 def read_experts(batch: Batch) -> jax.Array | None:
-    """Returns a batch's expert choices for positions 0 to T - 1, laid out over the devices; None if
-    the routers shall choose.
+    """Returns a batch's expert choices for positions 0 to T - 1, int32 [..., L, K, B, T], laid out
+    over the devices; None if the routers shall choose.
     """
-    return arrange(batch["experts"][..., :-1]) if "experts" in batch else None
+    if "experts" not in batch:
+        return None
+    return arrange(jnp.moveaxis(batch["experts"], (-2, -1), (-4, -3))[..., :-1])
 
 
 def replayed(experts_LKBT: jax.Array | None) -> jax.Array | None:

@@ -29,8 +29,8 @@ def unpacked(batch, minibatch):
         name: array[minibatch].reshape(-1, 13) for name, array in batch.items() if name != "experts"
     }
     experts = batch.get("experts")
-    if experts is not None:  # [micro, L, K, rows, T + 1]
-        experts = np.moveaxis(experts[minibatch], (1, 2), (3, 4)).reshape(-1, 13, 3, 2)
+    if experts is not None:
+        experts = experts[minibatch].reshape(-1, 13, 3, 2)
     for row, segments in enumerate(flat["segment_ids"]):
         for segment in range(1, segments.max() + 1):
             own = np.flatnonzero(segments == segment)
@@ -96,7 +96,7 @@ def test_rows_fill_up_and_come_in_few_numbers():
 
 def test_padding_takes_turns_among_experts():
     batch = pack([samples(1)], LAYOUT, "sequence", 8)
-    padding = np.moveaxis(batch["experts"][0], (1, 2), (3, 4)).reshape(-1, 13, 3, 2)[-1]
+    padding = batch["experts"][0].reshape(-1, 13, 3, 2)[-1]
     assert not batch["segment_ids"][0].reshape(-1, 13)[-1].any()
     assert (padding[..., 0] != padding[..., 1]).all()  # a token's experts differ
     counts = np.bincount(padding.ravel(), minlength=8)
