@@ -13,7 +13,7 @@ threshold above that chooses every expert that was used at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -88,13 +88,13 @@ def choose(scores_LE: np.ndarray, threshold: float) -> list[list[int]]:
     return chosen
 
 
-def trains(chosen: Iterable[Iterable[int]], n_experts: int) -> Trains:
+def trains(chosen: Sequence[Sequence[int]], n_experts: int) -> Trains:
     """Returns what the optimizer takes: a mask [L, E, 1, 1] for the routed experts' weights, and
     nothing else.
     """
-    mask_LE = np.zeros((len(list(chosen := list(map(list, chosen)))), n_experts), np.float32)
+    mask_LE = np.zeros((len(chosen), n_experts), np.float32)
     for layer, experts in enumerate(chosen):
-        mask_LE[layer, experts] = 1
+        mask_LE[layer, list(experts)] = 1
 
     def of(path: tuple[Any, ...]) -> bool | jax.Array:
         if path[:3] != ("moe_layers", "ffn", "experts"):
@@ -129,12 +129,13 @@ def write(
     return content
 
 
-def read(folder: Path) -> list[list[int]] | None:
-    """Returns the choice that a run has made, in the order of layers; None if it has made none."""
-    path = folder / FILE_NAME
-    if not path.is_file():
-        return None
-    experts = read_json(path)["experts"]
+def read(folder: Path) -> list[list[int]]:
+    """Returns the choice that a run has made, in the order of layers.
+
+    Raises:
+      ValueError: the file is missing or damaged.
+    """
+    experts = read_json(folder / FILE_NAME)["experts"]
     return [experts[key] for key in sorted(experts, key=int)]
 
 

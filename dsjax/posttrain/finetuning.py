@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
+from dsjax.checkpoint import store
 from dsjax.checkpoint.load import load
 from dsjax.config import FineTuning
 from dsjax.generate.engine import Engine, Request
@@ -222,9 +223,8 @@ class FineTuningRun:
         config, folder = self.config, self.session.folder
         if config.esft.score == "off":
             return (lambda path: True) if config.sft.mtp == "on" else all_but_mtp
-        chosen = esft.read(folder)
-        if chosen is None:
-            chosen = self._choose_experts(mesh)
+        begun = store.latest(folder / "checkpoints") is not None
+        chosen = esft.read(folder) if begun else self._choose_experts(mesh)
         return esft.trains(chosen, config.shape.n_routed_experts)
 
     def _choose_experts(self, mesh: Mesh) -> list[list[int]]:

@@ -20,11 +20,12 @@ from dsjax import settings
 from dsjax.config import TrainConfig
 from dsjax.files import write_json
 
-# Keys that a resumed run may change: they do not alter what has been trained so far.
+# Keys that a resumed run may change: they do not alter what has been trained so far. (Epochs do
+# so only by way of train.steps.)
 _FREE = (
     "data.cache_dir", "train.remat", "train.loss_chunk", "train.log_every", "train.eval_every",
     "train.eval_sequences", "train.checkpoint_every", "train.keep", "train.compare_every",
-    "train.sample_tokens",
+    "train.sample_tokens", "sft.epochs",
     "train.tensorboard", "train.wandb_project", "mesh.",
 )  # fmt: skip
 _PACKAGES = ("dsjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

@@ -104,7 +104,8 @@ def test_only_the_chosen_experts_move():
 
 def test_choice_is_written_in_the_authors_form_and_read_again(tmp_path):
     chosen, scores = [[3, 1], [0]], np.array([[0.1, 0.2, 0.0, 0.7], [1.0, 0.0, 0.0, 0.0]])
-    assert esft.read(tmp_path) is None
+    with pytest.raises(ValueError, match=r"esft\.json"):
+        esft.read(tmp_path)
     config = EsftConfig(score="gate", threshold=0.8)
     content = esft.write(tmp_path, chosen, scores, config, MODEL)
     kept = json.loads((tmp_path / "esft.json").read_text())

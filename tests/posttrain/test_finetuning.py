@@ -228,6 +228,27 @@ def test_steps_follow_from_epochs(small):
     assert finetuning.with_steps(small, rows=9) == small
 
 
+def test_tokenizer_of_another_release_changes_the_format(small, tmp_path):
+    """A base model learns R1's format with the tokenizer of an R1 that has its vocabulary."""
+    write_hf(tmp_path / "base", "V3", "base", **NARROW)
+    plain = change(
+        dataclasses.replace(small, init=str(tmp_path / "base")),
+        train={"steps": 1, "eval_every": 0},
+        sft={"format": "R1"},
+    )
+    with pytest.raises(
+        ValueError, match=r"sft\.format=R1 needs the control tokens .*sft\.tokenizer"
+    ):
+        run(plain, tmp_path / "run")
+    messages = change(plain, sft={"format": "checkpoint"})
+    with pytest.raises(
+        ValueError, match=r"talks\.jsonl:1: messages need a chat format, and this is"
+    ):
+        run(messages, tmp_path / "run")
+    code, _ = run(change(plain, sft={"tokenizer": small.init}), tmp_path / "run")
+    assert code == 0 and open_initial(tmp_path / "run").chat.name == "R1"
+
+
 @pytest.mark.parametrize(
     ("groups", "message"),
     [

@@ -130,3 +130,23 @@ def test_checkpoint_without_tokenizer_is_refused(base, tmp_path):
     (tmp_path / "bare/tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"bare has neither tokenizer\.json nor .*copy the one"):
         open_initial(tmp_path / "bare")
+
+
+def test_another_folders_tokenizer_may_take_the_place_of_the_checkpoints(base, tmp_path):
+    other = write_checkpoint(
+        tmp_path / "other", CONTROL["V3"], config={"model_type": "llama"}, generation_config={}
+    )
+    initial = open_initial(base, tokenizer=str(other))
+    assert initial.chat.name == "V3" and open_initial(base).chat.name == "R1"
+    (tmp_path / "run").mkdir()
+    initial.keep_files(tmp_path / "run")
+    kept = {path.name for path in (tmp_path / "run/hf").iterdir()}
+    assert kept == {"config.json", "tokenizer.json", "generation_config.json"}
+    config = json.loads((tmp_path / "run/hf/config.json").read_text())
+    assert config["model_type"] == "deepseek_v3"  # the model's own
+
+
+def test_tokenizer_with_ids_that_the_model_lacks_is_refused(base, tmp_path):
+    other = write_checkpoint(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"has ids up to 128804, and the model has 272 tokens"):
+        open_initial(base, tokenizer=str(other))
