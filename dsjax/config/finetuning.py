@@ -73,6 +73,11 @@ class FineTuning(PostTraining):
             f"sft.mtp=on: distill.kind={self.distill.kind} has no loss for MTP modules; leave it "
             "out",
         )
+        require(
+            self.distill.kind != "on_policy" or not self.sft.epochs,
+            f"sft.epochs={self.sft.epochs} counts passes over what files hold, and "
+            "distill.kind=on_policy trains on the student's answers; set train.steps instead",
+        )
         if self.model is None:
             return
         length, limit, n_mtp = self.sft.sequence_length, self.model.max_seq_len, self.model.n_mtp

@@ -11,6 +11,7 @@ generates and exports.
   finetuning.py   a fine-tuning run: tools/sft.py
   distill.py      a teacher's distribution as the target: forward, reverse and top-k KL
   teacher.py      the objectives that compare with it, and what it says of rows
+  on_policy.py    the student's own answers as the rows to train on
   teaching.py     what a fine-tuning run learns from: conversations, or a teacher as well
   pairs.py        preferences in everybody's forms, as rows
   preference.py   the losses of DPO and of reward models

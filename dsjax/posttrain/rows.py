@@ -87,6 +87,17 @@ class ConversationRows:
         """Returns the given rows, stacked."""
         return stack([self[row] for row in rows])
 
+    def prompts(self) -> list[tuple[int, ...]]:
+        """Returns the tokens before each conversation's first trained one, each prompt once, in the
+        order in which they first occur.
+        """
+        found = {}
+        for number in self._numbers:
+            ids, trained = self._conversations.one(int(number))
+            found[tuple(ids[: int(np.argmax(trained))].tolist())] = None
+        found.pop((), None)
+        return list(found)
+
     def spread(self, count: int) -> list[int]:
         """Returns at most `count` evenly spaced row numbers, the same ones every time."""
         count = min(count, len(self))

@@ -252,7 +252,8 @@ def fits(config: FineTuning, checkpoint: Checkpoint, mesh: Mesh) -> None:
             f"{checkpoint.model.vocab_size} tokens; use 64 or so, or 0 for all of them"
         )
     if mesh.shape["pipe"] > 1 and not config.distill.top_k:
+        asked = " or distill.top_k=64, so that it is asked before training"
         raise ValueError(
             f"mesh.pipe={mesh.shape['pipe']}: a teacher does not run inside a pipeline; set "
-            "distill.top_k=64, so that it is asked before training"
+            f"mesh.pipe=1{asked if config.distill.kind == 'logits' else ''}"
         )

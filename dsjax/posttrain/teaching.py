@@ -1,10 +1,12 @@
 """What a fine-tuning run learns from: conversations alone, or a teacher as well (`distill.`).
 
-samples    the conversations' own tokens
-logits     a teacher's distribution at the tokens that are trained: of a teacher beside the
-           student, or (distill.top_k) of one that goes over all rows first and then leaves the
-           devices to the student. What it said is kept in the run's folder, `teacher/`, 8 bytes
-           per token and likeliest token; a pass that was killed goes on where it was.
+* samples: the conversations' own tokens.
+* logits: a teacher's distribution at the tokens that are trained: of a teacher beside the student,
+  or (distill.top_k) of one that goes over all rows first and then leaves the devices to the
+  student. What it said is kept in the run's folder, `teacher/`, 8 bytes per token and likeliest
+  token; a pass that was killed goes on where it was.
+* on_policy: the teacher's distribution at the tokens of the student's own answers to the
+  conversations' prompts.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from dsjax.config import FineTuning
 from dsjax.parallel import processes
 from dsjax.parallel.compilation import Compiled
 from dsjax.posttrain import teacher
+from dsjax.posttrain.distill import forward_kl, reverse_kl
 from dsjax.posttrain.initial import Initial
+from dsjax.posttrain.on_policy import OnPolicy
 from dsjax.posttrain.row_store import RowStore
 from dsjax.posttrain.rows import ConversationRows, FiniteRows, ShuffledRows
 from dsjax.posttrain.supervised import supervised
@@ -29,6 +33,7 @@ from dsjax.train.batches import place_all
 from dsjax.train.objective import Objective
 from dsjax.train.session import Session
 from dsjax.train.source import RowSource, Source
+from dsjax.train.step import declared_model
 
 _FLUSH_SECONDS = 10.0  # between writes of a teacher's pass
 
@@ -58,9 +63,14 @@ def lessons(
     )
     teacher.fits(config, checkpoint, mesh)
     if not config.distill.top_k:
+        source, divergence = _row_source(config, rows, mesh), forward_kl
+        if config.distill.kind == "on_policy":
+            declared = declared_model(config.shape, config.precision)
+            source = OnPolicy(config, _prompts(rows), initial.vocabulary, declared, mesh)
+            divergence = reverse_kl
         structure, values = teacher.place_teacher(checkpoint, mesh, config.precision.compute)
-        objective = teacher.beside(objective, config, structure)
-        return Lessons(_row_source(config, rows, mesh), objective, {"teacher": values})
+        objective = teacher.beside(objective, config, structure, divergence)
+        return Lessons(source, objective, {"teacher": values})
     kept = teacher.teacher_store(config, run.folder, len(rows), rows.fingerprint)
     done = processes.from_first(kept.done)
     if done < kept.rows:
@@ -73,6 +83,15 @@ def lessons(
     processes.wait("the teacher's answers are written")
     source = _row_source(config, teacher.TaughtRows(rows, kept.read()), mesh)
     return Lessons(source, teacher.asked_before(objective, config))
+
+
+def _prompts(rows: ConversationRows) -> list[tuple[int, ...]]:
+    if found := rows.prompts():
+        return found
+    raise ValueError(
+        "distill.kind=on_policy answers prompts, and the conversations of sft.files have none; "
+        "give lines with a prompt before the reply"
+    )
 
 
 def _row_source(config: FineTuning, rows: FiniteRows, mesh: Mesh) -> RowSource:

@@ -213,7 +213,7 @@ def test_what_a_teacher_cannot_judge_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match=r"distill\.top_k=272 is not less.*use 64"):
         fits(config(top_k=272), longer, alone)
-    with pytest.raises(ValueError, match=r"mesh\.pipe=2.*set distill\.top_k=64"):
+    with pytest.raises(ValueError, match=r"mesh\.pipe=2.*set mesh\.pipe=1 or distill\.top_k=64"):
         fits(config(), longer, make_mesh({"pipe": 2}, 2))
     fits(config(top_k=64), longer, make_mesh({"pipe": 2}, 2))
 

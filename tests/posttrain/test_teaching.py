@@ -135,6 +135,17 @@ def test_a_run_killed_while_its_teacher_is_asked_ends_the_same_to_the_bit(
     assert fingerprints(tmp_path / "run", 16) == fingerprints(tmp_path / "whole", 16)
 
 
+def test_a_student_learns_on_its_own_answers_and_resumes_to_the_bit(small, tmp_path):
+    config = change(small, distill={"kind": "on_policy", "max_new_tokens": 8})
+    run(config, tmp_path / "whole")
+    found = losses(tmp_path / "whole")
+    assert np.mean(found[-3:]) < 0.8 * np.mean(found[:3])  # 0.70 after 16 steps
+    run(change(config, train={"steps": 8}), tmp_path / "run")
+    run(config, tmp_path / "run")
+    assert losses(tmp_path / "run") == found
+    assert fingerprints(tmp_path / "run", 16) == fingerprints(tmp_path / "whole", 16)
+
+
 def test_a_teacher_of_another_vocabulary_is_refused(small, tmp_path):
     other = write_hf(tmp_path / "other", control="base")
     with pytest.raises(ValueError, match=r"another vocabulary.*tokenizers differ"):
