@@ -34,7 +34,7 @@ from dsjax.posttrain.initial import Initial, all_but_mtp, open_initial
 from dsjax.posttrain.pairs import ExampleRows, Examples, ShuffledExamples, read_examples
 from dsjax.posttrain.preference import answer_logp, preference
 from dsjax.posttrain.reward_model import RewardModel, new_head, trains
-from dsjax.posttrain.row_store import Field, RowStore
+from dsjax.posttrain.row_store import Field, RowStore, weights_digest
 from dsjax.posttrain.rows import hold_out
 from dsjax.precision.policy import advice
 from dsjax.train import hyperparameters, loop, pipelined_step, plots, session
@@ -205,16 +205,15 @@ class PreferenceRun:
           state: makes those weights, if they are needed.
         """
         run, parts = self.session, [part for part in self.data if part is not None]
-        kept = RowStore(
-            run.folder / "reference",
-            sum(map(len, parts)),
-            {"logp": Field((), "float32")},
-            {
-                "rows_of": [part.fingerprint for part in parts],
-                "init": self.config.init,
-                "compute": self.config.precision.compute,
-            },
-        )
+        identity = {
+            "rows_of": [part.fingerprint for part in parts],
+            "weights": None if run.step else weights_digest(run.state.params),
+            "compute": self.config.precision.compute,
+        }
+        fields = {"logp": Field((), "float32")}
+        kept = RowStore(run.folder / "reference", sum(map(len, parts)), fields, identity)
+        if processes.is_first():
+            kept.claim(begun=run.step > 0)
         done = processes.from_first(kept.done)
         if done < kept.rows:
             self._write_reference(kept, done, state())

@@ -11,18 +11,28 @@ row that is whole in all files.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dsjax.checkpoint import fingerprint
+from dsjax.checkpoint.store import named_arrays
 from dsjax.files import read_json, write_json, writing
 
 _META = "meta.json"
+
+
+def weights_digest(weights: Any) -> str:
+    """Returns a hash of a model's values, the same however they are spread over devices."""
+    prints = fingerprint.inspect(named_arrays(weights)).fingerprints
+    return hashlib.blake2b(repr(sorted(prints.items())).encode(), digest_size=16).hexdigest()
 
 
 class Field(NamedTuple):
@@ -45,14 +55,12 @@ class RowStore:
     def __init__(
         self, folder: Path, rows: int, fields: Mapping[str, Field], identity: Mapping[str, Any]
     ) -> None:
-        """Opens or describes a folder; nothing is written yet.
+        """Describes a folder; nothing is read or written yet.
 
         Args:
           rows: how many there will be.
-          identity: what decides every value, as JSON: data, weights, element types.
-
-        Raises:
-          ValueError: the folder holds rows of something else; says what differs.
+          identity: what decides every value, as JSON: data, weights, element types. None stands for
+            what is not known now and was checked before.
         """
         self.folder, self.rows, self.fields = folder, rows, dict(fields)
         self._meta = {
@@ -60,19 +68,33 @@ class RowStore:
             "fields": {name: [*field.shape, field.dtype] for name, field in fields.items()},
             **identity,
         }
-        if (folder / _META).is_file():
-            stored = read_json(folder / _META)
-            names = dict.fromkeys([*stored, *self._meta])
-            differing = [
-                f"{name} was {stored.get(name)!r} and is now {self._meta.get(name)!r}"
-                for name in names
-                if stored.get(name) != self._meta.get(name)
-            ]
-            if differing:
-                raise ValueError(
-                    f"{folder} was made of something else: {'; '.join(differing)}. Remove the "
-                    "folder to make it again, or use another --workdir"
-                )
+
+    def claim(self, *, begun: bool) -> None:
+        """Checks that what the folder holds is of these rows and this identity; the writing process
+        calls this.
+
+        Args:
+          begun: whether a run has trained on what is there. If not, what is of something else is
+            removed.
+
+        Raises:
+          ValueError: the run has begun with something else; says what differs.
+        """
+        if not (self.folder / _META).is_file():
+            return
+        stored = read_json(self.folder / _META)
+        differing = [
+            f"{name} was {stored.get(name)!r} and is now {value!r}"
+            for name, value in self._meta.items()
+            if value is not None and stored.get(name) != value
+        ]
+        if differing and begun:
+            raise ValueError(
+                f"{self.folder} was made of something else: {'; '.join(differing)}. Restore that, "
+                "or use another --workdir"
+            )
+        if differing:
+            shutil.rmtree(self.folder)
 
     @property
     def done(self) -> int:

@@ -197,21 +197,23 @@ def likeliest(
     return run
 
 
-def teacher_store(config: FineTuning, folder: Path, rows: int, fingerprint: str) -> RowStore:
+def teacher_store(
+    config: FineTuning, folder: Path, rows: FiniteRows, weights: str | None
+) -> RowStore:
     """Describes what a teacher says of a run's rows, in the run's folder.
 
-    Raises:
-      ValueError: the folder holds something else.
+    Args:
+      weights: the teacher's `weights_digest`; None: it was checked before.
     """
     length, k = config.sft.sequence_length, config.distill.top_k
     identity = {
-        "rows_of": fingerprint,
-        "teacher": config.distill.teacher,
+        "rows_of": rows.fingerprint,
+        "weights": weights,
         "temperature": config.distill.temperature,
         "compute": config.precision.compute,
     }
     fields = {"ids": Field((length, k), "int32"), "logp": Field((length, k + 1), "float32")}
-    return RowStore(folder / "teacher", rows, fields, identity)
+    return RowStore(folder / "teacher", len(rows), fields, identity)
 
 
 class TaughtRows:

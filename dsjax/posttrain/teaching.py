@@ -19,6 +19,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dsjax.checkpoint import store
+from dsjax.checkpoint.load import Checkpoint
 from dsjax.config import FineTuning
 from dsjax.parallel import processes
 from dsjax.parallel.compilation import Compiled
@@ -26,7 +28,7 @@ from dsjax.posttrain import teacher
 from dsjax.posttrain.distill import forward_kl, reverse_kl
 from dsjax.posttrain.initial import Initial
 from dsjax.posttrain.on_policy import OnPolicy
-from dsjax.posttrain.row_store import RowStore
+from dsjax.posttrain.row_store import RowStore, weights_digest
 from dsjax.posttrain.rows import ConversationRows, FiniteRows, ShuffledRows
 from dsjax.posttrain.supervised import supervised
 from dsjax.train.batches import place_all
@@ -71,18 +73,34 @@ def lessons(
         structure, values = teacher.place_teacher(checkpoint, mesh, config.precision.compute)
         objective = teacher.beside(objective, config, structure, divergence)
         return Lessons(source, objective, {"teacher": values})
-    kept = teacher.teacher_store(config, run.folder, len(rows), rows.fingerprint)
+    said = _said(config, checkpoint, rows, mesh, run)
+    source = _row_source(config, teacher.TaughtRows(rows, said), mesh)
+    return Lessons(source, teacher.asked_before(objective, config))
+
+
+def _said(
+    config: FineTuning, checkpoint: Checkpoint, rows: ConversationRows, mesh: Mesh, run: Session
+) -> Mapping[str, np.ndarray]:
+    """Returns what the teacher says of all rows, from disk as far as it was asked before."""
+    begun = store.latest(run.folder / "checkpoints") is not None
+    kept = teacher.teacher_store(config, run.folder, rows, None)
+    if begun and kept.complete:
+        if processes.is_first():
+            kept.claim(begun=True)
+        return kept.read()
+    structure, values = teacher.place_teacher(checkpoint, mesh, config.precision.compute)
+    kept = teacher.teacher_store(config, run.folder, rows, weights_digest(values))
+    if processes.is_first():
+        kept.claim(begun=begun)
     done = processes.from_first(kept.done)
     if done < kept.rows:
-        structure, values = teacher.place_teacher(checkpoint, mesh, config.precision.compute)
         ask = jax.jit(
             teacher.likeliest(config, structure),
             out_shardings=NamedSharding(mesh, PartitionSpec()),  # each process can read it
         )
         _ask(config, kept, done, Compiled(ask, mesh), values, rows, run, mesh)
     processes.wait("the teacher's answers are written")
-    source = _row_source(config, teacher.TaughtRows(rows, kept.read()), mesh)
-    return Lessons(source, teacher.asked_before(objective, config))
+    return kept.read()
 
 
 def _prompts(rows: ConversationRows) -> list[tuple[int, ...]]:

@@ -170,16 +170,17 @@ def test_a_teacher_that_is_the_student_teaches_nothing():
     assert all(np.abs(leaf).max() < 1e-5 for leaf in jax.tree.leaves(gradients))
 
 
+class Rows:
+    sequence_length, fingerprint = 2, "f"
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, row):
+        return {"tokens": np.full(3, row, np.int32)}
+
+
 def test_rows_come_with_what_was_said_of_them():
-    class Rows:
-        sequence_length, fingerprint = 2, "f"
-
-        def __len__(self):
-            return 3
-
-        def __getitem__(self, row):
-            return {"tokens": np.full(3, row, np.int32)}
-
     said = {"ids": np.arange(12).reshape(3, 2, 2), "logp": np.zeros((3, 2, 3), np.float32)}
     row = TaughtRows(Rows(), said)[1]
     np.testing.assert_array_equal(row["teacher_ids"], [[4, 5], [6, 7], [0, 0]])
@@ -219,13 +220,16 @@ def test_what_a_teacher_cannot_judge_is_refused(tmp_path):
 
 
 def test_what_is_kept_belongs_to_one_teacher_and_temperature(tmp_path):
-    kept = teacher_store(config(top_k=2), tmp_path, 1, "f")
-    said = {"ids": np.zeros((1, LENGTH, 2)), "logp": np.zeros((1, LENGTH, 3))}
-    kept.append(said)
-    assert teacher_store(config(top_k=2), tmp_path, 1, "f").complete
+    kept = teacher_store(config(top_k=2), tmp_path, Rows(), "w")
+    kept.append({"ids": np.zeros((3, LENGTH, 2)), "logp": np.zeros((3, LENGTH, 3))})
+    assert kept.complete
+    for weights in ("w", None):
+        teacher_store(config(top_k=2), tmp_path, Rows(), weights).claim(begun=True)
+    with pytest.raises(ValueError, match="weights was 'w' and is now 'v'"):
+        teacher_store(config(top_k=2), tmp_path, Rows(), "v").claim(begun=True)
     hotter = dataclasses.replace(
         config(top_k=2),
         distill=dataclasses.replace(config(top_k=2).distill, temperature=1.0),
     )
     with pytest.raises(ValueError, match=r"temperature was 2\.0 and is now 1\.0"):
-        teacher_store(hotter, tmp_path, 1, "f")
+        teacher_store(hotter, tmp_path, Rows(), None).claim(begun=True)

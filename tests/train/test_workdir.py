@@ -9,7 +9,15 @@ import sys
 import pytest
 
 from dsjax import settings
-from dsjax.config import Config, DataConfig, FineTuning, MeshConfig, ModelConfig, TrainConfig
+from dsjax.config import (
+    Config,
+    DataConfig,
+    FineTuning,
+    MeshConfig,
+    ModelConfig,
+    Preference,
+    TrainConfig,
+)
 from dsjax.train import workdir
 
 CONFIG = Config(
@@ -137,6 +145,7 @@ def test_git_commit_is_none_outside_a_repository(tmp_path):
 def test_optim_keys_are_not_free():
     """The list of free keys is of prefixes: none may swallow a key that changes the training."""
     keys = settings.flatten(CONFIG) | settings.flatten(FineTuning(name="x"))
+    keys |= settings.flatten(Preference(name="x"))
     free = {key for key in keys if key.startswith(workdir._FREE)}
     assert free == {*workdir._FREE} - {"mesh."} | {key for key in keys if key.startswith("mesh.")}
     assert not any(key.startswith("optim.") for key in free)
