@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -112,6 +113,22 @@ def test_policy_learns_what_is_rewarded(place, tmp_path, monkeypatch):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 15 and summary["eval_reward"] > first
     assert dsjax.load(tmp_path) is not None  # a run like any other
+
+
+@pytest.mark.heavy
+def test_shuffled_rewards_teach_nothing(place, tmp_path, monkeypatch):
+    """The control: the same run, whose verdicts are dealt out to answers at random."""
+    rng, grade = np.random.default_rng(0), reinforcement.Grader.grade
+
+    def shuffled(*arguments):
+        verdicts = grade(*arguments)
+        return [verdicts[i] for i in rng.permutation(len(verdicts))]
+
+    monkeypatch.setattr(reinforcement.Grader, "grade", shuffled)
+    config = config_of(place, steps=15, beta=0.001, minibatches=2, train={"checkpoint_every": 0})
+    assert learn(config, tmp_path, monkeypatch)[0] == 0
+    rewards = [line["reward"] for line in lines(tmp_path / "metrics.jsonl") if "reward" in line]
+    assert sum(rewards[-5:]) / 5 < rewards[0] + 0.25
 
 
 def digest(folder, steps):
