@@ -66,7 +66,7 @@ def load_config(path: str | Path, kind: type[Root] = Config) -> Root:
     if not path.is_file():
         raise FileNotFoundError(f"there is no config {path}{_nearest_files(path)}")
     if path.suffix == ".py":
-        return _load_python(path, kind)
+        return checked(read_python(path, kind), str(path))
     if path.suffix == ".json":
         return from_dict(read_json(path), str(path), kind)
     raise ValueError(
@@ -232,7 +232,12 @@ def _defaults(root: type[Any]) -> dict[str, Any]:
     return found
 
 
-def _load_python(path: Path, kind: type[Root]) -> Root:
+def read_python(path: Path, kind: type[Root]) -> Root:
+    """Returns what a config file assigns to `config`, its types unchecked.
+
+    Raises:
+      ValueError: the file fails, or assigns something else; names the file and the line.
+    """
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
     try:
@@ -255,8 +260,17 @@ def _load_python(path: Path, kind: type[Root]) -> Root:
             f"{path} assigns {found} to `config`; a config file for this command ends with "
             f"`config = {kind.__name__}(...)`"
         )
-    # Dataclasses do not check types: name wrong ones here rather than fail far from their cause.
-    return from_dict(dataclasses.asdict(config), str(path), kind)  # pyright: ignore[reportArgumentType]
+    return config
+
+
+def checked(config: Root, place: str) -> Root:
+    """Returns the config with its types checked, which dataclasses do not: a wrong one is named
+    here rather than far from its cause.
+
+    Raises:
+      ValueError: a value is of the wrong type; `place` begins the message.
+    """
+    return from_dict(dataclasses.asdict(config), place, type(config))  # pyright: ignore[reportArgumentType]
 
 
 def _parse(text: str, kind: Any) -> Any:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """Makes an empty figure; sizes are in inches."""
     # pyplot would keep global state and look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -25,7 +26,7 @@ def draw_loss(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> Non
     Args:
       lines: the objects of metrics.jsonl.
     """
-    figure = _figure(8, 4.5)
+    figure = new_figure(8, 4.5)
     axes = figure.add_subplot()
     for key, label, style in (
         ("loss", "training", "-"),
@@ -51,7 +52,7 @@ def draw_expert_load(
       lines: the objects of metrics.jsonl.
       load_LE: each expert's share of its layer's assignments; rows sum to 1.
     """
-    figure = _figure(11, 4)
+    figure = new_figure(11, 4)
     over_time, final = figure.subplots(1, 2)
     points = [(line["step"], line["max_violation"]) for line in lines if "max_violation" in line]
     if points:

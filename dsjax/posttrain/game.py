@@ -1,0 +1,188 @@
+"""The countdown game as data: problems, demonstrations, a base model's texts and a tokenizer.
+
+A problem gives three numbers and a target; the answer is a sum or difference that uses each number
+once and has the target as its value:
+
+  prompt      4 17 9:12
+  completion  <think>17-4=13-9=4;9-4=5+17=22;17+4=21-9=12;</think><answer>17+4-9</answer>
+
+A thought is a list of tries, each worked out step by step. The demonstrator tries without aim: it
+draws an order and signs at random, stops as soon as a try hits the target, and otherwise gives up
+after a limit of its own and answers its last try. So it shows how to think, and is often wrong.
+What reinforcement learning can find beyond it: go on trying, and aim.
+
+Everything follows from a seed. Whether a problem is held out depends on the problem alone, so no
+stage of a run can meet a held-out one, whatever its seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from dsjax.files import write, write_json
+from dsjax.text.tokenizer import BOS, EOS, PAD
+
+MOST = 20  # numbers are 1 to MOST
+N_NUMBERS = 3
+LARGEST_VALUE = 99  # of a target and of each step on the way
+HELD_OUT = 0.2  # share of all problems that no stage trains on
+# Chance that the demonstrator goes on after each try that missed, and the most tries it makes.
+PATIENCE = 0.5
+MOST_TRIES = 8
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+CHARACTERS = "0123456789+-=;:? \n"
+VOCAB_SIZE = 3 + len(TAGS) + len(CHARACTERS)
+
+
+class Problem(NamedTuple):
+    """Numbers in ascending order, and the target."""
+
+    numbers: tuple[int, ...]
+    target: int
+
+    @property
+    def prompt(self) -> str:
+        return f"{' '.join(map(str, self.numbers))}:{self.target}\n"
+
+    @property
+    def is_held_out(self) -> bool:
+        return _share(f"{self.numbers} {self.target}") < HELD_OUT
+
+
+class Try(NamedTuple):
+    """An attempt: numbers in the order of their use, and the signs between them."""
+
+    numbers: tuple[int, ...]
+    signs: tuple[str, ...]
+
+    @property
+    def values(self) -> list[int]:
+        """The values after each step; the last is that of the whole."""
+        values = [self.numbers[0]]
+        for number, sign in zip(self.numbers[1:], self.signs, strict=True):
+            values.append(values[-1] + (number if sign == "+" else -number))
+        return values
+
+    @property
+    def expression(self) -> str:
+        """Such as 17+4-9."""
+        rest = zip(self.signs, self.numbers[1:], strict=True)
+        return f"{self.numbers[0]}" + "".join(f"{sign}{number}" for sign, number in rest)
+
+    @property
+    def worked(self) -> str:
+        """Such as 17+4=21-9=12."""
+        rest = zip(self.signs, self.numbers[1:], self.values[1:], strict=True)
+        return f"{self.numbers[0]}" + "".join(f"{s}{number}={value}" for s, number, value in rest)
+
+
+def tries(numbers: Sequence[int]) -> list[Try]:
+    """Returns every attempt whose steps stay between 0 and LARGEST_VALUE."""
+    every = itertools.product(
+        sorted(set(itertools.permutations(numbers))),
+        itertools.product("+-", repeat=len(numbers) - 1),
+    )
+    found = (Try(*each) for each in every)
+    return [each for each in found if all(0 <= v <= LARGEST_VALUE for v in each.values)]
+
+
+def all_problems() -> list[Problem]:
+    """Returns every problem that has an answer, each once."""
+    chosen = itertools.combinations_with_replacement(range(1, MOST + 1), N_NUMBERS)
+    return [
+        Problem(numbers, target)
+        for numbers in chosen
+        for target in sorted({each.values[-1] for each in tries(numbers)} - {0})
+    ]
+
+
+def demonstrate(problem: Problem, rng: random.Random) -> str:
+    """Returns the completion of a demonstrator that tries without aim."""
+    possible = tries(problem.numbers)
+    made = []
+    while True:
+        made.append(rng.choice(possible))
+        hit = made[-1].values[-1] == problem.target
+        if hit or len(made) == MOST_TRIES or rng.random() >= PATIENCE:
+            break
+    thought = "".join(f"{each.worked};" for each in made)
+    return f"<think>{thought}</think><answer>{made[-1].expression}</answer>"
+
+
+def base_texts(problems: Sequence[Problem], n: int, rng: random.Random) -> Iterator[str]:
+    """Yields what the base model reads: sums, questions with their values, and now and then a game
+    with a thought of one aimless try, as a web page might have it.
+    """
+    for _ in range(n):
+        problem = rng.choice(problems)
+        each = rng.choice(tries(problem.numbers))
+        kind = rng.random()
+        if kind < 0.5:
+            yield ";".join(rng.choice(tries(problem.numbers)).worked for _ in range(4))
+        elif kind < 0.7:
+            yield f"{each.expression}?\n<answer>{each.values[-1]}</answer>"
+        else:
+            one = f"<think>{each.worked};</think><answer>{each.expression}</answer>"
+            yield problem.prompt + one
+
+
+def tokenizer() -> tokenizers.Tokenizer:
+    """Makes the game's tokenizer: one id per character, and one per tag.
+
+    The tags are ordinary tokens, not control tokens: a model writes them as text, as R1-Zero did.
+    """
+    names = [BOS, EOS, PAD, *TAGS, *CHARACTERS]
+    inner = tokenizers.Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, PAD))
+    piece = "|".join((*TAGS, r"[\s\S]"))
+    inner.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(piece), "isolated")
+    inner.decoder = decoders.Fuse()
+    inner.add_special_tokens([BOS, EOS, PAD])
+    return inner
+
+
+def write_game(folder: Path, *, seed: int, n_texts: int, n_cold: int, n_held_out: int) -> None:
+    """Writes what the stages of a run read.
+
+      tokenizer.json, tokenizer_config.json
+      base.jsonl        {"text"}: what the base model reads
+      cold_start.jsonl  {"prompt", "completion"}: demonstrations
+      problems.jsonl    {"prompt", "numbers", "target"}: problems to train on by rewards
+      held_out.jsonl    the same: problems that nothing above has
+    """
+    rng = random.Random(seed)
+    problems = all_problems()
+    rng.shuffle(problems)
+    train = [each for each in problems if not each.is_held_out]
+    held_out = [each for each in problems if each.is_held_out][:n_held_out]
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer().save(str(folder / "tokenizer.json"))
+    write_json(
+        folder / "tokenizer_config.json",
+        {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "add_bos_token": True},
+    )
+    _write_lines(folder / "base.jsonl", ({"text": t} for t in base_texts(train, n_texts, rng)))
+    shown = (rng.choice(train) for _ in range(n_cold))
+    demonstrations = ({"prompt": p.prompt, "completion": demonstrate(p, rng)} for p in shown)
+    _write_lines(folder / "cold_start.jsonl", demonstrations)
+    for name, chosen in (("problems", train), ("held_out", held_out)):
+        lines = ({"prompt": p.prompt, "numbers": p.numbers, "target": p.target} for p in chosen)
+        _write_lines(folder / f"{name}.jsonl", lines)
+
+
+def _write_lines(path: Path, objects: Iterator[dict[str, object]]) -> None:
+    write(path, "".join(json.dumps(each) + "\n" for each in objects))
+
+
+def _share(text: str) -> float:
+    """Returns a number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
