@@ -153,11 +153,11 @@ def tokenizer() -> tokenizers.Tokenizer:
 def write_game(folder: Path, *, seed: int, n_texts: int, n_cold: int, n_held_out: int) -> None:
     """Writes what the stages of a run read.
 
-      tokenizer.json, tokenizer_config.json
-      base.jsonl        {"text"}: what the base model reads
-      cold_start.jsonl  {"prompt", "completion"}: demonstrations
-      problems.jsonl    {"prompt", "numbers", "target"}: problems to train on by rewards
-      held_out.jsonl    the same: problems that nothing above has
+    tokenizer.json, tokenizer_config.json
+    base.jsonl        {"text"}: what the base model reads
+    cold_start.jsonl  {"prompt", "completion"}: demonstrations
+    problems.jsonl    {"prompt", "numbers", "target"}: problems to train on by rewards
+    held_out.jsonl    the same: problems that nothing above has
     """
     rng = random.Random(seed)
     problems = all_problems()

@@ -9,19 +9,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from dsjax import settings
 from dsjax.config import Config, FineTuning, Reinforcement
 from dsjax.config.r1 import R1, Stage, StageConfig
+from dsjax.display import Display
 from dsjax.files import read_json, write_json
+from dsjax.generate.sampling import Sampling
 from dsjax.parallel import processes
 from dsjax.posttrain import finetuning, game, reinforcement, stage_report
+from dsjax.posttrain.evaluation import RIGHT, measure, pass_at_k
+from dsjax.posttrain.problems import read_problems
+from dsjax.posttrain.responses import Response, Wanted, open_respondent
+from dsjax.posttrain.rewards import Grader
 from dsjax.train import pretraining, workdir
 
 _RUN = "{run}"
@@ -111,3 +117,84 @@ def _prepare(config: R1, folder: Path, console: Console) -> None:
         console.print(f"writing the countdown game to {folder / 'game'}")
         game.write_game(folder / "game", **dataclasses.asdict(config.game))
     write_json(kept, wanted)
+
+
+def _run_stage(config: R1, stage: Stage, folder: Path, command: str, console: Console) -> int:
+    """Trains a stage, or goes on with it; returns the exit code."""
+    if stage.samples is not None:
+        _sample(config, stage, folder, console)
+    own = _placed(stage, folder)
+    return _TRAINERS[type(own)](own, folder / stage.name, command=command, console=console)
+
+
+def _placed(stage: Stage, folder: Path) -> StageConfig:
+    """Returns a stage's config with its paths and its checkpoint filled in."""
+    text = json.dumps(settings.to_dict(stage.config))
+    text = text.replace(_RUN, json.dumps(str(folder))[1:-1])
+    own = settings.from_dict(json.loads(text), f"stage {stage.name}", type(stage.config))
+    if isinstance(own, Config):
+        return own
+    return dataclasses.replace(own, init=str(_checkpoint(stage.init, folder)))
+
+
+def _checkpoint(init: str, folder: Path) -> Path:
+    """Returns the path of an earlier stage's run, or of a checkpoint from elsewhere."""
+    return folder / init if (folder / init / "config.json").is_file() else Path(init)
+
+
+def _judge(config: R1, stage: Stage, folder: Path, console: Console) -> dict[str, Any]:
+    """Answers the held-out problems with a stage's model, unless that was done before."""
+    kept = folder / stage.name / "judged.json"
+    if kept.is_file():
+        return read_json(kept)
+    problems = read_problems(config.problems.replace(_RUN, str(folder)), key="problems")
+    wanted = Wanted(
+        Sampling(temperature=config.temperature), config.max_new_tokens, max_batch=config.max_batch
+    )
+    respondent = open_respondent(folder / stage.name, problems, wanted, {})
+    keys = [(number, sample) for number in range(len(problems)) for sample in range(config.n)]
+    with Grader(config.rewards) as grader, Display(console) as display:
+        grader.check(problems)
+        show, responses = display.counting(f"answering {len(problems):,} held-out problems"), []
+        for response in respondent.answers(keys):
+            responses.append(response)
+            show(len(responses), len(keys))
+        responses.sort()
+        facts = [respondent.facts[response.key[0]] for response in responses]
+        rewards = grader.grade([response.text for response in responses], facts)
+    report = _report(config, stage, responses, rewards)
+    report["samples"] = [
+        {"prompt": problems[number].prompt, "text": responses[number * config.n].text}
+        | rewards[number * config.n]
+        for number in range(min(config.examples, len(problems)))
+    ]
+    summary = read_json(folder / stage.name / "summary.json")
+    report["seconds"] = summary["wall_seconds"]
+    if processes.is_first():
+        write_json(kept, report)
+    return report
+
+
+def _report(
+    config: R1,
+    stage: Stage,
+    responses: Sequence[Response],
+    rewards: Sequence[Mapping[str, float | None]],
+) -> dict[str, Any]:
+    """Returns what r1.json says of a stage, but for its examples and its time."""
+    first, n = config.rewards[0], config.n
+    right = np.asarray([(reward[first] or 0.0) >= RIGHT for reward in rewards])
+    counts = right.reshape(-1, n).sum(axis=1).tolist()
+    accuracy = measure([count / n for count in counts])
+    ks = sorted({1, n})
+    return {
+        "name": stage.name,
+        "accuracy": accuracy.value,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
+        "pass_at_k": {str(k): float(np.mean([pass_at_k(n, c, k) for c in counts])) for k in ks},
+        "format": float(np.mean([reward.get("format") or 0.0 for reward in rewards])),
+        "length": float(np.mean([response.tokens for response in responses])),
+        "entropy": sum(each.nats for each in responses) / sum(each.tokens for each in responses),
+        "answers": len(responses),
+    }
