@@ -17,7 +17,7 @@ from dsjax.checkpoint.load import Checkpoint
 from dsjax.data.shuffling import mix, stream_key
 from dsjax.files import listed
 from dsjax.generate.engine import Engine, Statistics
-from dsjax.generate.request import Request
+from dsjax.generate.request import Output, Request, join
 from dsjax.generate.sampling import Sampling
 from dsjax.infer.answers import MOST_NEW_TOKENS, default_sampling
 from dsjax.infer.weights import load_weights
@@ -67,12 +67,14 @@ class Response(NamedTuple):
       text: all that followed the prompt, control tokens spelled out, without the end token.
       tokens: how many there are, the end token included.
       ended: whether the model ended it; else it was cut off.
+      nats: the sum of -log p of its tokens, by the distributions that they were drawn from.
     """
 
     key: tuple[int, int]
     text: str
     tokens: int
     ended: bool
+    nats: float
 
 
 class Respondent:
@@ -147,17 +149,17 @@ class Respondent:
             self._engine = Engine(model, max_batch=self._wanted.max_batch, streaming=False)
         engine = self._engine
         engine.statistics = Statistics()
-        open_: dict[int, tuple[tuple[int, int], list[int]]] = {}
+        open_: dict[int, tuple[tuple[int, int], list[Output]]] = {}
         try:
             for key in keys:
                 open_[engine.add(self._request(key, greedy))] = (key, [])
             while open_:
                 for id, output in engine.step().items():
-                    key, tokens = open_[id]
-                    tokens += output.tokens
+                    key, outputs = open_[id]
+                    outputs.append(output)
                     if output.finish is not None:
                         del open_[id]
-                        yield self._response(key, tokens, output.finish == "stop")
+                        yield self._response(key, join(outputs))
         finally:  # the caller may stop iterating early
             for id in open_:
                 engine.cancel(id)
@@ -172,16 +174,20 @@ class Respondent:
             max_new_tokens=self._most_new(self.prompts[number]),
             sampling=dataclasses.replace(self._wanted.sampling, seed=seed, **change),
             stop_ids=self._initial.vocabulary.stop_ids,
+            logprobs=True,
         )
 
     def _most_new(self, prompt: Sequence[int]) -> int:
         room = self._initial.model.max_seq_len - len(prompt)
         return self._wanted.max_new_tokens or min(MOST_NEW_TOKENS, room)
 
-    def _response(self, key: tuple[int, int], tokens: list[int], ended: bool) -> Response:
-        shown = tokens[:-1] if ended else tokens
+    def _response(self, key: tuple[int, int], output: Output) -> Response:
+        ended = output.finish == "stop"
+        shown = output.tokens[:-1] if ended else output.tokens
         text = self._initial.vocabulary.coder.decode(shown, skip_special=False)
-        return Response(key, text, len(tokens), ended)
+        assert output.report.sampled_logprobs is not None
+        nats = -float(np.sum(output.report.sampled_logprobs, dtype=np.float64))
+        return Response(key, text, len(output.tokens), ended, nats)
 
     def _checked(self, problem: Problem) -> list[int]:
         """Returns a problem's prompt, if it leaves room for an answer."""

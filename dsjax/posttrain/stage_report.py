@@ -1,9 +1,9 @@
 """The report of a pipeline: r1.json and r1.png, written again after every stage.
 
 r1.json is a list with an object per stage: `name`; `accuracy`, the share of right answers to
-held-out problems, with `accuracy_low` and `accuracy_high`, its 95 % interval; `pass_at_k`; the share
-of well-formed answers, `format`; tokens per answer, `length`; `entropy`, the mean of -log p of drawn
-tokens in nats; wall time in `seconds`; and some answers, `samples`.
+held-out problems, with `accuracy_low` and `accuracy_high`, its 95 % interval; `pass_at_k`; the
+share of well-formed answers, `format`; tokens per answer, `length`; `entropy`, the mean of -log p
+of drawn tokens in nats; wall time in `seconds`; and some answers, `samples`.
 """
 
 from __future__ import annotations
