@@ -40,12 +40,11 @@ class Samples:
     problems: str  # file of problems
     n: int = 4  # answers per problem
     keep: Literal["right", "best", "all"] = "right"
-    most_problems: int = 0  # 0: all
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
         require_positive("samples", self, "n")
-        require_not_negative("samples", self, "most_problems", "temperature")
+        require_not_negative("samples", self, "temperature")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ stage's model can do is kept beside it, in `judged.json`.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -18,12 +19,12 @@ from rich.console import Console
 
 from dsjax import settings
 from dsjax.config import Config, FineTuning, Reinforcement
-from dsjax.config.r1 import R1, Stage, StageConfig
+from dsjax.config.r1 import R1, Samples, Stage, StageConfig
 from dsjax.display import Display
 from dsjax.files import read_json, write_json
 from dsjax.generate.sampling import Sampling
 from dsjax.parallel import processes
-from dsjax.posttrain import finetuning, game, reinforcement, stage_report
+from dsjax.posttrain import finetuning, game, reinforcement, rejection, stage_report
 from dsjax.posttrain.evaluation import RIGHT, measure, pass_at_k
 from dsjax.posttrain.problems import read_problems
 from dsjax.posttrain.responses import Response, Wanted, open_respondent
@@ -122,9 +123,30 @@ def _prepare(config: R1, folder: Path, console: Console) -> None:
 def _run_stage(config: R1, stage: Stage, folder: Path, command: str, console: Console) -> int:
     """Trains a stage, or goes on with it; returns the exit code."""
     if stage.samples is not None:
-        raise NotImplementedError
+        _sample(config, stage.name, stage.samples, folder)
     own = _placed(stage, folder)
     return _TRAINERS[type(own)](own, folder / stage.name, command=command, console=console)
+
+
+def _sample(config: R1, name: str, samples: Samples, folder: Path) -> None:
+    """Writes what a stage learns from, as tools/sample.py does; does nothing if it is there."""
+    (folder / name).mkdir(exist_ok=True)
+    rejection.run(
+        argparse.Namespace(
+            checkpoint=folder / samples.stage,
+            prompts=samples.problems.replace(_RUN, str(folder)),
+            out=folder / name / "samples.jsonl",
+            n=samples.n,
+            reward=config.rewards[0],
+            keep=samples.keep,
+            max_new_tokens=config.max_new_tokens,
+            temperature=samples.temperature,
+            max_batch=config.max_batch,
+            **dict.fromkeys(("top_p", "dtype")),
+            **dict.fromkeys(("system", "template"), ""),
+            **{"seed": 0, "raw": False, "mesh": {}, "override": []},
+        )
+    )
 
 
 def _placed(stage: Stage, folder: Path) -> StageConfig:

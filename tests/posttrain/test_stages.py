@@ -1,0 +1,108 @@
+"""A pipeline of stages on a model that learns next to nothing: what runs, what is kept, what is
+skipped. `configs/r1_tiny.py` is the pipeline, made smaller.
+"""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dsjax import settings
+from dsjax.posttrain import stages
+from dsjax.posttrain.stage_report import print_stages, write_report
+
+CONFIG = Path(__file__).parents[2] / "configs" / "r1_tiny.py"
+
+
+def smaller(stage):
+    """Two steps of the stage; answers that exist whatever the model has learned."""
+    changes = ["train.steps=2", "train.batch_size=8", "train.tensorboard=off"]
+    if hasattr(stage.config, "rl"):
+        changes += ["rl.prompts=2", "rl.group_size=4", "rl.minibatches=1", "rl.max_new_tokens=16"]
+    samples = stage.samples and dataclasses.replace(stage.samples, n=1, keep="all")
+    config = settings.override(stage.config, changes)
+    return dataclasses.replace(stage, config=config, samples=samples)
+
+
+@pytest.fixture(scope="module")
+def config():
+    whole = stages.load(CONFIG)
+    few = ("base", "r1_zero", "cold_start")
+    return dataclasses.replace(
+        whole,
+        stages=tuple(smaller(stage) for stage in whole.stages if stage.name in few),
+        game=dataclasses.replace(whole.game, n_texts=400, n_cold=400, n_held_out=20),
+        n=2,
+        max_new_tokens=16,
+        examples=2,
+    )
+
+
+def quiet():
+    return Console(quiet=True)
+
+
+@pytest.mark.heavy
+def test_stages_run_in_order_and_only_once(config, tmp_path):
+    assert stages.run(config, tmp_path, command="again", console=quiet()) == 0
+    reports = json.loads((tmp_path / "r1.json").read_text())
+    assert [report["name"] for report in reports] == ["base", "r1_zero", "cold_start"]
+    for report in reports:
+        assert 0 <= report["accuracy_low"] <= report["accuracy"] <= report["accuracy_high"] <= 1
+        assert report["accuracy"] == report["pass_at_k"]["1"] <= report["pass_at_k"]["2"]
+        assert 1 <= report["length"] <= 16 and report["entropy"] > 0 and report["seconds"] > 0
+        assert 0 <= report["format"] <= 1
+        assert len(report["samples"]) == 2 and "\n" in report["samples"][0]["prompt"]
+    assert (tmp_path / "r1.png").read_bytes()[:4] == b"\x89PNG"
+    kept = json.loads((tmp_path / "cold_start" / "config.json").read_text())
+    assert kept["init"] == str(tmp_path / "base") and kept["sft"]["files"].startswith(str(tmp_path))
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")}
+    assert len(before) == 3
+    assert stages.run(config, tmp_path, command="again", console=quiet()) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert json.loads((tmp_path / "r1.json").read_text()) == reports
+
+    other = dataclasses.replace(config, n=3)
+    with pytest.raises(ValueError, match="holds another pipeline, or this one with other settings"):
+        stages.run(other, tmp_path, command="again", console=quiet())
+
+
+def test_settings_name_their_stage():
+    config = stages.load(CONFIG, ["reasoning.train.steps=7", "base.optim.learning_rate=1e-4"])
+    by_name = {stage.name: stage.config for stage in config.stages}
+    assert by_name["reasoning"].train.steps == 7 and by_name["r1_zero"].train.steps != 7
+    assert by_name["base"].optim.learning_rate == 1e-4
+    for wrong, message in {
+        "train.steps=7": "write STAGE.KEY=VALUE, with one of the stages base, r1_zero",
+        "base.train.stpes=7": "stage base: train.stpes is not a config key",
+        "base": "write STAGE.KEY=VALUE",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            stages.load(CONFIG, [wrong])
+    with pytest.raises(FileNotFoundError, match="there is no config elsewhere"):
+        stages.load("elsewhere.py")
+
+
+def test_report_is_a_list_and_a_picture(tmp_path):
+    report = {
+        "name": "base", "accuracy": 0.25, "accuracy_low": 0.2, "accuracy_high": 0.3,
+        "pass_at_k": {"1": 0.25, "8": 0.5}, "format": 1.0, "length": 20.0, "entropy": 0.5,
+        "seconds": 3.0, "samples": [{"prompt": "1 2 3:6\n", "text": "<answer>1+2+3</answer>"}],
+    }  # fmt: skip
+    (tmp_path / "base").mkdir()
+    lines = [{"step": step, "reward": step / 10, "length": 20 + step} for step in range(1, 5)]
+    text = "".join(json.dumps(line) + "\n" for line in [{"step": 0, "loss": 1.0}, *lines])
+    (tmp_path / "base" / "metrics.jsonl").write_text(text)
+    write_report(tmp_path, [report, report | {"name": "cold_start"}], "game")
+    assert [each["name"] for each in json.loads((tmp_path / "r1.json").read_text())] == [
+        "base", "cold_start",
+    ]  # fmt: skip
+    assert (tmp_path / "r1.png").stat().st_size > 10_000
+    console = Console(record=True, width=120, file=io.StringIO())
+    print_stages([report], console)
+    shown = console.export_text()
+    assert "25.0%" in shown and "50.0%" in shown and "1 2 3:6" in shown
