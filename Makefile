@@ -1,10 +1,10 @@
-# make setup | train | test | lint | bench | soak; ARGS="..." is passed on, PYTHON chooses the interpreter.
+# make setup | train | r1 | test | lint | bench | soak; ARGS="..." is passed on, PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup train test lint bench soak
+.PHONY: setup train r1 test lint bench soak
 
 setup: $(INSTALLED)
 
@@ -16,6 +16,9 @@ $(INSTALLED): setup.cfg pyproject.toml
 
 train: setup
 	$(BIN)/python tools/train.py $(ARGS)
+
+r1: setup
+	$(BIN)/python tools/r1.py $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
