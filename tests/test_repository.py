@@ -103,6 +103,15 @@ FLAGS = {
         "--set",
         "--workdir",
     },
+    "r1.py": {
+        "--coordinator",
+        "--debug",
+        "--help",
+        "--num-processes",
+        "--process-id",
+        "--set",
+        "--workdir",
+    },
     "sample.py": {
         "--debug",
         "--dtype",

@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         "config",
         metavar="CONFIG",
         nargs="?",
-        default="configs/r1_tiny.py",
+        default="configs/pipelines/r1_tiny.py",
         help="config file of a pipeline (default: %(default)s)",
     )
     result.add_argument(

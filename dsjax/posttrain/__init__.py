@@ -40,4 +40,10 @@ Reinforcement learning (tools/grpo.py):
   policy.py         the policy loss as a training objective, and log-probabilities alone
   updates.py        all minibatches of a step in one program, and the reference policy
   reinforcement.py  the run
+
+R1 from start to end (tools/r1.py):
+
+  stages.py         runs and judges one stage after the other
+  stage_report.py   what came of them: r1.json, r1.png
+  game.py           the countdown game: problems, demonstrations, texts, a tokenizer
 """

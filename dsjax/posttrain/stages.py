@@ -50,7 +50,9 @@ def load(path: str | Path, assignments: Sequence[str] = ()) -> R1:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no config {path}; the default is configs/r1_tiny.py")
+        raise FileNotFoundError(
+            f"there is no config {path}; the default is configs/pipelines/r1_tiny.py"
+        )
     config = settings.read_python(path, R1)
     given: dict[str, list[str]] = {stage.name: [] for stage in config.stages}
     for assignment in assignments:

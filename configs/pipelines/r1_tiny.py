@@ -6,7 +6,8 @@ demonstrations; reasoning by rewards; rejection sampling and fine-tuning of the 
 for all scenarios, here a taste for tidy thoughts as well; and a dense student that learns from the
 samples. The demonstrator of the cold start tries without aim and is right 40 % of the time.
 
-Command: python tools/r1.py, or make r1
+Command: python tools/r1.py --workdir runs/r1_tiny
+Hardware: 2 CPU cores, 4 GB of memory.
 """
 
 import dataclasses
