@@ -67,10 +67,20 @@ def confine(folder: str, seconds: int) -> None:
         (resource.RLIMIT_NOFILE, MOST_OPEN),
         (resource.RLIMIT_CORE, 0),
     ):
-        with contextlib.suppress(ValueError, OSError):  # macOS lacks some
-            resource.setrlimit(what, (limit, limit))
-    if sys.platform != "linux":
-        return
+        _limit(what, limit)
+    if sys.platform != "linux" or not _fence(folder):
+        _limit(resource.RLIMIT_NPROC, 0)  # no threads either; root has no such limit
+
+
+def _limit(what: int, limit: int) -> None:
+    import resource
+
+    with contextlib.suppress(ValueError, OSError):  # macOS lacks some
+        resource.setrlimit(what, (limit, limit))
+
+
+def _fence(folder: str) -> bool:
+    """Gives up what Linux can deny, and tells whether processes are."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -79,7 +89,7 @@ def confine(folder: str, seconds: int) -> None:
     _restrict_writing(libc, folder)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     libc.capset(header, (ctypes.c_uint32 * 6)())
-    _filter_calls(libc)
+    return _filter_calls(libc)
 
 
 def _restrict_writing(libc: Any, folder: str) -> None:
@@ -104,13 +114,13 @@ def _restrict_writing(libc: Any, folder: str) -> None:
     os.close(ruleset)
 
 
-def _filter_calls(libc: Any) -> None:
-    """Denies the system calls above by seccomp, if machine and kernel are known to have it."""
+def _filter_calls(libc: Any) -> bool:
+    """Denies the system calls above by seccomp; False where machine or kernel does not have it."""
     import ctypes
 
     numbers: Any = _DENIED.get(platform.machine())
     if numbers is None:
-        return
+        return False
 
     def step(code: int, yes: int, no: int, value: int) -> bytes:
         order: Any = sys.byteorder
@@ -132,7 +142,7 @@ def _filter_calls(libc: Any) -> None:
     class Program(ctypes.Structure):
         _fields_ = [("length", ctypes.c_ushort), ("steps", ctypes.c_char_p)]
 
-    libc.prctl(22, 2, ctypes.byref(Program(len(program) // 8, program)), 0, 0)
+    return libc.prctl(22, 2, ctypes.byref(Program(len(program) // 8, program)), 0, 0) == 0
 
 
 def encode(value: Any) -> Any:

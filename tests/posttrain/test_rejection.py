@@ -43,6 +43,8 @@ def test_parts_forget_a_line_that_was_cut_short(tmp_path, lost):
     parts = Parts(path, SETTINGS)
     assert len(parts) == 5
     parts.add(ANSWERS[5:])
+    parts.close()
+    parts = Parts(path, SETTINGS)
     assert [parts.get(each.key) for each in ANSWERS] == ANSWERS
     parts.close()
     path.write_bytes(b'{"settings"')  # killed while the first line was written
@@ -67,6 +69,8 @@ def test_training_data_has_the_very_ids_that_were_sampled(tmp_path, kind):
     respondent = Respondent(initial, [problem], Wanted(Sampling()))
     thought = {"R1": "so</think>Five", "V3": "Five", "base": "so Five"}[kind]
     line = training_line(respondent, 0, problem, Judged((0, 0), thought, 9, True, 1.0))
+    if kind == "R1":  # whole, for those who do not know that the prompt opens the thought
+        assert line["messages"][-1]["content"] == "<think>\nso</think>Five"
     assert line["reward"] == 1.0 and line["source"] == "f:1"
     conversation = parse(json.loads(json.dumps(line)), "f:1")
     (encoded,) = encode_conversations([conversation], initial.vocabulary, initial.chat)

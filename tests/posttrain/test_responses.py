@@ -39,6 +39,9 @@ def test_answers_do_not_depend_on_company_or_order(folder):
     greedy = [each.text for each in together.answers([(0, 0), (0, 1)], greedy=True)]
     assert greedy[0] == greedy[1]
     assert together.statistics.new_tokens == 16
+    same = respond(folder, PROBLEMS[:1] * 2, max_new_tokens=8)
+    first, second = sorted(same.answers([(0, 0), (1, 0)]))
+    assert first == answers[0, 0] and second.text != first.text
     other = respond(folder, max_new_tokens=8, max_batch=4, seed=1)
     assert next(iter(other.answers([(0, 0)]))).text != answers[0, 0].text
 

@@ -60,6 +60,12 @@ def test_answer_is_worth(expression, expected):
     assert worth(expression) == expected
 
 
+def test_every_number_counts_though_the_target_is_reached():
+    assert worth("6+9", {"numbers": [5, 6, 9], "target": 15}) == 0.1
+    assert worth("6+9", {"numbers": [6, 9], "target": 15}) == 1
+    assert worth("6+6", {"numbers": [6, 9], "target": 12}) == 0.1
+
+
 def test_division_and_signs_are_exact():
     assert worth("8/(3-8/3)", {"numbers": [8, 8, 3, 3], "target": 24}) == 1
     assert worth("1/3*3", {"numbers": [1, 3, 3], "target": 1}) == 1

@@ -56,6 +56,7 @@ EQUAL = [
     (r"\begin{pmatrix} 0 & 3 \\ 0 & -1 \end{pmatrix}", r"\begin{pmatrix}0&3\\0&-1\end{pmatrix}"),
     ("5", "5.0"),
     ("1/3", "0.333333"),
+    ("0<f(x)<1", "(0,1)"),
     (5, "5"),
 ]
 DIFFERENT = [
@@ -68,6 +69,9 @@ DIFFERENT = [
     ("n=2, 3, 4", "n=1, 2, 3"),
     (r"\pm 2021", "2021"),
     ("12:00", "1:00"),
+    # The truth comes first: the other way round these are equal.
+    ("2x + z = 1", "1"),
+    ("(3,1)", r"\{1,3\}"),
     ("d", r"\text{E}"),
     ("A", "B"),
     # What math-verify calls equal, since it rounds to six decimals.
