@@ -89,7 +89,7 @@ class Judged:
     @property
     def flat_Q(self) -> np.ndarray:
         """Marks groups from which nothing is learned, bool [questions]."""
-        return ~self.advantages_QG.any(axis=1)
+        return np.all(self.advantages_QG == 0, axis=1)
 
     def metrics(self) -> dict[str, float]:
         """Returns means over all answers, of what could be judged."""

@@ -216,7 +216,7 @@ class FineTuningRun:
         score = scorer(self.declared, supervised(config))
         self.score = Compiled(jax.jit(score, out_shardings=everywhere), mesh)
         rows = data.heldout
-        self.heldout = rows and HeldoutRows(rows, initial.vocabulary.coder)
+        self.heldout = HeldoutRows(rows, initial.vocabulary.coder) if rows else None
 
     def _trains(self, mesh: Mesh) -> Trains:
         """Says what trains: everything but resting MTP modules, or the experts of the task."""

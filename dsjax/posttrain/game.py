@@ -21,7 +21,7 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -179,7 +179,7 @@ def write_game(folder: Path, *, seed: int, n_texts: int, n_cold: int, n_held_out
         _write_lines(folder / f"{name}.jsonl", lines)
 
 
-def _write_lines(path: Path, objects: Iterator[dict[str, object]]) -> None:
+def _write_lines(path: Path, objects: Iterable[Mapping[str, object]]) -> None:
     write(path, "".join(json.dumps(each) + "\n" for each in objects))
 
 

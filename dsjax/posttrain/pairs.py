@@ -285,7 +285,7 @@ class ExampleRows:
             raise IndexError(f"row {row} of {len(self)}")
         number = int(self._rows[row])
         ids, counted = self._examples.row(number)
-        arrays = {
+        arrays: dict[str, Any] = {
             name: np.full(self.sequence_length + 1, value, np.int32)
             for name, value in (("tokens", self._pad), ("segment_ids", 0), ("counted", 0))
         }

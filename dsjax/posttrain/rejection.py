@@ -189,9 +189,12 @@ def _judge(respondent: Respondent, grader: Grader, batch: Sequence[Response]) ->
     facts = [respondent.facts[response.key[0]] for response in batch]
     rewards = grader.grade([response.text for response in batch], facts)
     return [
-        Judged(*response, worth=next(iter(reward.values())))
+        Judged(
+            response.key, response.text, response.tokens, response.ended,
+            worth=next(iter(reward.values())),
+        )
         for response, reward in zip(batch, rewards, strict=True)
-    ]
+    ]  # fmt: skip
 
 
 def _settings(arguments: argparse.Namespace, respondent: Respondent) -> dict[str, Any]:

@@ -122,9 +122,9 @@ class Timed:
         """Time spent on compilation so far."""
         return self._compiled.seconds
 
-    def __call__(self, state: Any, batch: Any, knobs: Any) -> tuple[Any, Metrics]:
+    def __call__(self, state: Any, batch: Any, *rest: Any) -> tuple[Any, Metrics]:
         began = time.perf_counter()
-        state, metrics = jax.block_until_ready(self._compiled(state, batch, knobs))
+        state, metrics = jax.block_until_ready(self._compiled(state, batch, *rest))
         seconds = time.perf_counter() - began
         rate = float(metrics["update_tokens"]) / seconds
         timed = {"update_seconds": seconds, "update_tokens_per_second": rate}

@@ -230,8 +230,8 @@ def _update_router(
 
 
 def compile_step(
-    step: Callable[[TrainState, Batch, Knobs], tuple[TrainState, Metrics]],
-    abstract: TrainState,
+    step: Callable[[Any, Batch, Knobs], tuple[Any, Metrics]],
+    abstract: Any,
     mesh: Mesh,
     announce: Callable[[], None] = lambda: None,
 ) -> Compiled:
