@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +149,8 @@ def token_nll_and_entropy(
     """
     hidden, targets = split_length(hidden_BTD), split_length(targets_BT)
     width = _width(targets, chunk)
-    nll, entropy = _token_nll(hidden, w_DV, targets, policy, width, temperature)
+    found = _token_nll(hidden, w_DV, targets, policy, width, temperature)
+    nll, entropy = cast("tuple[jax.Array, jax.Array]", found)
     return join_length(nll), join_length(jax.lax.stop_gradient(entropy))
 
 
