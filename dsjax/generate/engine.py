@@ -228,7 +228,13 @@ class Engine:
         requests = [open_.request for open_ in admitted]
         longest = max(len(each.prompt) + each.max_new_tokens for each in requests)
         config = self._programs.model.config
-        length = cache_length(config, longest, chunk=self._chunk, n_drafts=self._n_drafts)
+        length = cache_length(
+            config,
+            longest,
+            chunk=self._chunk,
+            n_drafts=self._n_drafts,
+            streaming=self._streaming,
+        )
         if self._running:
             length = max(length, self._running.length)
         self._incoming = self._make_rows(admitted, length)

@@ -14,7 +14,8 @@ from dsjax.generate.record import NOTHING, Wanted
 from dsjax.generate.request import Request
 from dsjax.generate.sampling import knobs
 
-_MIN_LENGTH = 256  # of a cache
+# Of a cache: a server's requests differ in length, and each length is another program.
+_MIN_LENGTH, _MIN_LENGTH_ALONE = 256, 128
 _FREE = Request((0,), 0)  # placeholder for a row without a request
 
 
@@ -103,14 +104,20 @@ class Rows:
             self.wanted = Wanted(*map(max, self.wanted, request.wanted))
 
 
-def cache_length(config: ModelConfig, needed: int, *, chunk: int, n_drafts: int) -> int:
+def cache_length(
+    config: ModelConfig, needed: int, *, chunk: int, n_drafts: int, streaming: bool = True
+) -> int:
     """Chooses the length of a cache for texts of up to `needed` tokens.
 
     It is a power of two, so that few programs are compiled, but no more than the model's longest
     text takes. Either way whole chunks fit, and drafts beyond the end of the text.
+
+    Args:
+      streaming: whether requests of any length may come; see `Engine`.
     """
     whole_chunks = -(-(config.max_seq_len + n_drafts) // chunk) * chunk
-    return min(max(power_of_two(needed + n_drafts), _MIN_LENGTH), whole_chunks)
+    least = _MIN_LENGTH if streaming else _MIN_LENGTH_ALONE
+    return min(max(power_of_two(needed + n_drafts), least), whole_chunks)
 
 
 def power_of_two(at_least: int) -> int:

@@ -51,6 +51,7 @@ def test_rows_that_move_take_their_numbers_along():
 def test_cache_fits_the_request_in_few_sizes():
     """Powers of two from 256 on, and never more than what the model's longest text needs."""
     length = functools.partial(cache_length, TINY, chunk=16)
+    assert [length(n, n_drafts=0, streaming=False) for n in (20, 129)] == [128, 256]
     lengths = [length(needed, n_drafts=0) for needed in (3, 256, 257, 2048, 2049, 4096)]
     assert lengths == [256, 256, 512, 2048, 4096, 4096]
     assert length(4096, n_drafts=2) == 4096 + 16  # drafts stand beyond the end

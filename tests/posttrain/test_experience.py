@@ -161,6 +161,7 @@ def test_samples_are_written_with_what_they_are_worth(source, tmp_path):
     experience.take(2, STATE)
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1] * 4 + [2] * 4
+    assert not set(rollouts.asked[0][1]) & set(rollouts.asked[1][1])  # each step draws anew
     for line, seed in zip(lines[:4], rollouts.asked[0][1], strict=False):
         assert line["text"] == str(seed % 10) and line["tokens"] == 2 and line["ended"]
         assert line["reward"] == line["rewards"]["countdown"] == seed % 10 % 2
