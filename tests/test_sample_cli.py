@@ -22,18 +22,11 @@ def run(*arguments):
     )
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--reward", "maths"], "did you mean math?"),
-        ([], "p.jsonl:1: the problem's field 'rule' is None; name one of math, countdown"),
-        (["--reward", "format"], "gone"),
-    ],
-)
-def test_bad_input_is_told(tmp_path, more, message):
+def test_bad_input_is_told_in_one_message(tmp_path):
     prompts = toy.write_lines(tmp_path / "p.jsonl", [{"prompt": "a"}])
-    done = run("gone", "--prompts", prompts, "--out", tmp_path / "out.jsonl", *more)
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    done = run("gone", "--prompts", prompts, "--out", tmp_path / "out.jsonl")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "p.jsonl:1: the problem's field 'rule' is None; name one of math" in done.stderr
     assert list(tmp_path.iterdir()) == [prompts]
 
 

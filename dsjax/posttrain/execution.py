@@ -22,7 +22,7 @@ from dsjax.posttrain.verify import kill_tree
 
 MOST_OUTPUT = 1 << 20  # bytes that a program may print
 _PIECE = 1 << 16
-_ENDING_SECONDS = 5.0
+_ENDING_SECONDS = 2.0
 _LOOK_SECONDS = 0.2
 _PATIENCE = 4  # wall-clock seconds per processor second, on a busy machine
 

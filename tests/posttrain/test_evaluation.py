@@ -1,5 +1,6 @@
 """Measures of solved problems, against closed forms and exhaustive counts."""
 
+import argparse
 import itertools
 import math
 import random
@@ -7,7 +8,8 @@ import random
 import numpy as np
 import pytest
 
-from dsjax.posttrain.evaluation import Sample, majority, measure, pass_at_k, summarise
+from dsjax.posttrain.evaluation import Sample, majority, measure, pass_at_k, run, summarise
+from tests.posttrain import toy
 
 SAME = dict(tokens=1, ended=True)
 
@@ -96,3 +98,23 @@ def test_samples_that_cannot_be_judged_are_left_out():
 
 def test_programs_have_no_majority():
     assert set(summarise([[sample(None, 1.0)] * 2], [2])) == {"pass@1", "pass@2"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward": "maths"}, r"there is no reward 'maths'; did you mean math\?"),
+        ({"reward": "format"}, "gone"),
+        ({"n": 2, "k": [4]}, "--k 4 needs as many samples: raise --n 2"),
+        ({"problems": "gone.jsonl"}, "--problems='gone.jsonl' matches no file"),
+    ],
+)
+def test_bad_input_is_refused_before_the_weights_are_read(tmp_path, changes, message):
+    problems = toy.write_lines(tmp_path / "p.jsonl", [{"prompt": "q", "answer": "1"}])
+    values = dict(
+        checkpoint=tmp_path / "gone", problems=str(problems), reward="format", n=4, k=None,
+        max_new_tokens=None, temperature=None, top_p=None, seed=0, max_batch=4, system="",
+        template="", raw=False, json=None, dtype=None, mesh={}, override=[],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        run(argparse.Namespace(**values | changes))

@@ -159,12 +159,14 @@ ATTACKS = {
     "network": "import socket\nsocket.socket()\ndef add(a, b): return a + b",
 }
 
+SLOW = ("asleep", "endless output")  # they take all the time that they have
+
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="the fences are Linux's")
 @pytest.mark.parametrize(
     "attack",
     [
-        pytest.param(code, id=name, marks=[pytest.mark.heavy] if name == "asleep" else [])
+        pytest.param(code, id=name, marks=[pytest.mark.heavy] if name in SLOW else [])
         for name, code in ATTACKS.items()
     ],
 )
