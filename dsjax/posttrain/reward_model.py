@@ -7,6 +7,7 @@ came from; a reward model writes no text.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -24,6 +25,8 @@ from dsjax.config import ModelConfig
 from dsjax.model.layers import Normal, declare
 from dsjax.model.parameters import initialize, shardings
 from dsjax.model.transformer import Transformer
+from dsjax.parallel.context import arrange
+from dsjax.parallel.sharding import parts
 from dsjax.precision.policy import Policy
 from dsjax.text.chat import ChatFormat, find_format
 from dsjax.text.vocabulary import Vocabulary, open_vocabulary
@@ -74,11 +77,7 @@ def new_head(config: ModelConfig, mesh: Mesh, seed: int) -> nnx.State:
     """Returns the parameters that a language model lacks to be a reward model, at
     `RewardModel`'s paths.
     """
-    declared = {"reward": RewardHead(config.dim)}
-
-    def make(key: jax.Array) -> Any:
-        return initialize(declared["reward"], key)
-
+    make = functools.partial(initialize, RewardHead(config.dim))
     placement = shardings(jax.eval_shape(make, jax.random.key(0)), mesh)
     head = jax.jit(make, out_shardings=placement)(jax.random.key(seed))
     return nnx.State({"reward": nnx.state(head).raw_mapping})
@@ -112,30 +111,33 @@ class Scorer:
 
     def many(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """Scores several; the same values as one at a time, up to rounding."""
+        if not rows:
+            return []
         lengths = [len(ids) for ids in rows]
         most = self._model.config.max_seq_len
         if not all(0 < length <= most for length in lengths):
             raise ValueError(
-                f"answers of {min(lengths, default=0)} to {max(lengths, default=0)} tokens, prompt "
+                f"answers of {min(lengths)} to {max(lengths)} tokens, prompt "
                 f"included; the reward model judges 1 to {most} (max_seq_len)"
             )
         length = min(max(_SHORTEST, 1 << (max(lengths) - 1).bit_length()), most)
-        tokens = np.zeros((len(rows), length), np.int32)
-        last = np.zeros((len(rows), length), np.float32)
+        # Rows of nothing fill what the devices share out.
+        share = 1 if self._mesh is None else parts("batch", self._mesh)
+        shape = (-(-len(rows) // share) * share, length)
+        tokens, last = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         for row, ids in enumerate(rows):
             tokens[row, : len(ids)] = ids
             last[row, len(ids) - 1] = 1
-        if self._mesh is None:
-            return np.asarray(_score(self._model, tokens, last)).tolist()
-        with jax.set_mesh(self._mesh):
-            return np.asarray(_score(self._model, tokens, last)).tolist()
+        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            scores = np.asarray(_score(self._model, tokens, last))
+        return scores[: len(rows)].tolist()
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def _score(model: RewardModel, tokens_BT: jax.Array, last_BT: jax.Array) -> jax.Array:
     # Padding comes after the answer, where causal attention keeps it from being seen.
     hidden = model.hidden(tokens_BT, mtp=False).main_BTD
-    return model.scores(hidden, last_BT)
+    return model.scores(hidden, arrange(last_BT))
 
 
 def load_reward_model(

@@ -89,12 +89,21 @@ def test_run_loads_back_as_a_scorer(base, run):
         assert_close(got, want, F32, "score")
         assert isinstance(scorer(ids), float)
         assert_close(scorer(ids), want, F32, "score alone")
-    assert len(set(together)) == 3
+    assert len(set(together)) == 3 and scorer.many([]) == []
     assert scorer.chat.name == "R1"
     with pytest.raises(ValueError, match=r"0 to 5 tokens.*judges 1 to 256"):
         scorer.many([answers[0], []])
     with pytest.raises(ValueError, match="max_seq_len"):
         scorer([5] * 257)
+
+
+@pytest.mark.heavy
+def test_scores_are_the_same_on_eight_devices(run):
+    answers = [[5, 6, 7], list(range(3, 73)), [9]]
+    alone = load_reward_model(run, dtype="float32").many(answers)
+    mesh = make_mesh({"data": 2, "context": 2, "tensor": 2})
+    spread = load_reward_model(run, mesh=mesh, dtype="float32").many(answers)
+    assert_close(np.array(spread), np.array(alone), F32, "scores")
 
 
 def test_a_language_model_and_a_reward_model_are_not_taken_for_each_other(base, run, tmp_path):
