@@ -79,7 +79,7 @@ class Learning:
         length = row_length_of(config, questions, mesh)
         batch_sharding((config.micro_batch_size, length + 1), mesh)
         check_length(length, mesh)
-        pipelined_step.check(config, mesh)  # pyright: ignore[reportArgumentType]
+        pipelined_step.check(config, mesh)
         if mesh.shape[PIPE] > 1 and config.replays:
             raise ValueError(
                 f"rl.replay=on, and a pipeline (mesh.pipe={mesh.shape[PIPE]}) cannot replay the "

@@ -115,12 +115,17 @@ class Timed:
 
     def __init__(self, compiled: Compiled) -> None:
         self._compiled = compiled
-        self.is_compiled, self.compile = compiled.is_compiled, compiled.compile
 
     @property
     def seconds(self) -> float:
         """Time spent on compilation so far."""
         return self._compiled.seconds
+
+    def is_compiled(self, batch: Any) -> bool:
+        return self._compiled.is_compiled(batch)
+
+    def compile(self, state: Any, batch: Any, *rest: Any) -> None:
+        self._compiled.compile(state, batch, *rest)
 
     def __call__(self, state: Any, batch: Any, *rest: Any) -> tuple[Any, Metrics]:
         began = time.perf_counter()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -21,6 +21,14 @@ from dsjax.train.session import Session
 from dsjax.train.source import Taken
 
 Metrics = Mapping[str, jax.Array]
+
+
+class Step(Protocol):
+    """A step that is compiled per batch shape, as `dsjax.parallel.compilation.Compiled` is."""
+
+    def is_compiled(self, batch: Any) -> bool: ...
+    def compile(self, state: Any, batch: Any, *rest: Any) -> None: ...
+    def __call__(self, state: Any, batch: Any, *rest: Any) -> Any: ...
 
 
 class _Dispatched(NamedTuple):

@@ -145,7 +145,7 @@ def test_any_objective_and_source_can_use_the_loop(finished):
     np.testing.assert_allclose([[line[key] for key in keys] for line in logged], want, rtol=1e-6)
     assert set(logged[0]) == {*keys, "loss", "grad_norm", "skipped_steps"}
     assert isinstance(logged[0]["clipped"], int)
-    assert "held-out after step 2: eval_reward" in output and "loss" in output
+    assert "held-out after step 2: eval_reward" in output and "reward 2.500" in output
     summary = json.loads((folder / "summary.json").read_text())
     np.testing.assert_allclose(summary["reward"], weight, rtol=1e-6)
     assert summary["worst"] == "nan"  # JSON has no such number

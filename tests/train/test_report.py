@@ -86,3 +86,10 @@ def test_metrics_says_how_to_get_wandb(tmp_path, monkeypatch):
 def test_mtp_loss_is_shown_only_where_modules_train():
     assert "mtp" in report.described(LINE)[1]
     assert "mtp" not in report.described(LINE | {"mtp_loss": 0.0})[1]
+
+
+def test_rewards_are_shown_in_place_of_a_loss_that_says_nothing():
+    line = LINE | {"reward": 0.25, "right": 0.125, "rollout_seconds": 1.5, "update_seconds": 0.25}
+    short, full = report.described(line)
+    assert short == "reward 0.250  right 12.5%  4,096 tokens/s"
+    assert "seconds: rollout 1.50  update 0.25" in full and "loss" not in full
