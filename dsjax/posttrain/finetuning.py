@@ -341,7 +341,7 @@ class FineTuningRun:
         prompt, vocabulary = self.data.sample, self.initial.vocabulary
         room = self.config.shape.max_seq_len - len(prompt)
         n_tokens = min(self.config.train.sample_tokens, room)
-        if n_tokens < 1:
+        if n_tokens < 1 or not prompt:  # without a begin token a prompt may be empty
             return None
         model: Transformer = restored_model(self.declared, self.session.state)
         request = Request(

@@ -25,8 +25,12 @@ def found():
     batch = {"tokens": tokens(2, 12), "segment_ids": jnp.ones((2, 12), jnp.int32)}
     batch["segment_ids"] = batch["segment_ids"].at[1, 7:].set(0)
     model = tiny_model(MODEL)
-    seen = []
-    inner = MoE.__call__
+    return jax.jit(esft.usage)(model, batch), jax.jit(_routings)(model, batch)
+
+
+def _routings(model, batch):
+    """What each MoE layer's router says when the model itself runs, layer by layer."""
+    seen, inner = [], MoE.__call__
 
     def spy(self, x_BTD, *arguments, **options):
         seen.append(self.gate(x_BTD.reshape(-1, x_BTD.shape[-1])))
@@ -40,7 +44,7 @@ def found():
         for layer in range(MODEL.n_moe_layers):
             block = jax.tree.map(lambda stack, layer=layer: stack[layer], model.moe_layers)
             x_BTD, _ = block(x_BTD, context, None)
-    return jax.jit(esft.usage)(model, batch), seen
+    return seen
 
 
 def test_scores_are_those_of_a_loop_over_tokens(found):
