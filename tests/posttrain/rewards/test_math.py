@@ -8,8 +8,6 @@ import pytest
 from dsjax.posttrain.problems import Problem
 from dsjax.posttrain.rewards import Grader, score
 
-pytest.importorskip("math_verify")
-
 
 @pytest.fixture(scope="module")
 def judge():
