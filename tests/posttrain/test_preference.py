@@ -196,7 +196,7 @@ def state_after_a_step(kind, model, n_micro_batches, sizes=None):
         for name, array in on_device(batch()).items()
     }
     knobs = {"learning_rate": jnp.float32(1e-3), "bias_update_speed": jnp.float32(0)}
-    declared = type(model)(MODEL, Policy(jnp.float32))
+    declared = type(model)(model.config, Policy(jnp.float32))
     step = train_step(declared, optimizer, preference(config(kind)))
     with jax.set_mesh(make_mesh(sizes or {"data": 1}, 8 if sizes else 1)):
         state, metrics = jax.jit(step)(state, rows, knobs)
@@ -216,6 +216,17 @@ def test_step_is_the_same_however_the_batch_is_cut_and_spread(kind, reward_model
         for got, want in zip(*map(jax.tree.leaves, (again, params)), strict=True):
             # Adam divides by the gradient's size, which magnifies rounding of the smallest.
             np.testing.assert_allclose(got, want, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.heavy
+def test_step_is_the_same_in_a_pipeline():
+    model = tiny_model(dataclasses.replace(MODEL, n_layers=3, n_mtp=0))  # two MoE layers
+    params, metrics = state_after_a_step("dpo", model, 4)
+    again, same = state_after_a_step("dpo", model, 4, {"pipe": 2, "fsdp": 2, "tensor": 2})
+    for name in ("loss", "accuracy", "grad_norm"):
+        assert_close(same[name], metrics[name], F32, name)
+    for got, want in zip(*map(jax.tree.leaves, (again, params)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.heavy
