@@ -153,8 +153,8 @@ def _without_format(vocabulary: Vocabulary, conversation: Conversation) -> list[
     if not conversation.plain:
         raise ValueError(
             f"{place}: messages need a chat format, and this is a base model: it has no template "
-            f"and its tokenizer no tokens for turns, such as {USER}. Give prompt and completion as "
-            "texts, or name a tokenizer that has such tokens with sft.tokenizer"
+            f"and its tokenizer no tokens for turns, such as {USER}. Give prompt and answer as "
+            "texts, or name a tokenizer that has such tokens with sft.tokenizer of tools/sft.py"
         )
     if vocabulary.eos is None:
         raise ValueError(
