@@ -11,7 +11,9 @@ Cost: about two seconds per step of 8 pairs, and a third of an epoch's time for 
 Expected: depends on the pairs; the loss begins at ln 2 = 0.693 and the accuracy near one half.
 """
 
-from dsjax.config import OptimConfig, PrecisionConfig, Preference, PreferenceConfig, TuningConfig
+from dsjax.config import OptimConfig, PrecisionConfig
+from dsjax.config.posttraining import TuningConfig
+from dsjax.config.preference import Preference, PreferenceConfig
 
 config = Preference(
     name="dpo_tiny",

@@ -13,7 +13,9 @@ Expected: not run; the paper's averages over its tasks are 50.2 (gate) and 49.4 
 51.0 of full fine-tuning and 44.9 of LoRA; general abilities fall less than with either.
 """
 
-from dsjax.config import EsftConfig, FineTuning, MeshConfig, OptimConfig, SftConfig, TuningConfig
+from dsjax.config import MeshConfig, OptimConfig
+from dsjax.config.finetuning import EsftConfig, FineTuning, SftConfig
+from dsjax.config.posttraining import TuningConfig
 
 config = FineTuning(
     name="esft_v2_lite",

@@ -14,7 +14,9 @@ Expected: 110 steps raise the held-out share of right answers of a model of 0.7M
 fifth, from 19 to 23 %, with pass@8 kept; without the KL it rises further and then falls.
 """
 
-from dsjax.config import OptimConfig, PrecisionConfig, Reinforcement, RlConfig, TuningConfig
+from dsjax.config import OptimConfig, PrecisionConfig
+from dsjax.config.posttraining import TuningConfig
+from dsjax.config.reinforcement import Reinforcement, RlConfig
 
 config = Reinforcement(
     name="grpo_countdown",

@@ -17,8 +17,10 @@ Expected: TinyZero reports that models of 1.5B parameters and more come to searc
 their answers, and that one of 0.5B does not.
 """
 
-from dsjax.config import MeshConfig, OptimConfig, Reinforcement, RlConfig, TuningConfig
+from dsjax.config import MeshConfig, OptimConfig
+from dsjax.config.posttraining import TuningConfig
 from dsjax.config.recipes import R1_ZERO_INSTRUCTION
+from dsjax.config.reinforcement import Reinforcement, RlConfig
 
 TEMPLATE = f"""{R1_ZERO_INSTRUCTION}
 User: {{prompt}} Use each number once, and + - * /. Give the expression in the answer.

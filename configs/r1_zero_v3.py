@@ -14,8 +14,10 @@ Cost: DeepSeek's run took 198 hours; ours has not been run.
 Expected: AIME 2024 pass@1 from 15.6 to 71.0 % (version 1 of the paper), 77.9 % (version 2).
 """
 
-from dsjax.config import MeshConfig, OptimConfig, Reinforcement, RlConfig, TuningConfig
+from dsjax.config import MeshConfig, OptimConfig
+from dsjax.config.posttraining import TuningConfig
 from dsjax.config.recipes import R1_ZERO_INSTRUCTION
+from dsjax.config.reinforcement import Reinforcement, RlConfig
 
 TEMPLATE = R1_ZERO_INSTRUCTION + " User: {prompt}. Assistant:"
 

@@ -12,7 +12,9 @@ Cost: 258 steps of 256 pairs, 1.1G tokens if every row were full.
 Expected: not run; the loss begins near ln 2 = 0.693.
 """
 
-from dsjax.config import MeshConfig, OptimConfig, Preference, PreferenceConfig, TuningConfig
+from dsjax.config import MeshConfig, OptimConfig
+from dsjax.config.posttraining import TuningConfig
+from dsjax.config.preference import Preference, PreferenceConfig
 
 config = Preference(
     name="reward_v3",

@@ -10,7 +10,9 @@ Cost: about a second per step, two passes over the conversations.
 Expected: depends on the conversations; the held-out loss falls from the base model's.
 """
 
-from dsjax.config import FineTuning, OptimConfig, PrecisionConfig, SftConfig, TuningConfig
+from dsjax.config import OptimConfig, PrecisionConfig
+from dsjax.config.finetuning import FineTuning, SftConfig
+from dsjax.config.posttraining import TuningConfig
 
 config = FineTuning(
     name="sft_tiny",

@@ -27,7 +27,8 @@ from typing import Any, TypeVar
 
 from dsjax import files, settings
 from dsjax.axes import AXES, CHECKPOINT_AXES
-from dsjax.config import Config, MeshConfig, PostTraining
+from dsjax.config import Config, MeshConfig
+from dsjax.config.posttraining import PostTraining
 
 Initial = TypeVar("Initial", bound=PostTraining)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dsjax import command
-from dsjax.config import Config, ModelConfig, PostTraining, TrainConfig
+from dsjax.config import Config, ModelConfig, TrainConfig
+from dsjax.config.posttraining import PostTraining
 
 MODEL = ModelConfig(
     vocab_size=64, dim=16, n_layers=2, n_dense_layers=2, n_heads=2, inter_dim=32, attention="gqa"
@@ -246,7 +247,9 @@ def test_config_of_another_root_is_loaded(tmp_path):
 def tuning(tmp_path):
     """(words after CONFIG) -> the config and the folder."""
     path = tmp_path / "tuned.py"
-    path.write_text("from dsjax.config import PostTraining\nconfig = PostTraining(name='tuned')\n")
+    path.write_text(
+        "from dsjax.config.posttraining import PostTraining\nconfig = PostTraining(name='tuned')\n"
+    )
 
     def load(*words):
         own = parser()

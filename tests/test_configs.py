@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from dsjax import settings
-from dsjax.config import Config, FineTuning, Preference, Reinforcement
+from dsjax.config import Config
+from dsjax.config.finetuning import FineTuning
+from dsjax.config.preference import Preference
+from dsjax.config.reinforcement import Reinforcement
 
 ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / "configs").glob("*.py"))

@@ -25,7 +25,7 @@ import shlex
 import sys
 
 from dsjax import command
-from dsjax.config import Reinforcement
+from dsjax.config.reinforcement import Reinforcement
 
 
 def execute(arguments: argparse.Namespace) -> int:

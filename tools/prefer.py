@@ -32,7 +32,7 @@ import shlex
 import sys
 
 from dsjax import command
-from dsjax.config import Preference
+from dsjax.config.preference import Preference
 
 
 def execute(arguments: argparse.Namespace) -> int:

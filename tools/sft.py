@@ -30,7 +30,7 @@ import shlex
 import sys
 
 from dsjax import command
-from dsjax.config import FineTuning
+from dsjax.config.finetuning import FineTuning
 
 
 def execute(arguments: argparse.Namespace) -> int:

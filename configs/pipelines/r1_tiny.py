@@ -12,20 +12,11 @@ Hardware: 2 CPU cores, 4 GB of memory.
 
 import dataclasses
 
-from dsjax.config import (
-    Config,
-    DataConfig,
-    FineTuning,
-    ModelConfig,
-    OptimConfig,
-    PrecisionConfig,
-    Reinforcement,
-    RlConfig,
-    SftConfig,
-    TrainConfig,
-    TuningConfig,
-)
+from dsjax.config import Config, DataConfig, ModelConfig, OptimConfig, PrecisionConfig, TrainConfig
+from dsjax.config.finetuning import FineTuning, SftConfig
+from dsjax.config.posttraining import TuningConfig
 from dsjax.config.r1 import R1, Game, Samples, Stage
+from dsjax.config.reinforcement import Reinforcement, RlConfig
 
 FLOAT32 = PrecisionConfig(compute="float32")
 MODEL = ModelConfig(

@@ -20,37 +20,23 @@ Field names follow DeepSeek's inference code (`q_lora_rank`, `n_routed_experts`)
 own fields when it is created; a root checks what spans groups. Another kind of experiment adds a
 root of its own that reuses these groups; `dsjax.settings` reads files and `--set` for any root.
 
-Nothing here imports jax, so that a command answers `--help` and refuses bad input at once.
+The root and the groups of pre-training are imported from here, the roots of post-training from
+their own modules, so that a command reads only what it needs. Nothing here imports jax: a command
+answers `--help` and refuses bad input at once.
 """
 
 from dsjax.config.data import DataConfig
-from dsjax.config.distillation import DistillConfig
-from dsjax.config.finetuning import EsftConfig, FineTuning, SftConfig
 from dsjax.config.mesh import MeshConfig
 from dsjax.config.model import ModelConfig
-from dsjax.config.posttraining import PostTraining, TuningConfig
-from dsjax.config.preference import Preference, PreferenceConfig
 from dsjax.config.pretraining import Config
-from dsjax.config.reinforcement import Reinforcement, RewardConfig, RlConfig
 from dsjax.config.train import OptimConfig, PrecisionConfig, TrainConfig
 
 __all__ = [
     "Config",
     "DataConfig",
-    "DistillConfig",
-    "EsftConfig",
-    "FineTuning",
     "MeshConfig",
     "ModelConfig",
     "OptimConfig",
-    "PostTraining",
     "PrecisionConfig",
-    "Preference",
-    "PreferenceConfig",
-    "Reinforcement",
-    "RewardConfig",
-    "RlConfig",
-    "SftConfig",
     "TrainConfig",
-    "TuningConfig",
 ]

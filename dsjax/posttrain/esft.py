@@ -23,7 +23,8 @@ import numpy as np
 from rich.table import Table
 
 from dsjax import tables
-from dsjax.config import EsftConfig, ModelConfig
+from dsjax.config import ModelConfig
+from dsjax.config.finetuning import EsftConfig
 from dsjax.files import read_json, write_json
 from dsjax.model.inputs import read_tokens
 from dsjax.model.transformer import Transformer

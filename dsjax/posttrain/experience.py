@@ -19,7 +19,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dsjax.config import Reinforcement
+from dsjax.config.reinforcement import Reinforcement
 from dsjax.files import writing
 from dsjax.generate.sampling import Sampling
 from dsjax.model.transformer import Transformer

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from dsjax.checkpoint import store
 from dsjax.checkpoint.load import load
-from dsjax.config import FineTuning
+from dsjax.config.finetuning import FineTuning
 from dsjax.generate.engine import Engine, Request
 from dsjax.generate.sampling import Sampling
 from dsjax.kernels.target import Target

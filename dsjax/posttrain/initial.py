@@ -24,7 +24,8 @@ from jax.sharding import Mesh
 
 from dsjax.checkpoint.importing import copy_side_files, side_files
 from dsjax.checkpoint.load import Checkpoint, load, open_checkpoint
-from dsjax.config import ModelConfig, PostTraining
+from dsjax.config import ModelConfig
+from dsjax.config.posttraining import PostTraining
 from dsjax.model.transformer import Transformer
 from dsjax.text import tokenizer
 from dsjax.text.chat import ChatFormat, find_format

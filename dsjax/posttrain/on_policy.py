@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from dsjax.config import FineTuning
+from dsjax.config.finetuning import FineTuning
 from dsjax.data.shuffling import permute, stream_key
 from dsjax.generate.sampling import Sampling
 from dsjax.model.transformer import Transformer

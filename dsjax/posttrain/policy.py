@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsjax.config import Reinforcement
+from dsjax.config.reinforcement import Reinforcement
 from dsjax.model.balance import BalanceWeights
 from dsjax.model.head import token_nll_and_entropy
 from dsjax.model.transformer import Hidden, Transformer

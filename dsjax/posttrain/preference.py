@@ -26,7 +26,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsjax.config import ModelConfig, Preference
+from dsjax.config import ModelConfig
+from dsjax.config.preference import Preference
 from dsjax.model.balance import BalanceWeights
 from dsjax.model.head import token_nll
 from dsjax.model.inputs import shift_left

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from dsjax import tables
-from dsjax.config import Preference
+from dsjax.config.preference import Preference
 from dsjax.display import duration
 from dsjax.kernels.target import Target
 from dsjax.model.flops import train_flops_per_token

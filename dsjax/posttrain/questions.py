@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from dsjax.config import RlConfig
+from dsjax.config.reinforcement import RlConfig
 from dsjax.data.shuffling import shuffled, stream_key
 from dsjax.files import listed
 from dsjax.posttrain.problems import Problem

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from dsjax.config import Reinforcement
+from dsjax.config.reinforcement import Reinforcement
 from dsjax.generate.sampling import Sampling
 from dsjax.kernels.target import Target
 from dsjax.model.flops import train_flops_per_token

@@ -18,8 +18,10 @@ import numpy as np
 from rich.console import Console
 
 from dsjax import settings
-from dsjax.config import Config, FineTuning, Reinforcement
+from dsjax.config import Config
+from dsjax.config.finetuning import FineTuning
 from dsjax.config.r1 import R1, Samples, Stage, StageConfig
+from dsjax.config.reinforcement import Reinforcement
 from dsjax.display import Display
 from dsjax.files import read_json, write_json
 from dsjax.generate.sampling import Sampling

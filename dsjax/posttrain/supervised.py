@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import jax
 
-from dsjax.config import FineTuning
+from dsjax.config.finetuning import FineTuning
 from dsjax.model.balance import BalanceWeights
 from dsjax.model.inputs import shift_left
 from dsjax.train.loss import next_tokens, target_mask

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dsjax.checkpoint.load import Checkpoint, load, open_checkpoint
-from dsjax.config import FineTuning
+from dsjax.config.finetuning import FineTuning
 from dsjax.model.head import TokenLoss, map_logits, weighted_loss
 from dsjax.model.inputs import Inputs, in_sequence
 from dsjax.model.transformer import Hidden, Transformer

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsjax.checkpoint import store
 from dsjax.checkpoint.load import Checkpoint
-from dsjax.config import FineTuning
+from dsjax.config.finetuning import FineTuning
 from dsjax.parallel import processes
 from dsjax.parallel.compilation import Compiled
 from dsjax.posttrain import teacher

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from dsjax.config import Config, ModelConfig, PostTraining
+from dsjax.config import Config, ModelConfig
+from dsjax.config.posttraining import PostTraining
 from dsjax.model.block import run_layers
 from dsjax.model.layers import RouterState
 from dsjax.model.parameters import shardings

@@ -52,7 +52,9 @@ def write_model(folder: Path) -> None:
 def dsjax_side(folder: Path) -> dict[str, float]:
     from rich.console import Console
 
-    from dsjax.config import OptimConfig, PrecisionConfig, Reinforcement, RlConfig, TuningConfig
+    from dsjax.config import OptimConfig, PrecisionConfig
+    from dsjax.config.posttraining import TuningConfig
+    from dsjax.config.reinforcement import Reinforcement, RlConfig
     from dsjax.posttrain import reinforcement
 
     config = Reinforcement(

@@ -2,7 +2,8 @@
 
 import pytest
 
-from dsjax.config import DistillConfig, FineTuning, SftConfig
+from dsjax.config.distillation import DistillConfig
+from dsjax.config.finetuning import FineTuning, SftConfig
 
 
 @pytest.mark.parametrize(

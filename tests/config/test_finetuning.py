@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from dsjax.config import EsftConfig, FineTuning, SftConfig
+from dsjax.config.finetuning import EsftConfig, FineTuning, SftConfig
 from tests.config.test_pretraining import MOE, model
 
 

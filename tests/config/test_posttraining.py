@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from dsjax import settings
-from dsjax.config import MeshConfig, PostTraining, TrainConfig
+from dsjax.config import MeshConfig, TrainConfig
+from dsjax.config.posttraining import PostTraining
 from tests.config.test_pretraining import model
 
 

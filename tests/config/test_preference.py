@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from dsjax import settings
-from dsjax.config import Preference, PreferenceConfig, TuningConfig
+from dsjax.config.posttraining import TuningConfig
+from dsjax.config.preference import Preference, PreferenceConfig
 from tests.config.test_pretraining import model
 
 

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from dsjax.config import Config, FineTuning
+from dsjax.config import Config
+from dsjax.config.finetuning import FineTuning
 from dsjax.config.r1 import R1, Samples, Stage
 from dsjax.config.shapes import QWEN_1P5B
 

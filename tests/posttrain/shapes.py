@@ -2,8 +2,9 @@
 
 import dataclasses
 
-from dsjax.config import ModelConfig, OptimConfig, PrecisionConfig, Reinforcement, RlConfig
+from dsjax.config import ModelConfig, OptimConfig, PrecisionConfig
 from dsjax.config.posttraining import TuningConfig
+from dsjax.config.reinforcement import Reinforcement, RlConfig
 from tests.model.tiny import TINY
 
 V3 = dataclasses.replace(TINY, n_mtp=1, max_seq_len=128)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.config import EsftConfig, OptimConfig
+from dsjax.config import OptimConfig
+from dsjax.config.finetuning import EsftConfig
 from dsjax.model.inputs import read_tokens
 from dsjax.model.moe import MoE
 from dsjax.posttrain import esft

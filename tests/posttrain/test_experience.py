@@ -6,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from dsjax.config import RewardConfig
+from dsjax.config.reinforcement import RewardConfig
 from dsjax.parallel.mesh import make_mesh
 from dsjax.posttrain.experience import Clock, Experience, Judged, completion_text, row_length
 from dsjax.posttrain.problems import Problem

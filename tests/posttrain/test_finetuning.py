@@ -17,14 +17,9 @@ from rich.console import Console
 import dsjax
 from dsjax.checkpoint import store
 from dsjax.checkpoint.load import open_checkpoint
-from dsjax.config import (
-    EsftConfig,
-    FineTuning,
-    OptimConfig,
-    PrecisionConfig,
-    SftConfig,
-    TuningConfig,
-)
+from dsjax.config import OptimConfig, PrecisionConfig
+from dsjax.config.finetuning import EsftConfig, FineTuning, SftConfig
+from dsjax.config.posttraining import TuningConfig
 from dsjax.data.loader import Loader
 from dsjax.parallel.mesh import make_mesh
 from dsjax.posttrain import finetuning

@@ -6,14 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from dsjax.config import (
-    DistillConfig,
-    FineTuning,
-    OptimConfig,
-    PrecisionConfig,
-    SftConfig,
-    TuningConfig,
-)
+from dsjax.config import OptimConfig, PrecisionConfig
+from dsjax.config.distillation import DistillConfig
+from dsjax.config.finetuning import FineTuning, SftConfig
+from dsjax.config.posttraining import TuningConfig
 from dsjax.parallel.mesh import make_mesh
 from dsjax.posttrain.initial import all_but_mtp, open_initial
 from dsjax.posttrain.on_policy import OnPolicy

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsjax.config import OptimConfig, Preference, PreferenceConfig, TuningConfig
+from dsjax.config import OptimConfig
+from dsjax.config.posttraining import TuningConfig
+from dsjax.config.preference import Preference, PreferenceConfig
 from dsjax.model.parameters import initialize
 from dsjax.parallel.mesh import make_mesh
 from dsjax.posttrain.preference import (

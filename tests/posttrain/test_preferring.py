@@ -12,13 +12,9 @@ import pytest
 from rich.console import Console
 
 from dsjax.checkpoint import store
-from dsjax.config import (
-    OptimConfig,
-    PrecisionConfig,
-    Preference,
-    PreferenceConfig,
-    TuningConfig,
-)
+from dsjax.config import OptimConfig, PrecisionConfig
+from dsjax.config.posttraining import TuningConfig
+from dsjax.config.preference import Preference, PreferenceConfig
 from dsjax.parallel.mesh import make_mesh
 from dsjax.posttrain import preferring
 from dsjax.posttrain.reward_model import load_reward_model

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsjax.config import RlConfig
+from dsjax.config.reinforcement import RlConfig
 from dsjax.posttrain.problems import Problem
 from dsjax.posttrain.questions import Questions
 from dsjax.text.chat import find_format

@@ -11,15 +11,9 @@ from rich.console import Console
 
 import dsjax
 from dsjax.checkpoint import manifest
-from dsjax.config import (
-    MeshConfig,
-    OptimConfig,
-    PrecisionConfig,
-    Reinforcement,
-    RewardConfig,
-    RlConfig,
-)
+from dsjax.config import MeshConfig, OptimConfig, PrecisionConfig
 from dsjax.config.posttraining import TuningConfig
+from dsjax.config.reinforcement import Reinforcement, RewardConfig, RlConfig
 from dsjax.parallel.mesh import make_mesh
 from dsjax.posttrain import reinforcement
 from dsjax.posttrain.experience import Experience

@@ -11,7 +11,9 @@ import dsjax
 from dsjax import settings
 from dsjax.checkpoint import store
 from dsjax.checkpoint.load import open_checkpoint
-from dsjax.config import OptimConfig, PostTraining, PrecisionConfig, Preference, PreferenceConfig
+from dsjax.config import OptimConfig, PrecisionConfig
+from dsjax.config.posttraining import PostTraining
+from dsjax.config.preference import Preference, PreferenceConfig
 from dsjax.files import write_json
 from dsjax.parallel.mesh import make_mesh
 from dsjax.posttrain.initial import open_initial

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.config import FineTuning, OptimConfig, PrecisionConfig, SftConfig, TuningConfig
+from dsjax.config import OptimConfig, PrecisionConfig
+from dsjax.config.finetuning import FineTuning, SftConfig
+from dsjax.config.posttraining import TuningConfig
 from dsjax.model.transformer import Transformer
 from dsjax.parallel.mesh import make_mesh
 from dsjax.posttrain.messages import TokenizedConversations

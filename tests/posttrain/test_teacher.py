@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsjax.config import DistillConfig, FineTuning, OptimConfig, SftConfig, TuningConfig
+from dsjax.config import OptimConfig
+from dsjax.config.distillation import DistillConfig
+from dsjax.config.finetuning import FineTuning, SftConfig
+from dsjax.config.posttraining import TuningConfig
 from dsjax.parallel.mesh import make_mesh
 from dsjax.posttrain.distill import forward_kl, reverse_kl
 from dsjax.posttrain.initial import all_but_mtp, open_initial

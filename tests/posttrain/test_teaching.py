@@ -9,14 +9,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dsjax.config import (
-    DistillConfig,
-    FineTuning,
-    OptimConfig,
-    PrecisionConfig,
-    SftConfig,
-    TuningConfig,
-)
+from dsjax.config import OptimConfig, PrecisionConfig
+from dsjax.config.distillation import DistillConfig
+from dsjax.config.finetuning import FineTuning, SftConfig
+from dsjax.config.posttraining import TuningConfig
 from dsjax.parallel.mesh import make_mesh
 from dsjax.posttrain import finetuning, teaching
 from tests.posttrain.toy import write_hf, write_lines

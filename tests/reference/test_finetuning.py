@@ -13,7 +13,9 @@ from flax import nnx
 import dsjax
 from dsjax.checkpoint import names
 from dsjax.checkpoint.hf_config import family_of, from_hf
-from dsjax.config import FineTuning, PrecisionConfig, SftConfig, TuningConfig
+from dsjax.config import PrecisionConfig
+from dsjax.config.finetuning import FineTuning, SftConfig
+from dsjax.config.posttraining import TuningConfig
 from dsjax.posttrain.initial import open_initial
 from dsjax.posttrain.messages import read_conversations
 from dsjax.posttrain.rows import ConversationRows

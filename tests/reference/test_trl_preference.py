@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import dsjax
-from dsjax.config import Preference, PreferenceConfig, TuningConfig
+from dsjax.config.posttraining import TuningConfig
+from dsjax.config.preference import Preference, PreferenceConfig
 from dsjax.posttrain.initial import open_initial
 from dsjax.posttrain.pairs import ExampleRows, read_examples
 from dsjax.posttrain.preference import answer_logp, pair_loss, preference

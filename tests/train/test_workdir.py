@@ -9,15 +9,9 @@ import sys
 import pytest
 
 from dsjax import settings
-from dsjax.config import (
-    Config,
-    DataConfig,
-    FineTuning,
-    MeshConfig,
-    ModelConfig,
-    Preference,
-    TrainConfig,
-)
+from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from dsjax.config.finetuning import FineTuning
+from dsjax.config.preference import Preference
 from dsjax.train import workdir
 
 CONFIG = Config(
