@@ -332,6 +332,19 @@ def _disagreements(
     ]
 
 
+def _check_surrogates(metadata: Any, file: Path) -> None:
+    """Refuses half a surrogate pair (\\ud800 alone), which is no character: other readers refuse
+    it, and no folder written from it could hold it as UTF-8.
+    """
+    try:
+        json.dumps(metadata, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{file}: __metadata__ has half a surrogate pair, which is no character; the file is "
+            "damaged"
+        ) from None
+
+
 def _parse_header(data: bytes, file: Path, size: int) -> dict[str, TensorInfo]:
     if data[:1] != b"{":
         raise ValueError(f"{file}: the header does not start with '{{'; not a safetensors file")
@@ -339,6 +352,7 @@ def _parse_header(data: bytes, file: Path, size: int) -> dict[str, TensorInfo]:
     metadata = header.pop("__metadata__", {})
     if type(metadata) is not dict or not all(type(text) is str for text in metadata.values()):
         raise ValueError(f"{file}: __metadata__ must map strings to strings")
+    _check_surrogates(metadata, file)
     start = 8 + len(data)
     ranges = [(*_check_entry(file, name, entry), name) for name, entry in header.items()]
     # In the order of their bytes, overlaps and holes show between neighbours.

@@ -303,7 +303,8 @@ def test_other_quantization_is_refused_by_name(quantization, message):
         weight_block({"quantization_config": quantization})
 
 
-SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.py"))
+# Post-training configs have no model of their own.
+SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.py") if "tools/train.py" in path.read_text())
 
 
 def without_init(config: ModelConfig) -> ModelConfig:

@@ -198,6 +198,7 @@ HOSTILE = {
         r"has the key 'dtype' twice",
     ),
     "metadata not strings": (raw({"__metadata__": {"a": 1}}), r"__metadata__ must map strings"),
+    "half a surrogate pair": (raw({"__metadata__": {"a": "\ud800"}}), r"half a surrogate pair"),
     "metadata a list": (raw({"__metadata__": ["a"]}), r"__metadata__ must map strings"),
     "entry not an object": (raw({"a": 1}), r"tensor 'a' must have exactly dtype, shape and data_"),
     "field too many": (raw({"a": entry(0, 0) | {"x": 1}}), r"must have exactly dtype, shape"),

@@ -157,12 +157,15 @@ def test_closed_pool_leaves_no_process(bad):
 
 def test_interrupt_ends_the_calls_at_once(bad):
     pool = Pool(1)
+    # A shell starts what it runs in the background with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     main = threading.main_thread().ident
     timer = threading.Timer(1.0, signal.pthread_kill, (main, signal.SIGINT))
     timer.start()
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         pool.run([Call("bad_calls:sleep", (), 100.0, 100.0)] * 3)
+    signal.signal(signal.SIGINT, before)
     timer.join()
     assert time.monotonic() - began < 10
 

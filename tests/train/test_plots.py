@@ -22,8 +22,10 @@ def test_plots_are_png(tmp_path, lines):
 
 def test_loss_plot_shows_every_curve(monkeypatch, tmp_path):
     figures = []
-    make = plots._figure
-    monkeypatch.setattr(plots, "_figure", lambda *size: figures.append(make(*size)) or figures[0])
+    make = plots.new_figure
+    monkeypatch.setattr(
+        plots, "new_figure", lambda *size: figures.append(make(*size)) or figures[0]
+    )
     plots.draw_loss(tmp_path / "loss.png", LINES, "tiny")
     curves = {
         line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].get_lines()
