@@ -41,8 +41,11 @@ TURNS = [
 ]
 
 
-@pytest.mark.parametrize("thinking", [None, True, False])
-@pytest.mark.parametrize("name", TEMPLATES)
+# Where a template does not read `thinking`, transformers drops it in silence and we refuse it.
+@pytest.mark.parametrize(
+    ("name", "thinking"),
+    [*((name, None) for name in TEMPLATES), ("thinking", True), ("thinking", False)],
+)
 def test_ids_equal_transformers(tmp_path, name, thinking):
     from transformers import PreTrainedTokenizerFast
 
