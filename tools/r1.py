@@ -1,6 +1,6 @@
 """Runs R1's pipeline: base, R1-Zero, cold start, reasoning, rejection sampling, scenarios, student.
 
-  # the countdown game with a small model, in runs/r1_tiny; about 20 minutes on two cores
+  # the countdown game with a small model, in runs/r1_tiny
   python tools/r1.py
   # a shorter reinforcement learning, in a folder of its own
   python tools/r1.py --workdir runs/short --set reasoning.train.steps=40

@@ -12,7 +12,7 @@ from dsjax.config.rules import require, require_not_negative, require_positive
 class DistillConfig:
     """How a student is trained; R1's six were trained on samples, without logits."""
 
-    # samples: on what files hold, whoever wrote it, as any fine-tuning. logits: on the teacher's
+    # samples: on what the files hold, as in any fine-tuning. logits: on the teacher's
     # distribution over the next token, at every token that is trained (forward KL). on_policy: on
     # the student's own answers to the prompts of the files (reverse KL).
     kind: Literal["samples", "logits", "on_policy"] = "samples"

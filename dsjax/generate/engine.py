@@ -13,8 +13,8 @@ two of rows, and requests differ in values only (lengths, limits, stop ids, samp
 One call of the decoding program runs several steps, because a round trip to the host can take
 longer than a small model's step. The number of steps is an argument, chosen such that tokens arrive
 several times per second. A call returns early when no row is left, or when a row finishes while
-another request waits. Where nobody reads along (`streaming=False`), a call runs all the steps that
-it has room for, and newcomers take the rows that became free meanwhile together.
+another request waits. If tokens are not read as they come (`streaming=False`), a call runs all the
+steps that it has room for, and newcomers take the rows that became free meanwhile together.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -38,14 +38,6 @@ def use_persistent_cache(cache_dir: str) -> None:
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache_folder(cache_dir) / "compiled"))
-
-
-class Program(Protocol):
-    """A function of state, batch and more, which is compiled ahead of its first call."""
-
-    def __call__(self, state: Any, batch: Any, /, *rest: Any) -> Any: ...
-    def is_compiled(self, batch: Any, /) -> bool: ...
-    def compile(self, state: Any, batch: Any, /, *rest: Any) -> None: ...
 
 
 class Compiled:

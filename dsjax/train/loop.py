@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from dsjax.parallel import processes
-from dsjax.parallel.compilation import Program
 from dsjax.train.report import described
 from dsjax.train.session import Session
 from dsjax.train.source import Taken
@@ -43,7 +42,7 @@ class _Dispatched(NamedTuple):
 
 def run_steps(
     session: Session,
-    train_step: Program,
+    train_step: Step,
     *,
     batch_size: Callable[[int], int],
     knobs: Callable[[int], Mapping[str, Any]],
