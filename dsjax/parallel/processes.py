@@ -97,6 +97,15 @@ def from_first(number: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
+def json_from_first(value: Any) -> Any:
+    """Returns process 0's JSON value on all processes; what the others give is not read."""
+    if jax.process_count() == 1:
+        return value
+    own = json.dumps(value).encode() if is_first() else b""
+    own = own.ljust(from_first(len(own)), b"\0")
+    return json.loads(multihost_utils.broadcast_one_to_all(np.frombuffer(own, np.uint8)).tobytes())
+
+
 def highest(number: int) -> Any:
     """Returns the highest of the processes' numbers, an int32 scalar.
 

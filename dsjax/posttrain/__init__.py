@@ -36,6 +36,7 @@ Reinforcement learning (tools/grpo.py):
   questions.py      problems by number, in an order that the seed decides
   rollout.py        the model answers, on the devices and with the arrays that it trains on
   experience.py     the source of a run: questions, answers, verdicts, batches
+  verdicts.py       what answers are worth, and the advantage of each of their tokens
   minibatches.py    answers packed into rows, with the loss's weights as data
   policy.py         the policy loss as a training objective, and log-probabilities alone
   updates.py        all minibatches of a step in one program, and the reference policy

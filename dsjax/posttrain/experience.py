@@ -7,6 +7,7 @@ checkpoint keeps is how many questions were taken: all else follows from the wei
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dsjax.config.reinforcement import Reinforcement
@@ -26,97 +26,16 @@ from dsjax.model.transformer import Transformer
 from dsjax.parallel import processes
 from dsjax.parallel.compilation import Compiled
 from dsjax.posttrain import policy
-from dsjax.posttrain.advantages import outcome_advantages
 from dsjax.posttrain.minibatches import Layout, Sample, pack, split_samples
 from dsjax.posttrain.questions import Questions
 from dsjax.posttrain.rewards import Grader
 from dsjax.posttrain.rollout import Answer, Rollouts, casting, seeds
 from dsjax.posttrain.updates import PolicyState
+from dsjax.posttrain.verdicts import Judged
 from dsjax.text.vocabulary import Vocabulary
 from dsjax.train.batches import place_all
 from dsjax.train.report import drop_later
 from dsjax.train.source import Taken
-
-FORMAT = "format"  # a reward that is always measured, and counts only if it is asked for
-_NOT_RIGHT = (FORMAT, "language")  # rewards that do not tell whether an answer is right
-
-
-class Judged:
-    """Verdicts on answers, arrays [questions, group].
-
-    Attributes:
-      rewards: of each reward by itself, NaN where it could not judge.
-      total_QG: weighted sums, NaN where none could judge; what one cannot judge adds nothing.
-      worth_QG: of the first reward that tells right from wrong.
-      right_QG: whether that is 1 or more.
-    """
-
-    def __init__(
-        self,
-        config: Reinforcement,
-        grader: Grader,
-        texts: Sequence[str],
-        facts: Sequence[Mapping[str, Any]],
-        *,
-        group: int,
-    ) -> None:
-        """Judges answers, `group` of which in a row are to one question. The first process does,
-        and the others take over its verdicts.
-
-        Args:
-          grader: of the config's rewards and the format.
-          facts: of each answer's question.
-        """
-        rl, names = config.rl, grader.names
-        table = np.zeros((len(texts), len(names)))
-        if processes.is_first():
-            for row, verdict in enumerate(grader.grade(texts, facts)):
-                table[row] = [np.nan if verdict[n] is None else verdict[n] for n in names]
-        if jax.process_count() > 1:
-            bits = multihost_utils.broadcast_one_to_all(table.view(np.uint32))
-            table = np.ascontiguousarray(bits, np.uint32).view(np.float64)
-        columns = table.T.reshape(len(names), -1, group)
-        self.rewards = dict(zip(names, columns, strict=True))
-        weights = np.asarray(config.reward.weights or (1.0,) * len(rl.rewards))[:, None, None]
-        given = np.stack([self.rewards[name] for name in rl.rewards])
-        total_QG = (weights * np.nan_to_num(given)).sum(axis=0)
-        self.total_QG = np.where(np.isnan(given).all(axis=0), np.nan, total_QG)
-        telling = [name for name in rl.rewards if name not in _NOT_RIGHT]
-        self.worth_QG = self.rewards[(telling or rl.rewards)[0]]
-        self.right_QG = self.worth_QG >= 1
-        self.advantages_QG = outcome_advantages(self.total_QG, rl.scale)
-
-    @property
-    def flat_Q(self) -> np.ndarray:
-        """Marks groups from which nothing is learned, bool [questions]."""
-        return np.all(self.advantages_QG == 0, axis=1)
-
-    def metrics(self) -> dict[str, float]:
-        """Returns means over all answers, of what could be judged."""
-        found = {f"reward_{_plain(name)}": _mean(values) for name, values in self.rewards.items()}
-        share_Q = self.right_QG.mean(axis=1)
-        deviation_Q = [np.std(group[~np.isnan(group)]) for group in self.total_QG]
-        return {
-            "reward": _mean(self.total_QG),
-            "reward_std": float(np.mean(np.nan_to_num(deviation_Q))),
-            "format": found.pop(f"reward_{FORMAT}"),
-            **found,
-            "right": float(share_Q.mean()),
-            "solved": float((share_Q > 0).mean()),  # questions with at least one right answer
-            "flat_right": float((self.flat_Q & (share_Q == 1)).mean()),
-            "flat_wrong": float((self.flat_Q & (share_Q == 0)).mean()),
-            "not_judged": float(np.isnan(self.total_QG).mean()),
-        }
-
-
-def _mean(values: np.ndarray) -> float:
-    return 0.0 if np.isnan(values).all() else float(np.nanmean(values))
-
-
-def _plain(name: str) -> str:
-    """Returns a reward's name without what a path or an address would add to a metric's name."""
-    kind, _, rest = name.partition(":")
-    return rest if kind.endswith(".py") else kind
 
 
 class Experience:
@@ -196,10 +115,12 @@ class Experience:
         facts = [self._questions.facts[number] for number in each]
         judged = Judged(self._config, self._grader, texts, facts, group=rl.group_size)
         clock.lap("grade_seconds")
-        batch = self._packed(each, answers, judged.advantages_QG.ravel(), step)
+        decode = functools.partial(self._vocabulary.coder.decode, skip_special=False)
+        advantages = judged.advantages(answers, decode)
+        batch = self._packed(each, answers, advantages, step)
         batch |= self._scored(params, state, batch)
         clock.lap("old_seconds")
-        self._write(step + 1, each, answers, texts, judged)
+        self._write(step + 1, each, answers, texts, judged, advantages)
         self._warn_flat(step + 1, judged)
         new_tokens = sum(len(answer.tokens) for answer in answers)
         metrics = judged.metrics() | _lengths(answers, judged.right_QG.ravel()) | clock.seconds
@@ -210,12 +131,16 @@ class Experience:
         return Taken(batch, new_tokens, rows, metrics)
 
     def _packed(
-        self, each: Sequence[int], answers: Sequence[Answer], advantages: np.ndarray, step: int
+        self,
+        each: Sequence[int],
+        answers: Sequence[Answer],
+        advantages: Sequence[np.ndarray],
+        step: int,
     ) -> dict[str, jax.Array]:
         rl, seed = self._config.rl, self._config.train.seed
         samples = [
-            Sample(self._questions.prompts[number], answer, float(advantage))
-            for number, answer, advantage in zip(each, answers, advantages, strict=True)
+            Sample(self._questions.prompts[number], answer, own)
+            for number, answer, own in zip(each, answers, advantages, strict=True)
         ]
         minibatches = split_samples(samples, rl.minibatches, seed=seed, step=step)
         batch = pack(minibatches, self._layout, rl.average, rl.max_new_tokens)
@@ -243,6 +168,7 @@ class Experience:
         answers: Sequence[Answer],
         texts: Sequence[str],
         judged: Judged,
+        advantages: Sequence[np.ndarray],
     ) -> None:
         """Appends some of a step's answers to samples.jsonl."""
         if not processes.is_first():
@@ -251,7 +177,7 @@ class Experience:
         if not self._kept:
             drop_later(path, step - 1)
             self._kept = True
-        total, advantages = judged.total_QG.ravel(), judged.advantages_QG.ravel()
+        total = judged.total_QG.ravel()
         with writing(path), path.open("a", encoding="utf-8") as file:
             for index in range(len(each) if most < 0 else min(most, len(each))):
                 rewards = {name: _number(v.ravel()[index]) for name, v in judged.rewards.items()}
@@ -266,8 +192,10 @@ class Experience:
                     "ended": answers[index].ended,
                     "reward": _number(total[index]),
                     "rewards": rewards,
-                    "advantage": float(advantages[index]),
+                    "advantage": float(advantages[index].mean()),
                 }
+                if steps := judged.steps(index):
+                    line["steps"] = steps
                 file.write(json.dumps(line) + "\n")
 
     def _warn_flat(self, step: int, judged: Judged) -> None:

@@ -17,7 +17,7 @@ class Sample(NamedTuple):
 
     prompt: Sequence[int]
     answer: Answer
-    advantage: float
+    advantages: np.ndarray | float  # [tokens of the answer], or one for all
 
     @property
     def length(self) -> int:
@@ -141,7 +141,7 @@ def _write(
     batch["tokens"][number, row, span] = [*prompt, *answer.tokens]
     batch["segment_ids"][number, row, span] = segment
     batch["weights"][number, row, own] = weight
-    batch["advantages"][number, row, own] = sample.advantage
+    batch["advantages"][number, row, own] = sample.advantages
     batch["samp"][number, row, own] = answer.logprobs
     if answer.experts is not None:
         # The last token was never run, and nothing that counts depends on its experts.

@@ -21,7 +21,7 @@ from dsjax.parallel.mesh import make_mesh
 from dsjax.parallel.pipeline import PIPE
 from dsjax.posttrain.answer import final
 from dsjax.posttrain.evaluation import Sample, summarise
-from dsjax.posttrain.experience import FORMAT, Experience, Judged, completion_text, row_length
+from dsjax.posttrain.experience import Experience, completion_text, row_length
 from dsjax.posttrain.initial import Initial, all_but_mtp, open_initial
 from dsjax.posttrain.policy import policy_objective
 from dsjax.posttrain.problems import read_problems
@@ -29,6 +29,7 @@ from dsjax.posttrain.questions import Questions
 from dsjax.posttrain.rewards import Grader
 from dsjax.posttrain.rollout import Rollouts, casting, seeds
 from dsjax.posttrain.updates import RENEW, PolicyState, Timed, all_minibatches, with_reference
+from dsjax.posttrain.verdicts import FORMAT, Judged
 from dsjax.precision.policy import advice
 from dsjax.train import hyperparameters, loop, pipelined_step, session
 from dsjax.train.batches import batch_sharding

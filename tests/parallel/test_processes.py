@@ -15,6 +15,7 @@ def test_one_process_agrees_with_itself():
         processes.wait("here")
         assert processes.from_first(7) == 7
         assert int(processes.highest(3)) == 3
+        assert processes.json_from_first({"a": [1.5, None]}) == {"a": [1.5, None]}
         processes.check_same({"a": 1})
 
 

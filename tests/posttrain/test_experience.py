@@ -1,16 +1,16 @@
 """What becomes of answers: verdicts, advantages, rows, lines of samples.jsonl, and numbers."""
 
 import json
-import types
 
 import numpy as np
 import pytest
 
-from dsjax.config.reinforcement import RewardConfig
 from dsjax.parallel.mesh import make_mesh
-from dsjax.posttrain.experience import Clock, Experience, Judged, completion_text, row_length
+from dsjax.posttrain.advantages import process_advantages
+from dsjax.posttrain.experience import Clock, Experience, completion_text, row_length
 from dsjax.posttrain.problems import Problem
 from dsjax.posttrain.questions import Questions
+from dsjax.posttrain.rewards.worth import Worth
 from dsjax.posttrain.rollout import Answer
 from dsjax.posttrain.updates import PolicyState
 from dsjax.text.chat import find_format
@@ -18,70 +18,8 @@ from dsjax.text.vocabulary import open_vocabulary
 from dsjax.train.step import declared_model
 from tests.posttrain import toy
 from tests.posttrain.shapes import QWEN2, config_of
+from tests.posttrain.test_verdicts import Graders
 from tests.text import released
-
-NAN = float("nan")
-
-
-class Graders:
-    """Judges by a table: completions are its keys."""
-
-    def __init__(self, names, table):
-        self.names, self._table = names, table
-        self.counts = types.SimpleNamespace(limits={"countdown": 2}, failures={})
-        self.closed = False
-
-    def grade(self, texts, facts):
-        assert len(texts) == len(facts)
-        return [dict(zip(self.names, self._table[text], strict=True)) for text in texts]
-
-    def close(self):
-        self.closed = True
-
-
-def judged(table, *, group=2, rewards=("countdown", "format"), weights=()):
-    names = ("countdown", "format", "language")
-    texts = [str(index) for index in range(len(table))]
-    grader = Graders(names, dict(zip(texts, table, strict=True)))
-    config = config_of(QWEN2, rewards=rewards, reward=RewardConfig(weights=weights))
-    return Judged(config, grader, texts, [{}] * len(texts), group=group)
-
-
-def test_reward_is_the_weighted_sum_of_those_that_are_asked_for():
-    table = [(1, 1, 9), (0.1, 0, 9), (0, 1, 9), (0, 1, 9)]
-    np.testing.assert_allclose(judged(table).total_QG, [[2, 0.1], [1, 1]])
-    weighted = judged(table, weights=(1.0, 0.5))
-    np.testing.assert_allclose(weighted.total_QG, [[1.5, 0.1], [0.5, 0.5]])
-    np.testing.assert_allclose(weighted.advantages_QG, [[1, -1], [0, 0]])
-    np.testing.assert_array_equal(weighted.right_QG, [[True, False], [False, False]])
-    np.testing.assert_array_equal(weighted.flat_Q, [False, True])
-
-
-def test_rule_that_cannot_judge_adds_nothing_and_none_at_all_leaves_out():
-    table = [(1, None, 0), (None, None, 0), (0, 1, 0), (0, 0, 0)]
-    found = judged(table)
-    np.testing.assert_allclose(found.total_QG, [[1, NAN], [1, 0]])
-    np.testing.assert_allclose(found.advantages_QG, [[0, 0], [1, -1]])
-    metrics = found.metrics()
-    assert metrics["not_judged"] == 0.25 and np.isfinite(list(metrics.values())).all()
-
-
-def test_metrics_tell_flat_groups_apart():
-    table = [(1, 1, 0), (1, 1, 0), (0, 0, 0), (0, 0, 0), (1, 1, 0), (0, 1, 0)]
-    metrics = judged(table).metrics()
-    assert metrics["flat_right"] == metrics["flat_wrong"] == pytest.approx(1 / 3)
-    assert metrics["right"] == 0.5 and metrics["solved"] == pytest.approx(2 / 3)
-    assert metrics["format"] == pytest.approx(4 / 6)
-    assert metrics["reward_countdown"] == 0.5 and metrics["reward"] == pytest.approx(7 / 6)
-    assert metrics["reward_std"] == pytest.approx(0.5 / 3)
-
-
-def test_right_is_told_by_the_first_reward_that_knows():
-    table = [(1, 0, 1), (0, 1, 1)]
-    found = judged(table, rewards=("language", "format", "countdown"))
-    np.testing.assert_array_equal(found.right_QG, [[True, False]])
-    only = judged(table, rewards=("format",))
-    np.testing.assert_array_equal(only.right_QG, [[False, True]])
 
 
 def test_row_holds_the_longest_and_divides_over_context():
@@ -167,6 +105,29 @@ def test_samples_are_written_with_what_they_are_worth(source, tmp_path):
         assert line["reward"] == line["rewards"]["countdown"] == seed % 10 % 2
         assert line["prompt"].endswith("<think>\n")
     assert {"step", "prompt", "text", "rewards", "advantage"} <= lines[0].keys()
+    assert "steps" not in lines[0]
+
+
+def test_rewards_of_steps_reach_the_tokens_of_each_step(tmp_path):
+    """Answers are a digit and the end token; one step ends with the digit, or is all there is."""
+    experience, _, grader, _ = made(tmp_path, log_samples=-1)
+    grader._table = {
+        str(digit): (Worth(0.5, ((1, digit / 10.0),)) if digit % 2 else 1.0, 0.0)
+        for digit in range(10)
+    }
+    taken = experience.take(2, STATE)
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    for group in (lines[:3], lines[3:]):
+        digits = [int(line["text"]) for line in group]
+        rewards = [digit / 10 if digit % 2 else 1.0 for digit in digits]
+        ((first, *_), (second, *_), (third, *_)) = process_advantages(
+            [[r] for r in rewards], [[0]] * 3, [1] * 3
+        )
+        wanted = [first, second, third] if any(digit % 2 for digit in digits) else [0, 0, 0]
+        np.testing.assert_allclose([line["advantage"] for line in group], wanted, rtol=1e-6)
+        stepped = [line for line in group if int(line["text"]) % 2]
+        assert all(line["steps"]["countdown"][0][0] == 1 for line in stepped)
+    assert np.asarray(taken.batch["advantages"]).any()
 
 
 def test_resumed_source_draws_and_writes_the_same(tmp_path):

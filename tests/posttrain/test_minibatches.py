@@ -60,7 +60,7 @@ def test_every_sample_is_there_once_and_whole(experts):
     for number, expected in enumerate(given):
         wanted = [
             (
-                sample.advantage,
+                sample.advantages,
                 [*sample.prompt, *sample.answer.tokens],
                 list(sample.answer.tokens),
                 sample.answer.logprobs.tolist(),
@@ -111,11 +111,11 @@ def test_minibatch_without_samples_weighs_nothing():
 def test_deal_is_random_by_seed_and_step_and_even():
     given = samples(10)
     dealt = split_samples(given, 3, seed=0, step=0)
-    numbers = [[sample.advantage for sample in part] for part in dealt]
+    numbers = [[sample.advantages for sample in part] for part in dealt]
     assert sorted(map(len, numbers)) == [3, 3, 4]
-    assert {n for part in numbers for n in part} == {sample.advantage for sample in given}
+    assert {n for part in numbers for n in part} == {sample.advantages for sample in given}
     again = split_samples(given, 3, seed=0, step=0)
-    assert [[sample.advantage for sample in part] for part in again] == numbers
+    assert [[sample.advantages for sample in part] for part in again] == numbers
     for other in ({"seed": 1, "step": 0}, {"seed": 0, "step": 1}):
         parts = split_samples(given, 3, **other)
-        assert [[sample.advantage for sample in part] for part in parts] != numbers
+        assert [[sample.advantages for sample in part] for part in parts] != numbers

@@ -130,6 +130,24 @@ def test_policy_unlearns_what_is_punished(place, tmp_path, monkeypatch):
     assert sum(worth[-5:]) / 5 < 0.1 < worth[0]
 
 
+@pytest.mark.heavy
+def test_policy_learns_from_the_rewards_of_steps(place, tmp_path, monkeypatch):
+    """Each character is a step; what comes later cannot make up for it."""
+    (tmp_path / "each.py").write_text(
+        "def worth(completion, problem):\n"
+        "    return [(end + 1, c < 'A') for end, c in enumerate(completion)] or None\n"
+    )
+    config = config_of(
+        place, steps=15, beta=0.001, minibatches=2, train={"checkpoint_every": 0},
+        rewards=(f"{tmp_path / 'each.py'}:worth",),
+    )  # fmt: skip
+    assert learn(config, tmp_path / "run", monkeypatch)[0] == 0
+    logged = [line for line in lines(tmp_path / "run/metrics.jsonl") if "reward" in line]
+    first, last = logged[0]["reward"], sum(line["reward"] for line in logged[-5:]) / 5
+    assert first < 0.6 < 0.8 < last
+    assert all(line["steps"] for line in lines(tmp_path / "run/samples.jsonl") if line["text"])
+
+
 def digest(folder, steps):
     newest = manifest.verify(folder / "checkpoints" / str(steps))
     logged = [

@@ -14,6 +14,7 @@ from dsjax.files import listed
 from dsjax.posttrain.problems import Problem
 from dsjax.posttrain.rewards.held import Held
 from dsjax.posttrain.rewards.registry import Rule, find
+from dsjax.posttrain.rewards.worth import Worth, read
 from dsjax.posttrain.verify import Call, Outcome, Pool
 
 if TYPE_CHECKING:
@@ -116,7 +117,23 @@ class Grader:
         problems: Sequence[Mapping[str, Any]],
         progress: Callable[[int, int], None] | None = None,
     ) -> list[dict[str, float | None]]:
-        """Judges each completion by each reward.
+        """Judges each completion by each reward; of steps' rewards the mean is taken.
+
+        The arguments are those of `judge`.
+
+        Returns:
+          the worth of each completion by the name of the reward; None where it cannot be judged.
+        """
+        judged = self.judge(completions, problems, progress)
+        return [{name: worth.value for name, worth in each.items()} for each in judged]
+
+    def judge(
+        self,
+        completions: Sequence[str],
+        problems: Sequence[Mapping[str, Any]],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[dict[str, Worth]]:
+        """Judges each completion by each reward, its steps where the reward names them.
 
         Args:
           completions: all that followed each prompt, without the end token.
@@ -124,11 +141,11 @@ class Grader:
           progress: is called with how many judgements are made, and of how many.
 
         Returns:
-          the worth of each completion by the name of the reward; None where it cannot be judged.
-          Judging that reaches a limit is worth 0.
+          the verdicts on each completion by the name of the reward. Judging that reaches a limit is
+          worth 0.
         """
         calls, asked = [], []
-        rewards: list[dict[str, float | None]] = [dict.fromkeys(self.names) for _ in completions]
+        rewards = [dict.fromkeys(self.names, Worth(None)) for _ in completions]
         for index, (completion, problem) in enumerate(zip(completions, problems, strict=True)):
             for rule in (each for each in self._rules if not each.is_held):
                 try:
@@ -138,11 +155,11 @@ class Grader:
                     self._failed(rule.name, str(error))
         outcomes = self._pool.run(calls, progress)
         for (index, name), outcome in zip(asked, outcomes, strict=True):
-            rewards[index][name] = self._worth(name, outcome)
+            rewards[index][name] = self._worth(name, outcome, len(completions[index]))
         for rule in (each for each in self._rules if each.is_held):
             judged = self._hold(rule).grade(completions, problems)
-            for reward, outcome in zip(rewards, judged, strict=True):
-                reward[rule.name] = self._worth(rule.name, outcome)
+            for reward, outcome, text in zip(rewards, judged, completions, strict=True):
+                reward[rule.name] = self._worth(rule.name, outcome, len(text))
         return rewards
 
     def _hold(self, rule: Rule) -> Held:
@@ -151,15 +168,19 @@ class Grader:
             self._held[rule.name] = _module(rule).hold(*rule.arguments, self._mesh)
         return self._held[rule.name]
 
-    def _worth(self, name: str, outcome: Outcome) -> float | None:
-        value = outcome.value
+    def _worth(self, name: str, outcome: Outcome, length: int) -> Worth:
+        """Reads the verdict on a completion of so many characters."""
         if outcome.limit:
             self.counts.limits[name] += 1
-            return 0.0
-        if outcome.error is None and (value is None or type(value) in (int, float, bool)):
-            return None if value is None else float(value)
-        self._failed(name, outcome.error or f"it returned {value!r:.100}, not a number or None")
-        return None
+            return Worth(0.0)
+        error = outcome.error
+        if error is None:
+            try:
+                return read(outcome.value, length)
+            except ValueError as wrong:
+                error = str(wrong)
+        self._failed(name, error)
+        return Worth(None)
 
     def _failed(self, name: str, why: str) -> None:
         self.counts.failures[name] += 1

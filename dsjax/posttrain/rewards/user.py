@@ -4,8 +4,8 @@
         return 1.0 if len(completion) < problem["most"] else 0.0
 
 The file runs in the limited processes, once in each, and may import what is installed and what
-lies beside it. What it returns must be a number, or None for "cannot judge"; if it raises, the
-completion counts as not judged, and the error is shown.
+lies beside it. What it returns must be a number, a list with the reward of each step (`worth`), or
+None for "cannot judge"; if it raises, the completion counts as not judged, and the error is shown.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import pytest
 
 from dsjax.posttrain.problems import Problem
 from dsjax.posttrain.rewards import Grader, score
+from dsjax.posttrain.rewards.worth import Worth
 
 GAME = {"numbers": [5, 6, 9], "target": 20}
 RIGHT, WRONG = (f"<think>t</think><answer>{e}</answer>" for e in ("5+6+9", "5+6"))
@@ -17,6 +18,8 @@ def worth(completion, problem):
     if completion == "text": return "1"
     if completion == "nan": return float("nan")
     if completion == "exit": os._exit(0)
+    if completion == "steps": return [(2, 1), (5, 0.5)]
+    if completion == "astray": return [[9, 1]]
     return len(completion) + problem.get("bonus", 0)
 """
 
@@ -54,6 +57,16 @@ def test_rule_that_fails_judges_nothing_and_is_told(mine, caplog):
     assert rewards == [None, None, None, None, 0.0, 4.5]
     assert grader.counts.failures == {mine: 3} and grader.counts.limits == {mine: 1}
     assert "could not judge a completion: RuntimeError: no idea" in caplog.text
+
+
+def test_verdicts_tell_the_rewards_of_steps_and_grades_their_mean(mine, caplog):
+    with Grader([mine], workers=1) as grader, caplog.at_level(logging.WARNING):
+        verdicts = grader.judge(["steps", "four", "astray"], [{}] * 3)
+        rewards = grader.grade(["steps", "four"], [{}] * 2)
+    steps = ((2, 1.0), (5, 0.5))
+    assert [v[mine] for v in verdicts] == [Worth(0.75, steps), Worth(4.0), Worth(None)]
+    assert [each[mine] for each in rewards] == [0.75, 4.0]
+    assert "steps that end at [9] in a completion of 6 characters" in caplog.text
 
 
 def test_rewards_of_a_mixture_follow_the_problems_own_rule():

@@ -63,6 +63,15 @@ def test_example_of_the_docs_runs(tmp_path):
         assert grader.grade(["x"], [{}]) == [{name: None}]
 
 
+def test_steps_of_the_docs_are_judged_line_by_line(tmp_path):
+    (tmp_path / "lines.py").write_text(blocks(ROOT / "docs/rewards.md")["lines.py"])
+    name = f"{tmp_path}/lines.py:worth"
+    text = "9-4=5\n5+17=23\nso 22\n</think><answer>9-4+17</answer>"
+    with Grader([name], workers=1) as grader:
+        (verdict,), (nothing,) = (each.values() for each in grader.judge([text, ""], [{}] * 2))
+    assert verdict.steps == ((6, 1.0), (14, 0.0), (20, 0.0)) and nothing.value is None
+
+
 def test_prover_of_the_docs_runs(tmp_path):
     """With a stand-in for Lean's build tool that takes what says so."""
     (tmp_path / "lean.py").write_text(blocks(ROOT / "docs/rewards.md")["lean.py"])
