@@ -30,6 +30,7 @@ LONG = 100  # characters of a problem
 
 # What sets a problem apart from others of its kind: quoted text, dotted names, lists, numbers.
 _SPECIFIC = re.compile(r"'[^']*'|[^\s\[\]();,:]*\w\.[^\s\[\]();,:]*\w|\[[^]]*\]|\d[\d,]*")
+_PLACE = re.compile(rf"(?:{_SPECIFIC.pattern})(?::\d+)?")  # the first of these, with its line
 
 _PICKLE = (
     "a pickle, Python's own format, which runs code of the file's author when it is read, so dsjax "
@@ -294,7 +295,7 @@ def _examples(found: list[str]) -> str:
     """Joins problems of one kind; long ones are told once, then only where else they are."""
     first, *others = found[:EXAMPLES]
     if len(first) > LONG:
-        others = [f"the same of {_SPECIFIC.search(other)[0]}" for other in others]  # pyright: ignore
+        others = [f"the same of {_PLACE.search(other)[0]}" for other in others]  # pyright: ignore
     more = len(found) - EXAMPLES
     end = f"; and {more:,} more such ({len(found):,} in all)" if more > 0 else ""
     return "; ".join([first, *others]) + end

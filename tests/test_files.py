@@ -229,6 +229,8 @@ def test_message_has_a_line_for_each_kind_of_problem_however_many_there_are():
         "; the same of model-1.safetensors; the same of model-2.safetensors; and 160 more such "
         "(163 in all)"
     )
+    lines = [f"p.jsonl:{n}: " + "far too long " * 20 for n in (2, 3, 7)]
+    assert files.listed(lines).endswith("; the same of p.jsonl:3; the same of p.jsonl:7")
     kinds = ["kind " + "x" * n for n in range(100)]
     assert files.listed(kinds).endswith("; and problems of 80 more kinds")
 
