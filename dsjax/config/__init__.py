@@ -3,7 +3,8 @@
   model.py        ModelConfig: the shape of a model
   data.py         DataConfig: the text and how it becomes sequences
   train.py        TrainConfig, OptimConfig, PrecisionConfig: run, optimizer, element types
-  mesh.py         MeshConfig: devices along each mesh axis, and the pipeline schedule
+  mesh.py         MeshConfig: devices along each mesh axis, and the pipeline schedule;
+                  RolloutMeshConfig: the same devices for generation
   microbatches.py how a batch divides into forward passes
   pretraining.py  Config: one pre-training experiment, the root that holds all groups
   posttraining.py PostTraining: what the roots of post-training share

@@ -40,3 +40,34 @@ class MeshConfig:
     def sizes(self) -> dict[str, int]:
         """Devices along each axis, as `dsjax.parallel.mesh.make_mesh` takes them."""
         return {axis: getattr(self, axis) for axis in AXES}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutMeshConfig:
+    """The same devices in another arrangement, for generation between updates. All 0: that of
+    `mesh`. Else 0 means 1, and one size may be -1, which takes all remaining devices.
+    """
+
+    data: int = 0
+    fsdp: int = 0
+    expert: int = 0
+    tensor: int = 0
+
+    def __post_init__(self) -> None:
+        given = dataclasses.asdict(self)
+        for name, size in given.items():
+            require(
+                size >= -1,
+                f"rollout_mesh.{name}={size} must be 0 or more, or -1 for the rest",
+            )
+        unknown = [name for name, size in given.items() if size == -1]
+        require(
+            len(unknown) <= 1,
+            f"only one axis of rollout_mesh may be -1, not {' and '.join(unknown)}",
+        )
+
+    @property
+    def sizes(self) -> dict[str, int] | None:
+        """Devices along each axis; None if generation keeps the arrangement of training."""
+        given = dataclasses.asdict(self)
+        return {axis: size or 1 for axis, size in given.items()} if any(given.values()) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from dsjax.config.mesh import RolloutMeshConfig
 from dsjax.config.posttraining import PostTraining
 from dsjax.config.rules import require, require_not_negative, require_positive
 
@@ -30,6 +31,10 @@ class RlConfig:
     group_size: int = 16  # answers per question
     minibatches: int = 1  # optimizer updates per step
     temperature: float = 1.0
+    # Filters of what is drawn; 0 and 1 are off. Where they cut, training renormalizes over the ids
+    # that were kept: a bit per id and token, so 16 KB per token, 0.5 GB per 32k, of 129,280 ids.
+    top_k: int = 0
+    top_p: float = 1.0
     max_new_tokens: int = 1024  # per answer
     max_batch: int = 0  # answers that are generated at the same time; 0: all
     speculative: bool = False  # whether the MTP modules draft answers
@@ -71,6 +76,14 @@ class RlConfig:
             f"rl.group_size={self.group_size} must be at least 2: an answer is judged against the "
             "others to its question",
         )
+        require(
+            0 < self.top_p <= 1, f"rl.top_p={self.top_p} must lie in (0, 1]; 1 keeps every token"
+        )
+        require(
+            self.top_k >= 0 and self.top_k != 1,
+            f"rl.top_k={self.top_k} must be at least 2, or 0, which keeps every token: with one to "
+            "choose from all answers to a question are the same",
+        )
         answers = self.prompts * self.group_size
         require(
             answers % self.minibatches == 0,
@@ -101,6 +114,11 @@ class RlConfig:
         )
         require(self.log_samples >= -1, f"rl.log_samples={self.log_samples} must be -1 or more")
 
+    @property
+    def filters(self) -> bool:
+        """Whether answers are drawn among some of the vocabulary's ids only."""
+        return self.top_k > 0 or self.top_p < 1
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardConfig:
@@ -119,6 +137,7 @@ class Reinforcement(PostTraining):
 
     rl: RlConfig = dataclasses.field(default_factory=RlConfig)
     reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
+    rollout_mesh: RolloutMeshConfig = dataclasses.field(default_factory=RolloutMeshConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,6 +17,7 @@ from dsjax.generate import speculative
 from dsjax.generate.record import NOTHING, Record, Wanted, record
 from dsjax.generate.sampling import Knobs, sample
 from dsjax.generate.speculative import State, Step
+from dsjax.model import token_sets
 from dsjax.model.cache import Cache, empty_cache
 from dsjax.model.transformer import Transformer
 from dsjax.parallel.sharding import constrain
@@ -202,7 +203,9 @@ def _empty_record(model: Transformer, B: int, W: int, wanted: Wanted) -> Record:
     config = model.config
     shape = (MAX_STEPS, B, W, config.n_moe_layers, config.n_activated_experts)
     experts = jnp.zeros(shape, jnp.int32) if wanted.experts else None
-    return Record(logprobs, logprobs, experts)
+    sets_shape = (MAX_STEPS, B, W, token_sets.n_words(config.vocab_size))
+    sets = jnp.zeros(sets_shape, jnp.uint32) if wanted.kept else None
+    return Record(logprobs, logprobs, experts, sets)
 
 
 def _pinned(carry: Carry) -> Carry:

@@ -1,4 +1,4 @@
-"""Optional reports on drawn tokens: log-probabilities and chosen experts."""
+"""Optional reports on drawn tokens: log-probabilities, chosen experts, ids to choose from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsjax.generate.sampling import Knobs, log_probabilities
+from dsjax.generate.sampling import Knobs, kept, log_probabilities
+from dsjax.model import token_sets
 
 
 class Wanted(NamedTuple):
@@ -15,6 +16,7 @@ class Wanted(NamedTuple):
 
     logprobs: bool = False
     experts: bool = False
+    kept: bool = False
 
 
 NOTHING = Wanted()
@@ -27,6 +29,8 @@ class Record(NamedTuple):
     sampled_logprobs: Any = None  # float32 [..., T], after temperature and filters
     # int32 [..., T, L, K], of the tokens that were run, that is the predecessor of each drawn token
     experts: Any = None
+    # uint32 [..., T, X], sets of the ids that the filters kept, see `dsjax.model.token_sets`
+    kept: Any = None
 
 
 def record(
@@ -37,13 +41,15 @@ def record(
     experts_LBTK: jax.Array | None,
 ) -> Record:
     """Builds the reports on tokens drawn from these logits."""
-    logprobs = sampled = experts = None
+    logprobs = sampled = experts = sets = None
+    B, T, V = logits_BTV.shape
+    each = Knobs(*(jnp.repeat(field, T, axis=0) for field in knobs))
     if wanted.logprobs:
-        B, T, V = logits_BTV.shape
-        each = Knobs(*(jnp.repeat(field, T, axis=0) for field in knobs))
         flat = log_probabilities(logits_BTV.reshape(B * T, V), tokens_BT.reshape(B * T), each)
         logprobs, sampled = (x.reshape(B, T) for x in flat)
     if wanted.experts:
         assert experts_LBTK is not None
         experts = jnp.moveaxis(experts_LBTK, 0, 2)
-    return Record(logprobs, sampled, experts)
+    if wanted.kept:
+        sets = token_sets.pack(kept(logits_BTV.reshape(B * T, V), each)).reshape(B, T, -1)
+    return Record(logprobs, sampled, experts, sets)

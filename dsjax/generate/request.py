@@ -27,6 +27,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()  # drawing any of these ends the reply
     logprobs: bool = False  # report the log-probabilities of the drawn tokens
     experts: bool = False  # report the experts chosen for every token, prompt included
+    kept: bool = False  # report the ids among which each token was drawn
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
@@ -34,7 +35,7 @@ class Request:
 
     @property
     def wanted(self) -> Wanted:
-        return Wanted(self.logprobs, self.experts)
+        return Wanted(self.logprobs, self.experts, self.kept)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +43,10 @@ class Output:
     """New tokens of a request, with the reports that it asked for.
 
     Attributes:
-      finish: "stop" (the last token is a stop id) or "length"; None: more to come. report: NumPy
-      arrays; log-probabilities [n], one per new token. Experts [tokens run, L, K]: the
-        prompt's tokens come with the first output; after that, each new token brings the experts of
-        its predecessor. The last new token is never run.
+      finish: "stop" (the last token is a stop id) or "length"; None: more to come.
+      report: NumPy arrays; log-probabilities [n] and sets of ids [n, X], one per new token. Experts
+        [tokens run, L, K]: the prompt's tokens come with the first output; after that, each new
+        token brings the experts of its predecessor. The last new token is never run.
     """
 
     tokens: list[int]
@@ -60,7 +61,7 @@ def output(request: Request, tokens: list[int], *, left: int, report: Record) ->
       report: arrays as in `Output`; those that the request did not ask for are dropped.
     """
     stopped = bool(tokens) and tokens[-1] in request.stop_ids
-    asked = (request.logprobs, request.logprobs, request.experts)
+    asked = (request.logprobs, request.logprobs, request.experts, request.kept)
     kept = (array if wanted else None for array, wanted in zip(report, asked, strict=True))
     return Output(tokens, None if left else "stop" if stopped else "length", Record(*kept))
 

@@ -116,6 +116,18 @@ def log_probabilities(
     return model_B, jnp.where(knobs.temperature_B > 0, drawn_B, certain_B)
 
 
+def kept(logits_BV: jax.Array, knobs: Knobs) -> jax.Array:
+    """Marks the tokens among which each row draws, bool [B, V]: those that the filters keep, or the
+    most likely one where the temperature is 0.
+
+    Args:
+      logits_BV: float32.
+    """
+    drawn_BV = jnp.isfinite(_filtered(logits_BV, knobs))
+    likeliest_BV = jax.nn.one_hot(greedy(logits_BV), logits_BV.shape[-1], dtype=bool)
+    return jnp.where(knobs.temperature_B[:, None] > 0, drawn_BV, likeliest_BV)
+
+
 def sample(logits_BV: jax.Array, knobs: Knobs, positions_B: jax.Array) -> jax.Array:
     """Draws a token for each row, int32 [B].
 

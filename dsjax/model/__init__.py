@@ -10,6 +10,7 @@ router.py        which experts each token goes to, and their weights
 balance.py       balance losses and the update of the router's bias
 mtp.py           the modules that predict tokens further ahead
 head.py          log-likelihoods from hidden states, without holding all logits
+token_sets.py    sets of token ids as bits
 layers.py        parameter declarations, stacks, norms, feed-forward, embedding
 rope.py          rotary position embedding
 cache.py         the decoding cache of the whole model; layer_cache.py: one layer's part of it

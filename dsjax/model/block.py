@@ -143,7 +143,7 @@ def run_layers(
         y_BTD, routing = pinned(block, block.attn.policy)(x_BTD, context, balance, experts_BTK)
         if present is None:
             return y_BTD, routing
-        routing = jax.tree.map(lambda value: jnp.where(present, value, 0), routing)
+        routing = jax.tree.map(lambda x: jnp.where(present, x, jnp.zeros_like(x)), routing)
         return jnp.where(present, y_BTD, x_BTD), routing
 
     rows = (layers, experts_LBTK, present_L)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
+from dsjax.model import token_sets
 from dsjax.parallel.context import join_length, split_length
 from dsjax.parallel.sharding import gather_for_use, parts_here, reduce_to_shards
 from dsjax.precision.matmul import vocabulary_logits
@@ -53,21 +54,37 @@ def _predict(logits: jax.Array, targets: jax.Array) -> Prediction:
     return Prediction(logits, normalizer - chosen, normalizer)
 
 
+class Drawn(NamedTuple):
+    """Tokens that were drawn, and what from."""
+
+    ids: jax.Array  # int32 [...]
+    kept: jax.Array | None  # uint32 [..., X], the ids to choose from (`token_sets`); None: all
+
+
 def _next_token(
     logits: jax.Array,
-    targets: jax.Array,
+    drawn: Drawn,
     heads: tuple[jax.Array, ...],
     *,
     temperature: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     """The `TokenLoss` of log-likelihoods, of logits divided by the temperature."""
-    logits, nll, normalizer = _predict(_divided(logits, temperature), targets)
+    targets = drawn.ids
+    logits, nll, normalizer = _predict(_offered(logits, drawn, temperature), targets)
     hits = _hits(targets, logits).astype(jnp.float32)
     return nll, _divided(jnp.exp(logits - normalizer[..., None]) - hits, temperature)
 
 
 def _divided(x: jax.Array, temperature: float) -> jax.Array:
     return x if temperature == 1 else x / temperature
+
+
+def _offered(logits: jax.Array, drawn: Drawn, temperature: float) -> jax.Array:
+    """Returns the logits that tokens were drawn by: minus infinity for ids that were cut off."""
+    logits = _divided(logits, temperature)
+    if drawn.kept is None:
+        return logits
+    return jnp.where(token_sets.unpack(drawn.kept, logits.shape[-1]), logits, -jnp.inf)
 
 
 @jax.named_scope("head")
@@ -91,7 +108,8 @@ def weighted_nll(
     Returns:
       float32 scalar.
     """
-    return weighted_loss(_next_token, hidden_BTD, w_DV, targets_BT, weights_BT, policy, chunk)
+    drawn = Drawn(targets_BT, None)
+    return weighted_loss(_next_token, hidden_BTD, w_DV, drawn, weights_BT, policy, chunk)
 
 
 @jax.named_scope("head")
@@ -140,16 +158,19 @@ def token_nll_and_entropy(
     policy: Policy,
     chunk: int,
     temperature: float = 1.0,
+    kept_BTX: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the values of `token_nll`, and the entropy of each prediction over the vocabulary,
     float32 [B, T], in nats. No gradient flows through the entropy.
 
     Args:
       temperature: what the logits are divided by, as when tokens are drawn.
+      kept_BTX: uint32, sets of the ids among which each target was drawn (`token_sets`), over which
+        the prediction is renormalized. A token whose set lacks the target has no finite values.
     """
-    hidden, targets = split_length(hidden_BTD), split_length(targets_BT)
-    width = _width(targets, chunk)
-    found = _token_nll(hidden, w_DV, targets, policy, width, temperature)
+    hidden, drawn = jax.tree.map(split_length, (hidden_BTD, Drawn(targets_BT, kept_BTX)))
+    width = _width(drawn.ids, chunk)
+    found = _token_nll(hidden, w_DV, drawn, policy, width, temperature)
     nll, entropy = cast("tuple[jax.Array, jax.Array]", found)
     return join_length(nll), join_length(jax.lax.stop_gradient(entropy))
 
@@ -285,28 +306,28 @@ _weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _token_nll(hidden_BTD, w_DV, targets_BT, policy, width, temperature):
-    def values(logits, targets):
-        logits, nll, normalizer = _predict(_divided(logits, temperature), targets)
+def _token_nll(hidden_BTD, w_DV, drawn_BT, policy, width, temperature):
+    def values(logits, drawn):
+        logits, nll, normalizer = _predict(_offered(logits, drawn, temperature), drawn.ids)
         # The entropy is log sum exp minus the mean of the logits; 0 times -inf is no part of it.
         shares = jnp.exp(logits - normalizer[..., None])
         return nll, normalizer - jnp.where(shares > 0, shares * logits, 0.0).sum(axis=-1)
 
-    return _map_chunks(values, hidden_BTD, w_DV, targets_BT, policy, width)
+    return _map_chunks(values, hidden_BTD, w_DV, drawn_BT, policy, width)
 
 
-def _token_nll_forward(hidden_BTD, w_DV, targets_BT, policy, width, temperature):
-    both = _token_nll(hidden_BTD, w_DV, targets_BT, policy, width, temperature)
-    return both, (hidden_BTD, w_DV, targets_BT)
+def _token_nll_forward(hidden_BTD, w_DV, drawn_BT, policy, width, temperature):
+    both = _token_nll(hidden_BTD, w_DV, drawn_BT, policy, width, temperature)
+    return both, (hidden_BTD, w_DV, drawn_BT)
 
 
 def _token_nll_backward(policy, width, temperature, residuals, cotangents):
-    hidden_BTD, w_DV, targets_BT = residuals
+    hidden_BTD, w_DV, drawn_BT = residuals
     cotangent_BT, _ = cotangents
     loss = functools.partial(_next_token, temperature=temperature)
     # The gradient of a function of these values is that of their sum weighted by its cotangents.
     _, dhidden_BTD, dw_DV = _sum_and_gradients(
-        hidden_BTD, w_DV, targets_BT, cotangent_BT, (), loss, policy, width
+        hidden_BTD, w_DV, drawn_BT, cotangent_BT, (), loss, policy, width
     )
     return dhidden_BTD, dw_DV, None
 

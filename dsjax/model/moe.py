@@ -38,6 +38,7 @@ class RoutingStatistics(NamedTuple):
     counts_E: jax.Array  # int32, tokens of each expert, without padding
     balance_loss: jax.Array  # float32 scalar, weighted
     dropped_tokens: jax.Array  # int32 scalar, assignments that no expert computed
+    overruled_BT: jax.Array  # bool, whether the router would not have chosen what was replayed
 
 
 class Experts(nnx.Module):
@@ -136,7 +137,8 @@ class MoE(nnx.Module):
         if config.n_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
         loss = balance_loss(routing, documents_BT, balance, config) if balance else jnp.float32(0)
-        statistics = RoutingStatistics(counts_E, loss, dropped_tokens)
+        overruled_BT = routing.overruled_M.reshape(x_BTD.shape[:2])
+        statistics = RoutingStatistics(counts_E, loss, dropped_tokens, overruled_BT)
         return y_BTD, statistics, routing.experts_MK.reshape(*x_BTD.shape[:2], -1)
 
     def _specs(self, x_BTD: jax.Array, length: str) -> Callable[[AbstractMesh], Specs]:

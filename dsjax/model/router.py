@@ -35,6 +35,7 @@ class Routing(NamedTuple):
     experts_MK: jax.Array  # int32, order within a row unspecified
     weights_MK: jax.Array  # float32
     scores_ME: jax.Array  # float32, unbiased
+    overruled_M: jax.Array  # bool, whether replayed choices replace others, in whatever order
 
 
 def scores(logits_ME: jax.Array, score_func: str) -> jax.Array:
@@ -90,9 +91,12 @@ def route(
       experts_MK: int32, choices to replay; weights still come from these logits, with gradients.
     """
     scores_ME = scores(logits_ME, config.score_func)
+    own_MK = select(jax.lax.stop_gradient(scores_ME), bias_E, config)
     if experts_MK is None:
-        experts_MK = select(jax.lax.stop_gradient(scores_ME), bias_E, config)
-    return Routing(experts_MK, weigh(scores_ME, experts_MK, config), scores_ME)
+        experts_MK, overruled_M = own_MK, jnp.zeros(len(own_MK), bool)
+    else:
+        overruled_M = (jnp.sort(own_MK) != jnp.sort(experts_MK)).any(axis=-1)
+    return Routing(experts_MK, weigh(scores_ME, experts_MK, config), scores_ME, overruled_M)
 
 
 class Router(nnx.Module):

@@ -14,11 +14,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from dsjax.axes import AXES
 
 
-def resolve(sizes: Mapping[str, int], n_devices: int) -> dict[str, int]:
+def resolve(sizes: Mapping[str, int], n_devices: int, group: str = "mesh") -> dict[str, int]:
     """Returns the size of every axis, in `AXES` order.
 
     Args:
       sizes: devices along each axis; one may be -1 to take what the others leave.
+      group: of the config that gives them, for messages.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
@@ -31,8 +32,8 @@ def resolve(sizes: Mapping[str, int], n_devices: int) -> dict[str, int]:
     if math.prod(resolved.values()) != n_devices:
         described = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise ValueError(
-            f"mesh {described} does not fill the {n_devices} devices here; "
-            f"set mesh.* so that the sizes multiply to {n_devices} (one axis may be -1)"
+            f"{group} {described} does not fill the {n_devices} devices here; "
+            f"set {group}.* so that the sizes multiply to {n_devices} (one axis may be -1)"
         )
     return resolved
 
@@ -59,6 +60,20 @@ def make_mesh(
         AXES,
         axis_types=(AxisType.Auto,) * len(AXES),
     )
+
+
+def regrouped(mesh: Mesh, sizes: Mapping[str, int]) -> Mesh:
+    """Makes a mesh of other sizes from the devices of a mesh, in the same order, so that one
+    program can move arrays from one to the other.
+
+    Args:
+      sizes: as `make_mesh` takes them; rollout_mesh.* of a config.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    shape = tuple(resolve(sizes, mesh.size, "rollout_mesh").values())
+    return Mesh(mesh.devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _arrange(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:

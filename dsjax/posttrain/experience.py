@@ -106,9 +106,10 @@ class Experience:
             params,
             state.router,
             [self._questions.prompts[number] for number in each],
-            Sampling(temperature=rl.temperature),
+            Sampling(rl.temperature, rl.top_k, rl.top_p),
             seeds("answers", self._config.train.seed, step, len(each)),
             rl.max_new_tokens,
+            kept=rl.filters,
         )
         clock.lap("rollout_seconds")
         texts = [completion_text(answer, self._vocabulary) for answer in answers]
@@ -125,7 +126,7 @@ class Experience:
         new_tokens = sum(len(answer.tokens) for answer in answers)
         metrics = judged.metrics() | _lengths(answers, judged.right_QG.ravel()) | clock.seconds
         metrics["rollout_tokens_per_second"] = new_tokens / clock.seconds["rollout_seconds"]
-        metrics |= self._graders_counts()
+        metrics |= self._rollouts.costs | self._graders_counts()
         rows = range(self._taken, self._taken + n)
         self._taken += n
         return Taken(batch, new_tokens, rows, metrics)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dsjax.data.shuffling import shuffled, stream_key
+from dsjax.model import token_sets
 from dsjax.posttrain.advantages import Average, token_weights
 from dsjax.posttrain.rollout import Answer
 
@@ -62,8 +63,9 @@ def pack(
       longest: the most tokens of an answer, for the "constant" average.
 
     Returns:
-      arrays [minibatches, micro-batches, rows, T + 1], and `experts` [minibatches, micro-batches,
-      rows, T + 1, L, K] if the answers have them.
+      arrays [minibatches, micro-batches, rows, T + 1], and if the answers have them, `experts`
+      [minibatches, micro-batches, rows, T + 1, L, K] and `kept` [minibatches, micro-batches, rows,
+      T + 1, X].
     """
     packed = [_rows(samples, layout.length) for samples in minibatches]
     units = rounded_up(max(-(-max(map(len, packed)) // layout.unit), 1))
@@ -77,6 +79,9 @@ def pack(
     }
     if experts := _empty_experts(minibatches, shape, layout):
         batch["experts"] = experts[0]
+    sets = (s.answer.kept for samples in minibatches for s in samples)
+    if (first := next((words for words in sets if words is not None), None)) is not None:
+        batch["kept"] = np.full((*shape, first.shape[-1]), token_sets.EVERYTHING, np.uint32)
     for number, (samples, rows) in enumerate(zip(minibatches, packed, strict=True)):
         lengths = [len(sample.answer.tokens) for sample in samples]
         weights = token_weights(lengths, average, longest)
@@ -143,6 +148,8 @@ def _write(
     batch["weights"][number, row, own] = weight
     batch["advantages"][number, row, own] = sample.advantages
     batch["samp"][number, row, own] = answer.logprobs
+    if answer.kept is not None:
+        batch["kept"][number, row, own] = answer.kept
     if answer.experts is not None:
         # The last token was never run, and nothing that counts depends on its experts.
         batch["experts"][number, row, span.start : span.stop - 1] = answer.experts

@@ -88,7 +88,8 @@ class PolicyLoss(NamedTuple):
       sums: scalars over tokens of non-zero weight: `tokens`; `surprise`, -new; `k1`, new - ref, and
         `k3`, two estimates of the KL divergence; `clipped_low` and `clipped_high`, tokens whose
         gradient the clipping removes; `off_policy`, tokens without a policy term by that option or
-        by `keep`; `gap`, |samp - old|. Those without their input are absent.
+        by `keep`; `gap`, |samp - old|. Not added up are `rho_max` and `gap_max`, the largest ratio
+        and the largest |samp - old|. Those without their input are absent.
     """
 
     loss: jax.Array
@@ -152,6 +153,7 @@ def policy_loss(
         "surprise": -new.sum(),
         "clipped_low": count((rho < low) & (advantages < 0)),
         "clipped_high": count((rho > high) & (advantages > 0)),
+        "rho_max": safe(rho).max(),
     }
     factor = _correction(old, samp, options)
     if options.off_policy:
@@ -162,7 +164,8 @@ def policy_loss(
     if options.keep[1] or options.off_policy:
         sums["off_policy"] = count(factor == 0)
     if samp is not None:
-        sums["gap"] = jnp.abs(samp - old).sum()
+        gap = jnp.abs(samp - old)
+        sums |= {"gap": gap.sum(), "gap_max": gap.max()}
     if ref is not None:
         behind = jnp.clip(safe(ref) - new, -_MOST, _MOST)
         k3 = jnp.exp(behind) - behind - 1

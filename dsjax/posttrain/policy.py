@@ -8,6 +8,8 @@ describes that token (not the one it predicts):
   old, ref    float32 log-probabilities by the policy that answered, as the trainer computes them,
               and by the reference; absent where not needed
   samp        float32 log-probabilities by the engine
+  kept        uint32 [..., X], the ids among which the engine drew, where top-k or top-p cut others
+              off: all log-probabilities are of the distribution over these (V3.2, section 3.1)
 
 Several answers share a row with isolated attention. Segment ids number them within their row, so
 they also tell `policy_loss` which tokens belong to one answer.
@@ -52,11 +54,13 @@ class Targets(NamedTuple):
 
     ids: jax.Array
     outputs: jax.Array
+    ran: jax.Array  # whether the engine ran the token before, as it does not a segment's last
     weights: jax.Array
     advantages: jax.Array
     samp: jax.Array
     old: jax.Array | None
     ref: jax.Array | None
+    kept: jax.Array | None  # [..., X, B, T]
 
 
 def options_of(config: Reinforcement) -> PolicyOptions:
@@ -87,14 +91,16 @@ def _forward_pass(config: Reinforcement) -> ForwardPass:
 def policy_objective(config: Reinforcement) -> Objective:
     """Returns the objective of reinforcement learning. It asks for no knobs."""
     options, chunk = options_of(config), config.train.loss_chunk
-    temperature = config.rl.temperature
+    temperature, replays = config.rl.temperature, config.replays
 
     def targets(batch: Batch) -> Targets:
         def own(name: str) -> Any:
             return batch[name][..., 1:] if name in batch else None
 
-        names = ("tokens", "segment_ids", "weights", "advantages", "samp", "old", "ref")
-        return Targets(*map(own, names))
+        outputs = batch["segment_ids"]
+        ran = (outputs[..., 1:] == outputs[..., :-1]) & (outputs[..., 1:] > 0)
+        rest = map(own, ("weights", "advantages", "samp", "old", "ref"))
+        return Targets(batch["tokens"][..., 1:], outputs[..., 1:], ran, *rest, _kept(batch))
 
     def weights(targets: Targets, knobs: Knobs) -> Weights:
         del knobs
@@ -106,8 +112,9 @@ def policy_objective(config: Reinforcement) -> Objective:
     def sums(model: Transformer, hidden: Hidden, targets: Targets, knobs: Knobs) -> Sums:
         del knobs
         nll, entropy = token_nll_and_entropy(
-            hidden.main_BTD, model.head_weight(), targets.ids, model.policy, chunk, temperature
-        )
+            hidden.main_BTD, model.head_weight(), targets.ids, model.policy, chunk, temperature,
+            _each(targets.kept),
+        )  # fmt: skip
         found = policy_loss(
             -nll,
             targets.old,
@@ -119,7 +126,12 @@ def policy_objective(config: Reinforcement) -> Objective:
             samp=targets.samp,
         )
         entropy = jnp.where(targets.weights != 0, entropy, 0.0).sum()
-        return {"loss": found.loss, "entropy": entropy, **found.sums}
+        sums = {"loss": found.loss, "entropy": entropy, **found.sums}
+        if replays and hidden.routing is not None:
+            differs_LBT = (hidden.routing.overruled_BT & targets.ran[None]).astype(jnp.float32)
+            routers = targets.ran.sum(dtype=jnp.float32) * len(differs_LBT)
+            sums |= {"routers_differ": differs_LBT.sum(), "routers": routers}
+        return sums
 
     return Objective(_forward_pass(config), targets, weights, sums, _metrics)
 
@@ -135,8 +147,12 @@ def _metrics(sums: Sums) -> Metrics:
         "clipped_low": low,
         "clipped_high": high,
         "engine_gap": sums["gap"] / tokens,
+        "engine_gap_max": sums["gap_max"],
+        "rho_max": sums["rho_max"],
         "update_tokens": sums["tokens"],
     }
+    if "routers" in sums:
+        metrics["routers_differ"] = sums["routers_differ"] / jnp.maximum(sums["routers"], 1.0)
     optional = {"kl": "k3", "kl_k1": "k1", "off_policy": "off_policy"}
     return metrics | {name: sums[key] / tokens for name, key in optional.items() if key in sums}
 
@@ -157,18 +173,19 @@ def log_probabilities(
     def score(weights: tuple[nnx.State, nnx.State], batch: Batch) -> jax.Array:
         model = nnx.merge(structure, *weights)
         shape = batch["tokens"].shape
-        read = ("tokens", "segment_ids", "experts")
+        read = ("tokens", "segment_ids", "experts", "kept")
         batch = {
             name: batch[name].reshape(-1, *batch[name].shape[2:]) for name in read if name in batch
         }
         inputs, targets = read_batch(objective, declared, batch)
 
         def of_micro_batch(arrays: Any) -> jax.Array:
-            inputs, ids_BT, experts = arrays
+            inputs, (ids_BT, kept), experts = arrays
             hidden = model.forward(inputs, experts_LBTK=replayed(experts))
             nll, _ = token_nll_and_entropy(
-                hidden.main_BTD, model.head_weight(), ids_BT, model.policy, chunk, temperature
-            )
+                hidden.main_BTD, model.head_weight(), ids_BT, model.policy, chunk, temperature,
+                _each(kept),
+            )  # fmt: skip
             return constrain(jnp.pad(restore(-nll), ((0, 0), (1, 0))), "batch", "tokens")
 
         found = jax.lax.map(of_micro_batch, (inputs, targets, read_experts(batch)))
@@ -177,5 +194,15 @@ def log_probabilities(
     return score
 
 
-def _next_tokens(batch: Batch) -> jax.Array:
-    return batch["tokens"][..., 1:]
+def _next_tokens(batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+    return batch["tokens"][..., 1:], _kept(batch)
+
+
+def _kept(batch: Batch) -> jax.Array | None:
+    """Returns the sets of ids of the tokens to predict, [..., X, B, T]."""
+    return jnp.moveaxis(batch["kept"], -1, -3)[..., 1:] if "kept" in batch else None
+
+
+def _each(kept_XBT: jax.Array | None) -> jax.Array | None:
+    """Returns them as [B, T, X]."""
+    return None if kept_XBT is None else jnp.moveaxis(kept_XBT, 0, -1)

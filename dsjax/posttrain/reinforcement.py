@@ -17,7 +17,7 @@ from dsjax.kernels.target import Target
 from dsjax.model.flops import train_flops_per_token
 from dsjax.parallel import processes
 from dsjax.parallel.context import check_length
-from dsjax.parallel.mesh import make_mesh
+from dsjax.parallel.mesh import make_mesh, regrouped
 from dsjax.parallel.pipeline import PIPE
 from dsjax.posttrain.answer import final
 from dsjax.posttrain.evaluation import Sample, summarise
@@ -106,6 +106,7 @@ class Learning:
             max_batch=rl.max_batch,
             speculative=rl.speculative,
             replay=config.replays,
+            mesh=None if (sizes := config.rollout_mesh.sizes) is None else regrouped(mesh, sizes),
         )
         self._cast = casting(declared, mesh)
         source = Experience(
@@ -187,7 +188,7 @@ class Learning:
             self._cast(state.params),
             state.router,
             [heldout.prompts[number] for number in each],
-            Sampling(temperature=temperature),
+            Sampling(temperature, self.config.rl.top_k, self.config.rl.top_p),
             seeds("evaluation", self.config.train.seed, 0, len(each)),
             self.config.rl.max_new_tokens,
         )

@@ -6,6 +6,7 @@ whatever mesh; a resumed run draws again what an interrupted one had drawn.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -33,12 +34,15 @@ class Answer(NamedTuple):
       experts: int32 [prompt + tokens - 1, L, K], chosen for all tokens that were run, that is all
         but the last; None if not asked for.
       ended: whether the model ended it; else it was cut off.
+      kept: uint32 [tokens, X], the ids among which each was drawn (`dsjax.model.token_sets`); None
+        if not asked for.
     """
 
     tokens: tuple[int, ...]
     logprobs: np.ndarray
     experts: np.ndarray | None
     ended: bool
+    kept: np.ndarray | None = None
 
 
 def seeds(purpose: str, seed: int, step: int, count: int) -> list[int]:
@@ -76,16 +80,31 @@ class Rollouts:
         max_batch: int,
         speculative: bool,
         replay: bool,
+        mesh: Mesh | None = None,
     ) -> None:
         """
         Args:
           declared: the model without values.
           max_batch: how many answers are generated at the same time; 0: all.
           replay: whether to report the chosen experts.
+          mesh: to generate on, of the devices that hold the weights, in the same order
+            (`dsjax.parallel.mesh.regrouped`); None: as they lie.
+
+        Raises:
+          ValueError: a parameter does not divide over the mesh.
         """
         self._declared, self._stop_ids, self._replay = declared, stop_ids, replay
         self._max_batch, self._speculative = max_batch or None, speculative
         self._engine: Engine | None = None
+        self._move = None if mesh is None else moving(declared, mesh)
+        self._move_seconds = 0.0
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """What the latest answers cost beside their generation, by name: `move_seconds`, for which
+        the weights were on their way to another mesh.
+        """
+        return {} if self._move is None else {"move_seconds": self._move_seconds}
 
     @property
     def statistics(self) -> Statistics:
@@ -101,12 +120,16 @@ class Rollouts:
         sampling: Sampling,
         own_seeds: Sequence[int],
         max_new_tokens: int,
+        *,
+        kept: bool = False,
     ) -> list[Answer]:
         """Answers each prompt once.
 
         Args:
-          params: as `generating` returns them; the engine reads these very arrays.
+          params: as `generating` returns them; the engine reads these very arrays, unless it has a
+            mesh of its own.
           own_seeds: of each prompt; `sampling.seed` is not read.
+          kept: whether to report the ids among which tokens were drawn.
         """
         requests = [
             Request(
@@ -118,9 +141,14 @@ class Rollouts:
                 stop_ids=self._stop_ids,
                 logprobs=True,
                 experts=self._replay,
+                kept=kept,
             )
             for prompt, seed in zip(prompts, own_seeds, strict=True)
         ]
+        if self._move is not None:
+            began = time.perf_counter()
+            params, router = jax.block_until_ready(self._move((params, router)))
+            self._move_seconds = time.perf_counter() - began
         outputs = self._loaded(params, router).complete(requests)
         return [
             Answer(
@@ -128,6 +156,7 @@ class Rollouts:
                 np.asarray(output.report.sampled_logprobs, np.float32),
                 output.report.experts,
                 output.finish == "stop",
+                output.report.kept,
             )
             for output in outputs
         ]
@@ -143,6 +172,21 @@ class Rollouts:
         else:
             self._engine.load(model)
         return self._engine
+
+
+def moving(
+    declared: Transformer, mesh: Mesh
+) -> Callable[[tuple[nnx.State, nnx.State]], tuple[nnx.State, nnx.State]]:
+    """Returns one program that lays parameters, as `generating` returns them, and router state out
+    over a mesh of the devices that hold them, in the same order. Nothing passes through the host.
+
+    Raises:
+      ValueError: a parameter does not divide over the mesh.
+    """
+    _, params, router = split(declared)
+    cast = jax.eval_shape(lambda params: generating(declared, params), params)
+    placement = shardings(cast, mesh), shardings(router, mesh)
+    return jax.jit(lambda weights: weights, out_shardings=placement)
 
 
 def casting(declared: Transformer, mesh: Mesh) -> Callable[[nnx.State], nnx.State]:

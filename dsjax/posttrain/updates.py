@@ -21,11 +21,12 @@ from flax import nnx
 from dsjax.model.transformer import Transformer
 from dsjax.parallel.compilation import Compiled
 from dsjax.posttrain.rollout import generating
-from dsjax.train.objective import Batch, Knobs, Metrics
+from dsjax.train.objective import LARGEST, Batch, Knobs, Metrics
 from dsjax.train.step import TrainState
 
 RENEW = "renew_reference"  # a knob, 1 in the steps after which the reference is replaced
-# Of several minibatches' numbers these are added up; of the others the mean is reported.
+# Of several minibatches' numbers these are added up, and of those with names that end in LARGEST
+# the largest is taken; of the others the mean is reported.
 _ADDED = ("update_tokens", "dropped_tokens")
 
 
@@ -104,6 +105,8 @@ def all_minibatches(
 def _combined(name: str, values: jax.Array) -> jax.Array:
     if name == "skipped":
         return values.any()
+    if name.endswith(LARGEST):
+        return values.max(axis=0)
     return values.sum(axis=0) if name in _ADDED else values.mean(axis=0)
 
 

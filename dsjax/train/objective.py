@@ -35,6 +35,9 @@ Batch = dict[str, jax.Array]
 Knobs = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
+# Where micro-batches or updates are joined, the numbers with names that end so are not added up:
+# the largest is kept. They are never negative.
+LARGEST = "_max"
 
 
 class ForwardPass(NamedTuple):
@@ -64,7 +67,8 @@ class Objective(NamedTuple):
         targets alike are in the devices' order (`dsjax.parallel.context`).
       weights: (targets, knobs) -> the factors of each micro-batch's sums.
       sums: (model, hidden states, targets of one micro-batch, knobs) -> float32 scalars by name,
-        each a sum over tokens or sequences. The model is there for its output head.
+        each a sum over tokens or sequences or, under a name that ends in LARGEST, the largest of
+        them. The model is there for its output head.
       metrics: the sums over the whole batch -> what the step reports, `loss` among them. A step
         whose loss is not finite changes nothing.
     """
@@ -138,15 +142,22 @@ def weigh(
 
 
 def sum_over_micro_batches(function: Callable[[Any], Any], batch: Any) -> Any:
-    """Sums a function's values over the leading dimension, one micro-batch at a time."""
+    """Sums a function's values over the leading dimension, one micro-batch at a time; of those
+    whose names end in LARGEST the largest is kept.
+    """
     first = jax.tree.map(lambda x: x[0], batch)
     if jax.tree.leaves(batch)[0].shape[0] == 1:
         return function(first)
     zeros = jax.tree.map(
         lambda value: jnp.zeros(value.shape, value.dtype), jax.eval_shape(function, first)
     )
-    return jax.lax.scan(
-        lambda total, micro_batch: (jax.tree.map(jnp.add, total, function(micro_batch)), None),
-        zeros,
-        batch,
-    )[0]
+
+    def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
+        return jax.tree_util.tree_map_with_path(_joined, total, function(micro_batch)), None
+
+    return jax.lax.scan(add, zeros, batch)[0]
+
+
+def _joined(path: Any, total: jax.Array, new: jax.Array) -> jax.Array:
+    is_largest = jax.tree_util.keystr(path[-1:], simple=True).endswith(LARGEST)
+    return jnp.maximum(total, new) if is_largest else total + new

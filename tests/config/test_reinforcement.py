@@ -28,6 +28,8 @@ MODEL = ModelConfig(
         ({"temperature": 0.0}, r"rl\.temperature=0\.0 must be greater than 0"),
         ({"epsilon": -1.0}, r"rl\.epsilon=-1\.0"),
         ({"log_samples": -2}, r"rl\.log_samples=-2"),
+        ({"top_p": 0.0}, r"rl\.top_p=0\.0 must lie in"),
+        ({"top_k": 1}, r"rl\.top_k=1 must be at least 2"),
     ],
 )
 def test_group_refuses(changes, message):

@@ -8,6 +8,7 @@ import pytest
 
 from dsjax.generate.engine import Engine, Request
 from dsjax.generate.sampling import Sampling
+from dsjax.model import token_sets
 from dsjax.model.cache import empty_cache
 from dsjax.model.head import token_nll
 from tests.model.tiny import TINY, tiny_model
@@ -88,6 +89,26 @@ def test_reports_do_not_change_the_tokens():
     assert [output.tokens for output in engine.complete(silent)] == [
         output.tokens for output in engine.complete(REQUESTS)
     ]
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_kept_ids_are_those_that_could_be_drawn(speculative):
+    """Rows that filter beside rows that do not, one that is greedy, and one that does not ask."""
+    model = tiny_model(GQA)
+    engine = Engine(model, speculative=speculative, prefill_chunk=16, max_batch=3)
+    asked = [dataclasses.replace(request, kept=True) for request in REQUESTS[:3]]
+    outputs = engine.complete([*asked, REQUESTS[3]])
+    assert outputs[3].report.kept is None
+    forward = jax.jit(lambda rows: model(rows))
+    for request, output in zip(asked, outputs[:3], strict=True):
+        text = [*request.prompt, *output.tokens]
+        padded = np.zeros((1, 64), np.int32)
+        padded[0, : len(text)] = text
+        logits = np.asarray(forward(padded), np.float64)[0, len(request.prompt) - 1 : len(text) - 1]
+        want = np.stack([np.isfinite(sampled(row, request.sampling)) for row in logits])
+        got = token_sets.unpack(output.report.kept, GQA.vocab_size)
+        np.testing.assert_array_equal(got, want)
+        assert want[np.arange(len(output.tokens)), output.tokens].all()
 
 
 @pytest.mark.parametrize("speculative", [False, True])

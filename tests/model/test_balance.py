@@ -29,7 +29,7 @@ def _weights(name, value=1.0, devices=2, isolated=True):
 def _routing(scores, experts=None):
     scores = jnp.asarray(scores, jnp.float32)
     experts = jax.lax.top_k(scores, 2)[1] if experts is None else jnp.asarray(experts, jnp.int32)
-    return Routing(experts, jnp.ones(experts.shape), scores)
+    return Routing(experts, jnp.ones(experts.shape), scores, jnp.zeros(len(experts), bool))
 
 
 def _loss(name, routing, documents, config=FOUR):

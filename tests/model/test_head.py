@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsjax.model import token_sets
 from dsjax.model.head import (
     map_logits,
     predict,
@@ -258,6 +259,40 @@ def test_temperature_and_entropy_equal_float64(temperature):
     dhidden, dweight = _gradients(derivatives, hidden, scaled, weights)
     assert_close(gradients[0], dhidden, F32, "hidden")
     assert_close(gradients[1], dweight / temperature, F32, "head")
+
+
+@pytest.mark.parametrize("chunk", [16, 1000])
+def test_prediction_is_renormalized_over_kept_ids(chunk):
+    """Values and gradients in float64, with the ids that were cut off left out; a token of weight 0
+    may have none.
+    """
+    hidden, weight, targets, weights = _operands()
+    kept = np.random.default_rng(5).random((BATCH, LENGTH, VOCAB)) < 0.2
+    np.put_along_axis(kept, np.asarray(targets)[..., None], True, axis=-1)
+    counted = np.asarray(weights) != 0
+    kept &= counted[..., None]
+    words = token_sets.pack(jnp.asarray(kept))
+
+    def run(hidden, weight):
+        nll, entropy = token_nll_and_entropy(
+            hidden, weight, targets, Policy(jnp.float32), chunk, 0.7, words
+        )
+        return jnp.where(weights != 0, weights * nll, 0.0).sum(), (nll, entropy)
+
+    (_, got), gradients = jax.value_and_grad(run, (0, 1), has_aux=True)(hidden, weight)
+    scaled = np.asarray(weight, np.float64) / 0.7
+    logits = np.asarray(hidden, np.float64) @ scaled
+    shares = np.where(kept, np.exp(logits - logits.max(axis=-1, keepdims=True)), 0)
+    shares /= np.where(counted, shares.sum(axis=-1), 1)[..., None]
+    hits = np.eye(VOCAB)[np.asarray(targets)]
+    logs = np.log(np.where(shares > 0, shares, 1))
+    nll, entropy = -(hits * logs).sum(axis=-1), -(shares * logs).sum(axis=-1)
+    np.testing.assert_allclose(np.asarray(got[0])[counted], nll[counted], atol=1e-5)
+    assert_close(got[1][counted], entropy[counted], F32, "entropy")
+    derivatives = np.where(counted[..., None], shares - hits, 0)
+    dhidden, dweight = _gradients(derivatives, hidden, scaled, weights)
+    assert_close(gradients[0], dhidden, F32, "hidden")
+    assert_close(gradients[1], dweight / 0.7, F32, "head")
 
 
 def test_entropy_of_a_certain_prediction_is_zero():

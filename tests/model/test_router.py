@@ -78,6 +78,17 @@ def test_bias_moves_the_choice_and_not_the_weights():
     assert_close(pushed.weights_MK.sum(axis=1), np.full(50, 2.5), F32, "sums")
 
 
+def test_replayed_experts_overrule_the_router_where_they_are_others():
+    logits = jax.random.normal(jax.random.key(4), (9, 8))
+    own = route(logits, jnp.zeros(8), V3)
+    assert not own.overruled_M.any()
+    replayed = own.experts_MK[:, ::-1]  # the same in another order
+    replayed = replayed.at[3].set((replayed[3] + 1) % 8)
+    np.testing.assert_array_equal(
+        route(logits, jnp.zeros(8), V3, replayed).overruled_M, np.arange(9) == 3
+    )
+
+
 def test_replayed_experts_keep_gradients_through_the_weights():
     logits = jnp.asarray([LOGITS])
     choice = jnp.asarray([[1, 7, 3]], jnp.int32)

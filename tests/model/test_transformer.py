@@ -249,6 +249,18 @@ def test_replayed_natural_choices_change_no_bit():
         np.testing.assert_array_equal(got, want)
 
 
+def test_overruled_routers_are_marked_layer_by_layer():
+    model, rows = tiny_model(), tokens(2, 24)
+    replayed = expert_choices(model, rows)
+    replayed = replayed.at[1, 0, 5].set((replayed[1, 0, 5] + 1) % TINY.n_routed_experts)
+    run = jax.jit(lambda model, rows, e: model.hidden(rows, experts_LBTK=e).routing.overruled_BT)
+    overruled = np.asarray(run(model, rows, replayed))
+    assert overruled.shape == (TINY.n_moe_layers + TINY.n_mtp, 2, 24)
+    assert not overruled[0].any()
+    np.testing.assert_array_equal(np.argwhere(overruled[1]), [[0, 5]])
+    assert not np.asarray(run(model, rows, None)).any()
+
+
 def test_other_choices_are_obeyed():
     model, rows = tiny_model(), tokens(2, 24)
     others = (expert_choices(model, rows) + 1) % TINY.n_routed_experts

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dsjax.axes import AXES
-from dsjax.parallel.mesh import make_mesh, resolve, submesh
+from dsjax.parallel.mesh import make_mesh, regrouped, resolve, submesh
 
 
 def sizes_above_one(mesh):
@@ -21,6 +21,15 @@ def test_mesh_gives_what_is_left_to_the_open_axis():
 def test_mesh_rejects_sizes_that_do_not_fill_the_devices(sizes):
     with pytest.raises(ValueError, match=r"does not fill the 8 devices here; set mesh"):
         make_mesh(sizes)
+
+
+def test_regrouped_mesh_has_the_same_devices_in_the_same_order():
+    mesh = make_mesh({"fsdp": 4, "expert": 2})
+    found = regrouped(mesh, {"expert": -1, "tensor": 2})
+    assert sizes_above_one(found) == {"expert": 4, "tensor": 2} and found.axis_names == AXES
+    assert list(found.devices.flat) == list(mesh.devices.flat)
+    with pytest.raises(ValueError, match=r"rollout_mesh tensor=3 does not.*set rollout_mesh\.\*"):
+        regrouped(mesh, {"tensor": 3})
 
 
 @pytest.mark.parametrize(

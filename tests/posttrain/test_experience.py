@@ -39,9 +39,9 @@ class Scripted:
     """Answers with the seed's last digit, and remembers what it was asked."""
 
     def __init__(self):
-        self.asked = []
+        self.asked, self.costs = [], {}
 
-    def answer(self, params, router, prompts, sampling, own_seeds, most):
+    def answer(self, params, router, prompts, sampling, own_seeds, most, *, kept=False):
         self.asked.append((tuple(prompts), tuple(own_seeds)))
         return [
             Answer((seed % 10 + ord("0") - ord("!") + 3, 1), np.zeros(2, np.float32), None, True)

@@ -103,6 +103,24 @@ def test_padding_takes_turns_among_experts():
     assert counts.max() - counts.min() <= 3  # one per layer
 
 
+def test_kept_ids_stand_at_their_tokens_and_elsewhere_all_do():
+    given = [
+        sample._replace(answer=sample.answer._replace(kept=kept_of(sample)))
+        for sample in samples(7, experts=False)
+    ]
+    batch = pack([given], LAYOUT, "sequence", 8)
+    kept, answered = batch["kept"].reshape(-1, 13, 2), batch["weights"].reshape(-1, 13) != 0
+    assert batch["kept"].dtype == np.uint32 and (kept[~answered] == 0xFFFFFFFF).all()
+    tokens = batch["tokens"].reshape(-1, 13)[answered]
+    np.testing.assert_array_equal(kept[answered], np.stack([tokens, tokens + 1], axis=1))
+    assert "kept" not in pack([samples(2)], LAYOUT, "sequence", 8)
+
+
+def kept_of(sample):
+    tokens = np.array(sample.answer.tokens, np.uint32)
+    return np.stack([tokens, tokens + 1], axis=1)
+
+
 def test_minibatch_without_samples_weighs_nothing():
     batch = pack([[], samples(2)], LAYOUT, "token", 8)
     assert not batch["weights"][0].any() and batch["weights"][1].any()

@@ -126,6 +126,8 @@ def test_sums_count_what_happened():
     assert sums["clipped_high"] > 0
     np.testing.assert_allclose(sums["surprise"], -NEW.sum())
     np.testing.assert_allclose(sums["gap"], np.abs(SAMP - OLD).sum())
+    np.testing.assert_allclose(sums["gap_max"], np.abs(SAMP - OLD)[MASK].max())
+    np.testing.assert_allclose(sums["rho_max"], rho[MASK].max())
     np.testing.assert_allclose(sums["k1"], (NEW - REF).sum())
     np.testing.assert_allclose(sums["k3"], (np.exp(REF - NEW) - (REF - NEW) - 1)[MASK].sum())
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dsjax.model.cache import empty_cache
 from dsjax.posttrain.minibatches import Layout, Sample, pack
 from dsjax.posttrain.objective import policy_loss
 from dsjax.posttrain.policy import log_probabilities, options_of, policy_objective
@@ -103,7 +104,7 @@ def test_sums_are_those_of_the_policy_loss(params):
         found = policy_loss(
             whole_logprobs(sample, 1.0),
             samp + 0.1,
-            jnp.full_like(samp, sample.advantage),
+            jnp.full_like(samp, sample.advantages),
             jnp.full_like(samp, 1 / (len(given) * len(samp))),
             options_of(config),
             ref=samp - 0.3,
@@ -114,6 +115,41 @@ def test_sums_are_those_of_the_policy_loss(params):
     assert float(sums["tokens"]) == sum(after for _, after in LENGTHS)
     assert_close(sums["gap"], 0.1 * float(sums["tokens"]), F32._replace(bound=1e-5), "gap")
     assert jnp.isfinite(gradient["embed"]["weight"][...]).all()
+
+
+def own_choices(given):
+    """The samples with the experts that the model chooses for each, alone."""
+    model, longest = tiny_model(V3), max(sample.length for sample in given)
+    rows = np.zeros((len(given), longest), np.int32)
+    for row, sample in zip(rows, given, strict=True):
+        row[: sample.length] = [*sample.prompt, *sample.answer.tokens]
+    cache = empty_cache(V3, *rows.shape, jnp.float32)
+    starts_B = jnp.zeros(len(rows), jnp.int32)
+    extend = jax.jit(lambda model, rows, cache: model.extend(rows, starts_B, cache, routing=True))
+    experts_BTLK = np.moveaxis(np.asarray(extend(model, rows, cache).experts_LBTK), 0, 2)
+    return [
+        sample._replace(answer=sample.answer._replace(experts=experts[: sample.length - 1].copy()))
+        for sample, experts in zip(given, experts_BTLK, strict=True)
+    ]
+
+
+@pytest.mark.heavy
+def test_routers_that_would_choose_others_are_counted(params):
+    """Of the tokens that the engine ran, which the last one of an answer is not."""
+    config, given = config_of(V3, beta=0.0), own_choices(samples())
+
+    def sums_of(given, config=config):
+        batch = pack([given], LAYOUT, "sequence", 8)
+        return loss_of(config, {name: jnp.asarray(x[0]) for name, x in batch.items()}, params)[1]
+
+    sums = sums_of(given)
+    tokens = sum(before + after - 1 for before, after in LENGTHS)
+    assert float(sums["routers"]) == tokens * V3.n_moe_layers
+    assert float(sums["routers_differ"]) == 0
+    last = given[1].answer.experts[-1, -1]  # what comes after depends on no other choice
+    last[:] = (last + 1) % V3.n_routed_experts
+    assert float(sums_of(given)["routers_differ"]) == 1
+    assert "routers" not in sums_of(given, config_of(V3, beta=0.0, replay=False))
 
 
 def test_modules_that_rest_have_no_gradient(params):

@@ -12,6 +12,7 @@ from rich.console import Console
 import dsjax
 from dsjax.checkpoint import manifest
 from dsjax.config import MeshConfig, OptimConfig, PrecisionConfig
+from dsjax.config.mesh import RolloutMeshConfig
 from dsjax.config.posttraining import TuningConfig
 from dsjax.config.reinforcement import Reinforcement, RewardConfig, RlConfig
 from dsjax.parallel.mesh import make_mesh
@@ -105,10 +106,10 @@ def test_policy_learns_what_is_rewarded(place, tmp_path, monkeypatch):
         "reward reward_std format length entropy kl clipped rollout_tokens_per_second "
         "update_tokens_per_second engine_gap step tokens loss grad_norm learning_rate "
         "tokens_per_second step_seconds mfu rollout_seconds grade_seconds old_seconds "
-        "update_seconds"
+        "update_seconds rho_max engine_gap_max"
     )
     assert set(promised.split()) <= logged[0].keys()
-    assert max(line["engine_gap"] for line in logged) <= 1e-4
+    assert max(line["engine_gap_max"] for line in logged) <= 1e-4
     samples = lines(tmp_path / "samples.jsonl")
     assert len(samples) == 15 * 16
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -211,13 +212,18 @@ def test_run_on_eight_devices_draws_the_same_answers(place, tmp_path, monkeypatc
     eight = config_of(
         place, "V3", steps=1, train={"batch_size": 8}, mesh={"data": 2, "fsdp": 2, "expert": 2}
     )
+    other = dataclasses.replace(eight, rollout_mesh=RolloutMeshConfig(tensor=2, expert=4))
     learn(one, tmp_path / "one", monkeypatch)
     learn(eight, tmp_path / "eight", monkeypatch, devices=8)
+    learn(other, tmp_path / "other", monkeypatch, devices=8)
     texts = [
         [line["text"] for line in lines(tmp_path / name / "samples.jsonl")]
-        for name in ("one", "eight")
+        for name in ("one", "eight", "other")
     ]
-    assert texts[0] == texts[1]
+    assert texts[0] == texts[1] == texts[2]
+    logged = [lines(tmp_path / name / "metrics.jsonl")[0] for name in ("eight", "other")]
+    assert "move_seconds" not in logged[0] and logged[1]["move_seconds"] > 0
+    assert logged[1]["engine_gap_max"] <= 1e-4
 
 
 def refused(config, folder, monkeypatch, match):

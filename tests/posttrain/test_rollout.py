@@ -11,10 +11,10 @@ import pytest
 from dsjax.generate.sampling import Sampling
 from dsjax.model.parameters import shardings
 from dsjax.model.transformer import Transformer
-from dsjax.parallel.mesh import make_mesh
+from dsjax.parallel.mesh import make_mesh, regrouped
 from dsjax.posttrain.minibatches import Layout, Sample, pack
 from dsjax.posttrain.policy import log_probabilities
-from dsjax.posttrain.rollout import Rollouts, casting, generating, seeds
+from dsjax.posttrain.rollout import Rollouts, casting, generating, moving, seeds
 from dsjax.precision.policy import Policy
 from dsjax.train.batches import place_all
 from dsjax.train.step import split
@@ -24,12 +24,23 @@ from tests.posttrain.shapes import QWEN2, SHAPES, V3, config_of
 PROMPTS = [(3, 4, 5), (60, 7), tuple(range(20, 40)), (9,), (1, 2, 3, 4), (50, 51)]
 
 
-def gap(model, sizes, *, speculative=False, compute="float32", temperature=1.0, replay=True):
+def gap(
+    model,
+    sizes,
+    *,
+    speculative=False,
+    compute="float32",
+    temperature=1.0,
+    replay=True,
+    forget=(),
+    **filters,
+):
     """|samp - old| of each drawn token, and the shares of routers and tokens that differ."""
     mesh = make_mesh(sizes, math.prod(sizes.values()))
     config = config_of(
-        model, compute=compute, temperature=temperature, train={"batch_size": 4}, replay=replay
-    )
+        model, compute=compute, temperature=temperature, train={"batch_size": 4}, replay=replay,
+        **filters,
+    )  # fmt: skip
     whole = tiny_model(dataclasses.replace(model))
     declared = Transformer(model, Policy(jnp.dtype(compute)))
     _, params, router = split(whole)
@@ -42,12 +53,15 @@ def gap(model, sizes, *, speculative=False, compute="float32", temperature=1.0, 
         replay=config.replays,
     )
     params = casting(declared, mesh)(params)
+    sampling = Sampling(temperature, **filters)
     answers = rollouts.answer(
-        params, router, PROMPTS, Sampling(temperature=temperature), seeds("x", 0, 0, 6), 24
+        params, router, PROMPTS, sampling, seeds("x", 0, 0, 6), 24, kept=config.rl.filters
     )
     samples = [Sample(prompt, answer, 1.0) for prompt, answer in zip(PROMPTS, answers, strict=True)]
-    layout = Layout(64, 4, 4, 0, model.n_routed_experts)
+    layout = Layout(65, 4, 4, 0, model.n_routed_experts)
     batch = pack([samples], layout, "token", 24)
+    for name in forget:
+        del batch[name]
     with jax.set_mesh(mesh):
         score = jax.jit(log_probabilities(config, declared))
         old = np.asarray(score((params, router), place_all(batch, mesh)))
@@ -83,6 +97,23 @@ def test_engine_and_trainer_agree_at_a_temperature():
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("mesh", [*MESHES, "context 2 x tensor 2"])
+def test_engine_and_trainer_agree_on_what_filters_keep(mesh):
+    sizes = MESHES.get(mesh, {"context": 2, "tensor": 2})
+    found = gap(V3, sizes, top_p=0.8, top_k=40, temperature=0.9)
+    assert np.abs(found).max() <= 1e-4
+
+
+@pytest.mark.heavy
+def test_mask_of_kept_ids_is_needed():
+    """Without it the trainer's distribution is another one, and every ratio is wrong."""
+    found = gap(QWEN2, {"data": 1}, top_p=0.8)
+    assert np.abs(found).max() <= 1e-4
+    forgotten = gap(QWEN2, {"data": 1}, top_p=0.8, forget=["kept"])
+    assert forgotten.mean() > 0.1  # -log 0.8 is 0.22
+
+
+@pytest.mark.heavy
 def test_bfloat16_with_replay_is_near_in_k3():
     behind = gap(V3, {"data": 1}, compute="bfloat16")
     k3 = np.exp(-behind) + behind - 1
@@ -110,6 +141,33 @@ def test_nothing_is_copied_where_nothing_is_cast():
     declared = Transformer(V3, Policy(jnp.float32))
     params = split(tiny_model(V3))[1]
     assert casting(declared, make_mesh({"data": 1}, 1))(params) is params
+
+
+@pytest.mark.heavy
+def test_answers_of_another_mesh_are_the_same_and_weights_move_on_the_devices():
+    """Trained over fsdp 4 x expert 2, generated with over tensor 2 x expert 4."""
+    mesh = make_mesh({"fsdp": 4, "expert": 2})
+    declared = Transformer(V3, Policy(jnp.float32))
+    _, params, router = split(tiny_model(V3))
+    weights = jax.device_put((params, router), shardings((params, router), mesh))
+    numbers, found = seeds("answers", 1, 2, 6), []
+    other = regrouped(mesh, {"tensor": 2, "expert": 4})
+    with jax.transfer_guard("disallow_explicit"):
+        moved = jax.block_until_ready(moving(declared, other)(weights))
+    leaf = moved[0]["moe_layers"]["ffn"]["experts"]["w_up"][...]
+    assert leaf.sharding.mesh == other and {s.data.shape for s in leaf.addressable_shards} == {
+        (V3.n_moe_layers, V3.n_routed_experts // 4, V3.dim, V3.moe_inter_dim // 2)
+    }
+    for own in (None, other):
+        rollouts = Rollouts(
+            declared, stop_ids=frozenset({0}), max_batch=0, speculative=False, replay=True, mesh=own
+        )
+        found.append(rollouts.answer(*weights, PROMPTS, Sampling(), numbers, 12))
+        assert (rollouts.costs.get("move_seconds", 0) > 0) == (own is not None)
+    for one, another in zip(*found, strict=True):
+        assert one.tokens == another.tokens
+        np.testing.assert_allclose(one.logprobs, another.logprobs, atol=1e-4)
+        np.testing.assert_array_equal(np.sort(one.experts), np.sort(another.experts))
 
 
 def test_answers_depend_on_their_seed_alone():

@@ -75,16 +75,19 @@ def one_device():
 def test_minibatches_are_steps_one_after_the_other(one_device):
     mesh, step, _, parts, _, after, metrics = one_device
     *_, state, _ = made({"data": 1})
-    losses = []
+    losses, ratios = [], []
     own = {name: value for name, value in knobs().items() if name != RENEW}
     for part in parts:
         state, found = step(state, jax.tree.map(lambda x: x[0], batch_on(mesh, [part])), own)
         losses.append(float(found["loss"]))
+        ratios.append(float(found["rho_max"]))
     for got, want in zip(arrays(after.trained), arrays(state), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
     tokens = sum(len(s.answer.tokens) for part in parts for s in part)
     assert float(metrics["update_tokens"]) == tokens and not metrics["skipped"]
+    # The second update, of a policy that has moved, has the larger ratio.
+    assert float(metrics["rho_max"]) == max(ratios) > 1.5 * min(ratios)
 
 
 def test_reference_stays_until_it_is_due(one_device):

@@ -177,3 +177,11 @@ def test_sum_over_micro_batches_adds_trees(count):
     )
     assert float(got["sum"]) == float(batch["x"].sum())
     assert float(got["first"]) == float(batch["x"][:, 0].sum())
+
+
+def test_largest_numbers_are_kept_instead_of_added():
+    batch = {"x": jnp.array([[1.0, 5.0], [2.0, 3.0], [4.0, 0.0]])}
+    got = sum_over_micro_batches(
+        lambda batch: {"x": batch["x"].sum(), "x_max": batch["x"].max()}, batch
+    )
+    assert float(got["x"]) == 15 and float(got["x_max"]) == 5
