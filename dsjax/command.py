@@ -16,13 +16,18 @@ once:
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import dataclasses
 import errno
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 from dsjax import files, settings
@@ -32,7 +37,7 @@ from dsjax.config.posttraining import PostTraining
 
 Initial = TypeVar("Initial", bound=PostTraining)
 
-SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
+SUCCESS, FAILURE, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -301,13 +306,26 @@ def run(
     it), 130 on Ctrl-C.
 
     Wrong usage raises argparse's SystemExit (2); a SystemExit raised by `execute` passes through.
+
+    Args:
+      argv: the arguments; None: those of the process, which then is this command and no more.
     """
     arguments = parser.parse_args(argv)
+    codes: list[int] = []  # of signals
+    if argv is None:
+        signal.signal(signal.SIGINT, _interrupt)
+        # Called after all that is registered later, such as what ends child processes.
+        atexit.register(_leave, codes)
     try:
         return execute(arguments) or SUCCESS
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
+        codes.append(INTERRUPTED)
         return INTERRUPTED
+    except SystemExit as exit_:
+        if exit_.code in (INTERRUPTED, TERMINATED):
+            codes.append(exit_.code)
+        raise
     except BrokenPipeError:
         # The reader of our output (head, less) has closed it. Python flushes standard output once
         # more at exit, which would fail and print a traceback.
@@ -318,6 +336,26 @@ def run(
             traceback.print_exc()
         print(f"{parser.prog}: {describe(error)}", file=sys.stderr)
         return FAILURE
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raises KeyboardInterrupt, as Python's own handler, but where it would be swallowed: in JAX's
+    callback of the garbage collection. There the signal is sent again, a little later.
+    """
+    if frame is None or not frame.f_code.co_name.endswith("gc_callback"):
+        raise KeyboardInterrupt
+    threading.Timer(0.02, os.kill, (os.getpid(), number)).start()
+
+
+def _leave(codes: Sequence[int]) -> None:
+    """Ends the process at once after a signal. The interpreter is not taken apart, since XLA's
+    threads, which go on with what was interrupted, crash when what they use is gone.
+    """
+    if codes:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(codes[0])
 
 
 def describe(error: Exception) -> str:

@@ -4,6 +4,7 @@ import argparse
 import errno
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -96,6 +97,34 @@ def test_run_stays_quiet_when_the_reader_closes_the_pipe():
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 1
+
+
+def interrupted(body):
+    """Runs a command whose `execute` has this body, as a process of its own."""
+    code = "import atexit, os, signal, sys, time\nfrom dsjax import command\n"
+    code += "atexit.register(os._exit, 139)\n"  # taking the interpreter apart ends so
+    code += "def _xla_gc_callback(): os.kill(os.getpid(), signal.SIGINT)\n"
+    code += f"def execute(arguments):\n{textwrap.indent(body, '    ')}\n"
+    code += "sys.exit(command.run(command.make_parser('x'), execute))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_interrupted_command_leaves_before_the_interpreter_is_taken_apart():
+    """What was registered for the end is done before."""
+    done = interrupted("atexit.register(print, 'cleaned up')\nraise KeyboardInterrupt")
+    assert done.returncode == 130 and done.stdout == "cleaned up\n"
+    assert done.stderr.endswith(": interrupted\n")
+    assert interrupted("raise SystemExit(143)").returncode == 143
+    assert interrupted("pass").returncode == 139  # as ever without a signal
+
+
+def test_interrupt_that_jax_would_swallow_comes_again():
+    done = interrupted(
+        "try: _xla_gc_callback()\n"
+        "except KeyboardInterrupt: print('swallowed')\n"
+        "for _ in range(1000): time.sleep(0.01)\n"
+    )
+    assert done.returncode == 130 and done.stdout == ""
 
 
 def test_load_applies_every_set(tmp_path):
