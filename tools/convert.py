@@ -1,9 +1,10 @@
-"""Converts checkpoints between Hugging Face's folders and ours, and describes them.
+"""Converts checkpoints between Hugging Face's folders, ours and GGUF files, and describes them.
 
   # a published checkpoint, FP8 or bfloat16, into a folder that loads on any mesh
   python tools/convert.py import DeepSeek-V3 converted/v3
   # a trained model, for transformers, vLLM, SGLang and llama.cpp's converter
   python tools/convert.py export runs/tiny published/tiny --dtype bfloat16
+  python tools/convert.py export DeepSeek-V3 v3.gguf --type 'experts=Q4_0,*=Q8_0'
   # what config.json alone implies: shapes, number of tensors, bytes; needs no weights
   python tools/convert.py inspect DeepSeek-V3/config.json --expect
 
@@ -23,12 +24,12 @@ from pathlib import Path
 from dsjax import command
 
 _COMMANDS = {
-    "import": "Hugging Face folder -> ours",
-    "export": "the way back",
+    "import": "Hugging Face folder or GGUF file -> ours",
+    "export": "the way back; any checkpoint -> GGUF file, for llama.cpp and ollama",
     "inspect": "family, shapes, tensors and bytes, found and expected",
 }
-_NEXT = {"import": "generate.py", "export": "convert.py inspect"}
 _DTYPES = ("keep", "bfloat16", "float32", "fp8")
+_NEXT = {"import": "generate.py", "export": "convert.py inspect"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,8 +37,9 @@ def parser() -> argparse.ArgumentParser:
     importing, exporting, inspecting = command.add_commands(result, _COMMANDS).values()
     for sub in (importing, exporting):
         sub.add_argument("source", metavar="SRC", type=Path, help="the checkpoint to convert")
-        sub.add_argument("target", metavar="DST", type=Path, help="a new or an empty folder")
-        sub.add_argument("--dtype", choices=_DTYPES, default="keep", help="default: keep, as it is")
+        sub.add_argument("target", metavar="DST", type=Path, help="a new folder, or F.gguf")
+        sub.add_argument("--dtype", choices=_DTYPES, default="keep", help="default: keep")
+    exporting.add_argument("--type", metavar="T", help="of DST.gguf: Q8_0 ...; see docs/gguf.md")
     inspecting.add_argument("source", metavar="SRC", type=Path, help="checkpoint, or a config.json")
     inspecting.add_argument("--expect", action="store_true", help="look at config.json alone")
     command.add_json(inspecting)
@@ -62,7 +64,9 @@ def execute(arguments: argparse.Namespace) -> None:
     if arguments.command == "import":
         from dsjax.checkpoint.importing import import_checkpoint as convert
     else:
-        from dsjax.checkpoint.exporting import export_checkpoint as convert
+        from dsjax.checkpoint.exporting import export as convert
+
+        more["choice"] = arguments.type
     from dsjax.display import Transfer
 
     source, target = arguments.source, arguments.target

@@ -24,6 +24,7 @@ import numpy as np
 
 from dsjax import __version__
 from dsjax.checkpoint import names
+from dsjax.checkpoint.gguf import ENDING, require_package
 from dsjax.checkpoint.hf_config import quantization_config, to_hf
 from dsjax.checkpoint.hf_folder import FLOAT32, FP8, scale_name, scale_shape
 from dsjax.checkpoint.importing import copy_side_files, side_files
@@ -57,6 +58,34 @@ class Part(NamedTuple):
     def bytes_held(self) -> int:
         """Memory used while the part is converted."""
         return math.prod(self.tensor.shape) * (self.stored.itemsize + self.wanted.itemsize)
+
+
+def export(
+    source: Path, target: Path, *, dtype: str, choice: str | None, progress: Transfer
+) -> Converted:
+    """Exports a checkpoint to a GGUF file, if that is what `target` is named, or to a Hugging Face
+    folder.
+
+    Args:
+      dtype: of a folder, one of `recode.CHOICES`.
+      choice: of a GGUF file, its types; see `gguf.types.parse`.
+
+    Raises:
+      ValueError, OSError: as the two exports do, or the choice is for the other one.
+    """
+    if target.suffix != ENDING:
+        if choice is not None:
+            raise ValueError(
+                f"--type {choice} is for GGUF files, and {target} is not named so; name it "
+                f"{target.name}{ENDING}, or choose --dtype for a folder"
+            )
+        return export_checkpoint(source, target, dtype=dtype, progress=progress)
+    if dtype != "keep":
+        raise ValueError(f"--dtype {dtype} is for folders; for {target} choose --type")
+    require_package()
+    from dsjax.checkpoint.gguf.exporting import export_gguf
+
+    return export_gguf(source, target, choice=choice, progress=progress)
 
 
 def export_checkpoint(source: Path, target: Path, *, dtype: str, progress: Transfer) -> Converted:

@@ -69,6 +69,8 @@ class HfFolder:
     block: tuple[int, int] | None  # rows and columns of a weight that share a scale
     files: TensorFolder
     rows: list[Row]  # in the order of the family's table
+    # what belongs beside the weights, by name, if `path` is a file that holds all of it
+    texts: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def is_hf(path: Path) -> bool:

@@ -1,4 +1,5 @@
-"""Converts a Hugging Face folder to a converted folder, which can be loaded on any mesh.
+"""Converts a Hugging Face folder, or a GGUF file, to a converted folder, which can be loaded on any
+mesh.
 
     config.json     what dsjax needs to know: its version, the family, the model
     weights/        the arrays, in the format of `weights.py`
@@ -26,6 +27,7 @@ import numpy as np
 
 from dsjax import __version__
 from dsjax.checkpoint import manifest
+from dsjax.checkpoint.gguf import is_gguf, require_package
 from dsjax.checkpoint.hf_folder import FLOAT32, FP8, HfFolder, Row, check_kind, open_hf, scale_shape
 from dsjax.checkpoint.manifest import File, Manifest
 from dsjax.checkpoint.recode import (
@@ -72,7 +74,7 @@ def import_checkpoint(
     progress: Transfer,
     overrides: Mapping[str, Any] | None = None,
 ) -> Converted:
-    """Creates the converted folder `target` from the Hugging Face folder `source`.
+    """Creates the converted folder `target` from the Hugging Face folder or GGUF file `source`.
 
     An interrupted import continues where it stopped.
 
@@ -88,20 +90,23 @@ def import_checkpoint(
     """
     started = time.monotonic()
     check_choice(dtype)
-    check_kind(source)  # before `resolve`, which would hide a name on the Hub
+    if not is_gguf(source):
+        check_kind(source)  # before `resolve`, which would hide a name on the Hub
     source, target = source.resolve(), target.resolve()
     check_target(target, source)
-    folder = open_hf(source, overrides)
+    folder = _open(source, overrides)
     parts = _plan(folder, dtype)
     leaves = _leaves(parts, folder.block or BLOCK)
-    small = list(side_files(source))
+    small = list(side_files(source)) if source.is_dir() else []
     needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
     check_space(target, needed + sum(file.stat().st_size for file in small))
     _check_copies(folder)
     identity = {
         "dsjax": __version__,
         "the source": str(source),
-        "the state of its files": fingerprint([source / "config.json", *folder.files.files]),
+        "the state of its files": fingerprint(
+            [*folder.files.files, *(file for file in small if file.name == "config.json")]
+        ),
         "--dtype": dtype,
         "--override": json.dumps(dict(overrides), sort_keys=True) if overrides else None,
     }
@@ -112,6 +117,8 @@ def import_checkpoint(
         _write_weights(folder, left, leaves, work, progress)
         (work.content / "hf").mkdir(exist_ok=True)
         copy_side_files(small, work.content / "hf")
+        for name, text in folder.texts.items():
+            write(work.content / "hf" / name, text)
         if overrides:
             write_json(work.content / "hf" / "config.json", folder.config)
         write_json(
@@ -125,6 +132,17 @@ def import_checkpoint(
         _write_manifest(work, leaves, dtype)
         work.publish()
     return Converted(len(left), to_do, time.monotonic() - started)
+
+
+def _open(source: Path, overrides: Mapping[str, Any] | None) -> HfFolder:
+    if not is_gguf(source):
+        return open_hf(source, overrides)
+    require_package()
+    from dsjax.checkpoint.gguf.reading import open_gguf
+
+    if overrides:
+        raise ValueError(f"--override {', '.join(overrides)}: {source} has no config.json")
+    return open_gguf(source)
 
 
 def _plan(folder: HfFolder, choice: str) -> list[Part]:

@@ -25,6 +25,7 @@ from rich.text import Text
 from dsjax import settings, tables
 from dsjax.checkpoint import names
 from dsjax.checkpoint.families import family_for
+from dsjax.checkpoint.gguf import is_gguf, require_package
 from dsjax.checkpoint.hf_folder import (
     FLOAT32,
     FP8,
@@ -72,8 +73,8 @@ def summarize(
     """Describes a checkpoint of any kind, as a JSON object.
 
     Args:
-      path: a Hugging Face folder, a converted folder or the folder of a run; with `expect` also a
-        config.json.
+      path: a Hugging Face folder, a converted folder, the folder of a run or a GGUF file; with
+        `expect` also a config.json.
       expect: count what the config implies, without looking at weights; otherwise count what is
         there, and compare.
       overrides: values of fields of a Hugging Face config.json, used instead of those in the file.
@@ -81,6 +82,11 @@ def summarize(
     Raises:
       ValueError: config or headers cannot be read.
     """
+    if is_gguf(path):
+        require_package()
+        from dsjax.checkpoint.gguf import summary
+
+        return summary.summarize(path)
     if expect:
         implied = implied_by(path, overrides)
         return _described(path, implied, list(published(implied)), None)
@@ -252,6 +258,10 @@ def _patterns(entries: Iterable[Entry]) -> list[dict[str, Any]]:
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
     """Prints the model, its tensors, expected and found totals, and mismatches."""
+    if summary.get("format") == "gguf":
+        from dsjax.checkpoint.gguf.summary import print_summary as print_gguf
+
+        return print_gguf(summary, console)
     title = f"{summary['path']}: {summary['family']}"
     tables.print_values(console, title, summary["model"])
     columns = ("tensor", "dtype", "shape", ">count", ">bytes")

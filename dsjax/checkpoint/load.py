@@ -1,13 +1,14 @@
 """Opens a checkpoint of any kind, and loads its weights into a model on any mesh.
 
 A checkpoint is a folder as Hugging Face publishes it, a folder written by `tools/convert.py
-import`, or the folder of a run; `open_checkpoint` detects which. After that all kinds are alike:
-leaves of the parameter tree, of which any slice can be read.
+import`, the folder of a run, or a GGUF file; `open_checkpoint` detects which. After that all kinds
+are alike: leaves of the parameter tree, of which any slice can be read.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import math
 import os
@@ -26,11 +27,13 @@ from jax.typing import DTypeLike
 from dsjax import settings
 from dsjax.checkpoint import families, manifest, store
 from dsjax.checkpoint.families import family_for
+from dsjax.checkpoint.gguf import is_gguf, require_package
 from dsjax.checkpoint.hf_folder import HfFolder, Row, check_kind, is_hf, open_hf
+from dsjax.checkpoint.names import Tensor
 from dsjax.checkpoint.slices import Index, Leaf, Tensors, bounds, dequantize_rows, read_slice
 from dsjax.checkpoint.weights import Weights, is_chunk
 from dsjax.config import ModelConfig
-from dsjax.files import listed, read_json
+from dsjax.files import cache_folder, listed, read_json, write
 from dsjax.model.layers import RouterState
 from dsjax.model.parameters import shardings
 from dsjax.model.transformer import Transformer
@@ -82,6 +85,21 @@ class Checkpoint:
         """
         return read_slice(self._tensors[path], index, dtype or self.dtype)
 
+    def read_published(self, tensor: Tensor, start: int, stop: int) -> np.ndarray:
+        """Reads rows [start, stop) of a tensor as published, [rows, in] for a matrix, in float32.
+
+        Raises:
+          ValueError: files are missing or damaged.
+        """
+        tensors = self._tensors[tensor.path]
+        stored = tensors.leaf
+        if stored.slot_rank == len(tensor.slot) and stored.transpose == tensor.transpose:
+            return tensors.rows(tensor.slot, start, stop).astype(FLOAT32, copy=False)
+        rows, rest = slice(start, stop), [slice(None)] * (len(tensor.shape) - 1)
+        inner = [*rest, rows] if tensor.transpose else [rows, *rest]
+        part = read_slice(tensors, [*tensor.slot, *inner], FLOAT32)
+        return np.ascontiguousarray(part.T) if tensor.transpose else part
+
 
 def load(
     path: str | os.PathLike[str] | Checkpoint,
@@ -95,8 +113,8 @@ def load(
     router's bias is always float32.
 
     Args:
-      path: a Hugging Face folder, a converted folder, the folder of a run, or one checkpoint of a
-        run.
+      path: a Hugging Face folder, a converted folder, the folder of a run, one checkpoint of a run,
+        or a GGUF file.
       mesh: the mesh to shard the weights over, as `parallel.sharding` says; None: the default
         device.
       dtype: of weights and activations, bfloat16 or float32; None: the checkpoint's.
@@ -130,7 +148,7 @@ def open_checkpoint(
     *,
     kind: type[Transformer] = Transformer,
 ) -> Checkpoint:
-    """Opens a checkpoint of any kind.
+    """Opens a checkpoint of any kind, or a GGUF file.
 
     For a converted folder, the sizes of all files are checked now, and their bytes before they are
     read. For a run, all files are hashed now.
@@ -148,6 +166,8 @@ def open_checkpoint(
     begun = path.with_name(path.name + ".partial")
     if not path.exists() and begun.is_dir():
         raise ValueError(f"{path} does not exist. {begun} is an unfinished conversion to it")
+    if is_gguf(path):
+        return _open_gguf(path, overrides)
     check_kind(path)
     if overrides and not is_hf(path):
         raise ValueError(
@@ -168,18 +188,39 @@ def open_checkpoint(
     )
 
 
+def _open_gguf(path: Path, overrides: Mapping[str, Any] | None) -> Checkpoint:
+    require_package()
+    from dsjax.checkpoint.gguf.reading import open_gguf
+
+    if overrides:
+        raise ValueError(f"--override {', '.join(overrides)}: {path} has no config.json")
+    folder = open_gguf(path)
+    # Readers of tokenizers want a folder; these files are made again whenever they are missing.
+    content = "".join(f"{name}\0{text}\0" for name, text in sorted(folder.texts.items()))
+    digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    beside = cache_folder("") / "gguf" / digest
+    beside.mkdir(parents=True, exist_ok=True)
+    for name, text in folder.texts.items():
+        if not (beside / name).is_file():
+            write(beside / name, text)
+    return _from_hf(folder, beside)
+
+
 def _open_hf(path: Path, overrides: Mapping[str, Any] | None) -> Checkpoint:
-    folder = open_hf(path, overrides)
+    return _from_hf(open_hf(path, overrides), path)
+
+
+def _from_hf(folder: HfFolder, tokenizer_folder: Path) -> Checkpoint:
     rows: dict[tuple[str, ...], dict[tuple[int, ...], Row]] = defaultdict(dict)
     for row in folder.rows:
         if not row.tensor.is_copy:
             rows[row.tensor.path][row.tensor.slot] = row
     return Checkpoint(
-        path=path,
+        path=folder.path,
         model=folder.model,
         family=folder.family,
         dtype=_loaded_dtype(row.dtype for row in folder.rows if not row.tensor.keep_float32),
-        tokenizer_folder=path,
+        tokenizer_folder=tokenizer_folder,
         weights=None,
         _tensors={name: _HfTensors(folder, slots) for name, slots in rows.items()},
     )

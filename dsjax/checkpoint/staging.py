@@ -167,7 +167,7 @@ def check_target(target: Path, source: Path) -> None:
         )
 
 
-def check_space(target: Path, needed: int) -> None:
+def check_space(target: Path, needed: int, remedy: str = "a narrower --dtype") -> None:
     """Raises ValueError if the disk of `target` has no room for a conversion of `needed` bytes.
 
     Bytes that an interrupted conversion has already written count as free.
@@ -184,7 +184,7 @@ def check_space(target: Path, needed: int) -> None:
     if needed > room:
         raise ValueError(
             f"{target} needs {needed:,} bytes and there is room for {room:,}; free "
-            f"{needed - room:,} bytes, choose another disk, or a narrower --dtype"
+            f"{needed - room:,} bytes, choose another disk, or {remedy}"
         )
 
 
