@@ -123,7 +123,9 @@ def test_missing_tensors_are_named(tmp_path):
         open_gguf(tmp_path / "bad.gguf")
 
 
-@pytest.mark.parametrize("use", [loading.open_checkpoint, lambda path: bring_in(path, path / "x")])
+@pytest.mark.parametrize(
+    "use", [loading.open_checkpoint, lambda path: bring_in(path, path.with_name("x"))]
+)
 def test_what_is_no_gguf_file_is_named(tmp_path, use):
     path = tmp_path / "m.gguf"
     path.write_text("not one")
