@@ -7,6 +7,7 @@ drawn, which no layer has processed yet.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -46,15 +47,19 @@ class Decoded(NamedTuple):
     n_kept_NB: jax.Array  # int32, drafts that the main model kept
     record_N: Record  # report on `tokens_NBW`, with a leading dimension of steps
 
-    def tokens(self) -> list[list[int]]:
-        """Returns each row's new tokens."""
-        tokens_BNW = np.swapaxes(self.tokens_NBW, 0, 1)
-        return [row[row >= 0].tolist() for row in tokens_BNW]
+    def rows(self) -> list[tuple[list[int], Record]]:
+        """Returns each row's n new tokens and the report on them, arrays [n, ...]."""
+        new_BNW = np.swapaxes(self.tokens_NBW, 0, 1) >= 0
 
-    def report(self, row: int) -> Record:
-        """Returns the report on a row's n new tokens, arrays [n, ...]."""
-        new_NW = np.asarray(self.tokens_NBW)[:, row] >= 0
-        return jax.tree.map(lambda array: np.asarray(array)[:, row][new_NW], self.record_N)
+        def picked(array_NBWX: np.ndarray) -> np.ndarray:
+            return np.swapaxes(array_NBWX, 0, 1)[new_BNW]
+
+        tokens, report = picked(self.tokens_NBW).tolist(), jax.tree.map(picked, self.record_N)
+        ends = np.cumsum(new_BNW.sum(axis=(1, 2))).tolist()
+        return [
+            (tokens[a:b], Record(*(None if each is None else each[a:b] for each in report)))
+            for a, b in itertools.pairwise([0, *ends])
+        ]
 
 
 def empty_carry(model: Transformer, *, batch: int, length: int, n_drafts: int) -> Carry:
@@ -68,53 +73,58 @@ def prefill(
     model: Transformer,
     carry: Carry,
     tokens_BX: jax.Array,
-    start: jax.Array,
+    starts_B: jax.Array,
     lengths_B: jax.Array,
+    rows_X: jax.Array,
     knobs: Knobs,
     *,
     wanted: Wanted = NOTHING,
 ) -> tuple[Carry, tuple[jax.Array, Record]]:
-    """Runs one chunk of every row's prompt.
+    """Runs one chunk of every row's prompt, and draws a token for each of X requests.
 
     Args:
       tokens_BX: int32 [B, T + D], the chunk and the D tokens after it; prompts are padded at the
         end.
-      start: int32 position of the chunk's first token.
-      lengths_B: int32 lengths of the prompts.
+      starts_B: int32 position of each chunk's first token.
+      lengths_B: int32 lengths of the prompts; 0 for a row that has nothing to run.
+      rows_X: int32, the row of each request's prompt. Requests may share a prompt.
+      knobs: of the requests.
 
     Returns:
-      the carry; the first new token of each row, int32 [B]; and the report on it, with the experts
-      of all T tokens. Token and log-probabilities are valid only for rows whose prompt ends in this
-      chunk.
+      the carry; the first new token of each request, int32 [X]; and the report on it, with the
+      experts of all rows' T tokens [B, T, L, K]. Token and log-probabilities are valid only for
+      requests whose prompt ends in this chunk.
     """
     n_drafts = carry.hidden_BWD.shape[1] - 1
     T = tokens_BX.shape[1] - n_drafts
-    starts_B = jnp.broadcast_to(start, lengths_B.shape)
     extended = model.extend(tokens_BX[:, :T], starts_B, carry.cache, routing=wanted.experts)
     cache, hidden_BWD = extended.cache, carry.hidden_BWD
     if n_drafts:
-        counts_B = jnp.clip(lengths_B - start, 0, T)
+        counts_B = jnp.clip(lengths_B - starts_B, 0, T)
         cache, hidden_BWD = speculative.prefill(
             model, tokens_BX, starts_B, counts_B, extended, hidden_BWD
         )
-    index_B11 = jnp.clip(lengths_B - 1 - start, 0, T - 1)[:, None, None]
+    index_B11 = jnp.clip(lengths_B - 1 - starts_B, 0, T - 1)[:, None, None]
     last_B1D = jnp.take_along_axis(extended.main_BTD, index_B11, axis=1)
-    logits_B1V = model.logits(last_B1D)
-    drawn_B = sample(logits_B1V[:, 0], knobs, lengths_B)
-    report = record(wanted, logits_B1V, drawn_B[:, None], knobs, extended.experts_LBTK)
-    return _pinned(Carry(cache, hidden_BWD)), (drawn_B, report)
+    logits_X1V = model.logits(last_B1D)[rows_X]
+    drawn_X = sample(logits_X1V[:, 0], knobs, lengths_B[rows_X])
+    report = record(wanted, logits_X1V, drawn_X[:, None], knobs, extended.experts_LBTK)
+    return _pinned(Carry(cache, hidden_BWD)), (drawn_X, report)
 
 
-def insert(model: Transformer, carry: Carry, other: Carry, slots_X: jax.Array) -> Carry:
+def insert(
+    model: Transformer, carry: Carry, other: Carry, others_X: jax.Array, rows_X: jax.Array
+) -> Carry:
     """Copies rows of another carry, whose cache is at most as long, over rows of this one.
 
     Args:
-      slots_X: int32, the target row for each row of `other`, all different; a target outside this
-        carry drops the row.
+      others_X: int32, the rows of `other` to copy; one row may be copied to several places.
+      rows_X: int32, the row that each copy replaces, all different; a row outside this carry drops
+        the copy.
     """
     del model
-    hidden_BWD = carry.hidden_BWD.at[slots_X].set(other.hidden_BWD, mode="drop")
-    return _pinned(Carry(carry.cache.insert(slots_X, other.cache), hidden_BWD))
+    hidden_BWD = carry.hidden_BWD.at[rows_X].set(other.hidden_BWD[others_X], mode="drop")
+    return _pinned(Carry(carry.cache.insert(rows_X, other.cache, others_X), hidden_BWD))
 
 
 def decode(

@@ -3,8 +3,9 @@
 Requests wait in a queue for a free row of the running batch. Newcomers run their prompts together
 in a separate cache, one chunk per step, alternating with decoding of the running batch, so that
 running requests never wait for more than one chunk. When a prompt is done, its row is inserted into
-the running batch. If nothing runs, the newcomers' cache becomes the running one without a copy;
-a closed batch therefore never copies its cache.
+the running batch, once for every request that continues it: equal prompts of newcomers run once.
+If nothing runs and no prompt is shared, the newcomers' cache becomes the running one without a
+copy.
 
 Few shapes occur, so few programs are compiled: a cache has a power of two as its length, prompts
 run in chunks of one size followed by one chunk of a power of two, a growing batch has a power of
@@ -28,15 +29,15 @@ import jax
 import numpy as np
 
 from dsjax.generate import decoding
-from dsjax.generate.decoding import Decoded
+from dsjax.generate.decoding import Carry, Decoded
 from dsjax.generate.programs import Programs
+from dsjax.generate.prompts import MIN_CHUNK, Prompts, distinct
 from dsjax.generate.record import Record
 from dsjax.generate.request import Output, Request, join, output, problems
 from dsjax.generate.rows import Open, Rows, cache_length, power_of_two
 from dsjax.generate.speculative import check as check_drafting
 from dsjax.model.transformer import Transformer
 
-_MIN_CHUNK = 16
 _SECONDS_BETWEEN_ITEMS = 0.05
 _NO_LIMIT = 1 << 30
 
@@ -45,7 +46,7 @@ _NO_LIMIT = 1 << 30
 class Statistics:
     """What generation has cost so far. Seconds exclude compilation."""
 
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # that were run; a prompt that several requests share counts once
     prefill_seconds: float = 0.0  # prompts, including each request's first token
     new_tokens: int = 0
     decode_seconds: float = 0.0
@@ -85,10 +86,10 @@ class Engine:
           ValueError: `prefill_chunk` or `max_batch` is out of range, or the model has no MTP
             modules to draft with.
         """
-        if prefill_chunk < _MIN_CHUNK or prefill_chunk != power_of_two(prefill_chunk):
+        if prefill_chunk < MIN_CHUNK or prefill_chunk != power_of_two(prefill_chunk):
             raise ValueError(
-                f"prefill_chunk={prefill_chunk} must be a power of two of at least {_MIN_CHUNK}, "
-                f"such as {max(power_of_two(prefill_chunk), _MIN_CHUNK)}"
+                f"prefill_chunk={prefill_chunk} must be a power of two of at least {MIN_CHUNK}, "
+                f"such as {max(power_of_two(prefill_chunk), MIN_CHUNK)}"
             )
         if max_batch is not None and max_batch < 1:
             raise ValueError(f"max_batch={max_batch} must be at least 1; None sets no limit")
@@ -101,9 +102,8 @@ class Engine:
         self._max_batch = max_batch
         self._most_rows = max_batch or _NO_LIMIT
         self._waiting: deque[Open] = deque()
-        self._incoming: Rows | None = None  # newcomers, whose prompts have run up to `_start`
+        self._incoming: Prompts | None = None
         self._running: Rows | None = None
-        self._start = 0
         self._streaming = streaming
         # in the next call of the decoding program
         self._n_steps = 1 if streaming else decoding.MAX_STEPS
@@ -237,85 +237,94 @@ class Engine:
         )
         if self._running:
             length = max(length, self._running.length)
-        self._incoming = self._make_rows(admitted, length)
-        self._start = 0
-        self.statistics.prompt_tokens += sum(len(each.prompt) for each in requests)
+        slots = [*admitted, *[None] * (self._n_rows(len(admitted)) - len(admitted))]
+        prompts = distinct(slots)
+        carry = self._empty_carry(self._n_rows(len(prompts)), length)
+        self._incoming = Prompts(slots, carry, length, n_drafts=self._n_drafts)
+        self.statistics.prompt_tokens += sum(map(len, prompts))
 
-    def _make_rows(self, slots: Sequence[Open | None], length: int) -> Rows:
-        n_rows = min(power_of_two(len(slots)), self._most_rows)
-        n_rows += -n_rows % self._programs.batch_parts
-        carry = self._programs.compiled(
+    def _n_rows(self, at_least: int) -> int:
+        """Returns how many rows a cache gets."""
+        n_rows = min(power_of_two(at_least), self._most_rows)
+        return n_rows + -n_rows % self._programs.batch_parts
+
+    def _empty_carry(self, n_rows: int, length: int) -> Carry:
+        return self._programs.compiled(
             decoding.empty_carry, batch=n_rows, length=length, n_drafts=self._n_drafts
         )()
-        return Rows([*slots, *[None] * (n_rows - len(slots))], carry, length)
 
-    def _prefill(self, rows: Rows) -> dict[int, Output]:
+    def _prefill(self, newcomers: Prompts) -> dict[int, Output]:
         """Runs a chunk of the newcomers' prompts."""
-        start = self._start
-        longest = max(len(slot.request.prompt) for slot in rows.slots if slot)
-        size = min(max(power_of_two(longest - start), _MIN_CHUNK), self._chunk)
-        tokens_BX = np.zeros((len(rows.slots), size + self._n_drafts), np.int32)
-        for row, slot in enumerate(rows.slots):
-            part = slot.request.prompt[start : start + tokens_BX.shape[1]] if slot else ()
-            tokens_BX[row, : len(part)] = part
+        chunk = newcomers.chunk(self._chunk)
         run = self._programs.compiled(
-            decoding.prefill, rows.carry, tokens_BX, np.int32(start), rows.position_B, rows.knobs,
-            wanted=rows.wanted,
+            decoding.prefill, newcomers.carry, *chunk, newcomers.rows_X, newcomers.knobs,
+            wanted=newcomers.wanted,
         )  # fmt: skip
         began = time.perf_counter()
-        rows.carry, drawn = run()
-        drawn_B, report = jax.device_get(drawn)
+        newcomers.carry, drawn = run()
+        drawn_X, report = jax.device_get(drawn)
         self.statistics.prefill_seconds += time.perf_counter() - began
-        self._start += size
+        counts, ready = newcomers.advance(chunk), set(newcomers.ready())
         new: dict[int, Output] = {}
-        for row, slot in enumerate(rows.slots):
-            if slot is None:
-                continue
-            n_own = len(slot.request.prompt) - start
-            if report.experts is not None and n_own > 0:
-                slot.experts.append(report.experts[row, :n_own])
-            if 0 < n_own <= size:
-                new[slot.id] = self._first(rows, row, slot, int(drawn_B[row]), report)
-        self._join(rows, [row for row, slot in enumerate(rows.slots) if slot and slot.id in new])
+        for i, count in counts.items():
+            slot = newcomers.slots[i]
+            assert slot
+            if report.experts is not None:
+                slot.experts.append(report.experts[newcomers.rows_X[i], :count])
+            if i in ready:
+                own = (None if array is None else array[i] for array in report[:2])
+                new[slot.id] = self._first(slot, int(drawn_X[i]), Record(*own))
+                if not slot.left:
+                    newcomers.release(i)
+        self._join(newcomers)
         return new
 
-    def _first(self, rows: Rows, row: int, slot: Open, token: int, report: Record) -> Output:
-        """Records and returns the first new token of a row whose prompt has ended."""
-        tokens = [token] if slot.request.max_new_tokens else []
-        rows.begin(row, token)
+    def _first(self, slot: Open, token: int, report: Record) -> Output:
+        """Records and returns the first new token of a request whose prompt has ended."""
+        tokens = [token] if slot.left else []
+        slot.add(tokens)
         self.statistics.new_tokens += len(tokens)
-        report = jax.tree.map(lambda array: array[row, : len(tokens)], report)
+        report = jax.tree.map(lambda array: array[: len(tokens)], report)
         if slot.experts:
             report = report._replace(experts=np.concatenate(slot.experts))
             slot.experts.clear()
-        return output(slot.request, tokens, left=int(rows.left_B[row]), report=report)
+        return output(slot.request, tokens, left=slot.left, report=report)
 
-    def _join(self, rows: Rows, ended: Sequence[int]) -> None:
+    def _join(self, newcomers: Prompts) -> None:
         """Moves newcomers whose prompts have ended into the running batch."""
-        for row in ended:
-            if not rows.left_B[row]:
-                rows.release(row)
-        going = [row for row in ended if rows.slots[row]]
-        if self._running and going:
-            into = self._running
-            if len(into.free()) < len(going) or into.length < rows.length:
-                wider = self._make_rows([None] * (into.n_open + len(going)), rows.length)
-                open_ = [row for row, slot in enumerate(into.slots) if slot]
-                self._move(into, wider, open_)
-                self._running = into = wider
-            self._move(rows, into, going)
-        longest = max((len(slot.request.prompt) for slot in rows.slots if slot), default=0)
-        if not self._running and self._start >= longest:
-            self._running, self._incoming = rows, None
+        ready = newcomers.ready()
+        if self._running is None and newcomers.done and not newcomers.shared:
+            self._running = Rows(newcomers.slots, newcomers.carry, newcomers.length)
+            self._incoming = None
+        elif ready and (self._running or newcomers.done):
+            self._running = self._with_room(self._running, len(ready), newcomers.length)
+            self._move(newcomers, ready, self._running)
         self._drop_empty()
 
-    def _move(self, rows: Rows, into: Rows, which: Sequence[int]) -> None:
-        """Moves some rows into free rows of another batch."""
-        moved = dict(zip(which, into.free(), strict=False))
-        slots_X = len(into.slots) + np.arange(len(rows.slots), dtype=np.int32)  # outside: dropped
-        slots_X[list(moved)] = list(moved.values())
-        into.carry = self._programs.compiled(decoding.insert, into.carry, rows.carry, slots_X)()
-        into.take(rows, moved)
+    def _with_room(self, rows: Rows | None, n_free: int, length: int) -> Rows:
+        """Returns a running batch with this many free rows of at least this length."""
+        if rows and len(rows.free()) >= n_free and rows.length >= length:
+            return rows
+        open_ = rows.open() if rows else []
+        n_rows = self._n_rows(len(open_) + n_free)
+        wider = Rows([None] * n_rows, self._empty_carry(n_rows, length), length)
+        if rows:
+            self._move(rows, open_, wider)
+        return wider
+
+    def _move(self, other: Prompts | Rows, slots: Sequence[int], into: Rows) -> None:
+        """Moves some slots into free rows of the running batch."""
+        n = min(len(other.slots), len(into.slots))
+        others_X = np.zeros(n, np.int32)
+        rows_X = len(into.slots) + np.arange(n, dtype=np.int32)  # outside: dropped
+        free = into.free()[: len(slots)]
+        others_X[: len(slots)], rows_X[: len(slots)] = other.rows_X[slots], free
+        into.carry = self._programs.compiled(
+            decoding.insert, into.carry, other.carry, others_X, rows_X
+        )()
+        into.put({row: other.slots[i] for row, i in zip(free, slots, strict=True)})
+        for i in slots:
+            other.release(i)
 
     def _decode(self, rows: Rows) -> dict[int, Output]:
         """Runs some decoding steps."""
@@ -337,11 +346,13 @@ class Engine:
             n_steps = int(_SECONDS_BETWEEN_ITEMS * decoded.n_steps / seconds)
             self._n_steps = min(max(n_steps, 1), decoding.MAX_STEPS)
         new: dict[int, Output] = {}
-        for row, (slot, tokens) in enumerate(zip(rows.slots, decoded.tokens(), strict=True)):
+        for row, (slot, (tokens, report)) in enumerate(
+            zip(rows.slots, decoded.rows(), strict=True)
+        ):
             if slot and tokens:
-                left, report = int(rows.left_B[row]), decoded.report(row)
-                new[slot.id] = output(slot.request, tokens, left=left, report=report)
-                if not left:
+                slot.add(tokens)
+                new[slot.id] = output(slot.request, tokens, left=slot.left, report=report)
+                if not slot.left:
                     rows.release(row)
         self.statistics.new_tokens += sum(len(part.tokens) for part in new.values())
         self._drop_empty()

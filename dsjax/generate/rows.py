@@ -16,16 +16,36 @@ from dsjax.generate.sampling import knobs
 
 # Of a cache: a server's requests differ in length, and each length is another program.
 _MIN_LENGTH, _MIN_LENGTH_ALONE = 256, 128
-_FREE = Request((0,), 0)  # placeholder for a row without a request
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Open:
-    """An unfinished request."""
+    """An unfinished request.
+
+    Attributes:
+      tokens: the prompt and what has been added to it. Once the prompt has run, these are all but
+        the last one in the cache.
+      left: how many tokens may still be added.
+      experts: of the chunks of the prompt that have run.
+    """
 
     id: int
     request: Request
-    experts: list[np.ndarray] = dataclasses.field(default_factory=list)  # of the chunks run so far
+    tokens: list[int] = dataclasses.field(init=False)
+    left: int = dataclasses.field(init=False)
+    experts: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tokens, self.left = list(self.request.prompt), self.request.max_new_tokens
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Adds new tokens, of which a stop id can only be the last."""
+        self.tokens += tokens
+        stopped = bool(tokens) and tokens[-1] in self.request.stop_ids
+        self.left = 0 if stopped else self.left - len(tokens)
+
+
+FREE = Open(0, Request((0,), 0))  # placeholder for a row without a request
 
 
 class Rows:
@@ -33,9 +53,9 @@ class Rows:
 
     Attributes:
       slots: the request of each row; None for a free row.
+      rows_X: int32, the row of the carry that each slot has.
       length: positions of the cache.
-      position_B: int32, position of each row's newest token; while the prompt runs, the position
-        that the first new token will take.
+      position_B: int32, position of each row's newest token.
       recent_BW: int32, the W newest tokens, 0 before the start of the text.
       left_B: int32, how many tokens each row may still add.
       stop_ids_BX: int32, padded with -1.
@@ -45,27 +65,20 @@ class Rows:
 
     def __init__(self, slots: Sequence[Open | None], carry: Carry, length: int) -> None:
         self.slots, self.carry, self.length = list(slots), carry, length
-        requests, width = self._requests(), carry.hidden_BWD.shape[1]
-        lengths = [len(request.prompt) for request in requests]
-        self.position_B: Any = np.array(lengths, np.int32)
-        self.left_B: Any = np.array([request.max_new_tokens for request in requests], np.int32)
-        recent = [[*[0] * width, *request.prompt][-width:] for request in requests]
-        self.recent_BW: Any = np.array(recent, np.int32)
+        self.rows_X = np.arange(len(self.slots), dtype=np.int32)
         self._set_up()
 
     @property
     def n_open(self) -> int:
-        return sum(slot is not None for slot in self.slots)
+        return len(self.open())
+
+    def open(self) -> list[int]:
+        """Lists the rows that have a request."""
+        return [row for row, slot in enumerate(self.slots) if slot]
 
     def free(self) -> list[int]:
         """Lists the free rows."""
         return [row for row, slot in enumerate(self.slots) if slot is None]
-
-    def begin(self, row: int, token: int) -> None:
-        """Records the first token after a row's prompt."""
-        most, stop_ids = self.left_B[row], _of(self.slots[row]).stop_ids
-        self.left_B[row] = 0 if token in stop_ids else max(most - 1, 0)
-        self.recent_BW[row] = [*self.recent_BW[row, 1:], token]
 
     def release(self, row: int) -> None:
         """Frees a row. Its cache entries are never read again."""
@@ -73,35 +86,34 @@ class Rows:
         self.left_B = np.array(self.left_B)  # arrays that a program returned are read-only
         self.left_B[row] = 0
 
-    def take(self, other: Rows, moved: Mapping[int, int]) -> None:
-        """Takes over rows from another batch, once their cache entries have been inserted.
-
-        Args:
-          moved: maps each of the other's rows to the row that it becomes here.
-        """
-        for name in ("position_B", "recent_BW", "left_B"):
-            mine = np.array(getattr(self, name))
-            mine[list(moved.values())] = getattr(other, name)[list(moved)]
-            setattr(self, name, mine)
-        for row, slot in moved.items():
-            self.slots[slot] = other.slots[row]
-            other.release(row)
+    def put(self, newcomers: Mapping[int, Open | None]) -> None:
+        """Puts requests into free rows, once their cache entries have been inserted there."""
+        for row, open_ in newcomers.items():
+            self.slots[row] = open_
         self._set_up()
 
-    def _requests(self) -> list[Request]:
-        return [_of(slot) for slot in self.slots]
-
     def _set_up(self) -> None:
-        requests = self._requests()
+        rows = [slot or FREE for slot in self.slots]
+        requests, width = [row.request for row in rows], self.carry.hidden_BWD.shape[1]
+        self.position_B: Any = np.array([len(row.tokens) - 1 for row in rows], np.int32)
+        self.left_B: Any = np.array([row.left for row in rows], np.int32)
+        recent = [[*[0] * width, *row.tokens[-width:]][-width:] for row in rows]
+        self.recent_BW: Any = np.array(recent, np.int32)
         width = power_of_two(max(len(request.stop_ids) for request in requests))
         stop_ids = [
             [*request.stop_ids, *[-1] * (width - len(request.stop_ids))] for request in requests
         ]
         self.stop_ids_BX = np.array(stop_ids, np.int32)
         self.knobs = knobs([request.sampling for request in requests])
-        self.wanted = NOTHING
-        for request in requests:
-            self.wanted = Wanted(*map(max, self.wanted, request.wanted))
+        self.wanted = wanted(requests)
+
+
+def wanted(requests: Sequence[Request]) -> Wanted:
+    """Returns the reports that any of the requests asks for."""
+    found = NOTHING
+    for request in requests:
+        found = Wanted(*map(max, found, request.wanted))
+    return found
 
 
 def cache_length(
@@ -122,7 +134,3 @@ def cache_length(
 
 def power_of_two(at_least: int) -> int:
     return 1 << max(at_least - 1, 0).bit_length()
-
-
-def _of(slot: Open | None) -> Request:
-    return slot.request if slot else _FREE

@@ -40,20 +40,21 @@ class Cache(NamedTuple):
             return self
         return jax.tree.map(lambda entry: constrain(entry, *entry_axes(entry.shape, mesh)), self)
 
-    def insert(self, rows_X: jax.Array, other: Cache) -> Cache:
+    def insert(self, rows_X: jax.Array, other: Cache, others_X: jax.Array) -> Cache:
         """Replaces whole rows, such as those of finished requests by those of new prompts.
 
         Args:
-          rows_X: int32, the row that each of `other`'s rows replaces; all different. A row outside
-            the cache drops what would go there.
-          other: of the same model and X rows, with at most as many positions. Positions beyond
-            `other`'s keep what they held, which is never read before it is written again.
+          rows_X: int32, the rows that are replaced; all different. A row outside the cache drops
+            what would go there.
+          other: of the same model, with at most as many positions. Positions beyond `other`'s keep
+            what they held, which is never read before it is written again.
+          others_X: int32, the row of `other` that takes each place; one row may take several.
         """
 
-        def replace(mine_LBPSX: jax.Array, new_LXPSX: jax.Array) -> jax.Array:
-            length = new_LXPSX.shape[3]
-            rows = mine_LBPSX.at[:, rows_X, :, :length]
-            return rows.set(new_LXPSX.astype(mine_LBPSX.dtype), mode="drop", unique_indices=True)
+        def replace(mine_LBPSX: jax.Array, new_LBPSX: jax.Array) -> jax.Array:
+            new_LXPSX = new_LBPSX[:, others_X].astype(mine_LBPSX.dtype)
+            rows = mine_LBPSX.at[:, rows_X, :, : new_LBPSX.shape[3]]
+            return rows.set(new_LXPSX, mode="drop", unique_indices=True)
 
         return jax.tree.map(replace, self, other)
 

@@ -11,6 +11,7 @@ from tests.model.tiny import tiny_model
 LENGTH = 64
 PROMPTS = np.array([[3, 4, 5, 6], [50, 20, 80, 0]], np.int32)
 LENGTHS = np.array([4, 3], np.int32)
+START, EACH = np.zeros(2, np.int32), np.arange(2, dtype=np.int32)
 
 
 def prefilled():
@@ -18,7 +19,7 @@ def prefilled():
     settings = knobs([Sampling(0.0)] * 2)
     padded = np.pad(PROMPTS, ((0, 0), (0, 12)))
     run = jax.jit(decoding.prefill)
-    carry, (first, _) = run(tiny_model(), carry, padded, np.int32(0), LENGTHS, settings)
+    carry, (first, _) = run(tiny_model(), carry, padded, START, LENGTHS, EACH, settings)
     return carry, first
 
 
@@ -35,6 +36,10 @@ def decoded(left, steps, stop_ids=(-1, -1), until_any=False):
     return carry, first, decoding.Decoded(*jax.device_get(out))
 
 
+def tokens(out):
+    return [new for new, _ in out.rows()]
+
+
 def test_first_tokens_are_the_likeliest_after_each_prompt():
     _, first = prefilled()
     logits = np.asarray(tiny_model()(jnp.asarray(PROMPTS)))
@@ -44,10 +49,10 @@ def test_first_tokens_are_the_likeliest_after_each_prompt():
 def test_rows_take_their_own_number_of_steps():
     _, _, out = decoded(left=[5, 2], steps=9)
     assert int(out.n_steps) == 5  # none is left
-    assert [len(row) for row in out.tokens()] == [5, 2]
+    assert [len(row) for row in tokens(out)] == [5, 2]
     assert out.ran_NB[:6].tolist() == [[True] * 2] * 2 + [[True, False]] * 3 + [[False] * 2]
     assert out.position_B.tolist() == [9, 5] and out.left_B.tolist() == [0, 0]
-    assert out.recent_BW[:, 0].tolist() == [row[-1] for row in out.tokens()]
+    assert out.recent_BW[:, 0].tolist() == [row[-1] for row in tokens(out)]
 
 
 def test_calls_with_fewer_steps_go_on_where_the_last_one_stopped():
@@ -59,21 +64,21 @@ def test_calls_with_fewer_steps_go_on_where_the_last_one_stopped():
         knobs([Sampling(0.0)] * 2), np.int32(4), np.bool_(False),
     )  # fmt: skip
     rest = decoding.Decoded(*jax.device_get(rest))
-    joined = [a + b for a, b in zip(out.tokens(), rest.tokens(), strict=True)]
-    assert joined == whole.tokens()
+    joined = [a + b for a, b in zip(tokens(out), tokens(rest), strict=True)]
+    assert joined == tokens(whole)
 
 
 def test_finished_rows_stay_where_they_are():
     _, first, out = decoded(left=[3, 0], steps=3)
-    assert out.tokens()[1] == [] and out.position_B[1] == LENGTHS[1]
+    assert tokens(out)[1] == [] and out.position_B[1] == LENGTHS[1]
     assert out.recent_BW[1].tolist() == [int(first[1])]
 
 
 def test_stop_id_ends_a_row_after_it():
-    tokens = decoded(left=[6, 6], steps=6)[2].tokens()[0]
-    _, _, out = decoded(left=[6, 6], steps=6, stop_ids=(tokens[2], -1))
-    end = tokens.index(tokens[2]) + 1
-    assert out.tokens()[0] == tokens[:end]
+    whole = tokens(decoded(left=[6, 6], steps=6)[2])[0]
+    _, _, out = decoded(left=[6, 6], steps=6, stop_ids=(whole[2], -1))
+    end = whole.index(whole[2]) + 1
+    assert tokens(out)[0] == whole[:end]
     assert out.left_B.tolist() == [0, 0] and out.ran_NB[:, 0].sum() == end
 
 
@@ -84,15 +89,16 @@ def test_decoding_returns_when_a_row_finishes_and_another_request_waits():
 
 
 def test_inserted_rows_decode_as_where_they_came_from():
-    """Into a longer cache and another row; a row that goes outside is dropped."""
+    """Into a longer cache, one of them to two rows; a row that goes outside is dropped."""
     carry, first = prefilled()
     wide = decoding.empty_carry(tiny_model(), batch=3, length=2 * LENGTH, n_drafts=0)
-    wide = decoding.insert(tiny_model(), wide, carry, np.array([2, 3], np.int32))
-    pick = np.array([1, 1, 0])  # only the last of the three rows has something to go on with
+    others, places = np.array([0, 1, 0], np.int32), np.array([2, 3, 1], np.int32)
+    wide = decoding.insert(tiny_model(), wide, carry, others, places)
+    pick = np.array([1, 0, 0])  # the first of the three rows has nothing to go on with
     _, out = decode(
         tiny_model(), wide, LENGTHS[pick], np.asarray(first)[pick][:, None],
-        np.array([0, 0, 5], np.int32), np.full((3, 1), -1, np.int32),
+        np.array([0, 4, 5], np.int32), np.full((3, 1), -1, np.int32),
         knobs([Sampling(0.0)] * 3), np.int32(5), np.bool_(False),
     )  # fmt: skip
-    wanted = decoded(left=[5, 0], steps=5)[2].tokens()[0]
-    assert decoding.Decoded(*jax.device_get(out)).tokens() == [[], [], wanted]
+    wanted = tokens(decoded(left=[5, 0], steps=5)[2])[0]
+    assert tokens(decoding.Decoded(*jax.device_get(out))) == [[], wanted[:4], wanted]

@@ -303,3 +303,55 @@ def test_without_readers_the_same_tokens_take_fewer_calls():
             calls[-1] += 1
         assert len(ids) == len(asked)
     assert found[0] == found[1] and calls[1] < calls[0]
+
+
+# Two prompts, one in chunks, of several requests each: their own seeds, settings and limits.
+SHARING = [
+    Request(PROMPTS[place], most, sampling, stop_ids, logprobs=True, experts=True)
+    for place, most, sampling, stop_ids in [
+        (0, 9, Sampling(seed=1), frozenset()),
+        (1, 20, Sampling(seed=2), frozenset(range(8))),
+        (0, 5, GREEDY, frozenset()),
+        (0, 0, GREEDY, frozenset()),
+        (1, 12, Sampling(0.8, top_k=20, seed=3), frozenset()),
+        (0, 9, Sampling(seed=4), frozenset(range(60))),
+    ]
+]
+
+
+@functools.cache
+def sharing_alone(speculative):
+    return [engine(speculative).complete([request])[0] for request in SHARING]
+
+
+def assert_equal_outputs(found, wanted):
+    for output, own in zip(found, wanted, strict=True):
+        assert (output.tokens, output.finish) == (own.tokens, own.finish)
+        for name in ("logprobs", "sampled_logprobs"):
+            got, want = getattr(output.report, name), getattr(own.report, name)
+            np.testing.assert_allclose(got, want, atol=1e-5)
+        np.testing.assert_array_equal(np.sort(output.report.experts), np.sort(own.report.experts))
+
+
+@pytest.mark.parametrize("speculative", [False, pytest.param(True, marks=pytest.mark.heavy)])
+def test_equal_prompts_run_once_and_change_nothing(speculative):
+    assert_equal_outputs(engine(speculative).complete(SHARING), sharing_alone(speculative))
+    assert engine(speculative).statistics.prompt_tokens == len(PROMPTS[0]) + len(PROMPTS[1])
+
+
+@pytest.mark.heavy
+def test_equal_prompts_run_once_where_rows_are_few():
+    few = Engine(tiny_model(), prefill_chunk=16, max_batch=3)
+    assert_equal_outputs(few.complete(SHARING), sharing_alone(False))
+    ran = few.statistics.prompt_tokens
+    assert ran < sum(len(request.prompt) for request in SHARING)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("speculative", [False, True])
+def test_equal_prompts_run_once_on_a_mesh(speculative):
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, n_devices=8)
+    spread = jax.device_put(tiny_model(), shardings(tiny_model(), mesh))
+    own = Engine(spread, speculative=speculative, prefill_chunk=16)
+    assert_equal_outputs(own.complete(SHARING), sharing_alone(speculative))
+    assert own.statistics.prompt_tokens == len(PROMPTS[0]) + len(PROMPTS[1])

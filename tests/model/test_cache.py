@@ -84,7 +84,7 @@ def test_inserted_rows_decode_as_they_would_alone(config):
         return extend(model, tokens(batch, 16, seed), jnp.zeros(batch, jnp.int32), cache)[1]
 
     running, new = begun(3, 64, 0), begun(2, 32, 1)
-    inserted = running.insert(jnp.asarray([2, 0], jnp.int32), new)
+    inserted = running.insert(jnp.asarray([2, 0], jnp.int32), new, jnp.arange(2, dtype=jnp.int32))
     row, at = tokens(3, 4, 2), jnp.full(3, 16, jnp.int32)
     got, _ = extend(model, row, at, inserted)
     old, _ = extend(model, row, at, running)
@@ -98,7 +98,7 @@ def test_a_row_outside_is_not_inserted():
         jax.tree.map(lambda x, value=value: x + value, empty_cache(TINY, n, 32, jnp.float32))
         for n, value in ((3, 1.0), (2, 2.0))
     )
-    got = mine.insert(jnp.asarray([3, 1], jnp.int32), other)
+    got = mine.insert(jnp.asarray([3, 1], jnp.int32), other, jnp.arange(2, dtype=jnp.int32))
     for entry in jax.tree.leaves(got):
         assert [float(entry[:, row].mean()) for row in range(3)] == [1, 2, 1]
 
@@ -113,7 +113,7 @@ def test_insertion_changes_the_donated_cache_in_place(n_devices):
     )
 
     def insert(mine, rows_X, other):
-        return mine.pinned().insert(rows_X, other).pinned()
+        return mine.pinned().insert(rows_X, other, jnp.zeros_like(rows_X)).pinned()
 
     with jax.set_mesh(mesh):
         place = lambda x, axes: jax.ShapeDtypeStruct(  # noqa: E731

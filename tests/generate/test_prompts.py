@@ -1,0 +1,48 @@
+"""How the prompts of newcomers are cut into chunks, and which of them share a row."""
+
+import jax.numpy as jnp
+
+from dsjax.generate.decoding import Carry
+from dsjax.generate.prompts import Prompts
+from dsjax.generate.request import Request
+from dsjax.generate.rows import Open
+from dsjax.model.cache import Cache
+
+LONG, SHORT = tuple(range(3, 43)), (7, 8)
+
+
+def prompts(*asked, n_rows=2):
+    slots = [Open(id, Request(prompt, 5)) if prompt else None for id, prompt in enumerate(asked)]
+    return Prompts(slots, Carry(Cache(None, None, None), jnp.zeros((n_rows, 2, 4))), 64, n_drafts=1)
+
+
+def test_equal_prompts_have_one_row():
+    found = prompts(SHORT, LONG, SHORT, None)
+    assert found.rows_X[:3].tolist() == [0, 1, 0] and found.shared
+    assert not prompts(SHORT, LONG).shared
+
+
+def test_chunks_follow_each_other_until_all_prompts_have_run():
+    found = prompts(SHORT, LONG, SHORT)
+    chunk = found.chunk(16)
+    assert chunk.tokens_BX.shape == (2, 17)  # with the token that a draft is made from
+    assert chunk.tokens_BX[0].tolist() == [7, 8, *[0] * 15]
+    assert chunk.tokens_BX[1].tolist() == list(LONG[:17])
+    assert found.advance(chunk) == {0: 2, 1: 16, 2: 2}
+    assert found.ready() == [0, 2] and not found.done
+    chunk = found.chunk(16)
+    # What has run begins again with its own tokens, and ends nowhere.
+    assert chunk.starts_B.tolist() == [0, 16] and chunk.lengths_B.tolist() == [0, 40]
+    assert chunk.tokens_BX[0, :2].tolist() == [7, 8]
+    assert found.advance(chunk) == {1: 16}
+    chunk = found.chunk(512)
+    assert chunk.tokens_BX.shape == (2, 17) and chunk.tokens_BX[1, :8].tolist() == list(LONG[32:])
+    assert found.advance(chunk) == {1: 8} and found.done
+
+
+def test_a_prompt_that_nobody_waits_for_does_not_run():
+    found = prompts(SHORT, LONG, LONG)
+    found.release(1)
+    assert found.chunk(16).lengths_B.tolist() == [2, 40]
+    found.release(2)
+    assert found.chunk(16).lengths_B.tolist() == [2, 0] and found.n_open == 1
