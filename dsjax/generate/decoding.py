@@ -136,7 +136,7 @@ def decode(
     stop_ids_BX: jax.Array,
     knobs: Knobs,
     most_steps: jax.Array,
-    until_any: jax.Array,
+    enough: jax.Array,
     *,
     wanted: Wanted = NOTHING,
 ) -> tuple[Carry, Decoded]:
@@ -145,7 +145,8 @@ def decode(
     Args:
       left_B: int32, how many tokens each row may still add; a row with 0 does not advance.
       stop_ids_BX: int32; a row finishes when it draws one of its stop ids. Padded with -1.
-      until_any: bool scalar; returns as soon as any row finishes, because a request is waiting.
+      enough: int32 scalar; returns as soon as no more than this many rows are unfinished, such as
+        one less than now because a request waits for a row.
     """
     W = recent_BW.shape[1]
     advance = speculative.step if W > 1 else _step
@@ -174,10 +175,9 @@ def decode(
         )
         return _pinned(Carry(step.state.cache, step.state.hidden_BWD)), decoded
 
-    def unfinished(loop: tuple[Carry, Decoded]) -> jax.Array:
-        goes_on_B = loop[1].left_B > 0
-        freed = until_any & ((left_B > 0) & ~goes_on_B).any()
-        return (loop[1].n_steps < most_steps) & goes_on_B.any() & ~freed
+    def goes_on(loop: tuple[Carry, Decoded]) -> jax.Array:
+        n_unfinished = (loop[1].left_B > 0).sum(dtype=jnp.int32)
+        return (loop[1].n_steps < most_steps) & (n_unfinished > enough)
 
     B = position_B.shape[0]
     nothing = Decoded(
@@ -190,7 +190,7 @@ def decode(
         jnp.zeros((MAX_STEPS, B), jnp.int32),
         _empty_record(model, B, W, wanted),
     )
-    return jax.lax.while_loop(unfinished, body, (carry, nothing))
+    return jax.lax.while_loop(goes_on, body, (carry, nothing))
 
 
 def _step(

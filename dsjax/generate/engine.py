@@ -15,7 +15,8 @@ One call of the decoding program runs several steps, because a round trip to the
 longer than a small model's step. The number of steps is an argument, chosen such that tokens arrive
 several times per second. A call returns early when no row is left, or when a row finishes while
 another request waits. If tokens are not read as they come (`streaming=False`), a call runs all the
-steps that it has room for, and newcomers take the rows that became free meanwhile together.
+steps that it has room for, and newcomers take the rows that became free meanwhile together; when
+nobody waits any more and half of the rows have finished, the others go on in half as many.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from dsjax.model.transformer import Transformer
 
 _SECONDS_BETWEEN_ITEMS = 0.05
 _NO_LIMIT = 1 << 30
+_FEWEST_ROWS = 16  # fewer take hardly less time, and each number of rows is another program
 
 
 @dataclasses.dataclass
@@ -163,7 +165,10 @@ class Engine:
             self._decoded_last = False
             return self._prefill(self._incoming)
         self._decoded_last = True
-        return self._decode(self._running) if self._running else {}
+        if self._running is None:
+            return {}
+        self._running = self._shrunk(self._running)
+        return self._decode(self._running)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[list[list[int]]]:
         """Runs a closed batch and streams its tokens.
@@ -330,8 +335,7 @@ class Engine:
         """Runs some decoding steps."""
         run = self._programs.compiled(
             decoding.decode, rows.carry, rows.position_B, rows.recent_BW, rows.left_B,
-            rows.stop_ids_BX, rows.knobs, np.int32(self._n_steps),
-            np.bool_(self._streaming and bool(self._waiting)),
+            rows.stop_ids_BX, rows.knobs, np.int32(self._n_steps), np.int32(self._enough(rows)),
             wanted=rows.wanted,
         )  # fmt: skip
         began = time.perf_counter()
@@ -357,6 +361,34 @@ class Engine:
         self.statistics.new_tokens += sum(len(part.tokens) for part in new.values())
         self._drop_empty()
         return new
+
+    def _enough(self, rows: Rows) -> int:
+        """Returns at how many unfinished rows a call of the decoding program returns."""
+        if self._streaming:
+            return rows.n_open - 1 if self._waiting else 0
+        return self._fewer(rows, len(rows.slots))
+
+    def _fewer(self, rows: Rows, n_rows: int) -> int:
+        """Returns the next number of rows below `n_rows` that the running batch may go on with, or
+        0. What is left of the batch decides, never a clock: a run that is repeated does the same.
+        """
+        if self._streaming or self._waiting or self._incoming:
+            return 0
+        fewer = power_of_two(n_rows * 3 // 4 + 1) // 2
+        fewer += -fewer % self._programs.batch_parts
+        goes_on = _FEWEST_ROWS <= fewer < n_rows and rows.left_B.max() > decoding.MAX_STEPS
+        return fewer if goes_on else 0
+
+    def _shrunk(self, rows: Rows) -> Rows:
+        """Returns the running batch, with fewer rows if many have finished."""
+        n_rows = len(rows.slots)
+        while rows.n_open <= (fewer := self._fewer(rows, n_rows)):
+            n_rows = fewer
+        if n_rows == len(rows.slots):
+            return rows
+        narrow = Rows([None] * n_rows, self._empty_carry(n_rows, rows.length), rows.length)
+        self._move(rows, rows.open(), narrow)
+        return narrow
 
     def _count_steps(self, decoded: Decoded) -> None:
         ran = int(decoded.ran_NB[: decoded.n_steps].sum())

@@ -131,11 +131,8 @@ def decode(config: Config, mesh: Mesh | AbstractMesh, target: Target) -> Program
         lambda leaf: laid_out(leaf, "batch", *("width",) * (leaf.ndim - 1)),
         jax.eval_shape(per_row),
     )
-    most_steps, until_any = (
-        jax.ShapeDtypeStruct((), dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-        for dtype in (jnp.int32, jnp.bool_)
-    )
-    arguments = model, carry, *arguments, most_steps, until_any
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    arguments = model, carry, *arguments, number, number
     return Program(decoding.decode, arguments, (1,), None, rows, rows)
 
 
