@@ -1,7 +1,10 @@
 """Generation of tokens with a model: any number of requests, on any mesh, without text or files.
 
 engine       requests in, tokens out: a closed batch, or requests that join and leave a running one
-rows         the requests that run together, one per row of a cache; how they move between caches
+prompts      newcomers, whose prompts run in chunks, each distinct prompt once
+rows         the requests that run together, one per row of a cache
+prefixes     known beginnings of prompts: found by their tokens, kept in pages
+pages        copies of cache entries from pages to rows and back
 programs     the compiled functions of an engine, and the weights they run with
 decoding     those functions: a chunk of prompts, some steps of decoding, rows put into a cache
 speculative  decoding with drafts by the model's own MTP modules

@@ -31,6 +31,7 @@ import numpy as np
 
 from dsjax.generate import decoding
 from dsjax.generate.decoding import Carry, Decoded
+from dsjax.generate.prefixes import PAGE, Prefixes
 from dsjax.generate.programs import Programs
 from dsjax.generate.prompts import MIN_CHUNK, Prompts, distinct
 from dsjax.generate.record import Record
@@ -41,6 +42,7 @@ from dsjax.model.transformer import Transformer
 
 _SECONDS_BETWEEN_ITEMS = 0.05
 _NO_LIMIT = 1 << 30
+_ROWS_AT_A_TIME = 32  # that one call copies to another cache
 _FEWEST_ROWS = 16  # fewer take hardly less time, and each number of rows is another program
 
 
@@ -49,6 +51,7 @@ class Statistics:
     """What generation has cost so far. Seconds exclude compilation."""
 
     prompt_tokens: int = 0  # that were run; a prompt that several requests share counts once
+    cached_tokens: int = 0  # of prompts, that were known and not run
     prefill_seconds: float = 0.0  # prompts, including each request's first token
     new_tokens: int = 0
     decode_seconds: float = 0.0
@@ -76,6 +79,7 @@ class Engine:
         prefill_chunk: int = 512,
         max_batch: int | None = None,
         streaming: bool = True,
+        prefix_tokens: int = 0,
     ) -> None:
         """
         Args:
@@ -83,10 +87,12 @@ class Engine:
           prefill_chunk: prompt tokens per row and step, a power of two and at least 16.
           max_batch: how many requests run together at most; the others wait. None: no limit.
           streaming: whether tokens are wanted as they come; if not, all are there sooner.
+          prefix_tokens: how many tokens of past prompts and replies are kept on the devices, so
+            that a later prompt that begins in the same way runs the rest only; 0: none.
 
         Raises:
-          ValueError: `prefill_chunk` or `max_batch` is out of range, or the model has no MTP
-            modules to draft with.
+          ValueError: `prefill_chunk`, `max_batch` or `prefix_tokens` is out of range, or the model
+            has no MTP modules to draft with.
         """
         if prefill_chunk < MIN_CHUNK or prefill_chunk != power_of_two(prefill_chunk):
             raise ValueError(
@@ -101,6 +107,17 @@ class Engine:
         self._programs = Programs(model)
         self._n_drafts = model.config.n_mtp if speculative else 0
         self._chunk = prefill_chunk
+        self._prefixes: Prefixes | None = None
+        if prefix_tokens:
+            page = min(PAGE, prefill_chunk)
+            if prefix_tokens < (least := page * self._programs.batch_parts):
+                raise ValueError(
+                    f"prefix_tokens={prefix_tokens} must be at least {least}, a page of {page} "
+                    "tokens for each part of a batch; 0 keeps none"
+                )
+            self._prefixes = Prefixes(
+                self._programs, n_tokens=prefix_tokens, page=page, n_drafts=self._n_drafts
+            )
         self._max_batch = max_batch
         self._most_rows = max_batch or _NO_LIMIT
         self._waiting: deque[Open] = deque()
@@ -130,6 +147,8 @@ class Engine:
                 "finish or cancel the requests first"
             )
         self._programs.load(model)
+        if self._prefixes:
+            self._prefixes.clear()
 
     def add(self, request: Request) -> int:
         """Queues a request and returns its id, for `step` and `cancel`.
@@ -147,10 +166,11 @@ class Engine:
     def cancel(self, id: int) -> None:
         """Drops a request, waiting or running; the id of a finished one is ignored."""
         self._waiting = deque(open_ for open_ in self._waiting if open_.id != id)
-        for rows in filter(None, (self._incoming, self._running)):
-            for row, slot in enumerate(rows.slots):
+        for batch in filter(None, (self._incoming, self._running)):
+            for place, slot in enumerate(batch.slots):
                 if slot and slot.id == id:
-                    rows.release(row)
+                    self._keep(batch, place)
+                    batch.release(place)
         self._drop_empty()
 
     def step(self) -> dict[int, Output]:
@@ -246,7 +266,28 @@ class Engine:
         prompts = distinct(slots)
         carry = self._empty_carry(self._n_rows(len(prompts)), length)
         self._incoming = Prompts(slots, carry, length, n_drafts=self._n_drafts)
-        self.statistics.prompt_tokens += sum(map(len, prompts))
+        known = self._recall(self._incoming)
+        self.statistics.cached_tokens += known
+        self.statistics.prompt_tokens += sum(len(prompt) for _, prompt in prompts) - known
+
+    def _recall(self, newcomers: Prompts) -> int:
+        """Fills in the known prefixes of the newcomers' prompts, and returns their tokens in all.
+
+        Nothing is known of the experts that past prompts chose. If they are asked for, all runs.
+        """
+        if self._prefixes is None or newcomers.wanted.experts:
+            return 0
+        for row, (owner, prompt) in enumerate(newcomers.prompts):
+            newcomers.carry, count = self._prefixes.fill(newcomers.carry, row, prompt, owner)
+            newcomers.know(row, count)
+        return int(newcomers.known_B.sum())
+
+    def _keep(self, batch: Prompts | Rows, place: int) -> None:
+        """Keeps what the cache holds of a request, for those to come that begin in the same way."""
+        slot = batch.slots[place]
+        if self._prefixes and slot:
+            row, tokens = int(batch.rows_X[place]), batch.in_cache(place)
+            self._prefixes.save(batch.carry, row, tokens, slot.request.owner)
 
     def _n_rows(self, at_least: int) -> int:
         """Returns how many rows a cache gets."""
@@ -277,14 +318,16 @@ class Engine:
             if report.experts is not None:
                 slot.experts.append(report.experts[newcomers.rows_X[i], :count])
             if i in ready:
+                self._keep(newcomers, i)
+                known = int(newcomers.known_B[newcomers.rows_X[i]])
                 own = (None if array is None else array[i] for array in report[:2])
-                new[slot.id] = self._first(slot, int(drawn_X[i]), Record(*own))
+                new[slot.id] = self._first(slot, int(drawn_X[i]), Record(*own), known)
                 if not slot.left:
                     newcomers.release(i)
         self._join(newcomers)
         return new
 
-    def _first(self, slot: Open, token: int, report: Record) -> Output:
+    def _first(self, slot: Open, token: int, report: Record, known: int) -> Output:
         """Records and returns the first new token of a request whose prompt has ended."""
         tokens = [token] if slot.left else []
         slot.add(tokens)
@@ -293,7 +336,7 @@ class Engine:
         if slot.experts:
             report = report._replace(experts=np.concatenate(slot.experts))
             slot.experts.clear()
-        return output(slot.request, tokens, left=slot.left, report=report)
+        return output(slot.request, tokens, left=slot.left, report=report, cached_tokens=known)
 
     def _join(self, newcomers: Prompts) -> None:
         """Moves newcomers whose prompts have ended into the running batch."""
@@ -317,16 +360,20 @@ class Engine:
             self._move(rows, open_, wider)
         return wider
 
-    def _move(self, other: Prompts | Rows, slots: Sequence[int], into: Rows) -> None:
+    def _move(self, other: Prompts | Rows, slots: list[int], into: Rows) -> None:
         """Moves some slots into free rows of the running batch."""
-        n = min(len(other.slots), len(into.slots))
-        others_X = np.zeros(n, np.int32)
-        rows_X = len(into.slots) + np.arange(n, dtype=np.int32)  # outside: dropped
+        # On a mesh every device sees the rows of one call.
+        n = min(len(other.slots), len(into.slots), _ROWS_AT_A_TIME)
         free = into.free()[: len(slots)]
-        others_X[: len(slots)], rows_X[: len(slots)] = other.rows_X[slots], free
-        into.carry = self._programs.compiled(
-            decoding.insert, into.carry, other.carry, others_X, rows_X
-        )()
+        for first in range(0, len(slots), n):
+            places = free[first : first + n]
+            others_X = np.zeros(n, np.int32)
+            others_X[: len(places)] = other.rows_X[slots[first : first + n]]
+            rows_X = len(into.slots) + np.arange(n, dtype=np.int32)  # outside: dropped
+            rows_X[: len(places)] = places
+            into.carry = self._programs.compiled(
+                decoding.insert, into.carry, other.carry, others_X, rows_X
+            )()
         into.put({row: other.slots[i] for row, i in zip(free, slots, strict=True)})
         for i in slots:
             other.release(i)
@@ -357,6 +404,7 @@ class Engine:
                 slot.add(tokens)
                 new[slot.id] = output(slot.request, tokens, left=slot.left, report=report)
                 if not slot.left:
+                    self._keep(rows, row)
                     rows.release(row)
         self.statistics.new_tokens += sum(len(part.tokens) for part in new.values())
         self._drop_empty()

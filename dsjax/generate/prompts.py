@@ -1,7 +1,8 @@
 """Newcomers, whose prompts run together in a cache of their own, chunk by chunk.
 
 Equal prompts run once: each distinct one has a row, which is copied for every request that
-continues it. So a group of samples of one question costs one prompt.
+continues it. So a group of samples of one question costs one prompt. What is known of a prompt
+(`dsjax.generate.prefixes`) does not run at all.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Prompts:
 
     Attributes:
       slots: the newcomers; None for a place without one.
+      prompts: the distinct prompts with their owners, one for each row of the carry.
       rows_X: int32, the row of the carry that holds the prompt of each slot.
+      known_B: int32, how many tokens of each prompt were known; set before the first chunk.
       shared: whether any row belongs to several slots.
       length: positions of the cache.
       knobs: sampling settings of the slots.
@@ -47,13 +50,15 @@ class Prompts:
         requests = [(slot or FREE).request for slot in slots]
         self.knobs = knobs([request.sampling for request in requests])
         self.wanted = wanted(requests)
-        self._prompts = distinct(slots)
-        row_of = {prompt: row for row, prompt in enumerate(self._prompts)}
-        self.rows_X = np.array([row_of.get(each.prompt, 0) for each in requests], np.int32)
-        self.shared = len(self._prompts) < sum(slot is not None for slot in slots)
+        self.prompts = distinct(slots)
+        row_of = {prompt: row for row, prompt in enumerate(self.prompts)}
+        own = [row_of.get((each.owner, each.prompt), 0) for each in requests]
+        self.rows_X = np.array(own, np.int32)
+        self.shared = len(self.prompts) < self.n_open
         self._lengths_B = np.zeros(len(carry.hidden_BWD), np.int32)
-        self._lengths_B[: len(self._prompts)] = [len(prompt) for prompt in self._prompts]
-        self._ran_B = np.zeros_like(self._lengths_B)  # how many tokens of each prompt have run
+        self._lengths_B[: len(self.prompts)] = [len(prompt) for _, prompt in self.prompts]
+        self.known_B = np.zeros_like(self._lengths_B)
+        self._ran_B = np.zeros_like(self._lengths_B)  # how many of their tokens are in the cache
         self._sharing = Counter(int(self.rows_X[i]) for i, slot in enumerate(slots) if slot)
 
     @property
@@ -78,16 +83,31 @@ class Prompts:
         if not self._sharing[row]:
             self._ran_B[row] = self._lengths_B[row]
 
+    def know(self, row: int, count: int) -> None:
+        """Records that the cache holds a prompt's first tokens, before any has run.
+
+        Args:
+          count: a multiple of MIN_CHUNK.
+        """
+        self.known_B[row] = self._ran_B[row] = count
+
+    def in_cache(self, slot: int) -> Sequence[int]:
+        """Returns the tokens of a slot's prompt that are in the cache."""
+        row = self.rows_X[slot]
+        return self.prompts[row][1][: self._ran_B[row]]
+
     def chunk(self, most: int) -> Chunk:
         """Returns the next tokens of all prompts, at most `most` of each.
 
         A prompt that has run begins again, which computes what its cache holds already.
         """
         rest_B = self._lengths_B - self._ran_B
-        size = min(max(power_of_two(int(rest_B.max())), MIN_CHUNK), most)
         starts_B = np.where(rest_B > 0, self._ran_B, 0)
+        # The cache must have room for a chunk from each of these multiples of MIN_CHUNK on.
+        room = power_of_two(self.length - int(starts_B.max()) + 1) // 2
+        size = min(max(power_of_two(int(rest_B.max())), MIN_CHUNK), most, room)
         tokens_BX = np.zeros((len(rest_B), size + self._n_drafts), np.int32)
-        for row, prompt in enumerate(self._prompts):
+        for row, (_, prompt) in enumerate(self.prompts):
             part = prompt[starts_B[row] : starts_B[row] + tokens_BX.shape[1]]
             tokens_BX[row, : len(part)] = part
         return Chunk(tokens_BX, starts_B, np.where(rest_B > 0, self._lengths_B, 0))
@@ -105,6 +125,7 @@ class Prompts:
         return {i: count for i, count in counts.items() if count}
 
 
-def distinct(slots: Sequence[Open | None]) -> list[tuple[int, ...]]:
-    """Lists the prompts without repetition, in order of their first appearance."""
-    return list(dict.fromkeys(slot.request.prompt for slot in slots if slot))
+def distinct(slots: Sequence[Open | None]) -> list[tuple[str, tuple[int, ...]]]:
+    """Lists the owners and prompts without repetition, in order of their first appearance."""
+    requests = [slot.request for slot in slots if slot]
+    return list(dict.fromkeys((request.owner, request.prompt) for request in requests))

@@ -28,6 +28,7 @@ class Request:
     logprobs: bool = False  # report the log-probabilities of the drawn tokens
     experts: bool = False  # report the experts chosen for every token, prompt included
     kept: bool = False  # report the ids among which each token was drawn
+    owner: str = ""  # whose it is; known prefixes are not shared between owners
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
@@ -47,14 +48,19 @@ class Output:
       report: NumPy arrays; log-probabilities [n] and sets of ids [n, X], one per new token. Experts
         [tokens run, L, K]: the prompt's tokens come with the first output; after that, each new
         token brings the experts of its predecessor. The last new token is never run.
+      cached_tokens: how many tokens of the prompt did not run, because they were known; comes with
+        the first output.
     """
 
     tokens: list[int]
     finish: str | None = None
     report: Record = dataclasses.field(default_factory=Record)
+    cached_tokens: int = 0
 
 
-def output(request: Request, tokens: list[int], *, left: int, report: Record) -> Output:
+def output(
+    request: Request, tokens: list[int], *, left: int, report: Record, cached_tokens: int = 0
+) -> Output:
     """Builds the output of a request that may still add `left` tokens.
 
     Args:
@@ -63,14 +69,16 @@ def output(request: Request, tokens: list[int], *, left: int, report: Record) ->
     stopped = bool(tokens) and tokens[-1] in request.stop_ids
     asked = (request.logprobs, request.logprobs, request.experts, request.kept)
     kept = (array if wanted else None for array, wanted in zip(report, asked, strict=True))
-    return Output(tokens, None if left else "stop" if stopped else "length", Record(*kept))
+    finish = None if left else "stop" if stopped else "length"
+    return Output(tokens, finish, Record(*kept), cached_tokens)
 
 
 def join(outputs: Sequence[Output]) -> Output:
     """Concatenates all outputs of a request."""
     tokens = [token for output in outputs for token in output.tokens]
     report = jax.tree.map(lambda *parts: np.concatenate(parts), *(each.report for each in outputs))
-    return Output(tokens, outputs[-1].finish, report)
+    cached_tokens = sum(each.cached_tokens for each in outputs)
+    return Output(tokens, outputs[-1].finish, report, cached_tokens)
 
 
 def problems(request: Request, config: ModelConfig) -> Iterator[str]:

@@ -80,6 +80,11 @@ class Rows:
         """Lists the free rows."""
         return [row for row, slot in enumerate(self.slots) if slot is None]
 
+    def in_cache(self, row: int) -> Sequence[int]:
+        """Returns the tokens of a row's request that are in the cache."""
+        slot = self.slots[row]
+        return slot.tokens[:-1] if slot else ()
+
     def release(self, row: int) -> None:
         """Frees a row. Its cache entries are never read again."""
         self.slots[row] = None

@@ -1,0 +1,77 @@
+"""Cache entries in pages, which hold a fixed number of tokens each, and copies from and to rows.
+
+A pool of pages is a cache whose rows are the pages: letter Z counts pages and U a page's tokens. A
+row of a running batch stays in one piece, so decoding reads no page; entries are copied once when a
+request comes and once when it goes. One call copies a few pages of one row, and moves no more than
+these between the devices of a mesh.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dsjax.generate.decoding import Carry
+from dsjax.model.cache import Cache, empty_cache
+from dsjax.model.transformer import Transformer
+
+
+def empty_pool(model: Transformer, *, n_pages: int, page: int, n_drafts: int) -> Cache:
+    """Allocates pages of `page` tokens."""
+    dtype = model.policy.compute
+    return empty_cache(model.config, n_pages, page, dtype, mtp=n_drafts > 0).pinned()
+
+
+def fill(
+    model: Transformer,
+    carry: Carry,
+    pool: Cache,
+    row: jax.Array,
+    places_X: jax.Array,
+    pages_X: jax.Array,
+) -> Carry:
+    """Copies pages into one row of a carry.
+
+    Args:
+      row: int32 scalar.
+      places_X: int32, where in the row each page goes, counted in pages; all different. A place
+        outside the row drops the page.
+      pages_X: int32, the pages of the pool.
+    """
+    del model
+
+    def write(mine_LBPSX: jax.Array, pool_LZPUX: jax.Array) -> jax.Array:
+        L, B, P, S, X = mine_LBPSX.shape
+        U = pool_LZPUX.shape[3]
+        new_XLPUX = jnp.moveaxis(pool_LZPUX[:, pages_X], 1, 0)
+        paged = mine_LBPSX.reshape(L, B, P, S // U, U, X).at[:, row, :, places_X]
+        return paged.set(new_XLPUX, mode="drop", unique_indices=True).reshape(mine_LBPSX.shape)
+
+    return carry._replace(cache=jax.tree.map(write, carry.cache, pool).pinned())
+
+
+def save(
+    model: Transformer,
+    pool: Cache,
+    carry: Carry,
+    row: jax.Array,
+    places_X: jax.Array,
+    pages_X: jax.Array,
+) -> Cache:
+    """Copies parts of one row of a carry into pages.
+
+    Args:
+      row, places_X: see `fill`.
+      pages_X: int32, the pages of the pool that are replaced, all different; one outside the pool
+        drops its part.
+    """
+    del model
+
+    def write(pool_LZPUX: jax.Array, mine_LBPSX: jax.Array) -> jax.Array:
+        L, B, P, S, X = mine_LBPSX.shape
+        U = pool_LZPUX.shape[3]
+        new_XLPUX = mine_LBPSX.reshape(L, B, P, S // U, U, X)[:, row, :, places_X]
+        pages = pool_LZPUX.at[:, pages_X]
+        return pages.set(jnp.moveaxis(new_XLPUX, 0, 1), mode="drop", unique_indices=True)
+
+    return jax.tree.map(write, pool, carry.cache).pinned()

@@ -1,0 +1,176 @@
+"""Known beginnings of prompts: cache entries that are kept in pages and found by their tokens.
+
+A page holds the entries of PAGE tokens that begin at a multiple of PAGE. Its entries depend on all
+tokens before it, so pages form a tree: the parent of a page holds the tokens before its own, and a
+prompt's known prefix is a path from the root. Children are looked up by their tokens, which are
+hashed and then compared, so a collision of hashes cannot find another text's page.
+
+When the pages are used up, the least recently used one goes. Use of a page counts as use of those
+before it, so it is never one that another page continues. Nothing here depends on clocks: processes
+that serve the same requests keep the same pages.
+
+With drafts the last tokens of a known prefix are run again. An entry of the MTP modules depends on
+the next tokens too, and these may lie beyond the prefix, where texts differ.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dsjax.generate import pages
+from dsjax.generate.decoding import Carry
+from dsjax.generate.programs import Programs
+from dsjax.generate.prompts import MIN_CHUNK
+
+PAGE = 64  # tokens, unless the engine's chunks are shorter
+_AT_A_TIME = 16  # pages that one call copies
+
+
+class Page:
+    """A page of the tree.
+
+    Attributes:
+      key: whose text it is, and its tokens.
+      parent: the page before it; None at the beginning of a text.
+      number: its place in the pool.
+    """
+
+    def __init__(self, key: tuple[str, tuple[int, ...]], parent: Page | None, number: int) -> None:
+        self.key, self.parent, self.number = key, parent, number
+        self.children: dict[tuple[str, tuple[int, ...]], Page] = {}
+
+
+class Tree:
+    """Which pages hold which texts.
+
+    Attributes:
+      n_pages: how many there are at most.
+      page: tokens of a page.
+    """
+
+    def __init__(self, n_pages: int, page: int) -> None:
+        self.n_pages, self.page = n_pages, page
+        self._first: dict[tuple[str, tuple[int, ...]], Page] = {}
+        self._by_use: OrderedDict[int, Page] = OrderedDict()  # the least recently used one first
+
+    def __len__(self) -> int:
+        return len(self._by_use)
+
+    def find(self, tokens: Sequence[int], owner: str = "") -> list[int]:
+        """Returns the numbers of the pages that hold a text's longest known prefix."""
+        path = self._path(tokens, owner)
+        self._use(path)
+        return [page.number for page in path]
+
+    def add(self, tokens: Sequence[int], owner: str = "") -> dict[int, int]:
+        """Makes room for the whole pages of a text that are not known, as many as there are.
+
+        Returns:
+          for each new page its place in the text, counted in pages, and its number, in order. What
+          it holds must be written at once.
+        """
+        path = self._path(tokens, owner)
+        self._use(path)  # what is looked at last is not what makes room
+        new: dict[int, int] = {}
+        for place in range(len(path), len(tokens) // self.page):
+            number = self._free(path)
+            if number is None:
+                break
+            key = self._key(tokens, place, owner)
+            page = Page(key, path[-1] if path else None, number)
+            self._siblings(page)[key] = page
+            self._by_use[number] = page
+            path.append(page)
+            new[place] = number
+        self._use(path)
+        return new
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._first.clear()
+        self._by_use.clear()
+
+    def _path(self, tokens: Sequence[int], owner: str) -> list[Page]:
+        path: list[Page] = []
+        children = self._first
+        for place in range(len(tokens) // self.page):
+            page = children.get(self._key(tokens, place, owner))
+            if page is None:
+                break
+            path.append(page)
+            children = page.children
+        return path
+
+    def _key(self, tokens: Sequence[int], place: int, owner: str) -> tuple[str, tuple[int, ...]]:
+        return owner, tuple(tokens[place * self.page : (place + 1) * self.page])
+
+    def _use(self, path: Sequence[Page]) -> None:
+        for page in reversed(path):
+            self._by_use.move_to_end(page.number)
+
+    def _free(self, path: Sequence[Page]) -> int | None:
+        """Returns the number of a page that may be written; None if the path takes all of them."""
+        if len(self._by_use) < self.n_pages:
+            return len(self._by_use)
+        number, page = next(iter(self._by_use.items()))
+        if page in path:
+            return None
+        del self._by_use[number], self._siblings(page)[page.key]
+        return number
+
+    def _siblings(self, page: Page) -> dict[tuple[str, tuple[int, ...]], Page]:
+        return page.parent.children if page.parent else self._first
+
+
+class Prefixes:
+    """The known prefixes of an engine, with their entries on its devices."""
+
+    def __init__(self, programs: Programs, *, n_tokens: int, page: int, n_drafts: int) -> None:
+        """
+        Args:
+          n_tokens: how many tokens are kept at most.
+          page: tokens of a page, a power of two.
+        """
+        n_pages = n_tokens // page
+        n_pages -= n_pages % programs.batch_parts  # each part of the devices holds as many
+        self._programs, self._n_drafts = programs, n_drafts
+        self._tree = Tree(n_pages, page)
+        self._pool = programs.compiled(
+            pages.empty_pool, n_pages=n_pages, page=page, n_drafts=n_drafts
+        )()
+
+    def fill(self, carry: Carry, row: int, prompt: Sequence[int], owner: str) -> tuple[Carry, int]:
+        """Copies the longest known prefix of a prompt into a row.
+
+        Returns:
+          the carry, and from which token on the prompt must run, a multiple of MIN_CHUNK; at least
+          its last token must.
+        """
+        numbers = self._tree.find(prompt[:-1], owner)
+        carry = self._copy(pages.fill, carry, self._pool, row, dict(enumerate(numbers)))
+        again = -(-(self._n_drafts + 1) // MIN_CHUNK) * MIN_CHUNK if self._n_drafts else 0
+        return carry, max(len(numbers) * self._tree.page - again, 0)
+
+    def save(self, carry: Carry, row: int, tokens: Sequence[int], owner: str) -> None:
+        """Keeps the whole pages of a text that has run in a row."""
+        new = self._tree.add(tokens, owner)
+        self._pool = self._copy(pages.save, self._pool, carry, row, new)
+
+    def clear(self) -> None:
+        """Forgets everything, as for new weights."""
+        self._tree.clear()
+
+    def _copy(self, function: Any, into: Any, source: Any, row: int, which: dict[int, int]) -> Any:
+        """Copies pages, given by places in the row and numbers in the pool."""
+        every = list(which.items())
+        for first in range(0, len(every), _AT_A_TIME):
+            part = every[first : first + _AT_A_TIME]
+            # Outside of every row and pool, and all different: dropped by either copy.
+            both_2X = np.tile((1 << 30) + np.arange(_AT_A_TIME, dtype=np.int32), (2, 1))
+            both_2X[:, : len(part)] = np.transpose(part)
+            into = self._programs.compiled(function, into, source, np.int32(row), *both_2X)()
+        return into

@@ -1,0 +1,57 @@
+"""Copies of cache entries between rows and pages."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsjax.generate import decoding, pages
+from tests.model.tiny import tiny_model
+
+N_PAGES, PAGE = 5, 16
+OUTSIDE = 1 << 30
+
+
+def numbered(tree):
+    """The same arrays with all values different."""
+    leaves, structure = jax.tree.flatten(tree)
+    filled = [jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape) for leaf in leaves]
+    return jax.tree.unflatten(structure, filled)
+
+
+def carry_and_pool():
+    carry = decoding.empty_carry(tiny_model(), batch=3, length=64, n_drafts=2)
+    pool = pages.empty_pool(tiny_model(), n_pages=N_PAGES, page=PAGE, n_drafts=2)
+    assert carry.cache.mtp is not None and pool.mtp is not None
+    return carry, pool
+
+
+def numbers(*values):
+    return jnp.asarray(values, jnp.int32)
+
+
+def test_pages_go_where_they_are_told_and_nowhere_else():
+    carry, pool = carry_and_pool()
+    pool = numbered(pool)
+    filled = pages.fill(
+        tiny_model(), carry, pool, jnp.int32(1), numbers(0, 2, OUTSIDE), numbers(4, 1, 3)
+    )
+    for row, page in zip(jax.tree.leaves(filled.cache), jax.tree.leaves(pool), strict=True):
+        np.testing.assert_array_equal(row[:, 1, :, :PAGE], page[:, 4])
+        np.testing.assert_array_equal(row[:, 1, :, 2 * PAGE : 3 * PAGE], page[:, 1])
+        assert not np.any(row[:, 0]) and not np.any(row[:, 2])
+        assert not np.any(row[:, 1, :, PAGE : 2 * PAGE]) and not np.any(row[:, 1, :, 3 * PAGE :])
+
+
+def test_what_is_saved_comes_back():
+    carry, pool = carry_and_pool()
+    written = carry._replace(cache=numbered(carry.cache))
+    pool = pages.save(
+        tiny_model(), pool, written, jnp.int32(2), numbers(1, 3, 0), numbers(3, 0, OUTSIDE)
+    )
+    for page in jax.tree.leaves(pool):
+        assert np.all(page[:, 0] != page[:, 3]) and not np.any(page[:, [1, 2, 4]])
+    back = pages.fill(tiny_model(), carry, pool, jnp.int32(0), numbers(1, 3), numbers(3, 0))
+    for got, want in zip(jax.tree.leaves(back.cache), jax.tree.leaves(written.cache), strict=True):
+        for place in (1, 3):
+            span = slice(place * PAGE, (place + 1) * PAGE)
+            np.testing.assert_array_equal(got[:, 0, :, span], want[:, 2, :, span])
