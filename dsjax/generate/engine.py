@@ -119,7 +119,7 @@ class Engine:
                 self._programs, n_tokens=prefix_tokens, page=page, n_drafts=self._n_drafts
             )
         self._max_batch = max_batch
-        self._most_rows = max_batch or _NO_LIMIT
+        self._closed = 0  # requests of the closed batch that runs; 0: any number may come
         self._waiting: deque[Open] = deque()
         self._incoming: Prompts | None = None
         self._running: Rows | None = None
@@ -223,8 +223,7 @@ class Engine:
         if self.busy:
             raise ValueError("other requests are unfinished; step or cancel them first")
         self.statistics = Statistics()
-        # A closed batch gets exactly the rows it needs, not a power of two.
-        self._most_rows = self._max_batch or len(requests)
+        self._closed = len(requests)
         index_of = {self.add(request): index for index, request in enumerate(requests)}
         try:
             while self.busy:
@@ -233,7 +232,7 @@ class Engine:
         finally:  # the caller may stop iterating early
             self._waiting.clear()
             self._incoming = self._running = None
-            self._most_rows = self._max_batch or _NO_LIMIT
+            self._closed = 0
 
     def _check(self, requests: Sequence[Request]) -> None:
         found = [
@@ -289,6 +288,11 @@ class Engine:
             row, tokens = int(batch.rows_X[place]), batch.in_cache(place)
             self._prefixes.save(batch.carry, row, tokens, slot.request.owner)
 
+    @property
+    def _most_rows(self) -> int:
+        # A closed batch gets exactly the rows it needs, not a power of two.
+        return self._max_batch or self._closed or _NO_LIMIT
+
     def _n_rows(self, at_least: int) -> int:
         """Returns how many rows a cache gets."""
         n_rows = min(power_of_two(at_least), self._most_rows)
@@ -320,8 +324,8 @@ class Engine:
             if i in ready:
                 self._keep(newcomers, i)
                 known = int(newcomers.known_B[newcomers.rows_X[i]])
-                own = (None if array is None else array[i] for array in report[:2])
-                new[slot.id] = self._first(slot, int(drawn_X[i]), Record(*own), known)
+                own = jax.tree.map(lambda array, i=i: array[i], report._replace(experts=None))
+                new[slot.id] = self._first(slot, int(drawn_X[i]), own, known)
                 if not slot.left:
                     newcomers.release(i)
         self._join(newcomers)
@@ -341,11 +345,14 @@ class Engine:
     def _join(self, newcomers: Prompts) -> None:
         """Moves newcomers whose prompts have ended into the running batch."""
         ready = newcomers.ready()
+        # A closed batch may as well begin together, without a copy.
+        together = self._closed or not self._streaming
         if self._running is None and newcomers.done and not newcomers.shared:
             self._running = Rows(newcomers.slots, newcomers.carry, newcomers.length)
             self._incoming = None
-        elif ready and (self._running or newcomers.done):
-            self._running = self._with_room(self._running, len(ready), newcomers.length)
+        elif ready and (self._running or newcomers.done or not together):
+            n_free = len(ready) if self._running else newcomers.n_open
+            self._running = self._with_room(self._running, n_free, newcomers.length)
             self._move(newcomers, ready, self._running)
         self._drop_empty()
 

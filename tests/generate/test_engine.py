@@ -1,5 +1,6 @@
 """Generation against the model run again for each token, and what a request may ask for."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -263,6 +264,17 @@ def test_rows_that_run_go_on_while_a_long_prompt_comes():
     assert steps.count(False) == 4 and (False, False) not in list(itertools.pairwise(steps))
 
 
+def test_a_short_prompt_does_not_wait_for_a_long_one_that_came_with_it():
+    own = Engine(tiny_model(), prefill_chunk=16, max_batch=2)
+    short, long = own.add(CROWD[1]), own.add(Request((1, 2) * 40, 3, GREEDY))
+    tokens = []
+    while long not in (new := own.step()):
+        tokens += new[short].tokens if short in new else []
+    assert len(tokens) > 3 and tokens == alone()[1].tokens[: len(tokens)]
+    own.cancel(short)
+    own.cancel(long)
+
+
 def test_generation_left_early_leaves_nothing_behind():
     rows = requests()
     for _ in engine().generate(rows):
@@ -355,3 +367,44 @@ def test_equal_prompts_run_once_on_a_mesh(speculative):
     own = Engine(spread, speculative=speculative, prefill_chunk=16)
     assert_equal_outputs(own.complete(SHARING), sharing_alone(speculative))
     assert own.statistics.prompt_tokens == len(PROMPTS[0]) + len(PROMPTS[1])
+
+
+DENSE = dataclasses.replace(TINY, n_layers=1, n_dense_layers=1, n_mtp=0)
+# Most end early, a few go on for long.
+UNEVEN = [
+    Request(PROMPTS[1 + number % 2], most, Sampling(seed=number), logprobs=True)
+    for number, most in enumerate([3, 5, 9, 40, 7, 4, 6, 8] * 5)
+]
+
+
+def decoded_rows(monkeypatch):
+    """Lists the rows of each call of the decoding program."""
+    rows = []
+    decode = decoding.Decoded.rows
+    monkeypatch.setattr(
+        decoding.Decoded, "rows", lambda self: rows.append(len(self.left_B)) or decode(self)
+    )
+    return rows
+
+
+def test_a_batch_that_nobody_joins_goes_on_in_fewer_rows(monkeypatch):
+    wanted = Engine(tiny_model(DENSE)).complete(UNEVEN)
+    rows = decoded_rows(monkeypatch)
+    found = Engine(tiny_model(DENSE), streaming=False).complete(UNEVEN)
+    for output, own in zip(found, wanted, strict=True):
+        assert (output.tokens, output.finish) == (own.tokens, own.finish)
+        np.testing.assert_allclose(output.report.logprobs, own.report.logprobs, atol=1e-5)
+    # It returns when 16 are left, which go on; what takes one call more is not worth a copy.
+    assert rows == [40, 16, 16, 16]
+
+
+@pytest.mark.heavy
+def test_a_batch_on_a_mesh_goes_on_in_fewer_rows(monkeypatch):
+    model = tiny_model(DENSE)
+    wanted = Engine(model).complete(UNEVEN)
+    rows = decoded_rows(monkeypatch)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, n_devices=8)
+    spread = jax.device_put(model, shardings(model, mesh))
+    found = Engine(spread, streaming=False).complete(UNEVEN)
+    assert [output.tokens for output in found] == [output.tokens for output in wanted]
+    assert rows[0] == 40 and rows[-1] == 16

@@ -21,7 +21,8 @@ from dsjax.train.step import split
 from tests.model.tiny import tiny_model
 from tests.posttrain.shapes import QWEN2, SHAPES, V3, config_of
 
-PROMPTS = [(3, 4, 5), (60, 7), tuple(range(20, 40)), (9,), (1, 2, 3, 4), (50, 51)]
+# Some are equal, as those of a group are.
+PROMPTS = [(3, 4, 5), (60, 7), tuple(range(20, 40)), (3, 4, 5), (1, 2, 3, 4), (3, 4, 5)]
 
 
 def gap(
@@ -114,8 +115,10 @@ def test_mask_of_kept_ids_is_needed():
 
 
 @pytest.mark.heavy
-def test_bfloat16_with_replay_is_near_in_k3():
-    behind = gap(V3, {"data": 1}, compute="bfloat16")
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("speculative", [False, True])
+def test_bfloat16_with_replay_is_near_in_k3(speculative, mesh):
+    behind = gap(V3, MESHES[mesh], compute="bfloat16", speculative=speculative)
     k3 = np.exp(-behind) + behind - 1
     assert k3.mean() <= 1e-3 and np.abs(behind).max() > 1e-4  # the measurement measures
 
