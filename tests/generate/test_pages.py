@@ -3,8 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.sharding import NamedSharding
 
 from dsjax.generate import decoding, pages
+from dsjax.model.cache import Cache, entry_axes
+from dsjax.parallel.mesh import make_mesh
+from dsjax.parallel.sharding import partition_spec
 from tests.model.tiny import tiny_model
 
 N_PAGES, PAGE = 5, 16
@@ -55,3 +60,38 @@ def test_what_is_saved_comes_back():
         for place in (1, 3):
             span = slice(place * PAGE, (place + 1) * PAGE)
             np.testing.assert_array_equal(got[:, 0, :, span], want[:, 2, :, span])
+
+
+@pytest.mark.parametrize("n_devices", [1, 4])
+def test_copies_change_the_donated_arrays_in_place(n_devices):
+    """Besides these they hold a few pages, not all of them; rows and pages over devices too."""
+    mesh = make_mesh({"data": n_devices}, n_devices=n_devices)
+
+    def placed(cache: Cache) -> Cache:
+        def place(leaf):
+            spec = partition_spec(entry_axes(leaf.shape, mesh), leaf.shape, mesh, "")
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+        return jax.tree.map(place, cache)
+
+    with jax.set_mesh(mesh):
+        carry = jax.eval_shape(
+            lambda: decoding.empty_carry(tiny_model(), batch=16, length=8192, n_drafts=0)
+        )
+        carry = carry._replace(cache=placed(carry.cache))
+        pool = placed(
+            jax.eval_shape(
+                lambda: pages.empty_pool(tiny_model(), n_pages=2048, page=64, n_drafts=0)
+            )
+        )
+        few = jax.ShapeDtypeStruct((4,), jnp.int32)
+        for function, arrays in (
+            (lambda into, source, *n: pages.fill(tiny_model(), into, source, *n), (carry, pool)),
+            (lambda into, source, *n: pages.save(tiny_model(), into, source, *n), (pool, carry)),
+        ):
+            row = jax.ShapeDtypeStruct((), jnp.int32)
+            program = jax.jit(function, donate_argnums=0).lower(*arrays, row, few, few).compile()
+            memory = program.memory_analysis()
+            bytes_ = sum(4 * leaf.size for leaf in jax.tree.leaves(pool))
+            assert memory.alias_size_in_bytes >= bytes_ // n_devices
+            assert memory.temp_size_in_bytes < bytes_ / n_devices / 8

@@ -46,3 +46,15 @@ def test_a_prompt_that_nobody_waits_for_does_not_run():
     assert found.chunk(16).lengths_B.tolist() == [2, 40]
     found.release(2)
     assert found.chunk(16).lengths_B.tolist() == [2, 0] and found.n_open == 1
+
+
+def test_chunks_end_within_the_cache_where_much_is_known():
+    known = tuple(range(60))
+    found = prompts(known, LONG)
+    found.know(0, 48)
+    chunk = found.chunk(512)
+    assert chunk.tokens_BX.shape == (2, 17) and chunk.starts_B.tolist() == [48, 0]
+    assert chunk.tokens_BX[0, :12].tolist() == list(known[48:])
+    assert found.advance(chunk) == {0: 12, 1: 16} and found.ready() == [0]
+    assert list(found.in_cache(0)) == list(known) and list(found.in_cache(1)) == list(LONG[:16])
+    assert found.chunk(512).tokens_BX.shape == (2, 33)  # the rest at once
