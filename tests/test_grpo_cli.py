@@ -74,7 +74,7 @@ def killed_in(phase, place, workdir):
         str(place / "V3"), "--workdir", str(workdir), "--set", *SETTINGS,
         f"rl.problems={place}/train.jsonl", f"rl.rewards={place}/mine.py:low", "rl.heldout=",
     ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     with (place / f"{workdir.name}.log").open("a") as log:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
@@ -109,12 +109,13 @@ def test_run_killed_in_every_phase_ends_with_the_same_bits(tmp_path):
     second = killed_in("none", tmp_path, whole)
     assert second.wait() == 1
     os.kill(process.pid, signal.SIGCONT)
-    assert process.wait() == 0
-    said = (tmp_path / "whole.log").read_text()
+    code, said = process.wait(), (tmp_path / "whole.log").read_text()
+    assert code == 0, said
     assert f"whole is in use by process {process.pid} on" in said and "Traceback" not in said
     run, reached = tmp_path / "run", []
     for phase in ("rollout", "grading", "update", "save"):
-        assert killed_in(phase, tmp_path, run).wait() == -signal.SIGKILL, phase
+        code = killed_in(phase, tmp_path, run).wait()
+        assert code == -signal.SIGKILL, (phase, (tmp_path / "run.log").read_text())
         reached.append(store.latest(run / "checkpoints") or 0)
     assert killed_in("none", tmp_path, run).wait() == 0
     # A save goes on beside the next step, so a kill there may undo it.

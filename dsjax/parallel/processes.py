@@ -103,7 +103,8 @@ def json_from_first(value: Any) -> Any:
         return value
     own = json.dumps(value).encode() if is_first() else b""
     own = own.ljust(from_first(len(own)), b"\0")
-    return json.loads(multihost_utils.broadcast_one_to_all(np.frombuffer(own, np.uint8)).tobytes())
+    sent = multihost_utils.broadcast_one_to_all(np.frombuffer(own, np.uint8))
+    return json.loads(np.asarray(sent).tobytes())
 
 
 def highest(number: int) -> Any:
