@@ -323,8 +323,7 @@ def run(
         codes.append(INTERRUPTED)
         return INTERRUPTED
     except SystemExit as exit_:
-        if exit_.code in (INTERRUPTED, TERMINATED):
-            codes.append(exit_.code)
+        codes += [code for code in (INTERRUPTED, TERMINATED) if code == exit_.code]
         raise
     except BrokenPipeError:
         # The reader of our output (head, less) has closed it. Python flushes standard output once

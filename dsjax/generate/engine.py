@@ -141,14 +141,27 @@ class Engine:
           ValueError: the model differs in config, precision, dtype or placement, or requests are
             running, whose caches were computed with the old weights.
         """
+        self._check_idle()
+        self._programs.load(model)
+        if self._prefixes:
+            self._prefixes.clear()
+
+    def release(self) -> None:
+        """Lets go of the weights, so that their memory is free until others are loaded; what is
+        compiled stays.
+
+        Raises:
+          ValueError: requests are running.
+        """
+        self._check_idle()
+        self._programs.release()
+
+    def _check_idle(self) -> None:
         if self._incoming or self._running:
             raise ValueError(
                 "weights cannot change while requests run: their caches belong to the old ones; "
                 "finish or cancel the requests first"
             )
-        self._programs.load(model)
-        if self._prefixes:
-            self._prefixes.clear()
 
     def add(self, request: Request) -> int:
         """Queues a request and returns its id, for `step` and `cancel`.

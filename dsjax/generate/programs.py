@@ -19,7 +19,8 @@ class Programs:
     """Functions of a model, each compiled once per combination of argument shapes.
 
     Attributes:
-      model: the current weights. They are an argument of every program, hence replaceable.
+      model: the current weights. They are an argument of every program, hence replaceable;
+        their shapes alone after `release`.
       mesh: the mesh that the model is sharded over; None for a single device.
     """
 
@@ -53,6 +54,12 @@ class Programs:
                 f"compiled for, such as {wrong[0]}; cast and place them alike"
             )
         self.model = model
+
+    def release(self) -> None:
+        """Lets go of the weights, whose memory is free once nobody else holds them. Nothing runs
+        until others are loaded.
+        """
+        self.model = self._layout
 
     def compiled(
         self, function: Callable[..., Any], *arguments: Any, **static: Any

@@ -149,7 +149,9 @@ class Rollouts:
             began = time.perf_counter()
             params, router = jax.block_until_ready(self._move((params, router)))
             self._move_seconds = time.perf_counter() - began
-        outputs = self._loaded(params, router).complete(requests)
+        engine = self._loaded(params, router)
+        outputs = engine.complete(requests)
+        engine.release()  # updates need the memory
         return [
             Answer(
                 tuple(output.tokens),

@@ -107,7 +107,7 @@ class Judged:
         """Marks groups from which nothing is learned, bool [questions]."""
         flat_Q = np.all(self._outcome_QG == 0, axis=1)
         for name, stepped_Q in self._stepped_Q.items():
-            for question in np.flatnonzero(stepped_Q):
+            for question in np.flatnonzero(stepped_Q).tolist():
                 group = self._group_steps(name, question)
                 flat_Q[question] &= len({reward for steps in group for _, reward in steps}) < 2
         return flat_Q
@@ -126,7 +126,7 @@ class Judged:
             for answer, advantage in zip(answers, self._outcome_QG.ravel(), strict=True)
         ]
         for name, stepped_Q in self._stepped_Q.items():
-            for question in np.flatnonzero(stepped_Q):
+            for question in np.flatnonzero(stepped_Q).tolist():
                 own = slice(question * self._group, (question + 1) * self._group)
                 steps, given = self._group_steps(name, question), answers[own]
                 places = [

@@ -1,5 +1,8 @@
 """How often an engine compiles, and which weights its programs take."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -41,6 +44,18 @@ def test_new_weights_need_no_new_program(monkeypatch):
     assert len(compiled) == n_programs
 
 
+def test_released_weights_are_held_no_more():
+    model = jax.tree.map(jnp.copy, tiny_model())
+    own = Engine(model, prefill_chunk=16)
+    held = weakref.ref(jax.tree.leaves(model)[0])
+    del model
+    assert held() is not None
+    own.release()
+    gc.collect()
+    assert held() is None
+    own.load(tiny_model())
+
+
 def test_weights_that_the_programs_do_not_fit_are_refused():
     own = Engine(tiny_model(), prefill_chunk=16)
     with pytest.raises(ValueError, match="another config or precision than the engine's; make a"):
@@ -55,5 +70,6 @@ def test_weights_that_the_programs_do_not_fit_are_refused():
         own.load(elsewhere)
     own.add(CROWD[0])
     own.step()
-    with pytest.raises(ValueError, match="weights cannot change while requests run: their caches"):
-        own.load(tiny_model())
+    for change in (lambda: own.load(tiny_model()), own.release):
+        with pytest.raises(ValueError, match="weights cannot change while requests run: their"):
+            change()

@@ -152,14 +152,14 @@ class Grader:
                     calls.append(_call(rule.of(problem), "score", completion, problem))
                     asked.append((index, rule.name))
                 except ValueError as error:
-                    self._failed(rule.name, str(error))
+                    self._failed(rule.name, completion, str(error))
         outcomes = self._pool.run(calls, progress)
         for (index, name), outcome in zip(asked, outcomes, strict=True):
-            rewards[index][name] = self._worth(name, outcome, len(completions[index]))
+            rewards[index][name] = self._worth(name, outcome, completions[index])
         for rule in (each for each in self._rules if each.is_held):
             judged = self._hold(rule).grade(completions, problems)
             for reward, outcome, text in zip(rewards, judged, completions, strict=True):
-                reward[rule.name] = self._worth(rule.name, outcome, len(text))
+                reward[rule.name] = self._worth(rule.name, outcome, text)
         return rewards
 
     def _hold(self, rule: Rule) -> Held:
@@ -168,24 +168,26 @@ class Grader:
             self._held[rule.name] = _module(rule).hold(*rule.arguments, self._mesh)
         return self._held[rule.name]
 
-    def _worth(self, name: str, outcome: Outcome, length: int) -> Worth:
-        """Reads the verdict on a completion of so many characters."""
+    def _worth(self, name: str, outcome: Outcome, completion: str) -> Worth:
+        """Reads the verdict on a completion."""
         if outcome.limit:
             self.counts.limits[name] += 1
             return Worth(0.0)
         error = outcome.error
         if error is None:
             try:
-                return read(outcome.value, length)
+                return read(outcome.value, len(completion))
             except ValueError as wrong:
                 error = str(wrong)
-        self._failed(name, error)
+        self._failed(name, completion, error)
         return Worth(None)
 
-    def _failed(self, name: str, why: str) -> None:
+    def _failed(self, name: str, completion: str, why: str) -> None:
         self.counts.failures[name] += 1
         if self.counts.failures[name] <= _MOST_WARNINGS:
-            _logger.warning("reward %s could not judge a completion: %s", name, why)
+            _logger.warning(
+                "reward %s could not judge a completion: %s; it begins %.80r", name, why, completion
+            )
 
 
 def score(name: str, completion: str, problem: Mapping[str, Any]) -> float | None:

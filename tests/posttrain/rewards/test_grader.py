@@ -56,7 +56,7 @@ def test_rule_that_fails_judges_nothing_and_is_told(mine, caplog):
         rewards = [each[mine] for each in grader.grade(texts, [{"bonus": 0.5}] * 6)]
     assert rewards == [None, None, None, None, 0.0, 4.5]
     assert grader.counts.failures == {mine: 3} and grader.counts.limits == {mine: 1}
-    assert "could not judge a completion: RuntimeError: no idea" in caplog.text
+    assert "a completion: RuntimeError: no idea; it begins 'raise'" in caplog.text
 
 
 def test_verdicts_tell_the_rewards_of_steps_and_grades_their_mean(mine, caplog):
