@@ -231,7 +231,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         "checkpoint",
         metavar="CKPT",
         type=Path,
-        help="Hugging Face folder, converted folder, or folder of a run (its newest checkpoint)",
+        help="Hugging Face folder, converted folder, folder of a run (its newest checkpoint), or a "
+        "GGUF file",
     )
     parser.add_argument(
         "--dtype",

@@ -124,3 +124,15 @@ def test_help_needs_no_jax():
     assert done.returncode == 0 and "python tools/convert.py import" in done.stdout
     assert "dsjax.command" in done.stderr
     assert not any(f" {name}\n" in done.stderr for name in ("jax", "numpy", "rich", "orbax"))
+
+
+def test_gguf_file_is_written_and_described(published, tmp_path):
+    done = run("export", published, tmp_path / "m.gguf", "--type", "Q8_0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == (
+        f"next: python tools/convert.py inspect {tmp_path / 'm.gguf'}"
+    )
+    done = run("inspect", tmp_path / "m.gguf", "--json")
+    found = json.loads(done.stdout)
+    assert found["architecture"] == "llama" and "Q8_0" in found["types"]
+    assert found["total_bytes"] == sum(kind["bytes"] for kind in found["types"].values())

@@ -407,7 +407,9 @@ class _Reader:
             "n_expert_groups": groups,
             "n_limited_groups": self.whole("expert_group_used_count", 1) if groups > 1 else 1,
         }
-        values["group_score"] = "top2" if groups > 1 or values["router_bias"] else "max"
+        # Files of V2 have groups that llama.cpp scores by V3's rule; the model's is its own.
+        of_v2 = values["score_func"] == "softmax" and not values["router_bias"]
+        values["group_score"] = "max" if of_v2 else "top2"
 
     def rope_scaling(self, values: dict[str, Any], arch: str, divisors: np.ndarray | None) -> None:
         factor = self.real("rope.scaling.factor", 1.0) or 1.0
@@ -420,8 +422,12 @@ class _Reader:
         elif kind == "linear" and factor != 1:
             values |= {"rope_scaling": "linear", "rope_factor": factor}
         elif kind == "yarn":
-            # llama.cpp takes 32 and 1, whatever the file says.
-            values |= {"rope_scaling": "yarn", "rope_factor": factor, "beta_fast": 32.0}
+            values |= {
+                "rope_scaling": "yarn",
+                "rope_factor": factor,
+                "beta_fast": self.real("rope.scaling.yarn_beta_fast", 32.0),
+                "beta_slow": self.real("rope.scaling.yarn_beta_slow", 1.0),
+            }
             length = self.whole("rope.scaling.original_context_length", values["max_seq_len"])
             values["original_seq_len"] = length
             values |= self._temperature(factor, arch)

@@ -40,6 +40,7 @@ _PIECE = 2 << 20
 _BYTES_PER_VALUE = 4 * 6
 _BYTES_HELD = 256 << 20
 _LARGEST_HALF = float(np.finfo(np.float16).max)
+_BESIDE = (".json", ".jinja", ".model")
 _WIDE = (GGMLQuantizationType.F32, GGMLQuantizationType.BF16)
 
 _KINDS = {
@@ -116,7 +117,7 @@ def export_gguf(
     identity = {
         "dsjax": __version__,
         "the source": str(source),
-        "the state of its files": fingerprint(_files(source)),
+        "the state of its files": fingerprint(_files(checkpoint)),
         "--type": choice,
     }
     with Staging(target, identity, progress.say) as work, writing(work.content):
@@ -141,10 +142,13 @@ def _check_target(target: Path, source: Path) -> None:
         raise ValueError(f"{target} exists; remove it, or name another file")
 
 
-def _files(source: Path) -> list[Path]:
-    if source.is_file():
-        return [source]
-    return [path for path in source.rglob("*") if path.is_file() and path.suffix != ".gguf"]
+def _files(checkpoint: Checkpoint) -> list[Path]:
+    """Lists the files that an export depends on."""
+    if checkpoint.path.is_file():
+        return [checkpoint.path]
+    weights = checkpoint.weights.folder if checkpoint.weights else checkpoint.path
+    beside = (path for path in checkpoint.tokenizer_folder.glob("*") if path.suffix in _BESIDE)
+    return sorted({path for path in weights.rglob("*") if path.is_file()} | set(beside))
 
 
 def _plan(checkpoint: Checkpoint, choice: str | None) -> tuple[Plan, list[str], list[str]]:

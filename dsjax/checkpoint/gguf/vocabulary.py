@@ -168,8 +168,9 @@ def _special_ids(vocabulary: Vocabulary) -> dict[str, Field]:
     }
     found = {key: inner.token_to_id(name) for key, name in names.items() if isinstance(name, str)}
     fields = {f"{_IDS[key]}_token_id": Field("u32", i) for key, i in found.items() if i is not None}
-    others = sorted(vocabulary.stop_ids - {found.get("eos_token")})
-    if others and others[0] < len(inner.get_vocab()):
+    others = vocabulary.stop_ids - {found.get("eos_token")}
+    others = sorted(i for i in others if inner.id_to_token(i) is not None)
+    if others:
         fields["eot_token_id"] = Field("u32", others[0])  # ends a reply too
     return fields
 

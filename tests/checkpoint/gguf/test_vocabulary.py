@@ -68,12 +68,13 @@ def test_another_tokens_json_in_the_file_is_not_believed(tmp_path):
 
 
 def test_tokens_that_end_a_reply_are_kept(tmp_path):
-    write_tokenizer(tmp_path)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 290]}')
-    keys, _ = written(tmp_path)
-    assert keys["tokenizer.ggml.eot_token_id"] == 290
+    end = write_tokenizer(tmp_path).token_to_id("<think>")
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": [1, {end}, 305]}}')
+    keys, found = written(tmp_path)
+    assert keys["tokenizer.ggml.eot_token_id"] == end
+    assert sorted(found.stops) == ["</s>", "<think>"]
     read = vocabulary.read(keys, "m.gguf")
-    assert json.loads(read["generation_config.json"])["eos_token_id"] == [1, 290]
+    assert json.loads(read["generation_config.json"])["eos_token_id"] == [1, end]
 
 
 def test_what_llama_cpp_leaves_out_is_said(tmp_path):
