@@ -1,17 +1,17 @@
-# make setup | train | r1 | test | lint | bench | soak; ARGS="..." is passed on, PYTHON chooses the interpreter.
+# make setup | train | r1 | serve | test | lint | bench | soak; ARGS="..." is passed on, PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup train r1 test lint bench soak
+.PHONY: setup train r1 serve test lint bench soak
 
 setup: $(INSTALLED)
 
 $(INSTALLED): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dsjax needs Python 3.11 or newer; name one: make setup PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint,rl]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint,rl,serve]'
 	touch $@
 
 train: setup
@@ -19,6 +19,15 @@ train: setup
 
 r1: setup
 	$(BIN)/python tools/r1.py $(ARGS)
+
+# The last run, or else one of about a minute.
+serve: setup
+	@run=$$(ls -td runs/*/checkpoints 2>/dev/null | head -n 1); \
+	if [ -z "$$run" ]; then \
+	  $(BIN)/python tools/train.py configs/tiny.py --workdir runs/served \
+	    --set train.steps=45 train.eval_every=0 && run=runs/served/checkpoints || exit; \
+	fi; \
+	exec $(BIN)/python tools/serve.py "$${run%/checkpoints}" --open $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)

@@ -26,6 +26,7 @@ FLOORS = {
     "generate": 5,
     "checkpoint": 5,
     "infer": 5.5,
+    "serve": 6,
     "show": 6,
     "train": 6,
     "posttrain": 7,

@@ -215,7 +215,10 @@ def _empty_record(model: Transformer, B: int, W: int, wanted: Wanted) -> Record:
     experts = jnp.zeros(shape, jnp.int32) if wanted.experts else None
     sets_shape = (MAX_STEPS, B, W, token_sets.n_words(config.vocab_size))
     sets = jnp.zeros(sets_shape, jnp.uint32) if wanted.kept else None
-    return Record(logprobs, logprobs, experts, sets)
+    top = (MAX_STEPS, B, W, min(wanted.top, config.vocab_size))
+    top_ids = jnp.zeros(top, jnp.int32) if wanted.top else None
+    top_logprobs = jnp.zeros(top, jnp.float32) if wanted.top else None
+    return Record(logprobs, logprobs, experts, sets, top_ids, top_logprobs)
 
 
 def _pinned(carry: Carry) -> Carry:

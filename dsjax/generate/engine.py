@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -36,13 +36,24 @@ from dsjax.generate.programs import Programs
 from dsjax.generate.prompts import MIN_CHUNK, Prompts, distinct
 from dsjax.generate.record import Record
 from dsjax.generate.request import Output, Request, join, output, problems
-from dsjax.generate.rows import Open, Rows, cache_length, power_of_two
+from dsjax.generate.rows import (
+    ROWS_AT_A_TIME,
+    Open,
+    Rows,
+    Shapes,
+    cache_length,
+    fit,
+    power_of_two,
+    steer,
+)
+from dsjax.generate.rows import few_shapes as choose_shapes
+from dsjax.generate.sampling import Knobs
 from dsjax.generate.speculative import check as check_drafting
+from dsjax.generate.warming import warm
 from dsjax.model.transformer import Transformer
 
 _SECONDS_BETWEEN_ITEMS = 0.05
 _NO_LIMIT = 1 << 30
-_ROWS_AT_A_TIME = 32  # that one call copies to another cache
 _FEWEST_ROWS = 16  # fewer take hardly less time, and each number of rows is another program
 
 
@@ -80,6 +91,7 @@ class Engine:
         max_batch: int | None = None,
         streaming: bool = True,
         prefix_tokens: int = 0,
+        few_shapes: bool = False,
     ) -> None:
         """
         Args:
@@ -89,6 +101,8 @@ class Engine:
           streaming: whether tokens are wanted as they come; if not, all are there sooner.
           prefix_tokens: how many tokens of past prompts and replies are kept on the devices, so
             that a later prompt that begins in the same way runs the rest only; 0: none.
+          few_shapes: whether batches and caches have so few sizes that `warm` can compile every
+            program; `max_batch` is then required.
 
         Raises:
           ValueError: `prefill_chunk`, `max_batch` or `prefix_tokens` is out of range, or the model
@@ -101,10 +115,13 @@ class Engine:
             )
         if max_batch is not None and max_batch < 1:
             raise ValueError(f"max_batch={max_batch} must be at least 1; None sets no limit")
+        if few_shapes and max_batch is None:
+            raise ValueError("few_shapes=True needs max_batch, the most rows of a batch")
         if speculative:
             check_drafting(model.config)
         self.statistics = Statistics()
         self._programs = Programs(model)
+        self._vocab_size = model.config.vocab_size
         self._n_drafts = model.config.n_mtp if speculative else 0
         self._chunk = prefill_chunk
         self._prefixes: Prefixes | None = None
@@ -117,6 +134,15 @@ class Engine:
                 )
             self._prefixes = Prefixes(
                 self._programs, n_tokens=prefix_tokens, page=page, n_drafts=self._n_drafts
+            )
+        self._shapes: Shapes | None = None
+        if few_shapes and max_batch:
+            self._shapes = choose_shapes(
+                model.config,
+                max_batch=max_batch,
+                batch_parts=self._programs.batch_parts,
+                chunk=prefill_chunk,
+                n_drafts=self._n_drafts,
             )
         self._max_batch = max_batch
         self._closed = 0  # requests of the closed batch that runs; 0: any number may come
@@ -185,6 +211,25 @@ class Engine:
                     self._keep(batch, place)
                     batch.release(place)
         self._drop_empty()
+
+    @property
+    def shapes(self) -> Shapes | None:
+        """The sizes that occur, with `few_shapes`."""
+        return self._shapes
+
+    def warm(
+        self,
+        examples: Sequence[Request],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Compiles every program that requests like these may need; the engine has `few_shapes`.
+
+        Args:
+          examples: one request per kind of report and steering that occurs, with its stop ids.
+          progress: called with the number of programs done and in total.
+        """
+        assert self._shapes is not None
+        warm(self._programs, self._shapes, examples, self._n_drafts, self._prefixes, progress)
 
     def step(self) -> dict[int, Output]:
         """Runs a chunk of the newcomers' prompts or some decoding steps, alternating.
@@ -272,11 +317,14 @@ class Engine:
             n_drafts=self._n_drafts,
             streaming=self._streaming,
         )
+        if self._shapes:
+            length = fit(longest + self._n_drafts, self._shapes.lengths)
         if self._running:
             length = max(length, self._running.length)
         slots = [*admitted, *[None] * (self._n_rows(len(admitted)) - len(admitted))]
         prompts = distinct(slots)
-        carry = self._empty_carry(self._n_rows(len(prompts)), length)
+        n_rows = len(slots) if self._shapes else self._n_rows(len(prompts))
+        carry = self._empty_carry(n_rows, length)
         self._incoming = Prompts(slots, carry, length, n_drafts=self._n_drafts)
         known = self._recall(self._incoming)
         self.statistics.cached_tokens += known
@@ -308,6 +356,8 @@ class Engine:
 
     def _n_rows(self, at_least: int) -> int:
         """Returns how many rows a cache gets."""
+        if self._shapes:
+            return fit(at_least, self._shapes.rows)
         n_rows = min(power_of_two(at_least), self._most_rows)
         return n_rows + -n_rows % self._programs.batch_parts
 
@@ -318,9 +368,9 @@ class Engine:
 
     def _prefill(self, newcomers: Prompts) -> dict[int, Output]:
         """Runs a chunk of the newcomers' prompts."""
-        chunk = newcomers.chunk(self._chunk)
+        chunk = newcomers.chunk(self._chunk, self._shapes.chunks if self._shapes else ())
         run = self._programs.compiled(
-            decoding.prefill, newcomers.carry, *chunk, newcomers.rows_X, newcomers.knobs,
+            decoding.prefill, newcomers.carry, *chunk, newcomers.rows_X, self._knobs(newcomers),
             wanted=newcomers.wanted,
         )  # fmt: skip
         began = time.perf_counter()
@@ -343,6 +393,10 @@ class Engine:
                     newcomers.release(i)
         self._join(newcomers)
         return new
+
+    def _knobs(self, batch: Prompts | Rows) -> Knobs:
+        """Returns the sampling settings of the next token."""
+        return steer(batch.knobs, batch.slots, self._vocab_size) if batch.steered else batch.knobs
 
     def _first(self, slot: Open, token: int, report: Record, known: int) -> Output:
         """Records and returns the first new token of a request whose prompt has ended."""
@@ -383,7 +437,7 @@ class Engine:
     def _move(self, other: Prompts | Rows, slots: list[int], into: Rows) -> None:
         """Moves some slots into free rows of the running batch."""
         # On a mesh every device sees the rows of one call.
-        n = min(len(other.slots), len(into.slots), _ROWS_AT_A_TIME)
+        n = min(len(other.slots), len(into.slots), ROWS_AT_A_TIME)
         free = into.free()[: len(slots)]
         for first in range(0, len(slots), n):
             places = free[first : first + n]
@@ -399,10 +453,14 @@ class Engine:
             other.release(i)
 
     def _decode(self, rows: Rows) -> dict[int, Output]:
-        """Runs some decoding steps."""
+        """Runs some decoding steps; one if a request is steered."""
+        steered_B = np.array([bool(slot and slot.request.steering) for slot in rows.slots])
+        # A drafted token would escape the steering, so a steered row adds one token at a time.
+        most_B = np.where(steered_B, np.minimum(rows.left_B, 1), rows.left_B)
+        n_steps = 1 if steered_B.any() else self._n_steps
         run = self._programs.compiled(
-            decoding.decode, rows.carry, rows.position_B, rows.recent_BW, rows.left_B,
-            rows.stop_ids_BX, rows.knobs, np.int32(self._n_steps), np.int32(self._enough(rows)),
+            decoding.decode, rows.carry, rows.position_B, rows.recent_BW, most_B.astype(np.int32),
+            rows.stop_ids_BX, self._knobs(rows), np.int32(n_steps), np.int32(self._enough(rows)),
             wanted=rows.wanted,
         )  # fmt: skip
         began = time.perf_counter()
@@ -413,7 +471,7 @@ class Engine:
         self.statistics.decode_seconds += seconds
         self._count_steps(decoded)
         # All processes must run the same number of steps, and their clocks differ.
-        if self._streaming and jax.process_count() == 1:
+        if self._streaming and jax.process_count() == 1 and not steered_B.any():
             n_steps = int(_SECONDS_BETWEEN_ITEMS * decoded.n_steps / seconds)
             self._n_steps = min(max(n_steps, 1), decoding.MAX_STEPS)
         new: dict[int, Output] = {}
@@ -422,6 +480,9 @@ class Engine:
         ):
             if slot and tokens:
                 slot.add(tokens)
+                if steered_B[row]:
+                    rows.left_B = np.array(rows.left_B)  # what a program returns is read-only
+                    rows.left_B[row] = slot.left
                 new[slot.id] = output(slot.request, tokens, left=slot.left, report=report)
                 if not slot.left:
                     self._keep(rows, row)

@@ -160,6 +160,12 @@ class Prefixes:
         new = self._tree.add(tokens, owner)
         self._pool = self._copy(pages.save, self._pool, carry, row, new)
 
+    def warm(self, carry: Carry) -> None:
+        """Compiles the programs that copy between the pages and a carry of this size."""
+        nowhere_2X = np.zeros((2, _AT_A_TIME), np.int32)
+        self._programs.compiled(pages.fill, carry, self._pool, np.int32(0), *nowhere_2X)
+        self._programs.compiled(pages.save, self._pool, carry, np.int32(0), *nowhere_2X)
+
     def clear(self) -> None:
         """Forgets everything, as for new weights."""
         self._tree.clear()

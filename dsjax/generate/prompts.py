@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dsjax.generate.decoding import Carry
-from dsjax.generate.rows import FREE, Open, power_of_two, wanted
+from dsjax.generate.rows import FREE, Open, fit, power_of_two, wanted
 from dsjax.generate.sampling import knobs
 
 MIN_CHUNK = 16
@@ -40,6 +40,7 @@ class Prompts:
       length: positions of the cache.
       knobs: sampling settings of the slots.
       wanted: the reports that any of them asks for.
+      steered: whether any of them has a steering.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Prompts:
         requests = [(slot or FREE).request for slot in slots]
         self.knobs = knobs([request.sampling for request in requests])
         self.wanted = wanted(requests)
+        self.steered = any(request.steering for request in requests)
         self.prompts = distinct(slots)
         row_of = {prompt: row for row, prompt in enumerate(self.prompts)}
         own = [row_of.get((each.owner, each.prompt), 0) for each in requests]
@@ -96,16 +98,21 @@ class Prompts:
         row = self.rows_X[slot]
         return self.prompts[row][1][: self._ran_B[row]]
 
-    def chunk(self, most: int) -> Chunk:
+    def chunk(self, most: int, sizes: Sequence[int] = ()) -> Chunk:
         """Returns the next tokens of all prompts, at most `most` of each.
 
         A prompt that has run begins again, which computes what its cache holds already.
+
+        Args:
+          sizes: the only ones that may be, ascending from MIN_CHUNK on; (): any power of two.
         """
         rest_B = self._lengths_B - self._ran_B
         starts_B = np.where(rest_B > 0, self._ran_B, 0)
         # The cache must have room for a chunk from each of these multiples of MIN_CHUNK on.
         room = power_of_two(self.length - int(starts_B.max()) + 1) // 2
         size = min(max(power_of_two(int(rest_B.max())), MIN_CHUNK), most, room)
+        if sizes:
+            size = fit(int(rest_B.max()), [size for size in sizes if size <= room])
         tokens_BX = np.zeros((len(rest_B), size + self._n_drafts), np.int32)
         for row, (_, prompt) in enumerate(self.prompts):
             part = prompt[starts_B[row] : starts_B[row] + tokens_BX.shape[1]]

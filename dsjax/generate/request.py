@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -11,6 +12,24 @@ import numpy as np
 from dsjax.config import ModelConfig
 from dsjax.generate.record import Record, Wanted
 from dsjax.generate.sampling import Sampling
+
+
+class Steering(Protocol):
+    """Says before each token of one request what may be drawn: a grammar, penalties, a bias.
+
+    It belongs to the request, which therefore runs only once. While one runs, the engine decodes
+    token by token.
+    """
+
+    def bias(self) -> np.ndarray | None:
+        """Returns what is added to the logits of the next token, float32 [V]; -inf forbids a token.
+        None: nothing.
+        """
+        ...
+
+    def push(self, token: int) -> None:
+        """Takes note of a token that was drawn."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +48,8 @@ class Request:
     experts: bool = False  # report the experts chosen for every token, prompt included
     kept: bool = False  # report the ids among which each token was drawn
     owner: str = ""  # whose it is; known prefixes are not shared between owners
+    top_logprobs: int = 0  # report the most likely tokens at each place, this many
+    steering: Steering | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
@@ -36,7 +57,7 @@ class Request:
 
     @property
     def wanted(self) -> Wanted:
-        return Wanted(self.logprobs, self.experts, self.kept)
+        return Wanted(self.logprobs, self.experts, self.kept, self.top_logprobs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +66,10 @@ class Output:
 
     Attributes:
       finish: "stop" (the last token is a stop id) or "length"; None: more to come.
-      report: NumPy arrays; log-probabilities [n] and sets of ids [n, X], one per new token. Experts
-        [tokens run, L, K]: the prompt's tokens come with the first output; after that, each new
-        token brings the experts of its predecessor. The last new token is never run.
+      report: NumPy arrays; log-probabilities [n] and sets of ids [n, X], one per new token, and the
+        most likely tokens [n, top], where `top` is the most that any request of the batch asks for.
+        Experts [tokens run, L, K]: the prompt's tokens come with the first output; after that, each
+        new token brings the experts of its predecessor. The last new token is never run.
       cached_tokens: how many tokens of the prompt did not run, because they were known; comes with
         the first output.
     """
@@ -67,7 +89,8 @@ def output(
       report: arrays as in `Output`; those that the request did not ask for are dropped.
     """
     stopped = bool(tokens) and tokens[-1] in request.stop_ids
-    asked = (request.logprobs, request.logprobs, request.experts, request.kept)
+    logprobs, top = request.logprobs, bool(request.top_logprobs)
+    asked = (logprobs, logprobs, request.experts, request.kept, top, top)
     kept = (array if wanted else None for array, wanted in zip(report, asked, strict=True))
     finish = None if left else "stop" if stopped else "length"
     return Output(tokens, finish, Record(*kept), cached_tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,10 +12,12 @@ from dsjax.config import ModelConfig
 from dsjax.generate.decoding import Carry
 from dsjax.generate.record import NOTHING, Wanted
 from dsjax.generate.request import Request
-from dsjax.generate.sampling import knobs
+from dsjax.generate.sampling import Knobs, knobs
 
 # Of a cache: a server's requests differ in length, and each length is another program.
 _MIN_LENGTH, _MIN_LENGTH_ALONE = 256, 128
+ROWS_AT_A_TIME = 32  # that one call copies to another cache
+_SHORTEST_OF_FEW, _SMALLEST_OF_FEW = 512, 16  # of `few_shapes`
 
 
 @dataclasses.dataclass(eq=False)
@@ -41,6 +43,9 @@ class Open:
     def add(self, tokens: Sequence[int]) -> None:
         """Adds new tokens, of which a stop id can only be the last."""
         self.tokens += tokens
+        if self.request.steering:
+            for token in tokens:
+                self.request.steering.push(token)
         stopped = bool(tokens) and tokens[-1] in self.request.stop_ids
         self.left = 0 if stopped else self.left - len(tokens)
 
@@ -61,6 +66,8 @@ class Rows:
       stop_ids_BX: int32, padded with -1.
       knobs: sampling settings.
       wanted: the reports that any of the rows asks for.
+      steered: whether any of them has a steering. Like `wanted`, it stays until the rows change, so
+        that the program does.
     """
 
     def __init__(self, slots: Sequence[Open | None], carry: Carry, length: int) -> None:
@@ -111,6 +118,7 @@ class Rows:
         self.stop_ids_BX = np.array(stop_ids, np.int32)
         self.knobs = knobs([request.sampling for request in requests])
         self.wanted = wanted(requests)
+        self.steered = any(request.steering for request in requests)
 
 
 def wanted(requests: Sequence[Request]) -> Wanted:
@@ -119,6 +127,16 @@ def wanted(requests: Sequence[Request]) -> Wanted:
     for request in requests:
         found = Wanted(*map(max, found, request.wanted))
     return found
+
+
+def steer(knobs: Knobs, slots: Sequence[Open | None], vocab_size: int) -> Knobs:
+    """Returns sampling settings with the bias that each request's steering wants now."""
+    bias_BV = np.zeros((len(slots), vocab_size), np.float32)
+    for row, slot in enumerate(slots):
+        own = slot.request.steering.bias() if slot and slot.request.steering else None
+        if own is not None:
+            bias_BV[row] = own
+    return knobs._replace(bias_BV=bias_BV)
 
 
 def cache_length(
@@ -135,6 +153,36 @@ def cache_length(
     whole_chunks = -(-(config.max_seq_len + n_drafts) // chunk) * chunk
     least = _MIN_LENGTH if streaming else _MIN_LENGTH_ALONE
     return min(max(power_of_two(needed + n_drafts), least), whole_chunks)
+
+
+class Shapes(NamedTuple):
+    """The only sizes that occur in a service, ascending, so that it can compile every program
+    before the first request comes.
+    """
+
+    rows: tuple[int, ...]  # of a batch
+    lengths: tuple[int, ...]  # of a cache
+    chunks: tuple[int, ...]  # of prompts
+
+
+def few_shapes(
+    config: ModelConfig, *, max_batch: int, batch_parts: int, chunk: int, n_drafts: int
+) -> Shapes:
+    """Chooses powers of four, because each combination is another program."""
+    rows = sorted({min(4**power, max_batch) for power in range(max_batch.bit_length())})
+    whole = -(-(config.max_seq_len + n_drafts) // chunk) * chunk
+    lengths = {max(_SHORTEST_OF_FEW, chunk) * 4**power for power in range(whole.bit_length())}
+    chunks = {max(chunk >> 2 * power, _SMALLEST_OF_FEW) for power in range(chunk.bit_length())}
+    return Shapes(
+        tuple(sorted({n_rows + -n_rows % batch_parts for n_rows in rows})),
+        tuple(sorted({min(length, whole) for length in lengths})),
+        tuple(sorted({min(size, chunk) for size in chunks})),
+    )
+
+
+def fit(needed: int, sizes: Sequence[int]) -> int:
+    """Returns the smallest of the ascending sizes that is enough, else the largest."""
+    return next((size for size in sizes if size >= needed), sizes[-1])
 
 
 def power_of_two(at_least: int) -> int:

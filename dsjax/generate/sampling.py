@@ -63,10 +63,11 @@ class Knobs(NamedTuple):
     top_p_B: jax.Array  # float32
     min_p_B: jax.Array  # float32
     keys_B: jax.Array  # random keys
+    bias_BV: jax.Array | None = None  # float32, added to the logits before anything is drawn
 
 
 def knobs(samplings: Sequence[Sampling]) -> Knobs:
-    """Stacks the settings of a batch's rows into arrays."""
+    """Stacks the settings of a batch's rows into arrays; without a bias."""
     seeds_B2 = np.asarray([[0, sampling.seed] for sampling in samplings], np.uint32)
     temperature_B = [s.temperature if s.temperature >= _COLDEST else 0.0 for s in samplings]
     top_k_B = [min(sampling.top_k, np.iinfo(np.int32).max) for sampling in samplings]
@@ -77,6 +78,16 @@ def knobs(samplings: Sequence[Sampling]) -> Knobs:
         min_p_B=jnp.asarray([sampling.min_p for sampling in samplings], jnp.float32),
         keys_B=jax.random.wrap_key_data(jnp.asarray(seeds_B2), impl=_RANDOM),
     )
+
+
+def repeated(knobs: Knobs, times: int) -> Knobs:
+    """Repeats each row's settings, for several tokens per row."""
+    return jax.tree.map(lambda field: jnp.repeat(field, times, axis=0), knobs)
+
+
+def biased(logits_BV: jax.Array, knobs: Knobs) -> jax.Array:
+    """Adds the bias, if there is one; -inf forbids a token."""
+    return logits_BV if knobs.bias_BV is None else logits_BV + knobs.bias_BV
 
 
 def greedy(logits_BV: jax.Array) -> jax.Array:
@@ -91,6 +102,7 @@ def probabilities(logits_BV: jax.Array, knobs: Knobs) -> jax.Array:
     Args:
       logits_BV: float32.
     """
+    logits_BV = biased(logits_BV, knobs)
     drawn_BV = jax.nn.softmax(_filtered(logits_BV, knobs), axis=-1)
     likeliest_BV = jax.nn.one_hot(greedy(logits_BV), logits_BV.shape[-1], dtype=jnp.float32)
     return jnp.where(knobs.temperature_B[:, None] > 0, drawn_BV, likeliest_BV)
@@ -111,6 +123,7 @@ def log_probabilities(
         return jnp.take_along_axis(logs_BV, tokens_B[:, None], axis=-1)[:, 0]
 
     model_B = of_tokens(jax.nn.log_softmax(logits_BV, axis=-1))
+    logits_BV = biased(logits_BV, knobs)
     drawn_B = of_tokens(jax.nn.log_softmax(_filtered(logits_BV, knobs), axis=-1))
     certain_B = jnp.where(tokens_B == greedy(logits_BV), 0.0, -jnp.inf)
     return model_B, jnp.where(knobs.temperature_B > 0, drawn_B, certain_B)
@@ -123,6 +136,7 @@ def kept(logits_BV: jax.Array, knobs: Knobs) -> jax.Array:
     Args:
       logits_BV: float32.
     """
+    logits_BV = biased(logits_BV, knobs)
     drawn_BV = jnp.isfinite(_filtered(logits_BV, knobs))
     likeliest_BV = jax.nn.one_hot(greedy(logits_BV), logits_BV.shape[-1], dtype=bool)
     return jnp.where(knobs.temperature_B[:, None] > 0, drawn_BV, likeliest_BV)
@@ -135,6 +149,8 @@ def sample(logits_BV: jax.Array, knobs: Knobs, positions_B: jax.Array) -> jax.Ar
       logits_BV: float32.
       positions_B: int32, the position that each token will take; it selects the random numbers.
     """
+
+    logits_BV = biased(logits_BV, knobs)
 
     def draw() -> jax.Array:
         noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[-1:], jnp.float32))(

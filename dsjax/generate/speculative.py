@@ -54,7 +54,7 @@ import jax.numpy as jnp
 
 from dsjax.config import ModelConfig
 from dsjax.generate.record import NOTHING, Record, Wanted, record
-from dsjax.generate.sampling import Knobs, greedy, probabilities
+from dsjax.generate.sampling import Knobs, greedy, probabilities, repeated
 from dsjax.model.cache import Cache
 from dsjax.model.transformer import Extended, Transformer
 
@@ -191,7 +191,7 @@ def verify(
     given_BW = jnp.concatenate([state.tokens_BW[:, -1:], drafts.tokens_BJ], axis=1)
     extended = model.extend(given_BW, state.position_B, drafts.cache, routing=wanted.experts)
     logits_BWV = model.logits(extended.main_BTD)
-    each = Knobs(*(jnp.repeat(field, given_BW.shape[1], axis=0) for field in knobs))
+    each = repeated(knobs, given_BW.shape[1])
     p_XV = probabilities(logits_BWV.reshape(-1, logits_BWV.shape[-1]), each)
     tokens_BW, n_kept_B = choose(
         drafts.tokens_BJ, drafts.q_BJV, p_XV.reshape(logits_BWV.shape), knobs, state.position_B

@@ -10,6 +10,9 @@ tokenizer with none of these belongs to a base model, which cannot chat.
   V3.1  as V3, with [</think>] after each [Assistant]; a reply that should think begins with
         [<think>] instead
 
+Tools, their calls and results: see dsjax/text/tool_calls.py. After results the reply goes on
+without an [Assistant].
+
 Control tokens are inserted by id. Text in messages is always encoded as text, even if it spells a
 control token.
 
@@ -19,33 +22,40 @@ Sources: the chat templates and model cards that DeepSeek released with V3, R1 a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from dsjax.text import tool_calls
 from dsjax.text.template import Template, find_template
 from dsjax.text.tokenizer import BOS, EOS
+from dsjax.text.tool_calls import Control
 from dsjax.text.vocabulary import END_THINK, THINK, Vocabulary
 
 USER = "<\uff5cUser\uff5c>"
 ASSISTANT = "<\uff5cAssistant\uff5c>"
 SEARCH = "<\uff5csearch\u2581begin\uff5c>"
 
-_ROLES = ("system", "user", "assistant")
+Tools = Sequence[Mapping[str, Any]]
+
+_ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclasses.dataclass(frozen=True)
 class Message:
     """A turn of a conversation."""
 
-    role: str  # "system", "user" or "assistant"
+    role: str  # "system", "user", "assistant" or "tool"
     content: str
+    # what else the message has: tool_calls in OpenAI's form, tool_call_id, reasoning_content, ...
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def calls(self) -> Sequence[Mapping[str, Any]]:
+        return self.fields.get("tool_calls") or ()
 
 
-class Control(str):
-    """The name of a control token; a plain str is text."""
-
-
-def v3(messages: Sequence[Message], thinking: bool | None) -> list[str]:
+def v3(messages: Sequence[Message], thinking: bool | None, tools: Tools = ()) -> list[str]:
     """DeepSeek-V3 and V3-0324.
 
     Raises:
@@ -56,16 +66,17 @@ def v3(messages: Sequence[Message], thinking: bool | None) -> list[str]:
             "this checkpoint's tokenizer has no <think>, so its model cannot be asked to think; "
             "omit --thinking"
         )
-    parts = _system(messages)
-    for message in messages:
+    parts = _system(messages, tools, fenced=True)
+    for number, message in enumerate(messages):
         if message.role == "user":
             parts += [Control(USER), message.content, Control(ASSISTANT)]
         elif message.role == "assistant":
-            parts += [message.content, Control(EOS)]
+            parts += _said(message, message.content, fenced=True)
+        parts += _results(messages, number, fenced=True)
     return parts
 
 
-def r1(messages: Sequence[Message], thinking: bool | None) -> list[str]:
+def r1(messages: Sequence[Message], thinking: bool | None, tools: Tools = ()) -> list[str]:
     """DeepSeek-R1, which always thinks.
 
     Raises:
@@ -79,18 +90,24 @@ def r1(messages: Sequence[Message], thinking: bool | None) -> list[str]:
         else message
         for message in messages
     ]
-    return [*v3(spoken, None), Control(THINK), "\n"]
+    thought = [] if messages[-1].role == "tool" else [Control(THINK), "\n"]
+    return [*v3(spoken, None, tools), *thought]
 
 
-def v3_1(messages: Sequence[Message], thinking: bool | None) -> list[str]:
+def v3_1(messages: Sequence[Message], thinking: bool | None, tools: Tools = ()) -> list[str]:
     """DeepSeek-V3.1, which thinks on request."""
-    parts = _system(messages)
-    for message in messages:
+    parts = _system(messages, tools, fenced=False)
+    for number, message in enumerate(messages):
         if message.role == "user":
             parts += [Control(USER), message.content, Control(ASSISTANT)]
         elif message.role == "assistant":
             answer = message.content.split(END_THINK, 1)[-1]
-            parts += [Control(END_THINK), answer, Control(EOS)]
+            opened = number > 0 and messages[number - 1].role == "tool"
+            parts += [] if opened else [Control(END_THINK)]
+            parts += _said(message, answer, fenced=False)
+        parts += _results(messages, number, fenced=False)
+    if messages[-1].role == "tool":
+        return parts
     return [*parts, Control(THINK if thinking else END_THINK)]
 
 
@@ -109,21 +126,45 @@ class ChatFormat:
     vocabulary: Vocabulary
     template: Template | None = None
 
-    def encode(self, messages: Sequence[Message], *, thinking: bool | None = None) -> list[int]:
+    @property
+    def fenced(self) -> bool:
+        """Whether calls of tools have V3's form rather than V3.1's."""
+        if self.template is not None:
+            return "```json" in self.template.source
+        return self.name != "V3.1"
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        *,
+        thinking: bool | None = None,
+        tools: Tools = (),
+    ) -> list[int]:
         """Encodes a conversation up to the point where the assistant's reply begins.
 
         Args:
           thinking: whether the reply should think first; None is the format's default.
+          tools: what the assistant may call, in OpenAI's form.
 
         Raises:
           ValueError: the turns are not system ... user assistant ... user, the format offers no
-            choice about thinking, or the template fails.
+            choice about thinking or has no form for tools, or the template fails.
         """
         _check_turns(messages)
+        used = bool(tools) or any(each.calls or each.role == "tool" for each in messages)
         if self.template is not None:
-            given = [dataclasses.asdict(message) for message in messages]
-            return self.template.encode(given, self.vocabulary, thinking=thinking)
-        parts = _FORMATS[self.name](messages, thinking)
+            if used:
+                self.template.check_tools(tools, messages)
+            given = [
+                {"role": each.role, "content": each.content, **each.fields} for each in messages
+            ]
+            return self.template.encode(given, self.vocabulary, thinking=thinking, tools=tools)
+        if used and not tool_calls.can_call(self.vocabulary.coder):
+            raise ValueError(
+                "this checkpoint's tokenizer has no tokens for calls of tools, so its model cannot "
+                "call any; leave tools and their results out"
+            )
+        parts = _FORMATS[self.name](messages, thinking, tools)
         coder = self.vocabulary.coder
         ids: list[int] = []
         for part in parts:
@@ -148,9 +189,28 @@ def find_format(folder: Path, vocabulary: Vocabulary) -> ChatFormat | None:
     return ChatFormat("V3.1" if SEARCH in control else "R1", vocabulary)
 
 
-def _system(messages: Sequence[Message]) -> list[str]:
+def _system(messages: Sequence[Message], tools: Tools, *, fenced: bool) -> list[str]:
     instructions = [message.content for message in messages if message.role == "system"]
-    return [Control(BOS), "\n\n".join(instructions)]
+    described = tool_calls.describe(tools, fenced=fenced) if tools else []
+    return [Control(BOS), "\n\n".join(instructions), *described]
+
+
+def _said(message: Message, answer: str, *, fenced: bool) -> list[str]:
+    """Returns an earlier reply with its calls."""
+    calls = tool_calls.write_calls(message.calls, fenced=fenced) if message.calls else []
+    return [answer, *calls, Control(EOS)]
+
+
+def _results(messages: Sequence[Message], number: int, *, fenced: bool) -> list[str]:
+    """Returns the results that begin with this message; [] if none do."""
+    if messages[number].role != "tool" or (number and messages[number - 1].role == "tool"):
+        return []
+    results = []
+    for message in messages[number:]:
+        if message.role != "tool":
+            break
+        results.append(message.content)
+    return tool_calls.write_results(results, fenced=fenced)
 
 
 def _check_turns(messages: Sequence[Message]) -> None:
@@ -158,9 +218,18 @@ def _check_turns(messages: Sequence[Message]) -> None:
     unknown = sorted(set(roles) - set(_ROLES))
     if unknown:
         raise ValueError(f"message role {unknown[0]!r} is none of {', '.join(_ROLES)}")
-    turns = [role for role in roles if role != "system"]
-    if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
-        raise ValueError(
-            f"the turns are {', '.join(turns) or 'none'}; user and assistant must alternate, "
-            "beginning and ending with the user"
-        )
+    turns = [message for message in messages if message.role != "system"]
+    expected = {"user"}
+    for turn in turns:
+        if turn.role not in expected:
+            break
+        after = {"user": {"assistant"}, "assistant": {"tool"} if turn.calls else {"user"}}
+        expected = after.get(turn.role, {"tool", "assistant"})
+    else:
+        if turns and turns[-1].role in ("user", "tool"):
+            return
+    raise ValueError(
+        f"the turns are {', '.join(turn.role for turn in turns) or 'none'}; user and assistant "
+        "must alternate, beginning and ending with the user; results of tools follow the "
+        "assistant's calls"
+    )

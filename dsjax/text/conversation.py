@@ -22,22 +22,16 @@ Where V3.1 cuts the thought of an earlier turn, that turn is context too. A thou
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dsjax.text.chat import ASSISTANT, USER, ChatFormat
+from dsjax.text.template import Template
 from dsjax.text.tokenizer import BOS, EOS
 from dsjax.text.vocabulary import END_THINK, THINK, Vocabulary
-
-# A template that writes a call's arguments as JSON, in one expression, whatever their type.
-_DUMPED_ARGUMENTS = re.compile(r"arguments(?:(?!%\}|\}\}).)*?\|\s*tojson", re.DOTALL)
-_TYPED_ARGUMENTS = re.compile(r"arguments['\"\]]*\s+is\s+string")
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -265,7 +259,7 @@ def _by_template(conversations: Sequence[Conversation], form: ChatFormat) -> lis
     marks = []
     for each in conversations:
         _check_tools(source, form.template.place, each)
-        marks.append(form.template.unused_mark(_messages(each, source), each.tools))
+        marks.append(form.template.unused_mark(_messages(each, form.template), each.tools))
     wanted = [_contexts(each, form, mark) for each, mark in zip(conversations, marks, strict=True)]
     try:
         texts = form.template.render([context for contexts in wanted for context in contexts])
@@ -283,37 +277,19 @@ def _by_template(conversations: Sequence[Conversation], form: ChatFormat) -> lis
     return pieces
 
 
-def _messages(conversation: Conversation, source: str) -> list[dict[str, Any]]:
+def _messages(conversation: Conversation, template: Template) -> list[dict[str, Any]]:
     """Returns the messages as a template reads them."""
-    # OpenAI gives a call's arguments as JSON text, which tojson would quote once more.
-    parse = _DUMPED_ARGUMENTS.search(source) and not _TYPED_ARGUMENTS.search(source)
-    messages = []
-    for turn in conversation.turns:
-        fields = {"content": turn.content, **turn.fields, "role": turn.role}
-        if parse and isinstance(fields.get("tool_calls"), list):
-            fields["tool_calls"] = _parsed(fields["tool_calls"])
-        messages.append(fields)
-    return messages
-
-
-def _parsed(value: Any) -> Any:
-    """Returns tool calls with arguments that are JSON text as the values they spell."""
-    if isinstance(value, list):
-        return [_parsed(inner) for inner in value]
-    if not isinstance(value, dict):
-        return value
-    result = {key: _parsed(inner) for key, inner in value.items()}
-    if isinstance(result.get("arguments"), str):
-        with contextlib.suppress(ValueError):  # a call that the model got wrong is text
-            result["arguments"] = json.loads(result["arguments"])
-    return result
+    return [
+        template.as_read({"content": turn.content, **turn.fields, "role": turn.role})
+        for turn in conversation.turns
+    ]
 
 
 def _contexts(conversation: Conversation, form: ChatFormat, mark: str) -> list[dict[str, Any]]:
     """Returns what to render: the whole and, for each reply to train, its prompt and its end."""
     template = form.template
     assert template is not None
-    messages = _messages(conversation, template.source)
+    messages = _messages(conversation, template)
 
     def context(count: int, *, reply: bool) -> dict[str, Any]:
         tools = conversation.tools or None

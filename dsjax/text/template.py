@@ -8,9 +8,11 @@ split at the markers and each part is encoded separately.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from dsjax import files
 from dsjax.text import sandbox
 from dsjax.text.vocabulary import END_THINK, THINK, Vocabulary
 
+# A template that writes a call's arguments as JSON, in one expression, whatever their type.
+_DUMPED_ARGUMENTS = re.compile(r"arguments(?:(?!%\}|\}\}).)*?\|\s*tojson", re.DOTALL)
+_TYPED_ARGUMENTS = re.compile(r"arguments['\"\]]*\s+is\s+string")
 _MARKS = range(0xE000, 0xF900)  # private use: Unicode assigns no characters here
 
 
@@ -34,6 +39,7 @@ class Template:
         vocabulary: Vocabulary,
         *,
         thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
         """Encodes a conversation up to the point where the assistant's next turn begins.
 
@@ -41,6 +47,7 @@ class Template:
           messages: dicts with `role` and `content`.
           thinking: passed on as the template's variables `thinking` (DeepSeek) and
             `enable_thinking` (Qwen); None leaves them undefined.
+          tools: what the assistant may call, in OpenAI's form.
 
         Raises:
           ValueError: the template fails, exceeds a limit, or does not read these variables.
@@ -50,8 +57,9 @@ class Template:
                 f"{self.place} reads neither thinking nor enable_thinking, so the model cannot be "
                 "told whether to think; omit --thinking and --no-thinking"
             )
-        mark = self.unused_mark(messages)
-        context = self.context(messages, vocabulary, mark)
+        messages = [self.as_read(message) for message in messages]
+        mark = self.unused_mark(messages, list(tools))
+        context = self.context(messages, vocabulary, mark, tools=tools or None)
         if thinking is not None:
             context |= {"thinking": thinking, "enable_thinking": thinking}
         try:
@@ -62,6 +70,37 @@ class Template:
             ) from error
         parts = rendered.split(mark)
         return [i for part in parts for i in vocabulary.coder.encode_control(part)]
+
+    def as_read(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Returns a message with the arguments of its calls as the template reads them: OpenAI
+        gives them as JSON text, which a template that writes JSON would quote once more.
+        """
+        calls = message.get("tool_calls")
+        parse = _DUMPED_ARGUMENTS.search(self.source) and not _TYPED_ARGUMENTS.search(self.source)
+        if not parse or not isinstance(calls, list):
+            return message
+        return {**message, "tool_calls": _parsed(calls)}
+
+    def check_tools(self, tools: Sequence[Any], messages: Sequence[Any]) -> None:
+        """Refuses what the template would silently leave out.
+
+        Args:
+          messages: each with `role` and `calls`.
+
+        Raises:
+          ValueError: the template does not read tools, their calls or their results.
+        """
+        used = {
+            "tools": bool(tools),
+            "tool_calls": any(message.calls for message in messages),
+            "tool": any(message.role == "tool" for message in messages),
+        }
+        for name, is_used in used.items():
+            if is_used and name not in self.source:
+                raise ValueError(
+                    f"{self.place} does not read {name}, so the model cannot be told of them; "
+                    "leave tools and their results out"
+                )
 
     def unused_mark(self, *values: Any) -> str:
         """Returns a character that occurs neither in the template nor in JSON values.
@@ -78,7 +117,7 @@ class Template:
         mark: str,
         *,
         reply: bool = True,
-        tools: Sequence[dict[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> dict[str, Any]:
         """Returns the variables that a template reads, with `mark` in each control token that a
         message or a tool spells out.
@@ -139,6 +178,19 @@ def find_template(folder: Path, vocabulary: Vocabulary) -> Template | None:
     if not isinstance(found, str):
         raise ValueError(f"{place} is {type(found).__name__}, neither a text nor a list of texts")
     return Template(found, place)
+
+
+def _parsed(value: Any) -> Any:
+    """Returns tool calls with arguments that are JSON text as the values they spell."""
+    if isinstance(value, list):
+        return [_parsed(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    result = {key: _parsed(inner) for key, inner in value.items()}
+    if isinstance(result.get("arguments"), str):
+        with contextlib.suppress(ValueError):  # a call that the model got wrong is text
+            result["arguments"] = json.loads(result["arguments"])
+    return result
 
 
 def _broken_message(message: dict[str, Any], vocabulary: Vocabulary, mark: str) -> dict[str, Any]:

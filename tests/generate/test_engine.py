@@ -409,3 +409,60 @@ def test_a_batch_on_a_mesh_goes_on_in_fewer_rows(monkeypatch):
     found = Engine(spread, streaming=False).complete(UNEVEN)
     assert [output.tokens for output in found] == [output.tokens for output in wanted]
     assert rows[0] == 40 and rows[-1] == 16
+
+
+class Forced:
+    """Steering that lets only the given tokens be drawn, one after the other."""
+
+    def __init__(self, tokens, vocab_size=TINY.vocab_size):
+        self.left, self.vocab_size, self.seen = list(tokens), vocab_size, []
+
+    def bias(self):
+        bias = np.full(self.vocab_size, -np.inf, np.float32)
+        bias[self.left[len(self.seen)]] = 0
+        return bias
+
+    def push(self, token):
+        self.seen.append(token)
+
+
+@pytest.mark.parametrize("speculative", [False, pytest.param(True, marks=pytest.mark.heavy)])
+def test_steering_rules_its_own_row_alone(speculative):
+    """It is asked before each token and told of each, in the prompt's chunk and after it."""
+    steering = Forced([4, 90, 4, 31, 1, 5])
+    given = requests()
+    for sampling in (GREEDY, Sampling(seed=4)):
+        steering.seen.clear()
+        given[1] = Request(PROMPTS[1], 6, sampling, frozenset({1}), steering=steering)
+        outputs = engine(speculative).complete(given)
+        assert outputs[1].tokens == steering.seen == [4, 90, 4, 31, 1]
+        assert outputs[1].finish == "stop"
+        for row in (0, 2, 3):
+            assert outputs[row].tokens == recomputed()[row][: MOST[row]]
+
+
+def test_steering_without_a_bias_changes_nothing():
+    steering = Forced([])
+    steering.bias = lambda: None
+    given = Request(PROMPTS[1], 6, GREEDY, steering=steering)
+    (output,) = engine().complete([given])
+    assert output.tokens == steering.seen == recomputed()[1][:6] and output.finish == "length"
+
+
+def test_most_likely_tokens_are_reported_with_their_log_probabilities():
+    given = [Request(PROMPTS[1], 5, GREEDY, logprobs=True, top_logprobs=3), Request((7,), 2)]
+    first, second = engine().complete(given)
+    text = np.asarray([[*PROMPTS[1], *first.tokens]], np.int32)
+    logits = np.asarray(tiny_model()(text)[0, len(PROMPTS[1]) - 1 : -1], np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    order = np.argsort(-logprobs, axis=-1)[:, :3]
+    np.testing.assert_array_equal(first.report.top_ids, order)
+    wanted = np.take_along_axis(logprobs, order, axis=-1)
+    np.testing.assert_allclose(first.report.top_logprobs, wanted, atol=1e-5)
+    np.testing.assert_allclose(first.report.logprobs, wanted[:, 0], atol=1e-5)
+    assert second.report.top_ids is None and second.report.logprobs is None
+
+
+def test_few_shapes_need_a_largest_batch():
+    with pytest.raises(ValueError, match="few_shapes=True needs max_batch"):
+        Engine(tiny_model(), few_shapes=True)

@@ -109,9 +109,10 @@ def test_a_base_model_has_no_format(tmp_path):
         (["user", "assistant"], "the turns are user, assistant; user and assistant must alternate"),
         (["user", "user"], "the turns are user, user"),
         (["assistant", "user"], "the turns are assistant, user"),
-        (["user", "tool"], "message role 'tool' is none of system, user, assistant"),
+        (["user", "tool"], "results of tools follow the assistant's calls"),
+        (["user", "critic"], "message role 'critic' is none of system, user, assistant, tool"),
     ],
-    ids=["none", "system", "reply last", "no reply", "reply first", "role"],
+    ids=["none", "system", "reply last", "no reply", "reply first", "result", "role"],
 )
 def test_turns_that_cannot_be_are_refused(formats, roles, message):
     with pytest.raises(ValueError, match=message):

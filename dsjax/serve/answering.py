@@ -1,0 +1,156 @@
+"""Sending an answer: whole as JSON, or in chunks as server-sent events.
+
+A client that leaves ends its request: a stream is closed by the server's framework, a whole answer
+is watched for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from dsjax.serve.choice import Delta
+from dsjax.serve.errors import ApiError
+from dsjax.serve.replies import Replies
+from dsjax.serve.service import FINGERPRINT
+
+KEEP_ALIVE_SECONDS = 10.0
+ChunkOf = Callable[[int, Delta], list[dict[str, Any]]]
+
+
+class Answer:
+    """What all parts of one answer have in common.
+
+    Args:
+      kind: of object, such as `chat.completion`; that of a chunk ends in `.chunk` for chats.
+    """
+
+    def __init__(self, prefix: str, kind: str, model: str) -> None:
+        self.id = f"{prefix}-{secrets.token_hex(12)}"
+        self._head = {
+            "id": self.id,
+            "object": kind,
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": FINGERPRINT,
+        }
+
+    def body(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
+        return {**self._head, "choices": choices, "usage": usage}
+
+
+async def whole(request: Request, replies: Replies, gather: Callable[[int, Delta], None]) -> None:
+    """Gathers all deltas; ends early if the client leaves.
+
+    Raises:
+      ApiError: a choice failed.
+      ClientLeft: the client has closed the connection.
+    """
+
+    async def run() -> None:
+        async for item in replies.deltas():
+            assert item is not None
+            gather(*item)
+
+    work = asyncio.create_task(run())
+    leave = asyncio.create_task(_left(request))
+    try:
+        await asyncio.wait({work, leave}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientLeft
+        work.result()
+    finally:
+        for task in (work, leave):
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, ApiError):
+            await work
+
+
+class ClientLeft(Exception):
+    """The client has closed the connection, so nobody reads an answer."""
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def stream(
+    answer: Answer,
+    replies: Replies,
+    chunks_of: ChunkOf,
+    *,
+    usage_chunk: bool,
+    done: Callable[[], None],
+) -> Response:
+    """Returns an answer in chunks. It begins when the first choice does, so that a request that
+    cannot be served has its status.
+
+    Args:
+      chunks_of: makes chunks' `choices` of a delta; more than one where two fields of a delta may
+        not go together.
+      usage_chunk: whether usage comes in a chunk of its own; else the last choice's end brings it.
+      done: called at the end, however it comes.
+    """
+    deltas = replies.deltas(KEEP_ALIVE_SECONDS)
+    first = await anext(deltas, None)
+
+    async def events() -> AsyncIterator[str]:
+        item = first
+        try:
+            while True:
+                if item is None:
+                    yield ": keep-alive\n\n"
+                else:
+                    index, delta = item
+                    over = all(choice.finish is not None for choice in replies.choices)
+                    for number, choice in enumerate(parts := chunks_of(index, delta)):
+                        last = over and number == len(parts) - 1 and delta.finish is not None
+                        usage = replies.usage() if last and not usage_chunk else None
+                        yield _event(answer.body([choice], usage))
+                try:
+                    item = await anext(deltas)
+                except StopAsyncIteration:
+                    break
+            if usage_chunk:
+                yield _event(answer.body([], replies.usage()))
+            yield "data: [DONE]\n\n"
+        except ApiError as error:
+            yield _event(error.body())
+
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "X-Request-Id": answer.id}
+    return _Stream(events(), done, media_type="text/event-stream", headers=headers)
+
+
+class _Stream(StreamingResponse):
+    """Calls `done` at the end, also if the client has left before the first chunk."""
+
+    def __init__(
+        self, events: AsyncIterator[str], done: Callable[[], None], **options: Any
+    ) -> None:
+        super().__init__(events, **options)
+        self._done = done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._done()
+
+
+def as_json(answer: Answer, choices: list[dict[str, Any]], usage: dict[str, Any]) -> Response:
+    """Returns a whole answer."""
+    return JSONResponse(answer.body(choices, usage), headers={"X-Request-Id": answer.id})
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"

@@ -1,0 +1,230 @@
+"""Answers /v1/chat/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from dsjax.generate.request import Request
+from dsjax.serve import answering
+from dsjax.serve.answering import Answer
+from dsjax.serve.chat_request import ChatRequest, read_chat
+from dsjax.serve.choice import Choice, Delta
+from dsjax.serve.errors import ApiError
+from dsjax.serve.record import Entry
+from dsjax.serve.replies import Replies
+from dsjax.serve.service import Service
+from dsjax.serve.tools import call_grammar, opening
+from dsjax.text.chat import ChatFormat, Message
+
+
+async def complete_chat(
+    http: HttpRequest, values: Any, service: Service, entry: Entry, *, user: str
+) -> Response:
+    """Answers one request.
+
+    Raises:
+      ApiError: it cannot be served.
+      ClientLeft: nobody waits for the answer.
+    """
+    asked = read_chat(values, service, user=user)
+    requests, choices = await asyncio.to_thread(_prepare, asked, service)
+    replies = Replies(
+        service.worker, service.metrics, service.limits, requests, choices, user=asked.options.user
+    )
+    entry.begin(replies, asked.messages)
+    if not asked.options.stream:
+        with replies:
+            answer = Answer("chatcmpl", "chat.completion", asked.model)
+            messages = [_Message(service, asked.top is not None) for _ in choices]
+            await answering.whole(http, replies, lambda index, delta: messages[index].add(delta))
+            bodies = [message.body(index) for index, message in enumerate(messages)]
+            entry.text = [message.content for message in messages]
+            return answering.as_json(answer, bodies, replies.usage())
+    answer = Answer("chatcmpl", "chat.completion.chunk", asked.model)
+    chunks = _Chunks(service, asked, len(choices), entry)
+    replies.__enter__()
+    entry.streaming = True
+    try:
+        return await answering.stream(
+            answer, replies, chunks.of, usage_chunk=asked.options.include_usage,
+            done=lambda: entry.end(replies),
+        )  # fmt: skip
+    except BaseException:
+        entry.streaming = False
+        replies.__exit__()
+        raise
+
+
+def _prepare(asked: ChatRequest, service: Service) -> tuple[list[Request], list[Choice]]:
+    """Encodes the conversation; slow, so it runs outside the event loop."""
+    form, coder = service.form, service.vocabulary.coder
+    assert form is not None
+    prompt = _prompt(asked, form)
+    began: list[int] = []
+    if asked.tools.required:
+        prompt = _unopened(prompt, form)
+        began = opening(coder, fenced=form.fenced)
+        prompt = [*prompt, *began]
+    grammars: list[Any] = [None] * asked.options.n
+    if asked.tools.required:
+        text = call_grammar(asked.tools, coder, fenced=form.fenced)
+        grammars = [service.grammars.lark(text, "tools") for _ in grammars]
+    elif asked.grammar:
+        grammars = [asked.grammar(service.grammars) for _ in grammars]
+    requests = service.requests(
+        prompt, asked.options, default_tokens=None, report=asked.top is not None, grammars=grammars
+    )
+    choices = [
+        Choice(
+            coder,
+            prompt=prompt,
+            stop_ids=service.vocabulary.stop_ids,
+            think_ids=service.vocabulary.think_ids,
+            stops=asked.options.stops,
+            fenced=form.fenced if asked.tools.given else None,
+            within_calls=began,
+            top=asked.top,
+        )
+        for _ in requests
+    ]
+    return requests, choices
+
+
+def _prompt(asked: ChatRequest, form: ChatFormat) -> list[int]:
+    messages = [_without_thought(message) for message in asked.messages]
+    try:
+        prompt = form.encode(messages, thinking=asked.thinking, tools=asked.tools.given)
+        if asked.prefix is not None:
+            prompt += _begun(asked.prefix, form, prompt)
+    except ValueError as error:
+        raise ApiError(422, f"messages: {error}", param="messages") from error
+    return prompt
+
+
+def _without_thought(message: Message) -> Message:
+    """Drops the thought of an earlier turn, except of one that has called tools."""
+    if message.calls or "reasoning_content" not in message.fields:
+        return message
+    fields = {key: value for key, value in message.fields.items() if key != "reasoning_content"}
+    return Message(message.role, message.content, fields)
+
+
+def _begun(prefix: Message, form: ChatFormat, prompt: list[int]) -> list[int]:
+    """Returns the tokens of a reply's beginning; takes back a thought that the prompt has opened
+    and the beginning has not.
+    """
+    coder, think_ids = form.vocabulary.coder, form.vocabulary.think_ids
+    thought = prefix.fields.get("reasoning_content", "")
+    if not thought or think_ids is None:
+        prompt[:] = _unopened(prompt, form)
+        return coder.encode(prefix.content)
+    opened = _unopened(prompt, form)
+    begin = [] if len(opened) < len(prompt) else [think_ids[0]]
+    ids = [*begin, *coder.encode(thought)]
+    return [*ids, think_ids[1], *coder.encode(prefix.content)] if prefix.content else ids
+
+
+def _unopened(prompt: Sequence[int], form: ChatFormat) -> list[int]:
+    """Returns the prompt without a thought that it opens at its end."""
+    think_ids = form.vocabulary.think_ids
+    if think_ids is not None:
+        for place in range(len(prompt) - 1, -1, -1):
+            if prompt[place] == think_ids[0]:
+                return list(prompt[:place])
+            if prompt[place] == think_ids[1]:
+                break
+    return list(prompt)
+
+
+class _Message:
+    """A whole message, gathered from deltas."""
+
+    def __init__(self, service: Service, report: bool) -> None:
+        self._service, self._report = service, report
+        self.content = self._thought = ""
+        self._calls: list[dict[str, Any]] = []
+        self._reports: list[Any] = []
+        self._finish: str | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.content += delta.content
+        self._thought += delta.thought
+        self._reports += delta.reports
+        for piece in delta.calls:
+            if piece.name is not None:
+                self._calls.append(_call(piece.name))
+            self._calls[piece.index]["function"]["arguments"] += piece.arguments
+        self._finish = delta.finish or self._finish
+
+    def body(self, index: int) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": self.content}
+        if self._thought:
+            message["reasoning_content"] = self._thought
+        if self._calls:
+            message["content"] = self.content or None
+            message["tool_calls"] = self._calls
+        logprobs = _logprobs(self._service, self._reports) if self._report else None
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": logprobs,
+            "finish_reason": self._finish,
+        }
+
+
+class _Chunks:
+    """Deltas as the `choices` of chunks."""
+
+    def __init__(self, service: Service, asked: ChatRequest, n_choices: int, entry: Entry) -> None:
+        self._service, self._report, self._entry = service, asked.top is not None, entry
+        self._begun = [False] * n_choices
+        entry.text = [""] * n_choices
+
+    def of(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        self._entry.text[index] += delta.content
+        parts: list[dict[str, Any]] = []
+        if delta.thought:
+            parts.append({"content": None, "reasoning_content": delta.thought})
+        if delta.content:
+            parts.append({"content": delta.content})
+        if delta.calls:
+            parts.append({"tool_calls": [_piece(piece) for piece in delta.calls]})
+        parts = parts or [{}]
+        if not self._begun[index]:
+            self._begun[index] = True
+            parts[0] = {"role": "assistant", "content": "", **parts[0]}
+        chunks = [
+            {"index": index, "delta": part, "logprobs": None, "finish_reason": None}
+            for part in parts
+        ]
+        if self._report and delta.reports:
+            chunks[-1]["logprobs"] = _logprobs(self._service, delta.reports)
+        chunks[-1]["finish_reason"] = delta.finish
+        return chunks
+
+
+def _call(name: str) -> dict[str, Any]:
+    id = f"call_{secrets.token_hex(12)}"
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": ""}}
+
+
+def _piece(piece: Any) -> dict[str, Any]:
+    if piece.name is None:
+        return {"index": piece.index, "function": {"arguments": piece.arguments}}
+    return {"index": piece.index, **_call(piece.name)}
+
+
+def _logprobs(service: Service, reports: Sequence[Any]) -> dict[str, Any]:
+    """Returns a chat's `logprobs`: those of the answer apart from those of the thought."""
+    answer = [report for report in reports if not report.thought]
+    thought = [report for report in reports if report.thought]
+    found: dict[str, Any] = {"content": service.logprob_entries(answer), "refusal": None}
+    if thought:
+        found["reasoning_content"] = service.logprob_entries(thought)
+    return found

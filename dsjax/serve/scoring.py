@@ -1,0 +1,66 @@
+"""Log-probabilities of given tokens and of the most likely ones at their places, for `echo`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dsjax.generate.record import top
+from dsjax.infer.score import Scorer
+from dsjax.model.head import predict
+from dsjax.model.transformer import Transformer
+from dsjax.serve.options import MOST_TOP
+
+_CHUNK = 256
+
+
+class Scored(NamedTuple):
+    """Reports on tokens 1, 2, ... of a text; the first is not predicted."""
+
+    logprobs: np.ndarray  # float32 [n - 1]
+    top_ids: np.ndarray  # int32 [n - 1, MOST_TOP]
+    top_logprobs: np.ndarray  # float32 [n - 1, MOST_TOP]
+
+
+class PromptScorer:
+    """Scores prompts, padded to one of a few lengths so that all programs are compiled at start.
+
+    Args:
+      lengths: ascending; the last is the longest prompt.
+    """
+
+    def __init__(self, scorer: Scorer, lengths: Sequence[int]) -> None:
+        self._scorer = scorer
+        self._lengths = lengths
+
+    def warm(self) -> None:
+        """Compiles the programs."""
+        for length in self._lengths:
+            self.score([0] * length)
+
+    def score(self, ids: Sequence[int]) -> Scored:
+        """Scores one prompt."""
+        n_tokens = len(ids)
+        length = next(size for size in self._lengths if size >= n_tokens)
+        tokens_1T = np.zeros((1, length), np.int32)
+        tokens_1T[0, :n_tokens] = ids
+        ((hidden_TD, *_),) = self._scorer.hidden(tokens_1T, mtp=False)
+        targets = np.concatenate([tokens_1T[0, 1:], [0]]).astype(np.int32)
+        parts = []
+        for start in range(0, max(n_tokens - 1, 1), _CHUNK):
+            piece = slice(start, start + _CHUNK)
+            parts.append(_report(self._scorer.model, hidden_TD[piece], targets[piece]))
+        joined = (np.concatenate(arrays)[: n_tokens - 1] for arrays in zip(*parts, strict=True))
+        return Scored(*joined)
+
+
+@jax.jit
+def _report(
+    model: Transformer, hidden_TD: jax.Array, targets_T: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    logits_TV, nats_T = predict(hidden_TD, model.head_weight(), targets_T, model.policy)[:2]
+    top_logprobs, top_ids = top(jax.nn.log_softmax(logits_TV, axis=-1), MOST_TOP)
+    return -nats_T, top_ids, top_logprobs

@@ -1,0 +1,262 @@
+"""Starts the server, keeps it, and ends it: what tools/serve.py does.
+
+The port opens at once, and /health says 503 until the weights are there and every program is
+compiled. On SIGTERM or Ctrl-C new requests get 503, running ones may end within `--grace` seconds,
+and what is left then is cut off; a second signal cuts off at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import ipaddress
+import logging
+import os
+import signal
+import sys
+import webbrowser
+from collections.abc import Iterator
+
+import uvicorn
+
+from dsjax.checkpoint import load
+from dsjax.checkpoint.load import Checkpoint
+from dsjax.generate.engine import Engine
+from dsjax.generate.request import Request
+from dsjax.infer.answers import default_sampling
+from dsjax.infer.score import Scorer
+from dsjax.infer.weights import load_weights
+from dsjax.parallel.mesh import submesh
+from dsjax.serve.app import Access, Site
+from dsjax.serve.metrics import Metrics
+from dsjax.serve.replies import Limits
+from dsjax.serve.scoring import PromptScorer
+from dsjax.serve.service import Service
+from dsjax.serve.worker import Worker
+from dsjax.text.chat import find_format
+from dsjax.text.vocabulary import open_vocabulary
+
+LONGEST_CONTEXT = 8192  # unless the user sets one
+KEY_VARIABLE = "DSJAX_API_KEY"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs tools/serve.py with its parsed arguments, until a signal; returns the exit code.
+
+    Raises:
+      ValueError: the checkpoint, its tokenizer or an argument cannot be used.
+      OSError: the address cannot be listened at.
+    """
+    access = _access(arguments)
+    checkpoint = _shortened(load.open_checkpoint(arguments.checkpoint, dict(arguments.override)),
+                            arguments.context)  # fmt: skip
+    folder = checkpoint.tokenizer_folder
+    vocabulary = open_vocabulary(folder, checkpoint.model.vocab_size)
+    metrics = Metrics()
+    service = Service(
+        name=arguments.model_name or arguments.checkpoint.resolve().name,
+        vocabulary=vocabulary,
+        form=find_format(folder, vocabulary),
+        context=checkpoint.model.max_seq_len,
+        vocab_size=checkpoint.model.vocab_size,
+        defaults=default_sampling(folder),
+        worker=Worker(
+            max_batch=arguments.max_batch,
+            max_waiting=arguments.max_waiting,
+            observe=metrics.observe,
+        ),
+        metrics=metrics,
+        limits=Limits(wait=arguments.max_wait, total=arguments.max_seconds),
+    )
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    for noisy in ("jax", "uvicorn.access"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    server = _Server(service, Site(service, access), checkpoint, arguments)
+    try:
+        return asyncio.run(server.serve())
+    finally:
+        metrics.close()
+
+
+def _access(arguments: argparse.Namespace) -> Access:
+    keys = list(arguments.api_key or [])
+    if os.environ.get(KEY_VARIABLE):
+        keys.append(os.environ[KEY_VARIABLE])
+    if not all(key.isascii() and key.isprintable() and key.strip() for key in keys):
+        raise ValueError("an --api-key must be printable ASCII characters, at least one of them")
+    loopback = _is_loopback(arguments.host)
+    if not loopback and not keys:
+        raise ValueError(
+            f"--host {arguments.host} lets other machines in, so a key is needed: give --api-key "
+            f"or set {KEY_VARIABLE}; or listen on 127.0.0.1"
+        )
+    return Access(
+        keys=[Access.digest(key) for key in keys],
+        loopback=loopback,
+        max_body=arguments.max_body << 20,
+        log_texts=arguments.log_texts,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def _shortened(checkpoint: Checkpoint, context: int | None) -> Checkpoint:
+    """Returns the checkpoint with the context that is served.
+
+    Raises:
+      ValueError: the model has not as much.
+    """
+    longest = checkpoint.model.max_seq_len
+    if context is not None and not 2 <= context <= longest:
+        raise ValueError(
+            f"--context {context} is not between 2 and the model's {longest} (model.max_seq_len)"
+        )
+    served = min(longest, LONGEST_CONTEXT) if context is None else context
+    model = dataclasses.replace(checkpoint.model, max_seq_len=served)
+    return dataclasses.replace(checkpoint, model=model)
+
+
+class _Http(uvicorn.Server):
+    """uvicorn's server without its signal handlers: this module has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Server:
+    """The server while it runs."""
+
+    def __init__(
+        self, service: Service, site: Site, checkpoint: Checkpoint, arguments: argparse.Namespace
+    ) -> None:
+        self._service, self._site, self._checkpoint = service, site, checkpoint
+        self._arguments = arguments
+        self._signal = 0
+        self._asked = asyncio.Event()
+        self._hurry = asyncio.Event()
+
+    async def serve(self) -> int:
+        config = uvicorn.Config(
+            self._site.app,
+            host=self._arguments.host,
+            port=self._arguments.port,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=5,
+        )
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._note, number)
+        http = _Http(config)
+        serving = asyncio.create_task(self._listen(http))
+        try:
+            while not http.started and not serving.done():
+                await asyncio.sleep(0.01)
+            if serving.done():
+                serving.result()
+                raise OSError(f"cannot listen at {self._arguments.host}:{self._arguments.port}")
+            await self._start(loop)
+            if not self._signal:
+                host, port = self._address(http)
+                self._site.state = "ready"
+                print(f"ready http://{host}:{port}", flush=True)
+                if self._arguments.open:
+                    webbrowser.open(f"http://{host}:{port}")
+                await self._asked.wait()
+            await self._drain()
+        finally:
+            self._site.state = "draining"
+            http.should_exit = True
+            await asyncio.to_thread(self._service.worker.stop)
+            await asyncio.wait({serving})
+        return 128 + self._signal
+
+    async def _listen(self, http: _Http) -> None:
+        try:
+            await http.serve()
+        except SystemExit as error:  # uvicorn's way to say that the port is taken; it has logged it
+            host, port = self._arguments.host, self._arguments.port
+            raise OSError(
+                f"cannot listen at {host}:{port}; another program may use the port: give another "
+                "--port"
+            ) from error
+
+    def _address(self, http: _Http) -> tuple[str, int]:
+        port = http.servers[0].sockets[0].getsockname()[1]
+        host = self._arguments.host
+        return (f"[{host}]" if ":" in host else host), port
+
+    def _note(self, number: int) -> None:
+        if self._signal:
+            self._hurry.set()
+        self._signal = self._signal or number
+        self._asked.set()
+
+    async def _start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Loads the weights and compiles, in a thread, unless a signal comes first."""
+        starting = asyncio.create_task(asyncio.to_thread(self._load))
+        asked = asyncio.create_task(self._asked.wait())
+        await asyncio.wait({starting, asked}, return_when=asyncio.FIRST_COMPLETED)
+        asked.cancel()
+        if self._signal:
+            # A compilation cannot be interrupted, and nothing is to be saved.
+            print("stopped while starting", file=sys.stderr, flush=True)
+            os._exit(128 + self._signal)
+        await starting
+
+    def _load(self) -> None:
+        arguments, service = self._arguments, self._service
+        mesh = submesh(arguments.mesh)
+        self._say("loading the weights")
+        model = load_weights(self._checkpoint, mesh, arguments.dtype)
+        engine = Engine(
+            model,
+            speculative=arguments.speculative,
+            prefill_chunk=arguments.prefill_chunk,
+            max_batch=arguments.max_batch,
+            prefix_tokens=arguments.prefix_tokens,
+            few_shapes=True,
+        )
+        assert engine.shapes is not None
+        scorer = PromptScorer(Scorer(model, mesh), engine.shapes.lengths)
+        if arguments.warm:
+            engine.warm(service.examples(), self._show)
+            scorer.warm()
+            engine.complete([Request((0,), 1)])  # what else runs for the first time
+        service.scorer = scorer
+        service.worker.start(engine)
+
+    def _show(self, done: int, total: int) -> None:
+        self._say(f"compiling: {done} of {total} programs", quiet=bool(done * 10 // total == (
+            done - 1) * 10 // total and done))  # fmt: skip
+
+    def _say(self, text: str, *, quiet: bool = False) -> None:
+        self._site.progress = text
+        if not quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    async def _drain(self) -> None:
+        """Waits for running requests, for as long as they may take."""
+        self._site.state = "draining"
+        worker = self._service.worker
+
+        async def idle() -> None:
+            while worker.n_running or worker.n_waiting:
+                await asyncio.sleep(0.05)
+
+        waits = {asyncio.create_task(idle()), asyncio.create_task(self._hurry.wait())}
+        _, pending = await asyncio.wait(
+            waits, timeout=self._arguments.grace, return_when=asyncio.FIRST_COMPLETED
+        )
+        for task in pending:
+            task.cancel()

@@ -1,0 +1,232 @@
+"""The page: its Markdown in node, and all of it in a real browser."""
+
+import contextlib
+import json
+import shutil
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from tests.serve.scripted import make_service, make_site, running
+from tests.serve.test_chat import STOP, spell
+
+PAGE = Path(__file__).parents[2] / "dsjax/serve/page"
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+HOSTILE = (
+    '<img src=x onerror="window.hurt=1"> <script>window.hurt=2</script>\n\n'
+    "[click](javascript:window.hurt=3) [data](data:text/html,x)\n\n"
+    "<svg/onload=window.hurt=4>\n\n`<b>` **<i>bold</i>** \\(<u>\\)\n\n"
+    "```<b onclick=x>\n</code><script>window.hurt=5</script>\n```\n\n"
+    "| <b>a</b> | b |\n|---|---|\n| <hr> | 2 |\n"
+)
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs node")
+def test_markdown_is_a_tree_of_texts():
+    text = (
+        "# One *two*\n\nSome `a*b*` **bold** \\*not\\* [x](https://a.b/c) and\nmore.\n\n"
+        "- a\n  - b\n- c\n\n3. x\n4. y\n\n```python\nprint('*')\n```\n\n> quoted\n\n"
+        "$$\na_1 * b_2 * c\n$$\n\n\\(a_1 * b_2 * c_3\\)\n\n| a | b |\n|---|:-:|\n| 1 | 2 |\n\n---\n"
+        "```\nopen"
+    )
+    tree = parse(text)
+    kinds = [block["kind"] for block in tree]
+    assert kinds == ["h", "p", "list", "list", "code", "quote", "math", "p", "table", "hr", "code"]
+    assert [part["kind"] for part in tree[0]["inline"]] == ["text", "em"]
+    assert [p["kind"] for p in tree[1]["inline"] if p["kind"] != "text"] == [
+        "code",
+        "strong",
+        "link",
+    ]
+    assert "*not*" in "".join(part.get("text", "") for part in tree[1]["inline"])
+    assert tree[2]["items"][0][1]["kind"] == "list" and len(tree[2]["items"]) == 2
+    assert tree[3]["ordered"] and tree[3]["start"] == 3
+    assert (tree[4]["language"], tree[4]["text"]) == ("python", "print('*')")
+    assert tree[6]["text"] == "a_1 * b_2 * c"
+    assert tree[7]["inline"] == [{"kind": "math", "text": "a_1 * b_2 * c_3"}]
+    assert len(tree[8]["rows"]) == 1 and tree[10]["text"] == "open"
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs node")
+@pytest.mark.parametrize(
+    "text", ["*" * 20_000, "`" * 20_000, "[" * 20_000, "> " * 5_000, "- " * 5_000, "|-" * 9_000,
+             "\\(" * 9_000, "**a " * 5_000, "a\n" * 9_000]
+)  # fmt: skip
+def test_markdown_of_any_text_is_quick(text):
+    start = time.monotonic()
+    parse(text)
+    assert time.monotonic() - start < 10
+
+
+def parse(text):
+    code = (
+        f"import {{parse}} from {json.dumps(str(PAGE / 'markdown.js'))};"
+        "let text = ''; for await (const part of process.stdin) text += part;"
+        "console.log(JSON.stringify(parse(text)));"
+    )
+    command = ["node", "--input-type=module", "-e", code]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def reply(request, coder):
+    """What the model says depends on the last word that it is asked."""
+    asked = coder.decode(request.prompt)
+    if asked.rstrip().endswith("hostile"):
+        return [HOSTILE, STOP]
+    if asked.rstrip().endswith("long"):
+        return ["word " * 60, STOP]
+    return [
+        "\nSome thought",
+        "</think>",
+        "\n\nAn *answer*:\n\n```python\nprint(1)\n```\n\n\\(x_1\\)",
+        STOP,
+    ]
+
+
+@contextlib.contextmanager
+def served(folders):
+    """Context of a scripted server at a port of its own; yields its address and engine."""
+    service = make_service(folders["V3.1"], context=4000)
+    coder = service.vocabulary.coder
+    with running(service, lambda request: spell(coder, reply(request, coder))) as engine:
+        site = make_site(service)
+        config = uvicorn.Config(site.app, port=0, log_config=None, lifespan="off")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        try:
+            yield f"http://127.0.0.1:{port}", engine
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM:
+        pytest.skip("needs Chromium")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser, folders, request):
+    """The page, whose complaints are gathered, and the engine behind it."""
+    with served(folders) as (url, engine):
+        context = browser.new_context(viewport={"width": 1100, "height": 800})
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        complaints = []
+        page.on(
+            "console",
+            lambda message: complaints.append(message.text) if message.type == "error" else None,
+        )
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(url)
+        page.wait_for_function("document.querySelector('#model').textContent === 'tiny'")
+        yield page, engine
+        assert complaints == []
+        context.close()
+
+
+def say(page, text):
+    page.fill("#ask", text)
+    page.press("#ask", "Enter")
+
+
+def finished(page, count):
+    page.wait_for_function(
+        f"document.querySelectorAll('.assistant .actions').length === {count}"
+        " && document.querySelector('#stop').hidden"
+    )
+
+
+@pytest.mark.slow
+def test_conversation_in_a_browser(opened, tmp_path):
+    page, engine = opened
+    say(page, "Hello")
+    finished(page, 1)
+    summary = page.locator("details.thought summary")
+    assert summary.inner_text().startswith("Thought for ")
+    assert page.locator("details.thought").get_attribute("open") is None
+    assert page.locator(".assistant em").inner_text() == "answer"
+    assert page.locator("pre code").inner_text() == "print(1)"
+    assert page.locator(".math").inner_text() == "x_1"
+    assert "tokens" in page.inner_text("#status")
+    page.get_by_role("button", name="Regenerate").click()
+    finished(page, 1)
+    assert len(engine.requests) == 2 and engine.requests[0].prompt == engine.requests[1].prompt
+    page.click("#adjust")
+    page.fill("#system", "Be brief.")
+    page.fill("#temperature", "0.3")
+    page.fill("#seed", "7")
+    page.press("#seed", "Tab")
+    page.get_by_role("button", name="Edit").click()
+    page.get_by_role("textbox", name="Message").first.fill("Changed")
+    page.locator(".edit + .actions button").first.click()
+    finished(page, 1)
+    assert page.locator(".user .body").inner_text() == "Changed"
+    assert (engine.requests[2].sampling.temperature, engine.requests[2].sampling.seed) == (0.3, 7)
+    page.click("#new")
+    say(page, "Second one")
+    finished(page, 1)
+    page.reload()
+    assert page.locator("#list li").count() == 3  # and the one that is new
+    page.get_by_role("button", name="Changed", exact=True).click()
+    assert page.locator(".assistant pre").count() == 1
+    for theme in ("light", "dark"):
+        page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
+        page.screenshot(path=tmp_path / f"{theme}.png")
+    page.set_viewport_size({"width": 380, "height": 700})
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width <= 380
+    page.click("#menu")
+    assert page.locator("#side").is_visible()
+    page.screenshot(path=tmp_path / "phone.png")
+    page.get_by_role("button", name="Delete Changed").click()
+    assert page.locator("#list li").count() == 2
+
+
+@pytest.mark.slow
+def test_hostile_reply_is_text(opened):
+    page, _ = opened
+    say(page, "hostile")
+    finished(page, 1)
+    page.wait_for_timeout(300)
+    assert page.evaluate("window.hurt") is None
+    body = page.locator(".assistant .body")
+    assert body.locator("img, script, svg, b, i, u, hr").count() == 0
+    assert body.locator("a").count() == 0
+    assert "<script>window.hurt=2</script>" in body.inner_text()
+    assert page.locator("#list .open").first.inner_text() == "hostile"
+    say(page, "<img src=x onerror='window.hurt=9'> hostile")
+    finished(page, 2)
+    assert page.evaluate("window.hurt") is None and page.locator("#list img").count() == 0
+
+
+@pytest.mark.slow
+def test_reply_is_stopped_by_the_reader(opened):
+    page, engine = opened
+    engine.gate.clear()
+    say(page, "long")
+    page.wait_for_selector("#stop:not([hidden])")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#stop", state="hidden")
+    end = time.monotonic() + 20
+    while not engine.cancelled and time.monotonic() < end:
+        time.sleep(0.02)
+    assert engine.cancelled == [1]

@@ -1,0 +1,228 @@
+"""tools/serve.py as a user runs it, and the clients that people have."""
+
+import asyncio
+import concurrent.futures
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import openai
+import pytest
+
+from dsjax.serve import server
+from tests.serve import serving
+from tests.serve.test_tools import tool
+
+ROOT = serving.ROOT
+HELLO = [{"role": "user", "content": "Some text"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "y"]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return serving.write_checkpoint(tmp_path_factory.mktemp("serve") / "tiny-chat")
+
+
+@pytest.fixture(scope="module")
+def url(checkpoint):
+    with serving.serve(checkpoint) as (url, _):
+        yield url
+
+
+@pytest.fixture
+def client(url):
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        yield client
+
+
+def compilations(url):
+    text = httpx.get(f"{url}/metrics").text
+    return float(re.search(r"^dsjax_compilations_total (\S+)", text, re.M)[1])
+
+
+@pytest.mark.heavy
+def test_openai_completes_and_chats(client):
+    assert next(iter(client.models.list())).id == "tiny-chat"
+    text = client.completions.create(model="tiny-chat", prompt="Some", max_tokens=9, temperature=0)
+    again = client.completions.create(model="tiny-chat", prompt="Some", max_tokens=9, temperature=0)
+    assert text.choices[0].text == again.choices[0].text and text.usage.completion_tokens <= 9
+    chat = client.chat.completions.create(
+        model="deepseek-chat", messages=HELLO, max_tokens=7, seed=3, n=2, logprobs=True,
+        top_logprobs=2,
+    )  # fmt: skip
+    assert [choice.index for choice in chat.choices] == [0, 1]
+    content = chat.choices[0].logprobs.content
+    assert content and all(len(each.top_logprobs) == 2 for each in content)
+    assert chat.usage.prompt_cache_miss_tokens + chat.usage.prompt_cache_hit_tokens > 0
+    thought = client.chat.completions.create(
+        model="deepseek-reasoner", messages=HELLO, max_tokens=20, seed=3
+    )
+    assert thought.choices[0].message.reasoning_content
+    assert thought.usage.completion_tokens_details.reasoning_tokens > 0
+
+
+@pytest.mark.heavy
+def test_openai_streams_what_it_gets_whole(client):
+    asked = {"model": "deepseek-chat", "messages": HELLO, "max_tokens": 30, "temperature": 0}
+    whole = client.chat.completions.create(**asked)
+    chunks = list(
+        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+@pytest.mark.heavy
+def test_openai_gets_json_and_calls(client):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+    for seed in range(3):
+        reply = client.chat.completions.create(
+            model="deepseek-chat", messages=HELLO, seed=seed, response_format=form
+        )
+        if reply.choices[0].finish_reason == "stop":
+            value = json.loads(reply.choices[0].message.content)
+            assert value.keys() == {"a", "b"} and value["b"] in ("x", "y")
+    with client.chat.completions.stream(
+        model="deepseek-chat", messages=HELLO, tools=[tool()], tool_choice="required", seed=1
+    ) as stream:
+        for _ in stream:
+            pass
+        message = stream.get_final_completion().choices[0].message
+    (call,) = message.tool_calls
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments)["city"] in ("Rome", "Oslo")
+
+
+@pytest.mark.heavy
+def test_openai_raises_the_errors_it_knows(client):
+    with pytest.raises(openai.UnprocessableEntityError, match="temperature must be a number"):
+        client.chat.completions.create(model="deepseek-chat", messages=HELLO, temperature=9)
+    with pytest.raises(openai.NotFoundError, match="this server has tiny-chat"):
+        client.chat.completions.create(model="gpt-5", messages=HELLO)
+    with pytest.raises(openai.BadRequestError, match="the model's context has 512"):
+        client.completions.create(model="tiny-chat", prompt="x" * 5000)
+
+
+@pytest.mark.heavy
+def test_company_changes_nothing_and_compiles_nothing(url):
+    before = compilations(url)
+
+    async def ask(client, number):
+        asked = {"model": "tiny-chat", "prompt": f"{number} Some text" * (number % 7 + 1)}
+        if number % 3 == 1:
+            asked |= {"logprobs": 2}
+        asked |= {"max_tokens": 3 + number % 11, "temperature": 0}
+        stream = await client.completions.create(**asked, stream=True)
+        chunks = [chunk async for chunk in stream]
+        return "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
+
+    async def run():
+        base = f"{url}/v1"
+        async with openai.AsyncOpenAI(base_url=base, api_key="x", timeout=120) as client:
+            together = await asyncio.gather(*(ask(client, number) for number in range(24)))
+            alone = [await ask(client, number) for number in range(0, 24, 4)]
+        return together, alone
+
+    together, alone = asyncio.run(run())
+    assert together[::4] == alone
+    assert compilations(url) == before
+
+
+@pytest.mark.heavy
+def test_curl_lines_of_the_documentation_work(url):
+    text = (ROOT / "docs/serving.md").read_text()
+    blocks = re.findall(r"^```\n(curl .*?)```$", text, re.M | re.S)
+    lines = [
+        f"curl {line}" for block in blocks for line in re.split(r"^curl ", block, flags=re.M)[1:]
+    ]
+    assert len(lines) >= 7
+    for line in lines:
+        command = shlex.split(line.replace("http://127.0.0.1:8000", url))
+        done = subprocess.run([*command, "--silent", "--fail-with-body"], capture_output=True)
+        assert done.returncode == 0, (line, done.stdout, done.stderr)
+        assert done.stdout
+
+
+@pytest.mark.heavy
+def test_server_drains_on_sigterm(checkpoint):
+    with serving.serve(checkpoint, "--api-key", "k", "--no-warm") as (url, process):
+        key = {"Authorization": "Bearer k"}
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        body = {"prompt": "Some", "max_tokens": 200, "logit_bias": {"1": -100}}
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            asked = threads.submit(
+                httpx.post, f"{url}/v1/completions", json=body, headers=key, timeout=120
+            )
+            until(lambda: httpx.get(f"{url}/health").json()["running"])
+            process.send_signal(signal.SIGTERM)
+            until(lambda: httpx.get(f"{url}/health").json()["status"] == "draining")
+            late = httpx.post(f"{url}/v1/completions", json=body, headers=key)
+            assert late.status_code == 503 and late.json()["error"]["type"]
+            response = asked.result()
+        assert response.status_code == 200
+        assert response.json()["usage"]["completion_tokens"] == 200
+        process.wait(timeout=60)
+        errors = process.read_log()
+        assert process.returncode == 143 and "Traceback" not in errors
+        assert '"completion_tokens": 200' in errors
+
+
+def until(holds):
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "tools/serve.py", *map(str, arguments)],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.heavy
+def test_what_cannot_be_served_is_told_before_the_weights_are_read(checkpoint, tmp_path):
+    done = run(tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    done = run(checkpoint, "--host", "0.0.0.0")
+    assert done.returncode == 1 and "a key is needed" in done.stderr
+    done = run(checkpoint, "--context", "999")
+    assert done.returncode == 1 and "is not between 2 and the model's 512" in done.stderr
+    assert run(checkpoint, "--max-batch", "0").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("127.0.0.9", True),
+     ("0.0.0.0", False), ("::", False), ("my.example", False)],
+)  # fmt: skip
+def test_only_this_machine_is_let_in_without_a_key(host, loopback, monkeypatch):
+    import argparse
+
+    monkeypatch.delenv(server.KEY_VARIABLE, raising=False)
+    arguments = argparse.Namespace(host=host, api_key=None, max_body=1, log_texts=False)
+    if loopback:
+        assert server._access(arguments).loopback and server._access(arguments).keys == []
+    else:
+        with pytest.raises(ValueError, match="so a key is needed"):
+            server._access(arguments)
+    monkeypatch.setenv(server.KEY_VARIABLE, "secret")
+    arguments.api_key = ["other"]
+    access = server._access(arguments)
+    assert access.loopback == loopback and len(access.keys) == 2
+    arguments.api_key = [""]
+    with pytest.raises(ValueError, match="printable ASCII"):
+        server._access(arguments)
