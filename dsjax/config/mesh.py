@@ -17,7 +17,7 @@ class MeshConfig:
     fsdp: int = 1  # splits weights and optimizer state; weights are gathered at use
     expert: int = 1  # splits the routed experts; tokens are sent to them
     tensor: int = 1  # splits heads, feed-forward width and vocabulary
-    context: int = 1  # splits sequences along their length
+    context: int = 1  # splits sequences along their length, and weights as fsdp does
     pipe: int = 1  # splits the layers into stages
 
     # order in which pipeline stages do their forward and backward passes (dsjax.parallel.schedules)

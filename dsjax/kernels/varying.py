@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -25,6 +26,16 @@ def vary_as(x: jax.Array, *others: jax.Array) -> jax.Array:
     """
     missing = varies_over(*others) - varies_over(x)
     return lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+
+def agreed(x: jax.Array, axes: Collection[str]) -> jax.Array:
+    """Marks x as equal on all devices along some mesh axes, as it is there although it was computed
+    from what may differ: all take over the first one's.
+    """
+    if not axes:
+        return x
+    first = jnp.all(jnp.stack([lax.axis_index(axis) == 0 for axis in axes]))
+    return lax.psum(jnp.where(first, x, jnp.zeros_like(x)), tuple(axes))
 
 
 def call_shipped(kernel: Callable[..., jax.Array], *inputs: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsjax.config import ModelConfig
 from dsjax.kernels.chosen_experts import chosen_experts, is_few
-from dsjax.kernels.varying import vary_as
+from dsjax.kernels.varying import agreed, varies_over, vary_as
 from dsjax.model.balance import BalanceWeights, balance_loss
 from dsjax.model.layers import FeedForward, Normal, declare
 from dsjax.model.parameters import partition_specs
@@ -189,6 +189,8 @@ class MoE(nnx.Module):
             fp8=policy.fp8 is not None,
         )
         y_mD = jax.lax.psum(y_mD, split_axes("ffn"))
+        # Where sequences stay whole, devices along `context` have the same tokens and sums.
+        y_mD = agreed(y_mD, varies_over(y_mD) - varies_over(x_mD))
         counted = jnp.where(documents_bt.reshape(-1, 1) > 0, routing.experts_MK, E)
         counts_E = count(counted, E)
         missing = routing.experts_MK.size - computed

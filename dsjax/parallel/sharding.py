@@ -21,19 +21,20 @@ from jax.typing import DTypeLike
 # Logical dimension -> mesh axes. Parameters are split over fsdp along the model width, which is
 # gathered at use, and over tensor along heads, feed-forward width and vocabulary, whose products
 # stay split. The expert axis splits the routed experts by number, and all other weights as fsdp
-# does. A weight without the model width, from a latent to the heads, is split along the heads.
-# Axes that are gathered at use come last in a dimension, so that gathered shards are neighbours.
+# does, as context splits all weights. A weight without the model width, from a latent to the heads,
+# is split along the heads. Axes that are gathered at use come last in a dimension, so that gathered
+# shards are neighbours.
 AXIS_TABLE: dict[str, tuple[str, ...]] = {
     # parameters
     "layers": (),
     "end_layers": (),
-    "embed": ("fsdp", "expert"),
-    "expert_embed": ("fsdp",),
-    "router_embed": ("fsdp", "expert"),  # a router's: float32 at use
+    "embed": ("fsdp", "context", "expert"),
+    "expert_embed": ("fsdp", "context"),
+    "router_embed": ("fsdp", "context", "expert"),  # a router's: float32 at use
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "latent": (),
-    "latent_heads": ("tensor", "fsdp", "expert"),
+    "latent_heads": ("tensor", "fsdp", "context", "expert"),
     "ffn": ("tensor",),
     "experts": ("expert",),
     "norm": (),
@@ -166,7 +167,8 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
 
 def gather_for_use(w: jax.Array, axes: Sequence[str], dtype: DTypeLike) -> jax.Array:
     """Lays out a parameter for its products under the current mesh: as declared, and then, where
-    fsdp and expert both split a dimension, gathered along expert. The compiler gathers the rest.
+    expert splits a dimension that fsdp or context splits too, gathered along expert. The compiler
+    gathers the rest.
 
     Args:
       axes: logical axes of w's dimensions.
@@ -208,8 +210,9 @@ def _steps(axes: Sequence[str], w: jax.Array) -> list[PartitionSpec]:
     if mesh.empty:
         return [PartitionSpec()]
     spec = partition_spec(axes, w.shape, mesh, "parameter")
+    both = ("fsdp", "expert"), ("context", "expert")
     gathered = PartitionSpec(
-        *(names[:-1] if names and names[-2:] == ("fsdp", "expert") else names for names in spec)
+        *(names[:-1] if names and names[-2:] in both else names for names in spec)
     )
     return [spec] if gathered == spec else [spec, gathered]
 

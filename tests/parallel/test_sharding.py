@@ -25,6 +25,16 @@ def test_partition_spec_looks_the_axes_up():
     assert spec == PartitionSpec(None, ("fsdp",), ("tensor",))
 
 
+def test_context_splits_sequences_and_weights():
+    mesh = make_mesh({"fsdp": 2, "context": 2, "expert": 2})
+    weight = partition_spec(("embed", "heads"), (16, 6), mesh, "wq")
+    assert weight == PartitionSpec(("fsdp", "context", "expert"), None)
+    experts = partition_spec(("experts", "expert_embed", "ffn"), (4, 16, 6), mesh, "w_up")
+    assert experts == PartitionSpec(("expert",), ("fsdp", "context"), None)
+    tokens = partition_spec(("batch", "length", "width"), (4, 8, 16), mesh, "x")
+    assert tokens == PartitionSpec(("fsdp", "expert"), ("context",), None)
+
+
 def test_axes_of_size_one_leave_no_trace():
     spec = partition_spec(("embed", "heads"), (7, 5), make_mesh({"data": 8}), "wq")
     assert spec == PartitionSpec(None, None)
@@ -102,8 +112,9 @@ def test_constrain_splits_under_a_mesh_and_is_nothing_without():
     assert placed.sharding.shard_shape(x.shape) == (2, 4, 2)
 
 
-def test_a_weight_is_put_together_in_two_steps_and_its_gradient_summed_in_them():
-    mesh = make_mesh({"fsdp": 2, "expert": 4})
+@pytest.mark.parametrize("other", ["fsdp", "context"])
+def test_a_weight_is_put_together_in_two_steps_and_its_gradient_summed_in_them(other):
+    mesh = make_mesh({other: 2, "expert": 4})
     rng = np.random.default_rng(0)
     w, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((16, 6), (8, 16)))
     axes = ("embed", "heads")
@@ -121,8 +132,8 @@ def test_a_weight_is_put_together_in_two_steps_and_its_gradient_summed_in_them()
     np.testing.assert_allclose(got, want, rtol=1e-5)
     np.testing.assert_array_equal(summed, w)
     for gradient in got, summed:
-        assert gradient.sharding.spec[0] == ("fsdp", "expert")
-    # It lies as declared, then split over fsdp alone; the first travels as bfloat16.
+        assert gradient.sharding.spec[0] == (other, "expert")
+    # It lies as declared, then split over the other alone; the first travels as bfloat16.
     steps = [line for line in text.splitlines() if "sharding_constraint" in line and "16x6" in line]
     assert ["expert" in line for line in steps] == [True, False, False, True]
     assert ["bf16" in line for line in steps] == [True, True, False, False]

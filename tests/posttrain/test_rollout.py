@@ -71,7 +71,11 @@ def gap(
     return batch["samp"][drawn] - old[drawn]
 
 
-MESHES = {"one device": {"data": 1}, "expert 2 x fsdp 2": {"data": 1, "fsdp": 2, "expert": 2}}
+MESHES = {
+    "one device": {"data": 1},
+    "expert 2 x fsdp 2": {"data": 1, "fsdp": 2, "expert": 2},
+    "expert 2 x context 2": {"data": 1, "expert": 2, "context": 2},
+}
 
 
 def test_engine_and_trainer_agree_on_v3():
