@@ -34,7 +34,9 @@ from dsjax import files, settings
 from dsjax.axes import AXES, CHECKPOINT_AXES
 from dsjax.config import Config, MeshConfig
 from dsjax.config.posttraining import PostTraining
+from dsjax.config.roots import ROOTS, Experiment
 
+Meshed = TypeVar("Meshed", bound=Experiment)
 Initial = TypeVar("Initial", bound=PostTraining)
 
 SUCCESS, FAILURE, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -107,6 +109,24 @@ def load(arguments: argparse.Namespace, kind: type[settings.Root] = Config) -> s
       kind: its root; the tool of another kind of experiment names its own.
     """
     return settings.override(settings.load_config(arguments.config, kind), arguments.set)
+
+
+def add_experiment(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """Adds CONFIG, `--set` and `--init` for a command that reads every kind of experiment;
+    `load_experiment` reads the first two.
+    """
+    add_config(parser, optional=optional)
+    parser.add_argument(
+        "--init",
+        metavar="CKPT",
+        help="for post-training: the checkpoint that it begins with (its config.json is enough), "
+        "or a config of the same model, such as configs/v3_671b.py",
+    )
+
+
+def load_experiment(arguments: argparse.Namespace) -> Experiment:
+    """Returns the config that CONFIG and `--set` describe, whatever its root."""
+    return settings.override(settings.load_any(arguments.config, ROOTS), arguments.set)
 
 
 def add_initial(parser: argparse.ArgumentParser) -> None:
@@ -182,7 +202,7 @@ def add_mesh(
     )
 
 
-def on_mesh(config: Config, sizes: Mapping[str, int]) -> Config:
+def on_mesh(config: Meshed, sizes: Mapping[str, int]) -> Meshed:
     """Returns the config with the mesh of `--mesh`, or unchanged if that is empty."""
     if not sizes:
         return config

@@ -55,6 +55,13 @@ def load_config(path: str | Path, kind: type[Root] = Config) -> Root:
       ValueError: the file does not hold a valid config; names the file and the line, if there is
         one.
     """
+    return load_any(path, (kind,))
+
+
+def load_any(path: str | Path, kinds: Sequence[type[Root]]) -> Root:
+    """Does what `load_config` does for a file that holds any of several roots. Of a JSON file, the
+    root is the one that has its groups.
+    """
     path = Path(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -66,9 +73,11 @@ def load_config(path: str | Path, kind: type[Root] = Config) -> Root:
     if not path.is_file():
         raise FileNotFoundError(f"there is no config {path}{_nearest_files(path)}")
     if path.suffix == ".py":
-        return checked(read_python(path, kind), str(path))
+        return checked(read_python(path, *kinds), str(path))
     if path.suffix == ".json":
-        return from_dict(read_json(path), str(path), kind)
+        values = read_json(path)
+        fitting = (kind for kind in kinds if set(values) <= set(typing.get_type_hints(kind)))
+        return from_dict(values, str(path), next(fitting, kinds[0]))
     raise ValueError(
         f"{path} is not a config: name a .py file, a config.json or the folder of a run"
     )
@@ -232,8 +241,8 @@ def _defaults(root: type[Any]) -> dict[str, Any]:
     return found
 
 
-def read_python(path: Path, kind: type[Root]) -> Root:
-    """Returns what a config file assigns to `config`, its types unchecked.
+def read_python(path: Path, *kinds: type[Root]) -> Root:
+    """Returns what a config file assigns to `config`, its types unchecked; it is of one of `kinds`.
 
     Raises:
       ValueError: the file fails, or assigns something else; names the file and the line.
@@ -254,11 +263,12 @@ def read_python(path: Path, kind: type[Root]) -> Root:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}{at}: {reason}") from error
     config = getattr(module, "config", None)
-    if not isinstance(config, kind):
+    if not isinstance(config, kinds):
         found = "nothing" if config is None else f"an object of type {type(config).__name__}"
+        endings = " or ".join(f"`config = {kind.__name__}(...)`" for kind in kinds)
         raise ValueError(
             f"{path} assigns {found} to `config`; a config file for this command ends with "
-            f"`config = {kind.__name__}(...)`"
+            f"{endings}"
         )
     return config
 

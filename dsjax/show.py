@@ -1,4 +1,4 @@
-"""Describes a config: the parameters it declares, their count, cost and placement.
+"""Describes a config: what a step takes, the parameters it declares, their cost and placement.
 
 All figures come from declared shapes. No device is used, so 671B parameters take a second.
 """
@@ -14,7 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from dsjax import settings, tables
-from dsjax.config import Config
+from dsjax.config.finetuning import FineTuning
+from dsjax.config.preference import Preference
+from dsjax.config.pretraining import Config
+from dsjax.config.reinforcement import Reinforcement
+from dsjax.config.roots import Experiment
 from dsjax.kernels.target import Target
 from dsjax.model import flops
 from dsjax.model.layers import RouterState
@@ -25,15 +29,15 @@ from dsjax.parallel.sharding import AXIS_TABLE, optimizer_spec, stored_spec
 from dsjax.precision.policy import Policy
 
 
-def summarize(config: Config) -> dict[str, Any]:
-    """Returns everything that is shown, as JSON values. FLOPs are for `data.sequence_length`.
+def summarize(config: Experiment) -> dict[str, Any]:
+    """Returns everything that is shown, as JSON values. FLOPs are for the length of a row.
 
     If no mesh axis is open (-1), this includes what each device holds.
 
     Raises:
       ValueError: parameters do not divide over the mesh; lists them all.
     """
-    model, length = config.model, config.data.sequence_length
+    model, length = config.shape, config.sequence_length
     # The shapes are the same everywhere; a named target keeps jax from starting a backend to ask.
     policy = Policy(jnp.dtype(config.precision.compute), Target("cpu"))
     declared = declarations(Transformer(model, policy))
@@ -47,6 +51,7 @@ def summarize(config: Config) -> dict[str, Any]:
     return {
         "name": config.name,
         "config": settings.to_dict(config),
+        "step": _step(config),
         "total_params": counts.total,
         "activated_params": counts.activated,
         "mtp_params": counts.mtp,
@@ -72,10 +77,44 @@ def summarize(config: Config) -> dict[str, Any]:
     }
 
 
-def _placed(declared: list[Declaration], config: Config) -> dict[str, Any]:
-    """Returns what one device holds of the parameters and the optimizer's two moments, in bytes."""
+def _step(config: Experiment) -> dict[str, int]:
+    """Counts what one step takes: of data, or of what the model answers."""
+    train, length = config.train, config.sequence_length
+    if isinstance(config, (Config, FineTuning)):
+        sequences, at_once = train.batch_size, config.micro_batch_size
+        return {
+            "sequences": sequences, "tokens": sequences * length, "sequences_per_pass": at_once,
+        }  # fmt: skip
+    if isinstance(config, Preference):
+        rows = config.preference.rows_per_example
+        return {
+            "examples": train.batch_size,
+            "sequences": rows * train.batch_size,
+            "tokens": rows * train.batch_size * length,
+            "sequences_per_pass": rows * config.micro_batch_size,
+        }
+    rl = config.rl
+    answers = rl.prompts * rl.group_size
+    return {
+        "questions": rl.prompts,
+        "answers": answers,
+        "answer_tokens_at_most": answers * rl.max_new_tokens,
+        "updates": rl.minibatches,
+        "answers_per_update": answers // rl.minibatches,
+        "rows_per_update_multiple_of": train.batch_size,
+        "tokens_per_row": length,
+        "rows_per_pass": config.micro_batch_size,
+    }
+
+
+def _placed(declared: list[Declaration], config: Experiment) -> dict[str, Any]:
+    """Returns what one device holds of the parameters, the optimizer's two moments and, where a
+    policy is compared with one, the reference, in bytes.
+    """
     mesh = describe_mesh(config.mesh.sizes)
     moment = jnp.dtype(config.optim.moment_dtype)
+    compared = isinstance(config, Reinforcement) and config.rl.beta > 0
+    reference = jnp.dtype(config.precision.compute).itemsize if compared else 0
     shards, problems = {}, []
     for parameter in declared:
         arguments = parameter.axes, parameter.shape, mesh, parameter.path
@@ -92,25 +131,29 @@ def _placed(declared: list[Declaration], config: Config) -> dict[str, Any]:
             "shape": list(local),
             "bytes": math.prod(local) * jnp.dtype(parameter.dtype).itemsize,
             "optimizer_bytes": 2 * math.prod(moments) * moment.itemsize * trained,
+            **({"reference_bytes": math.prod(local) * reference * trained} if compared else {}),
         }
     if problems:
         raise ValueError("\n".join(problems))
-    totals = {
-        key: sum(shard[key] for shard in shards.values()) for key in ("bytes", "optimizer_bytes")
-    }
+    kinds = "bytes", "optimizer_bytes", *(("reference_bytes",) if compared else ())
+    totals = {key: sum(shard[key] for shard in shards.values()) for key in kinds}
     return {"mesh": dict(mesh.shape), "device": totals, "shards": shards}
 
 
-def _mesh_axes(config: Config, logical_axis: str) -> list[str]:
+def _mesh_axes(config: Experiment, logical_axis: str) -> list[str]:
     """Returns the mesh axes of size above 1, or open, over which a logical axis may be split."""
     return [axis for axis in AXIS_TABLE[logical_axis] if getattr(config.mesh, axis) != 1]
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
-    """Prints the resolved config, the parameters with their sharding, and the totals."""
+    """Prints the resolved config, what a step does, the parameters with their sharding, and the
+    totals.
+    """
     for group, values in summary["config"].items():
         if isinstance(values, dict):
             tables.print_values(console, f"{summary['name']}: {group}", values)
+    step = [(name.replace("_", " "), count) for name, count in summary["step"].items()]
+    console.print(tables.figures("a step", step))
     console.print(_parameter_table(summary))
     console.print(tables.figures("totals", _totals(summary)))
 
@@ -120,6 +163,7 @@ def _parameter_table(summary: dict[str, Any]) -> Table:
     columns, shards = ["parameter", "shape", ">count", axes], summary.get("shards")
     if shards:
         columns += ["on a device", ">bytes", ">optimizer"]
+        columns += [">reference"] if "reference_bytes" in summary["device"] else []
     rows = []
     for parameter in summary["parameters"]:
         path = parameter["path"]
@@ -158,6 +202,9 @@ def _totals(summary: dict[str, Any]) -> list[tuple[str, object]]:
             (f"bytes of parameters on {where}", summary["device"]["bytes"]),
             (f"bytes of optimizer state on {where}", summary["device"]["optimizer_bytes"]),
         ]
+        if "reference_bytes" in summary["device"]:
+            reference = summary["device"]["reference_bytes"]
+            rows.append((f"bytes of the reference policy on {where}", reference))
     return rows
 
 

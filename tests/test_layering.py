@@ -30,7 +30,7 @@ FLOORS = {
     "show": 6,
     "train": 6,
     "posttrain": 7,
-    "plan": 7,
+    "plan": 8,
 }
 # the floors below take explicit arguments, so that they can be read and tested alone
 CONFIG_FROM = 4

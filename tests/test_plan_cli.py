@@ -22,7 +22,7 @@ def run(*arguments, cwd=ROOT):
     )
 
 
-TINY = str(ROOT / "configs/tiny.py")
+TINY, TUNED = str(ROOT / "configs/tiny.py"), str(ROOT / "configs/sft_tiny.py")
 
 
 def schedule(name, stages, microbatches):
@@ -53,6 +53,21 @@ def test_command_estimates_a_step_without_the_compiler(tmp_path):
     assert wanted <= set(plan) and plan["fits"]
 
 
+def test_command_plans_each_program_of_reinforcement_learning():
+    done = run(
+        str(ROOT / "configs/r1_zero_v3.py"), "--init", str(ROOT / "configs/v3_671b.py"),
+        "--topology", "v5p:8x8x8", "--no-compile", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    plans = [plan, *plan["others"]]
+    assert [each["step"] for each in plans] == ["train", "score", "decode"]
+    assert all(each["fits"] for each in plans)
+    state, reference = 10.6e9, 2.67e9
+    assert plans[0]["argument_bytes"] > state + reference
+    assert all(each["beside_bytes"] > state + reference for each in plans[1:])
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -66,6 +81,8 @@ def test_command_estimates_a_step_without_the_compiler(tmp_path):
         ((TINY, *schedule("1f1b", 2, 2)), 2, "CONFIG: not together with --stages"),
         ((TINY, "--topology", "v5e:4x4", "--out", "F.png"), 2, "--out: not together with CONFIG"),
         ((TINY, "--topology", "v5:4x4"), 1, "did you mean v5p:8x8x8 or v5e:4x4"),
+        ((TUNED, "--topology", "v5e:2x4"), 1, "takes its model from the checkpoint"),
+        ((TUNED, *schedule("1f1b", 2, 2)), 2, "CONFIG: not together with --stages"),
     ],
 )
 def test_command_refuses(tmp_path, arguments, code, message):

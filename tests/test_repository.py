@@ -83,6 +83,7 @@ FLAGS = {
     "plan.py": {
         "--debug",
         "--help",
+        "--init",
         "--json",
         "--microbatches",
         "--no-compile",
@@ -181,7 +182,7 @@ FLAGS = {
         "--set",
         "--workdir",
     },
-    "show.py": {"--debug", "--help", "--json", "--mesh", "--set"},
+    "show.py": {"--debug", "--help", "--init", "--json", "--mesh", "--set"},
     "train.py": {
         "--coordinator",
         "--debug",

@@ -7,6 +7,7 @@ import pytest
 
 from dsjax import settings
 from dsjax.config import Config, DataConfig, ModelConfig, TrainConfig
+from dsjax.config.finetuning import FineTuning
 
 DENSE = ModelConfig(
     vocab_size=64, dim=16, n_layers=2, n_dense_layers=2, n_heads=2, inter_dim=32, attention="gqa"
@@ -42,6 +43,18 @@ def test_load_config_reads_json_and_run_folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(settings.to_dict(CONFIG)))
     assert settings.load_config(tmp_path / "config.json") == CONFIG
     assert settings.load_config(str(tmp_path)) == CONFIG
+
+
+def test_any_of_several_roots_is_told_by_its_groups(tmp_path):
+    tuned = FineTuning(name="tuned", init="base")
+    for config in (CONFIG, tuned):
+        (tmp_path / "config.json").write_text(json.dumps(settings.to_dict(config)))
+        assert settings.load_any(tmp_path, (Config, FineTuning)) == config
+    with pytest.raises(ValueError, match=r"end(s)? with `config = Config\(.*` or `config = Fine"):
+        settings.load_any(write(tmp_path, "config = 3\n"), (Config, FineTuning))
+    (tmp_path / "config.json").write_text('{"name": "x", "sfd": {}}')
+    with pytest.raises(ValueError, match="sfd is not a config key"):
+        settings.load_any(tmp_path, (Config, FineTuning))
 
 
 @pytest.mark.parametrize(

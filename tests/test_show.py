@@ -11,6 +11,8 @@ import pytest
 from rich.console import Console
 
 from dsjax import command, settings, show
+from dsjax.checkpoint.shape import with_shape
+from dsjax.config.roots import ROOTS
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,6 +102,39 @@ def test_command_prints_json_without_any_device():
     done = run("configs/v3_671b.py", "--json", JAX_PLATFORMS="no_such_platform")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["total_params"] == 671_026_419_200
+
+
+def test_an_experiment_that_begins_with_a_checkpoint_takes_its_shape(tmp_path):
+    v3 = "--init", "configs/v3_671b.py"
+    done = run("configs/r1_zero_v3.py", *v3, "--json", JAX_PLATFORMS="no_such_platform")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["total_params"] == 671_026_419_200
+    assert summary["step"]["answers"] == 512 * 16
+    assert summary["step"]["answer_tokens_at_most"] == 512 * 16 * 32768
+    # float32 masters, two bfloat16 moments, a bfloat16 reference
+    device = summary["device"]
+    assert device["bytes"] == pytest.approx(5.34e9, rel=0.001)
+    assert device["bytes"] == pytest.approx(2 * device["reference_bytes"], rel=1e-4)
+    text = run("configs/r1_zero_v3.py", *v3).stdout
+    for expected in ("answers per update", "512", "bytes of the reference policy", "max_new_tok"):
+        assert expected in text, expected
+    bare = run("configs/r1_zero_v3.py")
+    assert bare.returncode == 1 and "--init CKPT or, for example, --init configs/" in bare.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("tiny", {"sequences": 8, "tokens": 8 * 256, "sequences_per_pass": 8}),
+        ("dpo_tiny", {"examples": 8, "sequences": 16, "tokens": 16 * 256}),
+    ],
+)
+def test_a_step_is_counted(name, step):
+    config = settings.load_any(ROOT / f"configs/{name}.py", ROOTS)
+    init = None if name == "tiny" else str(ROOT / "configs/tiny.py")
+    found = show.summarize(with_shape(config, init))["step"]
+    assert {key: found[key] for key in step} == step
 
 
 def test_printed_summary_names_totals_and_parameters(v3):

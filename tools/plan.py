@@ -1,16 +1,19 @@
 """Plan a step on a TPU slice, or draw a pipeline schedule. No TPU is used.
 
-CONFIG with --topology compiles the real train or decode step with the TPU compiler (extra `plan`)
-and prints what it says: memory of a device, whether it fits, FLOPs, collectives, how fast a step
-can be at best. --no-compile estimates the same by arithmetic, for slices of any size, in seconds.
---schedule prints a pipeline's bubble, its peak activations and what each rank does, a forward of
-one chunk taking 1 and a backward 2.
+CONFIG with --topology compiles the real programs of a training step with the TPU compiler (extra
+`plan`) and prints what it says of each: memory of a device, whether it fits, FLOPs, collectives,
+how fast it can be at best. --no-compile estimates the same by arithmetic, for slices of any size,
+in seconds. Reinforcement learning trains, scores (log-probabilities of the policy that answered and
+of the reference) and decodes. An experiment that begins with a checkpoint takes its model from
+--init. --schedule prints a pipeline's bubble, its peak activations and what each rank does, a
+forward of one chunk taking 1 and a backward 2.
 
 examples:
   python tools/plan.py configs/v3_671b.py --topology v5p:8x8x8 --json v3.json
   python tools/plan.py configs/v2_lite.py --topology v5e:4x4 --set train.batch_size=16 \\
       train.micro_batch_size=16
   python tools/plan.py configs/v3_671b.py --topology v5p:16x16x16 --no-compile
+  python tools/plan.py configs/r1_zero_v3.py --init configs/v3_671b.py --topology v5p:8x8x8
   python tools/plan.py --schedule dualpipe --stages 8 --microbatches 20 --out dualpipe.png
 """
 
@@ -21,16 +24,17 @@ from pathlib import Path
 
 from dsjax import command
 
-STEP_ONLY = ("config", "set", "topology", "step", "no_compile")
+STEP_ONLY = ("config", "set", "init", "topology", "step", "no_compile")
 SCHEDULE_ONLY = ("schedule", "stages", "microbatches", "out")
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = command.make_parser(__doc__)
-    command.add_config(parser, optional=True)
+    command.add_experiment(parser, optional=True)
     add = parser.add_argument
     add("--topology", metavar="NAME", help="generation and shape in chips, such as v5p:8x8x8")
-    add("--step", choices=("train", "decode"), help="the program (default: train)")
+    text = "one program alone (default: all that a training step runs)"
+    add("--step", choices=("train", "score", "decode"), help=text)
     add("--no-compile", action="store_true", help="estimate without the compiler")
     add("--schedule", metavar="NAME", help="gpipe, 1f1b, interleaved, zb1p, dualpipe, dualpipev")
     add(
@@ -57,14 +61,16 @@ def execute(arguments: argparse.Namespace) -> None:
         show = pipeline.print_summary
     else:
         command.require(make_parser(), arguments, ("config", "topology"), without=SCHEDULE_ONLY)
-        config = command.load(arguments)
+        config = command.load_experiment(arguments)
         os.environ["JAX_PLATFORMS"] = "cpu"  # no device takes part, so that none is looked for
+        from dsjax.checkpoint.shape import with_shape
+
+        config = with_shape(config, arguments.init)
         from dsjax.plan import figures, topology
 
-        slice_ = topology.parse(arguments.topology)
-        step = arguments.step or "train"
-        summary = figures.make(config, slice_, step, compiled=not arguments.no_compile)
-        show = figures.print_plan
+        slice_, compiled = topology.parse(arguments.topology), not arguments.no_compile
+        summary = figures.of_step(config, slice_, arguments.step, compiled=compiled)
+        show = figures.print_step
     from dsjax import tables
 
     tables.show(summary, show, arguments.json)

@@ -1,13 +1,16 @@
-"""Prints a config's keys, parameters, counts, FLOPs, cache size and sharding, and with --mesh what
-one device holds.
+"""Prints a config's keys, what a step takes, parameters, counts, FLOPs, cache size and sharding,
+and, if no mesh axis is open, what one device holds.
 
-No device is used; 671B parameters take seconds on any machine.
+CONFIG is an experiment of any kind. One that begins with a checkpoint takes its model from there:
+--init names it, or a config of the same model. No device is used; 671B parameters take seconds on
+any machine.
 
 examples:
   python tools/show.py configs/tiny.py
   python tools/show.py configs/v3_671b.py --set data.sequence_length=8192 mesh.tensor=8
   python tools/show.py configs/v3_671b.py --mesh fsdp=8,expert=64
   python tools/show.py configs/v2_lite.py --json
+  python tools/show.py configs/r1_zero_v3.py --init configs/v3_671b.py
 """
 
 import argparse
@@ -18,16 +21,18 @@ from dsjax import command
 
 def make_parser() -> argparse.ArgumentParser:
     parser = command.make_parser(__doc__)
-    command.add_config(parser)
+    command.add_experiment(parser)
     command.add_mesh(parser)
     command.add_json(parser)
     return parser
 
 
 def execute(arguments: argparse.Namespace) -> None:
-    config = command.on_mesh(command.load(arguments), arguments.mesh)
+    config = command.on_mesh(command.load_experiment(arguments), arguments.mesh)
     from dsjax import show, tables
+    from dsjax.checkpoint.shape import with_shape
 
+    config = with_shape(config, arguments.init)
     tables.show(show.summarize(config), show.print_summary, arguments.json)
 
 

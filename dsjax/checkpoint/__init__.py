@@ -14,7 +14,8 @@ element types, streaming.py bounds memory. weights.py is the format of a convert
 Runs: store.py saves and restores the state of a run through Orbax. manifest.py records the SHA-256
 of each file of a checkpoint, fingerprint.py hashes arrays on devices.
 
-Reports: inspection.py says what a checkpoint contains, audit.py what state it is in.
+Reports: inspection.py says what a checkpoint contains, audit.py what state it is in, shape.py which
+model an experiment that begins with one has.
 
     from dsjax.checkpoint.load import load, open_checkpoint
     model = load("DeepSeek-V2-Lite", mesh=mesh)

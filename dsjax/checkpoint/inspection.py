@@ -108,7 +108,7 @@ def implied_by(path: Path, overrides: Mapping[str, Any] | None = None) -> Implie
         path = path.parent / "hf" / "config.json"
         config = read_json(path)
     if "model" in config and "model_type" not in config:
-        model = settings.from_dict(config, str(path)).model
+        model = settings.from_dict(config["model"], f"{path}: model", ModelConfig)
         return Implied(family_for(model), model, BFLOAT16, None)
     config, family, model, block = read_config(path, overrides)
     return Implied(family, model, _stored_dtype(config, path), block)

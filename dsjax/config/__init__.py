@@ -13,6 +13,7 @@
   distillation.py DistillConfig: what a student learns of a teacher, a group of FineTuning
   preference.py   Preference: DPO and reward models, the root of tools/prefer.py
   r1.py           R1: stages of the kinds above in order, the root of tools/r1.py
+  roots.py        ROOTS: the roots that train one model, for commands that read any
   shapes.py       the ModelConfig of each published model
   recipes.py      experiments that differ only in model and learning rate
   rules.py        the checks that groups are written with

@@ -98,3 +98,8 @@ class FineTuning(PostTraining):
                 f"esft.score={self.esft.score} chooses experts, and the checkpoint has none; set "
                 "esft.score=off",
             )
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per row."""
+        return self.sft.sequence_length

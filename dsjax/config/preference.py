@@ -67,3 +67,8 @@ class Preference(PostTraining):
             f"preference.sequence_length={length} exceeds the checkpoint's max_seq_len={limit}; "
             "lower it",
         )
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per row: of a prompt with one answer."""
+        return self.preference.sequence_length

@@ -45,6 +45,16 @@ class Config:
         )
 
     @property
+    def shape(self) -> ModelConfig:
+        """The model, as the roots of post-training name it too."""
+        return self.model
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per row."""
+        return self.data.sequence_length
+
+    @property
     def micro_batch_size(self) -> int:
         """Sequences per forward pass."""
         return micro_batch_size(self.train, self.mesh)

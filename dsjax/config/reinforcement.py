@@ -171,6 +171,13 @@ class Reinforcement(PostTraining):
         )
 
     @property
+    def sequence_length(self) -> int:
+        """Tokens per row; where the config leaves it open, those of the longest answer, to which a
+        run adds the longest question.
+        """
+        return self.rl.sequence_length or self.rl.max_new_tokens
+
+    @property
     def replays(self) -> bool:
         """Whether there are experts to replay."""
         return self.rl.replay and self.shape.n_moe_layers > 0

@@ -14,15 +14,18 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dsjax.config import Config
+from dsjax.config.roots import Experiment
 from dsjax.parallel.compilation import compiler_options
 from dsjax.parallel.mesh import make_mesh
-from dsjax.plan import collectives, operations, programs
+from dsjax.plan import collectives, operations, steps
+from dsjax.plan.programs import Program
 from dsjax.plan.topology import Topology, devices
 
 
 class CompilerFigures(NamedTuple):
-    """What the compiler says; bytes are per device."""
+    """What the compiler says; bytes are per device. The peak is that of the program together with
+    the arrays that lie beside it.
+    """
 
     fits: bool
     peak_bytes_per_device: int
@@ -39,8 +42,8 @@ class CompilerFigures(NamedTuple):
     collectives_error: str | None = "the program does not fit"  # why there are none
 
 
-def compile_step(config: Config, topology: Topology, step: str) -> CompilerFigures:
-    """Compiles the train or decode step of a config.
+def compile_step(config: Experiment, topology: Topology, step: str) -> CompilerFigures:
+    """Compiles a program of `dsjax.plan.steps`.
 
     Raises:
       ValueError: the config does not fit the slice's number of devices, or there is no compiler.
@@ -50,10 +53,10 @@ def compile_step(config: Config, topology: Topology, step: str) -> CompilerFigur
         return _compile(config, topology, step, Path(folder))
 
 
-def _compile(config: Config, topology: Topology, step: str, folder: Path) -> CompilerFigures:
+def _compile(config: Experiment, topology: Topology, step: str, folder: Path) -> CompilerFigures:
     """Does what `compile_step` does; the compiler dumps its programs into `folder`."""
-    mesh = make_mesh(config.mesh.sizes, devices=devices(topology))
-    program = programs.STEPS[step](config, mesh, topology.target)
+    mesh = make_mesh(steps.mesh_sizes(config, step), devices=devices(topology))
+    program = steps.build(config, step, mesh, topology.target)
     function = jax.jit(
         program.function,
         donate_argnums=program.donated,
@@ -81,10 +84,10 @@ def _compile(config: Config, topology: Topology, step: str, folder: Path) -> Com
                 raise
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     if executable is None:
-        arguments = program.argument_bytes
+        used, arguments = used + program.beside, program.argument_bytes
         return CompilerFigures(False, used, arguments, flops, seconds, cpu_seconds, text_bytes)
     memory: Any = executable.memory_analysis()
-    peak = memory.peak_memory_in_bytes
+    peak = memory.peak_memory_in_bytes + program.beside
     return CompilerFigures(
         peak <= topology.device.hbm,
         peak,
@@ -100,9 +103,9 @@ def _compile(config: Config, topology: Topology, step: str, folder: Path) -> Com
     )
 
 
-def rows_per_expert(config: Config, program: programs.Program) -> float:
+def rows_per_expert(config: Experiment, program: Program) -> float:
     """Returns the assignments per expert in one pass under an even load."""
-    model = config.model
+    model = config.shape
     if not model.n_routed_experts:
         return 0.0
     return program.tokens_per_pass * model.n_activated_experts / model.n_routed_experts

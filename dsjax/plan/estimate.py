@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from jax.sharding import AbstractMesh
 
-from dsjax.config import Config, ModelConfig
+from dsjax.config import ModelConfig
+from dsjax.config.roots import Experiment
 from dsjax.model import flops
 from dsjax.model.block import attention_class
 from dsjax.model.parameters import Declaration, declarations
@@ -22,6 +23,8 @@ from dsjax.parallel.lockstep import lock_step
 from dsjax.parallel.sharding import AXIS_TABLE, parts, split_over, stored_spec
 from dsjax.plan.programs import Program
 from dsjax.train.step import declared_model
+
+BESIDE = "arrays beside the program"
 
 _FLOAT32 = 4
 _COMPUTE = {"bfloat16": 2, "float32": 4}
@@ -51,14 +54,17 @@ class _Weights(NamedTuple):
     head: float  # gathered
 
 
-def estimate(config: Config, mesh: AbstractMesh, program: Program, step: str) -> Estimate:
-    """Estimates a step of `dsjax.plan.programs`."""
-    weights = _weights(config, mesh)
-    return (_train if step == "train" else _decode)(config, mesh, program, weights)
+def estimate(config: Experiment, mesh: AbstractMesh, program: Program, step: str) -> Estimate:
+    """Estimates a program of `dsjax.plan.steps`."""
+    kinds = {"train": _train, "score": _score, "decode": _decode}
+    found = kinds[step](config, mesh, program, _weights(config, mesh))
+    if program.beside:
+        found.parts[BESIDE] = program.beside
+    return found
 
 
-def _weights(config: Config, mesh: AbstractMesh) -> _Weights:
-    declared = declarations(declared_model(config.model, config.precision))
+def _weights(config: Experiment, mesh: AbstractMesh) -> _Weights:
+    declared = declarations(declared_model(config.shape, config.precision))
     layers: dict[str, float] = {}
     kept = worked = gathered = head = 0.0
     for parameter in declared:
@@ -75,11 +81,11 @@ def _weights(config: Config, mesh: AbstractMesh) -> _Weights:
     return _Weights(kept, worked, gathered, max(layers.values()), head)
 
 
-def _stage_layers(config: Config, mesh: AbstractMesh) -> int:
+def _stage_layers(config: Experiment, mesh: AbstractMesh) -> int:
     """Counts the layers that a device works on: all, or those of its stages in a pipeline."""
     name, ranks = config.mesh.schedule, mesh.shape["pipe"]
     per_rank = schedules.stages_per_rank(name)
-    layers = config.model.n_moe_layers or config.model.n_layers
+    layers = config.shape.n_moe_layers or config.shape.n_layers
     if ranks == 1:
         return layers
     copies = 2 if name == "dualpipe" else 1
@@ -100,16 +106,18 @@ def _split(parameter: Declaration, mesh: AbstractMesh) -> tuple[float, float, fl
     return parameter.count / math.prod(mesh.shape[name] for name in names), split, gathered
 
 
-def _train(config: Config, mesh: AbstractMesh, program: Program, weights: _Weights) -> Estimate:
-    model, item = config.model, _COMPUTE[config.precision.compute]
-    tokens = program.tokens_per_pass // parts("batch", mesh)
+def _train(config: Experiment, mesh: AbstractMesh, program: Program, weights: _Weights) -> Estimate:
+    model, item = config.shape, _COMPUTE[config.precision.compute]
+    tokens = program.tokens_per_pass // (parts("batch", mesh) * parts("length", mesh))
     passes = program.tokens // program.tokens_per_pass
+    accumulates = passes > program.updates
     pipelined = mesh.shape["pipe"] > 1
-    layers = (_stage_layers(config, mesh) if pipelined else model.n_layers) + model.n_mtp
+    n_mtp = model.n_mtp if program.mtp else 0
+    layers = (_stage_layers(config, mesh) if pipelined else model.n_layers) + n_mtp
     again = {"none": 0, "selective": 0.5, "full": 1}[config.train.remat]
     memory = {
         "arguments": program.argument_bytes,
-        "gradients": int(weights.worked * _FLOAT32) * (2 if passes > 1 and not pipelined else 1),
+        "gradients": int(weights.worked * _FLOAT32) * (2 if accumulates and not pipelined else 1),
         "kept between the layers": int(tokens * layers * _kept_values(config, mesh) * item),
     }
     if pipelined:
@@ -124,7 +132,7 @@ def _train(config: Config, mesh: AbstractMesh, program: Program, weights: _Weigh
     vocabulary = model.vocab_size / parts("vocab", mesh)
     loss = int(weights.head * (item + _FLOAT32) + 3 * chunk * vocabulary * _FLOAT32)
     memory["a layer's backward pass" if backward > loss else "the loss"] = max(backward, loss)
-    optimizer = 2.0 * program.argument_bytes + weights.kept * _FLOAT32
+    optimizer = program.updates * (2.0 * program.argument_bytes + weights.kept * _FLOAT32)
     uses = 3 + again
     through = tokens * passes * layers * (_attention_values(model, mesh) + 12 * model.dim) * item
     traffic = optimizer + passes * uses * 2 * weights.gathered * item + uses * through
@@ -133,12 +141,13 @@ def _train(config: Config, mesh: AbstractMesh, program: Program, weights: _Weigh
     moe_layers = layers - (0 if pipelined else model.n_dense_layers)
     dispatch = moe_layers * _dispatch_bytes(model, mesh, tokens, item)
     sent = per_pass + dispatch * 2 * (1 + again)
-    needed = flops.train_flops_per_token(model, config.data.sequence_length) * program.tokens
+    per_token = flops.train_flops_per_token(model, config.sequence_length, mtp=program.mtp)
+    needed = per_token * program.tokens
     network = passes * sent if parts("batch", mesh) > 1 else 0.0
     return Estimate(memory, traffic, network, needed * (1 + again / 3), needed)
 
 
-def _waiting(config: Config, mesh: AbstractMesh, microbatches: int) -> int:
+def _waiting(config: Experiment, mesh: AbstractMesh, microbatches: int) -> int:
     """Counts the activations that a device stores between the stages and at the ends."""
     ranks, name = mesh.shape["pipe"], config.mesh.schedule
     stages = ranks * schedules.stages_per_rank(name)
@@ -147,8 +156,30 @@ def _waiting(config: Config, mesh: AbstractMesh, microbatches: int) -> int:
     return table.stages.shape[1] * slots + 2 * -(-microbatches // ranks)
 
 
-def _decode(config: Config, mesh: AbstractMesh, program: Program, weights: _Weights) -> Estimate:
-    model, item = config.model, _COMPUTE[config.precision.compute]
+def _score(config: Experiment, mesh: AbstractMesh, program: Program, weights: _Weights) -> Estimate:
+    model, item = config.shape, _COMPUTE[config.precision.compute]
+    tokens = program.tokens_per_pass // (parts("batch", mesh) * parts("length", mesh))
+    passes = program.tokens // program.tokens_per_pass
+    # Half of what the backward pass holds: no gradients.
+    widest = max(_attention_values(model, mesh), _routed_values(model, mesh)) / 2
+    memory = {
+        "arguments": program.argument_bytes,
+        "a layer's gathered weights": int(2 * weights.largest_layer * item),
+        "a layer's activations": int(tokens * widest * item),
+    }
+    through = tokens * passes * model.n_layers * item
+    through *= _attention_values(model, mesh) + 12 * model.dim
+    traffic = program.argument_bytes + passes * 2 * weights.gathered * item + through
+    sent = (weights.gathered - weights.worked) * item
+    sent += model.n_moe_layers * _dispatch_bytes(model, mesh, tokens, item)
+    needed = flops.forward_flops_per_token(model, config.sequence_length) * program.tokens
+    return Estimate(memory, traffic, passes * sent, needed, needed)
+
+
+def _decode(
+    config: Experiment, mesh: AbstractMesh, program: Program, weights: _Weights
+) -> Estimate:
+    model, item = config.shape, _COMPUTE[config.precision.compute]
     tokens = max(program.tokens // parts("batch", mesh), 1)
     work = tokens * (_routed_values(model, mesh) + 4 * model.vocab_size) * item
     memory = {
@@ -158,16 +189,16 @@ def _decode(config: Config, mesh: AbstractMesh, program: Program, weights: _Weig
     }
     gathered = (weights.gathered - weights.kept) * item
     # A new token attends to the whole cache.
-    length = config.data.sequence_length
+    length = config.sequence_length
     needed = flops.forward_flops_per_token(model, length, causal=False) * program.tokens
     moe_layers = model.n_moe_layers + model.n_mtp
     network = gathered + moe_layers * _dispatch_bytes(model, mesh, tokens, item)
     return Estimate(memory, program.argument_bytes + 2.0 * gathered, network, needed, needed)
 
 
-def _kept_values(config: Config, mesh: AbstractMesh) -> float:
+def _kept_values(config: Experiment, mesh: AbstractMesh) -> float:
     """Counts values per token and layer kept for the backward pass, on average over layers."""
-    model, tensor = config.model, parts("heads", mesh)
+    model, tensor = config.shape, parts("heads", mesh)
     kept = float(model.dim)
     if config.train.remat == "full":
         return kept

@@ -9,25 +9,40 @@ from rich.console import Console
 from rich.text import Text
 
 from dsjax import tables
-from dsjax.config import Config
+from dsjax.config.roots import Experiment
 from dsjax.parallel.mesh import describe_mesh, resolve
-from dsjax.plan import aot, estimate, programs
+from dsjax.plan import aot, estimate, steps
 from dsjax.plan.roofline import roofline
 from dsjax.plan.topology import Topology
 
 
-def make(config: Config, topology: Topology, step: str, *, compiled: bool) -> dict[str, Any]:
+def of_step(
+    config: Experiment, topology: Topology, step: str | None, *, compiled: bool
+) -> dict[str, Any]:
+    """Returns the figures of one program, or of all that a training step runs: those of the program
+    that updates, with those of the others in `others`.
+
+    The arguments are those of `make`, but `step` may be None for all.
+    """
+    first, *others = [step] if step else steps.of_training(config)
+    plan = make(config, topology, first, compiled=compiled)
+    if others:
+        plan["others"] = [make(config, topology, other, compiled=compiled) for other in others]
+    return plan
+
+
+def make(config: Experiment, topology: Topology, step: str, *, compiled: bool) -> dict[str, Any]:
     """Returns the figures of a step.
 
     Args:
-      step: "train" or "decode".
+      step: train, score or decode.
       compiled: whether to ask the compiler; otherwise memory and network are estimated.
 
     Raises:
       ValueError: config and slice do not fit each other, or there is no compiler.
     """
-    mesh = describe_mesh(resolve(config.mesh.sizes, topology.n_devices))
-    program = programs.STEPS[step](config, mesh, topology.target)
+    mesh = describe_mesh(resolve(steps.mesh_sizes(config, step), topology.n_devices))
+    program = steps.build(config, step, mesh, topology.target)
     estimated = estimate.estimate(config, mesh, program, step)
     found = _compiled(config, topology, step) if compiled else _estimated(estimated, topology)
     limits = roofline(
@@ -44,11 +59,12 @@ def make(config: Config, topology: Topology, step: str, *, compiled: bool) -> di
         "devices": topology.n_devices,
         "mesh": dict(mesh.shape),
         "compiled": compiled,
-        "sequence_length": config.data.sequence_length,
+        "sequence_length": config.sequence_length,
         "tokens": program.tokens,
         "tokens_per_device_and_pass": program.tokens_per_pass / topology.n_devices,
         "remat": config.train.remat,
         "hbm_bytes": topology.device.hbm,
+        "beside_bytes": program.beside,
         **found,
         "estimated_peak_bytes_per_device": estimated.peak,
         "estimated_parts": estimated.parts,
@@ -58,7 +74,7 @@ def make(config: Config, topology: Topology, step: str, *, compiled: bool) -> di
     }
 
 
-def _compiled(config: Config, topology: Topology, step: str) -> dict[str, Any]:
+def _compiled(config: Experiment, topology: Topology, step: str) -> dict[str, Any]:
     found = aot.compile_step(config, topology, step)._asdict()
     sent = found["collectives"]
     return found | {
@@ -73,7 +89,7 @@ def _estimated(estimated: estimate.Estimate, topology: Topology) -> dict[str, An
         "fits": estimated.peak <= topology.device.hbm,
         "peak_bytes_per_device": estimated.peak,
         "argument_bytes": arguments,
-        "temporary_bytes": estimated.peak - arguments,
+        "temporary_bytes": estimated.peak - arguments - estimated.parts.get(estimate.BESIDE, 0),
         "program_flops": estimated.program_flops,
         "network_bytes_per_device": estimated.network,
     }
@@ -84,6 +100,12 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def print_step(plan: dict[str, Any], console: Console) -> None:
+    """Prints what `of_step` returned."""
+    for each in (plan, *plan.get("others", ())):
+        print_plan(each, console)
 
 
 def print_plan(plan: dict[str, Any], console: Console) -> None:
@@ -118,6 +140,7 @@ def _rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("peak memory per device", _giga(plan["peak_bytes_per_device"], "B")),
         ("    arguments", _giga(plan["argument_bytes"], "B")),
+        ("    arrays beside the program", _giga(plan["beside_bytes"], "B")),
         ("    temporaries", _giga(plan["temporary_bytes"], "B")),
         ("    output not in place of arguments", _giga(plan.get("output_bytes"), "B")),
         (f"of {_giga(plan['hbm_bytes'], 'B')}", "fits" if plan["fits"] else "DOES NOT FIT"),

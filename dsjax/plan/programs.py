@@ -9,13 +9,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from dsjax.config import Config
-from dsjax.generate import decoding, sampling
+from dsjax.config.roots import Experiment
+from dsjax.generate import decoding as engine
+from dsjax.generate import sampling
 from dsjax.kernels.target import Target
 from dsjax.model.cache import entry_axes
 from dsjax.model.layers import RouterState
 from dsjax.model.parameters import shardings
+from dsjax.model.transformer import Transformer
 from dsjax.parallel.sharding import partition_spec
 from dsjax.train import hyperparameters, pipelined_step
 from dsjax.train.batches import batch_sharding
@@ -31,8 +35,11 @@ class Program(NamedTuple):
     arguments: tuple[Any, ...]  # of jax.ShapeDtypeStruct with shardings
     donated: tuple[int, ...]  # arguments whose memory the results reuse
     results: Any  # shardings of the results; None: the compiler's choice
-    tokens: int  # trained on, or generated
+    tokens: int  # trained on, scored, or generated
     tokens_per_pass: int  # that go through the model together
+    updates: int = 1  # of the optimizer
+    mtp: bool = True  # whether the MTP modules run
+    beside: int = 0  # bytes of one device's other arrays that stay where they are meanwhile
 
     @property
     def argument_bytes(self) -> int:
@@ -45,6 +52,11 @@ def shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
     raw = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
     shard = (*leaf.sharding.shard_shape(leaf.shape), *raw.shape[len(leaf.shape) :])
     return math.prod(shard) * raw.dtype.itemsize
+
+
+def number(mesh: Mesh | AbstractMesh, dtype: DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
+    """Describes one number that all devices have."""
+    return jax.ShapeDtypeStruct((), dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
 
 def _is_key(leaf: jax.ShapeDtypeStruct) -> bool:
@@ -68,11 +80,7 @@ def train(config: Config, mesh: Mesh | AbstractMesh, target: Target) -> Program:
         name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
         for name in ("tokens", "segment_ids")
     }
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    knobs = {
-        name: jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
-        for name in hyperparameters.knobs(config, step=0)
-    }
+    knobs = {name: number(mesh) for name in hyperparameters.knobs(config, step=0)}
     placement = jax.tree.map(lambda leaf: leaf.sharding, state)
     return Program(
         train_step(declared, optimizer, pretraining(config), schedule=config.mesh.schedule),
@@ -84,16 +92,27 @@ def train(config: Config, mesh: Mesh | AbstractMesh, target: Target) -> Program:
     )
 
 
-def decode(config: Config, mesh: Mesh | AbstractMesh, target: Target) -> Program:
+def decode(config: Experiment, mesh: Mesh | AbstractMesh, target: Target) -> Program:
     """Builds one call of the decoding program, as `dsjax.generate` runs it: one token for each of a
-    micro-batch's sequences, with a cache of `data.sequence_length` positions and weights in the
-    compute type.
+    micro-batch's sequences, with a cache as long as a training row and weights in the compute type.
 
     Raises:
       ValueError: parameters or sequences do not divide over the mesh.
     """
-    declared = declared_model(config.model, config.precision, target)
-    rows, length = config.micro_batch_size, config.data.sequence_length
+    declared = declared_model(config.shape, config.precision, target)
+    rows = "sequences of train.micro_batch_size"
+    return decoding(declared, mesh, config.micro_batch_size, config.sequence_length, rows)
+
+
+def decoding(
+    declared: Transformer, mesh: Mesh | AbstractMesh, rows: int, length: int, what: str
+) -> Program:
+    """Builds what `decode` does, for any number of rows.
+
+    Args:
+      length: positions of the cache.
+      what: the rows, for messages.
+    """
 
     def weights(variable: Any, placed: Any) -> Any:
         value = variable.get_value()
@@ -109,11 +128,11 @@ def decode(config: Config, mesh: Mesh | AbstractMesh, target: Target) -> Program
     )
 
     def laid_out(leaf: jax.ShapeDtypeStruct, *axes: str) -> Any:
-        spec = partition_spec(axes, leaf.shape, mesh, "sequences of train.micro_batch_size")
+        spec = partition_spec(axes, leaf.shape, mesh, what)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     carry = jax.eval_shape(
-        lambda: decoding.empty_carry(declared, batch=rows, length=length, n_drafts=0)
+        lambda: engine.empty_carry(declared, batch=rows, length=length, n_drafts=0)
     )
     carry = carry._replace(
         cache=jax.tree.map(
@@ -131,9 +150,6 @@ def decode(config: Config, mesh: Mesh | AbstractMesh, target: Target) -> Program
         lambda leaf: laid_out(leaf, "batch", *("width",) * (leaf.ndim - 1)),
         jax.eval_shape(per_row),
     )
-    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
-    arguments = model, carry, *arguments, number, number
-    return Program(decoding.decode, arguments, (1,), None, rows, rows)
-
-
-STEPS = {"train": train, "decode": decode}
+    count = number(mesh, jnp.int32)
+    arguments = model, carry, *arguments, count, count
+    return Program(engine.decode, arguments, (1,), None, rows, rows, mtp=False)

@@ -69,6 +69,16 @@ def generating(declared: Transformer, params: nnx.State) -> nnx.State:
     return jax.tree.map(cast, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
+def generating_shapes(declared: Transformer, params: nnx.State) -> nnx.State:
+    """Returns the shapes and types of `generating`, placed as the parameters are."""
+    shapes = jax.eval_shape(lambda params: generating(declared, params), params)
+    return jax.tree.map(
+        lambda new, own: jax.ShapeDtypeStruct(new.shape, new.dtype, sharding=own.sharding),
+        shapes,
+        params,
+    )
+
+
 class Rollouts:
     """Answers questions with the weights of the moment."""
 

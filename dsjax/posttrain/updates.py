@@ -20,7 +20,7 @@ from flax import nnx
 
 from dsjax.model.transformer import Transformer
 from dsjax.parallel.compilation import Compiled
-from dsjax.posttrain.rollout import generating
+from dsjax.posttrain.rollout import generating, generating_shapes
 from dsjax.train.objective import LARGEST, Batch, Knobs, Metrics
 from dsjax.train.step import TrainState
 
@@ -54,12 +54,7 @@ def with_reference(declared: Transformer, state: TrainState, *, keep: bool) -> P
     """
     reference = None
     if keep and isinstance(jax.tree.leaves(state.params)[0], jax.ShapeDtypeStruct):
-        shapes = jax.eval_shape(lambda params: generating(declared, params), state.params)
-        reference = jax.tree.map(
-            lambda new, own: jax.ShapeDtypeStruct(new.shape, new.dtype, sharding=own.sharding),
-            shapes,
-            state.params,
-        )
+        reference = generating_shapes(declared, state.params)
     elif keep:
         placement = jax.tree.map(lambda leaf: leaf.sharding, state.params)
 

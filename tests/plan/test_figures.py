@@ -6,6 +6,8 @@ import pytest
 from rich.console import Console
 
 from dsjax import settings
+from dsjax.checkpoint.shape import with_shape
+from dsjax.config.roots import ROOTS
 from dsjax.plan import aot, figures, topology
 from dsjax.plan.collectives import Collective
 
@@ -61,3 +63,25 @@ def test_estimated_plan_needs_no_compiler(step):
     assert plan["fits"] and not plan["compiled"] and plan["step"] == step
     assert plan["peak_bytes_per_device"] == sum(plan["estimated_parts"].values())
     assert f"{step} step on v5e:2x4, 8 devices (data=8), estimated" in printed(plan)
+
+
+def test_a_step_of_several_programs_has_the_figures_of_each():
+    config = settings.load_any(ROOT / "configs/grpo_countdown.py", ROOTS)
+    config = settings.override(config, ["train.batch_size=8"])
+    config = with_shape(config, str(ROOT / "configs/tiny.py"))
+    plan = figures.of_step(config, SLICE, None, compiled=False)
+    assert [other["step"] for other in plan["others"]] == ["score", "decode"]
+    for each in (plan, *plan["others"]):
+        parts = each["estimated_parts"]
+        assert each["peak_bytes_per_device"] == sum(parts.values())
+        assert each["beside_bytes"] == parts.get("arrays beside the program", 0)
+        assert each["program_flops"] >= each["model_flops"] > 0
+    assert plan["model_flops"] == 3 * plan["others"][0]["model_flops"]
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))
+    figures.print_step(plan, console)
+    console.file.close()
+    text = console.export_text()
+    for step in ("train", "score", "decode"):
+        assert f"grpo_countdown: {step} step on v5e:2x4" in text
+    alone = figures.of_step(config, SLICE, "score", compiled=False)
+    assert alone == plan["others"][0]

@@ -14,9 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 def make(name, step, n_devices, *overrides):
     config = settings.override(settings.load_config(ROOT / f"configs/{name}.py"), list(overrides))
-    return programs.STEPS[step](
-        config, describe_mesh(resolve(config.mesh.sizes, n_devices)), Target("tpu", (5,))
-    )
+    mesh = describe_mesh(resolve(config.mesh.sizes, n_devices))
+    return getattr(programs, step)(config, mesh, Target("tpu", (5,)))
 
 
 def test_671b_is_split_over_all_chips():

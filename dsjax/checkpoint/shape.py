@@ -1,0 +1,64 @@
+"""Gives an experiment that begins with a checkpoint the shape of that checkpoint, without weights:
+for commands that describe or plan it where the checkpoint is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TypeVar
+
+from dsjax import settings
+from dsjax.checkpoint.hf_folder import check_kind
+from dsjax.checkpoint.inspection import implied_by
+from dsjax.config import Config, ModelConfig
+from dsjax.config.roots import ROOTS, Experiment
+
+AnyExperiment = TypeVar("AnyExperiment", bound=Experiment)
+
+
+def with_shape(config: AnyExperiment, init: str | None) -> AnyExperiment:
+    """Returns the config with a model.
+
+    Args:
+      init: the checkpoint that it begins with, or a config of the same model; None: what the
+        config itself names.
+
+    Raises:
+      ValueError: there is none or one too many, it cannot be read, or config and model break a
+        rule.
+    """
+    if isinstance(config, Config):
+        if init:
+            raise ValueError(
+                f"--init {init}: {config.name} pre-trains a model of its own; leave --init out"
+            )
+        return config
+    init = init or config.init
+    if config.model is not None and init == config.init:
+        return config
+    if not init:
+        raise ValueError(
+            f"{config.name} takes its model from the checkpoint that it begins with; name that, or "
+            "a config of the same model: --init CKPT or, for example, --init configs/v3_671b.py"
+        )
+    return dataclasses.replace(config, init=init, model=model_of(Path(init)))
+
+
+def model_of(path: Path) -> ModelConfig:
+    """Reads the shape of a checkpoint of any kind, of which config.json is enough, or of a config.
+
+    Raises:
+      ValueError: there is none, or it is not supported.
+      FileNotFoundError: there is no such config.
+    """
+    if path.suffix == ".py":
+        model = settings.load_any(path, ROOTS).model
+        if model is None:
+            raise ValueError(
+                f"--init {path} takes its own model from a checkpoint; name a pre-training config"
+            )
+        return model
+    if path.suffix != ".json":
+        check_kind(path)
+    return implied_by(path).model
