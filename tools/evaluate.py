@@ -53,7 +53,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from dsjax.posttrain import evaluation
 
     compilation.use_persistent_cache("")
-    evaluation.run(arguments)
+    evaluation.run(evaluation.Examination.of(arguments))
 
 
 if __name__ == "__main__":

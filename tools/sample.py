@@ -55,7 +55,7 @@ def execute(arguments: argparse.Namespace) -> None:
     from dsjax.posttrain import rejection
 
     compilation.use_persistent_cache("")
-    rejection.run(arguments)
+    rejection.run(rejection.Order.of(arguments))
 
 
 if __name__ == "__main__":

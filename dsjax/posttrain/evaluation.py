@@ -16,7 +16,6 @@ Wilson, J. Am. Stat. Assoc. 22 (1927).
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import sys
@@ -28,10 +27,9 @@ import numpy as np
 from rich.console import Console
 
 from dsjax import display, tables
-from dsjax.generate.sampling import Sampling
 from dsjax.posttrain.answer import final
 from dsjax.posttrain.problems import Problem, read_problems
-from dsjax.posttrain.responses import Respondent, Response, Wanted, open_respondent
+from dsjax.posttrain.responses import Answering, Respondent, Response
 from dsjax.posttrain.rewards import Grader
 
 RIGHT = 1.0
@@ -186,43 +184,50 @@ def evaluate(
     return summarise(grouped, ks, greedy), grouped, greedy
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Runs tools/evaluate.py with its parsed arguments.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Examination(Answering):
+    """What tools/evaluate.py is asked for.
+
+    Attributes:
+      problems: file or glob.
+      k: of pass@k and maj@k; None: n.
+      json: file of the figures and all samples; "-" prints them.
+    """
+
+    problems: str
+    reward: str = "rule"
+    n: int = 8
+    k: Sequence[int] | None = None
+    json: str | None = None
+
+
+def run(asked: Examination) -> None:
+    """Examines a checkpoint and shows the result.
 
     Raises:
       ValueError: the checkpoint, the problems or the reward cannot be used; all of this is checked
         before the weights are read.
     """
-    ks = arguments.k or ([arguments.n] if arguments.n > 1 else [])
-    if ks and max(ks) > arguments.n:
-        raise ValueError(f"--k {max(ks)} needs as many samples: raise --n {arguments.n}")
-    problems = read_problems(arguments.problems)
+    ks = asked.k or ([asked.n] if asked.n > 1 else [])
+    if ks and max(ks) > asked.n:
+        raise ValueError(f"--k {max(ks)} needs as many samples: raise --n {asked.n}")
+    problems = read_problems(asked.problems)
     screen = display.Display(Console(stderr=True))
-    with Grader([arguments.reward]) as grader, screen:
+    with Grader([asked.reward]) as grader, screen:
         grader.check(problems)
-        wanted = Wanted(
-            Sampling(seed=arguments.seed), arguments.max_new_tokens, arguments.system,
-            arguments.template, arguments.max_batch, arguments.raw,
-        )  # fmt: skip
-        given = {"temperature": arguments.temperature, "top_p": arguments.top_p}
-        respondent = open_respondent(
-            arguments.checkpoint, problems, wanted, given,
-            dtype=arguments.dtype, mesh=arguments.mesh, overrides=dict(arguments.override),
-        )  # fmt: skip
-        measures, samples, greedy = evaluate(
-            respondent, grader, n=arguments.n, ks=ks, screen=screen
-        )
-        summary = _summary(arguments, respondent, measures, samples)
+        respondent = asked.respondent(problems)
+        measures, samples, greedy = evaluate(respondent, grader, n=asked.n, ks=ks, screen=screen)
+        summary = _summary(asked, respondent, measures, samples)
         summary["limits_reached"] = sum(grader.counts.limits.values())
-    if arguments.json:
+    if asked.json:
         summary["results"] = [
             _result(*each) for each in zip(problems, samples, greedy, strict=True)
         ]
-    tables.show(summary, _print, arguments.json)
+    tables.show(summary, _print, asked.json)
 
 
 def _summary(
-    arguments: argparse.Namespace,
+    asked: Examination,
     respondent: Respondent,
     measures: Mapping[str, Measured],
     samples: Sequence[Sequence[Sample]],
@@ -232,11 +237,11 @@ def _summary(
     statistics, sampling = respondent.statistics, respondent.sampling
     seconds = statistics.prefill_seconds + statistics.decode_seconds
     return {
-        "checkpoint": str(arguments.checkpoint),
-        "problems": arguments.problems,
+        "checkpoint": str(asked.checkpoint),
+        "problems": asked.problems,
         "count": len(samples),
-        "n": arguments.n,
-        "reward": arguments.reward,
+        "n": asked.n,
+        "reward": asked.reward,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "seed": sampling.seed,

@@ -282,10 +282,7 @@ class FineTuningRun:
         After a signal it returns early, and the same command finishes later.
         """
         run = self.session
-        run.display.stop()
-        run.checkpoints.wait()
-        if run.faults.skipped >= run.step:
-            raise ValueError(f"no step of this run had a finite loss; see {run.faults.path}")
+        run.settle()
         result = None
         if self.heldout is not None:
             run.display.say(f"scoring all {len(self.heldout):,} held-out rows")
@@ -299,23 +296,19 @@ class FineTuningRun:
             run.log_evaluation(_numbers(result))
         lines = run.metrics.lines()
         plots.draw_loss(run.folder / "loss.png", lines, self.config.name)
-        summary = self._summary(result, [line for line in lines if "loss" in line], sample)
-        run.finish(summary)
-        print_summary(run.display.console, summary)
+        found = self._found(result, [line for line in lines if "loss" in line], sample)
+        seconds = self.train_step.seconds + self.score.seconds
+        print_summary(run.display.console, run.finish(found, compile_seconds=seconds))
 
-    def _summary(
+    def _found(
         self,
         result: Evaluation | None,
         logged: Sequence[dict[str, Any]],
         sample: dict[str, str] | None,
     ) -> dict[str, Any]:
-        run, rates = self.session, self.session.rates
-        rows = self.data.training
+        run, rows = self.session, self.data.training
         return {
-            "name": self.config.name,
             "init": self.config.init,
-            "steps": run.step,
-            "tokens": run.tokens,
             "epochs": run.step * self.config.train.batch_size / len(rows),
             "rows": len(rows),
             "trained_share": rows.trained / rows.tokens,
@@ -326,13 +319,7 @@ class FineTuningRun:
             "max_violation_first": logged[0]["max_violation"],
             "max_violation_last": logged[-1]["max_violation"],
             "dropped_tokens": max(line["dropped_tokens"] for line in logged),
-            "skipped_steps": run.faults.skipped,
-            "wall_seconds": run.seconds,
-            "compile_seconds": self.train_step.seconds + self.score.seconds,
-            "median_step_seconds": rates and rates.step_seconds,
-            "tokens_per_second": rates and rates.tokens_per_second,
-            "mfu": rates and rates.mfu,
-            "peak": run.peak.source,
+            **run.throughput(),
             "sample": sample,
         }
 

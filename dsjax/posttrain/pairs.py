@@ -28,7 +28,6 @@ import numpy as np
 
 from dsjax.data.documents import find_sources, read_records
 from dsjax.data.packing import stack
-from dsjax.data.shuffling import permute, stream_key
 from dsjax.files import shown
 from dsjax.posttrain.messages import parse
 from dsjax.text.chat import ChatFormat
@@ -319,29 +318,3 @@ class ExampleRows:
             for example in chosen
             for side in range(self.per_example)
         ]
-
-
-class ShuffledExamples:
-    """Training rows by number, without end: all examples once per epoch, in an order of its own."""
-
-    def __init__(self, rows: ExampleRows, *, seed: int) -> None:
-        self.rows, self.seed = rows, seed
-        self._fingerprint = rows.fingerprint
-
-    @property
-    def identity(self) -> dict[str, int | float | str]:
-        """What determines every row; rows with the same identity are equal."""
-        return {
-            "fingerprint": self._fingerprint,
-            "seed": self.seed,
-            "sequence_length": self.rows.sequence_length,
-        }
-
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        if row < 0:
-            raise IndexError(f"row {row} is negative")
-        example, side = divmod(row, self.rows.per_example)
-        epoch, place = divmod(example, self.rows.examples)
-        key = stream_key("rows", self.seed, epoch)
-        place = permute(place, self.rows.examples, key)
-        return self.rows[place * self.rows.per_example + side]

@@ -31,11 +31,11 @@ from dsjax.parallel.compilation import Compiled
 from dsjax.parallel.context import check_length
 from dsjax.parallel.mesh import make_mesh
 from dsjax.posttrain.initial import Initial, all_but_mtp, open_initial
-from dsjax.posttrain.pairs import ExampleRows, Examples, ShuffledExamples, read_examples
+from dsjax.posttrain.pairs import ExampleRows, Examples, read_examples
 from dsjax.posttrain.preference import answer_logp, preference
 from dsjax.posttrain.reward_model import RewardModel, new_head, trains
 from dsjax.posttrain.row_store import Field, RowStore, weights_digest
-from dsjax.posttrain.rows import hold_out
+from dsjax.posttrain.rows import ShuffledRows, hold_out
 from dsjax.precision.policy import advice
 from dsjax.train import hyperparameters, loop, pipelined_step, plots, session
 from dsjax.train.batches import batch_sharding, place_all
@@ -174,7 +174,11 @@ class PreferenceRun:
 
         run.begin(
             RowSource(
-                ShuffledExamples(data.training, seed=config.preference.seed),
+                ShuffledRows(
+                    data.training,
+                    seed=config.preference.seed,
+                    together=data.training.per_example,
+                ),
                 mesh,
                 micro_batch_size=self.rows_at_once,
                 length=length + 1,
@@ -274,10 +278,7 @@ class PreferenceRun:
         After a signal it returns early, and the same command finishes later.
         """
         run, heldout, result = self.session, self.data.heldout, None
-        run.display.stop()
-        run.checkpoints.wait()
-        if run.faults.skipped >= run.step:
-            raise ValueError(f"no step of this run had a finite loss; see {run.faults.path}")
+        run.settle()
         if heldout is not None:
             run.display.say(f"judging all {heldout.examples:,} held-out examples")
             result = self._evaluate(heldout, range(len(heldout)), run.interrupted)
@@ -289,20 +290,18 @@ class PreferenceRun:
             run.log_evaluation(result)
         lines = run.metrics.lines()
         plots.draw_loss(run.folder / "loss.png", lines, self.config.name)
-        summary = self._summary(result or {}, [line for line in lines if "loss" in line][-1])
-        run.finish(summary)
+        found = self._found(result or {}, [line for line in lines if "loss" in line][-1])
+        seconds = self.train_step.seconds + self.sums.seconds
+        summary = run.finish(found, compile_seconds=seconds)
         run.display.console.print(
             tables.figures(f"{summary['name']}: {summary['steps']} steps", _shown(summary))
         )
 
-    def _summary(self, result: dict[str, float], last: dict[str, Any]) -> dict[str, Any]:
-        run, rates, config = self.session, self.session.rates, self.config
+    def _found(self, result: dict[str, float], last: dict[str, Any]) -> dict[str, Any]:
+        run, config = self.session, self.config
         return {
-            "name": config.name,
             "kind": config.preference.kind,
             "init": config.init,
-            "steps": run.step,
-            "tokens": run.tokens,
             "examples": self.data.training.examples,
             "epochs": run.step * config.train.batch_size / self.data.training.examples,
             "loss": last["loss"],
@@ -311,13 +310,7 @@ class PreferenceRun:
             "eval_loss": result.get("eval_loss"),
             "eval_accuracy": result.get("eval_accuracy"),
             "eval_margin": result.get("eval_margin"),
-            "skipped_steps": run.faults.skipped,
-            "wall_seconds": run.seconds,
-            "compile_seconds": self.train_step.seconds + self.sums.seconds,
-            "median_step_seconds": rates and rates.step_seconds,
-            "tokens_per_second": rates and rates.tokens_per_second,
-            "mfu": rates and rates.mfu,
-            "peak": run.peak.source,
+            **run.throughput(),
         }
 
 

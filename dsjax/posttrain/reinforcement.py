@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
@@ -209,10 +207,7 @@ class Learning:
     def finish(self) -> None:
         """Evaluates on all held-out questions, and writes and shows summary.json."""
         run = self.session
-        run.display.stop()
-        run.checkpoints.wait()
-        if run.faults.skipped >= run.step:
-            raise ValueError(f"no step of this run had a finite loss; see {run.faults.path}")
+        run.settle()
         found: dict[str, float] = {}
         if self.heldout is not None:
             run.display.say(f"answering all {len(self.heldout):,} held-out questions")
@@ -222,23 +217,10 @@ class Learning:
         if found and run.metrics.lines()[-1].get("eval_reward") is None:
             run.log_evaluation(found)
         logged = [line for line in run.metrics.lines() if "reward" in line]
-        run.finish(self._summary(found, logged))
-
-    def _summary(self, found: Mapping[str, float], logged: list[dict[str, Any]]) -> dict[str, Any]:
-        run, rates = self.session, self.session.rates
         kept = ("reward", "right", "format", "length", "entropy", "engine_gap")
-        return {
-            "name": self.config.name,
-            "steps": run.step,
-            "tokens": run.tokens,
-            **{f"{name}_first": logged[0].get(name) for name in kept},
-            **{f"{name}_last": logged[-1].get(name) for name in kept},
-            **found,
-            "skipped_steps": run.faults.skipped,
-            "wall_seconds": run.seconds,
-            "compile_seconds": self.updates.seconds,
-            "median_step_seconds": rates and rates.step_seconds,
-        }
+        ends = {f"{name}_first": logged[0].get(name) for name in kept}
+        ends |= {f"{name}_last": logged[-1].get(name) for name in kept}
+        run.finish(ends | found, compile_seconds=self.updates.seconds)
 
 
 def row_length_of(config: Reinforcement, questions: Questions, mesh: jax.sharding.Mesh) -> int:

@@ -9,7 +9,6 @@ command of other settings finds a file that is not its own and refuses to touch 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import fcntl
@@ -25,10 +24,9 @@ from typing import IO, Any
 from rich.console import Console
 
 from dsjax import display, files, tables
-from dsjax.generate.sampling import Sampling
 from dsjax.posttrain.filters import REASONS, Judged, Keep, sift
 from dsjax.posttrain.problems import Problem, read_problems
-from dsjax.posttrain.responses import Respondent, Response, Wanted, open_respondent
+from dsjax.posttrain.responses import Answering, Respondent, Response
 from dsjax.posttrain.rewards import Grader
 
 JUDGED_TOGETHER = 64  # answers, at most; what is drawn but not judged is lost when it is stopped
@@ -152,36 +150,44 @@ def training_line(
     return {"messages": [*given, {"role": "assistant", "content": reply}], **about}
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Runs tools/sample.py with its parsed arguments.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Order(Answering):
+    """What tools/sample.py is asked for.
+
+    Attributes:
+      prompts: file or glob of problems.
+      n: answers per problem.
+    """
+
+    prompts: str
+    out: Path
+    n: int = 16
+    reward: str = "rule"
+    keep: Keep = "right"
+
+
+def run(asked: Order) -> None:
+    """Draws, judges, filters and writes; shows what was dropped.
 
     Raises:
       ValueError: the checkpoint, the prompts, the reward or the output cannot be used; all of this
         is checked before the weights are read.
     """
-    problems = read_problems(arguments.prompts, key="--prompts")
+    problems = read_problems(asked.prompts, key="--prompts")
     screen = display.Display(Console(stderr=True))
-    with Grader([arguments.reward]) as grader, screen:
+    with Grader([asked.reward]) as grader, screen:
         grader.check(problems)
-        wanted = Wanted(
-            Sampling(seed=arguments.seed), arguments.max_new_tokens, arguments.system,
-            arguments.template, arguments.max_batch, arguments.raw,
-        )  # fmt: skip
-        given = {"temperature": arguments.temperature, "top_p": arguments.top_p}
-        respondent = open_respondent(
-            arguments.checkpoint, problems, wanted, given,
-            dtype=arguments.dtype, mesh=arguments.mesh, overrides=dict(arguments.override),
-        )  # fmt: skip
-        settings = _settings(arguments, respondent)
-        report = _report_path(arguments.out)
-        if (found := _finished(arguments.out, settings)) is None:
-            parts_path = arguments.out.with_name(arguments.out.name + ".parts")
+        respondent = asked.respondent(problems)
+        settings = _settings(asked, respondent)
+        report = _report_path(asked.out)
+        if (found := _finished(asked.out, settings)) is None:
+            parts_path = asked.out.with_name(asked.out.name + ".parts")
             with contextlib.closing(Parts(parts_path, settings)) as parts:
-                collect(respondent, grader, parts, arguments.n, screen)
-                found = _write(arguments, respondent, problems, parts, settings)
+                collect(respondent, grader, parts, asked.n, screen)
+                found = _write(asked, respondent, problems, parts, settings)
                 parts_path.unlink()
         else:
-            screen.say(f"{arguments.out} is complete, see {report}")
+            screen.say(f"{asked.out} is complete, see {report}")
     tables.show(found, _print, None)
 
 
@@ -197,20 +203,20 @@ def _judge(respondent: Respondent, grader: Grader, batch: Sequence[Response]) ->
     ]  # fmt: skip
 
 
-def _settings(arguments: argparse.Namespace, respondent: Respondent) -> dict[str, Any]:
+def _settings(asked: Order, respondent: Respondent) -> dict[str, Any]:
     """Returns all that decides what the output holds, as JSON values."""
     weights = respondent.checkpoint.weights
-    asked = json.dumps([respondent.prompts, respondent.facts], sort_keys=True, default=str)
+    put = json.dumps([respondent.prompts, respondent.facts], sort_keys=True, default=str)
     return {
-        "checkpoint": str(arguments.checkpoint.absolute()),
+        "checkpoint": str(asked.checkpoint.absolute()),
         # A run's newest step, which a later command may find to be another.
         "weights": str(weights.folder.absolute()) if weights else None,
-        "prompts": hashlib.sha256(asked.encode()).hexdigest(),
-        "n": arguments.n,
-        "reward": arguments.reward,
-        "keep": arguments.keep,
-        "max_new_tokens": arguments.max_new_tokens,
-        "dtype": arguments.dtype,
+        "prompts": hashlib.sha256(put.encode()).hexdigest(),
+        "n": asked.n,
+        "reward": asked.reward,
+        "keep": asked.keep,
+        "max_new_tokens": asked.max_new_tokens,
+        "dtype": asked.dtype,
         **dataclasses.asdict(respondent.sampling),
     }
 
@@ -252,7 +258,7 @@ def _check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path)
 
 
 def _write(
-    arguments: argparse.Namespace,
+    asked: Order,
     respondent: Respondent,
     problems: Sequence[Problem],
     parts: Parts,
@@ -260,8 +266,8 @@ def _write(
 ) -> dict[str, Any]:
     """Writes report and output, in this order, and returns the report."""
     dropped, lines, without = Counter[str](), 0, 0
-    chosen = select(respondent, problems, parts, arguments.n, arguments.keep)
-    with files.replacing(arguments.out) as file:
+    chosen = select(respondent, problems, parts, asked.n, asked.keep)
+    with files.replacing(asked.out) as file:
         for kept, reasons in chosen:
             dropped.update(reasons)
             lines += len(kept)
@@ -269,14 +275,14 @@ def _write(
             for line in kept:
                 file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
         report = {
-            "samples": len(problems) * arguments.n,
+            "samples": len(problems) * asked.n,
             "kept": lines,
             "dropped": {reason: dropped[reason] for reason in REASONS},
             "prompts": len(problems),
             "prompts_without_any": without,
             "settings": dict(settings),
         }
-        files.write_json(_report_path(arguments.out), report)
+        files.write_json(_report_path(asked.out), report)
     return report
 
 

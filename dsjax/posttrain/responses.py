@@ -6,10 +6,12 @@ answers are the same however many are drawn together, in whatever order, and aft
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -228,3 +230,42 @@ def open_respondent(
     return Respondent(
         initial, problems, dataclasses.replace(wanted, sampling=sampling), **placement
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answering:
+    """What the commands that let a checkpoint answer are asked alike (tools/evaluate.py and
+    tools/sample.py).
+
+    The fields are their arguments; None leaves a setting to the checkpoint.
+    """
+
+    checkpoint: Path
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int = 0
+    max_batch: int = 64
+    system: str = ""
+    template: str = ""
+    raw: bool = False
+    dtype: str | None = None
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    override: Sequence[tuple[str, Any]] = ()
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Self:
+        """Takes a tool's parsed arguments."""
+        return cls(**{field.name: getattr(arguments, field.name) for field in fields(cls)})
+
+    def respondent(self, problems: Sequence[Problem]) -> Respondent:
+        """Opens the checkpoint to answer problems; errors are those of `open_respondent`."""
+        wanted = Wanted(
+            Sampling(seed=self.seed), self.max_new_tokens, self.system, self.template,
+            self.max_batch, self.raw,
+        )  # fmt: skip
+        given = {"temperature": self.temperature, "top_p": self.top_p}
+        return open_respondent(
+            self.checkpoint, problems, wanted, given,
+            dtype=self.dtype, mesh=self.mesh, overrides=dict(self.override),
+        )  # fmt: skip

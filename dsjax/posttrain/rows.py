@@ -133,10 +133,14 @@ class FiniteRows(Protocol):
 
 
 class ShuffledRows:
-    """Training rows by number, without end: all of them once per epoch, in an order of its own."""
+    """Training rows by number, without end: all of them once per epoch, in an order of its own.
 
-    def __init__(self, rows: FiniteRows, *, seed: int) -> None:
-        self.rows, self.seed = rows, seed
+    Args:
+      together: rows that stay neighbours in every order, such as a pair's two answers.
+    """
+
+    def __init__(self, rows: FiniteRows, *, seed: int, together: int = 1) -> None:
+        self.rows, self.seed, self._together = rows, seed, together
         self._fingerprint = rows.fingerprint
 
     @property
@@ -151,8 +155,11 @@ class ShuffledRows:
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         if row < 0:
             raise IndexError(f"row {row} is negative")
-        epoch, place = divmod(row, len(self.rows))
-        return self.rows[permute(place, len(self.rows), stream_key("rows", self.seed, epoch))]
+        group, side = divmod(row, self._together)
+        groups = len(self.rows) // self._together
+        epoch, place = divmod(group, groups)
+        place = permute(place, groups, stream_key("rows", self.seed, epoch))
+        return self.rows[place * self._together + side]
 
 
 def pack(lengths: np.ndarray, room: int) -> list[list[int]]:

@@ -6,7 +6,6 @@ stage's model can do is kept beside it, in `judged.json`.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -136,7 +135,7 @@ def _sample(config: R1, name: str, samples: Samples, folder: Path) -> None:
     """Writes what a stage learns from, as tools/sample.py does; does nothing if it is there."""
     (folder / name).mkdir(exist_ok=True)
     rejection.run(
-        argparse.Namespace(
+        rejection.Order(
             checkpoint=folder / samples.stage,
             prompts=samples.problems.replace(_RUN, str(folder)),
             out=folder / name / "samples.jsonl",
@@ -146,9 +145,6 @@ def _sample(config: R1, name: str, samples: Samples, folder: Path) -> None:
             max_new_tokens=config.max_new_tokens,
             temperature=samples.temperature,
             max_batch=config.max_batch,
-            **dict.fromkeys(("top_p", "dtype")),
-            **dict.fromkeys(("system", "template"), ""),
-            **{"seed": 0, "raw": False, "mesh": {}, "override": []},
         )
     )
 

@@ -152,10 +152,7 @@ class Pretraining:
         After a signal it returns early, and the same command finishes later.
         """
         run = self.session
-        run.display.stop()
-        run.checkpoints.wait()
-        if run.faults.skipped >= run.step:
-            raise ValueError(f"no step of this run had a finite loss; see {run.faults.path}")
+        run.settle()
         run.display.say(f"scoring all {len(self.heldout):,} held-out sequences")
         result = self._evaluate(range(len(self.heldout)), run.interrupted)
         if result is None:
@@ -167,18 +164,14 @@ class Pretraining:
             run.log_evaluation(_numbers(result))
         lines = run.metrics.lines()
         plots.draw_loss(run.folder / "loss.png", lines, self.config.name)
-        summary = self._summary(result, [line for line in lines if "loss" in line], sample)
-        run.finish(summary)
-        print_summary(run.display.console, summary)
+        found = self._found(result, [line for line in lines if "loss" in line], sample)
+        seconds = self.train_step.seconds + self.score.seconds
+        print_summary(run.display.console, run.finish(found, compile_seconds=seconds))
 
-    def _summary(
+    def _found(
         self, result: Evaluation, logged: Sequence[dict[str, Any]], sample: dict[str, str] | None
     ) -> dict[str, Any]:
-        run, rates = self.session, self.session.rates
         return {
-            "name": self.config.name,
-            "steps": run.step,
-            "tokens": run.tokens,
             "loss": logged[-1]["loss"],
             "mtp_loss": logged[-1]["mtp_loss"],
             **_numbers(result),
@@ -186,13 +179,7 @@ class Pretraining:
             "max_violation_first": logged[0]["max_violation"],
             "max_violation_last": logged[-1]["max_violation"],
             "dropped_tokens": max(line["dropped_tokens"] for line in logged),
-            "skipped_steps": run.faults.skipped,
-            "wall_seconds": run.seconds,
-            "compile_seconds": self.train_step.seconds + self.score.seconds,
-            "median_step_seconds": rates and rates.step_seconds,
-            "tokens_per_second": rates and rates.tokens_per_second,
-            "mfu": rates and rates.mfu,
-            "peak": run.peak.source,
+            **self.session.throughput(),
             "sample": sample,
         }
 

@@ -236,6 +236,45 @@ class Session:
         }
         self.checkpoints.save(self.step, self.state, record)
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Writes summary.json, which makes the run a finished one; the first process calls this."""
+    def settle(self) -> None:
+        """Ends the display of steps and waits for the last checkpoint.
+
+        Raises:
+          ValueError: nothing was learned.
+        """
+        self.display.stop()
+        self.checkpoints.wait()
+        if self.faults.skipped >= self.step:
+            raise ValueError(f"no step of this run had a finite loss; see {self.faults.path}")
+
+    def throughput(self) -> dict[str, Any]:
+        """Returns the rates of a summary, where every step trains on as many tokens."""
+        rates = self.rates
+        return {
+            "tokens_per_second": rates and rates.tokens_per_second,
+            "mfu": rates and rates.mfu,
+            "peak": self.peak.source,
+        }
+
+    def finish(self, found: Mapping[str, Any], *, compile_seconds: float) -> dict[str, Any]:
+        """Writes summary.json, which makes the run a finished one; the first process calls this.
+
+        Args:
+          found: what the recipe has to say.
+
+        Returns:
+          the summary: that, and what is true of any run.
+        """
+        rates = self.rates
+        summary = {
+            "name": self.config.name,
+            "steps": self.step,
+            "tokens": self.tokens,
+            **found,
+            "skipped_steps": self.faults.skipped,
+            "wall_seconds": self.seconds,
+            "compile_seconds": compile_seconds,
+            "median_step_seconds": rates and rates.step_seconds,
+        }
         write_json(self.folder / "summary.json", finite(summary))
+        return summary

@@ -1,6 +1,5 @@
 """Measures of solved problems, against closed forms and exhaustive counts."""
 
-import argparse
 import itertools
 import math
 import random
@@ -8,7 +7,15 @@ import random
 import numpy as np
 import pytest
 
-from dsjax.posttrain.evaluation import Sample, majority, measure, pass_at_k, run, summarise
+from dsjax.posttrain.evaluation import (
+    Examination,
+    Sample,
+    majority,
+    measure,
+    pass_at_k,
+    run,
+    summarise,
+)
 from tests.posttrain import toy
 
 SAME = dict(tokens=1, ended=True)
@@ -117,4 +124,4 @@ def test_bad_input_is_refused_before_the_weights_are_read(tmp_path, changes, mes
         template="", raw=False, json=None, dtype=None, mesh={}, override=[],
     )  # fmt: skip
     with pytest.raises(ValueError, match=message):
-        run(argparse.Namespace(**values | changes))
+        run(Examination(**values | changes))

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dsjax.posttrain.initial import open_initial
-from dsjax.posttrain.pairs import ExampleRows, ShuffledExamples, label_of, pair_of, read_examples
+from dsjax.posttrain.pairs import ExampleRows, label_of, pair_of, read_examples
+from dsjax.posttrain.rows import ShuffledRows
 from tests.posttrain.toy import ASSISTANT, USER, write_hf, write_lines
 
 BOS, EOS = 0, 1
@@ -151,15 +152,15 @@ def test_rows_are_the_answers_and_padding(rows):
 
 
 def test_an_epoch_has_every_example_once_with_its_answers_side_by_side(rows):
-    shuffled = ShuffledExamples(rows, seed=3)
+    shuffled = ShuffledRows(rows, seed=3, together=2)
     rows.reference = np.arange(10, dtype=np.float32)
     epochs = [[float(shuffled[e * 10 + i]["reference"]) for i in range(10)] for e in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(10))
         assert all(b == a + 1 and a % 2 == 0 for a, b in zip(epoch[::2], epoch[1::2], strict=True))
     assert epochs[0] != epochs[1] and epochs[1] != epochs[2]
-    assert ShuffledExamples(rows, seed=4)[0]["reference"] != shuffled[0]["reference"] or (
-        ShuffledExamples(rows, seed=4)[2]["reference"] != shuffled[2]["reference"]
+    assert ShuffledRows(rows, seed=4, together=2)[0]["reference"] != shuffled[0]["reference"] or (
+        ShuffledRows(rows, seed=4, together=2)[2]["reference"] != shuffled[2]["reference"]
     )
     assert rows.spread(2) == [0, 1, 4, 5]
 
@@ -169,9 +170,9 @@ def test_identity_tells_examples_apart(v3, rows, tmp_path):
     first = read(tmp_path, v3, [{"prompt": "p", "chosen": "yes", "rejected": "never"}])
     cut = [ExampleRows(each, np.array([0]), sequence_length=20, pad=9) for each in (other, first)]
     assert cut[0].fingerprint != cut[1].fingerprint
-    identity = ShuffledExamples(rows, seed=3).identity
-    assert identity == ShuffledExamples(rows, seed=3).identity
-    assert identity != ShuffledExamples(rows, seed=4).identity
+    identity = ShuffledRows(rows, seed=3, together=2).identity
+    assert identity == ShuffledRows(rows, seed=3, together=2).identity
+    assert identity != ShuffledRows(rows, seed=4, together=2).identity
 
 
 def test_examples_of_one_prompt_have_one_digest(v3, tmp_path):

@@ -1,6 +1,5 @@
 """Rejection sampling: files that grow and are resumed, and training data that is read back."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -101,7 +100,7 @@ def arguments(setting, out, **changes):
         max_new_tokens=6, temperature=20.0, top_p=None, seed=0, max_batch=4, system="",
         template="", raw=False, dtype="float32", mesh={}, override=[],
     )  # fmt: skip
-    return argparse.Namespace(**values | changes)
+    return rejection.Order(**values | changes)
 
 
 @pytest.mark.heavy

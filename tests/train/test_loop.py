@@ -110,7 +110,7 @@ def train(folder, config=CONFIG):
         )
         seen["w"] = float(run.state["w"])
         if not run.exit_code:
-            run.finish({"reward": seen["w"], "worst": float("nan")})
+            run.finish({"reward": seen["w"], "worst": float("nan")}, compile_seconds=0.0)
 
     console = Console(file=output, width=150)
     code = session.run(config, folder, recipe, command="again", console=console)
