@@ -93,7 +93,6 @@ class Quantized(NamedTuple):
 
 @pytest.fixture(scope="module")
 def reference():
-    pytest.importorskip("torch")
     from tests.golden import transformers_reference
 
     return transformers_reference

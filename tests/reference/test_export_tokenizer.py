@@ -1,5 +1,7 @@
 """transformers reads an exported run's tokenizer and generation settings as dsjax does."""
 
+import importlib
+
 import pytest
 
 from dsjax.text.tokenizer import load_tokenizer, train_tokenizer
@@ -16,7 +18,7 @@ TEXT = "The quick brown fox, 12345 times;\n    over the lazy dog: \u00fc\u4f60\u
 
 
 def test_transformers_reads_the_tokenizer(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = importlib.import_module("transformers")
     run, back = tmp_path / "run", tmp_path / "back"
     write_run(run, CASES["v3"], 1)
     train_tokenizer([TEXT] * 5, vocab_size=300).save(str(run))

@@ -86,7 +86,6 @@ DATA = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A checkpoint with a tokenizer and a template, and the tasks."""
-    pytest.importorskip("lm_eval")
     root = tmp_path_factory.mktemp("harness")
     case = Case(CONFIG, seed=31)
     hf_files.write(root / "checkpoint", CONFIG, hf_files.plain(case))

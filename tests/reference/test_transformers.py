@@ -34,7 +34,6 @@ FAMILIES = {"v3": V3, "v2": V2, "v2_lite": V2_LITE, "llama": LLAMA, "qwen2": QWE
 
 @pytest.fixture(scope="module")
 def reference():
-    pytest.importorskip("torch")
     from tests.golden import transformers_reference
 
     return transformers_reference
