@@ -112,6 +112,14 @@ def test_deadlines_end_the_wait_and_the_reply(start):
     assert all(index == 1 for index, _ in gather(events, 3))
 
 
+def test_request_that_the_engine_does_not_begin_is_given_up(start):
+    worker, _ = start(closed=True)
+    events = queue.SimpleQueue()
+    worker.submit([ticket(events, begin=0.1)])
+    ((_, error),) = gather(events, 1)
+    assert error.status == 503 and worker.n_running == 0
+
+
 def test_failing_step_ends_its_requests_and_not_the_worker(start, caplog):
     worker, _ = start(lambda request: RuntimeError("boom") if request.prompt == (7,) else [5])
     events = queue.SimpleQueue()

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dsjax.text.chat import Message
 from dsjax.text.template import Template, find_template
 from dsjax.text.vocabulary import open_vocabulary
 from tests.text import released
@@ -135,3 +136,34 @@ def test_a_template_that_is_no_text_is_refused(tmp_path):
     (write_checkpoint(tmp_path) / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"chat_template.jinja is no UTF-8 text"):
         find_template(tmp_path, open_vocabulary(tmp_path, VOCAB_SIZE))
+
+
+TOOLS = """{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for m in messages -%}
+{{ m.role }}:{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments ARGUMENTS }}
+{%- endfor %};{% endfor %}"""
+TOOL = {"type": "function", "function": {"name": "get", "description": "<think>"}}
+CALL = {"type": "function", "function": {"name": "get", "arguments": '{"a": 1}'}}
+
+
+@pytest.mark.parametrize("how", ["", "| tojson"])
+def test_tools_and_calls_are_rendered(vocabulary, how):
+    """Arguments are JSON text; where a template dumps them they are values, or they would be quoted
+    twice. A control token in a description is text.
+    """
+    reply = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    template = TOOLS.replace("ARGUMENTS", how)
+    ids = encode(vocabulary, user("hi"), reply, template=template, tools=[TOOL])
+    text = vocabulary.coder.decode(ids, skip_special=False)
+    assert text.startswith('{"type": "function", "function": {"name": "get"')
+    assert text.endswith('user:hi;assistant:{"a": 1};') and THINK not in ids
+
+
+def test_tools_that_a_template_does_not_read_are_refused(vocabulary):
+    template = Template(TEMPLATE, "here")
+    turns = [Message("user", "hi"), Message("assistant", "", {"tool_calls": [CALL]})]
+    template.check_tools((), turns[:1])
+    for tools, messages, name in [
+        ([TOOL], turns[:1], "tools"), ((), turns, "tool_calls"), ((), [Message("tool", "x")], "tool")
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=f"here does not read {name},"):
+            template.check_tools(tools, messages)
