@@ -77,24 +77,20 @@ def parse(text):
 
 
 def reply(request, coder):
-    """What the model says depends on the last word that it is asked."""
+    """What the model says depends on what it is asked."""
     asked = coder.decode(request.prompt)
-    if asked.rstrip().endswith("hostile"):
-        return [HOSTILE, STOP]
-    if asked.rstrip().endswith("long"):
+    if "hostile" in asked:
+        return [HOSTILE, "</think>", HOSTILE, STOP]
+    if "long" in asked:
         return ["word " * 60, STOP]
-    return [
-        "\nSome thought",
-        "</think>",
-        "\n\nAn *answer*:\n\n```python\nprint(1)\n```\n\n\\(x_1\\)",
-        STOP,
-    ]
+    answer = "\n\nAn *answer*:\n\n```python\nprint(1)\n```\n\n\\(x_1\\)"
+    return ["\nSome thought", "</think>", answer, STOP]
 
 
 @contextlib.contextmanager
 def served(folders):
     """Context of a scripted server at a port of its own; yields its address and engine."""
-    service = make_service(folders["V3.1"], context=4000)
+    service = make_service(folders["R1"], context=4000)
     coder = service.vocabulary.coder
     with running(service, lambda request: spell(coder, reply(request, coder))) as engine:
         site = make_site(service)
@@ -137,7 +133,7 @@ def opened(browser, folders, request):
         )
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.goto(url)
-        page.wait_for_function("document.querySelector('#model').textContent === 'tiny'")
+        until(lambda: page.inner_text("#model") == "tiny")
         yield page, engine
         assert complaints == []
         context.close()
@@ -148,11 +144,17 @@ def say(page, text):
     page.press("#ask", "Enter")
 
 
+def until(holds):
+    """Waits; the page's policy lets no test evaluate a condition in it again and again."""
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def finished(page, count):
-    page.wait_for_function(
-        f"document.querySelectorAll('.assistant .actions').length === {count}"
-        " && document.querySelector('#stop').hidden"
-    )
+    until(lambda: page.locator(".assistant .actions").count() == count)
+    page.wait_for_selector("#stop", state="hidden")
 
 
 @pytest.mark.slow
@@ -212,6 +214,8 @@ def test_hostile_reply_is_text(opened):
     assert body.locator("img, script, svg, b, i, u, hr").count() == 0
     assert body.locator("a").count() == 0
     assert "<script>window.hurt=2</script>" in body.inner_text()
+    assert "<script>window.hurt=2</script>" in page.locator(".thought div").text_content()
+    assert page.locator(".thought div *").count() == 0
     assert page.locator("#list .open").first.inner_text() == "hostile"
     say(page, "<img src=x onerror='window.hurt=9'> hostile")
     finished(page, 2)
@@ -226,7 +230,4 @@ def test_reply_is_stopped_by_the_reader(opened):
     page.wait_for_selector("#stop:not([hidden])")
     page.keyboard.press("Escape")
     page.wait_for_selector("#stop", state="hidden")
-    end = time.monotonic() + 20
-    while not engine.cancelled and time.monotonic() < end:
-        time.sleep(0.02)
-    assert engine.cancelled == [1]
+    until(lambda: engine.cancelled == [1])

@@ -162,8 +162,8 @@ def test_tools_that_a_template_does_not_read_are_refused(vocabulary):
     template = Template(TEMPLATE, "here")
     turns = [Message("user", "hi"), Message("assistant", "", {"tool_calls": [CALL]})]
     template.check_tools((), turns[:1])
-    for tools, messages, name in [
-        ([TOOL], turns[:1], "tools"), ((), turns, "tool_calls"), ((), [Message("tool", "x")], "tool")
-    ]:  # fmt: skip
+    result = [Message("tool", "x")]
+    cases = [([TOOL], turns[:1], "tools"), ((), turns, "tool_calls"), ((), result, "tool")]
+    for tools, messages, name in cases:
         with pytest.raises(ValueError, match=f"here does not read {name},"):
             template.check_tools(tools, messages)
