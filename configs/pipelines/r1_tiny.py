@@ -1,6 +1,6 @@
 """R1's pipeline on the countdown game, with a model of V3's shape of 0.7M parameters.
 
-Three numbers from 1 to 20, added and subtracted to a target. The stages are those of the paper
+Three numbers from 1 to 14, added and subtracted to a target. The stages are those of the paper
 (DeepSeek-R1, arXiv:2501.12948): a base model; R1-Zero, by rewards alone; a cold start on
 demonstrations; reasoning by rewards; rejection sampling and fine-tuning of the base model; rewards
 for all scenarios, here a taste for tidy thoughts as well; and a dense student that learns from the
@@ -20,7 +20,7 @@ from dsjax.config.reinforcement import Reinforcement, RlConfig
 
 FLOAT32 = PrecisionConfig(compute="float32")
 MODEL = ModelConfig(
-    vocab_size=32,
+    vocab_size=128,
     max_seq_len=256,
     dim=128,
     n_layers=3,
@@ -48,7 +48,7 @@ MODEL = ModelConfig(
 # A dense student: grouped-query attention as in Qwen2, and no experts.
 STUDENT = ModelConfig(
     attention="gqa",
-    vocab_size=32,
+    vocab_size=128,
     max_seq_len=256,
     dim=96,
     n_layers=3,
@@ -68,20 +68,20 @@ def pretraining(name: str, model: ModelConfig, steps: int) -> Config:
         data=DataConfig(
             files="{run}/game/base.jsonl",
             tokenizer="{run}/game/tokenizer.json",
-            sequence_length=255,
+            sequence_length=127,
             fim_rate=0.0,
             isolate_documents=True,
         ),
         train=TrainConfig(
             steps=steps,
-            batch_size=16,
+            batch_size=8,
             remat="none",
             bias_update_speed=0.01,
             eval_every=0,
-            checkpoint_every=100,
+            checkpoint_every=200,
             sample_tokens=0,
         ),
-        optim=OptimConfig(learning_rate=3e-3, warmup_steps=20),
+        optim=OptimConfig(learning_rate=2e-3, warmup_steps=30),
         precision=FLOAT32,
     )
 
@@ -89,11 +89,11 @@ def pretraining(name: str, model: ModelConfig, steps: int) -> Config:
 def fine_tuning(name: str, files: str, steps: int) -> FineTuning:
     return FineTuning(
         name=name,
-        sft=SftConfig(files=files, sequence_length=255),
+        sft=SftConfig(files=files, sequence_length=127),
         train=TuningConfig(
-            steps=steps, batch_size=16, remat="none", eval_every=0, checkpoint_every=100
+            steps=steps, batch_size=8, remat="none", eval_every=0, checkpoint_every=200
         ),
-        optim=OptimConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=20),
+        optim=OptimConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=20),
         precision=FLOAT32,
     )
 
@@ -103,9 +103,9 @@ def by_rewards(name: str, steps: int, rewards: tuple[str, ...], **changes: objec
         problems="{run}/game/problems.jsonl",
         rewards=rewards,
         prompts=16,
-        group_size=16,
-        minibatches=4,
-        max_new_tokens=160,
+        group_size=8,
+        minibatches=2,
+        max_new_tokens=112,
         epsilon=0.2,
         epsilon_high=0.28,
         scale="none",
@@ -134,9 +134,9 @@ config = R1(
     game=Game(),
     problems="{run}/game/held_out.jsonl",
     n=8,
-    max_new_tokens=160,
+    max_new_tokens=112,
     stages=(
-        Stage(name="base", config=pretraining("base", MODEL, 250)),
+        Stage(name="base", config=pretraining("base", MODEL, 1000)),
         Stage(name="r1_zero", init="base", config=by_rewards("r1_zero", 60, RULES)),
         Stage(
             name="cold_start",

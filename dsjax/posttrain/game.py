@@ -4,12 +4,13 @@ A problem gives three numbers and a target; the answer is a sum or difference th
 once and has the target as its value:
 
   prompt      4 17 9:12
-  completion  <think>17-4=13-9=4;9-4=5+17=22;17+4=21-9=12;</think><answer>17+4-9</answer>
+  completion  <think>17-4=13-9=4:12, no;17+4=21-9=12:12, yes;</think><answer>17+4-9</answer>
 
-A thought is a list of tries, each worked out step by step. The demonstrator tries without aim: it
-draws an order and signs at random, stops as soon as a try hits the target, and otherwise gives up
-after a limit of its own and answers its last try. So it shows how to think, and is often wrong.
-What reinforcement learning can find beyond it: go on trying, and aim.
+A thought is a list of tries, each worked out step by step and compared with the target. The
+demonstrator tries without aim: it draws an order and signs at random, stops as soon as a try hits
+the target, and otherwise gives up after a limit of its own and answers its last try. So it shows
+how to think, and is often wrong. What reinforcement learning can find beyond it: go on trying, and
+aim.
 
 Everything follows from a seed. Whether a problem is held out depends on the problem alone, so no
 stage of a run can meet a held-out one, whatever its seed.
@@ -17,6 +18,7 @@ stage of a run can meet a held-out one, whatever its seed.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -31,17 +33,20 @@ from tokenizers import decoders, models, pre_tokenizers
 from dsjax.files import write, write_json
 from dsjax.text.tokenizer import BOS, EOS, PAD
 
-MOST = 20  # numbers are 1 to MOST
+MOST = 14  # numbers are 1 to MOST
 N_NUMBERS = 3
 LARGEST_VALUE = 99  # of a target and of each step on the way
-HELD_OUT = 0.2  # share of all problems that no stage trains on
-# Chance that the demonstrator goes on after each try that missed, and the most tries it makes.
-PATIENCE = 0.5
+HELD_OUT = 0.27  # share of all problems that no stage trains on
+# Chance to go on after each try that missed: of the demonstrator, and of the games that the base
+# model reads; and the most tries that either makes.
+PATIENCE, LITTLE_PATIENCE = 0.5, 0.1
 MOST_TRIES = 8
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-CHARACTERS = "0123456789+-=;:? \n"
-VOCAB_SIZE = 3 + len(TAGS) + len(CHARACTERS)
+VERDICTS = MISS, HIT = ", no;", ", yes;"
+CHARACTERS = "+-=;: \n"
+NUMBERS = tuple(map(str, range(LARGEST_VALUE + 1)))
+VOCAB_SIZE = 3 + len(TAGS) + len(VERDICTS) + len(CHARACTERS) + len(NUMBERS)
 
 
 class Problem(NamedTuple):
@@ -51,8 +56,13 @@ class Problem(NamedTuple):
     target: int
 
     @property
+    def listed(self) -> str:
+        """The numbers, such as 4 9 17."""
+        return " ".join(map(str, self.numbers))
+
+    @property
     def prompt(self) -> str:
-        return f"{' '.join(map(str, self.numbers))}:{self.target}\n"
+        return f"{self.listed}:{self.target}\n"
 
     @property
     def is_held_out(self) -> bool:
@@ -86,7 +96,8 @@ class Try(NamedTuple):
         return f"{self.numbers[0]}" + "".join(f"{s}{number}={value}" for s, number, value in rest)
 
 
-def tries(numbers: Sequence[int]) -> list[Try]:
+@functools.cache
+def tries(numbers: tuple[int, ...]) -> list[Try]:
     """Returns every attempt whose steps stay between 0 and LARGEST_VALUE."""
     every = itertools.product(
         sorted(set(itertools.permutations(numbers))),
@@ -106,44 +117,50 @@ def all_problems() -> list[Problem]:
     ]
 
 
-def demonstrate(problem: Problem, rng: random.Random) -> str:
+def demonstrate(problem: Problem, rng: random.Random, patience: float = PATIENCE) -> str:
     """Returns the completion of a demonstrator that tries without aim."""
     possible = tries(problem.numbers)
-    made = []
-    while True:
-        made.append(rng.choice(possible))
-        hit = made[-1].values[-1] == problem.target
-        if hit or len(made) == MOST_TRIES or rng.random() >= PATIENCE:
+    thought = ""
+    for _ in range(MOST_TRIES):
+        made = rng.choice(possible)
+        hit = made.values[-1] == problem.target
+        thought += f"{made.worked}:{problem.target}{HIT if hit else MISS}"
+        if hit or rng.random() >= patience:
             break
-    thought = "".join(f"{each.worked};" for each in made)
-    return f"<think>{thought}</think><answer>{made[-1].expression}</answer>"
+    return f"<think>{thought}</think><answer>{made.expression}</answer>"
 
 
 def base_texts(problems: Sequence[Problem], n: int, rng: random.Random) -> Iterator[str]:
-    """Yields what the base model reads: sums, questions with their values, and now and then a game
-    with a thought of one aimless try, as a web page might have it.
+    """Yields what the base model reads: sums of given numbers, comparisons, and games with a
+    thought of one or two aimless tries, as a web page might have them.
     """
     for _ in range(n):
-        problem = rng.choice(problems)
-        each = rng.choice(tries(problem.numbers))
-        kind = rng.random()
-        if kind < 0.5:
-            yield ";".join(rng.choice(tries(problem.numbers)).worked for _ in range(4))
-        elif kind < 0.7:
-            yield f"{each.expression}?\n<answer>{each.values[-1]}</answer>"
+        problem, kind = rng.choice(problems), rng.random()
+        if kind < 0.3:
+            some = rng.choices(tries(problem.numbers), k=4)
+            yield f"{problem.listed}\n" + ";".join(each.worked for each in some)
+        elif kind < 0.5:
+            yield "".join(_comparison(rng) for _ in range(8))
         else:
-            one = f"<think>{each.worked};</think><answer>{each.expression}</answer>"
-            yield problem.prompt + one
+            yield problem.prompt + demonstrate(problem, rng, LITTLE_PATIENCE)
+
+
+def _comparison(rng: random.Random) -> str:
+    """Returns two numbers and a verdict; they are equal half of the time."""
+    one = rng.randint(0, N_NUMBERS * MOST)
+    other = one if rng.random() < 0.5 else rng.randint(0, N_NUMBERS * MOST)
+    return f"{one}:{other}{HIT if one == other else MISS}"
 
 
 def tokenizer() -> tokenizers.Tokenizer:
-    """Makes the game's tokenizer: one id per character, and one per tag.
+    """Makes the game's tokenizer: one id per number of at most two digits, per sign and per tag, so
+    that a model learns sums as facts about numbers, not by carrying digits.
 
     The tags are ordinary tokens, not control tokens: a model writes them as text, as R1-Zero did.
     """
-    names = [BOS, EOS, PAD, *TAGS, *CHARACTERS]
+    names = [BOS, EOS, PAD, *TAGS, *VERDICTS, *CHARACTERS, *NUMBERS]
     inner = tokenizers.Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, PAD))
-    piece = "|".join((*TAGS, r"[\s\S]"))
+    piece = "|".join((*TAGS, *VERDICTS, r"[1-9]\d|\d", r"[\s\S]"))
     inner.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(piece), "isolated")
     inner.decoder = decoders.Fuse()
     inner.add_special_tokens([BOS, EOS, PAD])
