@@ -25,7 +25,7 @@ def execute(arguments: argparse.Namespace) -> int:
     from dsjax.parallel import compilation, processes
     from dsjax.posttrain import stages
 
-    config = stages.load(arguments.config, arguments.set)
+    config = stages.load(arguments.config, arguments.set, seed=arguments.seed)
     folder = arguments.workdir or Path("runs") / config.name
     compilation.use_persistent_cache("")
     with processes.joined(arguments.coordinator, arguments.num_processes, arguments.process_id):
@@ -48,6 +48,12 @@ def parser() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         help="change keys of a stage's config, e.g. reasoning.train.steps=40; repeatable",
+    )
+    result.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="seed of the game and of every stage (default: those of the config)",
     )
     result.add_argument(
         "--workdir",

@@ -103,24 +103,22 @@ def by_rewards(name: str, steps: int, rewards: tuple[str, ...], **changes: objec
         problems="{run}/game/problems.jsonl",
         rewards=rewards,
         prompts=16,
-        group_size=8,
-        minibatches=2,
+        group_size=16,
         max_new_tokens=112,
-        epsilon=0.2,
-        epsilon_high=0.28,
         scale="none",
         average="token",
-        beta=0.0,
+        beta=0.02,
         log_samples=16,
     )
     return Reinforcement(
         name=name,
         rl=dataclasses.replace(rl, **changes),
         train=TuningConfig(
-            steps=steps, batch_size=1, remat="none", eval_every=0, checkpoint_every=20, log_every=1
+            steps=steps, batch_size=32, remat="none", eval_every=0, checkpoint_every=20, log_every=1
         ),
+        # Much faster, and the model forgets its sums while it learns to go on.
         optim=OptimConfig(
-            learning_rate=2e-4, schedule="constant", warmup_steps=10, weight_decay=0.0
+            learning_rate=1.5e-4, schedule="cosine", warmup_steps=5, weight_decay=0.0
         ),
         precision=FLOAT32,
     )

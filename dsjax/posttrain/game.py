@@ -36,7 +36,7 @@ from dsjax.text.tokenizer import BOS, EOS, PAD
 MOST = 14  # numbers are 1 to MOST
 N_NUMBERS = 3
 LARGEST_VALUE = 99  # of a target and of each step on the way
-HELD_OUT = 0.27  # share of all problems that no stage trains on
+HELD_OUT = 0.28  # share of all problems that no stage trains on
 # Chance to go on after each try that missed: of the demonstrator, and of the games that the base
 # model reads; and the most tries that either makes.
 PATIENCE, LITTLE_PATIENCE = 0.5, 0.1

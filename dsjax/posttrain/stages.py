@@ -40,11 +40,12 @@ _TRAINERS: Mapping[type[Any], Callable[..., int]] = {
 }
 
 
-def load(path: str | Path, assignments: Sequence[str] = ()) -> R1:
+def load(path: str | Path, assignments: Sequence[str] = (), *, seed: int | None = None) -> R1:
     """Reads a pipeline from a config file.
 
     Args:
       assignments: such as `cold_start.train.steps=100`, the name of a stage first.
+      seed: of the game and of every stage, in place of the config's own.
 
     Raises:
       FileNotFoundError, ValueError: see `settings.load_config`; or an assignment names no stage.
@@ -64,8 +65,14 @@ def load(path: str | Path, assignments: Sequence[str] = ()) -> R1:
                 f"{', '.join(given)}"
             )
         given[name].append(rest)
+    if seed is not None:
+        given = {name: [f"train.seed={seed}", *own] for name, own in given.items()}
+    game = config.game
+    if game is not None and seed is not None:
+        game = dataclasses.replace(game, seed=seed)
     return dataclasses.replace(
         config,
+        game=game,
         stages=tuple(
             dataclasses.replace(stage, config=_override(stage, given[stage.name], path))
             for stage in config.stages
