@@ -10,8 +10,6 @@ Command: python tools/r1.py --workdir runs/r1_tiny
 Hardware: 2 CPU cores, 4 GB of memory.
 """
 
-import dataclasses
-
 from dsjax.config import Config, DataConfig, ModelConfig, OptimConfig, PrecisionConfig, TrainConfig
 from dsjax.config.finetuning import FineTuning, SftConfig
 from dsjax.config.posttraining import TuningConfig
@@ -98,7 +96,7 @@ def fine_tuning(name: str, files: str, steps: int) -> FineTuning:
     )
 
 
-def by_rewards(name: str, steps: int, rewards: tuple[str, ...], **changes: object) -> Reinforcement:
+def by_rewards(name: str, steps: int, rewards: tuple[str, ...]) -> Reinforcement:
     rl = RlConfig(
         problems="{run}/game/problems.jsonl",
         rewards=rewards,
@@ -112,7 +110,7 @@ def by_rewards(name: str, steps: int, rewards: tuple[str, ...], **changes: objec
     )
     return Reinforcement(
         name=name,
-        rl=dataclasses.replace(rl, **changes),
+        rl=rl,
         train=TuningConfig(
             steps=steps, batch_size=32, remat="none", eval_every=0, checkpoint_every=20, log_every=1
         ),
@@ -134,14 +132,14 @@ config = R1(
     n=8,
     max_new_tokens=112,
     stages=(
-        Stage(name="base", config=pretraining("base", MODEL, 1000)),
+        Stage(name="base", config=pretraining("base", MODEL, 1200)),
         Stage(name="r1_zero", init="base", config=by_rewards("r1_zero", 60, RULES)),
         Stage(
             name="cold_start",
             init="base",
             config=fine_tuning("cold_start", "{run}/game/cold_start.jsonl", 250),
         ),
-        Stage(name="reasoning", init="cold_start", config=by_rewards("reasoning", 100, RULES)),
+        Stage(name="reasoning", init="cold_start", config=by_rewards("reasoning", 80, RULES)),
         Stage(
             name="rejection",
             init="base",
@@ -151,14 +149,14 @@ config = R1(
         Stage(
             name="scenarios",
             init="rejection",
-            config=by_rewards("scenarios", 50, (*RULES, TIDY), beta=0.01),
+            config=by_rewards("scenarios", 30, (*RULES, TIDY)),
         ),
-        Stage(name="student", config=pretraining("student", STUDENT, 150)),
+        Stage(name="student", config=pretraining("student", STUDENT, 500)),
         Stage(
             name="distilled",
             init="student",
             samples=Samples(stage="scenarios", problems="{run}/game/problems.jsonl", n=4),
-            config=fine_tuning("distilled", "{run}/distilled/samples.jsonl", 300),
+            config=fine_tuning("distilled", "{run}/distilled/samples.jsonl", 400),
         ),
     ),
 )

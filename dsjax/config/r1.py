@@ -19,7 +19,7 @@ class Game:
     `dsjax.posttrain.game`.
     """
 
-    n_texts: int = 40_000  # that the base model reads
+    n_texts: int = 50_000  # that the base model reads
     n_cold: int = 20_000  # demonstrations
     n_held_out: int = 500  # problems that nothing trains on
     seed: int = 0
