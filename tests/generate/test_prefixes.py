@@ -59,6 +59,12 @@ def test_the_least_recently_used_page_makes_room_and_never_one_that_is_continued
     assert tree.find(LONG) == [] and tree.add(LONG[:4]) == {0: 0}
 
 
+def test_the_end_of_a_text_goes_before_its_beginning():
+    tree = Tree(2, 4)
+    tree.add(LONG[:8])
+    assert tree.add(LONG[20:24]) == {0: 1} and tree.find(LONG) == [0]
+
+
 def test_a_text_never_takes_its_own_pages():
     tree = Tree(3, 4)
     tree.add(LONG[:8])
