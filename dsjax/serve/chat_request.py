@@ -13,6 +13,7 @@ from dsjax.serve.service import ALIASES, Service
 from dsjax.serve.steering import Grammar
 from dsjax.serve.tools import Tools, read_tools
 from dsjax.text.chat import ChatFormat, Message
+from dsjax.text.vocabulary import THINK
 
 MOST_MESSAGES = 4096
 _EFFORTS = ["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
@@ -184,7 +185,9 @@ def _thinking(fields: Fields, form: ChatFormat, model: str) -> bool | None:
 def _offered(form: ChatFormat) -> set[bool]:
     """Returns what a format can be told about thinking."""
     if form.template is not None:
-        return {True, False} if "thinking" in form.template.source else {False}
+        source = form.template.source
+        # R1's own template writes <think> at the end of every prompt.
+        return {True, False} if "thinking" in source else {THINK in source}
     return {"V3": {False}, "R1": {True}}.get(form.name, {True, False})
 
 

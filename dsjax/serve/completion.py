@@ -266,7 +266,13 @@ class _Text:
         for report in reports:
             tokens.append(self._spell(report.token, offsets))
             values.append(report.logprob)
-            top.append({self._service.spelled(each)[0]: value for each, value in report.top})
+            named: dict[str, float] = {}
+            for (
+                each,
+                value,
+            ) in report.top:  # halves of characters share a name: the likeliest has it
+                named.setdefault(self._service.spelled(each)[0], value)
+            top.append(named)
         return {
             "tokens": tokens,
             "token_logprobs": values,

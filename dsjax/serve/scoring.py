@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dsjax.generate.record import top
 from dsjax.infer.score import Scorer
-from dsjax.model.head import predict
 from dsjax.model.transformer import Transformer
+from dsjax.precision.matmul import vocabulary_logits
 from dsjax.serve.options import MOST_TOP
 
 _CHUNK = 256
@@ -61,6 +62,9 @@ class PromptScorer:
 def _report(
     model: Transformer, hidden_TD: jax.Array, targets_T: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    logits_TV, nats_T = predict(hidden_TD, model.head_weight(), targets_T, model.policy)[:2]
-    top_logprobs, top_ids = top(jax.nn.log_softmax(logits_TV, axis=-1), MOST_TOP)
-    return -nats_T, top_ids, top_logprobs
+    logits_TV = vocabulary_logits(hidden_TD, model.head_weight(), model.policy)
+    # One array for both, so that clients may compare a token's with the greatest by equality.
+    logprobs_TV = jax.nn.log_softmax(logits_TV, axis=-1)
+    top_logprobs, top_ids = top(logprobs_TV, MOST_TOP)
+    own_T1 = jnp.take_along_axis(logprobs_TV, targets_T[:, None], axis=-1)
+    return own_T1[:, 0], top_ids, top_logprobs

@@ -1,9 +1,12 @@
 """Bodies of chats: messages, thinking and the form of the reply."""
 
+import dataclasses
+
 import pytest
 
 from dsjax.serve.chat_request import read_chat
 from dsjax.serve.errors import ApiError
+from dsjax.text.template import Template
 from tests.serve.scripted import make_service
 
 USER = {"role": "user", "content": "x"}
@@ -73,6 +76,28 @@ def test_malformed_message_is_refused(services, message, error):
 )
 def test_thinking_is_what_is_asked_and_offered(services, form, values, thinking):
     assert read(services[form], **values).thinking is thinking
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "thinking"),
+    [
+        ("{{ thinking }}", "enabled", True),
+        ("{{ enable_thinking }}", "disabled", False),
+        ("<think>\n", "enabled", None),
+        ("{% if '</think>' in x %}", "disabled", None),
+        ("<think>\n", "disabled", "it always thinks"),
+        ("{{ x }}", "enabled", "cannot be told to think"),
+    ],
+)
+def test_template_says_what_is_offered(services, source, kind, thinking):
+    service = services["V3.1"]
+    form = dataclasses.replace(service.form, name="template", template=Template(source, "here"))
+    service = dataclasses.replace(service, form=form)
+    if isinstance(thinking, str):
+        with pytest.raises(ApiError, match=thinking):
+            read(service, thinking={"type": kind})
+    else:
+        assert read(service, thinking={"type": kind}).thinking is thinking
 
 
 @pytest.mark.parametrize(

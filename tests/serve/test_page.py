@@ -88,9 +88,9 @@ def reply(request, coder):
 
 
 @contextlib.contextmanager
-def served(folders):
+def served(folder):
     """Context of a scripted server at a port of its own; yields its address and engine."""
-    service = make_service(folders["R1"], context=4000)
+    service = make_service(folder, context=4000)
     coder = service.vocabulary.coder
     with running(service, lambda request: spell(coder, reply(request, coder))) as engine:
         site = make_site(service)
@@ -110,19 +110,25 @@ def served(folders):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM:
-        pytest.skip("needs Chromium")
-    with playwright.sync_playwright() as started:
+    from playwright.sync_api import sync_playwright
+
+    assert CHROMIUM, "install Chromium, and the package playwright"
+    with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
 
 
 @pytest.fixture
-def opened(browser, folders, request):
-    """The page, whose complaints are gathered, and the engine behind it."""
-    with served(folders) as (url, engine):
+def opened(browser, folders):
+    with page_of(browser, folders["R1"]) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def page_of(browser, folder):
+    """Context of the page, whose complaints are gathered, and the engine behind it."""
+    with served(folder) as (url, engine):
         context = browser.new_context(viewport={"width": 1100, "height": 800})
         page = context.new_page()
         page.set_default_timeout(20_000)
@@ -231,3 +237,14 @@ def test_reply_is_stopped_by_the_reader(opened):
     page.keyboard.press("Escape")
     page.wait_for_selector("#stop", state="hidden")
     until(lambda: engine.cancelled == [1])
+
+
+@pytest.mark.slow
+def test_base_model_continues_what_is_written(browser, folders):
+    with page_of(browser, folders["base"]) as (page, engine):
+        until(lambda: "base model" in page.inner_text("#status"))
+        say(page, "long <b>")
+        finished(page, 1)
+        assert page.locator(".assistant pre").inner_text().startswith("word word")
+        (request,) = engine.requests
+        assert request.max_new_tokens == 256

@@ -20,5 +20,7 @@ def test_scores_are_the_forward_passes():
         np.testing.assert_array_equal(scored.top_ids, order)
         wanted = logprobs[np.arange(length - 1), ids[1:]]
         np.testing.assert_allclose(scored.logprobs, wanted, atol=1e-4)
+        greedy = np.asarray(ids[1:]) == scored.top_ids[:, 0]
+        assert (scored.logprobs[greedy] == scored.top_logprobs[greedy, 0]).all()
         tops = np.take_along_axis(logprobs[:-1], order, axis=-1)
         np.testing.assert_allclose(scored.top_logprobs, tops, atol=1e-4)

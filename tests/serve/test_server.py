@@ -179,6 +179,15 @@ def test_server_drains_on_sigterm(checkpoint):
         assert '"completion_tokens": 200' in errors
 
 
+@pytest.mark.heavy
+def test_mesh_changes_nothing(checkpoint, url):
+    body = {"prompt": "Some text", "max_tokens": 20, "temperature": 0}
+    wanted = httpx.post(f"{url}/v1/completions", json=body, timeout=120).json()
+    with serving.serve(checkpoint, "--no-warm", "--mesh", "tensor=2") as (other, _):
+        found = httpx.post(f"{other}/v1/completions", json=body, timeout=300).json()
+    assert found["choices"] == wanted["choices"]
+
+
 def until(holds):
     end = time.monotonic() + 60
     while not holds():
