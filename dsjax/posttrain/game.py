@@ -120,14 +120,15 @@ def all_problems() -> list[Problem]:
 def demonstrate(problem: Problem, rng: random.Random, patience: float = PATIENCE) -> str:
     """Returns the completion of a demonstrator that tries without aim."""
     possible = tries(problem.numbers)
-    thought = ""
-    for _ in range(MOST_TRIES):
-        made = rng.choice(possible)
-        hit = made.values[-1] == problem.target
-        thought += f"{made.worked}:{problem.target}{HIT if hit else MISS}"
-        if hit or rng.random() >= patience:
+    made: list[Try] = []
+    while True:
+        made.append(rng.choice(possible))
+        hit = made[-1].values[-1] == problem.target
+        if hit or rng.random() >= patience or len(made) == MOST_TRIES:
             break
-    return f"<think>{thought}</think><answer>{made.expression}</answer>"
+    *missed, last = (f"{each.worked}:{problem.target}" for each in made)
+    thought = "".join(each + MISS for each in missed) + last + (HIT if hit else MISS)
+    return f"<think>{thought}</think><answer>{made[-1].expression}</answer>"
 
 
 def base_texts(problems: Sequence[Problem], n: int, rng: random.Random) -> Iterator[str]:
