@@ -8,7 +8,7 @@ drawn, which no layer has processed yet.
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ class Decoded(NamedTuple):
         """Returns each row's n new tokens and the report on them, arrays [n, ...]."""
         new_BNW = np.swapaxes(self.tokens_NBW, 0, 1) >= 0
 
-        def picked(array_NBWX: np.ndarray) -> np.ndarray:
+        def picked(array_NBWX: Any) -> np.ndarray:
             return np.swapaxes(array_NBWX, 0, 1)[new_BNW]
 
         tokens, report = picked(self.tokens_NBW).tolist(), jax.tree.map(picked, self.record_N)

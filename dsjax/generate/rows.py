@@ -125,7 +125,8 @@ def wanted(requests: Sequence[Request]) -> Wanted:
     """Returns the reports that any of the requests asks for."""
     found = NOTHING
     for request in requests:
-        found = Wanted(*map(max, found, request.wanted))
+        most: Any = map(max, found, request.wanted)
+        found = Wanted(*most)
     return found
 
 

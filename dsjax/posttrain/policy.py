@@ -99,8 +99,9 @@ def policy_objective(config: Reinforcement) -> Objective:
 
         outputs = batch["segment_ids"]
         ran = (outputs[..., 1:] == outputs[..., :-1]) & (outputs[..., 1:] > 0)
-        rest = map(own, ("weights", "advantages", "samp", "old", "ref"))
-        return Targets(batch["tokens"][..., 1:], outputs[..., 1:], ran, *rest, _kept(batch))
+        rest = {name: own(name) for name in ("weights", "advantages", "samp", "old", "ref")}
+        kept = _kept(batch)
+        return Targets(own("tokens"), outputs=own("segment_ids"), ran=ran, kept=kept, **rest)
 
     def weights(targets: Targets, knobs: Knobs) -> Weights:
         del knobs

@@ -17,7 +17,7 @@ import numpy as np
 
 from dsjax.config.reinforcement import Reinforcement
 from dsjax.parallel import processes
-from dsjax.posttrain.advantages import outcome_advantages, process_advantages
+from dsjax.posttrain.advantages import Scale, outcome_advantages, process_advantages
 from dsjax.posttrain.rewards import Grader
 from dsjax.posttrain.rewards.worth import Worth
 from dsjax.posttrain.rollout import Answer
@@ -53,7 +53,7 @@ class Judged:
           facts: of each answer's question.
         """
         rl, self._texts, self._group = config.rl, texts, group
-        self._scale = rl.scale
+        self._scale: Scale = rl.scale
         weights = config.reward.weights or (1.0,) * len(rl.rewards)
         self._weights = dict(zip(rl.rewards, weights, strict=True))
         given = grader.judge(texts, facts) if processes.is_first() else None
@@ -86,7 +86,7 @@ class Judged:
     def _has_steps(self, name: str) -> np.ndarray:
         """Marks the groups of which a reward judges steps, bool [questions]."""
         stepped = np.array([bool(verdict[name].steps) for verdict in self._verdicts])
-        return stepped.reshape(-1, self._group).any(axis=1)
+        return np.any(stepped.reshape(-1, self._group), axis=1)
 
     def steps(self, index: int) -> dict[str, tuple[tuple[int, float], ...]]:
         """Returns the steps of an answer by the rewards that name some, as (end, reward)."""

@@ -57,6 +57,6 @@ class Metrics:
         """Stops counting compilations."""
         jax.monitoring.unregister_event_duration_listener(self._count_compilation)
 
-    def _count_compilation(self, event: str, seconds: float, **details: object) -> None:
+    def _count_compilation(self, event: str, duration_secs: float, **details: str | int) -> None:
         if event.endswith(_COMPILED):
             self.compilations.inc()

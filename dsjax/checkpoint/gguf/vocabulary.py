@@ -243,7 +243,7 @@ def _rebuilt(tokens: list[str], kinds: list[int], merges: list[str], pre: str, p
         if kind == TokenType.NORMAL
     }
     added = {i: kinds[i] for i in range(len(tokens)) if kinds[i] in _ADDED}
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    pairs: Any = [tuple(merge.split(" ", 1)) for merge in merges]
     try:
         names = {tokens[i]: i for i in added}
         bpe = models.BPE(

@@ -144,7 +144,8 @@ class Grader:
           the verdicts on each completion by the name of the reward. Judging that reaches a limit is
           worth 0.
         """
-        calls, asked = [], []
+        calls: list[Call] = []
+        asked: list[tuple[int, str]] = []
         rewards = [dict.fromkeys(self.names, Worth(None)) for _ in completions]
         for index, (completion, problem) in enumerate(zip(completions, problems, strict=True)):
             for rule in (each for each in self._rules if not each.is_held):
