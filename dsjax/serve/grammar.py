@@ -21,7 +21,7 @@ from dsjax.serve.fields import invalid
 from dsjax.text.tokenizer import Coder
 
 # Enough for any layout, and an end to a model that would write spaces forever.
-_OPTIONS: Any = {"whitespace_pattern": "[ \\n]{1,64}"}
+OPTIONS: Any = {"whitespace_pattern": "[ \\n]{1,64}"}
 LARGEST = 1 << 17  # characters of a schema or grammar
 
 
@@ -86,7 +86,7 @@ def schema_grammar(schema: Any, path: str) -> str:
     if len(text) > LARGEST:
         raise invalid(path, f"has {len(text)} characters; at most {LARGEST} may be")
     try:
-        return LLMatcher.grammar_from_json_schema(text, defaults=_OPTIONS)
+        return LLMatcher.grammar_from_json_schema(text, defaults=OPTIONS)
     except ValueError as error:
         raise invalid(path, f"is not a JSON schema: {str(error)[:500]}") from error
 

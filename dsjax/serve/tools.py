@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dsjax.serve.fields import Fields, invalid
+from dsjax.serve.grammar import OPTIONS
 from dsjax.text import tool_calls
 from dsjax.text.tokenizer import Coder
 
@@ -89,7 +90,7 @@ def call_grammar(tools: Tools, coder: Coder, *, fenced: bool) -> str:
     )
     rules = []
     for number, tool in enumerate(_required(tools)):
-        name, schema = tool["name"], json.dumps(tool["parameters"])
+        name, schema = tool["name"], json.dumps({**tool["parameters"], "x-guidance": OPTIONS})
         if fenced:
             head, tail = json.dumps(f"{name}\n```json\n"), json.dumps("\n```")
             rules.append(f"call{number}: {head} arguments{number} {tail}{end}")

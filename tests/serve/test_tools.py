@@ -81,5 +81,7 @@ def test_blind_draws_make_a_valid_call(vocabulary, fenced, seed):
         matcher.push(token)
         pieces += choice.push(Output([token])).calls
     assert choice.finish == "tool_calls" and pieces[0].name in ("get_weather", "other")
-    arguments = json.loads("".join(piece.arguments for piece in pieces))
+    text = "".join(piece.arguments for piece in pieces)
+    assert not set(text) & {"\r", "\t"}  # the layout is bounded, as that of JSON replies is
+    arguments = json.loads(text)
     assert arguments.keys() == {"city"} and arguments["city"] in ("Rome", "Oslo")
