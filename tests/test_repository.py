@@ -110,6 +110,7 @@ FLAGS = {
         "--help",
         "--num-processes",
         "--process-id",
+        "--seed",
         "--set",
         "--workdir",
     },
