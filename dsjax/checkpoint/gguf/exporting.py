@@ -111,9 +111,8 @@ def export_gguf(
         progress.say(remark)
     written = plan.writable(_default(checkpoint))
     total = sum(map(written.n_bytes, written.entries))
-    check_space(
-        target, total + (sum(map(plan.n_bytes, plan.entries)) if finishing else 0), "--type"
-    )
+    finished = sum(map(plan.n_bytes, plan.entries)) if finishing else 0
+    check_space(target, total + finished, "a smaller --type")
     identity = {
         "dsjax": __version__,
         "the source": str(source),

@@ -15,8 +15,10 @@ from pathlib import Path
 
 from gguf import GGMLQuantizationType
 
+from dsjax.checkpoint.gguf.container import read_header
 from dsjax.checkpoint.gguf.types import OWN
 from dsjax.display import Transfer
+from dsjax.files import listed
 
 PROGRAM = "llama-quantize"
 
@@ -49,7 +51,7 @@ def run(
     """Quantizes a file; returns the new one, beside it.
 
     Raises:
-      ValueError: the program fails; shows what it said last.
+      ValueError: the program fails, or makes something else; shows what it said last.
     """
     made, rules = file.with_suffix(".quantized.gguf"), file.with_suffix(".types")
     lines = (f"^{re.escape(name)}$={kind.name.lower()}" for name, kind in types.items())
@@ -76,6 +78,24 @@ def run(
         raise ValueError(
             f"{program} failed with exit code {process.returncode}: {' | '.join(said)}"
         )
-    file.unlink()
-    rules.unlink()
+    check(made, types, program)
     return made
+
+
+def check(made: Path, types: Mapping[str, GGMLQuantizationType], program: str) -> None:
+    """Checks that the program has made what it was told; older ones know no types by tensor.
+
+    Raises:
+      ValueError: a tensor is missing or of another type.
+    """
+    found = {name: tensor.type for name, tensor in read_header(made).tensors.items()}
+    other = [
+        f"{name} is {found[name].name if name in found else 'missing'}, not {kind.name}"
+        for name, kind in types.items()
+        if found.get(name) != kind
+    ]
+    if other:
+        raise ValueError(
+            f"{program} has not made the types that it was told: {listed(other)}; install a newer "
+            "llama.cpp"
+        )

@@ -83,6 +83,12 @@ def open_gguf(path: Path) -> HfFolder:
         tensors disagree.
     """
     container = read_header(path)
+    parts = container.keys.get("split.count", 1)
+    if type(parts) is not int or parts > 1:
+        raise ValueError(
+            f"{path} is one of {shown(str(parts))} parts of a file; join them first: "
+            "llama-gguf-split --merge FIRST_PART WHOLE.gguf"
+        )
     found = frozenset(container.tensors)
     model, arch = architecture.read(container.keys, found, _divisors(container), str(path))
     if model.n_mtp and not any(".nextn.eh_proj." in name for name in found):
@@ -134,8 +140,7 @@ def _check(container: Container, model: ModelConfig, family: str, arch: str) -> 
     if problems:
         raise ValueError(
             f"{container.path}: the tensors are not those that the keys describe for {arch}: "
-            f"{listed(problems)}. The file is damaged, one part of several, or of another version "
-            "of llama.cpp"
+            f"{listed(problems)}. The file is damaged or of another version of llama.cpp"
         )
 
 

@@ -100,9 +100,11 @@ def test_main_model_without_its_announced_modules_is_read(tmp_path):
     assert open_gguf(tmp_path / "m.gguf").model.n_mtp == 1
 
 
-def rewrite(reader, path, keep):
-    """Writes a file anew with some of its tensors."""
+def rewrite(reader, path, keep, **more):
+    """Writes a file anew with some of its tensors, and more whole numbers as keys."""
     writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
+    for name, value in more.items():
+        writer.add_uint32(name, value)
     for name, field in reader.fields.items():
         if name.startswith("GGUF.") or name == "general.architecture":
             continue
