@@ -118,6 +118,13 @@ def rewrite(reader, path, keep, **more):
     writer.close()
 
 
+def test_part_of_a_file_is_named(tmp_path):
+    reader = exported(checkpoint(tmp_path / "hf", "qwen2"), tmp_path / "m.gguf")
+    rewrite(reader, tmp_path / "part.gguf", lambda name: True, **{"split.count": 3})
+    with pytest.raises(ValueError, match=r"one of '3' parts of a file.*llama-gguf-split"):
+        open_gguf(tmp_path / "part.gguf")
+
+
 def test_missing_tensors_are_named(tmp_path):
     reader = exported(checkpoint(tmp_path / "hf", "qwen2"), tmp_path / "m.gguf")
     rewrite(reader, tmp_path / "bad.gguf", lambda name: name != "blk.1.ffn_up.weight")
