@@ -51,6 +51,7 @@ def learn(
             batch_size=lambda step: config.rl.prompts,
             knobs=run.knobs,
             evaluate=lambda: run.evaluate(config.train.eval_sequences),
+            ahead=0,  # a rollout needs the new weights
         )
         if not under_way.exit_code:
             run.finish()

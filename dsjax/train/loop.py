@@ -1,8 +1,8 @@
 """The loop of every training run: take a batch, step, log, evaluate, save.
 
-Steps are dispatched one ahead: while the device computes one, the host takes and dispatches the
-next, and reads the numbers of the one before. Before evaluating, saving or stopping, the steps
-under way are waited for.
+Steps are dispatched one ahead, unless the source needs what the last one learned: while the device
+computes one, the host takes and dispatches the next, and reads the numbers of the one before.
+Before evaluating, saving or stopping, the steps under way are waited for.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def run_steps(
     batch_size: Callable[[int], int],
     knobs: Callable[[int], Mapping[str, Any]],
     evaluate: Callable[[], Mapping[str, float]],
+    ahead: int = 1,
     on_step: Callable[[Metrics], None] = lambda metrics: None,
     on_save: Callable[[Metrics], None] = lambda metrics: None,
 ) -> None:
@@ -60,6 +61,8 @@ def run_steps(
         not train; the float `learning_rate` is among them.
       evaluate: returns the held-out numbers of `session.state`; called every train.eval_every steps
         but the last, after which the recipe evaluates in full.
+      ahead: how many steps may be under way when the next is taken; 0 where the source needs what
+        the last one learned.
       on_step: called with the metrics of each step, in order.
       on_save: called with the metrics of the newest step before each checkpoint.
     """
@@ -91,7 +94,7 @@ def run_steps(
         under_way.append(_Dispatched(index + 1, metrics, taken, numbers["learning_rate"], signal))
         done = index + 1
         evaluates, saves = _due(train.eval_every, done), _due(train.checkpoint_every, done)
-        settle(leave=1)
+        settle(leave=ahead)
         if jax.process_count() == 1:
             session.exit_code = session.stop.exit_code or 0
         stops = done == train.steps or session.exit_code > 0

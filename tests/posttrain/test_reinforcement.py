@@ -110,6 +110,7 @@ def test_policy_learns_what_is_rewarded(place, tmp_path, monkeypatch):
     )
     assert set(promised.split()) <= logged[0].keys()
     assert max(line["engine_gap_max"] for line in logged) <= 1e-4
+    assert all(line["step_seconds"] >= line["update_seconds"] for line in logged)
     samples = lines(tmp_path / "samples.jsonl")
     assert len(samples) == 15 * 16
     summary = json.loads((tmp_path / "summary.json").read_text())
