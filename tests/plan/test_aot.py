@@ -10,6 +10,8 @@ import jax
 import pytest
 
 from dsjax import settings
+from dsjax.checkpoint.shape import with_shape
+from dsjax.config.roots import ROOTS
 from dsjax.plan import aot, figures, topology
 
 ROOT = Path(__file__).parents[2]
@@ -26,9 +28,12 @@ def tpu_compiler(monkeypatch):
         yield
 
 
-def load(case):
-    config = settings.load_config(ROOT / "configs" / f"{case['config']}.py")
-    return settings.override(config, case["set"])
+def load(case, *overrides):
+    config = settings.load_any(ROOT / "configs" / f"{case['config']}.py", ROOTS)
+    config = settings.override(config, [*case["set"], *overrides])
+    return with_shape(
+        config, str(ROOT / "configs" / f"{case['init']}.py") if "init" in case else None
+    )
 
 
 @pytest.mark.parametrize(
@@ -67,7 +72,11 @@ def test_shipped_config_compiles_and_fits(case, tpu_compiler):
     plan = figures.make(load(case), topology.parse(case["topology"]), case["step"], compiled=True)
     print(json.dumps(plan, indent=2))
     assert plan["fits"]
-    assert plan["peak_bytes_per_device"] == pytest.approx(case["peak_bytes_per_device"], rel=0.03)
+    if "peak_bytes_per_device" in case:
+        peak = pytest.approx(case["peak_bytes_per_device"], rel=0.03)
+        assert plan["peak_bytes_per_device"] == peak
+    else:  # all that is allocated, of which not everything exists at the same time
+        assert plan["peak_bytes_per_device"] <= 1.03 * case["allocated_bytes_per_device"]
     assert plan["argument_bytes"] == pytest.approx(case["argument_bytes"], rel=0.001)
 
 

@@ -1,29 +1,29 @@
 """Arithmetic against the compiler, on the cases that the compiler has judged (`compiled.json`)."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from dsjax import settings
 from dsjax.plan import figures, topology
+from tests.plan.test_aot import CASES, load
 
 ROOT = Path(__file__).parents[2]
-CASES = json.loads(Path(__file__).with_name("compiled.json").read_text())
 
 
-def estimated(case, *overrides):
-    config = settings.load_config(ROOT / "configs" / f"{case['config']}.py")
-    config = settings.override(config, [*case["set"], *overrides])
-    return figures.make(config, topology.parse(case["topology"]), case["step"], compiled=False)
+def estimated(case):
+    slice_ = topology.parse(case["topology"])
+    return figures.make(load(case), slice_, case["step"], compiled=False)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_memory_is_within_15_percent_of_the_compiler(case):
     plan = estimated(case)
     assert plan["argument_bytes"] == pytest.approx(case["argument_bytes"], rel=0.01)
-    estimated_peak, peak = plan["peak_bytes_per_device"], case["peak_bytes_per_device"]
-    if plan["mesh"]["pipe"] > 1:  # an upper bound: the parts of a pipeline do not peak together
+    estimated_peak, peak = plan["peak_bytes_per_device"], case.get("peak_bytes_per_device")
+    if peak is None:  # known is only what is allocated, of which not everything is there at once
+        assert estimated_peak == pytest.approx(case["allocated_bytes_per_device"], rel=0.15)
+    elif plan["mesh"]["pipe"] > 1:  # an upper bound: the parts of a pipeline do not peak together
         assert peak <= estimated_peak <= 1.3 * peak
     else:
         assert estimated_peak == pytest.approx(peak, rel=0.15)
