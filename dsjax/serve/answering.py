@@ -90,7 +90,7 @@ async def stream(
     chunks_of: ChunkOf,
     *,
     usage_chunk: bool,
-    done: Callable[[], None],
+    done: Callable[[str], None],
 ) -> Response:
     """Returns an answer in chunks. It begins when the first choice does, so that a request that
     cannot be served has its status.
@@ -99,12 +99,14 @@ async def stream(
       chunks_of: makes chunks' `choices` of a delta; more than one where two fields of a delta may
         not go together.
       usage_chunk: whether usage comes in a chunk of its own; else the last choice's end brings it.
-      done: called at the end, however it comes.
+      done: called at the end, however it comes, with what has failed or "".
     """
     deltas = replies.deltas(KEEP_ALIVE_SECONDS)
+    failure = ""
     first = await anext(deltas, None)
 
     async def events() -> AsyncIterator[str]:
+        nonlocal failure
         item = first
         try:
             while True:
@@ -125,10 +127,11 @@ async def stream(
                 yield _event(answer.body([], replies.usage()))
             yield "data: [DONE]\n\n"
         except ApiError as error:
+            failure = error.message
             yield _event(error.body())
 
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "X-Request-Id": answer.id}
-    return _Stream(events(), done, media_type="text/event-stream", headers=headers)
+    return _Stream(events(), lambda: done(failure), media_type="text/event-stream", headers=headers)
 
 
 class _Stream(StreamingResponse):

@@ -53,7 +53,7 @@ async def complete_chat(
     try:
         return await answering.stream(
             answer, replies, chunks.of, usage_chunk=asked.options.include_usage,
-            done=lambda: entry.end(replies),
+            done=lambda failure: entry.end(replies, failure),
         )  # fmt: skip
     except BaseException:
         entry.streaming = False

@@ -145,7 +145,7 @@ async def complete_text(
     try:
         return await answering.stream(
             answer, replies, chunks, usage_chunk=asked.options.include_usage,
-            done=lambda: entry.end(replies),
+            done=lambda failure: entry.end(replies, failure),
         )  # fmt: skip
     except BaseException:
         entry.streaming = False

@@ -37,10 +37,10 @@ class Entry:
         """Notes what the engine is asked to do."""
         self._replies, self._prompt = replies, prompt
 
-    def end(self, replies: Replies) -> None:
+    def end(self, replies: Replies, failure: str) -> None:
         """Ends a streamed answer: writes its line and drops what is unfinished."""
         replies.__exit__()
-        self.write(200)
+        self.write(200, failure)
 
     def write(self, status: int, error: str = "") -> None:
         """Writes the line; metrics of the request's tokens go with it."""

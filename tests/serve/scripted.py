@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import threading
+import time
 
 import httpx
 import numpy as np
@@ -54,6 +55,7 @@ class ScriptedEngine:
         new = {}
         if not self.gate.wait(0.01):
             return new
+        time.sleep(0.0005)  # lets the event loop have its turn, as a model does
         for id, state in list(self.open.items()):
             request, reply, done = state
             if isinstance(reply, Exception):

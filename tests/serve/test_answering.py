@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import threading
 
 import pytest
 
@@ -71,6 +72,22 @@ def test_request_ends_when_its_client_leaves(start, stream, leave):
     asyncio.run(asyncio.wait_for(until(lambda: sorted(engine.cancelled) == [1, 2]), 20))
     assert not engine.open
     assert b"dsjax_aborted_total 2.0" in site._service.metrics.text()
+
+
+def test_stream_that_fails_says_so_at_its_end(start, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr("dsjax.serve.answering.KEEP_ALIVE_SECONDS", 0.02)
+    site, engine = start()
+    engine.script = lambda request: RuntimeError("secret")
+    engine.gate.clear()
+    body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+    threading.Timer(0.3, engine.gate.set).start()
+    sent = talk(site, body, 10_000)
+    text = b"".join(message.get("body", b"") for message in sent).decode()
+    assert text.startswith(": keep-alive") and "the model failed" in text and "secret" not in text
+    assert "[DONE]" not in text
+    lines = [each.getMessage() for each in caplog.records if each.name == "dsjax.serve.access"]
+    assert "the model failed" in json.loads(lines[-1])["error"]
 
 
 def test_waiting_stream_is_kept_alive(start, monkeypatch):

@@ -34,12 +34,12 @@ def test_line_tells_what_was_served(caplog):
         entry = Entry("POST", "/v1/completions", "me", texts=texts)
         entry.begin(replies, [Message("user", "private"), "words"])
         entry.text = ["answer"]
-        entry.end(replies)
+        entry.end(replies, "late" if texts else "")
     assert replies.accounted == replies.left == 2
     plain, full = (json.loads(message) for message in caplog.messages)
     assert plain["prompt_tokens"] == 3 and plain["completion_tokens"] == 2
     assert plain["first_token_seconds"] == 0.25 and plain["finish"] == ["stop"]
-    assert not {"prompt", "text"} & plain.keys()
+    assert not {"prompt", "text", "error"} & plain.keys() and full["error"] == "late"
     assert full["prompt"] == ["private", "words"] and full["text"] == ["answer"]
 
 
