@@ -74,7 +74,9 @@ def killed_in(phase, place, workdir):
         str(place / "V3"), "--workdir", str(workdir), "--set", *SETTINGS,
         f"rl.problems={place}/train.jsonl", f"rl.rewards={place}/mine.py:low", "rl.heldout=",
     ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    # One device, and programs that are compiled quickly rather than quick.
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     with (place / f"{workdir.name}.log").open("a") as log:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
