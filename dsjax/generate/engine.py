@@ -16,7 +16,7 @@ longer than a small model's step. The number of steps is an argument, chosen suc
 several times per second. A call returns early when no row is left, or when a row finishes while
 another request waits. If tokens are not read as they come (`streaming=False`), a call runs all the
 steps that it has room for, and newcomers take the rows that became free meanwhile together; when
-nobody waits any more and half of the rows have finished, the others go on in half as many.
+nobody waits any more, the rest of the batch goes on in fewer rows, a quarter or a third at a time.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from dsjax.model.transformer import Transformer
 
 _SECONDS_BETWEEN_ITEMS = 0.05
 _NO_LIMIT = 1 << 30
-_FEWEST_ROWS = 16  # fewer take hardly less time, and each number of rows is another program
+_FEWEST_ROWS = 32  # fewer take hardly less time, and each number of rows is another program
 
 
 @dataclasses.dataclass
@@ -499,11 +499,14 @@ class Engine:
 
     def _fewer(self, rows: Rows, n_rows: int) -> int:
         """Returns the next number of rows below `n_rows` that the running batch may go on with, or
-        0. What is left of the batch decides, never a clock: a run that is repeated does the same.
+        0: three quarters or two thirds, a power of two or one and a half times one. What is left of
+        the batch decides, never a clock: a run that is repeated does the same.
         """
         if self._streaming or self._waiting or self._incoming:
             return 0
-        fewer = power_of_two(n_rows * 3 // 4 + 1) // 2
+        most = n_rows * 3 // 4
+        power = power_of_two(most + 1) // 2
+        fewer = power * 3 // 2 if power * 3 // 2 <= most else power
         fewer += -fewer % self._programs.batch_parts
         goes_on = _FEWEST_ROWS <= fewer < n_rows and rows.left_B.max() > decoding.MAX_STEPS
         return fewer if goes_on else 0
