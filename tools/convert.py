@@ -20,6 +20,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from dsjax import command
 
@@ -54,7 +55,9 @@ def execute(arguments: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     from rich.console import Console
 
-    more = {"overrides": dict(arguments.override)} if "override" in arguments else {}
+    more: dict[str, Any] = {}
+    if "override" in arguments:
+        more["overrides"] = dict(arguments.override)
     if arguments.command == "inspect":
         from dsjax import tables
         from dsjax.checkpoint import inspection

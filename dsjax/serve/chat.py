@@ -159,7 +159,7 @@ class _Message:
         for piece in delta.calls:
             if piece.name is not None:
                 self._calls.append(_call(piece.name))
-            self._calls[piece.index]["function"]["arguments"] += piece.arguments
+            self._calls[piece.number]["function"]["arguments"] += piece.arguments
         self._finish = delta.finish or self._finish
 
     def body(self, index: int) -> dict[str, Any]:
@@ -216,8 +216,8 @@ def _call(name: str) -> dict[str, Any]:
 
 def _piece(piece: Any) -> dict[str, Any]:
     if piece.name is None:
-        return {"index": piece.index, "function": {"arguments": piece.arguments}}
-    return {"index": piece.index, **_call(piece.name)}
+        return {"index": piece.number, "function": {"arguments": piece.arguments}}
+    return {"index": piece.number, **_call(piece.name)}
 
 
 def _logprobs(service: Service, reports: Sequence[Any]) -> dict[str, Any]:

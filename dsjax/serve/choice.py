@@ -77,9 +77,9 @@ class Choice:
         top: int | None = None,
     ) -> None:
         self._reader = ReplyReader(coder, think_ids, prompt, stops)
-        self._think_ids = think_ids or ()
+        self._think_ids: tuple[int, ...] = think_ids or ()
         marks = [token for token in prompt if token in self._think_ids]
-        self._thinking = bool(think_ids) and marks[-1:] == [self._think_ids[0]]
+        self._thinking = think_ids is not None and marks[-1:] == [think_ids[0]]
         # Whether nothing of the thought (True) or of the answer after one (False) is there yet.
         self._blank: bool | None = True if self._thinking else None
         self._stop_ids = stop_ids

@@ -72,13 +72,11 @@ class Fields:
         value = self.take(name, default)
         if value is None:
             return None
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        inside = type(value) is int and low <= value and (high is None or value <= high)
-        if not inside:
-            between = f"of at least {low}" if high is None else f"between {low} and {high}"
-            raise self._wrong(name, f"must be a whole number {between}", value)
-        return value
+        whole = int(value) if isinstance(value, float) and value.is_integer() else value
+        if type(whole) is int and low <= whole and (high is None or whole <= high):
+            return whole
+        between = f"of at least {low}" if high is None else f"between {low} and {high}"
+        raise self._wrong(name, f"must be a whole number {between}", value)
 
     def number(self, name: str, default: float, low: float, high: float) -> float:
         """Returns a number in [low, high]."""

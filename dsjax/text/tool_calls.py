@@ -100,7 +100,7 @@ def write_results(results: Sequence[str], *, fenced: bool) -> list[str]:
 class CallPiece(NamedTuple):
     """Part of a call: the first has the name, the others more of the arguments."""
 
-    index: int
+    number: int  # of the call, from 0
     name: str | None
     arguments: str
 

@@ -81,7 +81,7 @@ def test_calls_are_read_and_end_the_reply(make, coder, fenced):
     assert content == "Some text" and choice.finish == "tool_calls"
     assert [piece.name for piece in pieces if piece.name] == ["get", "get"]
     for index in (0, 1):
-        assert "".join(p.arguments for p in pieces if p.index == index) == '{"a": 1}'
+        assert "".join(p.arguments for p in pieces if p.number == index) == '{"a": 1}'
     # Without tools the same tokens are text.
     assert "get" in push(make(), ids, "length")[0]
 

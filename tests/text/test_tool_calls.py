@@ -138,7 +138,7 @@ def test_reader_reads_what_is_written(forms, fenced, arguments):
     pieces += reader.flush()
     assert reader.count == 2
     for index in (0, 1):
-        own = [piece for piece in pieces if piece.index == index]
+        own = [piece for piece in pieces if piece.number == index]
         assert own[0].name == f"get_{index}" and not any(piece.name for piece in own[1:])
         assert "".join(piece.arguments for piece in own) == arguments
 
