@@ -1,6 +1,6 @@
 """What reasoning by rewards is worth: R1's pipeline up to there, and its two controls.
 
-Both begin with the cold start, as reasoning does, and take as long: fine-tuning on more of the
+Both begin with the cold start, as reasoning does, and take as long: fine-tuning on more
 demonstrations, and the same reinforcement learning by a reward that says nothing of an answer.
 
 Command: python tools/r1.py configs/pipelines/r1_controls.py --seed 1
@@ -21,7 +21,7 @@ BASE, COLD_START, REASONING = (STAGES[name] for name in ("base", "cold_start", "
 
 
 def continued(steps: int) -> Stage:
-    """Fine-tuning for the time that reasoning takes."""
+    """Fine-tuning for as many FLOPs, and as long, as reasoning takes."""
     config = COLD_START.config
     assert isinstance(config, FineTuning)
     train = dataclasses.replace(config.train, steps=steps)
@@ -41,5 +41,5 @@ def by_chance() -> Stage:
 config = dataclasses.replace(
     R1_TINY,
     name="r1_controls",
-    stages=(BASE, COLD_START, REASONING, continued(1200), by_chance()),
+    stages=(BASE, COLD_START, REASONING, continued(1700), by_chance()),
 )

@@ -8,6 +8,9 @@ samples. The demonstrator of the cold start tries without aim and is right 43 % 
 
 Command: python tools/r1.py --workdir runs/r1_tiny
 Hardware: 2 CPU cores, 4 GB of memory.
+Cost: 39 minutes of processor time; 47 minutes beside other work.
+Expected: right answers to held-out problems after each stage: 25, 45, 37, 66, 75, 71, 13, 67 %
+(docs/r1.md).
 """
 
 from dsjax.config import Config, DataConfig, ModelConfig, OptimConfig, PrecisionConfig, TrainConfig

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -69,8 +70,9 @@ def draw(
     for place, value in zip(places, values, strict=True):
         after.annotate(f"{value:.1%}", (place, value), (8, 3), textcoords="offset points")
     after.set_xticks(places, [stage["name"] for stage in stages], rotation=15)
-    after.set(ylabel="held-out problems", title=title, ylim=(0, 1))
-    after.legend(loc="upper left")
+    after.set(ylabel="held-out problems", title=title, ylim=(0, 1.15))  # room for the legend
+    after.set_yticks(np.linspace(0, 1, 6))
+    after.legend(loc="upper left", ncols=2)
     _draw_curves(over_time, curves)
     figure.savefig(path, dpi=120)
 
@@ -80,10 +82,10 @@ def _draw_curves(axes: Any, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -
     start = 0
     for number, (name, lines) in enumerate(curves.items()):
         steps = [start + line["step"] for line in lines]
-        axes.plot(steps, [line["reward"] for line in lines], color=f"C{number}", label=name)
+        axes.plot(steps, [line["right"] for line in lines], color=f"C{number}", label=name)
         lengths.plot(steps, [line["length"] for line in lines], ":", color=f"C{number}")
         start = steps[-1]
-    axes.set(xlabel="steps of reinforcement learning", ylabel="mean reward")
+    axes.set(xlabel="steps of reinforcement learning", ylabel="right answers in training")
     lengths.set_ylabel("tokens per answer (dotted)")
     lengths.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
@@ -91,17 +93,21 @@ def _draw_curves(axes: Any, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -
         axes.legend(loc="upper left")
 
 
+def _half_width(stage: Report) -> float:
+    """Returns half of the interval's width; it is nearly symmetric."""
+    return (stage["accuracy_high"] - stage["accuracy_low"]) / 2
+
+
 def print_stages(stages: Sequence[Report], console: Console) -> None:
     """Shows a table of all stages, and one answer of the newest."""
-    table = Table("stage", "accuracy", "95 %", "format", "length", "entropy", "seconds")
+    table = Table("stage", "accuracy, 95 %", "format", "length", "entropy", "seconds")
     ks = sorted({int(k) for stage in stages for k in stage["pass_at_k"]} - {1})
     for k in ks:
         table.add_column(f"pass@{k}", justify="right")
     for stage in stages:
         table.add_row(
             stage["name"],
-            f"{stage['accuracy']:.1%}",
-            f"{stage['accuracy_low']:.1%} to {stage['accuracy_high']:.1%}",
+            f"{stage['accuracy']:.1%} +- {_half_width(stage):.1%}",
             f"{stage['format']:.1%}",
             f"{stage['length']:.1f}",
             f"{stage['entropy']:.3f}",
