@@ -63,7 +63,8 @@ def test_command_plans_each_program_of_reinforcement_learning():
     plans = [plan, *plan["others"]]
     assert [each["step"] for each in plans] == ["train", "score", "decode"]
     assert all(each["fits"] for each in plans)
-    state, reference = 10.6e9, 2.67e9
+    weights = 671_026_419_200 / 512
+    state, reference = (4 + 2 + 2) * weights, 2 * weights
     assert plans[0]["argument_bytes"] > state + reference
     assert all(each["beside_bytes"] > state + reference for each in plans[1:])
 

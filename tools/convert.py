@@ -55,21 +55,18 @@ def execute(arguments: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     from rich.console import Console
 
-    more: dict[str, Any] = {}
-    if "override" in arguments:
-        more["overrides"] = dict(arguments.override)
+    exports = arguments.command == "export"
+    more: Any = {"choice": arguments.type} if exports else {"overrides": dict(arguments.override)}
     if arguments.command == "inspect":
         from dsjax import tables
         from dsjax.checkpoint import inspection
 
         summary = inspection.summarize(arguments.source, expect=arguments.expect, **more)
         return tables.show(summary, inspection.print_summary, arguments.json)
-    if arguments.command == "import":
-        from dsjax.checkpoint.importing import import_checkpoint as convert
-    else:
+    if exports:
         from dsjax.checkpoint.exporting import export as convert
-
-        more["choice"] = arguments.type
+    else:
+        from dsjax.checkpoint.importing import import_checkpoint as convert
     from dsjax.display import Transfer
 
     source, target = arguments.source, arguments.target

@@ -25,7 +25,10 @@ def test_output_holds_what_its_request_asks_for():
     report = Record(numbers, numbers, np.zeros((1, 2, 3)))
     assert output(Request((1,), 1), [3], left=0, report=report) == Output([3], "length")
     both = Request((1,), 1, logprobs=True, experts=True)
-    assert all(array is not None for array in output(both, [3], left=0, report=report).report)
+    given = output(both, [3], left=0, report=report).report
+    assert [name for name, array in given._asdict().items() if array is not None] == [
+        "logprobs", "sampled_logprobs", "experts",
+    ]  # fmt: skip
     found = output(Request((1,), 1, experts=True), [3], left=0, report=report).report
     assert found.logprobs is found.sampled_logprobs is None and found.experts.shape == (1, 2, 3)
 
@@ -35,9 +38,9 @@ def test_joined_outputs_are_the_whole_reply():
     second = Record(np.array([3.0, 4.0]), np.array([5.0, 6.0]), np.ones((2, 1, 2)))
     whole = join([Output([5], None, first), Output([6, 7], "stop", second)])
     assert (whole.tokens, whole.finish) == ([5, 6, 7], "stop")
-    logprobs, sampled, experts = whole.report
-    assert logprobs.tolist() == [1, 3, 4] and sampled.tolist() == [2, 5, 6]
-    assert experts[:, 0, 0].tolist() == [0, 0, 0, 1, 1]
+    assert whole.report.logprobs.tolist() == [1, 3, 4]
+    assert whole.report.sampled_logprobs.tolist() == [2, 5, 6]
+    assert whole.report.experts[:, 0, 0].tolist() == [0, 0, 0, 1, 1]
     assert join([Output([5]), Output([6], "length")]) == Output([5, 6], "length")
 
 

@@ -140,7 +140,7 @@ def test_draws_follow_the_distribution(options):
     logits = jnp.tile(LOGITS, (n, 1))
     distribution = expected(np.asarray(LOGITS)[0], options)
     one = sampling.knobs([options])
-    positions = sampling.Knobs(*(jnp.repeat(field, n) for field in one))
+    positions = sampling.repeated(one, n)
     along = np.asarray(sample(logits, positions, jnp.arange(n, dtype=jnp.int32)))
     settings_ = [
         Sampling(options.temperature, options.top_k, options.top_p, options.min_p, seed)
@@ -155,7 +155,7 @@ def test_draws_follow_the_distribution(options):
 def test_sharper_temperature_shows_in_the_statistic():
     """Negative control: the statistic tells temperature 1 from 1.1."""
     n = 20_000
-    knobs = sampling.Knobs(*(jnp.repeat(field, n) for field in sampling.knobs([Sampling(1.1)])))
+    knobs = sampling.repeated(sampling.knobs([Sampling(1.1)]), n)
     tokens = sample(jnp.tile(LOGITS, (n, 1)), knobs, jnp.arange(n, dtype=jnp.int32))
     assert chi_square(np.asarray(tokens), np.asarray(SHARES)) > 30.7
 

@@ -15,7 +15,10 @@ def test_report_is_a_list_and_a_picture(tmp_path):
         "seconds": 3.0, "samples": [{"prompt": "1 2 3:6\n", "text": "<answer>1+2+3</answer>"}],
     }  # fmt: skip
     (tmp_path / "base").mkdir()
-    lines = [{"step": step, "reward": step, "right": step / 10, "length": 20 + step} for step in range(1, 5)]
+    lines = [
+        {"step": step, "reward": step, "right": step / 10, "length": 20 + step}
+        for step in range(1, 5)
+    ]
     text = "".join(json.dumps(line) + "\n" for line in [{"step": 0, "loss": 1.0}, *lines])
     (tmp_path / "base" / "metrics.jsonl").write_text(text)
     write_report(tmp_path, [report, report | {"name": "cold_start"}], "game")

@@ -12,6 +12,7 @@ from dsjax import settings
 from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from dsjax.config.finetuning import FineTuning
 from dsjax.config.preference import Preference
+from dsjax.config.reinforcement import Reinforcement
 from dsjax.train import workdir
 
 CONFIG = Config(
@@ -139,9 +140,10 @@ def test_git_commit_is_none_outside_a_repository(tmp_path):
 def test_optim_keys_are_not_free():
     """The list of free keys is of prefixes: none may swallow a key that changes the training."""
     keys = settings.flatten(CONFIG) | settings.flatten(FineTuning(name="x"))
-    keys |= settings.flatten(Preference(name="x"))
+    keys |= settings.flatten(Preference(name="x")) | settings.flatten(Reinforcement(name="x"))
     free = {key for key in keys if key.startswith(workdir._FREE)}
-    assert free == {*workdir._FREE} - {"mesh."} | {key for key in keys if key.startswith("mesh.")}
+    meshes = "mesh.", "rollout_mesh."
+    assert free == {*workdir._FREE}.difference(meshes) | {k for k in keys if k.startswith(meshes)}
     assert not any(key.startswith("optim.") for key in free)
 
 
