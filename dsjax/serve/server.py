@@ -70,7 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         metrics=metrics,
         limits=Limits(wait=arguments.max_wait, total=arguments.max_seconds),
     )
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    # force: libraries that were imported may have set up handlers of their own.
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s", force=True)
     for noisy in ("jax", "uvicorn.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     server = _Server(service, Site(service, access), checkpoint, arguments)

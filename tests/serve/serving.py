@@ -33,33 +33,36 @@ def serve(folder, *arguments, few=FEW, environment=None):
     """Context of a server in a process of its own; yields its address and the process, and ends it
     with SIGTERM. `process.read_log()` is what it has written to standard error.
     """
-    log = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would stop the server
-    process = subprocess.Popen(
-        [sys.executable, "tools/serve.py", str(folder), *few, *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {}),
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-    )
+    # A file, since a pipe that nobody reads would stop the server.
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "tools/serve.py", str(folder), *few, *map(str, arguments)],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {}),
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
 
-    def read_log():
-        log.seek(0)
-        return log.read()
+        def read_log():
+            log.seek(0)
+            return log.read()
 
-    process.read_log = read_log
-    try:
-        line = process.stdout.readline()
-        if not line.startswith("ready "):
-            process.kill()
-            process.wait()
-            raise AssertionError(read_log())
-        yield line.split()[1], process
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+        process.read_log = read_log
         try:
-            process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+            line = process.stdout.readline()
+            if not line.startswith("ready "):
+                process.kill()
+                process.wait()
+                raise AssertionError(read_log())
+            yield line.split()[1], process
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+            try:
+                process.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+            text = read_log()
+            process.read_log = lambda: text  # the file is gone after this
