@@ -81,13 +81,16 @@ def test_minibatches_are_steps_one_after_the_other(one_device):
         state, found = step(state, jax.tree.map(lambda x: x[0], batch_on(mesh, [part])), own)
         losses.append(float(found["loss"]))
         ratios.append(float(found["rho_max"]))
+    # Two programs, which round gradients differently; Adam divides by a gradient's own size, so the
+    # smallest show it most. A step left out or in another order differs by whole steps.
+    of_a_step = 1e-3 * KNOBS["learning_rate"]
     for got, want in zip(arrays(after.trained), arrays(state), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=of_a_step)
     np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
     tokens = sum(len(s.answer.tokens) for part in parts for s in part)
     assert float(metrics["update_tokens"]) == tokens and not metrics["skipped"]
-    # The second update, of a policy that has moved, has the larger ratio.
-    assert float(metrics["rho_max"]) == max(ratios) > 1.5 * min(ratios)
+    assert max(ratios) > 1.02 * min(ratios)  # so that a mean would show
+    assert float(metrics["rho_max"]) == pytest.approx(max(ratios), rel=1e-4)
 
 
 def test_reference_stays_until_it_is_due(one_device):
