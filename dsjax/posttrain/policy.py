@@ -100,8 +100,7 @@ def policy_objective(config: Reinforcement) -> Objective:
         outputs = batch["segment_ids"]
         ran = (outputs[..., 1:] == outputs[..., :-1]) & (outputs[..., 1:] > 0)
         rest = {name: own(name) for name in ("weights", "advantages", "samp", "old", "ref")}
-        kept = _kept(batch)
-        return Targets(own("tokens"), outputs=own("segment_ids"), ran=ran, kept=kept, **rest)
+        return Targets(own("tokens"), outputs[..., 1:], ran, kept=_kept(batch), **rest)
 
     def weights(targets: Targets, knobs: Knobs) -> Weights:
         del knobs

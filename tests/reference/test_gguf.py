@@ -79,7 +79,6 @@ def wanted(request):
     if case.config["model_type"] == "deepseek":  # transformers does not have it
         model, tree = checkpoint.parameters(case)
         return case, ids, transformer.forward(ids, tree, model).logits_TV
-    pytest.importorskip("torch")
     from tests.golden import transformers_reference
 
     # Its MTP modules are not in transformers.
