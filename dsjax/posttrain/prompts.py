@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from dsjax.posttrain.problems import Problem
+from dsjax.text import reply
 from dsjax.text.chat import ChatFormat, Message
 from dsjax.text.vocabulary import THINK, Vocabulary
 
@@ -68,6 +69,5 @@ class Prompting:
         """Tells whether a prompt ends inside a thought."""
         vocabulary = self.vocabulary
         if vocabulary.think_ids is not None:
-            marks = [token for token in prompt if token in vocabulary.think_ids]
-            return bool(marks) and marks[-1] == vocabulary.think_ids[0]
+            return reply.opens_thought(prompt, vocabulary.think_ids)
         return vocabulary.coder.decode(prompt, skip_special=False).rstrip().endswith(THINK)

@@ -14,7 +14,7 @@ import numpy as np
 
 from dsjax.generate.record import Record
 from dsjax.generate.request import Output
-from dsjax.text.reply import ReplyReader
+from dsjax.text.reply import ReplyReader, opens_thought
 from dsjax.text.tokenizer import Coder
 from dsjax.text.tool_calls import CALLS, END_CALLS, CallPiece, CallReader
 
@@ -78,8 +78,7 @@ class Choice:
     ) -> None:
         self._reader = ReplyReader(coder, think_ids, prompt, stops)
         self._think_ids: tuple[int, ...] = think_ids or ()
-        marks = [token for token in prompt if token in self._think_ids]
-        self._thinking = think_ids is not None and marks[-1:] == [think_ids[0]]
+        self._thinking = opens_thought(prompt, think_ids)
         # Whether nothing of the thought (True) or of the answer after one (False) is there yet.
         self._blank: bool | None = True if self._thinking else None
         self._stop_ids = stop_ids

@@ -21,6 +21,7 @@ from dsjax.serve.scoring import PromptScorer
 from dsjax.serve.steering import Grammar, Rules
 from dsjax.serve.worker import Worker
 from dsjax.text.chat import ChatFormat
+from dsjax.text.reply import opens_thought
 from dsjax.text.token_bytes import TokenBytes
 from dsjax.text.vocabulary import Vocabulary
 
@@ -140,14 +141,13 @@ class Service:
         if not (grammar or options.logit_bias or any(penalties)):
             return None
         think_ids = self.vocabulary.think_ids
-        marks = [token for token in prompt if token in (think_ids or ())]
         return Rules(
             self.vocab_size,
             grammar=grammar,
             logit_bias=options.logit_bias,
             frequency_penalty=options.frequency_penalty,
             presence_penalty=options.presence_penalty,
-            thought=bool(think_ids) and marks[-1:] == [think_ids[0]],  # pyright: ignore
+            thought=opens_thought(prompt, think_ids),
             think_ids=think_ids,
         )
 

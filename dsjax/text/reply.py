@@ -89,6 +89,17 @@ class StopStrings:
         return rest
 
 
+def opens_thought(prompt: Sequence[int], think_ids: tuple[int, int] | None) -> bool:
+    """Tells whether a prompt ends inside a thought.
+
+    Args:
+      think_ids: ids of <think> and </think>; None for a model without them.
+    """
+    if think_ids is None:
+        return False
+    return [token for token in prompt if token in think_ids][-1:] == [think_ids[0]]
+
+
 class ReplyReader:
     """Turns the tokens of a reply into pieces of text.
 
@@ -109,8 +120,7 @@ class ReplyReader:
         stops: Sequence[str] = (),
     ) -> None:
         self._think_id, self._end_think_id = think_ids or (None, None)
-        marks = [i for i in prompt if i in (self._think_id, self._end_think_id)]
-        self._thought = marks[-1:] == [self._think_id]
+        self._thought = opens_thought(prompt, think_ids)
         self._detokenizer = Detokenizer(coder)
         self._stops = StopStrings(stops)
 
