@@ -40,12 +40,21 @@ def fill(
     """
     del model
 
+    # One scatter of whole pages, since a row reshaped to pages is copied whole (jax 0.12 on a CPU).
+    dims = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2, 3, 4),
+        inserted_window_dims=(1,),
+        scatter_dims_to_operand_dims=(1, 3),
+    )
+
     def write(mine_LBPSX: jax.Array, pool_LZPUX: jax.Array) -> jax.Array:
-        L, B, P, S, X = mine_LBPSX.shape
-        U = pool_LZPUX.shape[3]
         new_XLPUX = jnp.moveaxis(pool_LZPUX[:, pages_X], 1, 0)
-        paged = mine_LBPSX.reshape(L, B, P, S // U, U, X).at[:, row, :, places_X]
-        return paged.set(new_XLPUX, mode="drop", unique_indices=True).reshape(mine_LBPSX.shape)
+        S, U = mine_LBPSX.shape[3], pool_LZPUX.shape[3]
+        begins_X = jnp.minimum(places_X, S // U) * U
+        into_X2 = jnp.stack([jnp.broadcast_to(row, begins_X.shape), begins_X], axis=1)
+        return jax.lax.scatter(
+            mine_LBPSX, into_X2, new_XLPUX, dims, unique_indices=True, mode="drop"
+        )
 
     return carry._replace(cache=jax.tree.map(write, carry.cache, pool).pinned())
 
