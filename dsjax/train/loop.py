@@ -75,6 +75,7 @@ def run_steps(
             _settle(session, dispatched)
             on_step(dispatched.metrics)
 
+    session.meter.start()
     for index in range(session.step, train.steps):
         taken = session.source.take(batch_size(index), session.state)
         numbers = knobs(index)
@@ -84,10 +85,10 @@ def run_steps(
         }
         if not train_step.is_compiled(taken.batch):
             settle(leave=0)
-            train_step.compile(session.state, taken.batch, values)
+            with session.meter.left_out():
+                train_step.compile(session.state, taken.batch, values)
             session.stop.defer()
             session.display.start_steps(session.step, train.steps)
-            session.meter.start()
         session.state, metrics = train_step(session.state, taken.batch, values)
         signal = processes.highest(session.stop.exit_code or 0)
         taken = taken._replace(batch={})

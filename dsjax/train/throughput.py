@@ -8,9 +8,10 @@ of a large matrix product.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -85,10 +86,10 @@ def measure_matmul_flops(size: int = 1536, dtype: DTypeLike = jnp.float32) -> fl
 
 
 class Meter:
-    """Times steps, each from the end of the previous one.
+    """Times steps, each from the end of the previous one, what it takes from its source included.
 
-    Compiling, evaluating and saving are left out: `start` is called after them, before the next
-    step.
+    Evaluating and saving are left out, because `start` is called after them, and what happens
+    under `left_out`, such as compiling.
     """
 
     def __init__(self, *, flops_per_token: float, peak: Peak):
@@ -102,6 +103,15 @@ class Meter:
     def start(self) -> None:
         """Starts the clock of the next step."""
         self._last = time.perf_counter()
+
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Stops the clock of the step that is under way."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._last += time.perf_counter() - began
 
     def step(self, tokens: int) -> None:
         """Records that a step of `tokens` tokens has ended."""

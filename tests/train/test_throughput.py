@@ -47,3 +47,14 @@ def test_meter_counts_steps_and_nothing_between_stretches(monkeypatch):
     meter.step(100)
     assert meter.take() == (20.0, 5.0, 0.1)
     assert meter.whole() == (20.0, 2.0, 0.1)
+
+
+def test_compiling_inside_a_step_is_left_out_and_what_came_before_it_is_not(monkeypatch):
+    clock = iter([0.0, 100.0, 103.0, 203.0, 205.0])
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
+    meter = Meter(flops_per_token=3.0, peak=Peak(600.0, "made up"))
+    meter.start()
+    with meter.left_out():  # after 3 seconds of rollout, for 100
+        pass
+    meter.step(50)
+    assert meter.take() == (10.0, 5.0, 0.05)
