@@ -28,6 +28,7 @@ import httpx
 
 from tests.bench.bench_serve import memory
 from tests.serve.serving import serve, write_checkpoint
+from tests.serve.test_any_body import ROUTES, SHARED
 
 GROWTH = 1.05
 PROMPTS = ["Some text", "with more", "[2] and", "x" * 60]
@@ -113,12 +114,14 @@ class Soak:
         self._refused(httpx.post(f"{self.url}/v1/chat/completions", content=content, timeout=120))
 
     def mutate(self, rng: random.Random) -> None:
-        """Puts a wrong value into a right body."""
+        """Puts wrong values into a right body."""
         wrong = [None, -1, 1e9, "x", [], {}, [[]], True, "\x00", "\ud7ff" * 50, {"type": "x"}]
-        names = ["prompt", "max_tokens", "temperature", "stop", "n", "seed", "logit_bias", "echo",
-                 "suffix", "logprobs", "stream", "stream_options", "user_id", "zzz"]  # fmt: skip
-        body = GOOD | {rng.choice(names): rng.choice(wrong)}
-        response = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
+        path = rng.choice(list(ROUTES))
+        chat = {"messages": [{"role": "user", "content": "Some"}]}
+        body = {"max_tokens": 8} | ({"prompt": "Some"} if "prompt" in ROUTES[path] else chat)
+        for name in rng.sample([*SHARED, *ROUTES[path], "zzz"], rng.randrange(1, 4)):
+            body[name] = rng.choice(wrong)
+        response = httpx.post(f"{self.url}{path}", json=body, timeout=120)
         if response.status_code != 200:
             self._refused(response)
 

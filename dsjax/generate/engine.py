@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -36,25 +36,23 @@ from dsjax.generate.programs import Programs
 from dsjax.generate.prompts import MIN_CHUNK, Prompts, distinct
 from dsjax.generate.record import Record
 from dsjax.generate.request import Output, Request, join, output, problems
-from dsjax.generate.rows import (
-    ROWS_AT_A_TIME,
-    Open,
-    Rows,
+from dsjax.generate.rows import ROWS_AT_A_TIME, Open, Rows, steer
+from dsjax.generate.sampling import Knobs
+from dsjax.generate.shapes import (
     Shapes,
     cache_length,
+    few_shapes,
+    fewer_rows,
     fit,
     power_of_two,
-    steer,
 )
-from dsjax.generate.rows import few_shapes as choose_shapes
-from dsjax.generate.sampling import Knobs
 from dsjax.generate.speculative import check as check_drafting
-from dsjax.generate.warming import warm
+from dsjax.generate.warming import Warming
 from dsjax.model.transformer import Transformer
 
 _SECONDS_BETWEEN_ITEMS = 0.05
 _NO_LIMIT = 1 << 30
-_FEWEST_ROWS = 32  # fewer take hardly less time, and each number of rows is another program
+_FEWER_STEPS = 4  # as many times fewer where newcomers wait for the next chunk of their prompts
 
 
 @dataclasses.dataclass
@@ -91,7 +89,7 @@ class Engine:
         max_batch: int | None = None,
         streaming: bool = True,
         prefix_tokens: int = 0,
-        few_shapes: bool = False,
+        examples: Sequence[Request] = (),
     ) -> None:
         """
         Args:
@@ -101,8 +99,9 @@ class Engine:
           streaming: whether tokens are wanted as they come; if not, all are there sooner.
           prefix_tokens: how many tokens of past prompts and replies are kept on the devices, so
             that a later prompt that begins in the same way runs the rest only; 0: none.
-          few_shapes: whether batches and caches have so few sizes that `warm` can compile every
-            program; `max_batch` is then required.
+          examples: one request per kind of report and steering that occurs, with its stop ids.
+            Batches and caches then have so few sizes that `warm` can compile every program;
+            `max_batch` is required.
 
         Raises:
           ValueError: `prefill_chunk`, `max_batch` or `prefix_tokens` is out of range, or the model
@@ -115,8 +114,8 @@ class Engine:
             )
         if max_batch is not None and max_batch < 1:
             raise ValueError(f"max_batch={max_batch} must be at least 1; None sets no limit")
-        if few_shapes and max_batch is None:
-            raise ValueError("few_shapes=True needs max_batch, the most rows of a batch")
+        if examples and max_batch is None:
+            raise ValueError("examples need max_batch, the most rows of a batch")
         if speculative:
             check_drafting(model.config)
         self.statistics = Statistics()
@@ -124,6 +123,16 @@ class Engine:
         self._vocab_size = model.config.vocab_size
         self._n_drafts = model.config.n_mtp if speculative else 0
         self._chunk = prefill_chunk
+        self._examples = tuple(examples)
+        self._shapes: Shapes | None = None
+        if examples and max_batch:
+            self._shapes = few_shapes(
+                model.config,
+                max_batch=max_batch,
+                batch_parts=self._programs.batch_parts,
+                chunk=prefill_chunk,
+                n_drafts=self._n_drafts,
+            )
         self._prefixes: Prefixes | None = None
         if prefix_tokens:
             page = min(PAGE, prefill_chunk)
@@ -133,16 +142,11 @@ class Engine:
                     "tokens for each part of a batch; 0 keeps none"
                 )
             self._prefixes = Prefixes(
-                self._programs, n_tokens=prefix_tokens, page=page, n_drafts=self._n_drafts
-            )
-        self._shapes: Shapes | None = None
-        if few_shapes and max_batch:
-            self._shapes = choose_shapes(
-                model.config,
-                max_batch=max_batch,
-                batch_parts=self._programs.batch_parts,
-                chunk=prefill_chunk,
+                self._programs,
+                n_tokens=prefix_tokens,
+                page=page,
                 n_drafts=self._n_drafts,
+                smallest=self._shapes.chunks[0] if self._shapes else MIN_CHUNK,
             )
         self._max_batch = max_batch
         self._closed = 0  # requests of the closed batch that runs; 0: any number may come
@@ -214,22 +218,20 @@ class Engine:
 
     @property
     def shapes(self) -> Shapes | None:
-        """The sizes that occur, with `few_shapes`."""
+        """The sizes that occur, with `examples`."""
         return self._shapes
 
-    def warm(
-        self,
-        examples: Sequence[Request],
-        progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> None:
-        """Compiles every program that requests like these may need; the engine has `few_shapes`.
+    def warm(self) -> Iterator[tuple[int, int]]:
+        """Compiles every program that requests like the examples may need, one for each item. In
+        between requests may be served, which compile what they need before its turn.
 
-        Args:
-          examples: one request per kind of report and steering that occurs, with its stop ids.
-          progress: called with the number of programs done and in total.
+        Yields:
+          how many programs are done and how many there are, before the first and after each.
         """
         assert self._shapes is not None
-        warm(self._programs, self._shapes, examples, self._n_drafts, self._prefixes, progress)
+        return Warming(
+            self._programs, self._shapes, self._examples, self._n_drafts, self._prefixes
+        ).run()
 
     def step(self) -> dict[int, Output]:
         """Runs a chunk of the newcomers' prompts or some decoding steps, alternating.
@@ -304,28 +306,31 @@ class Engine:
     def _admit(self) -> None:
         """Gives the requests that have waited longest a cache for their prompts."""
         room = self._most_rows - (self._running.n_open if self._running else 0)
+        if self._shapes:
+            room = min(room, self._shapes.newcomers[-1])
         admitted = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
         if not admitted:
             return
         requests = [open_.request for open_ in admitted]
         longest = max(len(each.prompt) + each.max_new_tokens for each in requests)
-        config = self._programs.model.config
-        length = cache_length(
-            config,
-            longest,
-            chunk=self._chunk,
-            n_drafts=self._n_drafts,
-            streaming=self._streaming,
-        )
         if self._shapes:
             length = fit(longest + self._n_drafts, self._shapes.lengths)
-        if self._running:
-            length = max(length, self._running.length)
+        else:
+            length = cache_length(
+                self._programs.model.config,
+                longest,
+                chunk=self._chunk,
+                n_drafts=self._n_drafts,
+                streaming=self._streaming,
+            )
+            length = max(length, self._running.length if self._running else 0)
         slots = [*admitted, *[None] * (self._n_rows(len(admitted)) - len(admitted))]
         prompts = distinct(slots)
         n_rows = len(slots) if self._shapes else self._n_rows(len(prompts))
         carry = self._empty_carry(n_rows, length)
-        self._incoming = Prompts(slots, carry, length, n_drafts=self._n_drafts)
+        self._incoming = Prompts(
+            slots, carry, length, n_drafts=self._n_drafts, examples=self._examples
+        )
         known = self._recall(self._incoming)
         self.statistics.cached_tokens += known
         self.statistics.prompt_tokens += sum(len(prompt) for _, prompt in prompts) - known
@@ -458,6 +463,8 @@ class Engine:
         # A drafted token would escape the steering, so a steered row adds one token at a time.
         most_B = np.where(steered_B, np.minimum(rows.left_B, 1), rows.left_B)
         n_steps = 1 if steered_B.any() else self._n_steps
+        if self._shapes and self._incoming:
+            n_steps = -(-n_steps // _FEWER_STEPS)
         run = self._programs.compiled(
             decoding.decode, rows.carry, rows.position_B, rows.recent_BW, most_B.astype(np.int32),
             rows.stop_ids_BX, self._knobs(rows), np.int32(n_steps), np.int32(self._enough(rows)),
@@ -499,21 +506,18 @@ class Engine:
 
     def _fewer(self, rows: Rows, n_rows: int) -> int:
         """Returns the next number of rows below `n_rows` that the running batch may go on with, or
-        0: three quarters or two thirds, a power of two or one and a half times one. What is left of
-        the batch decides, never a clock: a run that is repeated does the same.
+        0. What is left of the batch decides, never a clock: a run that is repeated does the same.
         """
         if self._streaming or self._waiting or self._incoming:
             return 0
-        most = n_rows * 3 // 4
-        power = power_of_two(most + 1) // 2
-        fewer = power * 3 // 2 if power * 3 // 2 <= most else power
-        fewer += -fewer % self._programs.batch_parts
-        goes_on = _FEWEST_ROWS <= fewer < n_rows and rows.left_B.max() > decoding.MAX_STEPS
-        return fewer if goes_on else 0
+        goes_on = rows.left_B.max() > decoding.MAX_STEPS
+        return fewer_rows(n_rows, self._programs.batch_parts) if goes_on else 0
 
     def _shrunk(self, rows: Rows) -> Rows:
         """Returns the running batch, with fewer rows if many have finished."""
         n_rows = len(rows.slots)
+        if self._shapes and not (self._waiting or self._incoming):
+            n_rows = self._shapes.shrunk(n_rows, rows.n_open)
         while rows.n_open <= (fewer := self._fewer(rows, n_rows)):
             n_rows = fewer
         if n_rows == len(rows.slots):

@@ -129,15 +129,24 @@ class Tree:
 class Prefixes:
     """The known prefixes of an engine, with their entries on its devices."""
 
-    def __init__(self, programs: Programs, *, n_tokens: int, page: int, n_drafts: int) -> None:
+    def __init__(
+        self,
+        programs: Programs,
+        *,
+        n_tokens: int,
+        page: int,
+        n_drafts: int,
+        smallest: int = MIN_CHUNK,
+    ) -> None:
         """
         Args:
           n_tokens: how many tokens are kept at most.
           page: tokens of a page, a power of two.
+          smallest: tokens of the smallest chunk of a prompt, which divides a page.
         """
         n_pages = n_tokens // page
         n_pages -= n_pages % programs.batch_parts  # each part of the devices holds as many
-        self._programs, self._n_drafts = programs, n_drafts
+        self._programs, self._n_drafts, self._smallest = programs, n_drafts, smallest
         self._tree = Tree(n_pages, page)
         self._pool = programs.compiled(
             pages.empty_pool, n_pages=n_pages, page=page, n_drafts=n_drafts
@@ -147,12 +156,13 @@ class Prefixes:
         """Copies the longest known prefix of a prompt into a row.
 
         Returns:
-          the carry, and from which token on the prompt must run, a multiple of MIN_CHUNK; at least
-          its last token must.
+          the carry, and from which token on the prompt must run, a multiple of the smallest chunk;
+          at least its last token must.
         """
         numbers = self._tree.find(prompt[:-1], owner)
         carry = self._copy(pages.fill, carry, self._pool, row, dict(enumerate(numbers)))
-        again = -(-(self._n_drafts + 1) // MIN_CHUNK) * MIN_CHUNK if self._n_drafts else 0
+        again = self._n_drafts + 1 if self._n_drafts else 0
+        again += -again % self._smallest
         return carry, max(len(numbers) * self._tree.page - again, 0)
 
     def save(self, carry: Carry, row: int, tokens: Sequence[int], owner: str) -> None:
@@ -160,10 +170,14 @@ class Prefixes:
         new = self._tree.add(tokens, owner)
         self._pool = self._copy(pages.save, self._pool, carry, row, new)
 
-    def warm(self, carry: Carry) -> None:
-        """Compiles the programs that copy between the pages and a carry of this size."""
+    def warm_fill(self, carry: Carry) -> None:
+        """Compiles the program that copies pages into a carry of this size."""
         nowhere_2X = np.zeros((2, _AT_A_TIME), np.int32)
         self._programs.compiled(pages.fill, carry, self._pool, np.int32(0), *nowhere_2X)
+
+    def warm_save(self, carry: Carry) -> None:
+        """Compiles the program that copies parts of a carry of this size into pages."""
+        nowhere_2X = np.zeros((2, _AT_A_TIME), np.int32)
         self._programs.compiled(pages.save, self._pool, carry, np.int32(0), *nowhere_2X)
 
     def clear(self) -> None:

@@ -14,8 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from dsjax.generate.decoding import Carry
-from dsjax.generate.rows import FREE, Open, fit, power_of_two, wanted
+from dsjax.generate.request import Request
+from dsjax.generate.rows import FREE, Open, wanted
 from dsjax.generate.sampling import knobs
+from dsjax.generate.shapes import power_of_two
 
 MIN_CHUNK = 16
 
@@ -39,19 +41,30 @@ class Prompts:
       shared: whether any row belongs to several slots.
       length: positions of the cache.
       knobs: sampling settings of the slots.
-      wanted: the reports that any of them asks for.
-      steered: whether any of them has a steering.
+      wanted: the reports that any of them asks for, or of the examples.
+      steered: whether any of them has a steering, or of the examples.
     """
 
     def __init__(
-        self, slots: Sequence[Open | None], carry: Carry, length: int, *, n_drafts: int
+        self,
+        slots: Sequence[Open | None],
+        carry: Carry,
+        length: int,
+        *,
+        n_drafts: int,
+        examples: Sequence[Request] = (),
     ) -> None:
+        """
+        Args:
+          examples: with them every newcomer counts as asking for what any of these does, so that
+            there is one kind of program; beside a chunk of prompts that takes no time.
+        """
         self.slots, self.carry, self.length = list(slots), carry, length
         self._n_drafts = n_drafts
         requests = [(slot or FREE).request for slot in slots]
         self.knobs = knobs([request.sampling for request in requests])
-        self.wanted = wanted(requests)
-        self.steered = any(request.steering for request in requests)
+        self.wanted = wanted([*requests, *examples])
+        self.steered = any(request.steering for request in [*requests, *examples])
         self.prompts = distinct(slots)
         row_of = {prompt: row for row, prompt in enumerate(self.prompts)}
         own = [row_of.get((each.owner, each.prompt), 0) for each in requests]
@@ -89,7 +102,7 @@ class Prompts:
         """Records that the cache holds a prompt's first tokens, before any has run.
 
         Args:
-          count: a multiple of MIN_CHUNK.
+          count: a multiple of the smallest chunk.
         """
         self.known_B[row] = self._ran_B[row] = count
 
@@ -104,15 +117,17 @@ class Prompts:
         A prompt that has run begins again, which computes what its cache holds already.
 
         Args:
-          sizes: the only ones that may be, ascending from MIN_CHUNK on; (): any power of two.
+          sizes: the only ones that may be, ascending; (): any power of two from MIN_CHUNK on.
         """
         rest_B = self._lengths_B - self._ran_B
         starts_B = np.where(rest_B > 0, self._ran_B, 0)
-        # The cache must have room for a chunk from each of these multiples of MIN_CHUNK on.
+        # The cache must have room for a chunk from each of these starts on.
         room = power_of_two(self.length - int(starts_B.max()) + 1) // 2
         size = min(max(power_of_two(int(rest_B.max())), MIN_CHUNK), most, room)
         if sizes:
-            size = fit(int(rest_B.max()), [size for size in sizes if size <= room])
+            # Two small chunks rather than a large one that would be mostly padding.
+            sizes = [size for size in sizes if size <= room]
+            size = max([size for size in sizes if size < 2 * rest_B.max()] or sizes[:1])
         tokens_BX = np.zeros((len(rest_B), size + self._n_drafts), np.int32)
         for row, (_, prompt) in enumerate(self.prompts):
             part = prompt[starts_B[row] : starts_B[row] + tokens_BX.shape[1]]

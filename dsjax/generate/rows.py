@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from dsjax.config import ModelConfig
 from dsjax.generate.decoding import Carry
 from dsjax.generate.record import NOTHING, Wanted
 from dsjax.generate.request import Request
 from dsjax.generate.sampling import Knobs, knobs
+from dsjax.generate.shapes import power_of_two
 
-# Of a cache: a server's requests differ in length, and each length is another program.
-_MIN_LENGTH, _MIN_LENGTH_ALONE = 256, 128
 ROWS_AT_A_TIME = 32  # that one call copies to another cache
-_SHORTEST_OF_FEW, _SMALLEST_OF_FEW = 512, 16  # of `few_shapes`
 
 
 @dataclasses.dataclass(eq=False)
@@ -138,53 +135,3 @@ def steer(knobs: Knobs, slots: Sequence[Open | None], vocab_size: int) -> Knobs:
         if own is not None:
             bias_BV[row] = own
     return knobs._replace(bias_BV=bias_BV)
-
-
-def cache_length(
-    config: ModelConfig, needed: int, *, chunk: int, n_drafts: int, streaming: bool = True
-) -> int:
-    """Chooses the length of a cache for texts of up to `needed` tokens.
-
-    It is a power of two, so that few programs are compiled, but no more than the model's longest
-    text takes. Either way whole chunks fit, and drafts beyond the end of the text.
-
-    Args:
-      streaming: whether requests of any length may come; see `Engine`.
-    """
-    whole_chunks = -(-(config.max_seq_len + n_drafts) // chunk) * chunk
-    least = _MIN_LENGTH if streaming else _MIN_LENGTH_ALONE
-    return min(max(power_of_two(needed + n_drafts), least), whole_chunks)
-
-
-class Shapes(NamedTuple):
-    """The only sizes that occur in a service, ascending, so that it can compile every program
-    before the first request comes.
-    """
-
-    rows: tuple[int, ...]  # of a batch
-    lengths: tuple[int, ...]  # of a cache
-    chunks: tuple[int, ...]  # of prompts
-
-
-def few_shapes(
-    config: ModelConfig, *, max_batch: int, batch_parts: int, chunk: int, n_drafts: int
-) -> Shapes:
-    """Chooses powers of four, because each combination is another program."""
-    rows = sorted({min(4**power, max_batch) for power in range(max_batch.bit_length())})
-    whole = -(-(config.max_seq_len + n_drafts) // chunk) * chunk
-    lengths = {max(_SHORTEST_OF_FEW, chunk) * 4**power for power in range(whole.bit_length())}
-    chunks = {max(chunk >> 2 * power, _SMALLEST_OF_FEW) for power in range(chunk.bit_length())}
-    return Shapes(
-        tuple(sorted({n_rows + -n_rows % batch_parts for n_rows in rows})),
-        tuple(sorted({min(length, whole) for length in lengths})),
-        tuple(sorted({min(size, chunk) for size in chunks})),
-    )
-
-
-def fit(needed: int, sizes: Sequence[int]) -> int:
-    """Returns the smallest of the ascending sizes that is enough, else the largest."""
-    return next((size for size in sizes if size >= needed), sizes[-1])
-
-
-def power_of_two(at_least: int) -> int:
-    return 1 << max(at_least - 1, 0).bit_length()

@@ -13,100 +13,92 @@ from dsjax.generate.prefixes import Prefixes
 from dsjax.generate.programs import Programs
 from dsjax.generate.prompts import Prompts
 from dsjax.generate.request import Request
-from dsjax.generate.rows import ROWS_AT_A_TIME, Open, Rows, Shapes, steer
+from dsjax.generate.rows import ROWS_AT_A_TIME, Open, Rows, steer
+from dsjax.generate.sampling import Knobs
+from dsjax.generate.shapes import Shapes
 
 
-def warm(
-    programs: Programs,
-    shapes: Shapes,
-    examples: Sequence[Request],
-    n_drafts: int,
-    prefixes: Prefixes | None,
-    progress: Callable[[int, int], None],
-) -> None:
-    """Compiles the programs for all shapes and for requests like the examples.
+class Warming:
+    """The programs for all shapes and for requests like the examples, the smallest first."""
 
-    Args:
-      prefixes: what is known of past prompts, if anything is kept.
-      progress: called with the number of programs done and in total.
-    """
-    sizes = [(batch, length) for length in shapes.lengths for batch in shapes.rows]
-    total = len(sizes) * (len(examples) * (1 + len(shapes.chunks)) + bool(prefixes))
-    total += sum(len(list(_sources(length, shapes))) for _, length in sizes)
-    done = 0
-    progress(done, total)
+    def __init__(
+        self,
+        programs: Programs,
+        shapes: Shapes,
+        examples: Sequence[Request],
+        n_drafts: int,
+        prefixes: Prefixes | None,
+    ) -> None:
+        """
+        Args:
+          prefixes: what is known of past prompts, if anything is kept.
+        """
+        self._programs, self._shapes, self._examples = programs, shapes, examples
+        self._n_drafts, self._prefixes = n_drafts, prefixes
 
-    def empty(batch: int, length: int) -> Carry:
-        return programs.compiled(
-            decoding.empty_carry, batch=batch, length=length, n_drafts=n_drafts
+    def run(self) -> Iterator[tuple[int, int]]:
+        """Compiles one program after the other, and yields before the first and after each how many
+        are done and how many there are.
+        """
+        every = [compile_one for size in self._sizes() for compile_one in self._of(*size)]
+        yield 0, len(every)
+        for number, compile_one in enumerate(every):
+            compile_one()
+            yield number + 1, len(every)
+
+    def _sizes(self) -> list[tuple[int, int]]:
+        return [(batch, length) for length in self._shapes.lengths for batch in self._shapes.rows]
+
+    def _of(self, batch: int, length: int) -> Iterator[Callable[[], None]]:
+        """Yields what compiles each program for a cache of this size."""
+        yield lambda: self._allocates(batch, length)
+        if batch in self._shapes.newcomers:
+            for size in self._shapes.chunks:
+                yield lambda size=size: self._prefills(batch, length, size)
+        for example in self._examples:
+            yield lambda example=example: self._decodes(batch, length, example)
+        for source in self._shapes.sources(batch, length):
+            yield lambda source=source: self._moves(batch, length, source)
+        if prefixes := self._prefixes:
+            if batch in self._shapes.newcomers:
+                yield lambda: prefixes.warm_fill(self._allocates(batch, length))
+            yield lambda: prefixes.warm_save(self._allocates(batch, length))
+
+    def _allocates(self, batch: int, length: int) -> Carry:
+        return self._programs.compiled(
+            decoding.empty_carry, batch=batch, length=length, n_drafts=self._n_drafts
         )()
 
-    for batch, length in sizes:
-        carry = empty(batch, length)
-        for compile_next in (
-            _running(programs, shapes, examples, n_drafts, carry, length),
-            _moving(programs, shapes, empty, carry, length),
-        ):
-            for _ in compile_next:
-                done += 1
-                progress(done, total)
-        if prefixes:
-            prefixes.warm(carry)
-            done += 1
-            progress(done, total)
+    def _prefills(self, batch: int, length: int, size: int) -> None:
+        slots = self._slots(self._examples[0], batch)
+        carry = self._allocates(batch, length)
+        newcomers = Prompts(slots, carry, length, n_drafts=self._n_drafts, examples=self._examples)
+        tokens_BX = np.zeros((batch, size + self._n_drafts), np.int32)
+        zeros_B = np.zeros(batch, np.int32)
+        self._programs.compiled(
+            decoding.prefill, carry, tokens_BX, zeros_B, zeros_B, newcomers.rows_X,
+            self._knobs(newcomers), wanted=newcomers.wanted,
+        )  # fmt: skip
 
+    def _decodes(self, batch: int, length: int, example: Request) -> None:
+        carry = self._allocates(batch, length)
+        rows = Rows(self._slots(example, batch), carry, length)
+        self._programs.compiled(
+            decoding.decode, carry, rows.position_B, rows.recent_BW, rows.left_B,
+            rows.stop_ids_BX, self._knobs(rows), np.int32(1), np.int32(0), wanted=rows.wanted,
+        )  # fmt: skip
 
-def _running(
-    programs: Programs,
-    shapes: Shapes,
-    examples: Sequence[Request],
-    n_drafts: int,
-    carry: Carry,
-    length: int,
-) -> Iterator[None]:
-    """Compiles what runs prompts and decodes in a cache of this size, and yields after each."""
-    batch = len(carry.hidden_BWD)
-    vocab_size = programs.model.config.vocab_size
-    for example in examples:
-        slots = [
+    def _moves(self, batch: int, length: int, source: tuple[int, int]) -> None:
+        places_X = np.zeros(min(batch, source[0], ROWS_AT_A_TIME), np.int32)
+        carry, other = self._allocates(batch, length), self._allocates(*source)
+        self._programs.compiled(decoding.insert, carry, other, places_X, places_X)
+
+    def _knobs(self, batch: Prompts | Rows) -> Knobs:
+        vocab_size = self._programs.model.config.vocab_size
+        return steer(batch.knobs, batch.slots, vocab_size) if batch.steered else batch.knobs
+
+    def _slots(self, example: Request, batch: int) -> list[Open]:
+        """Returns requests with prompts of their own."""
+        return [
             Open(number, dataclasses.replace(example, owner=str(number))) for number in range(batch)
         ]
-        newcomers = Prompts(slots, carry, length, n_drafts=n_drafts)
-        rows = Rows(slots, carry, length)
-        knobs = steer(rows.knobs, slots, vocab_size) if rows.steered else rows.knobs
-        zeros_B = np.zeros(batch, np.int32)
-        for size in shapes.chunks:
-            tokens_BX = np.zeros((batch, size + n_drafts), np.int32)
-            programs.compiled(
-                decoding.prefill, carry, tokens_BX, zeros_B, zeros_B, newcomers.rows_X, knobs,
-                wanted=rows.wanted,
-            )  # fmt: skip
-            yield
-        programs.compiled(
-            decoding.decode, carry, rows.position_B, rows.recent_BW, rows.left_B,
-            rows.stop_ids_BX, knobs, np.int32(1), np.int32(0), wanted=rows.wanted,
-        )  # fmt: skip
-        yield
-
-
-def _moving(
-    programs: Programs,
-    shapes: Shapes,
-    empty: Callable[[int, int], Carry],
-    carry: Carry,
-    length: int,
-) -> Iterator[None]:
-    """Compiles what moves rows into a cache of this size, and yields after each."""
-    batch = len(carry.hidden_BWD)
-    for other_batch, other_length in _sources(length, shapes):
-        other = empty(other_batch, other_length)
-        places_X = np.zeros(min(batch, other_batch, ROWS_AT_A_TIME), np.int32)
-        programs.compiled(decoding.insert, carry, other, places_X, places_X)
-        yield
-
-
-def _sources(length: int, shapes: Shapes) -> Iterator[tuple[int, int]]:
-    """Yields the sizes of the caches whose rows may move into one of this length."""
-    for other in shapes.lengths:
-        if other <= length:
-            yield from ((batch, other) for batch in shapes.rows)

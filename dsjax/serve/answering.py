@@ -11,8 +11,8 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -20,6 +20,8 @@ from starlette.types import Receive, Scope, Send
 
 from dsjax.serve.choice import Delta
 from dsjax.serve.errors import ApiError
+from dsjax.serve.options import Options
+from dsjax.serve.record import Entry
 from dsjax.serve.replies import Replies
 from dsjax.serve.service import FINGERPRINT
 
@@ -31,7 +33,7 @@ class Answer:
     """What all parts of one answer have in common.
 
     Args:
-      kind: of object, such as `chat.completion`; that of a chunk ends in `.chunk` for chats.
+      kind: of object, such as `chat.completion`.
     """
 
     def __init__(self, prefix: str, kind: str, model: str) -> None:
@@ -46,6 +48,67 @@ class Answer:
 
     def body(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
         return {**self._head, "choices": choices, "usage": usage}
+
+
+class Written(Protocol):
+    """A choice as its route writes it.
+
+    Attributes:
+      text: what there is of it, for the log.
+    """
+
+    text: str
+
+    def add(self, delta: Delta) -> None:
+        """Takes a delta of a whole answer."""
+        ...
+
+    def body(self, index: int) -> dict[str, Any]:
+        """Returns the whole."""
+        ...
+
+    def chunks(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        """Returns a delta of a stream; more than one part where two fields may not go together."""
+        ...
+
+
+async def respond(
+    request: Request,
+    replies: Replies,
+    written: Sequence[Written],
+    answer: Answer,
+    options: Options,
+    entry: Entry,
+) -> Response:
+    """Answers with the choices, whole or in chunks, whatever the request has chosen.
+
+    Raises:
+      ApiError: a choice failed before anything was sent.
+      ClientLeft: the client has closed the connection.
+    """
+    if not options.stream:
+        with replies:
+            await whole(request, replies, lambda index, delta: written[index].add(delta))
+            entry.text = [each.text for each in written]
+            bodies = [each.body(index) for index, each in enumerate(written)]
+            body = answer.body(bodies, replies.usage())
+            return JSONResponse(body, headers={"X-Request-Id": answer.id})
+
+    def done(failure: str) -> None:
+        entry.text = [each.text for each in written]
+        entry.end(replies, failure)
+
+    replies.__enter__()
+    entry.streaming = True
+    try:
+        return await stream(
+            answer, replies, lambda index, delta: written[index].chunks(index, delta),
+            usage_chunk=options.include_usage, done=done,
+        )  # fmt: skip
+    except BaseException:
+        entry.streaming = False
+        replies.__exit__()
+        raise
 
 
 async def whole(request: Request, replies: Replies, gather: Callable[[int, Delta], None]) -> None:
@@ -148,11 +211,6 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._done()
-
-
-def as_json(answer: Answer, choices: list[dict[str, Any]], usage: dict[str, Any]) -> Response:
-    """Returns a whole answer."""
-    return JSONResponse(answer.body(choices, usage), headers={"X-Request-Id": answer.id})
 
 
 def _event(body: dict[str, Any]) -> str:

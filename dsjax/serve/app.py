@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from dsjax import files
 from dsjax.serve.answering import ClientLeft
@@ -79,7 +80,8 @@ class Site:
     """The server's routes.
 
     Attributes:
-      state: "starting", "ready", "draining" or "failed".
+      state: "starting"; "warming", when requests are answered, but may wait for programs to be
+        compiled; "ready"; "draining"; or "failed".
     """
 
     def __init__(self, service: Service, access: Access) -> None:
@@ -98,10 +100,21 @@ class Site:
             models = self._guarded(self._models)
             routes.append(Route(f"{base}/models", models, methods=["GET"]))
             routes.append(Route(f"{base}/models/{{name}}", models, methods=["GET"]))
-        self.app = Starlette(
+        self._routes = Starlette(
             routes=routes, exception_handlers={HTTPException: _refused, ApiError: _failed}
         )
-        self.app.router.redirect_slashes = False
+        self._routes.router.redirect_slashes = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request, as ASGI has it."""
+        names = {name.lower() for name, _ in scope.get("headers", ())}
+        if {b"content-length", b"transfer-encoding"} <= names:
+            # A proxy may believe the one where we believe the other, and what one of us takes for
+            # a body is a request to the other.
+            error = ApiError(400, "Content-Length and Transfer-Encoding do not go together")
+            await _Failure(error, {"Connection": "close"})(scope, receive, send)
+            return
+        await self._routes(scope, receive, send)
 
     def _guarded(
         self, handle: Callable[[Request], Awaitable[Response]]
@@ -135,7 +148,7 @@ class Site:
         self, request: Request, complete: Complete, entry: Entry, address: str
     ) -> Response:
         try:
-            if self.state != "ready":
+            if self.state not in ("warming", "ready"):
                 raise ApiError(503, f"the server is {self.state}; try again", retry_after=5)
             values = await self._read(request)
             return await complete(request, values, self._service, entry, user=address)
@@ -192,7 +205,8 @@ class Site:
 
     async def _health(self, request: Request) -> Response:
         worker = self._service.worker
-        state = self.state if self.state != "ready" or worker.alive else "failed"
+        serves = self.state in ("warming", "ready")
+        state = "failed" if serves and not worker.alive else self.state
         body = {
             "status": state,
             "model": self._service.name,
@@ -201,7 +215,7 @@ class Site:
             "running": worker.n_running,
             "waiting": worker.n_waiting,
         }
-        if state == "starting":
+        if state in ("starting", "warming"):
             body["progress"] = self.progress
         return JSONResponse(body, status_code=200 if state == "ready" else 503)
 

@@ -11,8 +11,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from dsjax.generate.request import Request
-from dsjax.serve import answering
-from dsjax.serve.answering import Answer
+from dsjax.serve.answering import Answer, respond
 from dsjax.serve.chat_request import ChatRequest, read_chat
 from dsjax.serve.choice import Choice, Delta
 from dsjax.serve.errors import ApiError
@@ -38,27 +37,10 @@ async def complete_chat(
         service.worker, service.metrics, service.limits, requests, choices, user=asked.options.user
     )
     entry.begin(replies, asked.messages)
-    if not asked.options.stream:
-        with replies:
-            answer = Answer("chatcmpl", "chat.completion", asked.model)
-            messages = [_Message(service, asked.top is not None) for _ in choices]
-            await answering.whole(http, replies, lambda index, delta: messages[index].add(delta))
-            bodies = [message.body(index) for index, message in enumerate(messages)]
-            entry.text = [message.content for message in messages]
-            return answering.as_json(answer, bodies, replies.usage())
-    answer = Answer("chatcmpl", "chat.completion.chunk", asked.model)
-    chunks = _Chunks(service, asked, len(choices), entry)
-    replies.__enter__()
-    entry.streaming = True
-    try:
-        return await answering.stream(
-            answer, replies, chunks.of, usage_chunk=asked.options.include_usage,
-            done=lambda failure: entry.end(replies, failure),
-        )  # fmt: skip
-    except BaseException:
-        entry.streaming = False
-        replies.__exit__()
-        raise
+    kind = "chat.completion.chunk" if asked.options.stream else "chat.completion"
+    answer = Answer("chatcmpl", kind, asked.model)
+    messages = [_Message(service, asked.top is not None) for _ in choices]
+    return await respond(http, replies, messages, answer, asked.options, entry)
 
 
 def _prepare(asked: ChatRequest, service: Service) -> tuple[list[Request], list[Choice]]:
@@ -143,17 +125,18 @@ def _unopened(prompt: Sequence[int], form: ChatFormat) -> list[int]:
 
 
 class _Message:
-    """A whole message, gathered from deltas."""
+    """A message, gathered from deltas or sent in chunks."""
 
     def __init__(self, service: Service, report: bool) -> None:
         self._service, self._report = service, report
-        self.content = self._thought = ""
+        self.text = self._thought = ""
         self._calls: list[dict[str, Any]] = []
         self._reports: list[Any] = []
         self._finish: str | None = None
+        self._begun = False
 
     def add(self, delta: Delta) -> None:
-        self.content += delta.content
+        self.text += delta.content
         self._thought += delta.thought
         self._reports += delta.reports
         for piece in delta.calls:
@@ -163,11 +146,11 @@ class _Message:
         self._finish = delta.finish or self._finish
 
     def body(self, index: int) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": self.content}
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
         if self._thought:
             message["reasoning_content"] = self._thought
         if self._calls:
-            message["content"] = self.content or None
+            message["content"] = self.text or None
             message["tool_calls"] = self._calls
         logprobs = _logprobs(self._service, self._reports) if self._report else None
         return {
@@ -177,17 +160,8 @@ class _Message:
             "finish_reason": self._finish,
         }
 
-
-class _Chunks:
-    """Deltas as the `choices` of chunks."""
-
-    def __init__(self, service: Service, asked: ChatRequest, n_choices: int, entry: Entry) -> None:
-        self._service, self._report, self._entry = service, asked.top is not None, entry
-        self._begun = [False] * n_choices
-        entry.text = [""] * n_choices
-
-    def of(self, index: int, delta: Delta) -> list[dict[str, Any]]:
-        self._entry.text[index] += delta.content
+    def chunks(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        self.text += delta.content
         parts: list[dict[str, Any]] = []
         if delta.thought:
             parts.append({"content": None, "reasoning_content": delta.thought})
@@ -196,8 +170,8 @@ class _Chunks:
         if delta.calls:
             parts.append({"tool_calls": [_piece(piece) for piece in delta.calls]})
         parts = parts or [{}]
-        if not self._begun[index]:
-            self._begun[index] = True
+        if not self._begun:
+            self._begun = True
             parts[0] = {"role": "assistant", "content": "", **parts[0]}
         chunks = [
             {"index": index, "delta": part, "logprobs": None, "finish_reason": None}

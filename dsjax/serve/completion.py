@@ -10,8 +10,7 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from dsjax.serve import answering
-from dsjax.serve.answering import Answer
+from dsjax.serve.answering import Answer, respond
 from dsjax.serve.choice import Choice, Delta, Likely, TokenReport
 from dsjax.serve.errors import ApiError
 from dsjax.serve.fields import Fields, invalid
@@ -129,28 +128,7 @@ async def complete_text(
     if asked.echo:
         await _echo(service, asked, prompts, texts)
     answer = Answer("cmpl", "text_completion", asked.model)
-    if not asked.options.stream:
-        with replies:
-            await answering.whole(http, replies, lambda index, delta: texts[index].add(delta))
-            entry.text = [text.whole for text in texts]
-            bodies = [text.body(index) for index, text in enumerate(texts)]
-            return answering.as_json(answer, bodies, replies.usage())
-
-    def chunks(index: int, delta: Delta) -> list[dict[str, Any]]:
-        texts[index].add(delta)
-        return [texts[index].rest(index)]
-
-    replies.__enter__()
-    entry.streaming = True
-    try:
-        return await answering.stream(
-            answer, replies, chunks, usage_chunk=asked.options.include_usage,
-            done=lambda failure: entry.end(replies, failure),
-        )  # fmt: skip
-    except BaseException:
-        entry.streaming = False
-        replies.__exit__()
-        raise
+    return await respond(http, replies, texts, answer, asked.options, entry)
 
 
 def _encode(asked: CompletionRequest, service: Service) -> list[list[int]]:
@@ -214,7 +192,7 @@ class _Text:
 
     def __init__(self, service: Service, asked: CompletionRequest, prompt: Sequence[int]) -> None:
         self._service, self._top, self._prompt = service, asked.top, prompt
-        self.whole = ""
+        self.text = ""
         self._reports: list[TokenReport] = []
         self._echoed = False
         self._sent_text, self._sent_reports, self._offset = 0, 0, 0
@@ -224,7 +202,7 @@ class _Text:
     def echo(self, prompt: Sequence[int], scored: Scored | None) -> None:
         vocabulary = self._service.vocabulary
         begins = vocabulary.bos and prompt[:1] == [vocabulary.coder.control[vocabulary.bos]]
-        self.whole = vocabulary.coder.decode(prompt[1:] if begins else prompt, skip_special=False)
+        self.text = vocabulary.coder.decode(prompt[1:] if begins else prompt, skip_special=False)
         if scored is None or self._top is None:
             return
         self._first = TokenReport(prompt[0], 0.0, [], False)
@@ -234,16 +212,17 @@ class _Text:
             self._reports.append(TokenReport(token, float(scored.logprobs[place]), top, False))
 
     def add(self, delta: Delta) -> None:
-        self.whole += delta.content + delta.thought
+        self.text += delta.content + delta.thought
         self._reports += delta.reports
         self._finish = delta.finish or self._finish
 
-    def body(self, index: int) -> dict[str, Any]:
-        return self.rest(index)
+    def chunks(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        self.add(delta)
+        return [self.body(index)]
 
-    def rest(self, index: int) -> dict[str, Any]:
+    def body(self, index: int) -> dict[str, Any]:
         """Returns what has not been returned yet."""
-        text, self._sent_text = self.whole[self._sent_text :], len(self.whole)
+        text, self._sent_text = self.text[self._sent_text :], len(self.text)
         reports, self._sent_reports = self._reports[self._sent_reports :], len(self._reports)
         logprobs = self._logprobs(reports) if self._top is not None else None
         return {

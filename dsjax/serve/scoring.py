@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from dsjax.precision.matmul import vocabulary_logits
 from dsjax.serve.options import MOST_TOP
 
 _CHUNK = 256
+_SHORTEST = 512
 
 
 class Scored(NamedTuple):
@@ -30,17 +31,19 @@ class PromptScorer:
     """Scores prompts, padded to one of a few lengths so that all programs are compiled at start.
 
     Args:
-      lengths: ascending; the last is the longest prompt.
+      longest: prompt, in tokens.
     """
 
-    def __init__(self, scorer: Scorer, lengths: Sequence[int]) -> None:
+    def __init__(self, scorer: Scorer, longest: int) -> None:
         self._scorer = scorer
-        self._lengths = lengths
+        lengths = {_SHORTEST * 4**power for power in range(longest.bit_length())}
+        self._lengths = sorted({min(length, longest) for length in lengths})
 
-    def warm(self) -> None:
-        """Compiles the programs."""
+    def warm(self) -> Iterator[None]:
+        """Compiles one program after the other, and yields after each."""
         for length in self._lengths:
             self.score([0] * length)
+            yield
 
     def score(self, ids: Sequence[int]) -> Scored:
         """Scores one prompt."""

@@ -1,8 +1,9 @@
 """Starts the server, keeps it, and ends it: what tools/serve.py does.
 
-The port opens at once, and /health says 503 until the weights are there and every program is
-compiled. On SIGTERM or Ctrl-C new requests get 503, running ones may end within `--grace` seconds,
-and what is left then is cut off; a second signal cuts off at once.
+The port opens at once. Once the weights are there requests are answered, and whenever there is none
+the next program is compiled; /health says 503 until every program is. On SIGTERM or Ctrl-C new
+requests get 503, running ones may end within `--grace` seconds, and what is left then is cut off; a
+second signal cuts off at once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import os
 import signal
 import sys
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
 import uvicorn
 
@@ -140,18 +142,20 @@ class _Server:
         self._service, self._site, self._checkpoint = service, site, checkpoint
         self._arguments = arguments
         self._signal = 0
+        self._failure: Exception | None = None
         self._asked = asyncio.Event()
         self._hurry = asyncio.Event()
 
     async def serve(self) -> int:
         config = uvicorn.Config(
-            self._site.app,
+            self._site,
             host=self._arguments.host,
             port=self._arguments.port,
             log_config=None,
             access_log=False,
             lifespan="off",
             server_header=False,
+            http="h11",  # refuses what parsers may read in two ways
             timeout_keep_alive=30,
             timeout_graceful_shutdown=5,
         )
@@ -166,14 +170,21 @@ class _Server:
             if serving.done():
                 serving.result()
                 raise OSError(f"cannot listen at {self._arguments.host}:{self._arguments.port}")
-            await self._start(loop)
-            if not self._signal:
-                host, port = self._address(http)
-                self._site.state = "ready"
-                print(f"ready http://{host}:{port}", flush=True)
-                if self._arguments.open:
-                    webbrowser.open(f"http://{host}:{port}")
-                await self._asked.wait()
+            warm = asyncio.Event()
+            await self._unless_asked(
+                asyncio.to_thread(self._load, lambda: loop.call_soon_threadsafe(warm.set))
+            )
+            self._site.state = "warming"
+            address = "http://{}:{}".format(*self._address(http))
+            self._say(f"answering at {address}")
+            if self._arguments.open:
+                webbrowser.open(address)
+            await self._unless_asked(warm.wait())
+            if self._failure:
+                raise self._failure
+            self._site.state = "ready"
+            print(f"ready {address}", flush=True)
+            await self._asked.wait()
             await self._drain()
         finally:
             self._site.state = "draining"
@@ -203,19 +214,25 @@ class _Server:
         self._signal = self._signal or number
         self._asked.set()
 
-    async def _start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Loads the weights and compiles, in a thread, unless a signal comes first."""
-        starting = asyncio.create_task(asyncio.to_thread(self._load))
+    async def _unless_asked(self, starting: Coroutine[Any, Any, object]) -> None:
+        """Waits for a part of the start; a signal ends the process, once what runs has ended."""
+        part = asyncio.ensure_future(starting)
         asked = asyncio.create_task(self._asked.wait())
-        await asyncio.wait({starting, asked}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({part, asked}, return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()
         if self._signal:
+            await self._drain()
             # A compilation cannot be interrupted, and nothing is to be saved.
             print("stopped while starting", file=sys.stderr, flush=True)
             os._exit(128 + self._signal)
-        await starting
+        await part
 
-    def _load(self) -> None:
+    def _load(self, warm: Callable[[], object]) -> None:
+        """Loads the weights and begins to serve.
+
+        Args:
+          warm: called when everything is compiled.
+        """
         arguments, service = self._arguments, self._service
         mesh = submesh(arguments.mesh)
         self._say("loading the weights")
@@ -226,16 +243,29 @@ class _Server:
             prefill_chunk=arguments.prefill_chunk,
             max_batch=arguments.max_batch,
             prefix_tokens=arguments.prefix_tokens,
-            few_shapes=True,
+            examples=service.examples(),
         )
         assert engine.shapes is not None
-        scorer = PromptScorer(Scorer(model, mesh), engine.shapes.lengths)
-        if arguments.warm:
-            engine.warm(service.examples(), self._show)
-            scorer.warm()
-            engine.complete([Request((0,), 1)])  # what else runs for the first time
+        scorer = PromptScorer(Scorer(model, mesh), engine.shapes.lengths[-1])
         service.scorer = scorer
-        service.worker.start(engine)
+        service.worker.start(engine, self._warming(engine, scorer, warm))
+
+    def _warming(
+        self, engine: Engine, scorer: PromptScorer, warm: Callable[[], object]
+    ) -> Iterator[None]:
+        """Compiles one program after the other; runs in the worker's thread, between requests."""
+        try:
+            if self._arguments.warm:
+                for done, total in engine.warm():
+                    self._show(done, total)
+                    yield
+                yield from scorer.warm()
+                engine.add(Request((0,), 1))  # what else runs for the first time
+                while engine.busy:
+                    engine.step()
+        except Exception as error:
+            self._failure = error
+        warm()
 
     def _show(self, done: int, total: int) -> None:
         self._say(f"compiling: {done} of {total} programs", quiet=bool(done * 10 // total == (

@@ -57,9 +57,13 @@ class Service:
         self.token_bytes = TokenBytes(self.vocabulary.coder)
         self.grammars = Grammars(self.vocabulary.coder, self.vocab_size, self.vocabulary.stop_ids)
 
+    @property
+    def names(self) -> list[str]:
+        """Returns what clients may call the model."""
+        return [self.name, *(ALIASES if self.form else ())]
+
     def models(self) -> dict[str, Any]:
         """Returns the answer of /v1/models."""
-        names = [self.name, *(ALIASES if self.form else ())]
         models = [
             {
                 "id": name,
@@ -68,7 +72,7 @@ class Service:
                 "owned_by": "dsjax",
                 "max_model_len": self.context,
             }
-            for name in names
+            for name in self.names
         ]
         return {"object": "list", "data": models}
 
@@ -79,11 +83,10 @@ class Service:
           ApiError: 404, there is no such model.
         """
         name = fields.text("model", self.name)
-        if name != self.name and not (self.form and name in ALIASES):
-            there = [self.name, *(ALIASES if self.form else ())]
+        if name not in self.names:
             raise ApiError(
                 404,
-                f"there is no model {name[:100]!r}; this server has {', '.join(there)}",
+                f"there is no model {name[:100]!r}; this server has {', '.join(self.names)}",
                 param="model",
                 code="model_not_found",
             )

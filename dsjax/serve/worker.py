@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from dsjax.generate.engine import Engine
@@ -75,6 +75,7 @@ class Worker:
         self._wake = threading.Condition()
         self._stopping = False
         self._observe = observe
+        self._meanwhile: Iterator[object] | None = None
         self._engine: Engine | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -95,9 +96,13 @@ class Worker:
     def n_running(self) -> int:
         return len(self._running)
 
-    def start(self, engine: Engine) -> None:
-        """Begins to serve."""
-        self._engine = engine
+    def start(self, engine: Engine, meanwhile: Iterator[object] | None = None) -> None:
+        """Begins to serve.
+
+        Args:
+          meanwhile: work of which an item is done whenever there is no request; raises nothing.
+        """
+        self._engine, self._meanwhile = engine, meanwhile
         self._thread.start()
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
@@ -152,8 +157,9 @@ class Worker:
         while True:
             with self._wake:
                 while not (
-                    self._waiting or self._cancelled or self._calls or engine.busy or self._stopping
-                ):
+                    self._waiting or self._cancelled or self._calls or engine.busy
+                    or self._meanwhile or self._stopping
+                ):  # fmt: skip
                     self._wake.wait()
                 calls, self._calls = self._calls, []
                 cancelled, self._cancelled = self._cancelled, []
@@ -168,7 +174,10 @@ class Worker:
                 self._cut_off(engine)
                 return
             self._admit(engine)
-            self._step(engine)
+            if engine.busy:
+                self._step(engine)
+            elif self._meanwhile and next(self._meanwhile, self) is self:
+                self._meanwhile = None
             self._observe(self)
 
     def _admit(self, engine: Engine) -> None:
@@ -186,8 +195,6 @@ class Worker:
             self._running[ticket.id] = ticket
 
     def _step(self, engine: Engine) -> None:
-        if not engine.busy:
-            return
         try:
             outputs = engine.step()
         except Exception:

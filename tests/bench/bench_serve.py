@@ -1,20 +1,23 @@
-"""Measures a server: streams beside each other, latencies under load, and generate beside it.
+"""Measures a server: streams beside each other, latencies under load, and other programs beside it.
 
   python -m tests.bench.bench_serve CKPT
   python -m tests.bench.bench_serve CKPT --streams 1 32 128 --requests 1000 --clients 128
   python -m tests.bench.bench_serve --url http://127.0.0.1:8000 --model NAME
 
 Starts tools/serve.py for CKPT, or takes a server that runs. Prints one JSON object: tokens per
-second of 1 and of more greedy streams side by side (medians of three rounds, taken in turns); of
-`tools/generate.py` alone, for one stream; and, for many requests of a few clients with random
-lengths of which some are cancelled or left, how many were answered, lost or mixed up, the p50 and
-p99 of the time to the first token, and the memory of the server before and after.
+second of 1 and of more streams side by side, prompts included; of `tools/generate.py` alone, for
+one stream; and of transformers' `generate` for a batch of as many prompts as there are streams at
+most, if CKPT is a Hugging Face folder and transformers is installed. These are medians of five
+rounds in which the sides take turns. Then, for many requests of a few clients with random lengths
+of which some are cancelled or left, how many were answered, lost or mixed up, the p50 and p99 of
+the time to the first token, and the memory of the server before and after.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import platform
@@ -23,14 +26,18 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import httpx
 
 from tests.serve.serving import ROOT, serve
 
 PROMPT = [5, 9, 14, 20, 27, 33, 41, 52] * 8
+ROUNDS = 5
 
 
 async def stream(client: httpx.AsyncClient, body: dict, *, leave: int | None = None) -> dict:
@@ -64,8 +71,12 @@ def client(url: str, key: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=url, timeout=600, limits=limits, headers=headers)
 
 
-async def throughput(http: httpx.AsyncClient, model: str, streams: int, tokens: int) -> float:
-    """Tokens per second of so many equal streams, each with a prompt of its own."""
+async def throughput(
+    http: httpx.AsyncClient, model: str, streams: int, tokens: int
+) -> tuple[float, float]:
+    """Tokens per second of so many streams, each with a prompt of its own: in all, from the request
+    to the last token; and of one of them, after its first token.
+    """
     began = time.perf_counter()
     bodies = [
         {
@@ -76,7 +87,9 @@ async def throughput(http: httpx.AsyncClient, model: str, streams: int, tokens: 
     ]  # fmt: skip
     replies = await asyncio.gather(*(stream(http, body) for body in bodies))
     assert all(reply["status"] == 200 for reply in replies), replies
-    return sum(reply["tokens"] for reply in replies) / (time.perf_counter() - began)
+    whole = sum(reply["tokens"] for reply in replies) / (time.perf_counter() - began)
+    after = [(each["tokens"] - 1) / (each["seconds"] - each["first"]) for each in replies]
+    return whole, median(after)
 
 
 async def load(http: httpx.AsyncClient, model: str, requests: int, clients: int) -> dict:
@@ -137,14 +150,51 @@ def generate_speed(checkpoint: str, tokens: int, dtype: str) -> float:
     return float(speeds[-1]) if speeds else 0.0
 
 
-async def measure(url: str, arguments: argparse.Namespace, pid: int | None) -> dict:
+def transformers_speed(checkpoint: str, streams: int, tokens: int) -> Callable[[], float] | None:
+    """Returns what measures tokens per second of transformers for a batch of the same prompts."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"without transformers: {error}", file=sys.stderr)
+        return None
+    ids = torch.tensor([[*PROMPT, 3 + number] for number in range(streams)])
+
+    def measure() -> float:
+        began = time.perf_counter()
+        made = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
+            min_new_tokens=tokens, max_new_tokens=tokens,
+        )  # fmt: skip
+        return (made.shape[1] - ids.shape[1]) * streams / (time.perf_counter() - began)
+
+    return measure
+
+
+async def measure(
+    url: str,
+    arguments: argparse.Namespace,
+    pid: int | None,
+    others: dict[str, Callable[[], float]],
+) -> dict:
+    """Measures a server, and other programs beside it while it idles."""
     async with client(url, arguments.key) as http:
         model = arguments.model or (await http.get("/v1/models")).json()["data"][0]["id"]
-        rates: dict[int, list[float]] = {streams: [] for streams in arguments.streams}
-        for _ in range(3):
-            for streams, own in rates.items():
-                own.append(await throughput(http, model, streams, arguments.tokens))
-        result: dict = {"tokens_per_second": {k: median(v) for k, v in rates.items()}}
+        for streams in arguments.streams:
+            await throughput(http, model, streams, 8)
+        rates: dict[str, list[float]] = {}
+        for _ in range(ROUNDS):
+            for streams in arguments.streams:
+                whole, after = await throughput(http, model, streams, arguments.tokens)
+                rates.setdefault(f"{streams} streams", []).append(whole)
+                rates.setdefault(f"each of {streams}, after its first", []).append(after)
+            for name, run in others.items():
+                rates.setdefault(name, []).append(await asyncio.to_thread(run))
+        medians = {name: round(median(each), 1) for name, each in rates.items()}
+        spans = {name: [round(min(each), 1), round(max(each), 1)] for name, each in rates.items()}
+        result: dict = {"tokens_per_second": medians, "least_and_most": spans}
         before = memory(pid) if pid else 0.0
         result["load"] = await load(http, model, arguments.requests, arguments.clients)
         if pid:
@@ -172,16 +222,24 @@ def main() -> None:
     arguments = parser.parse_args()
     if (arguments.checkpoint is None) == (arguments.url is None):
         parser.error("give CKPT or --url")
+    versions = {}
+    for name in ("jax", "transformers", "torch"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     result: dict = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    result["versions"] = versions
     if arguments.url:
-        result |= asyncio.run(measure(arguments.url, arguments, None))
+        result |= asyncio.run(measure(arguments.url, arguments, None, {}))
     else:
-        few = ("--port", "0", "--dtype", arguments.dtype)
-        few += ("--max-batch", str(max(arguments.streams)))
-        with serve(arguments.checkpoint, few=few) as (url, process):
-            result |= asyncio.run(measure(url, arguments, process.pid))
-        speed = generate_speed(arguments.checkpoint, arguments.tokens, arguments.dtype)
-        result["generate_tokens_per_second"] = speed
+        most, tokens, checkpoint = max(arguments.streams), arguments.tokens, arguments.checkpoint
+        others = {"generate": lambda: generate_speed(checkpoint, tokens, arguments.dtype)}
+        if run := transformers_speed(checkpoint, most, tokens):
+            others[f"transformers, batch {most}"] = run
+        few = ("--port", "0", "--dtype", arguments.dtype, "--max-batch", str(most))
+        began = time.perf_counter()
+        with serve(checkpoint, few=few) as (url, process):
+            result["start_seconds"] = round(time.perf_counter() - began, 1)
+            result |= asyncio.run(measure(url, arguments, process.pid, others))
     print(json.dumps(result, indent=2))
 
 

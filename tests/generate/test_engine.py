@@ -463,6 +463,6 @@ def test_most_likely_tokens_are_reported_with_their_log_probabilities():
     assert second.report.top_ids is None and second.report.logprobs is None
 
 
-def test_few_shapes_need_a_largest_batch():
-    with pytest.raises(ValueError, match="few_shapes=True needs max_batch"):
-        Engine(tiny_model(), few_shapes=True)
+def test_examples_need_a_largest_batch():
+    with pytest.raises(ValueError, match="examples need max_batch"):
+        Engine(tiny_model(), examples=[Request((0,), 1)])

@@ -1,16 +1,12 @@
 """What the host knows of the rows of a cache, and how it moves between caches."""
 
-import dataclasses
-import functools
-
 import jax.numpy as jnp
 
 from dsjax.generate.decoding import Carry
 from dsjax.generate.request import Request
-from dsjax.generate.rows import Open, Rows, cache_length, few_shapes, fit
+from dsjax.generate.rows import Open, Rows
 from dsjax.generate.sampling import Sampling
 from dsjax.model.cache import Cache
-from tests.model.tiny import TINY
 
 
 def first():
@@ -54,25 +50,3 @@ def test_requests_take_their_numbers_along():
     assert ours.position_B.tolist() == [0, 0, 1] and ours.left_B.tolist() == [0, 0, 1]
     assert ours.recent_BW[2].tolist() == [3, 11] and theirs.left_B.tolist() == [3, 0]
     assert ours.knobs.temperature_B.tolist() == [1.0, 1.0, 0.5] and ours.wanted.logprobs
-
-
-def test_cache_fits_the_request_in_few_sizes():
-    """Powers of two from 256 on, and never more than what the model's longest text needs."""
-    length = functools.partial(cache_length, TINY, chunk=16)
-    assert [length(n, n_drafts=0, streaming=False) for n in (20, 129)] == [128, 256]
-    lengths = [length(needed, n_drafts=0) for needed in (3, 256, 257, 2048, 2049, 4096)]
-    assert lengths == [256, 256, 512, 2048, 4096, 4096]
-    assert length(4096, n_drafts=2) == 4096 + 16  # drafts stand beyond the end
-
-
-def test_few_shapes_are_powers_of_four_that_hold_whole_chunks():
-    def shapes(length, **options):
-        options = {"max_batch": 16, "batch_parts": 1, "chunk": 256, "n_drafts": 1} | options
-        return few_shapes(dataclasses.replace(TINY, max_seq_len=length), **options)
-
-    assert shapes(4096) == ((1, 4, 16), (512, 2048, 4352), (16, 64, 256))
-    assert shapes(4096, n_drafts=0).lengths == (512, 2048, 4096)
-    assert shapes(100, chunk=16, max_batch=6) == ((1, 4, 6), (112,), (16,))
-    assert shapes(512, max_batch=3, batch_parts=2).rows == (2, 4)
-    assert shapes(10_000, chunk=1024).lengths == (1024, 4096, 10_240)
-    assert [fit(needed, (4, 16)) for needed in (1, 4, 5, 17)] == [4, 4, 16, 16]

@@ -33,15 +33,14 @@ def steered():
 
 
 def test_no_request_compiles_anything_after_a_warm_up(compilations):
-    engine = Engine(
-        tiny_model(CONFIG), prefill_chunk=16, max_batch=4, few_shapes=True, prefix_tokens=64
-    )
-    assert engine.shapes == ((1, 4), (48,), (16,))
-    shown = []
     # A steered request asks for reports, so that there are two kinds of programs, not three.
     examples = [Request((0,), 1), dataclasses.replace(steered(), steering=Forced([0] * 4))]
-    engine.warm(examples, lambda done, total: shown.append((done, total)))
-    assert shown[0] == (0, 14) and shown[-1] == (14, 14)
+    engine = Engine(
+        tiny_model(CONFIG), prefill_chunk=16, max_batch=4, examples=examples, prefix_tokens=64
+    )
+    assert engine.shapes == ((1, 4), (1, 4), (48,), (16,))
+    shown = list(engine.warm())
+    assert shown == [(done, 15) for done in range(16)]
     alone = [Request(tuple(range(3, 20)), 9, GREEDY), Request((50, 20), 6, GREEDY)]
     wanted = [engine.complete([request])[0].tokens for request in alone]
     assert compilations

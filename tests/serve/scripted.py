@@ -124,7 +124,7 @@ def make_site(service, **access):
 
 def client(site, **options):
     """An asynchronous client of a site, without a network."""
-    transport = httpx.ASGITransport(site.app)
+    transport = httpx.ASGITransport(site)
     return httpx.AsyncClient(transport=transport, base_url="http://localhost", **options)
 
 

@@ -18,7 +18,7 @@ CONFIG = LLAMA | {
     "num_hidden_layers": 1,
     "max_position_embeddings": 512,
 }
-# One cache, two sizes of batch, two of prompts: sixteen programs.
+# One cache, two sizes of batch, one of prompts.
 FEW = ("--max-batch", "2", "--prefill-chunk", "64", "--dtype", "float32", "--port", "0")
 
 

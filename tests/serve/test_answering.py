@@ -51,7 +51,7 @@ def talk(site, body, leave):
             "server": ("localhost", 80), "scheme": "http", "http_version": "1.1",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
         }  # fmt: skip
-        await asyncio.wait_for(site.app(scope, receive, send), 20)
+        await asyncio.wait_for(site(scope, receive, send), 20)
         return sent
 
     return asyncio.run(run())

@@ -112,6 +112,10 @@ def test_server_that_is_not_ready_says_so(start):
         health = ask(site, "GET", "/health")
         assert health.status_code == 503 and health.json()["status"] == state
         assert ("progress" in health.json()) == (state == "starting")
+    site.state = "warming"
+    assert ask(site, "POST", CHAT, json=HELLO).status_code == 200
+    health = ask(site, "GET", "/health")
+    assert health.status_code == 503 and health.json()["progress"] == site.progress
     site.state = "ready"
     health = ask(site, "GET", "/health").json()
     assert health["status"] == "ready" and health["model"] == "tiny" and health["chat"]

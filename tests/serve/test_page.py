@@ -94,7 +94,7 @@ def served(folder):
     coder = service.vocabulary.coder
     with running(service, lambda request: spell(coder, reply(request, coder))) as engine:
         site = make_site(service)
-        config = uvicorn.Config(site.app, port=0, log_config=None, lifespan="off")
+        config = uvicorn.Config(site, port=0, log_config=None, lifespan="off")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()

@@ -9,7 +9,8 @@ from tests.model.tiny import tiny_model
 
 def test_scores_are_the_forward_passes():
     model = tiny_model()
-    scorer = PromptScorer(Scorer(model), (16, 32))
+    scorer = PromptScorer(Scorer(model), 32)
+    assert len(list(scorer.warm())) == 1
     rng = np.random.default_rng(0)
     for length in (1, 2, 16, 21):
         ids = rng.integers(0, model.config.vocab_size, length).tolist()

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import openai
 import pytest
 
 from dsjax.serve import server
+from tests import soak_serve
+from tests.bench import bench_serve
 from tests.serve import serving
 from tests.serve.test_tools import tool
 
@@ -138,6 +141,81 @@ def test_company_changes_nothing_and_compiles_nothing(url):
     together, alone = asyncio.run(run())
     assert together[::4] == alone
     assert compilations(url) == before
+
+
+@pytest.mark.heavy
+def test_load_loses_and_mixes_up_nothing(url):
+    async def run():
+        async with bench_serve.client(url, "none") as http:
+            return await bench_serve.load(http, "tiny-chat", requests=60, clients=12)
+
+    before = compilations(url)
+    found = asyncio.run(run())
+    assert found["requests"] == 60 == found["answered"] + found["left"]
+    assert found["left"] and not found["lost"] and not found["mixed_up"]
+    assert compilations(url) == before
+    assert {"running": 0, "waiting": 0}.items() <= httpx.get(f"{url}/health").json().items()
+
+
+@pytest.mark.heavy
+def test_soak_of_a_few_seconds_finds_nothing():
+    assert soak_serve.run(minutes=0.2, clients=6) == []
+
+
+JAVASCRIPT = """
+import OpenAI from "openai";
+const client = new OpenAI({ baseURL: process.argv[2] + "/v1", apiKey: "none", maxRetries: 0 });
+const messages = [{ role: "user", content: "Some text" }];
+const asked = { model: "deepseek-chat", messages, max_tokens: 30, temperature: 0 };
+const found = { models: (await client.models.list()).data.map((model) => model.id) };
+const whole = await client.chat.completions.create(asked);
+found.whole = whole.choices[0].message.content;
+found.tokens = whole.usage.completion_tokens;
+found.streamed = "";
+const options = { stream: true, stream_options: { include_usage: true } };
+for await (const chunk of await client.chat.completions.create({ ...asked, ...options })) {
+  found.streamed += chunk.choices[0]?.delta.content ?? "";
+  found.usage = chunk.usage?.completion_tokens;
+}
+const thinks = await client.chat.completions.create({ ...asked, model: "deepseek-reasoner" });
+found.thought = thinks.choices[0].message.reasoning_content;
+const tools = JSON.parse(process.argv[3]);
+const calls = client.chat.completions.stream(
+  { model: "deepseek-chat", messages, tools, tool_choice: "required", seed: 1 });
+found.call = (await calls.finalChatCompletion()).choices[0].message.tool_calls[0].function;
+const text = await client.completions.create(
+  { model: "tiny-chat", prompt: "Some", max_tokens: 5, temperature: 0, logprobs: 2 });
+found.logprobs = text.choices[0].logprobs.tokens.length;
+try {
+  await client.chat.completions.create({ ...asked, temperature: 9 });
+} catch (error) {
+  found.error = [error.constructor.name, error.status, error.param];
+}
+const controller = new AbortController();
+for await (const chunk of await client.chat.completions.create(
+  { ...asked, max_tokens: 400, stream: true }, { signal: controller.signal })) controller.abort();
+console.log(JSON.stringify(found));
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("npm"), reason="needs node and npm")
+def test_openai_of_javascript(url, tmp_path):
+    install = ["npm", "install", "--prefix", str(tmp_path), "--no-audit", "--no-fund", "openai@6"]
+    if subprocess.run(install, capture_output=True, cwd=tmp_path).returncode:
+        pytest.skip("npm cannot install openai")
+    (tmp_path / "client.mjs").write_text(JAVASCRIPT)
+    command = ["node", str(tmp_path / "client.mjs"), url, json.dumps([tool()])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["models"] == ["tiny-chat", "deepseek-chat", "deepseek-reasoner"]
+    assert found["streamed"] == found["whole"] and found["usage"] == found["tokens"] > 0
+    assert found["thought"] and 0 < found["logprobs"] <= 5
+    assert found["call"]["name"] == "get_weather"
+    assert json.loads(found["call"]["arguments"])["city"] in ("Rome", "Oslo")
+    assert found["error"] == ["UnprocessableEntityError", 422, "temperature"]
+    until(lambda: not httpx.get(f"{url}/health").json()["running"])
 
 
 @pytest.mark.heavy

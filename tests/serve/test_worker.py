@@ -159,3 +159,23 @@ def test_stopping_cuts_off_what_is_left(start):
     with pytest.raises(ApiError, match="shutting down") as caught:
         worker.submit([ticket(events)])
     assert caught.value.status == 503
+
+
+def test_what_is_to_be_done_meanwhile_waits_for_requests():
+    done, engine = [], ScriptedEngine(lambda request: [5] * 3)
+    worker = Worker(max_batch=2, max_waiting=3)
+    events = queue.SimpleQueue()
+
+    def meanwhile():
+        worker.submit([ticket(events)])
+        for item in range(3):
+            done.append((item, engine.busy, events.qsize()))
+            yield
+
+    worker.start(engine, meanwhile())
+    until(lambda: len(done) == 3)
+    worker.submit([ticket(events)])
+    assert len(gather(events, 6)) == 6
+    worker.stop()
+    # The first item came before the request, the second after all of its tokens.
+    assert done == [(0, False, 0), (1, False, 3), (2, False, 3)]
