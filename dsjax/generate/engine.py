@@ -434,6 +434,7 @@ class Engine:
             return rows
         open_ = rows.open() if rows else []
         n_rows = self._n_rows(len(open_) + n_free)
+        length = max(length, rows.length if rows else 0)
         wider = Rows([None] * n_rows, self._empty_carry(n_rows, length), length)
         if rows:
             self._move(rows, open_, wider)

@@ -38,6 +38,8 @@ def use_persistent_cache(cache_dir: str) -> None:
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     jax.config.update("jax_compilation_cache_dir", str(cache_folder(cache_dir) / "compiled"))
+    # By default only those that took a second are kept: a server has dozens of shorter ones.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 class Compiled:

@@ -1,14 +1,20 @@
 """After a warm-up nothing is compiled, whatever requests come, and tokens are the usual ones."""
 
 import dataclasses
+import functools
+import random
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from dsjax.generate.decoding import MAX_STEPS, Carry, Decoded
 from dsjax.generate.engine import Engine, Request
+from dsjax.generate.record import Record
 from dsjax.generate.request import join
 from dsjax.generate.sampling import Sampling
+from dsjax.model.cache import Cache
 from tests.generate.test_engine import Forced
 from tests.model.tiny import TINY, tiny_model
 
@@ -59,3 +65,98 @@ def test_no_request_compiles_anything_after_a_warm_up(compilations):
     assert engine.statistics.cached_tokens > 0
     assert tokens[1] == tokens[4] == [7, 8, 9] and len(tokens[3]) == 4
     assert np.isfinite(join(list(found.values())[1]).report.logprobs).all()
+
+
+class Free:
+    """Steering that lets everything be drawn."""
+
+    def bias(self):
+        return None
+
+    def push(self, token):
+        pass
+
+
+class Traced:
+    """Programs that compute nothing, and what is asked of them."""
+
+    def __init__(self, model):
+        self.model, self.batch_parts, self.asked = model, model.parts, set()
+
+    def compiled(self, function, *arguments, **static):
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments))
+        self.asked.add((function.__name__, *sorted(static.items()), *shapes))
+        return functools.partial(getattr(self, function.__name__), *arguments, **static)
+
+    def empty_carry(self, *, batch, length, n_drafts):
+        cache = Cache({"entry": np.zeros((1, batch, 1, length, 1), np.int8)}, None, None)
+        return Carry(cache, np.zeros((batch, n_drafts + 1, 1)))
+
+    def empty_pool(self, *, n_pages, page, n_drafts):
+        return Cache({"entry": np.zeros((1, n_pages, 1, page, 1), np.int8)}, None, None)
+
+    def insert(self, into, *rest):
+        return into
+
+    fill = save = insert
+
+    def prefill(self, carry, tokens_BX, starts_B, lengths_B, rows_X, knobs, *, wanted):
+        size = tokens_BX.shape[1] - carry.hidden_BWD.shape[1] + 1
+        length = carry.cache.dense["entry"].shape[3]
+        assert (starts_B + size <= length).all() and (starts_B % 16 == 0).all()
+        return carry, (np.ones(len(rows_X), np.int32), self.record(wanted, (len(rows_X), 1)))
+
+    def decode(self, carry, position_B, recent_BW, left_B, stops, knobs, steps, enough, *, wanted):
+        shape = (MAX_STEPS, *recent_BW.shape)
+        tokens_NBW = np.full(shape, -1, np.int32)
+        tokens_NBW[:steps, :, 0] = np.arange(steps)[:, None] < left_B
+        tokens_NBW[tokens_NBW == 0] = -1
+        ran_NB = tokens_NBW[:, :, 0] > 0
+        new_B = ran_NB.sum(axis=0).astype(np.int32)
+        return carry, Decoded(
+            position_B + new_B, recent_BW, left_B - new_B, steps, tokens_NBW, ran_NB,
+            np.zeros_like(ran_NB, np.int32), self.record(wanted, shape),
+        )  # fmt: skip
+
+    def record(self, wanted, shape):
+        ones = np.ones(shape, np.float32)
+        top = np.ones((*shape, wanted.top), np.int32) if wanted.top else None
+        own = ones if wanted.logprobs else None
+        return Record(own, own, top_ids=top, top_logprobs=top)
+
+
+@pytest.mark.parametrize(
+    ("length", "max_batch", "chunk", "parts", "n_mtp"),
+    [(4096, 16, 256, 1, 0), (4096, 16, 256, 1, 1), (20_000, 70, 64, 1, 0), (600, 6, 16, 2, 1),
+     (3000, 16, 256, 8, 0), (48, 1, 16, 1, 0)],
+)  # fmt: skip
+def test_whatever_comes_asks_for_no_other_program(
+    monkeypatch, length, max_batch, chunk, parts, n_mtp
+):
+    monkeypatch.setattr("dsjax.generate.engine.Programs", Traced)
+    config = dataclasses.replace(TINY, max_seq_len=length, n_mtp=n_mtp)
+    model = SimpleNamespace(config=config, parts=parts)
+    plain = Request((0,), 1, stop_ids=frozenset({0}))
+    kinds = [plain, dataclasses.replace(plain, logprobs=True, top_logprobs=4,
+                                        steering=Free())]  # fmt: skip
+    engine = Engine(
+        model, speculative=bool(n_mtp), prefill_chunk=chunk, max_batch=max_batch, examples=kinds,
+        prefix_tokens=2048,
+    )  # fmt: skip
+    *_, (done, total) = engine.warm()
+    known = set(engine._programs.asked)
+    assert done == total and len(known) == total + 1  # and the pool of pages
+    rng = random.Random(length + max_batch)
+    ids = []
+    for _ in range(1000):
+        for _ in range(rng.choice([0] * 9 + [1, 1, 2, 5, max_batch])):
+            n_prompt = min(int(rng.paretovariate(0.5)), length - 1)
+            most = rng.randrange(min(length - n_prompt, 2 + rng.randrange(length)) + 1)
+            prompt = tuple([rng.randrange(2)] * n_prompt)
+            ids.append(engine.add(dataclasses.replace(
+                rng.choice(kinds), prompt=prompt, max_new_tokens=most, owner=rng.choice("ab"))
+            ))  # fmt: skip
+        if ids and rng.random() < 0.1:
+            engine.cancel(rng.choice(ids))
+        engine.step()
+    assert engine._programs.asked <= known

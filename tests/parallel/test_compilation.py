@@ -34,9 +34,11 @@ def test_compiler_knows_the_options_of_a_target(target):
 
 @pytest.fixture
 def cache_setting():
-    before = jax.config.jax_compilation_cache_dir
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
     yield
-    jax.config.update("jax_compilation_cache_dir", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 def test_persistent_cache_is_on_unless_the_user_chose(tmp_path, monkeypatch, cache_setting):
@@ -44,5 +46,6 @@ def test_persistent_cache_is_on_unless_the_user_chose(tmp_path, monkeypatch, cac
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compilation.use_persistent_cache("")
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "dsjax" / "compiled")
+    assert jax.config.values["jax_persistent_cache_min_compile_time_secs"] < 0.5
     compilation.use_persistent_cache(str(tmp_path / "elsewhere"))
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "dsjax" / "compiled")
