@@ -3,7 +3,7 @@
   # the countdown game with a small model, in runs/r1_tiny
   python tools/r1.py
   # a shorter reinforcement learning, in a folder of its own
-  python tools/r1.py --workdir runs/short --set reasoning.train.steps=40
+  python tools/r1.py --workdir runs/short --set reasoning.train.steps=20
 
 Each stage is a run in a folder of its name. The same command, given again, goes on where it was
 stopped and skips what is done. After each stage r1.json and r1.png tell held-out accuracy, length,
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         default=[],
-        help="change keys of a stage's config, e.g. reasoning.train.steps=40; repeatable",
+        help="change keys of a stage's config, e.g. reasoning.train.steps=20; repeatable",
     )
     result.add_argument(
         "--seed",

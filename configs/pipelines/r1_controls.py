@@ -41,5 +41,5 @@ def by_chance() -> Stage:
 config = dataclasses.replace(
     R1_TINY,
     name="r1_controls",
-    stages=(BASE, COLD_START, REASONING, continued(1700), by_chance()),
+    stages=(BASE, COLD_START, REASONING, continued(850), by_chance()),
 )

@@ -136,13 +136,13 @@ config = R1(
     max_new_tokens=112,
     stages=(
         Stage(name="base", config=pretraining("base", MODEL, 1200)),
-        Stage(name="r1_zero", init="base", config=by_rewards("r1_zero", 60, RULES)),
+        Stage(name="r1_zero", init="base", config=by_rewards("r1_zero", 40, RULES)),
         Stage(
             name="cold_start",
             init="base",
             config=fine_tuning("cold_start", "{run}/game/cold_start.jsonl", 250),
         ),
-        Stage(name="reasoning", init="cold_start", config=by_rewards("reasoning", 80, RULES)),
+        Stage(name="reasoning", init="cold_start", config=by_rewards("reasoning", 45, RULES)),
         Stage(
             name="rejection",
             init="base",
@@ -152,7 +152,7 @@ config = R1(
         Stage(
             name="scenarios",
             init="rejection",
-            config=by_rewards("scenarios", 30, (*RULES, TIDY)),
+            config=by_rewards("scenarios", 20, (*RULES, TIDY)),
         ),
         Stage(name="student", config=pretraining("student", STUDENT, 500)),
         Stage(
