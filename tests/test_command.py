@@ -183,6 +183,18 @@ def test_checkpoint_arguments_are_read():
     assert arguments.dtype is None and arguments.mesh == {}
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_weights_may_be_small(dtype):
+    assert checkpoint_arguments("ckpt", "--dtype", dtype).dtype == dtype
+
+
+def test_another_element_type_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        checkpoint_arguments("ckpt", "--dtype", "int3")
+    message = capsys.readouterr().err
+    assert "'int3'" in message and "int4" in message
+
+
 def test_overrides_are_json_values_or_text():
     arguments = checkpoint_arguments(
         "ckpt", "--override", "num_nextn_predict_layers=0", "rope_scaling=null",

@@ -1,7 +1,8 @@
 """Checkpoints: read in any form, written, converted and checked.
 
 Reading: load.py opens a Hugging Face folder, a converted folder or a run, and puts its weights into
-a model on any mesh. slices.py assembles part of a parameter from the tensors that make it up.
+a model on any mesh. slices.py assembles part of a parameter from the tensors that make it up;
+small_weights.py rounds parts to eight or four bits as they are read.
 
 Hugging Face's form: families/ describes each family of models (config.json and tensor names),
 hf_config.py and names.py apply it, tensor_files.py reads and writes safetensors, hf_folder.py

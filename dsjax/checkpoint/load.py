@@ -8,6 +8,7 @@ are alike: leaves of the parameter tree, of which any slice can be read.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import math
@@ -31,9 +32,11 @@ from dsjax.checkpoint.gguf import is_gguf, require_package
 from dsjax.checkpoint.hf_folder import HfFolder, Row, check_kind, is_hf, open_hf
 from dsjax.checkpoint.names import Tensor
 from dsjax.checkpoint.slices import Index, Leaf, Tensors, bounds, dequantize_rows, read_slice
+from dsjax.checkpoint.small_weights import SMALL, format_of, load_small
 from dsjax.checkpoint.weights import Weights, is_chunk
 from dsjax.config import ModelConfig
 from dsjax.files import cache_folder, listed, read_json, write
+from dsjax.kernels.target import Target
 from dsjax.model.layers import RouterState
 from dsjax.model.parameters import shardings
 from dsjax.model.transformer import Transformer
@@ -117,14 +120,20 @@ def load(
         or a GGUF file.
       mesh: the mesh to shard the weights over, as `parallel.sharding` says; None: the default
         device.
-      dtype: of weights and activations, bfloat16 or float32; None: the checkpoint's.
+      dtype: of weights and activations, bfloat16 or float32; None: the checkpoint's. "int8" and
+        "int4" are of the matrices alone (`checkpoint.small_weights`), for inference; all else is
+        bfloat16, on a CPU float32.
 
     Raises:
       ValueError: the folder has no complete checkpoint, its config and its arrays disagree, the
         model does not fit the mesh, or `dtype` is another one.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
-    wanted = checkpoint.dtype if dtype is None else _weight_dtype(dtype)
+    small = SMALL.get(dtype if isinstance(dtype, str) else np.dtype(dtype).name)
+    if small:
+        wanted = FLOAT32 if Target.here().kind == "cpu" else BFLOAT16
+    else:
+        wanted = checkpoint.dtype if dtype is None else _weight_dtype(dtype)
     model = checkpoint.kind(checkpoint.model, Policy(wanted))
     placement = model if mesh is None else shardings(model, mesh)
 
@@ -135,6 +144,13 @@ def load(
         def read(index: Index) -> np.ndarray:
             return checkpoint.read(own_path, index, own_dtype)
 
+        sharding = None if mesh is None else placed.get_value()
+        if small and (format_ := format_of(own_path, variable, small, sharding)):
+            read_32 = functools.partial(checkpoint.read, own_path, dtype=FLOAT32)
+            try:
+                return variable.copy(load_small(read_32, shape, *format_, sharding))
+            except ValueError as error:
+                raise ValueError(f"{'.'.join(own_path)}: {error}") from error
         if mesh is None:
             return variable.copy(jax.device_put(read((slice(None),) * len(shape))))
         return variable.copy(_distribute(read, shape, own_dtype, placed.get_value()))
@@ -351,7 +367,10 @@ def _weight_dtype(dtype: DTypeLike) -> np.dtype:
     except TypeError:
         wanted = None
     if wanted is None or wanted not in (FLOAT32, BFLOAT16):
-        raise ValueError(f"dtype={dtype!r} is not supported; a model runs in bfloat16 or float32")
+        raise ValueError(
+            f"dtype={dtype!r} is not supported; a model runs in bfloat16 or float32, and its "
+            "weights may be int8 or int4"
+        )
     return wanted
 
 

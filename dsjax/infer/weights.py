@@ -9,13 +9,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from dsjax.checkpoint.load import Checkpoint, load
+from dsjax.checkpoint.small_weights import SMALL, stored_bytes
 from dsjax.model.parameters import declarations
 from dsjax.model.transformer import Transformer
 from dsjax.precision.policy import Policy
 
+_GGUF_TYPES = {"int8": "Q8_0", "int4": "Q4_0"}  # of about the same size
 CONTAINER = "/sys/fs/cgroup"  # where Linux keeps a container's own limits
 
 
@@ -27,15 +30,26 @@ def load_weights(checkpoint: Checkpoint, mesh: Mesh | None, dtype: str | None) -
 def choose_dtype(checkpoint: Checkpoint, asked: str | None) -> str | None:
     """Chooses the element type of weights and computation; None keeps the checkpoint's.
 
-    `asked` is obeyed. Otherwise a CPU gets float32 if that fits in memory, because XLA multiplies
-    bfloat16 matrices about 25 times slower than float32 ones on a CPU. Choices that cost memory or
-    time are announced on standard error, in one line. `dsjax.load` makes no such choice: without a
-    dtype it keeps the checkpoint's.
+    `asked` is obeyed; int8 and int4 are of the weights alone. Otherwise a CPU gets float32 if that
+    fits in memory, because XLA multiplies bfloat16 matrices about 25 times slower than float32 ones
+    on a CPU. Choices that cost memory or time are announced on standard error, in one line.
+    `dsjax.load` makes no such choice: without a dtype it keeps the checkpoint's.
     """
-    if jax.default_backend() != "cpu" or "float32" in (asked, str(checkpoint.dtype)):
+    if jax.default_backend() != "cpu":
         return asked
-    declared = declarations(Transformer(checkpoint.model, Policy(jnp.float32)))
-    needed, there = 4 * sum(parameter.count for parameter in declared), free_memory()
+    model = Transformer(checkpoint.model, Policy(jnp.float32))
+    needed, there = 4 * sum(parameter.count for parameter in declarations(model)), free_memory()
+    if asked in SMALL:
+        small = stored_bytes(model, SMALL[asked], np.dtype(np.float32))
+        _say(
+            f"{asked} weights take {small / 1e9:.1f} GB, where float32 takes {needed / 1e9:.1f}, "
+            "but a CPU multiplies them more slowly: here they save memory, not time. For speed run "
+            f"llama.cpp: tools/convert.py export {checkpoint.path} out.gguf --type "
+            f"{_GGUF_TYPES[asked]}"
+        )
+        return asked
+    if "float32" in (asked, str(checkpoint.dtype)):
+        return asked
     figures = f"{needed / 1e9:.1f} GB as float32, with {there / 1e9:.1f} GB of memory free"
     if asked == "bfloat16":
         _say(f"bfloat16 is slow on a CPU; --dtype float32 is not (weights: {figures})")

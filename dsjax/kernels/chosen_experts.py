@@ -11,35 +11,47 @@ faster.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from dsjax.kernels.target import Target
+
+Stack = Any
 
 
 def chosen_experts(
     x_MD: jax.Array,
-    w_gate_EDF: jax.Array,
-    w_up_EDF: jax.Array,
-    w_down_EFD: jax.Array,
+    w_gate_EDF: Stack,
+    w_up_EDF: Stack,
+    w_down_EFD: Stack,
     experts_MK: jax.Array,
     weights_MK: jax.Array,
     target: Target,
+    at_use: Callable[[Stack, DTypeLike], jax.Array],
 ) -> jax.Array:
     """Sums each token's SwiGLU experts by weight.
 
     Args:
-      x_MD: tokens; each matrix is cast to their dtype after it is read from its stack.
+      x_MD: tokens.
+      w_gate_EDF, w_up_EDF, w_down_EFD: stacks of matrices, arrays or pytrees of arrays whose first
+        dimension is E.
       experts_MK: int32, the experts of each token.
       weights_MK: float32.
       target: not a TPU.
+      at_use: makes an array of the tokens' dtype of what was read from a stack.
 
     Returns:
       [M, D] in x's dtype, summed in float32.
     """
     compute = _at_once if target.kind == "gpu" else _one_by_one
-    y_MD = compute(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK)
+    stacks = w_gate_EDF, w_up_EDF, w_down_EFD
+    y_MD = compute(x_MD, *stacks, experts_MK, weights_MK, lambda w: at_use(w, x_MD.dtype))
     return y_MD.astype(x_MD.dtype)
 
 
@@ -51,10 +63,11 @@ def is_few(n_tokens: int, top_k: int, n_experts: int, target: Target) -> bool:
     return target.kind == "cpu" and n_tokens <= 32
 
 
-def _at_once(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK):
-    def product(x_MKX: jax.Array, stack_EXY: jax.Array) -> jax.Array:
+def _at_once(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, at_use):
+    def product(x_MKX: jax.Array, stack_EXY: Stack) -> jax.Array:
         # Not a matrix product: XLA would copy the matrices for one, but a sum reads them in place.
-        matrices = stack_EXY[experts_MK].astype(x_MD.dtype).astype(jnp.float32)
+        chosen = jax.tree.map(lambda leaf: leaf[experts_MK], stack_EXY)
+        matrices = at_use(chosen).astype(jnp.float32)
         return (x_MKX.astype(jnp.float32)[..., None] * matrices).sum(axis=2)
 
     x_M1D = x_MD[:, None]
@@ -63,14 +76,15 @@ def _at_once(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK):
     return (out_MKD * weights_MK[..., None]).sum(axis=1)
 
 
-def _one_by_one(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK):
+def _one_by_one(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, at_use):
     sorted_A = jnp.sort(experts_MK.reshape(-1))
     repeated_A = jnp.pad(sorted_A[1:] == sorted_A[:-1], (1, 0))
     chosen_A = sorted_A[jnp.argsort(repeated_A)]  # each chosen expert once, then repetitions
     n_chosen = (~repeated_A).sum()
 
-    def matrix(stack: jax.Array, expert: jax.Array) -> jax.Array:
-        return lax.dynamic_index_in_dim(stack, expert, keepdims=False).astype(x_MD.dtype)
+    def matrix(stack: Stack, expert: jax.Array) -> jax.Array:
+        read = functools.partial(lax.dynamic_index_in_dim, index=expert, keepdims=False)
+        return at_use(jax.tree.map(read, stack))
 
     def add(index: jax.Array, y_MD: jax.Array) -> jax.Array:
         expert = chosen_A[index]

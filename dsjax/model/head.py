@@ -29,6 +29,7 @@ from dsjax.parallel.context import join_length, split_length
 from dsjax.parallel.sharding import gather_for_use, parts_here, reduce_to_shards
 from dsjax.precision.matmul import vocabulary_logits
 from dsjax.precision.policy import Policy
+from dsjax.precision.small_weights import Weight, at_use
 
 # A loss per token as a function of its logits: (logits [..., V], what else is known of the tokens,
 # weights of further heads) -> (losses [...], their derivatives by the logits [..., V]), float32.
@@ -221,8 +222,11 @@ def _hits(targets: jax.Array, logits: jax.Array) -> jax.Array:
     return ids == targets[..., None]
 
 
-def _head_weight(w_DV: jax.Array, policy: Policy) -> jax.Array:
-    return gather_for_use(w_DV, ("embed", "vocab"), policy.compute).astype(policy.compute)
+def _head_weight(w_DV: Weight, policy: Policy) -> jax.Array:
+    def gather(leaf: jax.Array) -> jax.Array:
+        return gather_for_use(leaf, ("embed", "vocab"), policy.travels(leaf.dtype))
+
+    return at_use(jax.tree.map(gather, w_DV), policy.compute)
 
 
 def _cut(x: jax.Array, width: int) -> jax.Array:

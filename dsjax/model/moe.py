@@ -30,6 +30,7 @@ from dsjax.parallel.shards import Specs, on_shards
 from dsjax.precision.activations import swiglu_grouped_linear
 from dsjax.precision.matmul import grouped_linear
 from dsjax.precision.policy import Policy
+from dsjax.precision.small_weights import Weight, at_use
 
 
 class RoutingStatistics(NamedTuple):
@@ -63,16 +64,21 @@ class Experts(nnx.Module):
           like: an array that differs between devices along the same mesh axes as the rows.
         """
         policy, axes = self.policy, split_axes("expert_embed")
-        weights = [
-            gather_weight(w[...], dim, axes, policy.travels)
-            for w, dim in ((self.w_gate, 1), (self.w_up, 1), (self.w_down, 2))
-        ]
-        w_gate, w_up, w_down = (vary_as(w, like) for w in weights)
+
+        def gathered(variable: nnx.Variable, dim: int) -> Weight:
+            def gather(leaf: jax.Array) -> jax.Array:
+                return vary_as(gather_weight(leaf, dim, axes, policy.travels(leaf.dtype)), like)
+
+            return jax.tree.map(gather, variable[...])
+
+        w_gate, w_up = gathered(self.w_gate, 1), gathered(self.w_up, 1)
+        w_down = gathered(self.w_down, 2)
+        split = jax.tree.leaves(w_gate)[0]
 
         def experts(x_AD: jax.Array, sizes_E: jax.Array, weights_A: jax.Array) -> jax.Array:
             # With tensor parallelism outputs are partial sums, and so are the inputs' gradients:
             # marked as varying, they are summed over the devices.
-            x_AD, weights_A = vary_as(x_AD, w_gate), vary_as(weights_A, w_gate)
+            x_AD, weights_A = vary_as(x_AD, split), vary_as(weights_A, split)
             gate, up = (grouped_linear(x_AD, w, sizes_E, policy) for w in (w_gate, w_up))
             return swiglu_grouped_linear(gate, up, weights_A, w_down, sizes_E, policy)
 
@@ -86,8 +92,10 @@ class Experts(nnx.Module):
         n_layers, E = self.w_gate.shape[:2]
 
         # The layer is selected by the experts' numbers: slicing it out would read all its experts.
-        def flat(variable: nnx.Variable) -> jax.Array:
-            return variable[...].reshape(n_layers * E, *variable.shape[2:])
+        def flat(variable: nnx.Variable) -> Weight:
+            return jax.tree.map(
+                lambda leaf: leaf.reshape(n_layers * E, *leaf.shape[2:]), variable[...]
+            )
 
         return chosen_experts(
             x_MD,
@@ -97,6 +105,7 @@ class Experts(nnx.Module):
             routing.experts_MK + layer * E,
             routing.weights_MK,
             self.policy.target,
+            at_use,
         )
 
 

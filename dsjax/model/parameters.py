@@ -96,8 +96,12 @@ def pinned(module: AnyModule, policy: Policy) -> AnyModule:
     def pin(variable: nnx.Variable) -> nnx.Variable:
         value = variable.get_value()
         axes = variable.get_metadata()["axes"]
-        dtype = jnp.float32 if "router_embed" in axes else policy.travels
-        return variable.copy(gather_for_use(value, axes[len(axes) - value.ndim :], dtype))
+
+        def gather(leaf: jax.Array) -> jax.Array:  # a small weight has two
+            dtype = jnp.float32 if "router_embed" in axes else policy.travels(leaf.dtype)
+            return gather_for_use(leaf, axes[len(axes) - leaf.ndim :], dtype)
+
+        return variable.copy(jax.tree.map(gather, value))
 
     return jax.tree.map(pin, module, is_leaf=_is_variable)
 

@@ -57,7 +57,7 @@ def generating(declared: Transformer, params: nnx.State) -> nnx.State:
 
     The same numbers as the trainer's, since it casts in the same way at use, from half the memory.
     """
-    travels = declared.policy.travels
+    travels = declared.policy.travels(np.float32)
 
     def cast(variable: nnx.Variable) -> nnx.Variable:
         axes = variable.get_metadata()["axes"]

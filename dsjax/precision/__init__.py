@@ -2,6 +2,7 @@
 
 policy.py says which type does what on which machine; matmul.py has the products of linear layers
 and is the one place that chooses their operands' types; fp8.py quantises arrays block by block;
-e5m6.py packs twelve-bit numbers; activations.py decides in how many bits the backward pass keeps
-the inputs of two layers.
+small_weights.py multiplies by weights of eight or four bits, for inference; e5m6.py packs
+twelve-bit numbers; activations.py decides in how many bits the backward pass keeps the inputs of
+two layers.
 """

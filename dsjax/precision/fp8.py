@@ -58,7 +58,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -87,8 +87,9 @@ WEIGHT_BLOCK = (128, 128)
 class BlockScaled:
     """A quantised array; a pytree of two leaves, so jit, scan, sharding and checkpoints take it.
 
-    values: float8_e4m3fn [..., rows, columns].
-    scales: float32 [..., ceil(rows / block[0]), ceil(columns / block[1])], multipliers.
+    values: float8_e4m3fn [..., rows, columns]; int8 or int4 in `dsjax.precision.small_weights`.
+    scales: float32, for integers bfloat16, [..., ceil(rows / block[0]), ceil(columns / block[1])],
+      multipliers.
     block: rows and columns that share a scale; static. Leading dimensions never do.
     """
 
@@ -97,13 +98,29 @@ class BlockScaled:
     block: tuple[int, int]
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.values.ndim
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.values.dtype
+
+    def __getitem__(self, index: Any) -> BlockScaled:
+        """Indexes leading dimensions."""
+        return BlockScaled(self.values[index], self.scales[index], self.block)
+
+    @property
     def mT(self) -> BlockScaled:  # the name that arrays give it
         """Swaps the last two dimensions."""
         rows, columns = self.block
         return BlockScaled(self.values.mT, self.scales.mT, (columns, rows))
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
-        """Returns value * scale, computed in float32 and cast to `dtype`."""
+        """Returns value * scale in `dtype`, computed in the wider of that and the scales' type."""
         return _dequantize(self.values, self.scales, self.block, jnp.dtype(dtype))
 
 
@@ -251,8 +268,11 @@ def power_of_two_scale(amax: jax.Array, largest: float) -> jax.Array:
 def _dequantize(
     values: jax.Array, scales: jax.Array, block: tuple[int, int], dtype: DTypeLike
 ) -> jax.Array:
-    blocks = split_blocks(values.astype(jnp.float32), block)
-    return join_blocks(blocks * scales[..., :, None, :, None], values.shape).astype(dtype)
+    # Integers times bfloat16 scales need no float32 for bfloat16: one rounding either way.
+    wide = max(scales.dtype, jnp.dtype(dtype), key=lambda each: each.itemsize)
+    blocks = split_blocks(values.astype(wide), block)
+    scales = scales.astype(wide)[..., :, None, :, None]
+    return join_blocks(blocks * scales, values.shape).astype(dtype)
 
 
 def split_blocks(x: jax.Array, block: tuple[int, int]) -> jax.Array:

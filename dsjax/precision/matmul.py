@@ -40,6 +40,7 @@ from dsjax.kernels.fp8_gemm import (
     scaled_matmul,
 )
 from dsjax.kernels.grouped_matmul import align_groups, grouped_matmul, grouped_outer
+from dsjax.precision import small_weights
 from dsjax.precision.fp8 import (
     CHANNEL_TILE,
     TOKEN_TILE,
@@ -49,6 +50,7 @@ from dsjax.precision.fp8 import (
     round_trip,
 )
 from dsjax.precision.policy import Policy
+from dsjax.precision.small_weights import Weight
 
 # Block of the activation gradient in the input gradient. `docs/fp8_training.py` shows the effect of
 # larger blocks.
@@ -81,8 +83,13 @@ def _native_matmul(x: BlockScaled, y: BlockScaled) -> jax.Array:
     return out_MN.reshape(*x.values.shape[:-1], -1)
 
 
-def linear_forward(x: jax.Array, w_DF: jax.Array, policy: Policy) -> jax.Array:
-    """Multiplies x[..., D] by the float32 master w[D, F]: [..., F] in the compute type."""
+def linear_forward(x: jax.Array, w_DF: Weight, policy: Policy) -> jax.Array:
+    """Multiplies x[..., D] by the float32 master w[D, F]: [..., F] in the compute type.
+
+    In inference the weight may be of the compute type, or small.
+    """
+    if isinstance(w_DF, BlockScaled):
+        return small_weights.matmul(x, w_DF, policy, policy.compute)
     weight = _operand(w_DF, WEIGHT_BLOCK, policy)
     return _matmul(_operand(x, CHANNEL_TILE, policy), weight, policy.compute)
 
@@ -102,9 +109,11 @@ linear.defvjp(lambda x, w, policy: (linear_forward(x, w, policy), (x, w)), linea
 
 
 def grouped_forward(
-    x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, policy: Policy
+    x_AD: jax.Array, w_EDF: Weight, sizes_E: jax.Array, policy: Policy
 ) -> jax.Array:
     """Does what `linear` does for rows sorted by expert: [A, D], weights [E, D, F] -> [A, F]."""
+    if isinstance(w_EDF, BlockScaled):
+        return small_weights.grouped_matmul(x_AD, w_EDF, sizes_E, policy)
     x, w = _operand(x_AD, CHANNEL_TILE, policy), _operand(w_EDF, WEIGHT_BLOCK, policy)
     return _grouped_matmul(x, w, sizes_E, policy)
 
@@ -155,7 +164,9 @@ def float32_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     )
 
 
-def vocabulary_logits(x: jax.Array, w_DV: jax.Array, policy: Policy) -> jax.Array:
+def vocabulary_logits(x: jax.Array, w_DV: Weight, policy: Policy) -> jax.Array:
     """Returns the head's logits, float32 [..., V], from operands in the compute type."""
+    if isinstance(w_DV, BlockScaled):
+        return small_weights.matmul(x, w_DV, policy, jnp.float32)
     compute = policy.compute
     return jnp.matmul(x.astype(compute), w_DV.astype(compute), preferred_element_type=jnp.float32)

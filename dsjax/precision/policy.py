@@ -41,12 +41,12 @@ class Policy:
             native = self.fp8 is not None and self.target.multiplies_e4m3
             object.__setattr__(self, "native_fp8", native)
 
-    @property
-    def travels(self) -> DTypeLike:
+    def travels(self, stored: DTypeLike) -> DTypeLike:
         """Returns the type in which weights are sent: the multiplier's, unless scales must first be
-        found for the master weights.
+        found for the master weights, or they are stored in a narrower one.
         """
-        return jnp.float32 if self.fp8 else self.compute
+        wide = jnp.dtype(jnp.float32 if self.fp8 else self.compute)
+        return stored if jnp.dtype(stored).itemsize < wide.itemsize else wide
 
 
 def advice(compute: DTypeLike, target: Target) -> str | None:

@@ -1,6 +1,7 @@
 """Which element type a checkpoint is loaded in."""
 
 import types
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -16,7 +17,7 @@ BYTES = 4 * sum(parameter.count for parameter in declarations(tiny_model()))
 
 
 def checkpoint(dtype=ml_dtypes.bfloat16):
-    return types.SimpleNamespace(model=TINY, dtype=np.dtype(dtype))
+    return types.SimpleNamespace(model=TINY, dtype=np.dtype(dtype), path=Path("runs/x"))
 
 
 @pytest.fixture
@@ -48,11 +49,21 @@ def test_what_is_asked_for_is_obeyed_with_a_warning_where_it_is_slow(free, capsy
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(("dtype", "type_"), [("int8", "Q8_0"), ("int4", "Q4_0")])
+def test_small_weights_on_a_cpu_save_memory_and_point_to_gguf(free, capsys, dtype, type_):
+    free(BYTES)
+    assert choose_dtype(checkpoint(), dtype) == dtype
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{dtype} weights take 0.0 GB, where float32 takes 0.0, but a CPU")
+    assert line.endswith(f"llama.cpp: tools/convert.py export runs/x out.gguf --type {type_}")
+
+
 def test_other_machines_keep_the_checkpoints(free, monkeypatch, capsys):
     free(BYTES)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert choose_dtype(checkpoint(), None) is None
     assert choose_dtype(checkpoint(), "bfloat16") == "bfloat16"
+    assert choose_dtype(checkpoint(), "int4") == "int4"
     assert capsys.readouterr().err == ""
 
 

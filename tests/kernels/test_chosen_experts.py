@@ -1,5 +1,7 @@
 """The experts of a few tokens against one token and one expert after another."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,10 @@ from tests.closeness import BF16, F32, assert_close
 
 E, D, F, K = 12, 16, 24, 3
 
-compute = jax.jit(chosen_experts, static_argnames="target")
+
+@functools.partial(jax.jit, static_argnames="target")
+def compute(*operands, target):
+    return chosen_experts(*operands, target, lambda w, dtype: w.astype(dtype))
 
 
 def _operands(tokens, dtype=jnp.float32):
