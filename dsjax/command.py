@@ -21,6 +21,8 @@ import contextlib
 import dataclasses
 import errno
 import os
+import re
+import shlex
 import signal
 import sys
 import threading
@@ -39,13 +41,16 @@ from dsjax.config.roots import ROOTS, Experiment
 Meshed = TypeVar("Meshed", bound=Experiment)
 Initial = TypeVar("Initial", bound=PostTraining)
 
+PROGRAM = "dsjax"  # an installed package's; in a checkout each tool is a program of its own
 SUCCESS, FAILURE, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """Returns a parser with `--debug` that prints `description`, a tool's docstring with its
-    examples, unchanged.
+    examples, which begin with `dsjax` where that is how the tool was called.
     """
+    if _words()[0] == PROGRAM:
+        description = re.sub(r"python tools/(\w+)\.py", rf"{PROGRAM} \1", description or "")
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -53,6 +58,17 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="on failure, print the traceback too")
     return parser
+
+
+def line() -> str:
+    """Returns the command that runs, for the records of a run."""
+    return shlex.join(_words())
+
+
+def _words() -> list[str]:
+    program, *rest = sys.argv
+    called = program.split(" ") if program.startswith(f"{PROGRAM} ") else ["python", program]
+    return [*called, *rest]
 
 
 def add_commands(

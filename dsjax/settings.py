@@ -39,6 +39,9 @@ _KIND_NAMES = {
     str: "text",
 }
 
+# Configs that come with the package: beside this file where it is installed, else in the checkout.
+_PACKAGED = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
+
 _logger = logging.getLogger(__name__)
 
 
@@ -58,11 +61,23 @@ def load_config(path: str | Path, kind: type[Root] = Config) -> Root:
     return load_any(path, (kind,))
 
 
+def find(path: str | Path) -> Path:
+    """Returns a file or folder as it is named, or if there is none, the config that comes with the
+    package: `tiny` and configs/tiny.py name the same one.
+    """
+    path = Path(path)
+    if path.exists() or path.is_absolute() or path.suffix not in ("", ".py"):
+        return path
+    parts = path.parts[path.parts[:1] == ("configs",) :]
+    found = (folder.joinpath(*parts).with_suffix(".py") for folder in _PACKAGED if parts)
+    return next((config for config in found if config.is_file()), path)
+
+
 def load_any(path: str | Path, kinds: Sequence[type[Root]]) -> Root:
     """Does what `load_config` does for a file that holds any of several roots. Of a JSON file, the
     root is the one that has its groups.
     """
-    path = Path(path)
+    path = find(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(

@@ -312,3 +312,15 @@ def test_initial_checkpoint_comes_with_init(tuning):
 def test_initial_checkpoint_is_asked_for(tuning):
     with pytest.raises(ValueError, match=r"tuned begins with a checkpoint; name it: --init CKPT"):
         tuning()
+
+
+@pytest.mark.parametrize(
+    ("typed", "recorded"),
+    [
+        (["tools/train.py", "--workdir", "a b"], "python tools/train.py --workdir 'a b'"),
+        (["dsjax train", "--workdir", "a b"], "dsjax train --workdir 'a b'"),
+    ],
+)
+def test_line_is_the_command_that_runs(typed, recorded, monkeypatch):
+    monkeypatch.setattr(sys, "argv", typed)
+    assert command.line() == recorded

@@ -17,6 +17,7 @@ FLOORS = {
     "tables": 0.1,
     "settings": 0.1,
     "command": 0.2,
+    "program": 0.3,
     "kernels": 1,
     "text": 1,
     "data": 1.5,

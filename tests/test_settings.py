@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -343,3 +344,14 @@ def test_group_from_elsewhere_cannot_be_set(key):
 def test_damage_in_a_group_from_elsewhere_is_named(model, message):
     with pytest.raises(ValueError, match=message):
         settings.from_dict({"name": "example", "model": model}, "x", Tuned)
+
+
+def test_packaged_configs_are_found_by_name_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "configs/tiny.py", "configs/tiny"):
+        assert settings.load_config(name).name == "tiny"
+    Path("tiny.py").write_text("from dsjax.config import Config\nconfig = Config(name='mine')\n")
+    assert settings.load_config("tiny.py").name == "mine"  # a file of the user's comes first
+    assert settings.load_config("tiny").name == "tiny"
+    with pytest.raises(FileNotFoundError, match="there is no config tinny"):
+        settings.load_config("tinny")

@@ -21,7 +21,6 @@ and stops. Exit codes: 0 finished, 1 failed, 2 wrong usage, 130 Ctrl-C, 143 SIGT
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 
 from dsjax import command
@@ -36,7 +35,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
     compilation.use_persistent_cache("")
     with processes.joined(arguments.coordinator, arguments.num_processes, arguments.process_id):
-        return reinforcement.learn(config, folder, command=shlex.join(["python", *sys.argv]))
+        return reinforcement.learn(config, folder, command=command.line())
 
 
 def parser() -> argparse.ArgumentParser:

@@ -28,10 +28,10 @@ STEP_ONLY = ("config", "set", "init", "topology", "step", "no_compile")
 SCHEDULE_ONLY = ("schedule", "stages", "microbatches", "out")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = command.make_parser(__doc__)
-    command.add_experiment(parser, optional=True)
-    add = parser.add_argument
+def parser() -> argparse.ArgumentParser:
+    result = command.make_parser(__doc__)
+    command.add_experiment(result, optional=True)
+    add = result.add_argument
     add("--topology", metavar="NAME", help="generation and shape in chips, such as v5p:8x8x8")
     text = "one program alone (default: all that a training step runs)"
     add("--step", choices=("train", "score", "decode"), help=text)
@@ -47,12 +47,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", metavar="F.png", type=Path, help="draw the schedule into this file")
     text = "write one JSON object into this file; without a file, print it and nothing else"
     add("--json", metavar="F", nargs="?", const="-", help=text)
-    return parser
+    return result
 
 
 def execute(arguments: argparse.Namespace) -> None:
     if arguments.schedule:
-        command.require(make_parser(), arguments, ("stages", "microbatches"), without=STEP_ONLY)
+        command.require(parser(), arguments, ("stages", "microbatches"), without=STEP_ONLY)
         from dsjax.plan import pipeline
 
         summary = pipeline.plan(
@@ -60,7 +60,7 @@ def execute(arguments: argparse.Namespace) -> None:
         )
         show = pipeline.print_summary
     else:
-        command.require(make_parser(), arguments, ("config", "topology"), without=SCHEDULE_ONLY)
+        command.require(parser(), arguments, ("config", "topology"), without=SCHEDULE_ONLY)
         config = command.load_experiment(arguments)
         os.environ["JAX_PLATFORMS"] = "cpu"  # no device takes part, so that none is looked for
         from dsjax.checkpoint.shape import with_shape
@@ -77,4 +77,4 @@ def execute(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(make_parser(), execute))
+    sys.exit(command.run(parser(), execute))

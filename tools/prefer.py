@@ -28,7 +28,6 @@ step, saves and stops; a second one stops at once. Exit codes: 0 finished, 1 fai
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 
 from dsjax import command
@@ -43,7 +42,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
     compilation.use_persistent_cache("")
     with processes.joined(arguments.coordinator, arguments.num_processes, arguments.process_id):
-        return preferring.train(config, folder, command=shlex.join(["python", *sys.argv]))
+        return preferring.train(config, folder, command=command.line())
 
 
 def parser() -> argparse.ArgumentParser:

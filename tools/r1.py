@@ -14,7 +14,6 @@ format, entropy and some answers. Ctrl-C or SIGTERM saves and stops. Exit codes:
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
@@ -29,7 +28,7 @@ def execute(arguments: argparse.Namespace) -> int:
     folder = arguments.workdir or Path("runs") / config.name
     compilation.use_persistent_cache("")
     with processes.joined(arguments.coordinator, arguments.num_processes, arguments.process_id):
-        return stages.run(config, folder, command=shlex.join(["python", *sys.argv]))
+        return stages.run(config, folder, command=command.line())
 
 
 def parser() -> argparse.ArgumentParser:

@@ -19,12 +19,12 @@ import sys
 from dsjax import command
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = command.make_parser(__doc__)
-    command.add_experiment(parser)
-    command.add_mesh(parser)
-    command.add_json(parser)
-    return parser
+def parser() -> argparse.ArgumentParser:
+    result = command.make_parser(__doc__)
+    command.add_experiment(result)
+    command.add_mesh(result)
+    command.add_json(result)
+    return result
 
 
 def execute(arguments: argparse.Namespace) -> None:
@@ -37,4 +37,4 @@ def execute(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(make_parser(), execute))
+    sys.exit(command.run(parser(), execute))

@@ -19,7 +19,6 @@ step, saves and stops; a second one stops at once. Exit codes: 0 finished, 1 fai
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
     compilation.use_persistent_cache(config.data.cache_dir)
     with processes.joined(arguments.coordinator, arguments.num_processes, arguments.process_id):
-        return pretraining.train(config, folder, command=shlex.join(["python", *sys.argv]))
+        return pretraining.train(config, folder, command=command.line())
 
 
 def parser() -> argparse.ArgumentParser:

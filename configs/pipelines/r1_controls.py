@@ -33,7 +33,8 @@ def by_chance() -> Stage:
     """Reasoning, its reward for the right answer replaced."""
     config = REASONING.config
     assert isinstance(config, Reinforcement)
-    rl = dataclasses.replace(config.rl, rewards=("configs/rewards/chance.py:chance", "format"))
+    chance = f"{Path(__file__).parents[1] / 'rewards' / 'chance.py'}:chance"
+    rl = dataclasses.replace(config.rl, rewards=(chance, "format"))
     config = dataclasses.replace(config, name="chance", rl=rl)
     return Stage(name="chance", init="cold_start", config=config)
 

@@ -13,6 +13,8 @@ Expected: right answers to held-out problems after each stage: 25, 45, 37, 66, 7
 (docs/r1.md).
 """
 
+from pathlib import Path
+
 from dsjax.config import Config, DataConfig, ModelConfig, OptimConfig, PrecisionConfig, TrainConfig
 from dsjax.config.finetuning import FineTuning, SftConfig
 from dsjax.config.posttraining import TuningConfig
@@ -126,7 +128,7 @@ def by_rewards(name: str, steps: int, rewards: tuple[str, ...]) -> Reinforcement
 
 
 RULES = ("countdown", "format")
-TIDY = "configs/rewards/tidy.py:tidy"
+TIDY = f"{Path(__file__).parents[1] / 'rewards' / 'tidy.py'}:tidy"
 
 config = R1(
     name="r1_tiny",

@@ -52,6 +52,7 @@ def model_of(path: Path) -> ModelConfig:
       ValueError: there is none, or it is not supported.
       FileNotFoundError: there is no such config.
     """
+    path = settings.find(path)
     if path.suffix == ".py":
         model = settings.load_any(path, ROOTS).model
         if model is None:

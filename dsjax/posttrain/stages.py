@@ -50,7 +50,7 @@ def load(path: str | Path, assignments: Sequence[str] = (), *, seed: int | None 
     Raises:
       FileNotFoundError, ValueError: see `settings.load_config`; or an assignment names no stage.
     """
-    path = Path(path)
+    path = settings.find(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no config {path}; the default is configs/pipelines/r1_tiny.py"
