@@ -350,8 +350,8 @@ def test_packaged_configs_are_found_by_name_in_any_folder(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     for name in ("tiny", "configs/tiny.py", "configs/tiny"):
         assert settings.load_config(name).name == "tiny"
-    Path("tiny.py").write_text("from dsjax.config import Config\nconfig = Config(name='mine')\n")
-    assert settings.load_config("tiny.py").name == "mine"  # a file of the user's comes first
+    Path("tiny.py").write_text(SOURCE.format(n_layers=2, attention="'gqa'"))
+    assert settings.load_config("tiny.py").name == "example"  # a file of the user's comes first
     assert settings.load_config("tiny").name == "tiny"
     with pytest.raises(FileNotFoundError, match="there is no config tinny"):
         settings.load_config("tinny")
