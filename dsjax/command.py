@@ -146,8 +146,8 @@ def load_experiment(arguments: argparse.Namespace) -> Experiment:
 
 
 def add_initial(parser: argparse.ArgumentParser) -> None:
-    """Adds `--init`, the checkpoint that post-training begins with, and `--workdir`, the folder of
-    the run; `load_initial` reads them.
+    """Adds `--init`, the checkpoint that training begins with, and `--workdir`, the folder of the
+    run; for post-training `load_initial` reads them.
     """
     parser.add_argument(
         "--init",

@@ -18,7 +18,7 @@ NAMES = [path.stem for path in PATHS]
 # The root that each tool reads; a config's docstring names its tool.
 ROOTS = {"train": Config, "sft": FineTuning, "prefer": Preference, "grpo": Reinforcement}
 RELEASED = {
-    "llm_7b", "llm_67b", "moe_2b", "moe_16b", "moe_145b", "v2_lite", "v2_236b", "v3_671b",
+    "llm_7b", "llm_67b", "moe_2b", "moe_16b", "moe_145b", "v2_lite", "v2_236b", "v3_671b", "v3_2_671b",
     "r1_distill_qwen_1p5b", "r1_distill_qwen_7b", "r1_distill_qwen_14b", "r1_distill_qwen_32b",
     "r1_distill_llama_8b", "r1_distill_llama_70b",
 }  # fmt: skip
@@ -77,7 +77,7 @@ def test_config_length_gives_the_published_tokens(name):
     """Steps times batch times sequence, with the ramp, to one percent."""
     tokens = {
         "llm_7b": 2e12, "llm_67b": 2e12, "moe_16b": 2e12, "moe_145b": 245e9, "v2_lite": 5.7e12,
-        "v2_236b": 8.1e12, "v3_671b": 14.8e12,
+        "v2_236b": 8.1e12, "v3_671b": 14.8e12, "v3_2_671b": 943.7e9,
     }.get(name, 2 * 804_745 * 5_355)  # fmt: skip
     config = settings.load_config(ROOT / f"configs/{name}.py")
     train = config.train

@@ -6,6 +6,10 @@
   python tools/train.py configs/tiny.py --set train.steps=300 train.seed=1 --workdir runs/seed1
   # your own text
   python tools/train.py configs/small.py --workdir runs/books --set data.files='books/*.jsonl.gz'
+  # begin with a checkpoint: train an indexer for a dense model, then all together (docs/sparse.md)
+  python tools/train.py configs/sparse_tiny.py --init runs/tiny --workdir runs/indexer \\
+      --set train.indexer=warmup
+  python tools/train.py configs/sparse_tiny.py --init runs/indexer --workdir runs/sparse
   # the first of two processes; the other one has --process-id 1 (docs/several_hosts.md)
   python tools/train.py --coordinator node1:9876 --num-processes 2 --process-id 0
   # resume a stopped run with the config that it keeps
@@ -19,6 +23,7 @@ step, saves and stops; a second one stops at once. Exit codes: 0 finished, 1 fai
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -27,6 +32,8 @@ from dsjax import command
 
 def execute(arguments: argparse.Namespace) -> int:
     config = command.load(arguments)
+    if arguments.init:
+        config = dataclasses.replace(config, init=arguments.init)
     folder = arguments.workdir or Path("runs") / config.name
     # Imported here, so that --help and wrong usage need not wait for jax.
     from dsjax.parallel import compilation, processes
@@ -40,12 +47,7 @@ def execute(arguments: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     result = command.make_parser(__doc__)
     command.add_config(result, default="configs/tiny.py")
-    result.add_argument(
-        "--workdir",
-        type=Path,
-        metavar="DIR",
-        help="folder of the run (default: runs/<name of the config>)",
-    )
+    command.add_initial(result)
     command.add_processes(result)
     return result
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsjax import __version__
-from dsjax.checkpoint import names
+from dsjax.checkpoint import families, names
 from dsjax.checkpoint.gguf import ENDING, require_package
 from dsjax.checkpoint.hf_config import quantization_config, to_hf
 from dsjax.checkpoint.hf_folder import FLOAT32, FP8, scale_name, scale_shape
@@ -36,6 +36,7 @@ from dsjax.checkpoint.tensor_files import Shard, plan_shards, write_index, write
 from dsjax.checkpoint.weights import Weights, leaf_name, scales_name
 from dsjax.display import Transfer
 from dsjax.files import read_json, write_json, writing
+from dsjax.precision.fp8 import Scale
 from dsjax.text.tokenizer import load_tokenizer
 
 
@@ -111,7 +112,7 @@ def export_checkpoint(source: Path, target: Path, *, dtype: str, progress: Trans
             f"{source} is a Hugging Face folder already; import it, then export the result"
         )
     parts = _plan(checkpoint, weights, dtype)
-    block = weights.block or BLOCK
+    block, scale = weights.block or BLOCK, families.find(checkpoint.family).scale
     config = _config(checkpoint, parts, block)
     shards = plan_shards((name, part.dtype, part.shape(block)) for name, part in parts.items())
     total = sum(map(_n_bytes, shards))
@@ -128,7 +129,7 @@ def export_checkpoint(source: Path, target: Path, *, dtype: str, progress: Trans
         to_do = sum(map(_n_bytes, left))
         progress.begin("exporting", total, total - to_do)
         arrays = stream(
-            lambda part: _read(weights, part, block),
+            lambda part: _read(weights, part, block, scale),
             (parts[tensor.name] for shard in left for tensor in shard.tensors),
             lambda part: part.bytes_held,
         )
@@ -156,7 +157,7 @@ def _plan(checkpoint: Checkpoint, weights: Weights, choice: str) -> dict[str, Pa
     return parts
 
 
-def _read(weights: Weights, part: Part, block: tuple[int, int]) -> np.ndarray:
+def _read(weights: Weights, part: Part, block: tuple[int, int], scale: Scale) -> np.ndarray:
     """Converts a part, in published orientation.
 
     Raises:
@@ -169,7 +170,7 @@ def _read(weights: Weights, part: Part, block: tuple[int, int]) -> np.ndarray:
         stored = Stored(weights.read_published(name, slot, turned))
         if part.stored == FP8 != part.wanted:
             stored = Stored(stored.values, weights.read_published(scales_name(name), slot, turned))
-        made = recode(stored, part.wanted, block)
+        made = recode(stored, part.wanted, block, scale)
         array = made.scales if part.is_scales else made.values
     assert array is not None
     if not is_finite(array):
@@ -216,7 +217,8 @@ def _config(
     if not in_fp8:
         config.pop("quantization_config", None)
     elif FP8 not in in_fp8:  # otherwise blocks are as published, and so is their description
-        config["quantization_config"] = quantization_config(block)
+        scale = families.find(checkpoint.family).scale
+        config["quantization_config"] = quantization_config(block, scale)
     mtp = "num_mtp_layers" if "num_mtp_layers" in config else "num_nextn_predict_layers"
     if mtp in config:
         config[mtp] = checkpoint.model.n_mtp

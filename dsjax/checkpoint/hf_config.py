@@ -15,6 +15,7 @@ from typing import Any
 from dsjax.checkpoint import families
 from dsjax.checkpoint.families.table import Fields
 from dsjax.config import ModelConfig
+from dsjax.precision.fp8 import Scale
 
 _MAX_TENSORS = 1_000_000  # of a checkpoint; V3 has 92,000
 
@@ -171,19 +172,20 @@ def to_hf(
         "torch_dtype": dtype,
     }
     if block:
-        values["quantization_config"] = quantization_config(block)
+        values["quantization_config"] = quantization_config(block, declared.scale)
     _check_reads_back(values, model, family)
     return values
 
 
-def quantization_config(block: tuple[int, int]) -> dict[str, Any]:
+def quantization_config(block: tuple[int, int], scale: Scale = "fp32") -> dict[str, Any]:
     """Returns what config.json says about FP8 weights with one scale per block."""
-    return {
+    said = {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": list(block),
     }
+    return said | {"scale_fmt": "ue8m0"} if scale == "pow2" else said
 
 
 def _check_reads_back(values: Mapping[str, Any], model: ModelConfig, family: str) -> None:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsjax import __version__
-from dsjax.checkpoint import manifest
+from dsjax.checkpoint import families, manifest
 from dsjax.checkpoint.gguf import is_gguf, require_package
 from dsjax.checkpoint.hf_folder import FLOAT32, FP8, HfFolder, Row, check_kind, open_hf, scale_shape
 from dsjax.checkpoint.manifest import File, Manifest
@@ -297,7 +297,8 @@ def _read(folder: HfFolder, part: Part, block: tuple[int, int]) -> Stored | None
     scales = folder.files.read(scale) if scale else None
     if scales is not None and not np.all(scales > 0):
         return None
-    return recode(Stored(folder.files.read(name), scales), part.dtype, block)
+    stored = Stored(folder.files.read(name), scales)
+    return recode(stored, part.dtype, block, families.find(folder.family).scale)
 
 
 def side_files(source: Path) -> Iterator[Path]:

@@ -37,7 +37,7 @@ from dsjax.checkpoint.weights import Weights, is_chunk
 from dsjax.config import ModelConfig
 from dsjax.files import cache_folder, listed, read_json, write
 from dsjax.kernels.target import Target
-from dsjax.model.layers import RouterState
+from dsjax.model.layers import RouterState, stays_float32
 from dsjax.model.parameters import shardings
 from dsjax.model.transformer import Transformer
 from dsjax.precision.policy import Policy
@@ -113,7 +113,7 @@ def load(
     """Loads a model.
 
     Each process reads only the slices of its own devices. Weights are cast slice by slice; the
-    router's bias is always float32.
+    router's bias and an indexer's norm and head weights are always float32.
 
     Args:
       path: a Hugging Face folder, a converted folder, the folder of a run, one checkpoint of a run,
@@ -139,7 +139,7 @@ def load(
 
     def fill(keys: tuple[Any, ...], variable: nnx.Variable, placed: nnx.Variable) -> nnx.Variable:
         own_path, shape = _path(keys), variable.get_value().shape
-        own_dtype = FLOAT32 if isinstance(variable, RouterState) else wanted
+        own_dtype = FLOAT32 if stays_float32(variable) else wanted
 
         def read(index: Index) -> np.ndarray:
             return checkpoint.read(own_path, index, own_dtype)
@@ -231,11 +231,15 @@ def _from_hf(folder: HfFolder, tokenizer_folder: Path) -> Checkpoint:
     for row in folder.rows:
         if not row.tensor.is_copy:
             rows[row.tensor.path][row.tensor.slot] = row
+    declared = jax.tree_util.tree_leaves_with_path(
+        Transformer(folder.model, Policy()), is_leaf=_is_variable
+    )
+    kept = {_path(keys) for keys, variable in declared if stays_float32(variable)}
     return Checkpoint(
         path=folder.path,
         model=folder.model,
         family=folder.family,
-        dtype=_loaded_dtype(row.dtype for row in folder.rows if not row.tensor.keep_float32),
+        dtype=_loaded_dtype(row.dtype for row in folder.rows if row.tensor.path not in kept),
         tokenizer_folder=tokenizer_folder,
         weights=None,
         _tensors={name: _HfTensors(folder, slots) for name, slots in rows.items()},
@@ -331,7 +335,7 @@ def _with_weights(
     kind: type[Transformer] = Transformer,
 ) -> Checkpoint:
     """Checks arrays stored as leaves against the model's declarations."""
-    tensors, problems = {}, []
+    tensors, problems, cast = {}, [], set[np.dtype]()
     declared = jax.tree_util.tree_leaves_with_path(kind(model, Policy()), is_leaf=_is_variable)
     for keys, variable in declared:
         name = ("router" if isinstance(variable, RouterState) else "params", *_path(keys))
@@ -343,6 +347,8 @@ def _with_weights(
             problems.append(f"{'.'.join(name)} is {found}, the config gives {list(shape)}")
         else:
             tensors[name[1:]] = weights.tensors(name)
+            if not stays_float32(variable):
+                cast.add(weights.leaves[name].dtype)
     left = {name[1:] for name in weights.leaves if name[0] in ("params", "router")}
     left -= {_path(keys) for keys, _ in declared}
     problems += [f"unexpected {'.'.join(name)}" for name in sorted(left)]
@@ -351,8 +357,7 @@ def _with_weights(
             f"{weights.folder}: the arrays are not those that {path / 'config.json'} describes: "
             f"{listed(problems)}. The two belong to different checkpoints: copy or convert again"
         )
-    stored = (leaf.dtype for name, leaf in weights.leaves.items() if name[0] == "params")
-    dtype = _loaded_dtype(stored)
+    dtype = _loaded_dtype(cast)
     return Checkpoint(path, model, family, dtype, tokenizer_folder, weights, tensors, kind)
 
 

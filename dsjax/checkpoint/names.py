@@ -38,7 +38,8 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]  # as published
     transpose: bool  # published [out, in], ours [in, out]
     is_copy: bool = False  # a copy of a tensor that another row describes
-    keep_float32: bool = False  # always float32: the router's bias
+    keep_float32: bool = False  # always float32: the router's bias, an indexer's norm
+    trains: bool = True  # False: the router's bias, which no gradient reaches
     quantized: bool = False  # FP8 checkpoints store it in FP8, with a `_scale_inv`
 
     @property
@@ -58,7 +59,8 @@ def tensors(model: ModelConfig, family: str) -> Iterator[Tensor]:
         raise ValueError(
             f"family {family} has no names for model.attention={model.attention}, "
             f"qkv_bias={model.qkv_bias}, n_routed_experts={model.n_routed_experts}, "
-            f"router_bias={model.router_bias}, n_mtp={model.n_mtp}; "
+            f"router_bias={model.router_bias}, n_mtp={model.n_mtp}, "
+            f"index_topk={model.index_topk}; "
             f"choose another of {', '.join(sorted(families.FAMILIES))}"
         )
     prefix, vocabulary = declared.prefix, (model.vocab_size, model.dim)
@@ -120,5 +122,6 @@ def _expand(
                 rule.shape,
                 rule.transpose,
                 keep_float32=rule.keep_float32,
+                trains=rule.trains,
                 quantized=rule.quantized,
             )

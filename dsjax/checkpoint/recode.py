@@ -2,7 +2,7 @@
 
 `keep` leaves each tensor as it is; `bfloat16` and `float32` give plain arrays; `fp8` is the layout
 that DeepSeek publishes: the linear weights of a layer in E4M3 with one float32 scale per block, the
-rest in bfloat16. The router's bias is float32 in all of them.
+rest in bfloat16. The router's bias and an indexer's norm are float32 in all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from dsjax.checkpoint.fingerprint import EXPONENT
 from dsjax.checkpoint.hf_folder import FLOAT32, FP8
 from dsjax.checkpoint.names import Tensor
-from dsjax.precision.fp8 import WEIGHT_BLOCK, BlockScaled, quantize_block
+from dsjax.precision.fp8 import WEIGHT_BLOCK, BlockScaled, Scale, quantize_block
 
 CHOICES = ("keep", "bfloat16", "float32", "fp8")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -47,12 +47,18 @@ def stored_dtype(choice: str, tensor: Tensor, current: np.dtype) -> np.dtype:
     return {"keep": current, "bfloat16": BFLOAT16, "float32": FLOAT32}[choice]
 
 
-def recode(stored: Stored, dtype: np.dtype, block: tuple[int, int]) -> Stored:
-    """Converts between FP8 with scales and plain floats; the same dtype returns the input."""
+def recode(
+    stored: Stored, dtype: np.dtype, block: tuple[int, int], scale: Scale = "fp32"
+) -> Stored:
+    """Converts between FP8 with scales and plain floats; the same dtype returns the input.
+
+    Args:
+      scale: the kind of scales that new FP8 values get.
+    """
     if stored.values.dtype == dtype:
         return stored
     if dtype == FP8:
-        quantized = quantize_block(stored.values, block)
+        quantized = quantize_block(stored.values, block, scale)
         return Stored(np.asarray(quantized.values), np.asarray(quantized.scales))
     if stored.scales is not None:
         scaled = BlockScaled(stored.values, stored.scales, block)  # pyright: ignore[reportArgumentType]

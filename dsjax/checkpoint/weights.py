@@ -64,7 +64,7 @@ _HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardC
 
 def leaf_name(tensor: Tensor) -> Name:
     """Returns the name of the leaf that contains a published tensor, as in a run's checkpoint."""
-    return ("router" if tensor.keep_float32 else "params", *tensor.path)
+    return ("params" if tensor.trains else "router", *tensor.path)
 
 
 def scales_name(name: Name) -> Name:

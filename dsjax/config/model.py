@@ -18,7 +18,8 @@ class ModelConfig:
     """The shape of a model: everything that changes its mathematics, and nothing else.
 
     One class covers the dense models (DeepSeek LLM and the R1 distills: `attention="gqa"`, no
-    routed experts), DeepSeekMoE (`gqa` with experts), V2, V3 and R1 (`mla` with experts).
+    routed experts), DeepSeekMoE (`gqa` with experts), V2, V3 and R1 (`mla` with experts), and V3.2
+    (`mla` with experts and an indexer).
     `n_layers` counts the main stack; the `n_mtp` multi-token prediction modules are extra.
     """
 
@@ -41,6 +42,10 @@ class ModelConfig:
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
+    # mla with an indexer, which chooses the keys that a query attends to (V3.2); all 0: all earlier
+    index_n_heads: int = 0
+    index_head_dim: int = 0
+    index_topk: int = 0  # keys per query
     # gqa
     n_kv_heads: int = 0  # 0: n_heads, that is, multi-head attention
     head_dim: int = 0  # 0: dim / n_heads
@@ -83,8 +88,10 @@ class ModelConfig:
         require_not_negative(
             "model", self, "n_dense_layers", "n_routed_experts", "n_shared_experts",
             "n_activated_experts", "n_mtp", "q_lora_rank", "n_kv_heads", "head_dim",
+            "index_n_heads", "index_head_dim", "index_topk",
         )  # fmt: skip
         self._check_attention()
+        self._check_indexer()
         self._check_experts()
 
     def _check_attention(self) -> None:
@@ -110,6 +117,28 @@ class ModelConfig:
         require_at_most("model", self, "beta_slow", "beta_fast")
         if self.rope_scaling == "llama3":
             require_at_most("model", self, "low_freq_factor", "high_freq_factor")
+
+    def _check_indexer(self) -> None:
+        names = ("index_n_heads", "index_head_dim", "index_topk")
+        given = {name: getattr(self, name) for name in names}
+        if not any(given.values()):
+            return
+        require(
+            all(given.values()),
+            f"an indexer needs {', '.join(f'model.{name}' for name in names)} above 0, not "
+            f"{', '.join(map(str, given.values()))}; set all three, or all to 0 for none",
+        )
+        require(
+            self.attention == "mla" and self.q_lora_rank > 0,
+            f"an indexer (model.index_topk={self.index_topk}) reads the query latent, so it needs "
+            f"model.attention=mla and model.q_lora_rank above 0, not {self.attention} and "
+            f"{self.q_lora_rank}",
+        )
+        require(
+            self.index_head_dim >= self.qk_rope_head_dim,
+            f"model.index_head_dim={self.index_head_dim} has no room for the "
+            f"model.qk_rope_head_dim={self.qk_rope_head_dim} channels that rope rotates; raise it",
+        )
 
     def _check_experts(self) -> None:
         require_at_most("model", self, "n_dense_layers", "n_layers")

@@ -7,6 +7,7 @@ import dataclasses
 from dsjax.config.mesh import MeshConfig
 from dsjax.config.microbatches import check_microbatches, micro_batch_size
 from dsjax.config.model import ModelConfig
+from dsjax.config.rules import require
 from dsjax.config.train import OptimConfig, PrecisionConfig, TrainConfig
 
 
@@ -37,6 +38,11 @@ class PostTraining:
 
     def __post_init__(self) -> None:
         check_microbatches(self.train, self.mesh)
+        require(
+            self.train.indexer == "sparse",
+            f"train.indexer={self.train.indexer} trains no more than an indexer, which is "
+            "tools/train.py's: leave it out",
+        )
 
     @property
     def shape(self) -> ModelConfig:

@@ -17,6 +17,7 @@ class Config:
     """A pre-training experiment, the root that `dsjax.settings` reads by default."""
 
     name: str
+    init: str = ""  # path of a checkpoint of this shape to begin with; empty: random weights
     model: ModelConfig
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -35,6 +36,11 @@ class Config:
             length > self.model.n_mtp + 1,
             f"data.sequence_length={length} leaves nothing to predict for "
             f"model.n_mtp={self.model.n_mtp}",
+        )
+        require(
+            self.train.indexer == "sparse" or self.model.index_topk > 0,
+            "train.indexer=warmup trains an indexer, and the model has none: set "
+            "model.index_n_heads, model.index_head_dim and model.index_topk",
         )
         check_microbatches(self.train, self.mesh)
         groups = self.train.n_balance_devices or self.model.n_expert_groups

@@ -61,6 +61,9 @@ V3 = replace(
     route_scale=2.5, n_mtp=1,
 )  # fmt: skip
 
+# DeepSeek-V3.2 (arXiv:2512.02556) and V3.2-Exp: V3.1 with an indexer.
+V3_2 = replace(V3, index_n_heads=64, index_head_dim=128, index_topk=2048)
+
 # Qwen2.5 as DeepSeek-R1-Distill-Qwen has it: biases on queries, keys and values. The two smallest
 # are Qwen2.5-Math, with a norm epsilon and a rope theta of their own; the 1.5B's head is untied,
 # unlike its base model's.

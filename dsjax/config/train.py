@@ -37,6 +37,9 @@ class TrainConfig:
     communication_balance: float = 0.0  # V2's communication loss
     n_balance_devices: int = 0  # expert groups of the two losses above; 0: model.n_expert_groups
 
+    # of a model with an indexer: warmup trains it alone, to predict dense attention; sparse trains
+    # all, the indexer to predict attention to the keys that it chose (V3.2 section 2.1)
+    indexer: Literal["warmup", "sparse"] = "sparse"
     # which activations the backward pass recomputes
     remat: Literal["none", "selective", "full"] = "selective"
     loss_chunk: int = 1024  # tokens per device whose logits exist at the same time

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.config import ModelConfig
+from dsjax.kernels.sparse_attention import Lesson
 from dsjax.model.attention import Attention
 from dsjax.model.balance import BalanceWeights
 from dsjax.model.gqa import GQA
@@ -22,6 +23,7 @@ from dsjax.model.layers import FeedForward, RMSNorm
 from dsjax.model.mla import MLA
 from dsjax.model.moe import Experts, MoE, RoutingStatistics
 from dsjax.model.parameters import pinned
+from dsjax.model.sparse_mla import SparseMLA
 from dsjax.parallel.sharding import constrain
 from dsjax.precision.policy import Policy
 
@@ -43,6 +45,14 @@ class Context(NamedTuple):
     documents_BT: jax.Array  # int32, sequences of the balance losses; 0 is padding
 
 
+class Statistics(NamedTuple):
+    """What training reads of a layer, or of each layer of a stack; None for what it lacks."""
+
+    routing: RoutingStatistics | None
+    # float32, the indexer's divergence from the attention, averaged over the tokens, in nats
+    index_loss: jax.Array | None
+
+
 class Extension(NamedTuple):
     """What every layer needs besides the hidden states when tokens are added to a cache."""
 
@@ -51,7 +61,9 @@ class Extension(NamedTuple):
 
 
 def attention_class(config: ModelConfig) -> type[Attention]:
-    """Returns the class that `model.attention` names."""
+    """Returns the class that `model.attention` names, with an indexer if the model has one."""
+    if config.index_topk:
+        return SparseMLA
     return {"mla": MLA, "gqa": GQA}[config.attention]
 
 
@@ -74,19 +86,34 @@ class Block(nnx.Module):
         context: Context,
         balance: BalanceWeights | None,
         experts_BTK: jax.Array | None = None,
-    ) -> tuple[jax.Array, RoutingStatistics | None]:
+        lesson: Lesson | None = None,
+    ) -> tuple[jax.Array, Statistics]:
         """Runs the layer on whole sequences.
 
         Args:
           experts_BTK: int32, a MoE layer's choices to replay; None: its router chooses.
+          lesson: what an indexer learns from; None: nothing.
         """
         x_BTD = constrain(x_BTD, "batch", "length", "width")
-        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), context.angles, context.segment_ids_BT)
+        y_BTD, index_loss = self._attend(self.attn_norm(x_BTD), context, lesson)
+        x_BTD = x_BTD + y_BTD
         normed_BTD = self.ffn_norm(x_BTD)
         if isinstance(self.ffn, FeedForward):
-            return x_BTD + self.ffn(normed_BTD), None
-        y_BTD, statistics, _ = self.ffn(normed_BTD, context.documents_BT, balance, experts_BTK)
-        return x_BTD + y_BTD, statistics
+            return x_BTD + self.ffn(normed_BTD), Statistics(None, index_loss)
+        y_BTD, routing, _ = self.ffn(normed_BTD, context.documents_BT, balance, experts_BTK)
+        return x_BTD + y_BTD, Statistics(routing, index_loss)
+
+    def _attend(
+        self, x_BTD: jax.Array, context: Context, lesson: Lesson | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        if lesson is None or not isinstance(self.attn, SparseMLA):
+            return self.attn(x_BTD, context.angles, context.segment_ids_BT), None
+        y_BTD, divergence_BT = self.attn.learn(
+            x_BTD, context.angles, context.segment_ids_BT, lesson
+        )
+        counted_BT = (context.documents_BT > 0).astype(jnp.float32)
+        total = (divergence_BT * counted_BT).sum()
+        return y_BTD, total / jnp.maximum(counted_BT.sum(), 1.0)
 
     @property
     def routed_experts(self) -> Experts | None:
@@ -130,21 +157,24 @@ def run_layers(
     remat: str,
     experts_LBTK: jax.Array | None = None,
     present_L: jax.Array | None = None,
-) -> tuple[jax.Array, RoutingStatistics | None]:
-    """Runs a stack of layers on whole sequences. Dense layers have no routing: None.
+    lesson: Lesson | None = None,
+) -> tuple[jax.Array, Statistics]:
+    """Runs a stack of layers on whole sequences.
 
     Args:
       experts_LBTK: int32, the layers' choices to replay; None: their routers choose.
+      lesson: what indexers learn from; None: nothing.
       present_L: bool; an absent layer runs, but changes and counts nothing. None: all are present.
     """
 
     def layer(x_BTD: jax.Array, row: tuple[Block, jax.Array | None, jax.Array | None]):
         block, experts_BTK, present = row
-        y_BTD, routing = pinned(block, block.attn.policy)(x_BTD, context, balance, experts_BTK)
+        run = pinned(block, block.attn.policy)
+        y_BTD, statistics = run(x_BTD, context, balance, experts_BTK, lesson)
         if present is None:
-            return y_BTD, routing
-        routing = jax.tree.map(lambda x: jnp.where(present, x, jnp.zeros_like(x)), routing)
-        return jnp.where(present, y_BTD, x_BTD), routing
+            return y_BTD, statistics
+        statistics = jax.tree.map(lambda x: jnp.where(present, x, jnp.zeros_like(x)), statistics)
+        return jnp.where(present, y_BTD, x_BTD), statistics
 
     rows = (layers, experts_LBTK, present_L)
     return jax.lax.scan(rematerialized(layer, remat), x_BTD, rows)

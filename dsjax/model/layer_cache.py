@@ -77,3 +77,17 @@ class LayerCache(NamedTuple):
             return lax.dynamic_slice(stack_LBPSX, (self.layer, 0, 0, start, 0), window)[0]
 
         return {name: block(stack) for name, stack in self.entries.items()}
+
+    def gather(self, positions_BX: jax.Array) -> Entries:
+        """Returns this layer's entries at some positions of each row, all within the cache:
+        [B, ..., P, X] for int32 [B, ...].
+        """
+
+        def of_row(stack_LPSX: jax.Array, positions_X: jax.Array) -> jax.Array:
+            # One gather out of the whole stack: the layer is not copied first.
+            rows = stack_LPSX.at[self.layer, :, positions_X]
+            return rows.get(mode="promise_in_bounds")
+
+        # Mapped over rows, so that each device gathers from its own.
+        gather = jax.vmap(of_row, in_axes=(1, 0))
+        return {name: gather(stack, positions_BX) for name, stack in self.entries.items()}

@@ -8,7 +8,8 @@ the parameter count, the shardings and the initial values all derive from that o
 Dimension letters of the whole package: B batch, T query tokens, S key positions, M tokens (B*T),
 D model width, V vocabulary, L layers, N heads, P key-value heads, H query/key head width, R rope
 width, W value head width, Q query latent, C key-value latent, F feed-forward width, E routed
-experts, K experts per token, G expert groups, A assignments (M*K).
+experts, K experts per token, G expert groups, A assignments (M*K). Of an indexer: I heads, Y their
+width, J keys that a query attends to.
 """
 
 from __future__ import annotations
@@ -55,6 +56,15 @@ class RouterState(nnx.Variable):
     """A router's selection bias: always float32, without gradient or optimizer state."""
 
 
+class Float32(nnx.Param):
+    """A parameter that is float32 in every model, whatever the type of the others."""
+
+
+def stays_float32(variable: nnx.Variable) -> bool:
+    """Tells whether a variable is float32 in every model."""
+    return isinstance(variable, RouterState | Float32)
+
+
 def declare(
     shape: tuple[int, ...],
     axes: tuple[str, ...],
@@ -99,6 +109,24 @@ class RMSNorm(nnx.Module):
     @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.weight[...], self.eps)
+
+
+class LayerNorm(nnx.Module):
+    """Normalises the last dimension to mean 0 and variance 1, in float32; returns x's dtype."""
+
+    EPS = 1e-6
+
+    def __init__(self, dim: int):
+        self.weight = declare((dim,), ("norm",), Constant(1.0), Float32)
+        self.bias = declare((dim,), ("norm",), Constant(0.0), Float32)
+
+    @jax.named_scope("norm")
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - x32.mean(axis=-1, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.EPS)
+        weight, bias = (jnp.broadcast_to(v[...], x.shape) for v in (self.weight, self.bias))
+        return (x32 * weight + bias).astype(x.dtype)
 
 
 class FeedForward(nnx.Module):

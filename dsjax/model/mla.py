@@ -15,6 +15,8 @@ Paper: DeepSeek-V2 (arXiv:2405.04434) section 2.1, equations 9 to 19; V3 (arXiv:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -84,13 +86,19 @@ class MLA(Attention):
 
     def queries(self, x_BTD: jax.Array, angles: Angles) -> jax.Array:
         """Returns [B, T, N, H + R], the last R channels rotated."""
+        if self.config.q_lora_rank:
+            return self.queries_of(self.query_latent(x_BTD), self.wq_b[...], angles)
+        return self.queries_of(x_BTD, self.wq[...], angles)
+
+    def query_latent(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns the normed latent that queries are projected from, [B, T, Q]."""
+        return self.q_norm(checkpoint_name(linear(x_BTD, self.wq_a[...], self.policy), "latent"))
+
+    def queries_of(self, x_BTX: jax.Array, w: jax.Array, angles: Angles) -> jax.Array:
+        """Projects to queries and rotates them: [B, T, N, H + R]."""
         config = self.config
-        if config.q_lora_rank:
-            latent = checkpoint_name(linear(x_BTD, self.wq_a[...], self.policy), "latent")
-            q = linear(self.q_norm(latent), self.wq_b[...], self.policy)
-        else:
-            q = linear(x_BTD, self.wq[...], self.policy)
-        q = q.reshape(*x_BTD.shape[:2], config.n_heads, config.qk_head_dim)
+        q = linear(x_BTX, w, self.policy)
+        q = q.reshape(*x_BTX.shape[:2], config.n_heads, config.qk_head_dim)
         q_nope, q_rope = jnp.split(q, [config.qk_nope_head_dim], axis=-1)
         return jnp.concatenate([q_nope, rope.rotate_pairs(q_rope, *angles)], axis=-1)
 
@@ -136,15 +144,31 @@ class MLA(Attention):
             return cached_attention.cached_attention(
                 (q_nope, q_rope), expanded_block, cache.length, positions_BT, scale=scale
             )
+
+        def over_latents(q_BTNC: jax.Array) -> jax.Array:
+            return cached_attention.cached_attention(
+                (q_BTNC, q_rope), latent_block, cache.length, positions_BT, scale=scale
+            )
+
+        return self.absorbed(q_nope, over_latents)
+
+    def absorbed(self, q_BTNH: jax.Array, attend: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """Attends to latents in place of the keys and values that are projected from them.
+
+        Args:
+          q_BTNH: queries without position.
+          attend: queries [B, T, N, C] -> latents summed by weight, [B, T, N, C].
+
+        Returns:
+          [B, T, N, W].
+        """
+        config = self.config
         weight_NCX = jnp.reshape(
-            self.wkv_b[...].astype(q_nope.dtype), (config.kv_lora_rank, config.n_heads, -1)
+            self.wkv_b[...].astype(q_BTNH.dtype), (config.kv_lora_rank, config.n_heads, -1)
         ).swapaxes(0, 1)
         # Zeros where the weight holds values: taking it apart would cost more than they do.
-        q_BTNX = jnp.pad(q_nope, ((0, 0), (0, 0), (0, 0), (0, config.v_head_dim)))
-        q_BTNC = _per_head(q_BTNX, weight_NCX, 2)
-        out_BTNC = cached_attention.cached_attention(
-            (q_BTNC, q_rope), latent_block, cache.length, positions_BT, scale=scale
-        )
+        q_BTNX = jnp.pad(q_BTNH, ((0, 0), (0, 0), (0, 0), (0, config.v_head_dim)))
+        out_BTNC = attend(_per_head(q_BTNX, weight_NCX, 2))
         return _per_head(out_BTNC, weight_NCX, 1)[..., config.qk_nope_head_dim :]
 
 

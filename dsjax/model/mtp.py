@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.config import ModelConfig
+from dsjax.kernels.sparse_attention import Lesson
 from dsjax.model.balance import BalanceWeights
-from dsjax.model.block import Block, Context
+from dsjax.model.block import Block, Context, Statistics
 from dsjax.model.layers import Normal, RMSNorm, declare
-from dsjax.model.moe import RoutingStatistics
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
 
@@ -50,9 +50,11 @@ class MTP(nnx.Module):
         context: Context,
         balance: BalanceWeights | None,
         experts_BTK: jax.Array | None = None,
-    ) -> tuple[jax.Array, RoutingStatistics | None]:
+        lesson: Lesson | None = None,
+    ) -> tuple[jax.Array, Statistics]:
         """Advances the hidden states by one token, given that token's embedding."""
-        return self.layer(self.join(embedding_BTD, hidden_BTD), context, balance, experts_BTK)
+        pair_BTD = self.join(embedding_BTD, hidden_BTD)
+        return self.layer(pair_BTD, context, balance, experts_BTK, lesson)
 
     def join(self, embedding_BTD: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
         """Projects the pair to the model width, as the module's layer reads it."""

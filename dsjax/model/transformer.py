@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.config import ModelConfig
+from dsjax.kernels.sparse_attention import Lesson
 from dsjax.model import rope
 from dsjax.model.balance import BalanceWeights
 from dsjax.model.block import Block, Context, Extension, extend_layers, rematerialized, run_layers
@@ -37,6 +38,8 @@ class Hidden(NamedTuple):
     main_BTD: jax.Array  # after the final norm
     mtp_DBTD: jax.Array | None  # depth first, each after its own norm
     routing: RoutingStatistics | None  # stacked over MoE layers, then MTP modules
+    # float32, of the layers with an indexer, then of the MTP modules; see `Statistics`
+    index_loss: jax.Array | None = None
 
 
 class Extended(NamedTuple):
@@ -136,6 +139,7 @@ class Transformer(nnx.Module):
         remat: str = "none",
         embeddings: Embeddings | None = None,
         experts_LBTK: jax.Array | None = None,
+        lesson: Lesson | None = None,
     ) -> Hidden:
         """Runs the model on prepared tokens, in their order.
 
@@ -146,20 +150,23 @@ class Transformer(nnx.Module):
           experts_LBTK: int32, expert choices to replay: those of the MoE layers, optionally
             followed by those of the MTP modules. Weights still come from the routers, with
             gradients. None: the routers choose.
+          lesson: what the layers' indexers learn from; None: nothing.
         """
         context = self.context(inputs)
-        x_BTD = self.enter(inputs, context, remat, embeddings)
+        x_BTD, prefix = self.enter(inputs, context, remat, embeddings, lesson)
         body = getattr(self, self.body)
         own = ahead = None
         if experts_LBTK is not None:
             own, ahead = jnp.split(experts_LBTK, [self.config.n_moe_layers])
-        x_BTD, statistics = run_layers(body, x_BTD, context, balance, remat, own)
-        hidden = self.leave(x_BTD, inputs, context, balance=balance, remat=remat, experts=ahead)
-        if statistics is not None and hidden.routing is not None:
-            statistics = jax.tree.map(
-                lambda *stacks: jnp.concatenate(stacks), statistics, hidden.routing
-            )
-        return hidden._replace(routing=statistics)
+        x_BTD, found = run_layers(body, x_BTD, context, balance, remat, own, lesson=lesson)
+        hidden = self.leave(
+            x_BTD, inputs, context, balance=balance, remat=remat, experts=ahead, lesson=lesson
+        )
+        losses = [x for x in (prefix, found.index_loss, hidden.index_loss) if x is not None]
+        return hidden._replace(
+            routing=_joined(found.routing, hidden.routing),
+            index_loss=jnp.concatenate(losses) if losses else None,
+        )
 
     @property
     def body(self) -> str:
@@ -172,12 +179,20 @@ class Transformer(nnx.Module):
         context: Context,
         remat: str,
         embeddings: Embeddings | None = None,
-    ) -> jax.Array:
-        """Computes the body's input: embeddings and, before a MoE body, the dense layers."""
+        lesson: Lesson | None = None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Computes the body's input: embeddings and, before a MoE body, the dense layers.
+
+        Returns:
+          [B, T, D]; and the `index_loss` of the dense layers before a MoE body, if they learn.
+        """
         x_BTD = self._embed(inputs.tokens, embeddings)
-        if self.config.n_moe_layers and self.config.n_dense_layers:
-            x_BTD, _ = run_layers(self.dense_layers, x_BTD, context, None, remat)
-        return x_BTD
+        if not (self.config.n_moe_layers and self.config.n_dense_layers):
+            return x_BTD, None
+        x_BTD, statistics = run_layers(
+            self.dense_layers, x_BTD, context, None, remat, lesson=lesson
+        )
+        return x_BTD, statistics.index_loss
 
     def _embed(self, tokens_BT: jax.Array, embeddings: Embeddings | None) -> jax.Array:
         x_BTD = self.embed(tokens_BT)
@@ -195,9 +210,10 @@ class Transformer(nnx.Module):
         balance: BalanceWeights | None,
         remat: str,
         experts: jax.Array | None = None,
+        lesson: Lesson | None = None,
     ) -> Hidden:
-        """Applies the final norm and the MTP modules; `routing` of the result is that of the
-        modules alone.
+        """Applies the final norm and the MTP modules; `routing` and `index_loss` of the result are
+        those of the modules alone.
 
         Args:
           experts: int32 [modules, B, T, K], the modules' choices to replay; None or of no
@@ -215,6 +231,7 @@ class Transformer(nnx.Module):
                 context._replace(documents_BT=ahead.documents),
                 balance,
                 experts_BTK,
+                lesson,
             )
             return hidden_BTD, (module.norm(hidden_BTD), statistics)
 
@@ -222,10 +239,10 @@ class Transformer(nnx.Module):
         if inputs.ahead is None:
             return Hidden(main_BTD, None, None)
         first = main_BTD if self.config.mtp_after_final_norm else x_BTD
-        _, (mtp_DBTD, routing) = jax.lax.scan(
+        _, (mtp_DBTD, statistics) = jax.lax.scan(
             rematerialized(mtp_module, remat), first, (self.mtp, inputs.ahead, experts)
         )
-        return Hidden(main_BTD, mtp_DBTD, routing)
+        return Hidden(main_BTD, mtp_DBTD, statistics.routing, statistics.index_loss)
 
     def extend(
         self,
@@ -300,3 +317,10 @@ class Transformer(nnx.Module):
         """Prepares what all layers need to know of the tokens."""
         angles = rope.angles(inputs.positions, self.config)
         return Context(angles, inputs.segment_ids, inputs.documents)
+
+
+def _joined(body: Any, modules: Any) -> Any:
+    """Joins the statistics of the body's layers and of the MTP modules, where both have any."""
+    if body is None or modules is None:
+        return body
+    return jax.tree.map(lambda *stacks: jnp.concatenate(stacks), body, modules)

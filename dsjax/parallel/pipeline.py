@@ -52,7 +52,7 @@ class Pieces(NamedTuple):
     sum of all objectives. A report is a tree of numbers that are passed on.
     """
 
-    enter: Callable[[Tree, Tree], jax.Array]  # (outer, inputs) -> x
+    enter: Callable[[Tree, Tree], tuple[jax.Array, jax.Array]]  # (outer, inputs) -> x, objective
     # (parameters of n layers [n, ...], present, x, inputs) -> y like x, objective, reports [n, ...]
     # A layer that is not present must not count. `present`, bool [n], is None where all are.
     stage: Callable[[Tree, jax.Array | None, jax.Array, Tree], tuple[jax.Array, jax.Array, Tree]]
@@ -65,6 +65,7 @@ class Result(NamedTuple):
     outer: Tree  # gradients
     layer_reports: Tree  # [layers, ...], summed over micro-batches
     reports: Tree  # of `leave`, [micro-batches, ...]
+    entered: jax.Array  # float32, the sum of the objectives of `enter`
 
 
 class _Sums(NamedTuple):
@@ -123,7 +124,7 @@ def run(
     found = jax.shard_map(
         program.run,
         in_specs=(PartitionSpec(None, PIPE), everywhere, split, split, everywhere, everywhere),
-        out_specs=Result(split, everywhere, split, everywhere),
+        out_specs=Result(split, everywhere, split, everywhere, everywhere),
         axis_names={PIPE},
         check_vma=False,
     )(
@@ -197,7 +198,9 @@ class _Program:
             constant_values=NONE,
         )
         self.owned = jnp.asarray(owned).reshape(numbers, -1)[:, self.rank]  # micro-batch by number
-        entered = jax.lax.map(lambda number: self._enter(self.outer, number), jnp.arange(numbers))
+        entered = jax.lax.map(
+            lambda number: self._enter(self.outer, number)[0], jnp.arange(numbers)
+        )
         x, layer_report, report = self._shapes(entered[0])
         waiting: Arrays = {
             payload: jnp.zeros((n_chunks, slots, *x.shape), x.dtype)
@@ -213,14 +216,16 @@ class _Program:
         # outputs of the last stage, which theirs replace.
         kept: Arrays = {ACTIVATION: entered, GRADIENT: jnp.zeros_like(entered)}
         (_, kept, sums), _ = jax.lax.scan(self._tick, (waiting, kept, sums), (rows, ticks))
-        outer_sums, _ = jax.lax.scan(
-            self._enter_backward, sums.outer, (jnp.arange(numbers), kept[ACTIVATION])
+        (outer_sums, objective), _ = jax.lax.scan(
+            self._enter_backward,
+            (sums.outer, jnp.float32(0)),
+            (jnp.arange(numbers), kept[ACTIVATION]),
         )
         layer_sums, layer_reports = jax.tree.map(
             lambda x: x.reshape(-1, *x.shape[2:]), (sums.layers, sums.layer_reports)
         )
-        outer_sums, reports = jax.lax.psum((outer_sums, sums.reports), PIPE)
-        return Result(layer_sums, outer_sums, layer_reports, reports)
+        outer_sums, reports, entered = jax.lax.psum((outer_sums, sums.reports, objective), PIPE)
+        return Result(layer_sums, outer_sums, layer_reports, reports, entered)
 
     def _shapes(self, x: jax.Array) -> tuple[Tree, Tree, Tree]:
         """Returns the shapes of a stage's input, of its report, and of the report of `leave`."""
@@ -335,14 +340,17 @@ class _Program:
             waiting = self._store(waiting, payload, work, sent)
         return waiting
 
-    def _enter(self, outer: Tree, number: jax.Array) -> jax.Array:
+    def _enter(self, outer: Tree, number: jax.Array) -> tuple[jax.Array, jax.Array]:
         return self.pieces.enter(outer, _at(self.inputs, _index(self.owned[number])))
 
-    def _enter_backward(self, total: Tree, row: tuple[jax.Array, jax.Array]) -> tuple[Tree, None]:
-        number, dx = row
-        _, pull = jax.vjp(lambda outer: self._enter(outer, number), self.outer)
-        (douter,) = pull(jnp.where(self.owned[number] != NONE, dx, 0))
-        return jax.tree.map(jnp.add, total, douter), None
+    def _enter_backward(
+        self, totals: tuple[Tree, jax.Array], row: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[Tree, jax.Array], None]:
+        (outer, total), (number, dx), on = totals, row, self.owned[row[0]] != NONE
+        (_, objective), pull = jax.vjp(lambda outer: self._enter(outer, number), self.outer)
+        (douter,) = pull((jnp.where(on, dx, 0), on.astype(objective.dtype)))
+        total = total + jnp.where(on, objective, 0)
+        return (jax.tree.map(jnp.add, outer, douter), total), None
 
     def _leave(self, number: jax.Array, kept: Arrays, sums: _Sums) -> tuple[Arrays, _Sums]:
         """Runs `leave` and its backward; gradients replace the outputs of the last stage."""

@@ -35,6 +35,7 @@ AXIS_TABLE: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "latent": (),
     "latent_heads": ("tensor", "fsdp", "context", "expert"),
+    "index_heads": ("fsdp", "context", "expert"),  # an indexer's, whole at use: scores add them up
     "ffn": ("tensor",),
     "experts": ("expert",),
     "norm": (),

@@ -17,7 +17,7 @@ from dsjax.generate import decoding as engine
 from dsjax.generate import sampling
 from dsjax.kernels.target import Target
 from dsjax.model.cache import entry_axes
-from dsjax.model.layers import RouterState
+from dsjax.model.layers import stays_float32
 from dsjax.model.parameters import shardings
 from dsjax.model.transformer import Transformer
 from dsjax.parallel.sharding import partition_spec
@@ -116,7 +116,7 @@ def decoding(
 
     def weights(variable: Any, placed: Any) -> Any:
         value = variable.get_value()
-        dtype = value.dtype if isinstance(variable, RouterState) else declared.policy.compute
+        dtype = value.dtype if stays_float32(variable) else declared.policy.compute
         struct = jax.ShapeDtypeStruct(value.shape, dtype, sharding=placed.get_value())
         return variable.copy(struct)
 

@@ -113,7 +113,11 @@ def mtp_weight(train: TrainConfig, share: float) -> float:
 
 
 def bias_update_speed(train: TrainConfig, share: float) -> float:
-    """Returns the step of the router bias, gamma of section 2.1.2; 0 in the last part of a run."""
+    """Returns the step of the router bias, gamma of section 2.1.2; 0 in the last part of a run, and
+    while an indexer trains alone.
+    """
+    if train.indexer == "warmup":
+        return 0.0
     return train.bias_update_speed if share < train.bias_update_until else 0.0
 
 

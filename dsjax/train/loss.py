@@ -58,7 +58,7 @@ def pretraining(config: Config) -> Objective:
     isolate, n_mtp = config.data.isolate_documents, config.model.n_mtp
     balance = BalanceWeights.of(config.train, config.model, isolated=isolate)
     return next_tokens(
-        ForwardPass(isolate, n_mtp > 0, balance, config.train.remat),
+        ForwardPass(isolate, n_mtp > 0, balance, config.train.remat, config.train.indexer),
         lambda batch, ahead: target_mask(batch["segment_ids"], ahead, isolate),
         n_mtp=n_mtp,
         chunk=config.train.loss_chunk,

@@ -5,7 +5,8 @@ takes the gradient of one scalar and updates. Pre-training (`dsjax.train.loss`) 
 fine-tuning, preference training, reinforcement learning and distillation are others, and the step,
 with or without a pipeline, is the same for all.
 
-The scalar is the sum over micro-batches of weight times sum, plus the routers' balance losses.
+The scalar is the sum over micro-batches of weight times sum, plus the routers' balance losses and
+what the indexers of sparse attention learn from.
 Micro-batches contribute sums, never means: `Objective.weights` sees the whole batch and divides
 once by its count, so the result does not depend on how the batch is divided. (A mean of means over
 micro-batches with unequal numbers of targets is another loss.)
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dsjax.kernels.sparse_attention import Lesson
 from dsjax.model.balance import BalanceWeights
 from dsjax.model.inputs import Inputs, read_tokens
 from dsjax.model.transformer import Hidden, Transformer
@@ -47,13 +49,14 @@ class ForwardPass(NamedTuple):
     mtp: bool
     balance: BalanceWeights | None
     remat: str
+    lesson: Lesson | None = "sparse"  # without effect on a model without an indexer
 
 
 class Weights(NamedTuple):
     """The factors of a micro-batch's terms in the scalar, each float32 [micro-batches]."""
 
     sums: dict[str, jax.Array]  # by the names of `Objective.sums`; sums left out are only reported
-    balance: jax.Array  # of the balance losses, which are averages over a micro-batch's tokens
+    balance: jax.Array  # of balance and index losses, averages over a micro-batch's tokens
 
 
 class Objective(NamedTuple):
@@ -122,6 +125,7 @@ class Totals(NamedTuple):
 
     sums: Sums
     balance: jax.Array  # float32, weighted, summed over layers
+    index: jax.Array | None  # the same of the index losses; None without an indexer that learns
     dropped_tokens: jax.Array  # int32
     counts_LE: jax.Array | None  # int32, tokens of each expert; None without routed experts
 
@@ -132,13 +136,14 @@ def weigh(
     """Returns a micro-batch's contribution to the scalar that is differentiated, and its totals."""
     weights, routing = micro_batch.weights, hidden.routing
     sums = objective.sums(model, hidden, micro_batch.targets, knobs)
+    index = None if hidden.index_loss is None else hidden.index_loss.sum() * weights.balance
     if routing is None:
-        totals = Totals(sums, jnp.float32(0), jnp.int32(0), None)
+        totals = Totals(sums, jnp.float32(0), index, jnp.int32(0), None)
     else:
         balance = routing.balance_loss.sum() * weights.balance
-        totals = Totals(sums, balance, routing.dropped_tokens.sum(), routing.counts_E)
+        totals = Totals(sums, balance, index, routing.dropped_tokens.sum(), routing.counts_E)
     weighted = sum(sums[name] * weight for name, weight in weights.sums.items())
-    return weighted + totals.balance, totals
+    return weighted + totals.balance + (0.0 if index is None else index), totals
 
 
 def sum_over_micro_batches(function: Callable[[Any], Any], batch: Any) -> Any:

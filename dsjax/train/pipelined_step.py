@@ -113,7 +113,8 @@ def gradients(
     specs = jax.tree.map(lambda placed: placed.spec, shardings((body, outer), mesh))
     found = pipeline.run(schedule, pieces, body, outer, batch, specs)
     totals = sum_over_micro_batches(lambda report: report, found.reports)
-    if layers := found.layer_reports:
+    layers = found.layer_reports
+    if "counts" in layers:
         counts_LE = layers["counts"]
         if totals.counts_LE is not None:
             counts_LE = jnp.concatenate([counts_LE, totals.counts_LE])
@@ -122,6 +123,9 @@ def gradients(
             dropped_tokens=totals.dropped_tokens + layers["dropped_tokens"].sum(),
             counts_LE=counts_LE,
         )
+    if "index" in layers:
+        modules = jnp.float32(0) if totals.index is None else totals.index
+        totals = totals._replace(index=found.entered + layers["index"].sum() + modules)
     return nnx.merge_state(found.outer[0], found.layers[0]), totals
 
 
@@ -134,15 +138,20 @@ def _cut(state: nnx.State, body: str) -> tuple[nnx.State, nnx.State]:
 def _pieces(declared: Transformer, objective: Objective, knobs: Knobs) -> pipeline.Pieces:
     structure, *whole = nnx.split(declared, nnx.Param, RouterState)
     placeholders = [_cut(state, declared.body)[0] for state in whole]
-    balance, remat = objective.forward.balance, objective.forward.remat
+    forward = objective.forward
+    balance, remat = forward.balance, forward.remat
 
     def ends(outer: Tree) -> Transformer:
         """The model without values in its body."""
         return _merge(structure, outer, placeholders)
 
-    def enter(outer: Tree, batch: Prepared) -> jax.Array:
+    def enter(outer: Tree, batch: Prepared) -> tuple[jax.Array, jax.Array]:
         model = ends(outer)
-        return model.enter(batch.inputs, model.context(batch.inputs), remat)
+        context = model.context(batch.inputs)
+        x_BTD, index_loss_L = model.enter(batch.inputs, context, remat, lesson=forward.lesson)
+        if index_loss_L is None:
+            return x_BTD, jnp.float32(0)
+        return x_BTD, index_loss_L.sum() * batch.weights.balance
 
     def stage(
         body: Tree, present_L: jax.Array | None, x_BTD: jax.Array, batch: Prepared
@@ -150,21 +159,25 @@ def _pieces(declared: Transformer, objective: Objective, knobs: Knobs) -> pipeli
         model = _merge(structure, body, [_cut(state, declared.body)[1] for state in whole])
         layers = getattr(model, declared.body)
         context = model.context(batch.inputs)
-        x_BTD, routing = run_layers(layers, x_BTD, context, balance, remat, present_L=present_L)
-        if routing is None:
-            return x_BTD, jnp.float32(0), {}
-        weighted_L = routing.balance_loss * batch.weights.balance
-        report = {
-            "balance": weighted_L,
-            "counts": routing.counts_E,
-            "dropped_tokens": routing.dropped_tokens,
-        }
-        return x_BTD, weighted_L.sum(), report
+        x_BTD, (routing, index_loss_L) = run_layers(
+            layers, x_BTD, context, balance, remat, present_L=present_L, lesson=forward.lesson
+        )
+        weighted, report = jnp.float32(0), {}
+        if routing is not None:
+            report["balance"] = routing.balance_loss * batch.weights.balance
+            weighted += report["balance"].sum()
+            report |= {"counts": routing.counts_E, "dropped_tokens": routing.dropped_tokens}
+        if index_loss_L is not None:
+            report["index"] = index_loss_L * batch.weights.balance
+            weighted += report["index"].sum()
+        return x_BTD, weighted, report
 
     def leave(outer: Tree, x_BTD: jax.Array, batch: Prepared) -> tuple[jax.Array, Totals]:
         model = ends(outer)
         context = model.context(batch.inputs)
-        hidden = model.leave(x_BTD, batch.inputs, context, balance=balance, remat=remat)
+        hidden = model.leave(
+            x_BTD, batch.inputs, context, balance=balance, remat=remat, lesson=forward.lesson
+        )
         return weigh(objective, model, hidden, batch, knobs)
 
     return pipeline.Pieces(enter, stage, leave)

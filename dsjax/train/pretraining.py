@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
+from dsjax.checkpoint.load import Checkpoint
 from dsjax.config import Config
 from dsjax.data.corpus import Corpus, Progress, prepare_corpus
 from dsjax.data.packing import PackedSequences, heldout_sequences
@@ -20,6 +21,7 @@ from dsjax.generate.sampling import Sampling
 from dsjax.infer.answers import continue_tokens
 from dsjax.kernels.target import Target
 from dsjax.model.flops import train_flops_per_token
+from dsjax.model.transformer import Transformer
 from dsjax.parallel import processes
 from dsjax.parallel.compilation import Compiled
 from dsjax.parallel.context import check_length
@@ -29,11 +31,13 @@ from dsjax.train import hyperparameters, loop, pipelined_step, plots, session
 from dsjax.train.batches import batch_sharding, place_all
 from dsjax.train.evaluate import Evaluation, evaluate, scorer
 from dsjax.train.expert_load import ExpertLoad
+from dsjax.train.initial import open_initial, state_of
 from dsjax.train.loss import pretraining
-from dsjax.train.optimizer import adamw
+from dsjax.train.optimizer import Optimizer, Trains, adamw
 from dsjax.train.session import Session
 from dsjax.train.source import RowSource
 from dsjax.train.step import (
+    TrainState,
     abstract_state,
     compile_step,
     declared_model,
@@ -49,8 +53,10 @@ _PROMPT_TOKENS = 32  # of a held-out document, for the sample at the end
 def train(config: Config, folder: Path, *, command: str, console: Console | None = None) -> int:
     """Pre-trains in `folder`; arguments, result and errors are those of `session.run`."""
 
+    config, checkpoint = open_initial(config)
+
     def recipe(under_way: Session) -> None:
-        run = Pretraining(config, under_way)
+        run = Pretraining(config, under_way, checkpoint)
         loop.run_steps(
             under_way,
             run.train_step,
@@ -69,8 +75,11 @@ def train(config: Config, folder: Path, *, command: str, console: Console | None
 class Pretraining:
     """What pre-training adds to a session: text, programs, and the experts' load."""
 
-    def __init__(self, config: Config, run: Session) -> None:
+    def __init__(self, config: Config, run: Session, checkpoint: Checkpoint | None = None) -> None:
         """Prepares data and programs, and begins the session.
+
+        Args:
+          checkpoint: what the run begins with; None: random weights.
 
         Raises:
           ValueError: config, data, mesh, workdir or checkpoint do not fit; says what to do.
@@ -82,7 +91,8 @@ class Pretraining:
         batch_sharding((config.micro_batch_size, length + 1), mesh)
         check_length(length, mesh)
         pipelined_step.check(config, mesh)
-        declared, optimizer = declared_model(config.model, config.precision), adamw(config.optim)
+        declared = declared_model(config.model, config.precision)
+        optimizer = adamw(config.optim, trained_by(config))
         abstract = abstract_state(declared, optimizer, mesh)
         if slow := advice(config.precision.compute, Target.here()):
             run.display.say(slow)
@@ -97,7 +107,7 @@ class Pretraining:
         run.begin(
             RowSource(rows, mesh, micro_batch_size=config.micro_batch_size, length=length + 1),
             abstract,
-            lambda: initial_state(declared, optimizer, mesh, config.train.seed),
+            lambda: _begin(declared, optimizer, mesh, config.train.seed, checkpoint),
             mesh=mesh,
             flops_per_token=train_flops_per_token(config.model, length),
         )
@@ -202,6 +212,25 @@ class Pretraining:
 
 def _numbers(result: Evaluation) -> dict[str, float]:
     return {"eval_loss": result.loss, "bits_per_byte": result.bits_per_byte}
+
+
+def _begin(
+    declared: Transformer,
+    optimizer: Optimizer,
+    mesh: Mesh,
+    seed: int,
+    checkpoint: Checkpoint | None,
+) -> TrainState:
+    if checkpoint is None:
+        return initial_state(declared, optimizer, mesh, seed)
+    return state_of(checkpoint, declared, optimizer, mesh, seed)
+
+
+def trained_by(config: Config) -> Trains:
+    """Says which parameters a config trains: all, or in its warm-up the indexers."""
+    if config.train.indexer == "warmup":
+        return lambda path: "indexer" in path
+    return lambda path: True
 
 
 def corpus_of(config: Config, progress: Progress | None = None) -> Corpus:

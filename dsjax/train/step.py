@@ -176,15 +176,16 @@ def _gradients(
 ) -> tuple[nnx.State, Totals]:
     structure, *_ = split(declared)
 
-    balance, remat = objective.forward.balance, objective.forward.remat
+    forward = objective.forward
 
     def weighted(trained: nnx.State, micro_batch: Prepared):
         model = nnx.merge(structure, trained, fixed)
         hidden = model.forward(
             micro_batch.inputs,
-            balance=balance,
-            remat=remat,
+            balance=forward.balance,
+            remat=forward.remat,
             experts_LBTK=replayed(micro_batch.experts),
+            lesson=forward.lesson,
         )
         return weigh(objective, model, hidden, micro_batch, knobs)
 
@@ -203,6 +204,8 @@ def _metrics(totals: Totals, grad_norm: jax.Array) -> Metrics:
         "dropped_tokens": totals.dropped_tokens,
         "max_violation": jnp.float32(0),
     }
+    if totals.index is not None:
+        metrics["index_loss"] = totals.index
     if totals.counts_LE is not None:
         counts_LE = totals.counts_LE.astype(jnp.float32)
         metrics["max_violation"] = max_violation(totals.counts_LE).mean()

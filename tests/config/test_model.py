@@ -40,9 +40,31 @@ def moe(**changes):
     return ModelConfig(**(DENSE | MOE | changes))
 
 
+INDEXER = {"q_lora_rank": 8, "index_n_heads": 2, "index_head_dim": 4, "index_topk": 3}
+
+
+def sparse(**changes):
+    return ModelConfig(**(DENSE | LATENT | INDEXER | changes))
+
+
 @pytest.mark.parametrize(
     ("make", "changes", "message"),
     [
+        (
+            sparse,
+            {"index_topk": 0},
+            r"model\.index_n_heads, model\.index_head_dim, model\.index_topk above 0, not 2, 4, 0; "
+            "set all three, or all to 0",
+        ),
+        (sparse, {"index_n_heads": 0}, r"above 0, not 0, 4, 3"),
+        (sparse, {"index_topk": -1}, r"model\.index_topk=-1 must not be negative"),
+        (sparse, {"q_lora_rank": 0}, r"model\.q_lora_rank above 0, not mla and 0"),
+        (sparse, {"attention": "gqa"}, r"needs model\.attention=mla and .* not gqa and 8"),
+        (
+            sparse,
+            {"index_head_dim": 1},
+            r"model\.index_head_dim=1 has no room for the model\.qk_rope_head_dim=2 channels",
+        ),
         (dense, {"vocab_size": 0}, r"model\.vocab_size=0 must be greater than 0"),
         (dense, {"init_std": 0.0}, r"model\.init_std=0\.0 must be greater than 0"),
         (dense, {"n_mtp": -1}, r"model\.n_mtp=-1 must not be negative"),

@@ -13,7 +13,7 @@ def test_one_config_trains_each_shape():
     trained = [path for path in PATHS if root(path) is Config]  # others begin with a checkpoint
     models = [settings.load_config(path).model for path in trained]
     assert {name: models.count(shape) for name, shape in SHAPES.items()} == dict.fromkeys(SHAPES, 1)
-    assert len(models) == len(SHAPES) + 2  # tiny and small are shapes of our own
+    assert len(models) == len(SHAPES) + 3  # tiny, sparse_tiny and small are shapes of our own
 
 
 @pytest.mark.parametrize(
@@ -24,8 +24,9 @@ def test_one_config_trains_each_shape():
             {"attention": "gqa", "rope_scaling": "none", "rope_theta": 1e4, "norm_eps": 1e-6},
         ),
         ("V2 V2_LITE", {"score_func": "softmax", "mscale": 0.707, "norm_topk": False, "n_mtp": 0}),
-        ("V3", {"score_func": "sigmoid", "mscale": 1.0, "norm_topk": True, "n_mtp": 1}),
-        ("V2 V2_LITE V3", {"attention": "mla", "kv_lora_rank": 512, "rope_factor": 40.0}),
+        ("V3 V3_2", {"score_func": "sigmoid", "mscale": 1.0, "norm_topk": True, "n_mtp": 1}),
+        ("V3_2", {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}),
+        ("V2 V2_LITE V3 V3_2", {"attention": "mla", "kv_lora_rank": 512, "rope_factor": 40.0}),
         ("QWEN_1P5B QWEN_7B", {"norm_eps": 1e-6, "rope_theta": 1e4, "qkv_bias": True}),
         ("QWEN_14B QWEN_32B", {"norm_eps": 1e-5, "rope_theta": 1e6, "qkv_bias": True}),
         ("LLAMA_8B LLAMA_70B", {"rope_scaling": "llama3", "rope_theta": 5e5, "qkv_bias": False}),

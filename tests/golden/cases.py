@@ -81,6 +81,15 @@ V3 = {
     "num_nextn_predict_layers": 0,
     "rope_scaling": _yarn(1.0, 1.0),
 }
+# Every query from position 96 on leaves keys out.
+V32 = {
+    **V3,
+    "model_type": "deepseek_v32",
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "index_n_heads": 16,
+    "index_head_dim": 48,
+    "index_topk": 96,
+}
 V2 = {
     **_COMMON,
     **_MLA,
@@ -166,6 +175,7 @@ CASES = {
         seed=2,
         bias=(-2.0, -1.1),
     ),
+    "v32": Case(V32, seed=10),
     "v2": Case(V2, seed=3),
     "v2_lite": Case(V2_LITE, seed=4),
     "llama": Case(LLAMA, seed=5),

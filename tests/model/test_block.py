@@ -33,12 +33,12 @@ def test_stack_runs_its_layers_in_order():
         x_BTD, counts = start_BTD, []
         for layer in one_by_one(model.moe_layers):
             x_BTD, statistics = layer(x_BTD, context, None)
-            counts.append(statistics.counts_E)
+            counts.append(statistics.routing.counts_E)
         return stacked, x_BTD, jnp.stack(counts)
 
-    (got_BTD, routing), want_BTD, counts_LE = both(model)
+    (got_BTD, statistics), want_BTD, counts_LE = both(model)
     assert_close(got_BTD, want_BTD, F32, "hidden")
-    np.testing.assert_array_equal(routing.counts_E, counts_LE)
+    np.testing.assert_array_equal(statistics.routing.counts_E, counts_LE)
 
 
 def test_layer_that_is_not_present_changes_and_counts_nothing():
@@ -55,9 +55,9 @@ def test_layer_that_is_not_present_changes_and_counts_nothing():
         first = one_by_one(model.moe_layers)[0](start_BTD, context, None)[0]
         return run(model.moe_layers), first, jax.grad(loss)(model.moe_layers)
 
-    (got_BTD, routing), want_BTD, gradients = both(model, jnp.asarray([True, False]))
+    (got_BTD, statistics), want_BTD, gradients = both(model, jnp.asarray([True, False]))
     assert_close(got_BTD, want_BTD, F32, "hidden")
-    assert (np.asarray(routing.counts_E).sum(axis=1) > 0).tolist() == [True, False]
+    assert (np.asarray(statistics.routing.counts_E).sum(axis=1) > 0).tolist() == [True, False]
     for gradient in jax.tree.leaves(gradients):
         assert not np.asarray(gradient[1]).any()
 

@@ -43,6 +43,15 @@ def tiny_model(config: ModelConfig = TINY, seed: int = 0, compute=jnp.float32) -
     """A model with values from NumPy, which need no compilation; norms are away from 1, biases from
     0.
     """
+    return _fill(Transformer(config, Policy(compute)), seed)
+
+
+def filled(kind: type[nnx.Module], config: ModelConfig = TINY, compute=jnp.float32, seed: int = 0):
+    """A module of one layer with such values."""
+    return _fill(kind(config, Policy(compute)), seed)  # type: ignore
+
+
+def _fill(declared, seed: int):
     rng = np.random.default_rng(seed)
 
     def fill(variable: nnx.Variable) -> nnx.Variable:
@@ -53,7 +62,6 @@ def tiny_model(config: ModelConfig = TINY, seed: int = 0, compute=jnp.float32) -
             )
         return variable.copy(jnp.asarray(rng.normal(0.0, init.std, shape), jnp.float32))
 
-    declared = Transformer(config, Policy(compute))
     return jax.tree.map(fill, declared, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 

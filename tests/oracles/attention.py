@@ -1,5 +1,5 @@
-"""One sequence through an attention block, head by head: MLA (V2 section 2.1, equations 9-19) and
-grouped queries."""
+"""One sequence through an attention block, head by head: MLA (V2 section 2.1, equations 9-19),
+grouped queries, and the indexer that chooses MLA's keys (V3.2 section 2)."""
 
 from __future__ import annotations
 
@@ -44,6 +44,8 @@ def attention(
 def mla(x_TD: np.ndarray, params: dict, config: ModelConfig, segments_T: np.ndarray) -> np.ndarray:
     """The latents' norms have an epsilon of their own, as in DeepSeek's code."""
     places, mask = positions(segments_T), visible(segments_T)
+    if config.index_topk:
+        mask = chosen(index_scores(x_TD, params, config, places), mask, config.index_topk)
     nope, latent = config.qk_nope_head_dim, config.kv_lora_rank
     if config.q_lora_rank:
         query = (
@@ -64,6 +66,39 @@ def mla(x_TD: np.ndarray, params: dict, config: ModelConfig, segments_T: np.ndar
         k = np.concatenate([kv[:, :nope], k_rope_TR], axis=1)
         outputs.append(attend(q, k, kv[:, nope:], mask, rope.softmax_scale(config)))
     return np.concatenate(outputs, axis=1) @ params["wo"]
+
+
+def index_scores(x_TD: np.ndarray, params: dict, config: ModelConfig, places: np.ndarray):
+    """Returns the score of each key for each query, [T, T], head by head."""
+    latent = rms_norm(x_TD @ params["wq_a"], params["q_norm"]["weight"], 1e-6)
+    indexer, width = params["indexer"], config.index_head_dim
+    key = x_TD @ indexer["wk"]
+    key = key - key.mean(axis=1, keepdims=True)
+    key = key / np.sqrt((key * key).mean(axis=1, keepdims=True) + 1e-6)
+    key = key * indexer["k_norm"]["weight"] + indexer["k_norm"]["bias"]
+
+    def turned(x_TY: np.ndarray) -> np.ndarray:
+        R = config.qk_rope_head_dim
+        first = rope.rotate_halves(x_TY[:, :R], places, config)
+        return np.concatenate([first, x_TY[:, R:]], axis=1)
+
+    weights_TI = x_TD @ indexer["weights_proj"] * config.index_n_heads**-0.5
+    scores = np.zeros((len(x_TD), len(x_TD)))
+    for head in range(config.index_n_heads):
+        query = turned(latent @ indexer["wq_b"][:, head * width : (head + 1) * width])
+        products = np.maximum(query @ turned(key).T * width**-0.5, 0.0)
+        scores += weights_TI[:, head : head + 1] * products
+    return scores
+
+
+def chosen(scores_TT: np.ndarray, visible_TT: np.ndarray, count: int) -> np.ndarray:
+    """Marks the `count` visible keys of the highest scores, one query at a time."""
+    mask = np.zeros_like(visible_TT)
+    for t, (scores, seen) in enumerate(zip(scores_TT, visible_TT, strict=True)):
+        candidates = np.flatnonzero(seen)
+        best = candidates[np.argsort(-scores[candidates], kind="stable")[:count]]
+        mask[t, best] = True
+    return mask
 
 
 def gqa(x_TD: np.ndarray, params: dict, config: ModelConfig, segments_T: np.ndarray) -> np.ndarray:

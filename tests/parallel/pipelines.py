@@ -15,7 +15,8 @@ BATCH = 3
 
 
 def enter(outer, inputs):
-    return jnp.tanh(inputs["x"] @ outer["w_in"])
+    x = jnp.tanh(inputs["x"] @ outer["w_in"])
+    return x, inputs["scale"] * jnp.square(x - 0.5).mean()
 
 
 def stage(params, present, x, inputs):
@@ -100,21 +101,21 @@ def reference(pieces, layers, outer, inputs):
     """The same by autodiff of the whole, micro-batch after micro-batch."""
 
     def objective(layers, outer, inputs):
-        x = pieces.enter(outer, inputs)
+        x, entered = pieces.enter(outer, inputs)
         y, total, layer_reports = pieces.stage(layers, None, x, inputs)
         loss, report = pieces.leave(outer, y, inputs)
-        return total + loss, (layer_reports, report)
+        return total + loss + entered, (layer_reports, entered, report)
 
     def add(sums, inputs):
-        (_, (layer_reports, report)), grads = jax.value_and_grad(
-            objective, argnums=(0, 1), has_aux=True
-        )(layers, outer, inputs)
-        return jax.tree.map(jnp.add, sums, (*grads, layer_reports)), report
+        (_, (*added, report)), grads = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(
+            layers, outer, inputs
+        )
+        return jax.tree.map(jnp.add, sums, (*grads, *added)), report
 
     shapes = jax.eval_shape(
-        lambda inputs: objective(layers, outer, inputs)[1][0],
+        lambda inputs: objective(layers, outer, inputs)[1][:2],
         jax.tree.map(lambda x: x[0], inputs),
     )
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (layers, outer, shapes))
-    (d_layers, d_outer, layer_reports), reports = jax.lax.scan(add, zeros, inputs)
-    return pipeline.Result(d_layers, d_outer, layer_reports, reports)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (layers, outer, *shapes))
+    (d_layers, d_outer, layer_reports, entered), reports = jax.lax.scan(add, zeros, inputs)
+    return pipeline.Result(d_layers, d_outer, layer_reports, reports, entered)

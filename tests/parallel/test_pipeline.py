@@ -100,7 +100,7 @@ def test_public_test_of_dualpipe_passes(name, ranks):
         x, report = jax.lax.scan(layer, x, params)
         return x, jnp.float32(0), report
 
-    pieces = pipeline.Pieces(lambda outer, inputs: inputs["x"], stage, leave)
+    pieces = pipeline.Pieces(lambda outer, inputs: (inputs["x"], jnp.float32(0)), stage, leave)
     got = pipelines.run(schedule, *args, pieces=pieces)
     want = pipelines.reference(pieces, *args)
     np.testing.assert_array_equal(got.reports["loss"], want.reports["loss"])

@@ -1,7 +1,8 @@
 """The families of published checkpoints, one per file, looked up by config.json's `model_type`.
 
-Each of llama.py, qwen2.py, deepseek.py (DeepSeekMoE), deepseek_v2.py, deepseek_v3.py and kimi_k2.py
-declares one `Family`: the rows of its config.json and the names of its tensors, both two-way.
+Each of llama.py, qwen2.py, deepseek.py (DeepSeekMoE), deepseek_v2.py, deepseek_v3.py,
+deepseek_v32.py and kimi_k2.py declares one `Family`: the rows of its config.json and the names of
+its tensors, both two-way.
 family.py defines `Family` and the parts that families share; table.py defines rows, rope.py the row
 for rope settings. To add a family, add a file and an entry in `_ALL`.
 """
@@ -9,13 +10,14 @@ for rope settings. To add a family, add a file and an entry in `_ALL`.
 from dsjax.checkpoint.families.deepseek import DEEPSEEK
 from dsjax.checkpoint.families.deepseek_v2 import DEEPSEEK_V2
 from dsjax.checkpoint.families.deepseek_v3 import DEEPSEEK_V3
+from dsjax.checkpoint.families.deepseek_v32 import DEEPSEEK_V32
 from dsjax.checkpoint.families.family import Family
 from dsjax.checkpoint.families.kimi_k2 import KIMI_K2
 from dsjax.checkpoint.families.llama import LLAMA
 from dsjax.checkpoint.families.qwen2 import QWEN2
 from dsjax.config import ModelConfig
 
-_ALL = (LLAMA, QWEN2, DEEPSEEK, DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2)
+_ALL = (LLAMA, QWEN2, DEEPSEEK, DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2, DEEPSEEK_V32)
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 
@@ -35,4 +37,8 @@ def family_for(model: ModelConfig) -> str:
     fits = [name for name, family in FAMILIES.items() if family.names(model)]
     # No family has names for, say, Llama's attention with V3's router. Such a model can be loaded;
     # exporting it is refused.
-    return fits[0] if fits else "deepseek" if model.attention == "gqa" else "deepseek_v3"
+    if fits:
+        return fits[0]
+    if model.attention == "gqa":
+        return "deepseek"
+    return "deepseek_v32" if model.index_topk else "deepseek_v3"

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsjax.checkpoint.families.rope import ROPE
-from dsjax.checkpoint.families.table import Fields, Row, Values, field, fixed
+from dsjax.checkpoint.families.table import MAX_LISTED, Fields, Row, Values, field, fixed
 from dsjax.config import ModelConfig
+from dsjax.precision.fp8 import Scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Rule:
     shape: tuple[int, ...]
     expert: bool = False  # one tensor per expert; `name` contains `{expert}`
     keep_float32: bool = False
+    trains: bool = True
+    plain: bool = False  # a matrix that FP8 checkpoints do not quantize
 
     @property
     def transpose(self) -> bool:
@@ -29,8 +32,7 @@ class Rule:
 
     @property
     def quantized(self) -> bool:
-        """True for projections; the only other matrix of a layer is the router's gate."""
-        return self.name.endswith("_proj.weight") or "_proj_with_mqa." in self.name
+        return len(self.shape) == 2 and not self.plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,8 @@ class Family:
       rows: the other fields, two-way.
       attention: returns the rules for a layer's attention.
       mtp: the family has multi-token prediction modules.
+      indexer: its layers have an indexer.
+      scale: the kind of scales that its FP8 checkpoints have.
       neutral: further fields of config.json that do not change what the model computes.
       section: the object in config.json that describes the language model, if the language model
         is part of a larger one; None: config.json itself.
@@ -55,6 +59,8 @@ class Family:
     rows: tuple[Row, ...]
     attention: Callable[[ModelConfig], list[Rule]]
     mtp: bool = False
+    indexer: bool = False
+    scale: Scale = "fp32"
     neutral: frozenset[str] = frozenset()
     section: str | None = None
     prefix: str = ""
@@ -73,6 +79,7 @@ class Family:
             all(getattr(model, key) == wanted[key] for key in named if key in wanted)
             and (self.has_experts or not model.n_routed_experts)
             and (self.mtp or not model.n_mtp)
+            and self.indexer == bool(model.index_topk)
         )
 
     def layer(self, model: ModelConfig, *, moe: bool) -> list[Rule]:
@@ -133,9 +140,7 @@ def _equal_heads(values: Mapping[str, Any]) -> int:
 
 
 def _full_attention(values: Mapping[str, Any]) -> list[str]:
-    return ["full_attention"] * min(
-        values["n_layers"], 10_000
-    )  # bounded: the number may be nonsense
+    return ["full_attention"] * min(values["n_layers"], MAX_LISTED)
 
 
 def _read_equal_heads(fields: Fields, values: Values) -> None:
@@ -226,10 +231,11 @@ def ffn_rules(
 def moe_rules(model: ModelConfig) -> list[Rule]:
     """Returns the rules for a mixture of experts: router, experts, shared experts."""
     dim, hidden, experts = model.dim, model.moe_inter_dim, model.n_routed_experts
-    rules = [Rule("mlp.gate.weight", ("ffn", "gate", "weight"), (experts, dim))]
+    gate = ("ffn", "gate")
+    rules = [Rule("mlp.gate.weight", (*gate, "weight"), (experts, dim), plain=True)]
     if model.router_bias:
-        bias = ("ffn", "gate", "bias")
-        rules.append(Rule("mlp.gate.e_score_correction_bias", bias, (experts,), keep_float32=True))
+        name, path = "mlp.gate.e_score_correction_bias", (*gate, "bias")
+        rules.append(Rule(name, path, (experts,), keep_float32=True, trains=False))
     rules += ffn_rules("mlp.experts.{expert}.", ("ffn", "experts"), dim, hidden, expert=True)
     if model.n_shared_experts:
         shared = model.n_shared_experts * hidden  # published as one wide feed-forward

@@ -14,6 +14,7 @@ from dsjax.config import ModelConfig
 
 REQUIRED = object()
 MAX_INTEGER = 2**31 - 1  # integers become shapes
+MAX_LISTED = 10_000  # entries of what a list of layers must be: their number may be nonsense
 Values = dict[str, Any]  # fields of a ModelConfig read so far
 
 # For each type of field: the JSON types it accepts, their description, and the value used in place

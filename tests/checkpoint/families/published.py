@@ -72,6 +72,12 @@ _QWEN2: dict[str, Any] = {
 RELEASES: dict[str, dict[str, Any]] = {
     "v3": _V3,
     "v3.1": _V3 | {"quantization_config": _FP8 | {"scale_fmt": "ue8m0"}},
+    "v3.2": _V3
+    | {
+        "architectures": ["DeepseekV32ForCausalLM"], "auto_map": None, "index_head_dim": 128,
+        "index_n_heads": 64, "index_topk": 2048, "model_type": "deepseek_v32",
+        "quantization_config": _FP8 | {"scale_fmt": "ue8m0"}, "transformers_version": "4.44.2",
+    },
     "moonlight": _V3
     | {
         "bos_token_id": 163584, "eos_token_id": 163585, "first_k_dense_replace": 1,

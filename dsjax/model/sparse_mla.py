@@ -1,0 +1,187 @@
+"""Multi-head latent attention to the keys that an indexer chooses: DeepSeek-V3.2.
+
+Attention itself is MLA's. A query attends to the `index_topk` earlier tokens that the indexer
+scores highest, or to all if there are no more; then it is MLA to the bit.
+
+Whole sequences are masked (`dsjax.kernels.sparse_attention.masked_attention`). Tokens that are
+added to a cache read the entries that they chose and no others, as latents, which all heads share.
+
+The indexer learns by itself (`learn`): its inputs are detached, so that its divergence from the
+attention trains it and nothing else, and its choice has no gradient.
+
+Papers: V3.2-Exp and V3.2 (arXiv:2512.02556), section 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dsjax.config import ModelConfig
+from dsjax.kernels.flash_attention import Segments
+from dsjax.kernels.sparse_attention import (
+    Index,
+    Lesson,
+    Split,
+    gathered_attention,
+    index_scores,
+    masked_attention,
+    over_tiles,
+    select,
+)
+from dsjax.model import rope
+from dsjax.model.attention import Angles
+from dsjax.model.indexer import Indexer
+from dsjax.model.layer_cache import EntryShape, LayerCache
+from dsjax.model.mla import MLA
+from dsjax.parallel import context
+from dsjax.parallel.sharding import parts_here
+from dsjax.precision.activations import attention_linear
+from dsjax.precision.matmul import linear
+from dsjax.precision.policy import Policy
+
+# Most values that one tile of queries gathers from the cache: 64 MiB of float32.
+_MOST_GATHERED = 2**24
+
+
+class SparseMLA(MLA):
+    """Caches the indexer's key beside MLA's latent and rotated key."""
+
+    def __init__(self, config: ModelConfig, policy: Policy):
+        super().__init__(config, policy)
+        self.indexer = Indexer(config, policy)
+
+    @staticmethod
+    def cached(config: ModelConfig) -> dict[str, EntryShape]:
+        return MLA.cached(config) | {"index_key": EntryShape(1, config.index_head_dim)}
+
+    @staticmethod
+    def matmul_parameters(config: ModelConfig) -> int:
+        return MLA.matmul_parameters(config) + Indexer.matmul_parameters(config)
+
+    @staticmethod
+    def context_flops(config: ModelConfig, length: int, causal: bool) -> int:
+        """Counts scores of all keys, and attention to the chosen ones with keys expanded."""
+        kept = min(config.index_topk, length)
+        # Summed over a sequence, the first `kept` queries see half of that many keys on average.
+        seen = (length, kept) if not causal else (length / 2, kept - kept**2 / (2 * length))
+        per_key = 2 * config.n_heads * (config.qk_head_dim + config.value_head_dim)
+        return int(Indexer.score_flops(config) * seen[0] + per_key * seen[1])
+
+    def __call__(
+        self, x_BTD: jax.Array, angles: Angles, segment_ids_BT: jax.Array | None = None
+    ) -> jax.Array:
+        if x_BTD.shape[1] <= self.config.index_topk:
+            return super().__call__(x_BTD, angles, segment_ids_BT)
+        return self.learn(x_BTD, angles, segment_ids_BT, None)[0]
+
+    @jax.named_scope("attention")
+    def learn(
+        self,
+        x_BTD: jax.Array,
+        angles: Angles,
+        segment_ids_BT: jax.Array | None,
+        lesson: Lesson | None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Attends as `__call__` does and, with a lesson, measures the indexer.
+
+        Returns:
+          [B, T, D]; and float32 [B, T], the divergence of each query in nats.
+        """
+        latent_BTQ = self.query_latent(x_BTD)
+        q_BTNH = self.queries_of(latent_BTQ, self.wq_b[...], angles)
+        entries = super().entries(x_BTD, angles)
+        detached_BTD = lax.stop_gradient(x_BTD)
+        index = Index(
+            self.indexer.queries(lax.stop_gradient(latent_BTQ), angles),
+            self.indexer.weights(detached_BTD),
+            context.restore(self.indexer.keys(detached_BTD, angles)),
+        )
+        kept = jax.tree.map(context.restore, tuple(entries.values()))
+        k_BSNH, v_BSNW = self.expand(*kept, self.expansion())
+        segments = None
+        if segment_ids_BT is not None:
+            segments = Segments(segment_ids_BT, context.restore(segment_ids_BT))
+        split = Split(*map(parts_here, ("batch", "heads", "length")))
+        if split.length > 1:
+            places_T = jnp.asarray(context.order(x_BTD.shape[1], split.length), jnp.int32)
+            split = split._replace(places_T=places_T)
+        out_BTNW, divergence_BT = masked_attention(
+            q_BTNH,
+            k_BSNH,
+            v_BSNW,
+            index,
+            count=self.config.index_topk,
+            scale=rope.attention_scale(self.config),
+            segments=segments,
+            split=split,
+            lesson=lesson,
+        )
+        out_BTX = out_BTNW.reshape(*x_BTD.shape[:2], -1)
+        return attention_linear(out_BTX, self.wo[...], self.policy), divergence_BT
+
+    def extend(
+        self, x_BTD: jax.Array, angles: Angles, cache: LayerCache, positions_BT: jax.Array
+    ) -> tuple[jax.Array, LayerCache]:
+        latent_BTQ = self.query_latent(x_BTD)
+        q_BTNH = self.queries_of(latent_BTQ, self.wq_b[...], angles)
+        entries = self.entries(x_BTD, angles) | {"index_key": self.indexer.keys(x_BTD, angles)}
+        cache = cache.append(positions_BT[:, 0], **entries)
+
+        def dense() -> jax.Array:
+            return self.attend(q_BTNH, cache, positions_BT)
+
+        def sparse() -> jax.Array:
+            queries = self.indexer.queries(latent_BTQ, angles), self.indexer.weights(x_BTD)
+            return self.attend_chosen(q_BTNH, *queries, cache, positions_BT)
+
+        if cache.length <= self.config.index_topk:
+            out_BTNW = dense()
+        elif self.absorbs(self.config, x_BTD.shape[1]):
+            out_BTNW = sparse()
+        else:
+            # Long chunks at the start of a text choose all that there is.
+            chooses = positions_BT.max() >= self.config.index_topk
+            out_BTNW = lax.cond(chooses, sparse, dense)
+        out_BTX = out_BTNW.reshape(*x_BTD.shape[:2], -1)
+        return linear(out_BTX, self.wo[...], self.policy), cache
+
+    def attend_chosen(
+        self,
+        q_BTNH: jax.Array,
+        index_q_BTIY: jax.Array,
+        w_BTI: jax.Array,
+        cache: LayerCache,
+        positions_BT: jax.Array,
+    ) -> jax.Array:
+        """Attends to the cached positions that the indexer chooses up to each query's own:
+        [B, T, N, W].
+        """
+        config, scale = self.config, rope.attention_scale(self.config)
+        (B, T, N, _), S = q_BTNH.shape, cache.length
+        q_nope, q_rope = jnp.split(q_BTNH, [config.qk_nope_head_dim], axis=-1)
+        index_k_BSY = cache.read(0, S)["index_key"][:, 0]
+        place_11S = lax.broadcasted_iota(jnp.int32, (1, 1, S), 2)
+
+        def tile(queries: Any, _: jax.Array) -> jax.Array:
+            q_BtNC, q_rope_BtNR, index_q, w, positions_Bt = queries
+            scores_BtS = index_scores(Index(index_q, w, index_k_BSY))
+            selection = select(scores_BtS, place_11S <= positions_Bt[..., None], config.index_topk)
+            entries = cache.gather(selection.indices_BTJ)
+            latents, rope_keys = (entries[name][:, :, :, 0] for name in ("latent", "rope_key"))
+            keys, valid = (latents, rope_keys), selection.valid_BTJ
+            return gathered_attention((q_BtNC, q_rope_BtNR), keys, latents, valid, scale=scale)
+
+        widths = config.kv_lora_rank + config.qk_rope_head_dim + N
+        per_query = max(widths * config.index_topk, config.index_n_heads * S)
+        per_query *= max(B // parts_here("batch"), 1)
+
+        def over_latents(q_BTNC: jax.Array) -> jax.Array:
+            queries = (q_BTNC, q_rope, index_q_BTIY, w_BTI, positions_BT)
+            most = max(_MOST_GATHERED // per_query, 1)
+            return over_tiles(tile, queries, lax.iota(jnp.int32, T), most=most)
+
+        return self.absorbed(q_nope, over_latents)

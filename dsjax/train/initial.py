@@ -1,0 +1,101 @@
+"""The checkpoint that a pre-training run may begin with, in place of random weights: to extend the
+context, or to train an indexer for a dense model and then the whole.
+
+    config, checkpoint = open_initial(config)              # None without `init`
+    state = state_of(checkpoint, declared, optimizer, mesh, seed)
+
+The model is the config's. Its parameters have the shapes of the checkpoint's, except for an indexer
+that the checkpoint lacks, which begins with random values. What has no shape (rope, the number of
+experts per token) is the config's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from dsjax.checkpoint.load import Checkpoint, load, open_checkpoint
+from dsjax.config import Config
+from dsjax.files import listed
+from dsjax.model.parameters import declarations, initialize
+from dsjax.model.transformer import Transformer
+from dsjax.precision.policy import Policy
+from dsjax.train.optimizer import Optimizer
+from dsjax.train.step import TrainState, abstract_state, split
+
+_TOKENIZER = "tokenizer.json"
+
+
+def open_initial(config: Config) -> tuple[Config, Checkpoint | None]:
+    """Opens the checkpoint that a config begins with, if any, and checks that its parameters are
+    the model's.
+
+    Returns:
+      the config with the checkpoint's tokenizer, unless it names one; and the checkpoint.
+
+    Raises:
+      ValueError: there is no whole checkpoint, or its parameters are others; names them.
+    """
+    if not config.init:
+        return config, None
+    checkpoint = open_checkpoint(config.init)
+    wanted, there = _shapes(config.model), _shapes(checkpoint.model)
+    wrong = [
+        f"{path} {list(shape)}" + (f", there {list(there[path])}" if path in there else " is new")
+        for path, shape in wanted.items()
+        if there.get(path) != shape and (path in there or not _may_be_new(path))
+    ]
+    wrong += [f"{path} {list(there[path])} is left over" for path in there.keys() - wanted.keys()]
+    if wrong:
+        raise ValueError(
+            f"init={config.init}: its parameters are not those of {config.name}: {listed(wrong)}. "
+            "Begin with a checkpoint of the config's shape, or change the model.* keys"
+        )
+    tokenizer = checkpoint.tokenizer_folder / _TOKENIZER
+    if not config.data.tokenizer and tokenizer.is_file():
+        data = dataclasses.replace(config.data, tokenizer=str(tokenizer))
+        config = dataclasses.replace(config, data=data)
+    return config, checkpoint
+
+
+def state_of(
+    checkpoint: Checkpoint, declared: Transformer, optimizer: Optimizer, mesh: Mesh, seed: int
+) -> TrainState:
+    """Returns the state before the first step, each device its own part: the checkpoint's weights
+    as float32 masters, its router biases, new moments, and random values for what it lacks.
+
+    Raises:
+      ValueError: files are damaged, or the model does not fit the mesh.
+    """
+    abstract = abstract_state(declared, optimizer, mesh)
+    _, loaded, router = split(load(checkpoint, mesh=mesh, dtype=np.float32))
+    known = dict(nnx.to_flat_state(loaded))
+    lacking = {
+        path: jax.tree.map(lambda leaf: leaf.sharding, variable)
+        for path, variable in nnx.to_flat_state(abstract.params)
+        if path not in known
+    }
+
+    def new(key: jax.Array) -> dict[Any, Any]:
+        values = dict(nnx.to_flat_state(split(initialize(declared, key))[1]))
+        return {path: values[path] for path in lacking}
+
+    if lacking:
+        known |= jax.jit(new, out_shardings=lacking)(jax.random.key(seed))
+    params = nnx.from_flat_state(known)
+    placement = jax.tree.map(lambda leaf: leaf.sharding, abstract.optimizer)
+    moments = jax.jit(optimizer.init, out_shardings=placement)(params)
+    return TrainState(params, router, moments)
+
+
+def _may_be_new(path: str) -> bool:
+    return ".indexer." in path
+
+
+def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {each.path: each.shape for each in declarations(Transformer(model, Policy()))}

@@ -1,0 +1,253 @@
+"""DeepSeek sparse attention in a layer and a model: whole sequences, caches, meshes, learning."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsjax.generate.engine import Engine
+from dsjax.generate.request import Request
+from dsjax.kernels import sparse_attention
+from dsjax.model import rope, sparse_mla
+from dsjax.model.cache import empty_cache
+from dsjax.model.inputs import read_tokens
+from dsjax.model.mla import MLA
+from dsjax.model.parameters import shardings
+from dsjax.model.sparse_mla import SparseMLA
+from dsjax.parallel.context import restore
+from dsjax.parallel.mesh import make_mesh
+from tests.closeness import EXACT, F32, LOGITS, assert_close
+from tests.model.test_mla import _tree as tree_of
+from tests.model.tiny import TINY, filled, tiny_model, tokens
+from tests.oracles.attention import mla as oracle
+
+LENGTH, COUNT = 40, 9
+INDEXED = {"index_n_heads": 16, "index_head_dim": 12}
+CONFIG = dataclasses.replace(TINY, **INDEXED, index_topk=COUNT)
+SEGMENTS = np.repeat(np.array([1, 2, 3], np.int32), [7, 20, 13])
+
+
+def hidden():
+    return jnp.asarray(np.random.default_rng(0).normal(size=(1, LENGTH, TINY.dim)), jnp.float32)
+
+
+@jax.jit
+def apply(module, x_BTD, segments_BT):
+    positions_BT = rope.positions_in_segments(segments_BT)
+    return module(x_BTD, rope.angles(positions_BT, CONFIG), segments_BT)
+
+
+@pytest.mark.parametrize("segments", [np.ones(LENGTH, np.int32), SEGMENTS], ids=["one", "packed"])
+def test_layer_equals_oracle(segments):
+    """A query neither sees nor counts keys of other documents."""
+    module, x_BTD = filled(SparseMLA, CONFIG), hidden()
+    got = apply(module, x_BTD, segments[None])[0]
+    want = oracle(np.asarray(x_BTD[0], np.float64), tree_of(module), CONFIG, segments)
+    assert_close(got, want, F32, "attention")
+    dense = dataclasses.replace(CONFIG, index_topk=0)
+    with pytest.raises(AssertionError, match="exceeds"):
+        assert_close(
+            got, oracle(np.asarray(x_BTD[0], np.float64), tree_of(module), dense, segments)
+        )
+
+
+def dense_twin(model):
+    """The same model without its indexers."""
+    config = dataclasses.replace(model.config, index_n_heads=0, index_head_dim=0, index_topk=0)
+    twin = tiny_model(config)
+    own = {jax.tree_util.keystr(k): leaf for k, leaf in jax.tree_util.tree_leaves_with_path(model)}
+    return jax.tree_util.tree_map_with_path(lambda k, _: own[jax.tree_util.keystr(k)], twin)
+
+
+def test_choosing_all_keys_is_v3_to_the_bit():
+    sparse = tiny_model(dataclasses.replace(CONFIG, index_topk=LENGTH))
+    dense, row = dense_twin(sparse), tokens(2, LENGTH)
+    run = jax.jit(lambda model: model(row))
+    assert_close(run(sparse), run(dense), EXACT, "logits")
+
+    @jax.jit
+    def extend(model):
+        cache = empty_cache(model.config, 2, LENGTH, jnp.float32)
+        return model.extend(row, jnp.zeros(2, jnp.int32), cache).main_BTD
+
+    assert_close(extend(sparse), extend(dense), EXACT, "hidden states")
+
+
+def decoded(model, row, chunks, length=64):
+    """Logits of a row that is added to a cache in chunks."""
+
+    @jax.jit
+    def extend(model, tokens_BT, start, cache):
+        extended = model.extend(tokens_BT, jnp.full(len(tokens_BT), start), cache)
+        return model.logits(extended.main_BTD), extended.cache
+
+    cache, start, logits = empty_cache(model.config, len(row), length, jnp.float32), 0, []
+    for size in chunks:
+        part, cache = extend(model, row[:, start : start + size], jnp.int32(start), cache)
+        logits.append(part)
+        start += size
+    return jnp.concatenate(logits, axis=1)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return jax.jit(lambda model: model(tokens(2, LENGTH)))(tiny_model(CONFIG))
+
+
+@pytest.mark.parametrize("most", [2**24, 1], ids=["together", "one by one"])
+def test_cached_tokens_equal_the_whole_sequence(whole, most, monkeypatch):
+    """One token at a time across the position from which keys are left out, and chunks that are
+    read as a whole at the start of a text and gathered later.
+    """
+    monkeypatch.setattr(sparse_mla, "_MOST_GATHERED", most)
+    monkeypatch.setattr(MLA, "absorbs", staticmethod(lambda config, n_queries: n_queries < 8))
+    got = decoded(tiny_model(CONFIG), tokens(2, LENGTH), [8, 1, 1, 1, 1, 4, 16, 8])
+    assert_close(got, whole, LOGITS, "logits")
+
+
+def test_cache_without_order_is_noticed(whole, monkeypatch):
+    """Reading the first keys instead of the chosen ones."""
+    right = sparse_mla.select
+
+    def first(scores_BTS, visible_BTS, count):
+        return right(jnp.zeros_like(scores_BTS), visible_BTS, count)
+
+    monkeypatch.setattr(sparse_mla, "select", first)
+    got = decoded(tiny_model(CONFIG), tokens(2, LENGTH), [20, 4, 16])
+    with pytest.raises(AssertionError, match="exceeds"):
+        assert_close(got, whole, LOGITS)
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_engine_continues_as_the_whole_sequence_does(speculative):
+    """With an engine's pages of known prefixes, and with drafts of the MTP modules."""
+    model, prompt, new = tiny_model(CONFIG), tuple(range(3, 40)), 12
+    engine = Engine(model, speculative=speculative, prefix_tokens=256, prefill_chunk=16)
+    (first,) = engine.complete([Request(prompt, new)])
+    (again,) = engine.complete([Request(prompt, new)])
+    assert engine.statistics.cached_tokens > 0 and again.tokens == first.tokens
+    row = jnp.asarray([*prompt, *first.tokens], jnp.int32)[None]
+    best = np.asarray(jax.jit(lambda model: model(row))(model).argmax(axis=-1))[0]
+    assert first.tokens == best[len(prompt) - 1 : -1].tolist()
+
+
+def on_mesh(function, sizes):
+    mesh = make_mesh(sizes, int(np.prod(list(sizes.values()))))
+    model = jax.tree.map(jax.device_put, tiny_model(CONFIG), shardings(tiny_model(CONFIG), mesh))
+    with jax.set_mesh(mesh):
+        return jax.tree.map(np.asarray, jax.jit(function)(model))
+
+
+def learnt(model):
+    """Logits and index losses of packed rows, and the gradient of both."""
+    rows, segments = tokens(8, LENGTH), jnp.asarray(np.tile(SEGMENTS, (8, 1)))
+
+    def total(model):
+        inputs = read_tokens(rows, segments, isolate=True, n_mtp=2)
+        found = model.forward(inputs, lesson="sparse")
+        logits = restore(model.logits(found.main_BTD))
+        return found.index_loss.sum() + 1e-3 * jnp.square(logits).mean(), (logits, found.index_loss)
+
+    (_, outputs), gradient = jax.value_and_grad(total, has_aux=True, allow_int=True)(model)
+    indexer = gradient.moe_layers.attn.indexer
+    parts = (indexer.wq_b, indexer.wk, indexer.weights_proj, gradient.moe_layers.attn.wkv_b)
+    return *outputs, *(part[...] for part in parts)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return on_mesh(learnt, {"data": 1})
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 2, "context": 2, "tensor": 2},
+        pytest.param({"fsdp": 2, "expert": 2, "context": 2}, marks=pytest.mark.heavy),
+        pytest.param({"expert": 4, "tensor": 2}, marks=pytest.mark.heavy),
+        pytest.param({"context": 4, "fsdp": 2}, marks=pytest.mark.heavy),
+    ],
+    ids=str,
+)
+def test_every_mesh_computes_the_same(sizes, alone):
+    for number, (got, want) in enumerate(zip(on_mesh(learnt, sizes), alone, strict=True)):
+        assert_close(got, want, F32, f"output {number}")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("sizes", [{"expert": 2, "tensor": 2, "data": 2}, {"fsdp": 4}], ids=str)
+def test_every_mesh_generates_the_same(sizes):
+    model, prompt = tiny_model(CONFIG), tuple(range(3, 30))
+    mesh = make_mesh(sizes, int(np.prod(list(sizes.values()))))
+    sharded = jax.tree.map(jax.device_put, model, shardings(model, mesh))
+    want, got = (Engine(each).complete([Request(prompt, 9)])[0].tokens for each in (model, sharded))
+    assert len(want) == 9 and got == want
+
+
+@pytest.mark.parametrize("lesson", ["warmup", "sparse"])
+def test_index_loss_trains_the_indexer_alone(lesson):
+    """Its inputs are detached: nothing else has a gradient, and every part of it has one."""
+
+    def total(model):
+        inputs = read_tokens(tokens(2, LENGTH), None, isolate=False, n_mtp=2)
+        return model.forward(inputs, lesson=lesson).index_loss.sum()
+
+    gradient = jax.jit(jax.grad(total, allow_int=True))(tiny_model(CONFIG))
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.asarray(leaf, np.float64).any() == ("indexer" in jax.tree_util.keystr(keys))
+
+
+def test_attention_does_not_reach_the_indexer():
+    total = jax.jit(jax.grad(lambda model: model(tokens(2, LENGTH)).sum(), allow_int=True))
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(total(tiny_model(CONFIG))):
+        if "indexer" in jax.tree_util.keystr(keys):
+            assert not np.asarray(leaf).any()
+
+
+def test_warm_up_runs_the_dense_model():
+    model = tiny_model(CONFIG)
+
+    @jax.jit
+    def both(model, dense):
+        inputs = read_tokens(tokens(2, LENGTH), None, isolate=False, n_mtp=0)
+        return model.forward(inputs, lesson="warmup").main_BTD, dense.forward(inputs).main_BTD
+
+    got, want = both(model, dense_twin(model))
+    assert_close(got, want, F32, "hidden states")
+
+
+def test_padding_does_not_count_in_the_index_loss():
+    row, segments = tokens(1, LENGTH), np.ones((1, LENGTH), np.int32)
+    segments[0, 30:] = 0
+
+    @jax.jit
+    def loss(model, tokens_BT, segments_BT):
+        inputs = read_tokens(tokens_BT, segments_BT, isolate=True, n_mtp=0)
+        return model.forward(inputs, lesson="sparse").index_loss
+
+    got = loss(tiny_model(CONFIG), row, jnp.asarray(segments))
+    want = loss(tiny_model(CONFIG), row[:, :30], jnp.ones((1, 30), jnp.int32))
+    assert_close(got, want, F32, "index loss")
+
+
+def test_gradients_do_not_depend_on_the_tiles(monkeypatch):
+    def gradient(model):
+        return jax.jit(jax.grad(lambda model: model(tokens(2, LENGTH)).var(), allow_int=True))(
+            model
+        )
+
+    want = gradient(tiny_model(CONFIG)).moe_layers.attn.wkv_b[...]
+    monkeypatch.setattr(sparse_attention, "_MOST", 2 * LENGTH * 16 * 5)
+    assert_close(gradient(tiny_model(CONFIG)).moe_layers.attn.wkv_b[...], want, F32, "gradient")
+
+
+def test_flops_count_scores_of_all_keys_and_attention_to_the_chosen():
+    config = dataclasses.replace(TINY, **INDEXED, index_topk=4)
+    per_key = 2 * 4 * (12 + 8)
+    scores = 2 * 16 * 13
+    assert SparseMLA.context_flops(config, 10, causal=False) == 10 * scores + 4 * per_key
+    # Of ten queries the first four see 1 to 4 keys, at half a key less on average; the rest see 4.
+    assert SparseMLA.context_flops(config, 10, causal=True) == 5 * scores + (4 - 16 / 20) * per_key
+    assert SparseMLA.context_flops(config, 4, causal=True) == 2 * scores + 2 * per_key
