@@ -18,9 +18,9 @@ NAMES = [path.stem for path in PATHS]
 # The root that each tool reads; a config's docstring names its tool.
 ROOTS = {"train": Config, "sft": FineTuning, "prefer": Preference, "grpo": Reinforcement}
 RELEASED = {
-    "llm_7b", "llm_67b", "moe_2b", "moe_16b", "moe_145b", "v2_lite", "v2_236b", "v3_671b", "v3_2_671b",
-    "r1_distill_qwen_1p5b", "r1_distill_qwen_7b", "r1_distill_qwen_14b", "r1_distill_qwen_32b",
-    "r1_distill_llama_8b", "r1_distill_llama_70b",
+    "llm_7b", "llm_67b", "moe_2b", "moe_16b", "moe_145b", "v2_lite", "v2_236b", "v3_671b",
+    "v3_2_671b", "r1_distill_qwen_1p5b", "r1_distill_qwen_7b", "r1_distill_qwen_14b",
+    "r1_distill_qwen_32b", "r1_distill_llama_8b", "r1_distill_llama_70b",
 }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def test_model_equals_transformers(name):
     compare.against_golden(name)
 
 
-@pytest.mark.parametrize("name", ["v3", "v2", "llama"])
+@pytest.mark.parametrize("name", ["v3", "v32", "v2", "llama"])
 def test_oracle_equals_transformers(name):
     """The oracles are trusted below for what transformers lacks, so they too are held to it."""
     config, tree = checkpoint.parameters(CASES[name])
@@ -47,6 +47,13 @@ def test_deepseek_moe_equals_oracle(isolated):
 def test_mtp_equals_oracle(isolated, after_norm):
     change = {"mtp_after_final_norm": after_norm}
     compare.against_oracle("v3_mtp", isolated, after_norm, change=change)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_sparse_attention_equals_oracle(isolated):
+    """Three documents, of which two are longer than the number of keys; a module with an indexer
+    of its own."""
+    compare.against_oracle("v32_mtp", isolated)
 
 
 @pytest.mark.parametrize("isolated", [False, True])

@@ -6,8 +6,8 @@ notice. `rule` is the mistake's family:
 
 1 rotary layout; 2 attention scale and frequencies; 3 the bias only selects; 4 the bias is float32;
 5 expert groups; 6 router in float32; 7 order, scale and epsilon; 8 bias update and loads; 9 balance
-losses; 10 multi-token prediction; 14 no token dropped. Rule 18, losses lost on the way out of a
-scan, is at the end of this file.
+losses; 10 multi-token prediction; 11 sparse attention; 14 no token dropped. Rule 18, losses lost on
+the way out of a scan, is at the end of this file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsjax.kernels import sparse_attention
 from dsjax.model import balance, inputs, layers, mla, moe, rope, router, transformer
+from dsjax.model.indexer import Indexer
 from dsjax.parallel import context, expert_parallel, routing_plan
 from dsjax.train import loss
 from tests.golden import checkpoint, compare, ours
@@ -47,6 +49,8 @@ V3_ROUTER = Check(compare.against_golden, ("v3", "router"))
 NEGATIVE_ROUTER = Check(compare.against_golden, ("v3_negative_bias", "router"))
 V2_ROUTER = Check(compare.against_golden, ("v2", "router"))
 V2_LITE_ROUTER = Check(compare.against_golden, ("v2_lite", "router"))
+V32_ATTENTION = Check(compare.against_golden, ("v32", "attention"))
+V32_ISOLATED = Check(compare.against_oracle, ("v32_mtp", True))
 V3_MOE = Check(compare.against_golden, ("v3", "moe"))
 V3_NORM = Check(compare.against_golden, ("v3", "norm"))
 V3_DENSE = Check(compare.against_golden, ("v3", "dense"))
@@ -146,6 +150,37 @@ def _large_epsilon(scores_ME, experts_MK, config):
 def _normalise_over_all(scores_ME, experts_MK, config):
     shares_ME = scores_ME / scores_ME.sum(axis=-1, keepdims=True)
     return jnp.take_along_axis(shares_ME, experts_MK, axis=-1) * config.route_scale
+
+
+def _no_index_bias(tree) -> None:
+    tree["moe_layers"]["attn"]["indexer"]["k_norm"]["bias"][:] = 0
+
+
+def _zero_is_masked(scores, visible, count):
+    return RIGHT_KEYS(scores, visible & (scores > 0), count)
+
+
+def _future_is_chosen(scores, visible, count):
+    return RIGHT_KEYS(scores, jnp.ones_like(visible), count) & visible
+
+
+def _other_documents_count(scores, visible, count):
+    earlier = jnp.tril(jnp.ones(visible.shape[1:], bool))[None]
+    return RIGHT_KEYS(scores, earlier | visible, count) & visible
+
+
+def _plain_channels_first(indexer, x_BTIY, angles):
+    plain = x_BTIY.shape[-1] - indexer.config.qk_rope_head_dim
+    return jnp.roll(RIGHT_ROTATE(indexer, jnp.roll(x_BTIY, -plain, -1), angles), plain, -1)
+
+
+def _positive_weights(indexer, x_BTD):
+    return jnp.abs(RIGHT_WEIGHTS(indexer, x_BTD))
+
+
+def _scores_without_relu(index):
+    products = jnp.einsum("BTIY,BSY->BTIS", index.q_BTIY, index.k_BSY)
+    return jnp.einsum("BTI,BTIS->BTS", index.w_BTI, products)
 
 
 def _edit_shared(factor: float):
@@ -271,6 +306,8 @@ RIGHT_PRODUCT, RIGHT_COMBINE, RIGHT_NORM = (
     layers.rms_norm,
 )
 RIGHT_ATTENTION, RIGHT_UPDATE = context.sharded_attention, balance.update_bias
+RIGHT_KEYS = sparse_attention.chosen
+RIGHT_ROTATE, RIGHT_WEIGHTS = Indexer._rotate, Indexer.weights
 RIGHT_SHIFT, RIGHT_MASK_OF_TARGETS = inputs.shift_left, loss.target_mask
 
 
@@ -366,6 +403,18 @@ MUTATIONS = [
              _targets_across_documents),
     Mutation(10, "as many targets as the main model", LOSS_ISOLATED, loss, "target_mask",
              _targets_of_the_main_model),
+    Mutation(11, "indexer turns pairs", V32_ATTENTION, rope, "rotate_halves", rope.rotate_pairs),
+    Mutation(11, "indexer turns the last channels", V32_ATTENTION, Indexer, "_rotate",
+             _plain_channels_first),
+    Mutation(11, "no bias in the indexer's norm", V32_ATTENTION, edit=_no_index_bias),
+    Mutation(11, "no relu", V32_ATTENTION, sparse_attention, "index_scores", _scores_without_relu),
+    Mutation(11, "head weights without sign", V32_ATTENTION, Indexer, "weights", _positive_weights),
+    Mutation(11, "score of 0 masked", V32_ATTENTION, sparse_attention, "chosen", _zero_is_masked),
+    Mutation(11, "future keys chosen", V32_ATTENTION, sparse_attention, "chosen",
+             _future_is_chosen),
+    Mutation(11, "a key too few", V32_ATTENTION, change={"index_topk": 95}),
+    Mutation(11, "keys of other documents count", V32_ISOLATED, sparse_attention, "chosen",
+             _other_documents_count),
     Mutation(14, "capacity factor of two", CROWDED, expert_parallel, "combine",
              _drop_beyond_capacity),
 ]  # fmt: skip

@@ -159,6 +159,12 @@ V3_MTP = {
     "first_k_dense_replace": 0,
     "num_nextn_predict_layers": 2,
 }
+V32_MTP = {
+    **V3_MTP,
+    **{name: value for name, value in V32.items() if name.startswith(("index", "model_", "arch"))},
+    "num_nextn_predict_layers": 1,
+    "index_topk": 24,
+}
 
 CASES = {
     "v3": Case(V3, seed=1),
@@ -188,4 +194,5 @@ CASES = {
 ORACLE_CASES = {
     "deepseek_moe": Case(DEEPSEEK_MOE, seed=8),
     "v3_mtp": Case(V3_MTP, seed=9),
+    "v32_mtp": Case(V32_MTP, seed=11),
 }

@@ -68,7 +68,10 @@ def test_every_layer_has_an_indexer_of_the_published_tensors():
             {"layer_types": ["indexed_attention", "full_attention", "indexed_attention"]},
             r"config\.json\.layer_types=.*full_attention.* is not supported, only \['indexed",
         ),
-        ({"mlp_layer_types": ["sparse"] * 3}, r"mlp_layer_types=.* is not supported, only \['dense"),
+        (
+            {"mlp_layer_types": ["sparse"] * 3},
+            r"mlp_layer_types=.* is not supported, only \['dense",
+        ),
         ({"q_lora_rank": None}, r"model\.q_lora_rank above 0"),
     ],
 )

@@ -1,0 +1,133 @@
+"""Sparse against dense attention of one layer that extends a long cache: a token, and a chunk of a
+prompt.
+
+Both sides are ours, of the same widths. The dense side reads the cache in blocks of 8,192
+positions: unblocked, the product of weights and values alone takes six times as long on two CPU
+cores from 48K positions on, and a ratio to that would say nothing. Sides take turns.
+
+Decoding should reach 60 % of the ratio of the bytes that both read, prefill half of the ratio of
+their operations. A prompt's time is that of chunks at even distances, times their number.
+
+Run: python -m tests.bench.bench_sparse [LENGTH ...]    (default: 32768 65536)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsjax.config import ModelConfig
+from dsjax.kernels import cached_attention
+from dsjax.model import rope
+from dsjax.model.indexer import Indexer
+from dsjax.model.layer_cache import LayerCache
+from dsjax.model.mla import MLA
+from dsjax.model.parameters import initialize
+from dsjax.model.sparse_mla import SparseMLA
+from dsjax.precision.policy import Policy
+from tests.bench.sides import machine, median_seconds
+
+CHUNK, CHUNKS, ROUNDS, BLOCK = 512, 4, 9, 8192
+DENSE = ModelConfig(
+    vocab_size=64,
+    dim=512,
+    n_layers=1,
+    n_dense_layers=1,
+    n_heads=16,
+    inter_dim=64,
+    q_lora_rank=192,
+    kv_lora_rank=128,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=32,
+    v_head_dim=64,
+    max_seq_len=1 << 17,
+)
+SPARSE = dataclasses.replace(DENSE, index_n_heads=8, index_head_dim=32, index_topk=2048)
+
+
+def extension(config: ModelConfig, length: int, tokens: int, start: int) -> Callable[[], float]:
+    """A layer that adds tokens at `start` to a cache full of random entries."""
+    kind = SparseMLA if config.index_topk else MLA
+    layer = initialize(kind(config, Policy(jnp.float32)), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    entries = {
+        name: jnp.asarray(rng.normal(size=(1, 1, 1, length, shape.width)), jnp.float32)
+        for name, shape in kind.cached(config).items()
+    }
+    x_BTD = jnp.asarray(rng.normal(size=(1, tokens, config.dim)), jnp.float32)
+    positions_BT = start + jnp.arange(tokens, dtype=jnp.int32)[None]
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def extend(layer, entries, positions_BT):
+        angles = rope.angles(positions_BT, config)
+        cache = LayerCache(entries, jnp.int32(0))
+        y_BTD, cache = layer.extend(x_BTD, angles, cache, positions_BT)
+        return y_BTD, cache.entries
+
+    def run() -> float:
+        nonlocal entries
+        y_BTD, entries = jax.block_until_ready(extend(layer, entries, positions_BT))
+        return float(y_BTD[0, 0, 0])
+
+    return run
+
+
+def decode_bytes(config: ModelConfig, length: int) -> int:
+    """Bytes of the cache that one token reads, float32."""
+    latents = config.kv_lora_rank + config.qk_rope_head_dim
+    read = latents * min(config.index_topk or length, length)
+    return 4 * (read + config.index_head_dim * length)
+
+
+def chunk_flops(config: ModelConfig, position: int) -> float:
+    """Operations of attention from one query at a position, in the form that it runs in."""
+    C, R = config.kv_lora_rank, config.qk_rope_head_dim
+    heads = config.qk_head_dim + config.v_head_dim
+    expansion = C * (config.qk_nope_head_dim + config.v_head_dim) / CHUNK
+    dense = 2 * config.n_heads * (heads + expansion) * position
+    if not config.index_topk or position < config.index_topk:
+        return dense
+    chosen = 2 * config.n_heads * (2 * C + R) * config.index_topk
+    return Indexer.score_flops(config) * position + chosen
+
+
+def compare(what: str, sides: dict[str, list[Callable[[], float]]], wanted: float, share: float):
+    """Prints how much faster the sparse side is than the dense one, and the ratio of their work."""
+    names = {f"{name} {n}": run for name, runs in sides.items() for n, run in enumerate(runs)}
+    times = median_seconds(names, ROUNDS)
+    dense, sparse = (
+        sum(taken for name, taken in times.items() if name.startswith(side)) for side in sides
+    )
+    print(
+        f"{what}: dense {1e3 * dense:.1f} ms, sparse {1e3 * sparse:.1f} ms: {dense / sparse:.2f} "
+        f"times as fast; {share:.0%} of the ratio {wanted:.2f} of the work is {share * wanted:.2f}"
+    )
+
+
+def main() -> None:
+    print(machine())
+    usual = cached_attention._MAX_SCORES
+    for length in [int(given) for given in sys.argv[1:]] or [32768, 65536]:
+        sides = {"dense": DENSE, "sparse": SPARSE}
+        ends = {name: [extension(c, length, 1, length - 1)] for name, c in sides.items()}
+        ratio = decode_bytes(DENSE, length) / decode_bytes(SPARSE, length)
+        cached_attention._MAX_SCORES = BLOCK * DENSE.n_heads
+        compare(f"decode at {length:,}", ends, ratio, 0.6)
+        cached_attention._MAX_SCORES = usual
+        starts = [(2 * n + 1) * length // (2 * CHUNKS) // CHUNK * CHUNK for n in range(CHUNKS)]
+        parts = {
+            name: [extension(c, length, CHUNK, start) for start in starts]
+            for name, c in sides.items()
+        }
+        work = [sum(chunk_flops(c, start) for start in starts) for c in sides.values()]
+        compare(f"{CHUNKS} chunks of {CHUNK} up to {length:,}", parts, work[0] / work[1], 0.5)
+
+
+if __name__ == "__main__":
+    main()
