@@ -188,6 +188,7 @@ FLAGS = {
         "--coordinator",
         "--debug",
         "--help",
+        "--init",
         "--num-processes",
         "--process-id",
         "--set",

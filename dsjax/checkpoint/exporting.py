@@ -216,7 +216,8 @@ def _config(
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     if not in_fp8:
         config.pop("quantization_config", None)
-    elif FP8 not in in_fp8:  # otherwise blocks are as published, and so is their description
+    elif FP8 not in in_fp8 or not config.get("quantization_config"):
+        # Otherwise blocks are as published, and so is their description.
         scale = families.find(checkpoint.family).scale
         config["quantization_config"] = quantization_config(block, scale)
     mtp = "num_mtp_layers" if "num_mtp_layers" in config else "num_nextn_predict_layers"

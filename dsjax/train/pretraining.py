@@ -228,9 +228,15 @@ def _begin(
 
 def trained_by(config: Config) -> Trains:
     """Says which parameters a config trains: all, or in its warm-up the indexers."""
-    if config.train.indexer == "warmup":
-        return lambda path: "indexer" in path
-    return lambda path: True
+    return _indexers if config.train.indexer == "warmup" else _all
+
+
+def _all(path: tuple[Any, ...]) -> bool:
+    return True
+
+
+def _indexers(path: tuple[Any, ...]) -> bool:
+    return "indexer" in path
 
 
 def corpus_of(config: Config, progress: Progress | None = None) -> Corpus:

@@ -234,7 +234,7 @@ def test_all_problems_are_named_together():
     assert all(part in str(failure.value) for part in ("hidden_act", "kv_lora_rank", "surprise"))
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v32", None])
+@pytest.mark.parametrize("model_type", ["deepseek_v9", None])
 def test_unknown_family_is_refused(model_type):
     with pytest.raises(
         ValueError, match=f"model_type={model_type!r} is not supported, only deepseek, deepseek_v2"

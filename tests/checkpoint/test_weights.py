@@ -287,6 +287,6 @@ def test_weights_of_a_run_that_lost_its_arrays_are_refused(run_state, tmp_path):
 
 def test_leaf_names_are_those_of_a_run():
     gate = Tensor("w", ("moe_layers", "gate", "weight"), (0,), (4, 8), True)
-    bias = Tensor("b", ("moe_layers", "gate", "bias"), (0,), (4,), False, keep_float32=True)
+    bias = Tensor("b", ("moe_layers", "gate", "bias"), (0,), (4,), False, trains=False)
     assert leaf_name(gate) == ("params", "moe_layers", "gate", "weight")
     assert leaf_name(bias) == ("router", "moe_layers", "gate", "bias")
