@@ -148,15 +148,21 @@ def test_whatever_comes_asks_for_no_other_program(
     assert done == total and len(known) == total + 1  # and the pool of pages
     rng = random.Random(length + max_batch)
     ids = []
-    for _ in range(1000):
+    for _ in range(600):
         for _ in range(rng.choice([0] * 9 + [1, 1, 2, 5, max_batch])):
-            n_prompt = min(int(rng.paretovariate(0.5)), length - 1)
-            most = rng.randrange(min(length - n_prompt, 2 + rng.randrange(length)) + 1)
-            prompt = tuple([rng.randrange(2)] * n_prompt)
-            ids.append(engine.add(dataclasses.replace(
-                rng.choice(kinds), prompt=prompt, max_new_tokens=most, owner=rng.choice("ab"))
-            ))  # fmt: skip
+            n_prompt = int(rng.paretovariate(0.5))
+            if rng.random() < 0.2:  # at the end of a cache, and perhaps known
+                n_prompt = rng.choice(engine.shapes.lengths) - rng.randrange(1, 70)
+            n_prompt = min(max(n_prompt, 1), length - 1)
+            most = min(int(rng.paretovariate(0.5)), length - n_prompt)
+            request = dataclasses.replace(rng.choice(kinds), prompt=(rng.randrange(2),) * n_prompt,
+                                          max_new_tokens=most, owner=rng.choice("ab"))  # fmt: skip
+            ids.append(engine.add(request))
         if ids and rng.random() < 0.1:
             engine.cancel(rng.choice(ids))
+        if rng.random() < 0.03:  # all but one leave
+            for id in ids[:-1]:
+                engine.cancel(id)
+            ids = ids[-1:]
         engine.step()
     assert engine._programs.asked <= known
