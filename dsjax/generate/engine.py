@@ -9,7 +9,8 @@ copy.
 
 Few shapes occur, so few programs are compiled: a cache has a power of two as its length, prompts
 run in chunks of one size followed by one chunk of a power of two, a growing batch has a power of
-two of rows, and requests differ in values only (lengths, limits, stop ids, sampling).
+two of rows, and requests differ in values only (lengths, limits, stop ids, sampling). A service has
+still fewer (`dsjax.generate.shapes.Shapes`), so that all its programs are compiled at its start.
 
 One call of the decoding program runs several steps, because a round trip to the host can take
 longer than a small model's step. The number of steps is an argument, chosen such that tokens arrive
