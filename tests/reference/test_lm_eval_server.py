@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(folder):
-    few = ("--max-batch", "2", "--prefill-chunk", "64", "--dtype", "float32", "--port", "0")
+    few = ("--max-batch", "2", "--dtype", "float32", "--port", "0", "--no-warm")
     with serve(folder / "checkpoint", few=few) as (url, _):
         yield url
 
@@ -76,19 +76,26 @@ def evaluate(folder):
 
 def transformers_model(folder):
     return {"pretrained": str(folder / "checkpoint"), "dtype": "float32", "max_length": LENGTH,
-            "device": "cpu"}  # fmt: skip
+            "device": "cpu", "add_bos_token": False}  # fmt: skip
 
 
-def client(folder, address, **more):
-    tokenizer = {"tokenizer_backend": "huggingface", "tokenizer": str(folder / "checkpoint")}
-    return {"model": "checkpoint", "base_url": address, "max_length": LENGTH + 1} | tokenizer | more
+def client(folder, address):
+    return {
+        "model": "checkpoint",
+        "base_url": address,
+        "tokenizer_backend": "huggingface",
+        "tokenizer": str(folder / "checkpoint"),
+        # The client sets aside one token to be generated, and one that begins a window.
+        "max_length": LENGTH + 2,
+        "max_gen_toks": 12,
+    }
 
 
 @pytest.mark.parametrize(("batch", "concurrent"), [(1, 4), (2, 1)])
 def test_completions_report_what_transformers_does(folder, url, evaluate, batch, concurrent):
     tasks = list(TASKS)
     wanted = evaluate("hf", tasks, transformers_model(folder), batch_size=1)
-    arguments = client(folder, f"{url}/v1/completions", num_concurrent=concurrent)
+    arguments = client(folder, f"{url}/v1/completions") | {"num_concurrent": concurrent}
     found = evaluate("local-completions", tasks, arguments, batch_size=batch)
     for want, got in zip(wanted["tiny_choice"], found["tiny_choice"], strict=True):
         for (value, greedy), (own, own_greedy) in zip(want, got, strict=True):
