@@ -20,7 +20,7 @@ ROOTS = {"train": Config, "sft": FineTuning, "prefer": Preference, "grpo": Reinf
 RELEASED = {
     "llm_7b", "llm_67b", "moe_2b", "moe_16b", "moe_145b", "v2_lite", "v2_236b", "v3_671b",
     "v3_2_671b", "r1_distill_qwen_1p5b", "r1_distill_qwen_7b", "r1_distill_qwen_14b",
-    "r1_distill_qwen_32b", "r1_distill_llama_8b", "r1_distill_llama_70b",
+    "r1_distill_qwen_32b", "r1_distill_llama_8b", "r1_distill_llama_70b", "r1_0528_qwen3_8b",
 }  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def test_tiny_and_small_have_every_v3_mechanism():
     ("name", "rate"),
     [
         ("qwen_1_5b", 1e-4), ("qwen_7b", 8e-5), ("qwen_14b", 7e-5), ("qwen_32b", 6e-5),
-        ("llama_8b", 5e-5), ("llama_70b", 2e-5),
+        ("llama_8b", 5e-5), ("llama_70b", 2e-5), ("qwen3_8b", 8e-5),
     ],
 )  # fmt: skip
 def test_students_have_their_published_recipe(name, rate):

@@ -45,6 +45,7 @@ NEGATIVE_ATTENTION = Check(compare.against_golden, ("v3_negative_bias", "attenti
 LLAMA_ATTENTION = Check(compare.against_golden, ("llama", "attention"))
 LINEAR_ATTENTION = Check(compare.against_golden, ("llama_linear", "attention"))
 QWEN2_ATTENTION = Check(compare.against_golden, ("qwen2", "attention"))
+QWEN3_ATTENTION = Check(compare.against_golden, ("qwen3", "attention"))
 V3_ROUTER = Check(compare.against_golden, ("v3", "router"))
 NEGATIVE_ROUTER = Check(compare.against_golden, ("v3_negative_bias", "router"))
 V2_ROUTER = Check(compare.against_golden, ("v2", "router"))
@@ -214,6 +215,13 @@ def _no_key_bias(tree) -> None:
     tree["dense_layers"]["attn"]["bk"][:] = 0
 
 
+def _flat_head_norm(name: str):
+    def edit(tree) -> None:
+        tree["dense_layers"]["attn"][name]["weight"][:] = 1
+
+    return edit
+
+
 def _all_one_document(tokens, segment_ids, *, isolate, n_mtp):
     return RIGHT_READ(tokens, segment_ids, isolate=False, n_mtp=n_mtp)
 
@@ -370,6 +378,10 @@ MUTATIONS = [
     Mutation(7, "norms of a layer swapped", LLAMA_LOGITS,
              edit=_swap("dense_layers", (), "attn_norm", "ffn_norm")),
     Mutation(7, "no key bias", QWEN2_ATTENTION, edit=_no_key_bias),
+    Mutation(7, "query norm without weight", QWEN3_ATTENTION, edit=_flat_head_norm("q_norm")),
+    Mutation(7, "key norm without weight", QWEN3_ATTENTION, edit=_flat_head_norm("k_norm")),
+    Mutation(2, "YaRN's factor cancelled by attn_factor", QWEN3_ATTENTION,
+             change={"mscale": 0.0}),
     Mutation(7, "key heads tiled, not repeated", LLAMA_ATTENTION, context, "sharded_attention",
              _tile_key_heads),
     Mutation(7, "one later token visible", V3_ATTENTION, context, "sharded_attention",

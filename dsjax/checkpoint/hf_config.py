@@ -222,7 +222,7 @@ def _in_use(model: ModelConfig) -> dict[str, Any]:
 # For which models the mathematics does not depend on which fields.
 _UNUSED: tuple[tuple[Callable[[ModelConfig], bool], str], ...] = (
     (lambda model: True, "init_std"),
-    (lambda model: model.attention == "mla", "n_kv_heads head_dim qkv_bias"),
+    (lambda model: model.attention == "mla", "n_kv_heads head_dim qkv_bias qk_norm"),
     (
         lambda model: model.attention == "gqa",
         "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim",

@@ -50,6 +50,7 @@ class ModelConfig:
     n_kv_heads: int = 0  # 0: n_heads, that is, multi-head attention
     head_dim: int = 0  # 0: dim / n_heads
     qkv_bias: bool = False  # biases on queries, keys and values (Qwen2)
+    qk_norm: bool = False  # an RMSNorm of each head's query and key, before rope (Qwen3)
 
     rope_theta: float = 10000.0
     rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"

@@ -78,6 +78,15 @@ QWEN_14B = replace(
 )  # fmt: skip
 QWEN_32B = replace(QWEN_14B, n_layers=64, n_dense_layers=64, inter_dim=27648)
 
+# Qwen3 as DeepSeek-R1-0528-Qwen3-8B has it: norms of queries and keys, no biases, and YaRN with all
+# of its temperature on cos and sin.
+QWEN3_8B = ModelConfig(
+    vocab_size=151936, dim=4096, n_layers=36, n_dense_layers=36, inter_dim=12288, init_std=0.02,
+    max_seq_len=131072, attention="gqa", n_heads=32, n_kv_heads=8, head_dim=128, qk_norm=True,
+    rope_theta=1e6, rope_scaling="yarn", rope_factor=4.0, original_seq_len=32768,
+    mscale_all_dim=0.0,
+)  # fmt: skip
+
 # Llama 3.1 and 3.3 as DeepSeek-R1-Distill-Llama has them.
 LLAMA_8B = ModelConfig(
     vocab_size=128256, dim=4096, n_layers=32, n_dense_layers=32, inter_dim=14336, norm_eps=1e-5,

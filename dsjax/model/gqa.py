@@ -1,6 +1,6 @@
 """Grouped-query attention, multi-head included: dense family, distills and DeepSeekMoE.
 
-Paper: DeepSeek LLM (arXiv:2401.02954) section 2.2; shapes of Llama and Qwen2.
+Paper: DeepSeek LLM (arXiv:2401.02954) section 2.2; shapes of Llama, Qwen2 and Qwen3.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dsjax.kernels import cached_attention
 from dsjax.model import rope
 from dsjax.model.attention import Angles, Attention
 from dsjax.model.layer_cache import EntryShape, LayerCache
-from dsjax.model.layers import Constant, Normal, declare
+from dsjax.model.layers import Constant, Normal, RMSNorm, declare
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
 
@@ -32,6 +32,9 @@ class GQA(Attention):
             self.bq = declare((query_width,), ("heads",), Constant(0.0))
             self.bk = declare((kv_width,), ("heads",), Constant(0.0))
             self.bv = declare((kv_width,), ("heads",), Constant(0.0))
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.qk_head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.qk_head_dim, config.norm_eps)
         self.config = config
         self.policy = policy
 
@@ -52,11 +55,16 @@ class GQA(Attention):
         return out.reshape(*x_BTD.shape[:2], -1, self.config.qk_head_dim)
 
     def queries(self, x_BTD: jax.Array, angles: Angles) -> jax.Array:
-        return rope.rotate_halves(self._project(x_BTD, "q"), *angles)
+        q_BTNH = self._project(x_BTD, "q")
+        if self.config.qk_norm:
+            q_BTNH = self.q_norm(q_BTNH)
+        return rope.rotate_halves(q_BTNH, *angles)
 
     def entries(self, x_BTD: jax.Array, angles: Angles) -> dict[str, jax.Array]:
-        key_BTPH = rope.rotate_halves(self._project(x_BTD, "k"), *angles)
-        return {"key": key_BTPH, "value": self._project(x_BTD, "v")}
+        k_BTPH = self._project(x_BTD, "k")
+        if self.config.qk_norm:
+            k_BTPH = self.k_norm(k_BTPH)
+        return {"key": rope.rotate_halves(k_BTPH, *angles), "value": self._project(x_BTD, "v")}
 
     def expand(self, k_BSPH, v_BSPH, weights: None) -> tuple[jax.Array, jax.Array]:  # type: ignore
         return k_BSPH, v_BSPH

@@ -381,6 +381,8 @@ GQA = ModelConfig(
         (TINY, "llama", {}, r"cannot say .*model\.attention='mla' \(it reads as 'gq"),
         (GQA, "llama", {"qkv_bias": True}, r"cannot say model\.qkv_bias=True"),
         (GQA, "qwen2", {}, r"cannot say model\.qkv_bias=False"),
+        (GQA, "qwen3", {}, r"cannot say model\.qk_norm=False"),
+        (GQA, "llama", {"qk_norm": True}, r"cannot say model\.qk_norm=True"),
         (GQA, "deepseek", {"head_dim": 6}, r"cannot say model\.head_dim=6 \(it reads as 4\)"),
         (
             GQA, "llama", {"rope_scaling": "yarn"},

@@ -58,6 +58,7 @@ def test_table_fills_every_parameter_once(name):
         ("v3_671b", "deepseek_v3"),
         ("r1_distill_llama_8b", "llama"),
         ("r1_distill_qwen_1p5b", "qwen2"),
+        ("r1_0528_qwen3_8b", "qwen3"),
         ("tiny", "deepseek_v3"),
     ],
 )

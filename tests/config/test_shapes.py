@@ -29,6 +29,7 @@ def test_one_config_trains_each_shape():
         ("V2 V2_LITE V3 V3_2", {"attention": "mla", "kv_lora_rank": 512, "rope_factor": 40.0}),
         ("QWEN_1P5B QWEN_7B", {"norm_eps": 1e-6, "rope_theta": 1e4, "qkv_bias": True}),
         ("QWEN_14B QWEN_32B", {"norm_eps": 1e-5, "rope_theta": 1e6, "qkv_bias": True}),
+        ("QWEN3_8B", {"rope_scaling": "yarn", "rope_theta": 1e6, "qk_norm": True}),
         ("LLAMA_8B LLAMA_70B", {"rope_scaling": "llama3", "rope_theta": 5e5, "qkv_bias": False}),
     ],
 )

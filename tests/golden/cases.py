@@ -136,6 +136,24 @@ QWEN2 = {
     "use_sliding_window": False,
     "sliding_window": 128,
 }
+# Heads of another width than hidden_size / num_attention_heads, and YaRN with a key that
+# transformers passes over, as R1-0528-Qwen3-8B has it.
+QWEN3 = {
+    **_COMMON,
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "rope_theta": 1000000.0,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "attn_factor": 0.83,
+    },
+}
 # What transformers does not have is compared with the NumPy oracles: DeepSeekMoE, and multi-token
 # prediction of any depth.
 DEEPSEEK_MOE = {
@@ -190,6 +208,7 @@ CASES = {
         {**LLAMA, "head_dim": 16, "rope_scaling": {"type": "linear", "factor": 4.0}}, seed=6
     ),
     "qwen2": Case(QWEN2, seed=7),
+    "qwen3": Case(QWEN3, seed=10),
 }
 ORACLE_CASES = {
     "deepseek_moe": Case(DEEPSEEK_MOE, seed=8),

@@ -16,7 +16,7 @@ from dsjax.precision.policy import Policy
 CONFIGS = (
     "llm_7b llm_67b moe_2b moe_16b moe_145b v2_lite v2_236b v3_671b r1_distill_qwen_1p5b "
     "r1_distill_qwen_7b r1_distill_qwen_14b r1_distill_qwen_32b r1_distill_llama_8b "
-    "r1_distill_llama_70b tiny small"
+    "r1_distill_llama_70b r1_0528_qwen3_8b tiny small"
 ).split()
 
 
@@ -42,6 +42,7 @@ def declared(config):
         ("r1_distill_qwen_32b", 32_763_876_352, 32_763_876_352, 0),
         ("r1_distill_llama_8b", 8_030_261_248, 8_030_261_248, 0),
         ("r1_distill_llama_70b", 70_553_706_496, 70_553_706_496, 0),
+        ("r1_0528_qwen3_8b", 8_190_735_360, 8_190_735_360, 0),
     ],
 )
 def test_counts_of_released_models_to_the_unit(name, total, activated, mtp):

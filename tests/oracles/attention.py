@@ -111,10 +111,12 @@ def gqa(x_TD: np.ndarray, params: dict, config: ModelConfig, segments_T: np.ndar
     outputs = []
     for head in range(config.n_heads):
         group = head // (config.n_heads // config.kv_heads)
-        q = rope.rotate_halves(projected["q"][:, head * width : (head + 1) * width], places, config)
-        k = rope.rotate_halves(
-            projected["k"][:, group * width : (group + 1) * width], places, config
-        )
+        q = projected["q"][:, head * width : (head + 1) * width]
+        k = projected["k"][:, group * width : (group + 1) * width]
+        if config.qk_norm:
+            q = rms_norm(q, params["q_norm"]["weight"], config.norm_eps)
+            k = rms_norm(k, params["k_norm"]["weight"], config.norm_eps)
+        q, k = rope.rotate_halves(q, places, config), rope.rotate_halves(k, places, config)
         v = projected["v"][:, group * width : (group + 1) * width]
         outputs.append(attend(q, k, v, mask, rope.softmax_scale(config)))
     return np.concatenate(outputs, axis=1) @ params["wo"]

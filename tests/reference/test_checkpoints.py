@@ -29,7 +29,7 @@ from dsjax.model.transformer import Transformer
 from tests.checkpoint import hf_files
 from tests.closeness import EXACT, F32, LOGITS, assert_close
 from tests.golden import checkpoint, compare, ours
-from tests.golden.cases import LENGTH, LLAMA, ORACLE_CASES, QWEN2, V2, V2_LITE, V3, Case
+from tests.golden.cases import LENGTH, LLAMA, ORACLE_CASES, QWEN2, QWEN3, V2, V2_LITE, V3, Case
 
 pytestmark = [
     pytest.mark.torch,
@@ -51,6 +51,7 @@ CASES = {
     "v2_lite": Case(V2_LITE | _SIZE | _FEWER, seed=23),
     "llama": Case(LLAMA | _SIZE | {"num_key_value_heads": 2}, seed=24),
     "qwen2": Case(QWEN2 | _SIZE | {"num_key_value_heads": 3}, seed=25),
+    "qwen3": Case(QWEN3 | _SIZE | {"num_key_value_heads": 3}, seed=28),
 }
 # Widths that are no multiples of the block, with one of more blocks than one: 5 x 3 of 640 x 320.
 FP8 = Case(

@@ -55,6 +55,7 @@ COMPARED = {
         34,
     ),
     "qwen2": CASES["qwen2"],
+    "qwen3": CASES["qwen3"],
     "qwen2_untied": Case(CASES["qwen2"].config | {"tie_word_embeddings": False}, 35),
     "deepseek_moe": Case(MOE, 36),
 }  # fmt: skip

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["v3", "v2_lite", "llama", "llama_linear", "qwen2"])
+@pytest.mark.parametrize("name", ["v3", "v2_lite", "llama", "llama_linear", "qwen2", "qwen3"])
 def test_saved_model_is_opened(tmp_path, name, dtype):
     torch = importlib.import_module("torch")
     import transformers

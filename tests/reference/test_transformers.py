@@ -21,7 +21,7 @@ from dsjax.checkpoint import names
 from dsjax.checkpoint.hf_config import family_of, from_hf
 from tests.closeness import LOGITS, assert_close
 from tests.golden import checkpoint, compare, ours
-from tests.golden.cases import CASES, LENGTH, LLAMA, QWEN2, STORED, V2, V2_LITE, V3, Case
+from tests.golden.cases import CASES, LENGTH, LLAMA, QWEN2, QWEN3, STORED, V2, V2_LITE, V3, Case
 
 pytestmark = [
     pytest.mark.torch,
@@ -29,7 +29,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 SEED = int(os.environ.get("DSJAX_REFERENCE_SEED", "100"))
-FAMILIES = {"v3": V3, "v2": V2, "v2_lite": V2_LITE, "llama": LLAMA, "qwen2": QWEN2}
+FAMILIES = {
+    "v3": V3, "v2": V2, "v2_lite": V2_LITE, "llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def drawn(family: str, seed: int) -> Case:
         "rms_norm_eps": pick(1e-6, 1e-5, 1e-3),
         "tie_word_embeddings": pick(True, False),
     }
-    if family in ("llama", "qwen2"):
+    if family in ("llama", "qwen2", "qwen3"):
         config |= {"num_key_value_heads": pick(1, heads), "head_dim": pick(8, 24)}
         return Case({name: value for name, value in config.items()}, seed)
     mscales = pick(
@@ -104,7 +106,7 @@ def test_stored_outputs_are_those_of_this_transformers(name, reference):
         assert_close(live[key][rows].astype(np.float64), value.astype(np.float64), name=key)
 
 
-@pytest.mark.parametrize("name", ["v3", "v2_lite", "qwen2"])
+@pytest.mark.parametrize("name", ["v3", "v2_lite", "qwen2", "qwen3"])
 def test_gradients_equal_transformers(name, reference):
     """The gradient of the next-token loss for every published tensor, the router's through its
     chosen weights."""

@@ -15,9 +15,10 @@ from dsjax.checkpoint.families.family import Family
 from dsjax.checkpoint.families.kimi_k2 import KIMI_K2
 from dsjax.checkpoint.families.llama import LLAMA
 from dsjax.checkpoint.families.qwen2 import QWEN2
+from dsjax.checkpoint.families.qwen3 import QWEN3
 from dsjax.config import ModelConfig
 
-_ALL = (LLAMA, QWEN2, DEEPSEEK, DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2, DEEPSEEK_V32)
+_ALL = (LLAMA, QWEN2, QWEN3, DEEPSEEK, DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2, DEEPSEEK_V32)
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 

@@ -71,10 +71,10 @@ class Family:
 
     def names(self, model: ModelConfig) -> bool:
         """Tells whether the family has a name for each tensor of a model."""
-        wanted = {"qkv_bias": False, "router_bias": False} | dict(self.constants)
+        wanted = {"qkv_bias": False, "qk_norm": False, "router_bias": False} | dict(self.constants)
         if not model.n_routed_experts:
             del wanted["router_bias"]
-        named = ("attention", "qkv_bias", "router_bias")
+        named = ("attention", "qkv_bias", "qk_norm", "router_bias")
         return (
             all(getattr(model, key) == wanted[key] for key in named if key in wanted)
             and (self.has_experts or not model.n_routed_experts)
@@ -214,6 +214,11 @@ def gqa_rules(model: ModelConfig) -> list[Rule]:
         rules.append(Rule(f"self_attn.{letter}_proj.weight", ("attn", f"w{letter}"), (width, dim)))
         if model.qkv_bias:
             rules.append(Rule(f"self_attn.{letter}_proj.bias", ("attn", f"b{letter}"), (width,)))
+    if model.qk_norm:
+        rules += [
+            Rule(f"self_attn.{name}.weight", ("attn", name, "weight"), (model.qk_head_dim,))
+            for name in ("q_norm", "k_norm")
+        ]
     return [*rules, Rule("self_attn.o_proj.weight", ("attn", "wo"), (dim, queries))]
 
 

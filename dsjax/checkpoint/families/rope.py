@@ -4,6 +4,10 @@ Two settings are refused because loaders disagree about them:
 1. YaRN with only one of `mscale` and `mscale_all_dim`: the other has two published defaults.
 2. YaRN without `original_max_position_embeddings`: 4096 in DeepSeek's code,
    `max_position_embeddings` in transformers.
+
+One is passed over, as in transformers: YaRN's `attn_factor`, which DeepSeek-R1-0528-Qwen3-8B has at
+1 / (0.1 ln 4 + 1). vLLM multiplies cos and sin by it, which cancels YaRN's own factor there. To
+compute that instead, give `attention_factor` with a value of 1.
 """
 
 from __future__ import annotations
@@ -73,6 +77,7 @@ def _read_scaling(inner: Fields, values: Values) -> None:
         values["beta_slow"] = inner.read("beta_slow", "float", 1.0) or 1.0
         values |= _temperature(inner, values)
         inner.fixed("truncate", True)
+        inner.read("attn_factor", "float", 1.0)
     inner.refuse_rest(_NEUTRAL)
 
 

@@ -1,8 +1,9 @@
 """llama.cpp's architectures: which one computes a model, what it cannot compute, and its keys.
 
-`deepseek2` has MLA, with experts or without; `deepseek`, `llama` and `qwen2` have grouped-query
-attention, with experts, without, and with biases. Facts about llama.cpp are those of its loader and
-graphs (src/models/deepseek2.cpp and its neighbours, src/llama-graph.cpp, src/llama-context.cpp).
+`deepseek2` has MLA, with experts or without; `deepseek`, `llama`, `qwen2` and `qwen3` have
+grouped-query attention: with experts, without, with biases, and with norms of queries and keys.
+Facts about llama.cpp are those of its loader and graphs (src/models/deepseek2.cpp and its
+neighbours, src/llama-graph.cpp, src/llama-context.cpp).
 
 What it computes in another way than the model is refused by name: the file would load, and answer
 wrongly without a message.
@@ -20,8 +21,8 @@ import numpy as np
 from dsjax.config import ModelConfig
 from dsjax.files import listed, shown
 
-Arch = Literal["deepseek2", "deepseek", "llama", "qwen2"]
-ARCHITECTURES: tuple[Arch, ...] = ("deepseek2", "deepseek", "llama", "qwen2")
+Arch = Literal["deepseek2", "deepseek", "llama", "qwen2", "qwen3"]
+ARCHITECTURES: tuple[Arch, ...] = ("deepseek2", "deepseek", "llama", "qwen2", "qwen3")
 MAX_LAYERS, MAX_EXPERTS = 512, 512
 # Of queries that are projected directly; told from V3's by the depth alone.
 LITE_DEPTHS = (26, 27)
@@ -44,6 +45,8 @@ def arch_of(model: ModelConfig) -> Arch:
         return "deepseek2"
     if model.n_routed_experts:
         return "deepseek"
+    if model.qk_norm:
+        return "qwen3"
     return "qwen2" if model.qkv_bias else "llama"
 
 
@@ -109,7 +112,7 @@ def _mla_problems(model: ModelConfig) -> Iterator[str]:
 
 
 def _gqa_problems(model: ModelConfig, arch: Arch) -> Iterator[str]:
-    if arch != "llama" and model.qk_head_dim * model.n_heads != model.dim:
+    if arch not in ("llama", "qwen3") and model.qk_head_dim * model.n_heads != model.dim:
         yield (
             f"model.head_dim={model.head_dim}: it must be dim / n_heads, {model.dim} / "
             f"{model.n_heads}"
@@ -124,6 +127,10 @@ def _gqa_problems(model: ModelConfig, arch: Arch) -> Iterator[str]:
         yield f"model.n_mtp={model.n_mtp}: multi-token prediction is known with MLA only"
     if arch == "deepseek" and model.qkv_bias:
         yield "model.qkv_bias with routed experts"
+    if arch == "deepseek" and model.qk_norm:
+        yield "model.qk_norm with routed experts"
+    if arch == "qwen3" and model.qkv_bias:
+        yield "model.qkv_bias with qk_norm"
 
 
 def _router_problems(model: ModelConfig, arch: Arch) -> Iterator[str]:
@@ -381,6 +388,7 @@ class _Reader:
             "n_kv_heads": self.whole("attention.head_count_kv", values["n_heads"]),
             "head_dim": 0 if head_dim * values["n_heads"] == values["dim"] else head_dim,
             "qkv_bias": arch == "qwen2",
+            "qk_norm": arch == "qwen3",
         }
         if self.whole("expert_count", 0) and arch != "deepseek":
             self.problems.append(f"{arch}.expert_count: experts are known for deepseek only")

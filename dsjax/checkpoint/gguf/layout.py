@@ -56,6 +56,8 @@ _LAYER: dict[str, tuple[str, str]] = {
         for letter in "qkv"
         for kind in ("weight", "bias")
     },
+    "self_attn.q_norm.weight": ("attn_q_norm.weight", ""),
+    "self_attn.k_norm.weight": ("attn_k_norm.weight", ""),
     "self_attn.o_proj.weight": ("attn_output.weight", "attention"),
     "post_attention_layernorm.weight": ("ffn_norm.weight", ""),
     "mlp.gate.weight": ("ffn_gate_inp.weight", ""),

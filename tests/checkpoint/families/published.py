@@ -147,6 +147,21 @@ RELEASES: dict[str, dict[str, Any]] = {
         "hidden_size": 3584, "intermediate_size": 18944, "max_window_layers": 28,
         "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
     },
+    "r1_0528_qwen3_8b": {
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 12288,
+        "max_position_embeddings": 131072, "max_window_layers": 36, "model_type": "qwen3",
+        "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {
+            "attn_factor": 0.8782488562869419, "factor": 4.0,
+            "original_max_position_embeddings": 32768, "rope_type": "yarn",
+        },
+        "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True,
+        "use_sliding_window": False, "vocab_size": 151936,
+    },
 }  # fmt: skip
 
 # Left in config.json by transformers 4.4x and 5.x, unsloth, axolotl, LLaMA-Factory, PEFT merges and

@@ -27,6 +27,7 @@ ARCHITECTURES = {
     "llama": "llama",
     "llama_linear": "llama",
     "qwen2": "qwen2",
+    "qwen3": "qwen3",
     "deepseek_moe": "deepseek",
 }
 
@@ -127,6 +128,8 @@ _LAYER = {
     "self_attn.q_proj.bias": "attn_q.bias",
     "self_attn.k_proj.bias": "attn_k.bias",
     "self_attn.v_proj.bias": "attn_v.bias",
+    "self_attn.q_norm.weight": "attn_q_norm.weight",
+    "self_attn.k_norm.weight": "attn_k_norm.weight",
     "self_attn.o_proj.weight": "attn_output.weight",
     "self_attn.q_a_proj.weight": "attn_q_a.weight",
     "self_attn.q_a_layernorm.weight": "attn_q_a_norm.weight",

@@ -11,7 +11,7 @@ from tests.checkpoint.gguf.files import ARCHITECTURES, case_of, expected
 from tests.checkpoint.hf_files import plain
 
 
-@pytest.mark.parametrize("name", ["v3", "llama", "deepseek_moe", "qwen2"])
+@pytest.mark.parametrize("name", ["v3", "llama", "deepseek_moe", "qwen2", "qwen3"])
 def test_rows_of_any_range_are_the_published_ones(name):
     model, tensors, stored = from_hf(case_of(name).config), plain(case_of(name)), expected(name)
     draw = np.random.default_rng(0)
