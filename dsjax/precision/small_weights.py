@@ -20,7 +20,7 @@ Products. Value times scale is exact in float32, and rounded once in bfloat16.
 * TPU: a kernel widens a block of the matrix at a time (`dsjax.kernels.small_matmul`). Where a mesh
   splits the product, which the compiler does, v5e and v5p fuse the widening into it, while v6e and
   tpu7x write the widened matrix to memory first; the experts have the kernel there too.
-* GPU: for a few rows, products are multiplied and summed, which XLA fuses with the widening; for
+* GPU: for a few rows, products are multiplied and summed, which XLA can fuse with the widening; for
   many, where arithmetic takes the time, the matrix is widened first.
 * CPU: XLA widens a matrix into memory before it multiplies. This saves memory and costs time.
   Its experts are widened one at a time.

@@ -48,6 +48,12 @@ def read(path: pathlib.Path) -> transformers.PreTrainedModel:
 
 
 @torch.no_grad()
+def logits(model: transformers.PreTrainedModel, ids: np.ndarray) -> np.ndarray:
+    """Logits of every token of one row: float32 [length, vocabulary]."""
+    return model(torch.from_numpy(ids).long()[None], use_cache=False).logits[0].numpy()
+
+
+@torch.no_grad()
 def run(case: Case, length: int) -> dict[str, np.ndarray]:
     """Logits of random tokens, and what single modules make of a random input."""
     torch.use_deterministic_algorithms(True)

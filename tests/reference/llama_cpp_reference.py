@@ -1,5 +1,5 @@
-"""llama.cpp as a reference, through the C interface of llama-cpp-python: one thread, a float32
-cache, no fused attention.
+"""llama.cpp as a reference, through the C interface of llama-cpp-python: one thread unless more are
+asked for, a float32 cache, no fused attention.
 """
 
 from __future__ import annotations
@@ -23,20 +23,37 @@ class Model:
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits of every position: float32 [length, vocabulary]."""
+        self._forget()
+        return self._extend(ids, 0, [True] * len(ids))
+
+    def greedy(self, ids: Sequence[int], count: int) -> list[int]:
+        """The `count` likeliest tokens after a prompt, one at a time."""
+        self._forget()
+        last = self._extend(ids, 0, [False] * (len(ids) - 1) + [True])
+        new = [int(last[-1].argmax())]
+        while len(new) < count:
+            last = self._extend(new[-1:], len(ids) + len(new) - 1, [True])
+            new.append(int(last[-1].argmax()))
+        return new
+
+    def _forget(self) -> None:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+
+    def _extend(self, ids: Sequence[int], start: int, wanted: Sequence[bool]) -> np.ndarray:
+        """Adds tokens to the cache and returns the logits of those that are `wanted`."""
         batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
         batch.n_tokens = len(ids)
-        for position, token in enumerate(ids):
-            batch.token[position] = int(token)
-            batch.pos[position] = position
-            batch.n_seq_id[position] = 1
-            batch.seq_id[position][0] = 0
-            batch.logits[position] = True
+        for index, token in enumerate(ids):
+            batch.token[index] = int(token)
+            batch.pos[index] = start + index
+            batch.n_seq_id[index] = 1
+            batch.seq_id[index][0] = 0
+            batch.logits[index] = wanted[index]
         assert llama_cpp.llama_decode(self._context, batch) == 0
         found = llama_cpp.llama_get_logits(self._context)
-        values = np.ctypeslib.as_array(found, shape=(len(ids) * self._n_vocab,)).copy()
+        values = np.ctypeslib.as_array(found, shape=(sum(wanted) * self._n_vocab,)).copy()
         llama_cpp.llama_batch_free(batch)
-        return values.reshape(len(ids), self._n_vocab)
+        return values.reshape(sum(wanted), self._n_vocab)
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         """Ids of a text without a begin token; `special` recognizes control tokens in it."""
@@ -50,7 +67,7 @@ class Model:
 
 
 @contextlib.contextmanager
-def opened(path: Path, n_vocab: int, length: int = 1024) -> Iterator[Model]:
+def opened(path: Path, n_vocab: int, length: int = 1024, threads: int = 1) -> Iterator[Model]:
     """Loads a file."""
     llama_cpp.llama_log_set(_LOG, ctypes.c_void_p(0))
     settings = llama_cpp.llama_model_default_params()
@@ -59,7 +76,7 @@ def opened(path: Path, n_vocab: int, length: int = 1024) -> Iterator[Model]:
     assert model, f"llama.cpp cannot load {path}"
     wanted = llama_cpp.llama_context_default_params()
     wanted.n_ctx = wanted.n_batch = wanted.n_ubatch = length
-    wanted.n_threads = wanted.n_threads_batch = 1
+    wanted.n_threads = wanted.n_threads_batch = threads
     wanted.type_k = wanted.type_v = 0  # F32; by default F16
     wanted.flash_attn_type = 0
     context = llama_cpp.llama_init_from_model(model, wanted)
