@@ -47,6 +47,13 @@ def _prepare(asked: ChatRequest, service: Service) -> tuple[list[Request], list[
     """Encodes the conversation; slow, so it runs outside the event loop."""
     form, coder = service.form, service.vocabulary.coder
     assert form is not None
+    if form.name == "V3.2" and asked.tools.given:
+        raise ApiError(
+            422,
+            "tools: this server does not read calls in V3.2's own format; leave tools out, or give "
+            "the checkpoint a chat template of V3.1's format",
+            param="tools",
+        )
     prompt = _prompt(asked, form)
     began: list[int] = []
     if asked.tools.required:

@@ -9,24 +9,28 @@ tokenizer with none of these belongs to a base model, which cannot chat.
         as R1's authors recommend
   V3.1  as V3, with [</think>] after each [Assistant]; a reply that should think begins with
         [<think>] instead
+  V3.2  as V3.1, with another form of calls; after the results of tools the reply thinks again
 
-Tools, their calls and results: see dsjax/text/tool_calls.py. After results the reply goes on
-without an [Assistant].
+Tools, their calls and results: see dsjax/text/tool_calls.py, and dsml.py for V3.2's. After results
+the reply goes on without an [Assistant].
 
 Control tokens are inserted by id. Text in messages is always encoded as text, even if it spells a
 control token.
 
-Sources: the chat templates and model cards that DeepSeek released with V3, R1 and V3.1.
+Sources: the chat templates and model cards that DeepSeek released with V3, R1 and V3.1, and the
+encoding script that it released with V3.2 in place of a template.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsjax.text import tool_calls
+from dsjax.files import read_json
+from dsjax.text import dsml, tool_calls
 from dsjax.text.template import Template, find_template
 from dsjax.text.tokenizer import BOS, EOS
 from dsjax.text.tool_calls import Control
@@ -111,7 +115,40 @@ def v3_1(messages: Sequence[Message], thinking: bool | None, tools: Tools = ()) 
     return [*parts, Control(THINK if thinking else END_THINK)]
 
 
-_FORMATS = {"V3": v3, "R1": r1, "V3.1": v3_1}
+def v3_2(messages: Sequence[Message], thinking: bool | None, tools: Tools = ()) -> list[str]:
+    """DeepSeek-V3.2, which thinks on request, after the results of tools too.
+
+    The thoughts of replies since the user's last message stay: the model goes on with them.
+    """
+    last_user = max(n for n, message in enumerate(messages) if message.role == "user")
+    instructions = "\n\n".join(each.content for each in messages if each.role == "system")
+    described = ["\n\n", *dsml.describe(tools)] if tools else []
+    parts = [Control(BOS), instructions, *described]
+    for number, message in enumerate(messages):
+        opened = Control(THINK if thinking and number >= last_user else END_THINK)
+        if message.role == "user":
+            parts += [Control(USER), message.content, Control(ASSISTANT), opened]
+        elif message.role == "assistant":
+            thought, answer = _thought(message)
+            if thinking and number > last_user:
+                parts += [thought, Control(END_THINK)]
+            calls = dsml.write_calls(message.calls) if message.calls else []
+            parts += [answer, *calls, Control(EOS)]
+        elif message.role == "tool" and messages[number - 1].role != "tool":
+            parts += [*dsml.write_results(_results_from(messages, number)), opened]
+    return parts
+
+
+def _thought(message: Message) -> tuple[str, str]:
+    """Returns a reply's thought and answer."""
+    apart = message.fields.get("reasoning_content") or message.fields.get("reasoning")
+    if isinstance(apart, str):
+        return apart, message.content
+    thought, end, answer = message.content.partition(END_THINK)
+    return (thought.removeprefix(THINK), answer) if end else ("", message.content)
+
+
+_FORMATS = {"V3": v3, "R1": r1, "V3.1": v3_1, "V3.2": v3_2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +156,7 @@ class ChatFormat:
     """The conversation format of one checkpoint.
 
     Attributes:
-      name: "V3", "R1", "V3.1", or "template" for the checkpoint's own template.
+      name: "V3", "R1", "V3.1", "V3.2", or "template" for the checkpoint's own template.
     """
 
     name: str
@@ -159,13 +196,15 @@ class ChatFormat:
                 {"role": each.role, "content": each.content, **each.fields} for each in messages
             ]
             return self.template.encode(given, self.vocabulary, thinking=thinking, tools=tools)
-        if used and not tool_calls.can_call(self.vocabulary.coder):
+        if used and self.name != "V3.2" and not tool_calls.can_call(self.vocabulary.coder):
             raise ValueError(
                 "this checkpoint's tokenizer has no tokens for calls of tools, so its model cannot "
                 "call any; leave tools and their results out"
             )
-        parts = _FORMATS[self.name](messages, thinking, tools)
         coder = self.vocabulary.coder
+        parts = _FORMATS[self.name](messages, thinking, tools)
+        if self.name == "V3.2":
+            parts = dsml.as_tokens(parts, coder.control)
         ids: list[int] = []
         for part in parts:
             ids += [coder.control[part]] if isinstance(part, Control) else coder.encode(part)
@@ -186,7 +225,15 @@ def find_format(folder: Path, vocabulary: Vocabulary) -> ChatFormat | None:
         return None
     if vocabulary.think_ids is None:
         return ChatFormat("V3", vocabulary)
+    if dsml.DSML in control or _model_type(folder) == "deepseek_v32":
+        return ChatFormat("V3.2", vocabulary)
     return ChatFormat("V3.1" if SEARCH in control else "R1", vocabulary)
+
+
+def _model_type(folder: Path) -> object:
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else None
+    return config.get("model_type") if isinstance(config, dict) else None
 
 
 def _system(messages: Sequence[Message], tools: Tools, *, fenced: bool) -> list[str]:
@@ -205,12 +252,13 @@ def _results(messages: Sequence[Message], number: int, *, fenced: bool) -> list[
     """Returns the results that begin with this message; [] if none do."""
     if messages[number].role != "tool" or (number and messages[number - 1].role == "tool"):
         return []
-    results = []
-    for message in messages[number:]:
-        if message.role != "tool":
-            break
-        results.append(message.content)
-    return tool_calls.write_results(results, fenced=fenced)
+    return tool_calls.write_results(_results_from(messages, number), fenced=fenced)
+
+
+def _results_from(messages: Sequence[Message], number: int) -> list[str]:
+    """Returns the results in this message and those right after it."""
+    after = itertools.takewhile(lambda message: message.role == "tool", messages[number:])
+    return [message.content for message in after]
 
 
 def _check_turns(messages: Sequence[Message]) -> None:

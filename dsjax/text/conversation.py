@@ -202,10 +202,10 @@ def _reply(name: str, turn: Turn, *, last: bool) -> list[Piece]:
         body = [_text(thought, trained=trained), _control(END_THINK, trained=trained)]
     elif name == "R1":
         trained = False
-    elif name == "V3.1" and thought and last:
+    elif name in ("V3.1", "V3.2") and thought and last:
         opening = [_control(THINK)]
         body = [_text(thought, trained=trained), _control(END_THINK, trained=trained)]
-    elif name == "V3.1":
+    elif name in ("V3.1", "V3.2"):
         opening = [_control(END_THINK)]
         trained = trained and not thought
     return [*opening, *body, _text(answer, trained=trained), _control(EOS, trained=trained)]

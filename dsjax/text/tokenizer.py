@@ -298,7 +298,8 @@ def _read_config(path: str) -> dict[str, Any]:
 
 
 def _is_control(token: tokenizers.AddedToken) -> bool:
-    return token.special or (token.content.startswith("<") and len(token.content) > 1)
+    # Names begin with "<", but that of V3.2's markup begins with the bar that others have inside.
+    return token.special or (token.content[:1] in "<\uff5c" and len(token.content) > 1)
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:

@@ -85,6 +85,8 @@ def _problems(model: ModelConfig, arch: Arch) -> Iterator[str]:
 
 
 def _mla_problems(model: ModelConfig) -> Iterator[str]:
+    if model.index_topk:
+        yield f"model.index_topk={model.index_topk}: it attends to all tokens, without an indexer"
     if bool(model.q_lora_rank) == (model.n_layers in LITE_DEPTHS):
         depths = " or ".join(map(str, LITE_DEPTHS))
         rule = (
