@@ -127,8 +127,8 @@ def _largest(holds: Callable[[jax.Array], jax.Array], like_BTS: jax.Array, bits:
     it holds for all below that.
     """
 
-    def step(place: jax.Array, found: jax.Array) -> jax.Array:
-        trial = found | (jnp.uint32(1 << (bits - 1)) >> place.astype(jnp.uint32))
+    def step(place: jax.Array | int, found: jax.Array) -> jax.Array:
+        trial = found | (jnp.uint32(1 << (bits - 1)) >> jnp.asarray(place, jnp.uint32))
         return jnp.where(holds(trial), trial, found)
 
     return lax.fori_loop(0, bits, step, like_BTS[..., :1] & jnp.uint32(0))
