@@ -8,9 +8,9 @@ samples. The demonstrator of the cold start tries without aim and is right 43 % 
 
 Command: python tools/r1.py --workdir runs/r1_tiny
 Hardware: 2 CPU cores, 4 GB of memory.
-Cost: 39 minutes of processor time; 47 minutes beside other work.
-Expected: right answers to held-out problems after each stage: 25, 45, 37, 66, 75, 71, 13, 67 %
-(docs/r1.md).
+Cost: 30 minutes of processor time; 29 minutes beside other work.
+Expected: right answers to held-out problems after each stage: 25, 41, 37, 65, 74, 73, 12, 65 %
+(docs/r1.md, with three seeds).
 """
 
 from pathlib import Path
