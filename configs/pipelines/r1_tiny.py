@@ -9,8 +9,8 @@ samples. The demonstrator of the cold start tries without aim and is right 43 % 
 Command: python tools/r1.py --workdir runs/r1_tiny
 Hardware: 2 CPU cores, 4 GB of memory.
 Cost: 30 minutes of processor time; 29 minutes beside other work.
-Expected: right answers to held-out problems after each stage: 25, 41, 37, 65, 74, 73, 12, 65 %
-(docs/r1.md, with three seeds).
+Expected: right answers to held-out problems after each stage: 25, 42, 37, 65, 73, 72, 13, 64 %
+(means of three seeds, docs/r1.md).
 """
 
 from pathlib import Path
