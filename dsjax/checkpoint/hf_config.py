@@ -227,6 +227,10 @@ _UNUSED: tuple[tuple[Callable[[ModelConfig], bool], str], ...] = (
         lambda model: model.attention == "gqa",
         "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim",
     ),
+    (
+        lambda model: model.attention != "nsa",
+        "nsa_length nsa_stride nsa_block nsa_count nsa_window",
+    ),
     (lambda model: model.rope_scaling == "none", "rope_factor"),
     (lambda model: model.rope_scaling not in ("yarn", "llama3"), "original_seq_len"),
     (lambda model: model.rope_scaling != "yarn", "beta_fast beta_slow mscale mscale_all_dim"),

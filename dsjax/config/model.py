@@ -18,8 +18,8 @@ class ModelConfig:
     """The shape of a model: everything that changes its mathematics, and nothing else.
 
     One class covers the dense models (DeepSeek LLM and the R1 distills: `attention="gqa"`, no
-    routed experts), DeepSeekMoE (`gqa` with experts), V2, V3 and R1 (`mla` with experts), and V3.2
-    (`mla` with experts and an indexer).
+    routed experts), DeepSeekMoE (`gqa` with experts), V2, V3 and R1 (`mla` with experts), V3.2
+    (`mla` with experts and an indexer), and native sparse attention (`nsa`).
     `n_layers` counts the main stack; the `n_mtp` multi-token prediction modules are extra.
     """
 
@@ -35,7 +35,7 @@ class ModelConfig:
     init_std: float = 0.006  # V3 section 4.2
     max_seq_len: int = 4096
 
-    attention: Literal["mla", "gqa"] = "mla"
+    attention: Literal["mla", "gqa", "nsa"] = "mla"
     # mla
     q_lora_rank: int = 0  # 0: queries are projected directly (V2-Lite)
     kv_lora_rank: int = 0
@@ -46,11 +46,20 @@ class ModelConfig:
     index_n_heads: int = 0
     index_head_dim: int = 0
     index_topk: int = 0  # keys per query
-    # gqa
+    # gqa and nsa; nsa's values have v_head_dim, or with 0 head_dim
     n_kv_heads: int = 0  # 0: n_heads, that is, multi-head attention
     head_dim: int = 0  # 0: dim / n_heads
+    # gqa
     qkv_bias: bool = False  # biases on queries, keys and values (Qwen2)
     qk_norm: bool = False  # an RMSNorm of each head's query and key, before rope (Qwen3)
+
+    # nsa, in tokens: keys are compressed by `nsa_length`, every `nsa_stride`; of blocks of
+    # `nsa_block`, `nsa_count` are selected; and the last `nsa_window` are always seen
+    nsa_length: int = 32
+    nsa_stride: int = 16
+    nsa_block: int = 64
+    nsa_count: int = 16
+    nsa_window: int = 512
 
     rope_theta: float = 10000.0
     rope_scaling: Literal["none", "linear", "yarn", "llama3"] = "none"
@@ -88,7 +97,7 @@ class ModelConfig:
         )  # fmt: skip
         require_not_negative(
             "model", self, "n_dense_layers", "n_routed_experts", "n_shared_experts",
-            "n_activated_experts", "n_mtp", "q_lora_rank", "n_kv_heads", "head_dim",
+            "n_activated_experts", "n_mtp", "q_lora_rank", "n_kv_heads", "head_dim", "v_head_dim",
             "index_n_heads", "index_head_dim", "index_topk",
         )  # fmt: skip
         self._check_attention()
@@ -106,6 +115,8 @@ class ModelConfig:
                 f"model.dim={self.dim} does not divide by model.n_heads={self.n_heads}; set "
                 "model.head_dim",
             )
+        if self.attention == "nsa":
+            self._check_nsa()
         require(
             self.n_heads % self.kv_heads == 0,
             f"model.n_heads={self.n_heads} does not divide by model.n_kv_heads={self.n_kv_heads}",
@@ -139,6 +150,28 @@ class ModelConfig:
             self.index_head_dim >= self.qk_rope_head_dim,
             f"model.index_head_dim={self.index_head_dim} has no room for the "
             f"model.qk_rope_head_dim={self.qk_rope_head_dim} channels that rope rotates; raise it",
+        )
+
+    def _check_nsa(self) -> None:
+        require_positive(
+            "model", self, "nsa_length", "nsa_stride", "nsa_block", "nsa_count", "nsa_window"
+        )
+        for name in ("nsa_length", "nsa_block"):
+            value = getattr(self, name)
+            require(
+                value % self.nsa_stride == 0,
+                f"model.{name}={value} does not divide by model.nsa_stride={self.nsa_stride}: "
+                "blocks are made of whole strides",
+            )
+        require(
+            self.nsa_count >= 3,
+            f"model.nsa_count={self.nsa_count} leaves no room for the first block and the two "
+            "nearest, which are always selected; it must be at least 3",
+        )
+        require(
+            not self.qkv_bias and not self.qk_norm,
+            f"model.attention=nsa has neither biases nor norms of queries and keys, but "
+            f"model.qkv_bias={self.qkv_bias} and model.qk_norm={self.qk_norm}; set both to False",
         )
 
     def _check_experts(self) -> None:
@@ -184,7 +217,8 @@ class ModelConfig:
             query_key = self.qk_nope_head_dim + self.qk_rope_head_dim
             return query_key, self.v_head_dim, self.qk_rope_head_dim
         width = self.head_dim or self.dim // self.n_heads
-        return width, width, width
+        value = (self.attention == "nsa" and self.v_head_dim) or width
+        return width, value, width
 
     @property
     def qk_head_dim(self) -> int:

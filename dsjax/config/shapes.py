@@ -64,6 +64,14 @@ V3 = replace(
 # DeepSeek-V3.2 (arXiv:2512.02556) and V3.2-Exp: V3.1 with an indexer.
 V3_2 = replace(V3, index_n_heads=64, index_head_dim=128, index_topk=2048)
 
+# NSA (arXiv:2502.11089), section 4.1. Not released: the vocabulary, the widths of experts and of
+# the dense layer (8 experts) are inferred from 27B parameters in all.
+NSA_27B = replace(
+    MOE_16B, dim=2560, n_layers=30, inter_dim=11776, attention="nsa", n_heads=64, n_kv_heads=4,
+    head_dim=192, v_head_dim=128, max_seq_len=8192,
+    n_routed_experts=72, n_shared_experts=2, n_activated_experts=6, moe_inter_dim=1472,
+)  # fmt: skip
+
 # Qwen2.5 as DeepSeek-R1-Distill-Qwen has it: biases on queries, keys and values. The two smallest
 # are Qwen2.5-Math, with a norm epsilon and a rope theta of their own; the 1.5B's head is untied,
 # unlike its base model's.

@@ -12,12 +12,26 @@ import jax
 import jax.numpy as jnp
 
 from dsjax.generate.decoding import Carry
+from dsjax.model.block import attention_class
 from dsjax.model.cache import Cache, empty_cache
 from dsjax.model.transformer import Transformer
 
 
 def empty_pool(model: Transformer, *, n_pages: int, page: int, n_drafts: int) -> Cache:
-    """Allocates pages of `page` tokens."""
+    """Allocates pages of `page` tokens.
+
+    Raises:
+      ValueError: a page would end inside an entry that several tokens share.
+    """
+    every = max(
+        entry.every for entry in attention_class(model.config).cached(model.config).values()
+    )
+    if page % every:
+        raise ValueError(
+            f"a page of {page} tokens, which follows from prefill_chunk, does not divide into "
+            f"model.nsa_stride={every}; make prefill_chunk a multiple of it, or keep no prefixes "
+            "(prefix_tokens=0)"
+        )
     dtype = model.policy.compute
     return empty_cache(model.config, n_pages, page, dtype, mtp=n_drafts > 0).pinned()
 

@@ -22,6 +22,7 @@ from dsjax.model.layer_cache import Entries, LayerCache
 from dsjax.model.layers import FeedForward, RMSNorm
 from dsjax.model.mla import MLA
 from dsjax.model.moe import Experts, MoE, RoutingStatistics
+from dsjax.model.nsa import NSA
 from dsjax.model.parameters import pinned
 from dsjax.model.sparse_mla import SparseMLA
 from dsjax.parallel.sharding import constrain
@@ -64,7 +65,7 @@ def attention_class(config: ModelConfig) -> type[Attention]:
     """Returns the class that `model.attention` names, with an indexer if the model has one."""
     if config.index_topk:
         return SparseMLA
-    return {"mla": MLA, "gqa": GQA}[config.attention]
+    return {"mla": MLA, "gqa": GQA, "nsa": NSA}[config.attention]
 
 
 class Block(nnx.Module):

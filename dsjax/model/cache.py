@@ -2,7 +2,7 @@
 
 Which entries there are is up to the attention class. MLA caches a token's normed latent and its
 rotated key, 576 values per token and layer in V3 where expanded keys and values would take 40,960;
-grouped-query attention caches keys and values.
+grouped-query attention caches keys and values. An entry may have one position for several tokens.
 
 The arrays never change size. They are passed from step to step, and under
 `jax.jit(donate_argnums=...)` a step writes its own tokens' entries in place and nothing else.
@@ -77,7 +77,9 @@ def empty_cache(
         if not layers:
             return None
         return {
-            name: jnp.zeros((layers, batch, shape.heads, length, shape.width), dtype)
+            name: jnp.zeros(
+                (layers, batch, shape.heads, -(-length // shape.every), shape.width), dtype
+            )
             for name, shape in shapes.items()
         }
 

@@ -9,6 +9,7 @@ and 260.6 G causal with it: the three figures that published throughput tables i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from fractions import Fraction
 from typing import NamedTuple, Protocol
@@ -90,7 +91,8 @@ def mtp_matmul_parameters(model: ModelConfig) -> int:
 def cache_bytes_per_token(model: ModelConfig, bytes_per_value: int = 2) -> int:
     """Returns the bytes that decoding caches per token over all layers; 2 per value is bfloat16."""
     entries = attention_class(model).cached(model).values()
-    return model.n_layers * sum(entry.heads * entry.width for entry in entries) * bytes_per_value
+    values = sum(Fraction(entry.heads * entry.width, entry.every) for entry in entries)
+    return math.ceil(model.n_layers * values * bytes_per_value)
 
 
 def _experts(model: ModelConfig) -> int:

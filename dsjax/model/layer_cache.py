@@ -17,10 +17,11 @@ Entries = dict[str, jax.Array]  # name -> [L, B, P, S, X]
 
 
 class EntryShape(NamedTuple):
-    """What one entry holds per token."""
+    """What one entry holds per position."""
 
     heads: int
     width: int
+    every: int = 1  # tokens per position
 
 
 class LayerCache(NamedTuple):
@@ -31,7 +32,7 @@ class LayerCache(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Positions per row."""
+        """Positions per row, of entries that have one per token."""
         return max(stack.shape[3] for stack in self.entries.values())
 
     def append(self, starts_B: jax.Array, **new_BTPX: jax.Array) -> LayerCache:

@@ -113,6 +113,31 @@ def test_sizes_of_latent_attention():
     assert (model.qk_head_dim, model.value_head_dim, model.rope_dim) == (6, 4, 2)
 
 
+def nsa(**changes):
+    return dense(**({"attention": "nsa", "n_heads": 4, "n_kv_heads": 2, "head_dim": 8} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nsa_stride": 0}, r"model\.nsa_stride=0 must be greater than 0"),
+        ({"nsa_length": 40}, r"nsa_length=40 does not divide by model\.nsa_stride=16"),
+        ({"nsa_block": 24}, r"nsa_block=24 does not divide by model\.nsa_stride=16"),
+        ({"nsa_count": 2}, r"nsa_count=2 leaves no room for the first block and the two nearest"),
+        ({"qkv_bias": True}, r"neither biases nor norms .*qkv_bias=True .*set both to False"),
+    ],
+)
+def test_native_sparse_attention_refuses(changes, message):
+    nsa()
+    with pytest.raises(ValueError, match=message):
+        nsa(**changes)
+
+
+def test_sizes_of_native_sparse_attention():
+    assert (nsa().qk_head_dim, nsa().value_head_dim, nsa(v_head_dim=6).value_head_dim) == (8, 8, 6)
+    assert nsa().rope_dim == 8
+
+
 def test_sizes_of_grouped_attention():
     model = dense(n_heads=4, n_kv_heads=2)
     assert (model.qk_head_dim, model.value_head_dim, model.rope_dim) == (4, 4, 4)

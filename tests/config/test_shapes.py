@@ -13,8 +13,8 @@ def test_one_config_trains_each_shape():
     trained = [path for path in PATHS if root(path) is Config]  # others begin with a checkpoint
     models = [settings.load_config(path).model for path in trained]
     assert {name: models.count(shape) for name, shape in SHAPES.items()} == dict.fromkeys(SHAPES, 1)
-    # V3 for two longer contexts; tiny, sparse_tiny and small are shapes of our own
-    assert len(models) == len(SHAPES) + 5
+    # V3 for two longer contexts; tiny, sparse_tiny, nsa_tiny and small are shapes of our own
+    assert len(models) == len(SHAPES) + 6
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,7 @@ def test_one_config_trains_each_shape():
         ("V3 V3_2", {"score_func": "sigmoid", "mscale": 1.0, "norm_topk": True, "n_mtp": 1}),
         ("V3_2", {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}),
         ("V2 V2_LITE V3 V3_2", {"attention": "mla", "kv_lora_rank": 512, "rope_factor": 40.0}),
+        ("NSA_27B", {"attention": "nsa", "nsa_length": 32, "nsa_count": 16, "v_head_dim": 128}),
         ("QWEN_1P5B QWEN_7B", {"norm_eps": 1e-6, "rope_theta": 1e4, "qkv_bias": True}),
         ("QWEN_14B QWEN_32B", {"norm_eps": 1e-5, "rope_theta": 1e6, "qkv_bias": True}),
         ("QWEN3_8B", {"rope_scaling": "yarn", "rope_theta": 1e6, "qk_norm": True}),
@@ -42,4 +43,4 @@ def test_shapes_have_the_fields_of_their_family(names, fields):
 def test_shapes_without_routed_experts_are_dense_throughout():
     for name, shape in SHAPES.items():
         assert bool(shape.n_moe_layers) == bool(shape.n_routed_experts), name
-        assert name.startswith(("MOE", "V")) == bool(shape.n_routed_experts), name
+        assert name.startswith(("MOE", "V", "NSA")) == bool(shape.n_routed_experts), name

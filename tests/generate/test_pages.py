@@ -1,5 +1,7 @@
 """Copies of cache entries between rows and pages."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from dsjax.generate import decoding, pages
 from dsjax.model.cache import Cache, entry_axes
 from dsjax.parallel.mesh import make_mesh
 from dsjax.parallel.sharding import partition_spec
-from tests.model.tiny import tiny_model
+from tests.model.tiny import TINY, tiny_model
 
 N_PAGES, PAGE = 5, 16
 OUTSIDE = 1 << 30
@@ -32,6 +34,16 @@ def carry_and_pool():
 
 def numbers(*values):
     return jnp.asarray(values, jnp.int32)
+
+
+def test_pages_that_end_inside_a_shared_entry_are_refused():
+    grouped = {"attention": "nsa", "n_kv_heads": 2, "head_dim": 8, "n_mtp": 0}
+    model = tiny_model(dataclasses.replace(TINY, **grouped))
+    pages.empty_pool(model, n_pages=1, page=32, n_drafts=0)
+    with pytest.raises(
+        ValueError, match=r"page of 8 tokens .* into model\.nsa_stride=16; make pre"
+    ):
+        pages.empty_pool(model, n_pages=1, page=8, n_drafts=0)
 
 
 def test_pages_go_where_they_are_told_and_nowhere_else():

@@ -21,7 +21,10 @@ from tests.model.tiny import TINY, tiny_model, tokens
 GQA = dataclasses.replace(TINY, attention="gqa", n_kv_heads=2, head_dim=8)
 
 
-@pytest.mark.parametrize("config", [TINY, GQA], ids=["mla", "gqa"])
+NSA = dataclasses.replace(GQA, attention="nsa", nsa_length=16, nsa_stride=8, nsa_block=16)
+
+
+@pytest.mark.parametrize("config", [TINY, GQA, NSA], ids=["mla", "gqa", "nsa"])
 def test_cache_takes_the_bytes_that_flops_counts(config):
     cache = jax.eval_shape(lambda: empty_cache(config, 3, 256, jnp.bfloat16))
     assert cache.mtp is None
@@ -37,7 +40,7 @@ def test_mla_keeps_one_latent_and_one_rotated_key_a_token():
     ]
 
 
-@pytest.mark.parametrize("config", [TINY, GQA], ids=["mla", "gqa"])
+@pytest.mark.parametrize("config", [TINY, GQA, NSA], ids=["mla", "gqa", "nsa"])
 def test_decoding_changes_the_donated_cache_in_place(config):
     """Besides the cache itself, a step holds no more than a layer of it."""
     config = dataclasses.replace(config, n_layers=17, n_mtp=0)

@@ -66,6 +66,9 @@ def check(model: ModelConfig, place: str) -> None:
 
 
 def _problems(model: ModelConfig, arch: Arch) -> Iterator[str]:
+    if model.attention == "nsa":
+        yield "model.attention=nsa: it has no such attention"
+        return
     if model.n_layers > MAX_LAYERS or model.n_routed_experts > MAX_EXPERTS:
         yield (
             f"model.n_layers={model.n_layers} and n_routed_experts={model.n_routed_experts}: at "

@@ -64,6 +64,7 @@ def test_releases_are_told_apart(name):
         ("deepseek_moe", {"score_func": "sigmoid"}, "score_func=sigmoid"),
         ("qwen2", {"head_dim": 24}, "head_dim=24"),
         ("qwen2", {"rope_scaling": "llama3"}, "llama3: it is known for llama only"),
+        ("llama", {"attention": "nsa"}, "model.attention=nsa: it has no such attention"),
         ("qwen3", {"qkv_bias": True}, "model.qkv_bias with qk_norm"),
         ("deepseek_moe", {"qk_norm": True}, "model.qk_norm with routed experts"),
     ],

@@ -1,0 +1,327 @@
+"""Attention in three branches, of which a query reads few keys (native sparse attention), in XLA.
+
+* Compressed: one key and value for every `length` tokens, which begin every `stride` tokens. A
+  query sees those whose last token is not after it. Their probabilities also say which blocks
+  matter.
+* Selected: `count` blocks of `size` tokens, among them the first one and the two that a query is in
+  or just after. The query heads that share a key head share a choice.
+* Window: the last `window` tokens.
+
+A query's own document begins at `first`, and blocks are counted from there, so nothing crosses the
+border of a packed document, and a document has the blocks that it has alone. Choice and attention
+are separate, as in `dsjax.kernels.sparse_attention`: `select` turns scores into block numbers, and
+into which of them are valid.
+`masked_attention` multiplies a query with all keys and masks those outside its blocks: the
+definition. `gathered_attention` reads the chosen blocks only. A query that sees no key gets 0.
+
+The choice has no gradient. Paper: NSA (arXiv:2502.11089), section 3. Equation 9 is printed as
+p[4j - m - n], where its blocks and entries count from 1; counted from 0, as in equations 7 and 11,
+the entries inside block j are 4j + m - n.
+
+Letters besides the package's: Z compressed entries, J blocks of a document, X chosen blocks, U
+tokens of a block.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dsjax.kernels import sparse_attention
+from dsjax.kernels.sparse_attention import Selection
+
+# Most numbers in the largest array of one tile of queries: 64 MiB of float32.
+_MOST = 2**24
+# Whole sequences are multiplied and masked up to so many times the chosen keys: a product reads a
+# key once for many queries, a gather once for each.
+_DENSE = 8
+_MASKED = -1e30
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+class Pattern(NamedTuple):
+    """Sizes, in tokens unless said otherwise."""
+
+    length: int  # of what is compressed to one entry
+    stride: int  # between the beginnings of entries
+    size: int  # of a block that is selected
+    count: int  # blocks per query
+    window: int
+
+
+class Stack(NamedTuple):
+    """Keys or values of one layer, in a stack that stays whole so that nothing is copied."""
+
+    stack_LBPSX: jax.Array
+    layer: jax.Array | int
+
+    @property
+    def length(self) -> int:
+        return self.stack_LBPSX.shape[3]
+
+    def whole(self) -> jax.Array:
+        """Returns [B, P, S, X]."""
+        return lax.dynamic_index_in_dim(self.stack_LBPSX, self.layer, keepdims=False)
+
+    def take(self, places_BPX: jax.Array) -> jax.Array:
+        """Returns [B, P, ..., X] at int32 places [B, P, ...], all within the stack."""
+
+        def of_head(stack_LSX: jax.Array, places_X: jax.Array) -> jax.Array:
+            return stack_LSX.at[self.layer, places_X].get(mode="promise_in_bounds")
+
+        # Mapped over rows and heads, so that each device gathers from its own.
+        of_row = jax.vmap(of_head, in_axes=(1, 0))
+        return jax.vmap(of_row, in_axes=(1, 0))(self.stack_LBPSX, places_BPX)
+
+
+class Branch(NamedTuple):
+    """What one branch attends to."""
+
+    key: Stack
+    value: Stack
+
+
+class Queries(NamedTuple):
+    q_BTNH: jax.Array
+    places_BT: jax.Array  # int32, place of each query in its row; consecutive within a tile
+    first_BT: jax.Array  # int32, place at which its document begins
+    gates_BTN3: jax.Array  # float32, of the three branches
+
+
+def attend(
+    queries: Queries,
+    compressed: Branch,
+    begins_BZ: jax.Array,
+    selected: Branch,
+    windowed: Branch,
+    *,
+    pattern: Pattern,
+    scale: float,
+    part: int | None = None,
+) -> jax.Array:
+    """Sums the three branches by their gates: [B, T, N, W].
+
+    Args:
+      begins_BZ: int32, place of the first token of each compressed entry; negative: no entry.
+      part: queries are consecutive within parts of this many; None: all are.
+    """
+    B, T, N, _ = queries.q_BTNH.shape
+    S = selected.key.length
+    chosen = pattern.count * pattern.size
+    gathered = T == 1 or S > _DENSE * chosen
+    tile = functools.partial(
+        _tile,
+        branches=(compressed, selected, windowed),
+        begins_BZ=begins_BZ,
+        pattern=pattern,
+        scale=scale,
+        gathered=gathered,
+    )
+    _, _, P, _, H = selected.key.stack_LBPSX.shape
+    keys = P * min(chosen, S) * H if gathered else N * S
+    most = max(_MOST // (B * max(keys, N * compressed.key.length)), 1)
+    return _over_tiles(tile, queries, min(most, part or T), part or T)
+
+
+def _over_tiles(tile, queries: Queries, most: int, part: int) -> jax.Array:  # type: ignore
+    """Applies a function to a few queries after the other, and again in the backward pass."""
+    T = queries.q_BTNH.shape[1]
+    if most >= T:
+        return jax.checkpoint(tile)(queries)
+    n_tiles = -(-part // most)
+    size = -(-part // n_tiles)  # the last tile of a part is filled up with its last query
+
+    def cut(x_BTX: jax.Array) -> jax.Array:
+        B, _, *rest = x_BTX.shape
+        x_BIpX = x_BTX.reshape(B, T // part, part, *rest)
+        fill = ((0, 0), (0, 0), (0, n_tiles * size - part)) + ((0, 0),) * len(rest)
+        x_BIpX = jnp.pad(x_BIpX, fill, mode="edge")
+        return jnp.moveaxis(x_BIpX.reshape(B, T // part * n_tiles, size, *rest), 1, 0)
+
+    out_IBtNW = lax.map(jax.checkpoint(tile), jax.tree.map(cut, queries))
+    _, B, _, N, W = out_IBtNW.shape
+    out_BIpNW = jnp.moveaxis(out_IBtNW, 0, 1).reshape(B, T // part, n_tiles * size, N, W)
+    return out_BIpNW[:, :, :part].reshape(B, T, N, W)
+
+
+def _tile(
+    queries: Queries,
+    *,
+    branches: tuple[Branch, Branch, Branch],
+    begins_BZ: jax.Array,
+    pattern: Pattern,
+    scale: float,
+    gathered: bool,
+) -> jax.Array:
+    compressed, selected, windowed = branches
+    seen_BTZ = visible_entries(queries, begins_BZ, pattern)
+    cmp_BTNW, probabilities_BTPZ = compressed_attention(queries.q_BTNH, compressed, seen_BTZ, scale)
+    n_blocks = -(-selected.key.length // pattern.size)
+    scores_BTPJ = importance(
+        lax.stop_gradient(probabilities_BTPZ), queries.first_BT, pattern, n_blocks
+    )
+    selection = select(scores_BTPJ, queries, pattern)
+    attention = gathered_attention if gathered else masked_attention
+    slc_BTNW = attention(queries, selected, selection, size=pattern.size, scale=scale)
+    win_BTNW = window_attention(queries, windowed, window=pattern.window, scale=scale)
+    outs_BTNW3 = jnp.stack([cmp_BTNW, slc_BTNW, win_BTNW], axis=-1)
+    mixed_BTNW = (outs_BTNW3 * queries.gates_BTN3[:, :, :, None]).sum(axis=-1)
+    return mixed_BTNW.astype(queries.q_BTNH.dtype)
+
+
+def visible_entries(queries: Queries, begins_BZ: jax.Array, pattern: Pattern) -> jax.Array:
+    """Tells which entries are of a query's document and complete at its place: bool [B, T, Z]."""
+    begins_B1Z = begins_BZ[:, None]
+    complete_BTZ = begins_B1Z + pattern.length - 1 <= queries.places_BT[:, :, None]
+    own_BTZ = begins_B1Z >= queries.first_BT[:, :, None]
+    return complete_BTZ & own_BTZ & (begins_B1Z >= 0)
+
+
+def compressed_attention(
+    q_BTNH: jax.Array, branch: Branch, seen_BTZ: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Attends to the compressed entries that each query sees.
+
+    Returns:
+      float32 [B, T, N, W]; and the probability of each entry, summed over the query heads that
+      share a key head, float32 [B, T, P, Z].
+    """
+    k_BPZH = branch.key.whole()
+    scores_BTPGZ = _product("BTPGH,BPZH->BTPGZ", _grouped(q_BTNH, k_BPZH.shape[1]), k_BPZH) * scale
+    weights_BTPGZ = _softmax(scores_BTPGZ, seen_BTZ[:, :, None, None])
+    return _mix(weights_BTPGZ, branch.value.whole()), weights_BTPGZ.sum(axis=3)
+
+
+def importance(
+    probabilities_BTPZ: jax.Array, first_BT: jax.Array, pattern: Pattern, n_blocks: int
+) -> jax.Array:
+    """Returns the weight of each block of a query's document, float32 [B, T, P, J]: the sum of
+    p[r j + m - n] for m < r, n < q, where r blocks of a stride make a selected one and q make a
+    compressed one (equations 9 and 10).
+    """
+    r, q = pattern.size // pattern.stride, pattern.length // pattern.stride
+    # Entry i of a document that begins at `first` is entry first // stride + i of its row.
+    shift_BT = first_BT // pattern.stride
+    needed = n_blocks * r
+    place_BTI = shift_BT[:, :, None] + _numbers(needed, 3)
+    Z = probabilities_BTPZ.shape[-1]
+    own_BTPI = jnp.take_along_axis(
+        probabilities_BTPZ, jnp.minimum(place_BTI, Z - 1)[:, :, None], axis=-1
+    )
+    own_BTPI = jnp.where((place_BTI < Z)[:, :, None], own_BTPI, 0.0)
+    before = jnp.pad(own_BTPI, ((0, 0),) * 3 + ((q - 1, 0),))
+    summed_BTPI = sum(before[..., q - 1 - n : q - 1 - n + needed] for n in range(q))
+    return jnp.asarray(summed_BTPI).reshape(*own_BTPI.shape[:3], n_blocks, r).sum(axis=-1)
+
+
+def select(scores_BTPJ: jax.Array, queries: Queries, pattern: Pattern) -> Selection:
+    """Chooses the `count` blocks of the highest scores that begin at or before each query.
+
+    The first block, the query's own and the one before are always chosen. Of equal scores, the
+    earlier.
+
+    Returns:
+      numbers of blocks, [B, T, P, X], counted from the beginning of the document.
+    """
+    number_11J = _numbers(scores_BTPJ.shape[-1], 3)
+    own_BT1 = ((queries.places_BT - queries.first_BT) // pattern.size)[:, :, None]
+    forced_BTJ = (number_11J == 0) | (number_11J >= own_BT1 - 1)
+    scores_BTPJ = jnp.where(forced_BTJ[:, :, None], jnp.inf, scores_BTPJ)
+    visible_BTJ = number_11J <= own_BT1
+    return sparse_attention.select(scores_BTPJ, visible_BTJ[:, :, None], pattern.count)
+
+
+def masked_attention(
+    queries: Queries, branch: Branch, selection: Selection, *, size: int, scale: float
+) -> jax.Array:
+    """Attends to the selected blocks by masking all other keys: float32 [B, T, N, W]."""
+    S = branch.key.length
+    places_11S = _numbers(S, 3)
+    n_blocks = -(-S // size)
+    indices_BTPX, valid_BTPX = selection
+    hits_BTPXJ = indices_BTPX[..., None] == _numbers(n_blocks, 5)
+    chosen_BTPJ = (hits_BTPXJ & valid_BTPX[..., None]).any(axis=3)
+    block_BTS = (places_11S - queries.first_BT[:, :, None]) // size
+    chosen_BTPS = jnp.take_along_axis(chosen_BTPJ, jnp.maximum(block_BTS, 0)[:, :, None], axis=-1)
+    own_BTS = (block_BTS >= 0) & (places_11S <= queries.places_BT[:, :, None])
+    k_BPSH = branch.key.whole()
+    grouped = _grouped(queries.q_BTNH, k_BPSH.shape[1])
+    scores_BTPGS = _product("BTPGH,BPSH->BTPGS", grouped, k_BPSH) * scale
+    weights_BTPGS = _softmax(scores_BTPGS, (chosen_BTPS & own_BTS[:, :, None])[:, :, :, None])
+    return _mix(weights_BTPGS, branch.value.whole())
+
+
+def gathered_attention(
+    queries: Queries, branch: Branch, selection: Selection, *, size: int, scale: float
+) -> jax.Array:
+    """Attends to the selected blocks, and reads nothing else: float32 [B, T, N, W]."""
+    indices_BTPX, valid_BTPX = selection
+    B, T, P, X = indices_BTPX.shape
+    S = branch.key.length
+    size_here = min(size, S)
+    begin_BTPX = queries.first_BT[:, :, None, None] + indices_BTPX * size
+    # A block that ends after the row is moved back; what it repeats of the one before is masked.
+    from_BTPX = jnp.clip(begin_BTPX, 0, S - size_here)
+    places_BTPXU = from_BTPX[..., None] + _numbers(size_here, 5)
+    visible_BTPXU = (
+        valid_BTPX[..., None]
+        & (places_BTPXU >= begin_BTPX[..., None])
+        & (places_BTPXU <= queries.places_BT[:, :, None, None, None])
+    )
+    wanted_BPTX = jnp.moveaxis(places_BTPXU, 2, 1).reshape(B, P, T, X * size_here)
+    k_BPTXH, v_BPTXW = branch.key.take(wanted_BPTX), branch.value.take(wanted_BPTX)
+    grouped = _grouped(queries.q_BTNH, P)
+    scores_BTPGX = _product("BTPGH,BPTXH->BTPGX", grouped, k_BPTXH) * scale
+    visible_BTP1X = visible_BTPXU.reshape(B, T, P, 1, X * size_here)
+    weights_BTPGX = _softmax(scores_BTPGX, visible_BTP1X).astype(v_BPTXW.dtype)
+    out_BTPGW = _product("BTPGX,BPTXW->BTPGW", weights_BTPGX, v_BPTXW)
+    return out_BTPGW.reshape(B, T, -1, out_BTPGW.shape[-1])
+
+
+def window_attention(queries: Queries, branch: Branch, *, window: int, scale: float) -> jax.Array:
+    """Attends to the last `window` tokens of consecutive queries: float32 [B, T, N, W]."""
+    B, T = queries.places_BT.shape
+    _, _, P, S, _ = branch.key.stack_LBPSX.shape
+    size = min(T + window - 1, S)
+    begin_B1 = jnp.clip(queries.places_BT[:, :1] - window + 1, 0, S - size)
+    places_BS = begin_B1 + _numbers(size, 2)
+    age_BTS = queries.places_BT[:, :, None] - places_BS[:, None]
+    own_BTS = places_BS[:, None] >= queries.first_BT[:, :, None]
+    visible_BTS = (age_BTS >= 0) & (age_BTS < window) & own_BTS
+    wanted_BPS = jnp.broadcast_to(places_BS[:, None], (B, P, size))
+    scores_BTPGS = _product(
+        "BTPGH,BPSH->BTPGS", _grouped(queries.q_BTNH, P), branch.key.take(wanted_BPS)
+    )
+    weights_BTPGS = _softmax(scores_BTPGS * scale, visible_BTS[:, :, None, None])
+    return _mix(weights_BTPGS, branch.value.take(wanted_BPS))
+
+
+def _numbers(count: int, ndim: int) -> jax.Array:
+    """Counts from 0 in the last of so many dims: int32 [1, ..., count]."""
+    return lax.iota(jnp.int32, count).reshape(*(1,) * (ndim - 1), count)
+
+
+def _grouped(q_BTNH: jax.Array, heads: int) -> jax.Array:
+    """Splits query heads by the key head that serves them: [B, T, P, N / P, H]."""
+    B, T, N, H = q_BTNH.shape
+    return q_BTNH.reshape(B, T, heads, N // heads, H)
+
+
+def _mix(weights_BTPGS: jax.Array, v_BPSW: jax.Array) -> jax.Array:
+    """Sums values by weight: float32 [B, T, N, W]."""
+    out = _product("BTPGS,BPSW->BTPGW", weights_BTPGS.astype(v_BPSW.dtype), v_BPSW)
+    return out.reshape(*out.shape[:2], -1, out.shape[-1])
+
+
+def _softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
+    """Softmax over the last dim of what is visible; 0 throughout where nothing is."""
+    scores = jnp.where(visible, scores, _MASKED)
+    highest = lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    weights = jnp.where(visible, jnp.exp(scores - highest), 0.0)
+    total = weights.sum(axis=-1, keepdims=True)
+    return weights / jnp.where(total > 0, total, 1.0)
