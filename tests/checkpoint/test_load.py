@@ -208,7 +208,7 @@ def test_model_runs_with_bfloat16_weights(name, tmp_path):
 
 
 def test_load_refuses_other_dtypes(folders):
-    for dtype in ("float16", "int8", "a dtype"):
+    for dtype in ("float16", "int16", "a dtype"):
         with pytest.raises(ValueError, match=rf"dtype='{dtype}' .*in bfloat16 or float32"):
             dsjax.load(folders["hf"], dtype=dtype)
 

@@ -172,11 +172,11 @@ def test_blocks_end_where_a_devices_share_does(folder):
 
 def test_a_weight_that_is_not_finite_is_named(folder, tmp_path):
     tensors = hf_files.plain(MTP)
-    name = "model.layers.1.mlp.experts.2.up_proj.weight"  # the first layer is dense
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"  # of an MTP module
     tensors[name] = tensors[name].copy()
     tensors[name][3, 5] = np.nan
     hf_files.write(tmp_path, MTP.config, tensors)
-    with pytest.raises(ValueError, match=r"^moe_layers\.ffn\.experts\.w_up: 1 of \d+ weights"):
+    with pytest.raises(ValueError, match=r"^mtp\.layer\.ffn\.experts\.w_up: 1 of \d+ weights"):
         dsjax.load(tmp_path, dtype="int8")
 
 

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsjax.checkpoint.families.rope import ROPE
 from dsjax.checkpoint.families.table import MAX_LISTED, Fields, Row, Values, field, fixed
 from dsjax.config import ModelConfig
-from dsjax.precision.fp8 import Scale
+
+if TYPE_CHECKING:
+    from dsjax.precision.fp8 import Scale  # what reads config.json alone needs no jax
 
 
 @dataclasses.dataclass(frozen=True)
