@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsjax.checkpoint import families
 from dsjax.checkpoint.families.table import Fields
 from dsjax.config import ModelConfig
-from dsjax.precision.fp8 import Scale
+
+if TYPE_CHECKING:
+    from dsjax.precision.fp8 import Scale  # what reads config.json alone needs no jax
 
 _MAX_TENSORS = 1_000_000  # of a checkpoint; V3 has 92,000
 
