@@ -49,7 +49,7 @@ class Warming:
     def _sizes(self) -> list[tuple[int, int]]:
         return [(batch, length) for length in self._shapes.lengths for batch in self._shapes.rows]
 
-    def _of(self, batch: int, length: int) -> Iterator[Callable[[], None]]:
+    def _of(self, batch: int, length: int) -> Iterator[Callable[[], object]]:
         """Yields what compiles each program for a cache of this size."""
         yield lambda: self._allocates(batch, length)
         if batch in self._shapes.newcomers:

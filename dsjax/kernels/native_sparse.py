@@ -50,7 +50,7 @@ class Pattern(NamedTuple):
     length: int  # of what is compressed to one entry
     stride: int  # between the beginnings of entries
     size: int  # of a block that is selected
-    count: int  # blocks per query
+    blocks: int  # per query
     window: int
 
 
@@ -112,7 +112,7 @@ def attend(
     """
     B, T, N, _ = queries.q_BTNH.shape
     S = selected.key.length
-    chosen = pattern.count * pattern.size
+    chosen = pattern.blocks * pattern.size
     gathered = T == 1 or S > _DENSE * chosen
     tile = functools.partial(
         _tile,
@@ -233,7 +233,7 @@ def select(scores_BTPJ: jax.Array, queries: Queries, pattern: Pattern) -> Select
     forced_BTJ = (number_11J == 0) | (number_11J >= own_BT1 - 1)
     scores_BTPJ = jnp.where(forced_BTJ[:, :, None], jnp.inf, scores_BTPJ)
     visible_BTJ = number_11J <= own_BT1
-    return sparse_attention.select(scores_BTPJ, visible_BTJ[:, :, None], pattern.count)
+    return sparse_attention.select(scores_BTPJ, visible_BTJ[:, :, None], pattern.blocks)
 
 
 def masked_attention(

@@ -258,7 +258,7 @@ def _tile(
     visible_BTS = jnp.broadcast_to((places_S[None] <= places_T[:, None])[None], (B, T, S))
     if q_segments_BT is not None:
         visible_BTS = visible_BTS & (q_segments_BT[:, :, None] == k_segments_BS[:, None])
-    mask_BTS = visible_BTS
+    mask_BTS, index_BTS = visible_BTS, None
     if lesson or count < S:
         index_BTS = index_scores(Index(index_q_BTIY, w_BTI, index_k_BSY))
         if lesson != "warmup":
@@ -267,7 +267,7 @@ def _tile(
     weights_BNTS = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BNTS, _MASKED), axis=-1)
     out_BTNW = _product("BNTS,BSNW->BTNW", weights_BNTS.astype(v_BSNW.dtype), v_BSNW)
     divergence_BT = None
-    if lesson:
+    if lesson and index_BTS is not None:
         wanted_BTS = lax.stop_gradient(weights_BNTS.mean(axis=1))
         divergence_BT = divergence(wanted_BTS, index_BTS, mask_BTS)
     return out_BTNW.astype(q_BTNH.dtype), divergence_BT

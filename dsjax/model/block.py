@@ -112,6 +112,7 @@ class Block(nnx.Module):
         y_BTD, divergence_BT = self.attn.learn(
             x_BTD, context.angles, context.segment_ids_BT, lesson
         )
+        assert divergence_BT is not None
         counted_BT = (context.documents_BT > 0).astype(jnp.float32)
         total = (divergence_BT * counted_BT).sum()
         return y_BTD, total / jnp.maximum(counted_BT.sum(), 1.0)

@@ -109,7 +109,7 @@ class NSA(Attention):
     @staticmethod
     def context_flops(config: ModelConfig, length: int, causal: bool) -> int:
         sizes = pattern(config)
-        chosen = sizes.count * sizes.size
+        chosen = sizes.blocks * sizes.size
         share = 0.5 if causal else 1.0
         keys = share * length / sizes.stride
         for most in (chosen, sizes.window):

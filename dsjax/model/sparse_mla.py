@@ -100,12 +100,12 @@ class SparseMLA(MLA):
             self.indexer.weights(detached_BTD),
             context.restore(self.indexer.keys(detached_BTD, angles)),
         )
-        kept = jax.tree.map(context.restore, tuple(entries.values()))
-        k_BSNH, v_BSNW = self.expand(*kept, self.expansion())
+        latent, rope_key = (context.restore(entry) for entry in entries.values())
+        k_BSNH, v_BSNW = self.expand(latent, rope_key, self.expansion())
         segments = None
         if segment_ids_BT is not None:
             segments = Segments(segment_ids_BT, context.restore(segment_ids_BT))
-        split = Split(*map(parts_here, ("batch", "heads", "length")))
+        split = Split(parts_here("batch"), parts_here("heads"), parts_here("length"))
         if split.length > 1:
             places_T = jnp.asarray(context.order(x_BTD.shape[1], split.length), jnp.int32)
             split = split._replace(places_T=places_T)

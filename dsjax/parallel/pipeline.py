@@ -65,7 +65,7 @@ class Result(NamedTuple):
     outer: Tree  # gradients
     layer_reports: Tree  # [layers, ...], summed over micro-batches
     reports: Tree  # of `leave`, [micro-batches, ...]
-    entered: jax.Array  # float32, the sum of the objectives of `enter`
+    entered: Tree  # float32, the sum of the objectives of `enter`
 
 
 class _Sums(NamedTuple):

@@ -124,8 +124,8 @@ def gradients(
             counts_LE=counts_LE,
         )
     if "index" in layers:
-        modules = jnp.float32(0) if totals.index is None else totals.index
-        totals = totals._replace(index=found.entered + layers["index"].sum() + modules)
+        modules = jnp.float32(0) if totals.index_loss is None else totals.index_loss
+        totals = totals._replace(index_loss=found.entered + layers["index"].sum() + modules)
     return nnx.merge_state(found.outer[0], found.layers[0]), totals
 
 

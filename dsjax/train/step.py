@@ -204,8 +204,8 @@ def _metrics(totals: Totals, grad_norm: jax.Array) -> Metrics:
         "dropped_tokens": totals.dropped_tokens,
         "max_violation": jnp.float32(0),
     }
-    if totals.index is not None:
-        metrics["index_loss"] = totals.index
+    if totals.index_loss is not None:
+        metrics["index_loss"] = totals.index_loss
     if totals.counts_LE is not None:
         counts_LE = totals.counts_LE.astype(jnp.float32)
         metrics["max_violation"] = max_violation(totals.counts_LE).mean()

@@ -11,7 +11,7 @@ from dsjax.kernels.sparse_attention import Selection
 from tests.closeness import F32, assert_close
 from tests.oracles.kernels import reference_attention
 
-SIZES = Pattern(length=8, stride=4, size=8, count=4, window=6)
+SIZES = Pattern(length=8, stride=4, size=8, blocks=4, window=6)
 B, T, S, N, P, H, W = 2, 5, 50, 4, 2, 6, 3
 FIRST = (0, 13)  # where the document of each row's queries begins
 
@@ -45,11 +45,11 @@ def scores_of(seed, n_blocks=-(-S // SIZES.size)):
 def test_selection_holds_the_first_and_the_nearest_blocks_and_the_best_others():
     scores = scores_of(0)
     indices, valid = kernel.select(scores, queries(), SIZES)
-    assert indices.shape == valid.shape == (B, T, P, SIZES.count)
+    assert indices.shape == valid.shape == (B, T, P, SIZES.blocks)
     for row, t, group in np.ndindex(B, T, P):
         own = (38 + t - FIRST[row]) // SIZES.size
         blocks = np.asarray(indices[row, t, group])[np.asarray(valid[row, t, group])]
-        assert len(set(blocks.tolist())) == len(blocks) == min(own + 1, SIZES.count)
+        assert len(set(blocks.tolist())) == len(blocks) == min(own + 1, SIZES.blocks)
         assert {0, own, max(own - 1, 0)} <= set(blocks.tolist())
         others = np.asarray(scores[row, t, group])[1 : max(own - 1, 1)]
         if len(others):
