@@ -6,13 +6,12 @@ extended to 128K, plus an indexer per layer. Two stages, sequences of 131,072 to
 2. sparse, this config: all parameters, the indexers to predict attention to the 2,048 keys that
    they chose; 15,000 steps of 480 sequences, 7.3e-6.
 
-The layout over devices, `micro_batch_size` and `remat` are our choices. Other sources of V3.2 (its
-tokenizer, its post-training) are not part of this.
+The layout over devices, `micro_batch_size` and `remat` are our choices.
 
-Command: python tools/train.py configs/v3_2_671b.py --workdir runs/v3_2 \
-    --set init=runs/v3_2_indexer data.files='text/*.parquet'
+Command: python tools/train.py configs/v3_2_671b.py --init runs/v3_2_indexer \
+    --workdir runs/v3_2 --set data.files='text/*.parquet'
 Hardware: DeepSeek's is not published for these stages; 512 TPU v5p here. Not run by us.
-Cost: 943.7B tokens, and 2.1B for the warm-up: `--set init=DeepSeek-V3.1 train.indexer=warmup
+Cost: 943.7B tokens, and 2.1B for the warm-up: `--init DeepSeek-V3.1 --set train.indexer=warmup
     train.steps=1000 train.batch_size=16 optim.learning_rate=1e-3`.
 Expected: not run; `tools/show.py` gives 671,877,944,064 parameters, 851,524,864 of them indexers'.
 """

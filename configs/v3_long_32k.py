@@ -7,8 +7,8 @@ MTP weight 0.1 and no bias update, as at the end of pre-training, are our readin
 `remat` and the layout are our choices: a micro-batch has a sequence for each of 64 groups of
 devices, which split it (`mesh.context`).
 
-Command: python tools/train.py configs/v3_long_32k.py --workdir runs/v3_32k --set init=runs/v3 \
-    data.files='long/*.parquet'
+Command: python tools/train.py configs/v3_long_32k.py --init runs/v3 --workdir runs/v3_32k \
+    --set data.files='long/*.parquet'
 Hardware: 8 TB of weights, gradients and moments, as for pre-training. Not run by us.
 Cost: 0.119M H800-hours for both phases (paper, table 1).
 Expected: not run.

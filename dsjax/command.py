@@ -47,17 +47,24 @@ SUCCESS, FAILURE, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """Returns a parser with `--debug` that prints `description`, a tool's docstring with its
-    examples, which begin with `dsjax` where that is how the tool was called.
+    examples, `as_called`.
     """
-    if _words()[0] == PROGRAM:
-        description = re.sub(r"python tools/(\w+)\.py", rf"{PROGRAM} \1", description or "")
     parser = argparse.ArgumentParser(
-        description=description,
+        description=as_called(description or ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--debug", action="store_true", help="on failure, print the traceback too")
     return parser
+
+
+def as_called(text: str) -> str:
+    """Returns a text with its `python tools/NAME.py` as `dsjax NAME` where that is how the tool was
+    called.
+    """
+    if _words()[0] != PROGRAM:
+        return text
+    return re.sub(r"python tools/(\w+)\.py", rf"{PROGRAM} \1", text)
 
 
 def line() -> str:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from dsjax import __version__, command
+from dsjax import __version__, command, settings
 
 TOOLS = (
     "train", "sft", "prefer", "grpo", "sample", "evaluate", "r1", "generate", "serve", "score",
@@ -34,12 +34,9 @@ def main() -> int:
 
 def _tool(name: str) -> ModuleType:
     """Imports a tool, which imports nothing heavy before it runs."""
-    here = Path(__file__).parent
-    # beside this file where the package is installed, else in the checkout
-    places = (folder / "tools" / f"{name}.py" for folder in (here, here.parent))
-    path = next(place for place in places if place.is_file())
-    spec = importlib.util.spec_from_file_location(f"dsjax.tools.{name}", path)
-    assert spec is not None and spec.loader is not None
+    path = settings.packaged(Path("tools", f"{name}.py"))
+    spec = path and importlib.util.spec_from_file_location(f"dsjax.tools.{name}", path)
+    assert spec and spec.loader
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     return tool

@@ -39,9 +39,6 @@ _KIND_NAMES = {
     str: "text",
 }
 
-# Configs that come with the package: beside this file where it is installed, else in the checkout.
-_PACKAGED = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
-
 _logger = logging.getLogger(__name__)
 
 
@@ -69,8 +66,15 @@ def find(path: str | Path) -> Path:
     if path.exists() or path.is_absolute() or path.suffix not in ("", ".py"):
         return path
     parts = path.parts[path.parts[:1] == ("configs",) :]
-    found = (folder.joinpath(*parts).with_suffix(".py") for folder in _PACKAGED if parts)
-    return next((config for config in found if config.is_file()), path)
+    return packaged(Path("configs", *parts).with_suffix(".py")) or path if parts else path
+
+
+def packaged(path: Path) -> Path | None:
+    """Finds a file of `configs/` or `tools/`, which lie inside an installed package, and beside it
+    in a checkout; None if there is none.
+    """
+    here = Path(__file__).parent
+    return next((found for place in (here, here.parent) if (found := place / path).is_file()), None)
 
 
 def load_any(path: str | Path, kinds: Sequence[type[Root]]) -> Root:

@@ -30,7 +30,7 @@ _COMMANDS = {
     "inspect": "family, shapes, tensors and bytes, found and expected",
 }
 _DTYPES = ("keep", "bfloat16", "float32", "fp8")
-_NEXT = {"import": "generate.py", "export": "convert.py inspect"}
+_NEXT = {"import": "python tools/generate.py", "export": "python tools/convert.py inspect"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,8 +72,8 @@ def execute(arguments: argparse.Namespace) -> None:
     source, target = arguments.source, arguments.target
     with Transfer(Console()) as progress:
         done = convert(source, target, dtype=arguments.dtype, progress=progress, **more)
-        progress.say(f"{done}; all in {target}")
-        progress.say(f"next: python tools/{_NEXT[arguments.command]} {shlex.quote(str(target))}")
+        then = command.as_called(_NEXT[arguments.command])
+        progress.say(f"{done}; all in {target}\nnext: {then} {shlex.quote(str(target))}")
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def load(
             return checkpoint.read(own_path, index, own_dtype)
 
         sharding = None if mesh is None else placed.get_value()
-        if small and (format_ := format_of(own_path, variable, small, sharding)):
+        if small and (format_ := format_of(own_path[-1], variable, small, sharding)):
             read_32 = functools.partial(checkpoint.read, own_path, dtype=FLOAT32)
             try:
                 return variable.copy(load_small(read_32, shape, *format_, sharding))

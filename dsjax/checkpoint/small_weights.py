@@ -42,7 +42,7 @@ Read = Callable[[Index], np.ndarray]
 
 
 def format_of(
-    path: Sequence[str],
+    name: str,
     variable: nnx.Variable,
     dtype: np.dtype,
     sharding: NamedSharding | None = None,
@@ -55,7 +55,7 @@ def format_of(
     """
     axes, shape = variable.get_metadata()["axes"], variable.get_value().shape
     own = [axis for axis in axes if axis not in _STACKED]
-    if len(own) != 2 or own[0] == "vocab" or "router_embed" in own or path[-1] == "wkv_b":
+    if len(own) != 2 or own[0] == "vocab" or "router_embed" in own or name == "wkv_b":
         return None
     parts = 1
     if sharding is not None:
@@ -72,7 +72,7 @@ def stored_bytes(declared: nnx.Module, dtype: np.dtype, compute: np.dtype) -> in
     total = 0.0
     leaves = jax.tree_util.tree_leaves_with_path(declared, is_leaf=_is_variable)
     for keys, variable in leaves:
-        small = format_of([str(getattr(keys[-1], "name", keys[-1]))], variable, dtype)
+        small = format_of(str(getattr(keys[-1], "name", keys[-1])), variable, dtype)
         bits = bits_per_weight(*small) if small else 8 * compute.itemsize
         total += np.prod(variable.get_value().shape, dtype=float) * bits / 8
     return int(total)

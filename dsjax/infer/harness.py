@@ -37,6 +37,7 @@ from dsjax.text.reply import ReplyReader
 from dsjax.text.vocabulary import open_vocabulary
 
 try:
+    import lm_eval.models  # noqa: F401 -- registers the harness's models, which ours would hide
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model

@@ -3,16 +3,16 @@
 * Compressed: one key and value for every `length` tokens, which begin every `stride` tokens. A
   query sees those whose last token is not after it. Their probabilities also say which blocks
   matter.
-* Selected: `count` blocks of `size` tokens, among them the first one and the two that a query is in
-  or just after. The query heads that share a key head share a choice.
+* Selected: `blocks` blocks of `size` tokens, among them the first one and the two that a query is
+  in or just after. The query heads that share a key head share a choice.
 * Window: the last `window` tokens.
 
 A query's own document begins at `first`, and blocks are counted from there, so nothing crosses the
 border of a packed document, and a document has the blocks that it has alone. Choice and attention
 are separate, as in `dsjax.kernels.sparse_attention`: `select` turns scores into block numbers, and
-into which of them are valid.
-`masked_attention` multiplies a query with all keys and masks those outside its blocks: the
-definition. `gathered_attention` reads the chosen blocks only. A query that sees no key gets 0.
+into which of them are valid. `masked_attention` scores all keys and masks those outside a query's
+blocks: the definition. `gathered_attention` reads the chosen blocks only. A query that sees no key
+gets 0.
 
 The choice has no gradient. Paper: NSA (arXiv:2502.11089), section 3. Equation 9 is printed as
 p[4j - m - n], where its blocks and entries count from 1; counted from 0, as in equations 7 and 11,
@@ -36,8 +36,8 @@ from dsjax.kernels.sparse_attention import Selection
 
 # Most numbers in the largest array of one tile of queries: 64 MiB of float32.
 _MOST = 2**24
-# Whole sequences are multiplied and masked up to so many times the chosen keys: a product reads a
-# key once for many queries, a gather once for each.
+# Sequences of up to this many times the chosen keys are masked, longer ones gathered: a product
+# reads a key once for many queries, a gather once for each.
 _DENSE = 8
 _MASKED = -1e30
 
@@ -220,7 +220,7 @@ def importance(
 
 
 def select(scores_BTPJ: jax.Array, queries: Queries, pattern: Pattern) -> Selection:
-    """Chooses the `count` blocks of the highest scores that begin at or before each query.
+    """Chooses the `blocks` blocks of the highest scores that begin at or before each query.
 
     The first block, the query's own and the one before are always chosen. Of equal scores, the
     earlier.
@@ -302,7 +302,7 @@ def window_attention(queries: Queries, branch: Branch, *, window: int, scale: fl
 
 
 def _numbers(count: int, ndim: int) -> jax.Array:
-    """Counts from 0 in the last of so many dims: int32 [1, ..., count]."""
+    """Returns 0 .. count - 1 in the last of `ndim` dims: int32 [1, ..., count]."""
     return lax.iota(jnp.int32, count).reshape(*(1,) * (ndim - 1), count)
 
 

@@ -123,8 +123,8 @@ def _count(mask_BTS: jax.Array) -> jax.Array:
 
 
 def _largest(holds: Callable[[jax.Array], jax.Array], like_BTS: jax.Array, bits: int) -> jax.Array:
-    """Returns the largest number of so many bits for which a condition holds, uint32 [B, T, 1], if
-    it holds for all below that.
+    """Returns the largest number of `bits` bits for which a condition holds, uint32 [B, T, 1]. The
+    condition must hold for all smaller numbers too.
     """
 
     def step(place: jax.Array | int, found: jax.Array) -> jax.Array:

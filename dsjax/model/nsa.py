@@ -49,7 +49,7 @@ class Compressor(nnx.Module):
     """Makes one vector of the keys, or values, of `length` tokens; every head has it alike."""
 
     def __init__(self, length: int, width: int, init_std: float, policy: Policy):
-        # The first layer adds up so many inputs that their sum keeps its size only if it is small.
+        # Scaled by fan-in, not by init_std: the first layer sums length * width inputs.
         self.position = declare((length, width), ("norm", "latent"), Normal(init_std))
         self.w_in = declare(
             (length * width, width), ("latent", "latent"), Normal((length * width) ** -0.5)

@@ -109,8 +109,8 @@ class Site:
         """Answers one request, as ASGI has it."""
         names = {name.lower() for name, _ in scope.get("headers", ())}
         if {b"content-length", b"transfer-encoding"} <= names:
-            # A proxy may believe the one where we believe the other, and what one of us takes for
-            # a body is a request to the other.
+            # Request smuggling: a proxy that trusts the other header than we do sees other borders
+            # between requests.
             error = ApiError(400, "Content-Length and Transfer-Encoding do not go together")
             await _Failure(error, {"Connection": "close"})(scope, receive, send)
             return

@@ -125,9 +125,8 @@ class Totals(NamedTuple):
 
     sums: Sums
     balance: jax.Array  # float32, weighted, summed over layers
-    index_loss: (
-        jax.Array | None
-    )  # the same of the index losses; None without an indexer that learns
+    # the same of the index losses; None without an indexer that learns
+    index_loss: jax.Array | None
     dropped_tokens: jax.Array  # int32
     counts_LE: jax.Array | None  # int32, tokens of each expert; None without routed experts
 

@@ -164,10 +164,9 @@ def test_blocks_end_where_a_devices_share_does(folder):
     depth = w_down.shape[-2]
     mesh = make_mesh({"tensor": 2}, n_devices=2)
     split = jax.NamedSharding(mesh, jax.P(None, None, "tensor", None))
-    path = ("moe_layers", "ffn", "experts", "w_down")
-    whole = format_of(path, w_down, INT8)
+    whole = format_of("w_down", w_down, INT8)
     assert whole == (INT8, np.gcd(depth, 32))
-    assert format_of(path, w_down, INT8, split) == (INT8, np.gcd(depth // 2, 32))
+    assert format_of("w_down", w_down, INT8, split) == (INT8, np.gcd(depth // 2, 32))
 
 
 def test_a_weight_that_is_not_finite_is_named(folder, tmp_path):

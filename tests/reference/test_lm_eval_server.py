@@ -15,7 +15,7 @@ from tests.reference.test_lm_eval import DATA, PROMPTS, TASKS, TEMPLATE, TEXTS
 from tests.serve.serving import serve
 
 pytestmark = [
-    pytest.mark.slow,  # minutes; needs the extras `reference` and `eval`
+    pytest.mark.torch,
     # The harness and the datasets library deprecate faster than they release.
     pytest.mark.filterwarnings("ignore"),
 ]

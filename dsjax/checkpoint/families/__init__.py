@@ -1,6 +1,6 @@
 """The families of published checkpoints, one per file, looked up by config.json's `model_type`.
 
-Each of llama.py, qwen2.py, deepseek.py (DeepSeekMoE), deepseek_v2.py, deepseek_v3.py,
+Each of llama.py, qwen2.py, qwen3.py, deepseek.py (DeepSeekMoE), deepseek_v2.py, deepseek_v3.py,
 deepseek_v32.py and kimi_k2.py declares one `Family`: the rows of its config.json and the names of
 its tensors, both two-way.
 family.py defines `Family` and the parts that families share; table.py defines rows, rope.py the row
