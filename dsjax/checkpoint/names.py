@@ -56,12 +56,13 @@ def tensors(model: ModelConfig, family: str) -> Iterator[Tensor]:
     """
     declared = families.find(family)
     if not declared.names(model):
+        others = families.naming(model)
         raise ValueError(
             f"family {family} has no names for model.attention={model.attention}, "
             f"qkv_bias={model.qkv_bias}, n_routed_experts={model.n_routed_experts}, "
             f"router_bias={model.router_bias}, n_mtp={model.n_mtp}, "
             f"index_topk={model.index_topk}; "
-            f"choose another of {', '.join(sorted(families.FAMILIES))}"
+            + (f"choose {' or '.join(others)}" if others else "nor has any other, so it stays here")
         )
     prefix, vocabulary = declared.prefix, (model.vocab_size, model.dim)
     embedding, final = ("embed", "weight"), ("norm", "weight")

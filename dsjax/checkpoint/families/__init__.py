@@ -33,9 +33,14 @@ def find(name: object) -> Family:
     raise ValueError(f"model_type={name!r} is not supported, only {', '.join(sorted(FAMILIES))}")
 
 
+def naming(model: ModelConfig) -> list[str]:
+    """Returns the families that can name this model's tensors."""
+    return [name for name, family in FAMILIES.items() if family.names(model)]
+
+
 def family_for(model: ModelConfig) -> str:
     """Returns the name of the family to publish a model as: the first that can name its tensors."""
-    fits = [name for name, family in FAMILIES.items() if family.names(model)]
+    fits = naming(model)
     # No family has names for, say, Llama's attention with V3's router. Such a model can be loaded;
     # exporting it is refused.
     if fits:

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from dsjax.checkpoint.families import naming
 from dsjax.config import ModelConfig
 from dsjax.files import listed, shown
 
@@ -60,8 +61,8 @@ def check(model: ModelConfig, place: str) -> None:
     if problems:
         raise ValueError(
             f"{place}: llama.cpp's {arch_of(model)} computes another model than this one: "
-            f"{'; '.join(problems)}. Run it here (tools/generate.py), or export a Hugging Face "
-            "folder for another program"
+            f"{'; '.join(problems)}. Run it here (tools/generate.py)"
+            + (", or export a Hugging Face folder for another program" if naming(model) else "")
         )
 
 
