@@ -10,6 +10,8 @@ replies     the answer to one HTTP request: choices as they arrive, and their us
 choice      the tokens of one choice as text, thought, tool calls and log-probabilities
 worker      the thread that owns the engine
 fair_queue  who waits, and in which order
+tools       the tools of a request, and what binds a reply that must call one
+marked_calls  the same in V3.2's markup
 steering    grammar, penalties and bias: what a token may be
 grammar     JSON, schemas and grammars by llguidance
 scoring     log-probabilities of given tokens

@@ -18,7 +18,7 @@ from dsjax.serve.errors import ApiError
 from dsjax.serve.record import Entry
 from dsjax.serve.replies import Replies
 from dsjax.serve.service import Service
-from dsjax.serve.tools import call_grammar, opening
+from dsjax.serve.tools import bind
 from dsjax.text.chat import ChatFormat, Message
 
 
@@ -47,22 +47,12 @@ def _prepare(asked: ChatRequest, service: Service) -> tuple[list[Request], list[
     """Encodes the conversation; slow, so it runs outside the event loop."""
     form, coder = service.form, service.vocabulary.coder
     assert form is not None
-    if form.name == "V3.2" and asked.tools.given:
-        raise ApiError(
-            422,
-            "tools: this server does not read calls in V3.2's own format; leave tools out, or give "
-            "the checkpoint a chat template of V3.1's format",
-            param="tools",
-        )
     prompt = _prompt(asked, form)
     began: list[int] = []
-    if asked.tools.required:
-        prompt = _unopened(prompt, form)
-        began = opening(coder, fenced=form.fenced)
-        prompt = [*prompt, *began]
     grammars: list[Any] = [None] * asked.options.n
     if asked.tools.required:
-        text = call_grammar(asked.tools, coder, fenced=form.fenced)
+        began, text = bind(asked.tools, form)
+        prompt = [*_unthinking(prompt, form), *began]
         grammars = [service.grammars.lark(text, "tools") for _ in grammars]
     elif asked.grammar:
         grammars = [asked.grammar(service.grammars) for _ in grammars]
@@ -76,7 +66,8 @@ def _prepare(asked: ChatRequest, service: Service) -> tuple[list[Request], list[
             stop_ids=service.vocabulary.stop_ids,
             think_ids=service.vocabulary.think_ids,
             stops=asked.options.stops,
-            fenced=form.fenced if asked.tools.given else None,
+            fenced=form.fenced if asked.tools.given and not form.marked else None,
+            marked=form.marked and bool(asked.tools.given),
             within_calls=began,
             top=asked.top,
         )
@@ -129,6 +120,15 @@ def _unopened(prompt: Sequence[int], form: ChatFormat) -> list[int]:
             if prompt[place] == think_ids[1]:
                 break
     return list(prompt)
+
+
+def _unthinking(prompt: Sequence[int], form: ChatFormat) -> list[int]:
+    """Returns the prompt of a reply that does not think, be it one that opens a thought."""
+    opened = _unopened(prompt, form)
+    think_ids = form.vocabulary.think_ids
+    if form.marked and think_ids is not None and len(opened) < len(prompt):
+        return [*opened, think_ids[1]]
+    return opened
 
 
 class _Message:

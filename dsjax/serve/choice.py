@@ -14,6 +14,7 @@ import numpy as np
 
 from dsjax.generate.record import Record
 from dsjax.generate.request import Output
+from dsjax.text import dsml
 from dsjax.text.reply import ReplyReader, opens_thought
 from dsjax.text.tokenizer import Coder
 from dsjax.text.tool_calls import CALLS, END_CALLS, CallPiece, CallReader
@@ -59,7 +60,8 @@ class Choice:
     Args:
       think_ids: ids of <think> and </think>; None: they are no tokens, or are to be text.
       prompt: the ids before the reply, which may have opened a thought.
-      fenced: the form of calls, see `CallReader`; None: the reply may not call tools.
+      fenced: the form of calls, see `CallReader`; None: the reply may not call tools by tokens.
+      marked: whether the reply may call tools in V3.2's markup.
       within_calls: the tokens of a call that the prompt has begun.
       top: how many likely tokens to report; None: nothing of tokens is reported.
     """
@@ -73,10 +75,11 @@ class Choice:
         think_ids: tuple[int, int] | None = None,
         stops: Sequence[str] = (),
         fenced: bool | None = None,
+        marked: bool = False,
         within_calls: Sequence[int] = (),
         top: int | None = None,
     ) -> None:
-        self._reader = ReplyReader(coder, think_ids, prompt, stops)
+        self._reader = ReplyReader(coder, think_ids, prompt, stops, dsml.MARKS if marked else ())
         self._think_ids: tuple[int, ...] = think_ids or ()
         self._thinking = opens_thought(prompt, think_ids)
         # Whether nothing of the thought (True) or of the answer after one (False) is there yet.
@@ -86,6 +89,7 @@ class Choice:
         self._begin_calls = coder.control.get(CALLS) if fenced is not None else None
         self._end_calls = coder.control.get(END_CALLS)
         self._calls: CallReader | None = None
+        self._marked = dsml.CallReader()
         self._top = top
         self.finish: str | None = None
         self.n_tokens = 0  # of the reply, its stop id included
@@ -132,6 +136,9 @@ class Choice:
             self._add(delta, token)
             if token in self._think_ids:
                 self._thinking = self._blank = token == self._think_ids[0]
+            self._add_marked(delta)
+            if self._marked.ended:
+                self._end("tool_calls", delta)
 
     def _add(self, delta: Delta, *tokens: int, flush: bool = False) -> None:
         for text, thought in self._reader.flush() if flush else self._reader.push(tokens):
@@ -145,13 +152,20 @@ class Choice:
                 delta.content += text
             self._blank = None
 
+    def _add_marked(self, delta: Delta) -> None:
+        delta.calls += self._marked.push(self._reader.take_calls())
+
     def _end(self, finish: str, delta: Delta) -> None:
         if self._calls is not None:
             delta.calls += self._calls.flush()
-            # A reply that stops by itself within its calls has made those that are whole.
-            finish = "tool_calls" if finish == "stop" and self._calls.count else finish
         else:
             self._add(delta, flush=True)
+            self._add_marked(delta)
+            if not self._marked.count and not self._reader.stopped:
+                delta.content += self._marked.text  # it only looked like calls
+        n_calls = (self._calls or self._marked).count
+        # A reply that stops by itself within its calls has made those that are whole.
+        finish = "tool_calls" if finish == "stop" and n_calls else finish
         delta.finish = self.finish = finish
 
     def _report(self, token: int, report: Record, place: int, top: int) -> TokenReport:

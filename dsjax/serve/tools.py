@@ -7,9 +7,11 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from dsjax.serve import marked_calls
 from dsjax.serve.fields import Fields, invalid
 from dsjax.serve.grammar import OPTIONS
 from dsjax.text import tool_calls
+from dsjax.text.chat import ChatFormat
 from dsjax.text.tokenizer import Coder
 
 MOST_TOOLS = 128
@@ -89,7 +91,7 @@ def call_grammar(tools: Tools, coder: Coder, *, fenced: bool) -> str:
         f" <[{coder.control[name]}]>" for name in (tool_calls.END_CALL, tool_calls.END_CALLS)
     )
     rules = []
-    for number, tool in enumerate(_required(tools)):
+    for number, tool in enumerate(required(tools)):
         name, schema = tool["name"], json.dumps({**tool["parameters"], "x-guidance": OPTIONS})
         if fenced:
             head, tail = json.dumps(f"{name}\n```json\n"), json.dumps("\n```")
@@ -102,6 +104,20 @@ def call_grammar(tools: Tools, coder: Coder, *, fenced: bool) -> str:
     return "\n".join([f"start: {calls}", *rules])
 
 
-def _required(tools: Tools) -> Sequence[dict[str, Any]]:
+def bind(tools: Tools, form: ChatFormat) -> tuple[list[int], str]:
+    """Returns what binds a reply to a required call: the tokens that begin it, and the grammar of
+    what must follow them.
+
+    Raises:
+      ApiError: 422, the parameters of a tool cannot be bound in the format.
+    """
+    coder = form.vocabulary.coder
+    if form.marked:
+        return marked_calls.opening(coder), marked_calls.call_grammar(required(tools))
+    return opening(coder, fenced=form.fenced), call_grammar(tools, coder, fenced=form.fenced)
+
+
+def required(tools: Tools) -> Sequence[dict[str, Any]]:
+    """Returns the functions of which a reply must call one."""
     functions = [tool["function"] for tool in tools.given]
     return [function for function in functions if function["name"] in tools.required]

@@ -170,6 +170,13 @@ class ChatFormat:
             return "```json" in self.template.source
         return self.name != "V3.1"
 
+    @property
+    def marked(self) -> bool:
+        """Whether calls of tools are V3.2's markup, see dsjax/text/dsml.py."""
+        return self.name == "V3.2" or (
+            self.template is not None and dsml.DSML in self.template.source
+        )
+
     def encode(
         self,
         messages: Sequence[Message],

@@ -18,29 +18,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from dsjax.text.tool_calls import Control
+from dsjax.text.reply import StopStrings
+from dsjax.text.tokenizer import Coder
+from dsjax.text.tool_calls import CallPiece, Control
 from dsjax.text.vocabulary import END_THINK, THINK
 
 DSML = "\uff5cDSML\uff5c"
 _BEGIN, _END = f"<{DSML}function_calls>", f"</{DSML}function_calls>"
-_CALL = re.compile(
-    rf'<{DSML}invoke name="(?P<name>[^"]*)">\n(?P<body>.*?)\n?</{DSML}invoke>', re.DOTALL
-)
+MARKS = (f"\n\n{_BEGIN}", _BEGIN)  # of which one begins the calls
+END_ARGUMENT = f"</{DSML}parameter>"
+# What a reply that must call begins with, up to a name, and what ends its one call.
+BEGIN_CALL = f'\n\n{_BEGIN}\n<{DSML}invoke name="'
+END_CALLS = f"</{DSML}invoke>\n{_END}"
+_CALL = re.compile(f'<{DSML}invoke name="(?P<name>[^"]*)">|{_END}')
 _ARGUMENT = re.compile(
-    rf'<{DSML}parameter name="(?P<key>[^"]*)" string="(?P<string>true|false)">(?P<value>.*?)'
-    rf"</{DSML}parameter>",
-    re.DOTALL,
+    f'<{DSML}parameter name="(?P<key>[^"]*)" string="(?P<string>true|false)">|</{DSML}invoke>'
 )
-
-
-class Call(NamedTuple):
-    """A call that a reply makes."""
-
-    name: str
-    arguments: str  # a JSON object
 
 
 def describe(tools: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -51,7 +47,7 @@ def describe(tools: Sequence[Mapping[str, Any]]) -> list[str]:
             _BEGIN,
             f'<{DSML}invoke name="$FUNCTION_NAME">',
             f'<{DSML}parameter name="$PARAMETER_NAME" string="true|false">$PARAMETER_VALUE'
-            f"</{DSML}parameter>",
+            f"{END_ARGUMENT}",
             "...",
             f"</{DSML}invoke>",
             f'<{DSML}invoke name="$FUNCTION_NAME2">',
@@ -106,8 +102,12 @@ def write_calls(calls: Sequence[Mapping[str, Any]]) -> list[str]:
 def _argument(key: str, value: Any) -> list[str]:
     is_text = isinstance(value, str)
     text = value if is_text else json.dumps(value, ensure_ascii=False)
-    begin = f'<{DSML}parameter name="{key}" string="{"true" if is_text else "false"}">'
-    return [*_marked(begin), text, *_marked(f"</{DSML}parameter>")]
+    return [*_marked(begin_argument(key, text=is_text)), text, *_marked(END_ARGUMENT)]
+
+
+def begin_argument(key: str, *, text: bool) -> str:
+    """Returns what stands before an argument's value, a text or JSON."""
+    return f'<{DSML}parameter name="{key}" string="{"true" if text else "false"}">'
 
 
 def write_results(results: Sequence[str]) -> list[str]:
@@ -131,33 +131,101 @@ def as_tokens(parts: Sequence[str], control: Mapping[str, int]) -> list[str]:
     return joined
 
 
+def encode(markup: str, coder: Coder) -> list[int]:
+    """Encodes markup of ours."""
+    ids: list[int] = []
+    for part in as_tokens(_marked(markup), coder.control):
+        ids += [coder.control[part]] if isinstance(part, Control) else coder.encode(part)
+    return ids
+
+
 def _marked(markup: str) -> list[str]:
     """Splits markup of ours at its tokens. What others wrote is never split: it stays text."""
     pieces = re.split(f"({DSML}|{THINK}|{END_THINK})", markup)
     return [Control(piece) if piece in (DSML, THINK, END_THINK) else piece for piece in pieces]
 
 
-def read_calls(text: str) -> tuple[str, list[Call]]:
-    """Splits a reply, without its thought, into what it says and the calls it makes. Text that only
-    looks like calls (an element is not closed, a value is not JSON) stays text.
+class CallReader:
+    """Reads the calls in a stream of text that begins with one of `MARKS`.
+
+    Arguments are passed on as they come, as a JSON object: texts are quoted, other values are taken
+    as they are written, and are JSON if the model has written it.
+
+    Attributes:
+      ended: whether the calls are over.
+      text: what has been read, up to the first call; a reply that never gets that far is text.
     """
-    said, begin, rest = text.partition(_BEGIN)
-    marked, end, after = rest.partition(_END)
-    found = [_read(match) for match in _CALL.finditer(marked)]
-    calls = [call for call in found if call is not None]
-    if not begin or not end or after.strip() or not calls or len(calls) < len(found):
-        return text, []
-    return said.removesuffix("\n\n"), calls
 
+    def __init__(self) -> None:
+        self.ended, self.text = False, ""
+        self._read: Callable[[], CallPiece | None] = self._call
+        self._unread = ""
+        self._index = -1
+        self._n_arguments = 0
+        self._quoted = False  # whether the argument is a text
+        self._value = StopStrings([END_ARGUMENT])
 
-def _read(match: re.Match[str]) -> Call | None:
-    values: dict[str, Any] = {}
-    for argument in _ARGUMENT.finditer(match["body"]):
-        try:
-            is_text = argument["string"] == "true"
-            values[argument["key"]] = (
-                argument["value"] if is_text else json.loads(argument["value"])
-            )
-        except json.JSONDecodeError:
+    @property
+    def count(self) -> int:
+        """Counts the calls begun so far, with a name."""
+        return self._index + 1
+
+    def push(self, text: str) -> list[CallPiece]:
+        """Returns what this text completes."""
+        self._unread += text
+        if not self.count:
+            self.text += text
+        pieces: list[CallPiece] = []
+        while not self.ended and (piece := self._read()) is not None:
+            pieces += [piece] if piece.name is not None or piece.arguments else []
+        return pieces
+
+    def _call(self) -> CallPiece | None:
+        """Reads up to the name of a call, or the end of all."""
+        match = self._find(_CALL)
+        if match is None:
             return None
-    return Call(match["name"], json.dumps(values, ensure_ascii=False))
+        if match["name"] is None:
+            self.ended = self.count > 0
+            return self._more("")
+        self._index += 1
+        self._n_arguments, self._read = 0, self._argument
+        return CallPiece(self._index, match["name"], "")
+
+    def _argument(self) -> CallPiece | None:
+        """Reads up to the value of an argument, or the end of the call."""
+        match = self._find(_ARGUMENT)
+        if match is None:
+            return None
+        begin = "" if self._n_arguments else "{"
+        if match["key"] is None:
+            self._read = self._call
+            return self._more(begin + "}")
+        self._quoted = match["string"] == "true"
+        self._value, self._read = StopStrings([END_ARGUMENT]), self._rest_of_value
+        begin = ", " if self._n_arguments else begin
+        self._n_arguments += 1
+        quote = '"' if self._quoted else ""
+        return self._more(f"{begin}{json.dumps(match['key'], ensure_ascii=False)}: {quote}")
+
+    def _rest_of_value(self) -> CallPiece | None:
+        """Reads a value as far as it has come."""
+        if not self._unread:
+            return None
+        text, self._unread = self._value.push(self._unread), ""
+        end = ""
+        if self._value.stopped:
+            self._unread, self._read = self._value.rest, self._argument
+            end = '"' if self._quoted else ""
+        return self._more(
+            (json.dumps(text, ensure_ascii=False)[1:-1] if self._quoted else text) + end
+        )
+
+    def _find(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        match = pattern.search(self._unread)
+        if match is not None:
+            self._unread = self._unread[match.end() :]
+        return match
+
+    def _more(self, arguments: str) -> CallPiece:
+        return CallPiece(self._index, None, arguments)

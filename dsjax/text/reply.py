@@ -59,6 +59,9 @@ class Detokenizer:
 class StopStrings:
     """Passes text on until the first stop string, which is removed.
 
+    Attributes:
+      rest: the text from the stop string on, itself included.
+
     Raises:
       ValueError: a stop string is empty.
     """
@@ -68,16 +71,17 @@ class StopStrings:
             raise ValueError("a stop string is empty; give at least one character")
         self._stops = tuple(stops)
         self._held = ""
-        self.stopped = False
+        self.stopped, self.rest = False, ""
 
     def push(self, text: str) -> str:
         """Returns the text that can no longer be part of a stop string."""
         if self.stopped:
+            self.rest += text
             return ""
         text = self._held + text
         found = [index for stop in self._stops if (index := text.find(stop)) >= 0]
         if found:
-            self.stopped, self._held = True, ""
+            self.stopped, self._held, self.rest = True, "", text[min(found) :]
             return text[: min(found)]
         certain = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[certain:]
@@ -110,6 +114,8 @@ class ReplyReader:
       think_ids: ids of <think> and </think>; None for a model without them.
       prompt: the ids before the reply, which may already have opened the thought.
       stops: see `StopStrings`.
+      marks: texts that end what the answer says and begin its calls of tools, where these are not
+        told by tokens; see `take_calls`.
     """
 
     def __init__(
@@ -118,11 +124,12 @@ class ReplyReader:
         think_ids: tuple[int, int] | None = None,
         prompt: Sequence[int] = (),
         stops: Sequence[str] = (),
+        marks: Sequence[str] = (),
     ) -> None:
         self._think_id, self._end_think_id = think_ids or (None, None)
         self._thought = opens_thought(prompt, think_ids)
         self._detokenizer = Detokenizer(coder)
-        self._stops = StopStrings(stops)
+        self._stops, self._marks = StopStrings(stops), StopStrings(marks)
 
     @property
     def stopped(self) -> bool:
@@ -146,11 +153,20 @@ class ReplyReader:
         """Returns the rest, after the last token."""
         pieces: list[Piece] = []
         self._add(pieces, self._detokenizer.flush())
+        self._end(pieces, self._marks.flush())
         if rest := self._stops.flush():
             pieces.append(Piece(rest, self._thought))
         return pieces
 
+    def take_calls(self) -> str:
+        """Returns what has come since the last time of the text from a mark on, itself included."""
+        text, self._marks.rest = self._marks.rest, ""
+        return text
+
     def _add(self, pieces: list[Piece], text: str) -> None:
+        self._end(pieces, text if self._thought else self._marks.push(text))
+
+    def _end(self, pieces: list[Piece], text: str) -> None:
         if text := self._stops.push(text):
             pieces.append(Piece(text, self._thought))
 

@@ -8,6 +8,7 @@ import time
 
 import httpx
 import numpy as np
+import uvicorn
 
 from dsjax.generate.engine import Statistics
 from dsjax.generate.record import Record
@@ -126,6 +127,21 @@ def client(site, **options):
     """An asynchronous client of a site, without a network."""
     transport = httpx.ASGITransport(site)
     return httpx.AsyncClient(transport=transport, base_url="http://localhost", **options)
+
+
+@contextlib.contextmanager
+def listening(site):
+    """Context in which a site listens at a port; yields its address."""
+    server = uvicorn.Server(uvicorn.Config(site, port=0, log_config=None, lifespan="off"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def ask(site, method, path, **options):

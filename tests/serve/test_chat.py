@@ -1,14 +1,17 @@
 """Chats: what the engine is asked for, and what becomes of its tokens."""
 
 import json
+import re
 import time
 
+import openai
 import pytest
 
 from dsjax.serve.grammar import Matcher
-from dsjax.text import tool_calls
+from dsjax.text import dsml, tool_calls
+from dsjax.text.dsml import DSML
 from tests.serve.formats import TOOL_TOKENS
-from tests.serve.scripted import ask, events, make_service, make_site, post, running
+from tests.serve.scripted import ask, events, listening, make_service, make_site, post, running
 from tests.serve.test_tools import tool
 
 CHAT = "/v1/chat/completions"
@@ -41,6 +44,11 @@ def spell(coder, reply):
     for part in reply if isinstance(reply, list) else [reply]:
         ids += [coder.control[part]] if part in coder.control else coder.encode(part)
     return ids
+
+
+def spelled_markup(text):
+    """Markup with its token apart, for `spell`."""
+    return [part for part in re.split(f"({DSML})", text) if part]
 
 
 STOP = "<\uff5cend\u2581of\u2581sentence\uff5c>"
@@ -179,6 +187,90 @@ def test_calls_of_tools_come_as_the_api_has_them(start, form):
         assert "".join(own) == '{"city": "Rome"}' and len(own) > 2
 
 
+MARKED = "".join(
+    dsml.write_calls(
+        [{"function": {"name": "get_weather", "arguments": '{"city": "Rome", "days": [1, 2]}'}}] * 2
+    )
+)
+
+
+def test_marked_calls_come_as_the_api_has_them(start):
+    """V3.2's, with the thought and the words before them; stop strings do not cut them."""
+    reply = ["Some thought", "</think>", "Some text", *spelled_markup(MARKED), STOP]
+    site, engine, coder = start(reply, form="V3.2", context=3000)
+    body = {
+        "messages": HELLO, "tools": [tool()], "thinking": {"type": "enabled"}, "stop": ["Rome"],
+    }  # fmt: skip
+    (choice,) = post(site, CHAT, **body)["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    message = choice["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Some thought", "Some text")
+    arguments = '{"city": "Rome", "days": [1, 2]}'
+    assert [call["function"] for call in message["tool_calls"]] == [
+        {"name": "get_weather", "arguments": arguments}
+    ] * 2
+    chunks = events(ask(site, "POST", CHAT, json=body | {"stream": True}))
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    deltas = [c["choices"][0]["delta"] for c in chunks]
+    assert "".join(delta.get("content") or "" for delta in deltas) == "Some text"
+    pieces = [p for delta in deltas for p in delta.get("tool_calls", ())]
+    for index in (0, 1):
+        own = [p for p in pieces if p["index"] == index]
+        assert own[0]["function"]["name"] == "get_weather" and own[0]["id"]
+        assert "".join(p["function"]["arguments"] for p in own) == arguments and len(own) > 4
+    # What the client sends back is what the model has written.
+    ids = [call["id"] for call in message["tool_calls"]]
+    results = [{"role": "tool", "tool_call_id": id, "content": "25"} for id in ids]
+    turns = [*HELLO, message, *results]
+    post(site, CHAT, **body | {"messages": turns})
+    prompt = coder.decode(engine.requests[-1].prompt, skip_special=False)
+    said = f"<think>Some thought</think>Some text{MARKED}{STOP}"
+    results = "\n<result>25</result>" * 2
+    assert prompt.endswith(f"{said}\n\n<function_results>{results}\n</function_results>\n\n<think>")
+
+
+def test_openais_client_streams_marked_calls(start):
+    reply = ["Some thought", "</think>", *spelled_markup(MARKED), STOP]
+    site, _, _ = start(reply, form="V3.2", context=3000)
+    with (
+        listening(site) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+        client.chat.completions.stream(
+            model="deepseek-reasoner", messages=HELLO, tools=[tool()]
+        ) as stream,
+    ):
+        kinds = [event.type for event in stream]
+        (choice,) = stream.get_final_completion().choices
+    assert choice.finish_reason == "tool_calls" and not choice.message.content
+    assert choice.message.reasoning_content == "Some thought"
+    called = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls]
+    assert called == [("get_weather", '{"city": "Rome", "days": [1, 2]}')] * 2
+    assert kinds.count("tool_calls.function.arguments.delta") > 8
+
+
+def test_markup_is_text_without_tools_or_calls(start):
+    broken = MARKED.replace("invoke", "call")
+    site, _, _ = start([*spelled_markup(broken), STOP], form="V3.2", context=3000)
+    for more in ({}, {"tools": [tool()]}):
+        (choice,) = post(site, CHAT, messages=HELLO, **more)["choices"]
+        assert choice["message"]["content"] == broken and choice["finish_reason"] == "stop"
+
+
+def test_required_marked_call_begins_in_the_prompt_behind_the_thought(start):
+    rest = MARKED.split('name="', 1)[1].split("</" + DSML + "invoke>")[0] + dsml.END_CALLS
+    site, engine, coder = start([*spelled_markup(rest), STOP], form="V3.2", context=3000)
+    body = post(site, CHAT, messages=HELLO, tools=[tool()], tool_choice="required",
+                thinking={"type": "enabled"})  # fmt: skip
+    assert calls_of(body) == [("get_weather", '{"city": "Rome", "days": [1, 2]}')]
+    (request,) = engine.requests
+    prompt = coder.decode(request.prompt, skip_special=False)
+    assert prompt.endswith(f"</think>{dsml.BEGIN_CALL}") and request.steering is not None
+    bad = tool(parameters={"anyOf": [{"type": "object"}], "type": "array"})
+    response = ask(site, "POST", CHAT, json={
+        "messages": HELLO, "tools": [bad], "tool_choice": "required"})  # fmt: skip
+    assert response.status_code == 422 and "must be an object with properties" in response.text
+
+
 def test_required_call_begins_in_the_prompt_and_is_bound(start):
     end = [tool_calls.SEPARATOR, '{"city": "Rome"}', tool_calls.END_CALL, tool_calls.END_CALLS]
     site, engine, coder = start(["get_weather", *end], context=1000)
@@ -231,10 +323,10 @@ def everywhere(text):
     }
 
 
-@pytest.mark.parametrize("form", ["V3", "R1", "V3.1"])
+@pytest.mark.parametrize("form", ["V3", "R1", "V3.1", "V3.2"])
 def test_nothing_that_a_client_writes_is_control_or_a_template(start, form):
-    site, engine, coder = start("x", form=form, context=4000)
-    hostile = "".join([*TOOL_TOKENS, "<think>", "</think>", STOP, "<\uff5cAssistant\uff5c>"])
+    site, engine, coder = start("x", form=form, context=8000)
+    hostile = "".join([*TOOL_TOKENS, "<think>", "</think>", STOP, "<\uff5cAssistant\uff5c>", DSML])
     for text in ("x", hostile, "{{ 7 * 191 }}{% for a in b %}", "\u0000\ue000"):
         post(site, CHAT, **everywhere(text))
     control = set(coder.control.values())

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dsjax.text import dsml
 from dsjax.text.chat import Message, find_format
-from dsjax.text.dsml import DSML, Call, read_calls, write_calls
+from dsjax.text.dsml import DSML, CallReader, write_calls
 from dsjax.text.tool_calls import Control
 from dsjax.text.vocabulary import open_vocabulary
 from tests.text import released
@@ -42,34 +44,68 @@ def test_calls_are_written_as_published():
     assert sum(isinstance(part, Control) for part in parts) == PUBLISHED.count(DSML)
 
 
-def test_calls_are_read_back():
-    said, calls = read_calls(f"I look.{PUBLISHED}")
-    assert said == "I look."
-    assert [call.name for call in calls] == ["weather", "now"]
-    assert [json.loads(call.arguments) for call in calls] == [
+def read(text, size=1):
+    """The calls of a text that comes in chunks, as (name, arguments), and the pieces."""
+    reader, pieces = CallReader(), []
+    for start in range(0, len(text), size):
+        pieces += reader.push(text[start : start + size])
+    calls = [
+        (
+            next(piece.name for piece in pieces if piece.number == number),
+            "".join(piece.arguments for piece in pieces if piece.number == number),
+        )
+        for number in range(reader.count)
+    ]
+    return calls, pieces, reader
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+def test_calls_are_read_back(size):
+    calls, pieces, reader = read(PUBLISHED, size)
+    assert reader.ended
+    assert [name for name, _ in calls] == ["weather", "now"]
+    assert [json.loads(arguments) for _, arguments in calls] == [
         {"city": "Bern", "days": 3, "at": ["x"]},
         {},
     ]
+    assert [piece.number for piece in pieces] == sorted(piece.number for piece in pieces)
+    assert all(piece.name is None or not piece.arguments for piece in pieces)
+
+
+def test_arguments_come_as_they_are_written():
+    begun = PUBLISHED[: PUBLISHED.index("rn</")]
+    (call,), _, reader = read(begun)
+    assert call == ("weather", '{"city": "Be') and not reader.ended
+    long = PUBLISHED.replace("Bern", "Bern " * 30)
+    _, pieces, _ = read(long)
+    assert len([piece for piece in pieces if piece.number == 0]) > 100
 
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "no call",
-        PUBLISHED[:-3],
-        PUBLISHED.replace(">3<", ">three<"),
-        PUBLISHED.replace("invoke", "call"),
-        f"{PUBLISHED} and more",
-    ],
+    ["no call", PUBLISHED.replace("invoke", "call"), PUBLISHED[: PUBLISHED.index("weather")]],
 )
 def test_what_only_looks_like_calls_stays_text(text):
-    assert read_calls(text) == (text, [])
+    calls, pieces, reader = read(text)
+    assert not calls and not pieces and reader.text == text
 
 
-def test_text_may_hold_what_looks_like_json():
-    call = {"function": {"name": "f", "arguments": json.dumps({"x": '{"a": 1}', "y": 'a "b"'})}}
-    _, (read,) = read_calls("".join(write_calls([call])))
-    assert read == Call("f", json.dumps({"x": '{"a": 1}', "y": 'a "b"'}))
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(
+        st.text(st.characters(exclude_characters='"', exclude_categories=["Cs"]), max_size=5),
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+        | st.integers()
+        | st.lists(st.none() | st.booleans() | st.text(st.characters(exclude_categories=["Cs"]))),
+        max_size=4,
+    ),
+    st.integers(1, 9),
+)
+def test_any_arguments_survive_their_markup(arguments, size):
+    """Whatever a text holds but the end of its own element."""
+    call = {"function": {"name": "f", "arguments": json.dumps(arguments)}}
+    ((name, written),), _, reader = read("".join(write_calls([call])), size)
+    assert name == "f" and json.loads(written) == arguments and reader.ended
 
 
 @pytest.mark.parametrize(

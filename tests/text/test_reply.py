@@ -172,3 +172,24 @@ def test_a_model_without_think_tokens_answers_only():
     reader = ReplyReader(CODER, None, prompt=[THINK])
     text = "a</think>" + EOS
     assert reader.push(ids_of(text.encode())) == [Piece(text, False)]
+
+
+@pytest.mark.parametrize("sizes", [[], [1] * 60, [3] * 20])
+def test_calls_begin_at_a_mark_in_the_answer(sizes):
+    """Not in the thought, and no stop string counts behind it."""
+    reader = ReplyReader(CODER, THINK_IDS, [THINK], stops=["stop"], marks=["\n\n<c>", "<c>"])
+    ids = [*ids_of(b"a<c>b"), END_THINK, *ids_of(b"said\n\n<d>\n\n<c> stop")]
+    pieces, calls = [], ""
+    for part in chunks(ids, sizes):
+        pieces += reader.push(part)
+        calls += reader.take_calls()
+    pieces += reader.flush()
+    assert "".join(text for text, thought in pieces if thought) == "a<c>b"
+    assert "".join(text for text, thought in pieces if not thought) == "said\n\n<d>"
+    assert calls + reader.take_calls() == "\n\n<c> stop" and not reader.stopped
+
+
+def test_half_a_mark_is_text():
+    reader = ReplyReader(CODER, marks=["\n\n<calls>"])
+    pieces = [*reader.push(ids_of(b"x\n\n<ca")), *reader.flush()]
+    assert "".join(piece.text for piece in pieces) == "x\n\n<ca" and not reader.take_calls()
