@@ -7,5 +7,5 @@ import no jax, so neither side could own the names.
 # In order of the network between their devices, the slowest first: neighbours along the last axes
 # talk most.
 AXES = ("pipe", "data", "fsdp", "expert", "context", "tensor")
-# Loading, generating and scoring split neither layers into stages nor sequences into parts.
-CHECKPOINT_AXES = ("data", "fsdp", "expert", "tensor")
+# Loading, generating and scoring do not split layers into stages.
+CHECKPOINT_AXES = tuple(axis for axis in AXES if axis != "pipe")

@@ -49,6 +49,7 @@ from dsjax.generate.shapes import (
 )
 from dsjax.generate.speculative import check as check_drafting
 from dsjax.generate.warming import Warming
+from dsjax.model.cache import check_split
 from dsjax.model.transformer import Transformer
 
 _SECONDS_BETWEEN_ITEMS = 0.05
@@ -105,8 +106,8 @@ class Engine:
             `max_batch` is required.
 
         Raises:
-          ValueError: `prefill_chunk`, `max_batch` or `prefix_tokens` is out of range, or the model
-            has no MTP modules to draft with.
+          ValueError: `prefill_chunk`, `max_batch` or `prefix_tokens` is out of range, the model has
+            no MTP modules to draft with, or its mesh would split a cache that stays whole.
         """
         if prefill_chunk < MIN_CHUNK or prefill_chunk != power_of_two(prefill_chunk):
             raise ValueError(
@@ -121,6 +122,7 @@ class Engine:
             check_drafting(model.config)
         self.statistics = Statistics()
         self._programs = Programs(model)
+        check_split(model.config, self._programs.mesh)
         self._vocab_size = model.config.vocab_size
         self._n_drafts = model.config.n_mtp if speculative else 0
         self._chunk = prefill_chunk

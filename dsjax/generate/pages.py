@@ -3,7 +3,8 @@
 A pool of pages is a cache whose rows are the pages: letter Z counts pages and U a page's tokens. A
 row of a running batch stays in one piece, so decoding reads no page; entries are copied once when a
 request comes and once when it goes. One call copies a few pages of one row, and moves no more than
-these between the devices of a mesh.
+these between the devices of a mesh: nothing along `context`, whose devices hold the same share of
+every page as of every row (`dsjax.parallel.split_cache`).
 """
 
 from __future__ import annotations
@@ -15,14 +16,23 @@ from dsjax.generate.decoding import Carry
 from dsjax.model.block import attention_class
 from dsjax.model.cache import Cache, empty_cache
 from dsjax.model.transformer import Transformer
+from dsjax.parallel import split_cache
+from dsjax.parallel.sharding import parts_here
 
 
 def empty_pool(model: Transformer, *, n_pages: int, page: int, n_drafts: int) -> Cache:
     """Allocates pages of `page` tokens.
 
     Raises:
-      ValueError: a page would end inside an entry that several tokens share.
+      ValueError: a page would end inside an entry that several tokens share, or does not divide
+        over the mesh.
     """
+    if page % (n_parts := parts_here("length")):
+        raise ValueError(
+            f"a page of {page} tokens, which follows from prefill_chunk, does not divide over "
+            f"mesh.context={n_parts}; choose a power of two up to {page}, or keep no prefixes "
+            "(prefix_tokens=0)"
+        )
     every = max(
         entry.every for entry in attention_class(model.config).cached(model.config).values()
     )
@@ -61,16 +71,22 @@ def fill(
         scatter_dims_to_operand_dims=(1, 3),
     )
 
-    def write(mine_LBPSX: jax.Array, pool_LZPUX: jax.Array) -> jax.Array:
-        new_XLPUX = jnp.moveaxis(pool_LZPUX[:, pages_X], 1, 0)
-        S, U = mine_LBPSX.shape[3], pool_LZPUX.shape[3]
-        begins_X = jnp.minimum(places_X, S // U) * U
-        into_X2 = jnp.stack([jnp.broadcast_to(row, begins_X.shape), begins_X], axis=1)
-        return jax.lax.scatter(
-            mine_LBPSX, into_X2, new_XLPUX, dims, unique_indices=True, mode="drop"
-        )
+    def write(caches: tuple[Cache, Cache], whole: tuple[jax.Array, ...]) -> Cache:
+        row, places_X, pages_X = whole
 
-    return carry._replace(cache=jax.tree.map(write, carry.cache, pool).pinned())
+        def in_entry(mine_LBPSX: jax.Array, pool_LZPUX: jax.Array) -> jax.Array:
+            new_XLPUX = jnp.moveaxis(pool_LZPUX[:, pages_X], 1, 0)
+            S, U = mine_LBPSX.shape[3], pool_LZPUX.shape[3]
+            begins_X = jnp.minimum(places_X, S // U) * U
+            into_X2 = jnp.stack([jnp.broadcast_to(row, begins_X.shape), begins_X], axis=1)
+            return jax.lax.scatter(
+                mine_LBPSX, into_X2, new_XLPUX, dims, unique_indices=True, mode="drop"
+            )
+
+        return jax.tree.map(in_entry, *caches)
+
+    cache = split_cache.update(write, (carry.cache, pool), (row, places_X, pages_X))
+    return carry._replace(cache=cache.pinned())
 
 
 def save(
@@ -90,11 +106,16 @@ def save(
     """
     del model
 
-    def write(pool_LZPUX: jax.Array, mine_LBPSX: jax.Array) -> jax.Array:
-        L, B, P, S, X = mine_LBPSX.shape
-        U = pool_LZPUX.shape[3]
-        new_XLPUX = mine_LBPSX.reshape(L, B, P, S // U, U, X)[:, row, :, places_X]
-        pages = pool_LZPUX.at[:, pages_X]
-        return pages.set(jnp.moveaxis(new_XLPUX, 0, 1), mode="drop", unique_indices=True)
+    def write(caches: tuple[Cache, Cache], whole: tuple[jax.Array, ...]) -> Cache:
+        row, places_X, pages_X = whole
 
-    return jax.tree.map(write, pool, carry.cache).pinned()
+        def in_entry(pool_LZPUX: jax.Array, mine_LBPSX: jax.Array) -> jax.Array:
+            L, B, P, S, X = mine_LBPSX.shape
+            U = pool_LZPUX.shape[3]
+            new_XLPUX = mine_LBPSX.reshape(L, B, P, S // U, U, X)[:, row, :, places_X]
+            pages = pool_LZPUX.at[:, pages_X]
+            return pages.set(jnp.moveaxis(new_XLPUX, 0, 1), mode="drop", unique_indices=True)
+
+        return jax.tree.map(in_entry, *caches)
+
+    return split_cache.update(write, (pool, carry.cache), (row, places_X, pages_X)).pinned()

@@ -27,6 +27,7 @@ from dsjax.infer.answers import (
     default_sampling,
 )
 from dsjax.infer.weights import load_weights
+from dsjax.model.cache import check_split
 from dsjax.parallel.mesh import submesh
 from dsjax.text.chat import ChatFormat, Message, find_format
 from dsjax.text.reply import Piece
@@ -42,8 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     Raises:
       ValueError: the checkpoint, its tokenizer or the tokens cannot be used, the prompt is too
-      long,
-        or a base model should chat. All of this is checked before the weights are read.
+        long, a base model should chat, or the mesh would split a cache that stays whole. All of
+        this is checked before the weights are read.
     """
     checkpoint = load.open_checkpoint(arguments.checkpoint, dict(arguments.override))
     named = {key: getattr(arguments, key) for key in ("temperature", "top_k", "top_p", "min_p")}
@@ -51,6 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     defaults = default_sampling(checkpoint.tokenizer_folder)
     sampling = dataclasses.replace(defaults, seed=arguments.seed, **given)
     mesh = submesh(arguments.mesh)
+    check_split(checkpoint.model, mesh)
 
     def open_engine() -> Engine:
         model = load_weights(checkpoint, mesh, arguments.dtype)

@@ -26,7 +26,7 @@ from dsjax.infer.weights import load_weights
 from dsjax.infer.windows import Text, TextFiles, Window
 from dsjax.model.head import predict, token_scores
 from dsjax.model.transformer import Transformer
-from dsjax.parallel.context import arrange, restore
+from dsjax.parallel.context import arrange, fitting, restore
 from dsjax.parallel.sharding import parts
 
 Progress = Callable[[int, int], None]
@@ -111,8 +111,9 @@ class Scorer:
 
     def _score_rows(self, rows: list[list[Window]], length: int) -> Iterator[WindowScore]:
         batch = windows.stack(rows, n_rows=self.rows, length=length)
+        arrays = map(self._padded, (batch.inputs, batch.targets, batch.segment_ids))
         with self._on_mesh():
-            scores = _token_scores(self.model, batch.inputs, batch.targets, batch.segment_ids)
+            scores = _token_scores(self.model, *arrays)
         nats, greedy = np.asarray(scores[0], np.float64), np.asarray(scores[1])
         for window, row, start in batch.places:
             scored = row, slice(start + window.first, start + window.size)
@@ -134,9 +135,10 @@ class Scorer:
             rows = tokens[start : start + n_rows]
             with self._on_mesh():
                 # The last batch is padded with rows that are not read, to keep one shape.
-                states = _hidden(self.model, np.resize(rows, (n_rows, length)), mtp=mtp)
+                filled = self._padded(np.resize(rows, (n_rows, length)))
+                states = _hidden(self.model, filled, mtp=mtp)
             for number in range(len(rows)):
-                yield tuple(state[number] for state in states)
+                yield tuple(state[number, :length] for state in states)
 
     def logits(
         self, hidden_TD: jax.Array, targets: np.ndarray
@@ -154,6 +156,11 @@ class Scorer:
             with self._on_mesh():
                 logits, nats = _logits(self.model, piece_TD, filled)
             yield logits, np.asarray(nats, np.float64)[: len(known)]
+
+    def _padded(self, x_BT: np.ndarray) -> np.ndarray:
+        """Adds zeros, which no earlier token sees, up to a length that divides over the mesh."""
+        length = x_BT.shape[1]
+        return np.pad(x_BT, ((0, 0), (0, fitting(length, self._mesh) - length)))
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[object]:
         return jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()

@@ -7,6 +7,9 @@ are not read. Scores and softmax are float32.
 
 A score may be a sum of several products (MLA has one without position and one of rotated channels).
 Each product has its own key heads, so operands need not be concatenated.
+
+A device may hold a `Part` of the positions only. Then its result counts for as much as its keys'
+share of the softmax (`Attended`).
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from dsjax.kernels.varying import vary_as
 
 # Most scores of one block, over rows, heads, queries and positions: 64 MiB of float32.
 _MAX_SCORES = 2**24
@@ -34,6 +39,33 @@ class Block(NamedTuple):
     values: jax.Array  # [B, P, S, W]
 
 
+class Part(NamedTuple):
+    """Which positions an array of cached ones holds: number `rank`, and every `count`-th from there
+    on.
+    """
+
+    rank: jax.Array | int = 0
+    count: int = 1
+
+    def position(self, index: jax.Array) -> jax.Array:
+        """Returns the position that each place of the array holds."""
+        return index * jnp.int32(self.count) + self.rank
+
+
+WHOLE = Part()
+
+
+class Attended(NamedTuple):
+    """Values summed by their weights in a softmax over some keys, and what it takes to join them
+    with those of other keys. Of no visible key, `out` is finite and the highest score as low as
+    scores are.
+    """
+
+    out_BTNW: jax.Array
+    highest_BTN: jax.Array  # score, float32
+    total_BTN: jax.Array  # of the exponentials of scores less the highest, float32
+
+
 Read = Callable[[jax.Array | int, int], Block]  # (first position, number of positions)
 
 
@@ -44,32 +76,37 @@ def cached_attention(
     positions_BT: jax.Array,
     *,
     scale: float,
-) -> jax.Array:
+    part: Part = WHOLE,
+) -> Attended:
     """Attends to the cached positions up to each query's own.
 
     Args:
       queries: [B, T, N, X] each, one per product.
-      length: positions of the cache, unwritten ones included.
+      read: takes places in the cache, which are positions unless it holds a part of them.
+      length: places of the cache, unwritten ones included.
       positions_BT: int32 position of each query.
 
     Returns:
-      [B, T, N, W] in the queries' dtype.
+      `out` in the queries' dtype.
     """
     B, T, N, _ = queries[0].shape
     size = _block_size(B * N * T, length)
     queries = tuple(q.swapaxes(1, 2) for q in queries)
     if size == length:
         block = read(0, length)
-        scores = _scores(queries, block.keys, 0, positions_BT, scale)
-        out = _mix(jax.nn.softmax(scores, axis=-1), block.values)
-        return out.astype(queries[0].dtype).swapaxes(1, 2)
+        scores = _scores(queries, block.keys, 0, positions_BT, scale, part)
+        highest = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - highest)
+        total = weights.sum(axis=-1, keepdims=True)
+        out = _mix(weights / total, block.values)
+        return _attended(out.astype(queries[0].dtype), highest, total)
 
     def join(index: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]):
         highest, total, out = carry
         # The last block is moved back to end where the cache does; what it repeats is masked.
         start = jnp.minimum(index * size, length - size)
         block = read(start, size)
-        scores = _scores(queries, block.keys, start, positions_BT, scale, first=index * size)
+        scores = _scores(queries, block.keys, start, positions_BT, scale, part, index * size)
         new_highest = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_highest)
         shrink = jnp.exp(highest - new_highest)
@@ -82,9 +119,18 @@ def cached_attention(
         jnp.zeros((B, N, T, 1), jnp.float32),
         jnp.zeros((B, N, T, width), jnp.float32),
     )
-    n_blocks = positions_BT.max() // size + 1
-    _, total, out = lax.fori_loop(0, n_blocks, join, start)
-    return (out / total).astype(queries[0].dtype).swapaxes(1, 2)
+    start = jax.tree.map(lambda x: vary_as(x, jnp.asarray(part.rank)), start)
+    # Equally many on all devices that hold parts: what a block needs may be gathered from others.
+    n_blocks = positions_BT.max() // (part.count * size) + 1
+    highest, total, out = lax.fori_loop(0, n_blocks, join, start)
+    # The total is at least 1: the highest score's own weight.
+    return _attended((out / total).astype(queries[0].dtype), highest, total)
+
+
+def _attended(out_BNTW: jax.Array, highest_BNT1: jax.Array, total_BNT1: jax.Array) -> Attended:
+    return Attended(
+        out_BNTW.swapaxes(1, 2), *(x[..., 0].swapaxes(1, 2) for x in (highest_BNT1, total_BNT1))
+    )
 
 
 def _block_size(scores_per_position: int, length: int) -> int:
@@ -99,11 +145,11 @@ def _scores(
     start: jax.Array | int,
     positions_BT: jax.Array,
     scale: float,
-    *,
+    part: Part,
     first: jax.Array | int = 0,
 ) -> jax.Array:
-    """Returns masked scores [B, N, T, S] of queries [B, N, T, X] against the positions from `start`
-    on; positions before `first` are masked too.
+    """Returns masked scores [B, N, T, S] of queries [B, N, T, X] against the places from `start`
+    on; those before `first` are masked too.
     """
     products = []
     for q_BNTX, k_BPSX in zip(queries, keys, strict=True):
@@ -111,7 +157,8 @@ def _scores(
         product = jnp.einsum("BPSX,BPMX->BPSM", k_BPSX, grouped, preferred_element_type=jnp.float32)
         products.append(product.swapaxes(2, 3).reshape(*q_BNTX.shape[:3], -1))
     index_11S = (start + jnp.arange(keys[0].shape[2], dtype=jnp.int32))[None, None]
-    visible_BTS = (index_11S <= positions_BT[:, :, None]) & (index_11S >= first)
+    visible_BTS = part.position(index_11S) <= positions_BT[:, :, None]
+    visible_BTS = visible_BTS & (index_11S >= first)
     return jnp.where(visible_BTS[:, None], sum(products) * scale, _MASKED)
 
 

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsjax.kernels.cached_attention import Attended
 from dsjax.kernels.flash_attention import Segments
 
 # Most numbers in the largest array of one tile: 64 MiB of float32.
@@ -54,6 +55,21 @@ class Selection(NamedTuple):
 
     indices_BTJ: jax.Array  # int32, all different
     valid_BTJ: jax.Array  # bool; the others are keys that the query does not see
+
+
+class Keys(NamedTuple):
+    """Keys among which to choose, of each query its own, and in any order."""
+
+    scores_BTS: jax.Array
+    places_BTS: jax.Array  # int32, at least 0; of equal scores the lowest win
+    visible_BTS: jax.Array  # bool
+
+
+class Limit(NamedTuple):
+    """The last key of a choice, [B, T, 1] each."""
+
+    rank: jax.Array  # uint32, see `_ranks`
+    end: jax.Array  # uint32, the place up to which keys of this rank are chosen
 
 
 class Split(NamedTuple):
@@ -93,17 +109,39 @@ def chosen(scores_BTS: jax.Array, visible_BTS: jax.Array, count: int) -> jax.Arr
     S = scores_BTS.shape[-1]
     if count >= S:
         return visible_BTS
-    # Numbers in the order of the scores; invisible keys are below all others.
-    ranks_BTS = jnp.where(visible_BTS, _ordered(_plain_zeros(scores_BTS)), jnp.uint32(0))
+    keys = Keys(scores_BTS, lax.broadcasted_iota(jnp.int32, (1, 1, S), 2), visible_BTS)
+    return within(keys, limit(keys, count, most=S))
+
+
+def limit(keys: Keys, count: int, *, most: int = 2**31 - 1) -> Limit:
+    """Finds the last of the `count` visible keys of the highest scores.
+
+    Args:
+      most: places are below it.
+    """
+    ranks_BTS, places_BTS = _ranks(keys), keys.places_BTS.astype(jnp.uint32)
     enough = jnp.int32(count)
-    least = _largest(lambda trial: _count(ranks_BTS >= trial) >= enough, ranks_BTS, bits=32)
-    above, tied = ranks_BTS > least, (ranks_BTS == least) & visible_BTS
-    room = enough - _count(above)
-    place_11S = lax.broadcasted_iota(jnp.uint32, (1, 1, S), 2)
+    rank = _largest(lambda trial: _count(ranks_BTS >= trial) >= enough, ranks_BTS, bits=32)
+    tied_BTS = (ranks_BTS == rank) & keys.visible_BTS
+    room = enough - _count(ranks_BTS > rank)
     end = _largest(
-        lambda trial: _count(tied & (place_11S < trial)) <= room, ranks_BTS, bits=S.bit_length()
+        lambda trial: _count(tied_BTS & (places_BTS < trial)) <= room,
+        ranks_BTS,
+        bits=most.bit_length(),
     )
-    return above | (tied & (place_11S < end))
+    return Limit(rank, end)
+
+
+def within(keys: Keys, last: Limit) -> jax.Array:
+    """Tells which keys are chosen, bool [B, T, S]."""
+    ranks_BTS, places_BTS = _ranks(keys), keys.places_BTS.astype(jnp.uint32)
+    tied_BTS = (ranks_BTS == last.rank) & keys.visible_BTS
+    return (ranks_BTS > last.rank) | (tied_BTS & (places_BTS < last.end))
+
+
+def _ranks(keys: Keys) -> jax.Array:
+    """Returns numbers in the order of the scores, invisible keys below all others: uint32."""
+    return jnp.where(keys.visible_BTS, _ordered(_plain_zeros(keys.scores_BTS)), jnp.uint32(0))
 
 
 def _plain_zeros(scores: jax.Array) -> jax.Array:
@@ -141,7 +179,7 @@ def gathered_attention(
     valid_BTJ: jax.Array,
     *,
     scale: float,
-) -> jax.Array:
+) -> Attended:
     """Attends from each query to J keys of its own, which all its heads share.
 
     Args:
@@ -149,15 +187,19 @@ def gathered_attention(
       keys: [B, T, J, X] each.
 
     Returns:
-      [B, T, N, W] in the queries' dtype.
+      `out` in the queries' dtype.
     """
     products = [
         _product("BTNX,BTJX->BTNJ", q_BTNX, k_BTJX)
         for q_BTNX, k_BTJX in zip(queries, keys, strict=True)
     ]
     scores_BTNJ = jnp.where(valid_BTJ[:, :, None], sum(products) * scale, _MASKED)
-    weights_BTNJ = jax.nn.softmax(scores_BTNJ, axis=-1).astype(v_BTJW.dtype)
-    return _product("BTNJ,BTJW->BTNW", weights_BTNJ, v_BTJW).astype(queries[0].dtype)
+    highest_BTN1 = scores_BTNJ.max(axis=-1, keepdims=True)
+    weights_BTNJ = jnp.exp(scores_BTNJ - highest_BTN1)
+    total_BTN1 = weights_BTNJ.sum(axis=-1, keepdims=True)
+    weights_BTNJ = (weights_BTNJ / total_BTN1).astype(v_BTJW.dtype)
+    out_BTNW = _product("BTNJ,BTJW->BTNW", weights_BTNJ, v_BTJW).astype(queries[0].dtype)
+    return Attended(out_BTNW, highest_BTN1[..., 0], total_BTN1[..., 0])
 
 
 def masked_attention(

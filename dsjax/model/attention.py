@@ -6,12 +6,13 @@ subclass, one line in `dsjax.model.block.attention_class` and its fields in `Mod
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
 
 from dsjax.config import ModelConfig
+from dsjax.kernels.cached_attention import Attended
 from dsjax.model import rope
 from dsjax.model.layer_cache import EntryShape, LayerCache
 from dsjax.parallel import context
@@ -28,6 +29,7 @@ class Attention(nnx.Module):
     config: ModelConfig
     policy: Policy
     wo: nnx.Variable
+    splits: ClassVar[bool] = True  # whether devices may hold a part of the cached positions each
 
     @staticmethod
     def cached(config: ModelConfig) -> dict[str, EntryShape]:
@@ -72,8 +74,15 @@ class Attention(nnx.Module):
         """
         raise NotImplementedError
 
-    def attend(self, q_BTNH: jax.Array, cache: LayerCache, positions_BT: jax.Array) -> jax.Array:
-        """Attends to the cached positions up to each query's own: [B, T, N, W]."""
+    def attend(
+        self, cache: LayerCache, q_BTNH: jax.Array, positions_BT: jax.Array, weights: Any
+    ) -> Attended:
+        """Attends to the cached positions up to each query's own.
+
+        Args:
+          cache: or this device's part of it (`dsjax.parallel.split_cache.part`).
+          weights: what `expansion` returns.
+        """
         raise NotImplementedError
 
     @jax.named_scope("attention")
@@ -99,5 +108,6 @@ class Attention(nnx.Module):
         """Adds tokens at consecutive positions to the cache and attends from them to it."""
         q_BTNH = self.queries(x_BTD, angles)
         cache = cache.append(positions_BT[:, 0], **self.entries(x_BTD, angles))
-        out_BTX = self.attend(q_BTNH, cache, positions_BT).reshape(*x_BTD.shape[:2], -1)
+        out_BTNW = cache.attend(self.attend, q_BTNH, positions_BT, self.expansion())
+        out_BTX = out_BTNW.reshape(*x_BTD.shape[:2], -1)
         return linear(out_BTX, self.wo[...], self.policy), cache

@@ -23,7 +23,8 @@ from jax.typing import DTypeLike
 from dsjax.config import ModelConfig
 from dsjax.model.block import attention_class
 from dsjax.model.layer_cache import Entries
-from dsjax.parallel.sharding import constrain, parts
+from dsjax.parallel import split_cache
+from dsjax.parallel.sharding import constrain, parts, parts_here
 
 
 class Cache(NamedTuple):
@@ -51,26 +52,49 @@ class Cache(NamedTuple):
           others_X: int32, the row of `other` that takes each place; one row may take several.
         """
 
-        def replace(mine_LBPSX: jax.Array, new_LBPSX: jax.Array) -> jax.Array:
-            new_LXPSX = new_LBPSX[:, others_X].astype(mine_LBPSX.dtype)
-            rows = mine_LBPSX.at[:, rows_X, :, : new_LBPSX.shape[3]]
-            return rows.set(new_LXPSX, mode="drop", unique_indices=True)
+        def replace(caches: tuple[Cache, Cache], whole: tuple[jax.Array, jax.Array]) -> Cache:
+            rows_X, others_X = whole
 
-        return jax.tree.map(replace, self, other)
+            def in_entry(mine_LBPSX: jax.Array, new_LBPSX: jax.Array) -> jax.Array:
+                new_LXPSX = new_LBPSX[:, others_X].astype(mine_LBPSX.dtype)
+                rows = mine_LBPSX.at[:, rows_X, :, : new_LBPSX.shape[3]]
+                return rows.set(new_LXPSX, mode="drop", unique_indices=True)
+
+            return jax.tree.map(in_entry, *caches)
+
+        return split_cache.update(replace, (self, other), (rows_X, others_X))
 
 
 def entry_axes(shape: Sequence[int], mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """Returns the logical axes of an entry [L, B, P, S, X]: rows over the mesh's batch axes, heads
-    with the attention weights' heads where their number divides.
+    with the attention weights' heads where their number divides, positions over `context`
+    (`dsjax.parallel.split_cache`).
     """
     heads = "heads" if shape[2] % parts("heads", mesh) == 0 else "width"
-    return "end_layers", "batch", heads, "tokens", "width"
+    return "end_layers", "batch", heads, "length", "width"
+
+
+def check_split(config: ModelConfig, mesh: Mesh | AbstractMesh | None) -> None:
+    """Raises ValueError if the mesh would split a cache that cannot be split."""
+    n_parts = parts("length", mesh) if mesh else 1
+    if n_parts > 1 and not attention_class(config).splits:
+        raise ValueError(
+            f"model.attention={config.attention} keeps its cache whole: an entry is made of tokens "
+            f"that mesh.context={n_parts} devices would share out; generate with context=1 and "
+            "split over data, fsdp, expert or tensor"
+        )
 
 
 def empty_cache(
     config: ModelConfig, batch: int, length: int, dtype: DTypeLike, *, mtp: bool = False
 ) -> Cache:
-    """Makes room for `length` tokens in each of `batch` rows; `mtp`: for the MTP modules too."""
+    """Makes room for `length` tokens in each of `batch` rows, or for a few more where the current
+    mesh splits them into equal parts.
+
+    Args:
+      mtp: whether to make room for the MTP modules too.
+    """
+    length += -length % parts_here("length")
     shapes = attention_class(config).cached(config)
 
     def entries(layers: int) -> Entries | None:

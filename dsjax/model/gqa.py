@@ -8,11 +8,12 @@ from __future__ import annotations
 import jax
 
 from dsjax.config import ModelConfig
-from dsjax.kernels import cached_attention
+from dsjax.kernels.cached_attention import Attended, Block, cached_attention
 from dsjax.model import rope
 from dsjax.model.attention import Angles, Attention
 from dsjax.model.layer_cache import EntryShape, LayerCache
 from dsjax.model.layers import Constant, Normal, RMSNorm, declare
+from dsjax.parallel import split_cache
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
 
@@ -69,11 +70,14 @@ class GQA(Attention):
     def expand(self, k_BSPH, v_BSPH, weights: None) -> tuple[jax.Array, jax.Array]:  # type: ignore
         return k_BSPH, v_BSPH
 
-    def attend(self, q_BTNH: jax.Array, cache: LayerCache, positions_BT: jax.Array) -> jax.Array:
-        def block(start: jax.Array | int, size: int) -> cached_attention.Block:
+    def attend(
+        self, cache: LayerCache, q_BTNH: jax.Array, positions_BT: jax.Array, weights: None
+    ) -> Attended:
+        def block(start: jax.Array | int, size: int) -> Block:
             entries = cache.read(start, size)
-            return cached_attention.Block((entries["key"],), entries["value"])
+            return Block((entries["key"],), entries["value"])
 
-        return cached_attention.cached_attention(
-            (q_BTNH,), block, cache.length, positions_BT, scale=rope.attention_scale(self.config)
+        scale, part = rope.attention_scale(self.config), split_cache.part()
+        return cached_attention(
+            (q_BTNH,), block, cache.length, positions_BT, scale=scale, part=part
         )

@@ -3,15 +3,22 @@
 An attention class names what it caches per token (`dsjax.model.attention`); the arrays of one name
 are [L, B, P, S, X]: layers, rows, heads, positions, channels. A head's positions are contiguous, so
 attention reads them as one matrix.
+
+Devices along `mesh.context` hold a part of the positions each (`dsjax.parallel.split_cache`). They
+read it inside `attend` alone, where `length` and all places are those of the part.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from dsjax.kernels.cached_attention import Attended, Part
+from dsjax.parallel import split_cache
 
 Entries = dict[str, jax.Array]  # name -> [L, B, P, S, X]
 
@@ -42,15 +49,35 @@ class LayerCache(NamedTuple):
         Args:
           new_BTPX: [B, T, P, X] each, or [B, T, X] of an entry with one head.
         """
-        written = {
-            name: self._write(self.entries[name], starts_B, values)
-            for name, values in new_BTPX.items()
-        }
+
+        def write(entries: Entries, whole: Any) -> Entries:
+            layer, starts_B, new = whole
+            own = LayerCache(entries, layer)
+            return {name: own._write(entries[name], starts_B, new[name]) for name in new}
+
+        named = {name: self.entries[name] for name in new_BTPX}
+        written = split_cache.update(write, named, (self.layer, starts_B, new_BTPX))
         return self._replace(entries=self.entries | written)
+
+    def attend(self, function: Callable[..., Attended], *whole: Any) -> jax.Array:
+        """Calls `function(part, *whole)` for the part of this cache that each device holds, and
+        joins the results: [B, T, N, W].
+
+        Args:
+          whole: arrays that each device sees whole.
+        """
+
+        def on_part(entries: Entries, whole: Any) -> Attended:
+            layer, *others = whole
+            return function(LayerCache(entries, layer), *others)
+
+        return split_cache.attend(on_part, self.entries, (self.layer, *whole))
 
     def _write(self, stack_LBPSX: jax.Array, starts_B: jax.Array, new_BTPX: jax.Array) -> jax.Array:
         if new_BTPX.ndim == 3:
             new_BTPX = new_BTPX[:, :, None]
+        if (part := split_cache.part()).count > 1:
+            starts_B, new_BTPX = self._own(stack_LBPSX, starts_B, new_BTPX, part)
         rows_B = jnp.arange(starts_B.shape[0], dtype=jnp.int32)
         layer_B = jnp.broadcast_to(self.layer, starts_B.shape)
         # One window [P, T, X] per row.
@@ -69,6 +96,24 @@ class LayerCache(NamedTuple):
             mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
         )
 
+    def _own(
+        self, stack_LBPSX: jax.Array, starts_B: jax.Array, new_BTPX: jax.Array, part: Part
+    ) -> tuple[jax.Array, jax.Array]:
+        """Takes those of some new values that belong into this part: where each row's first one
+        goes, int32 [B], and as many values as any part can get. A row that gets fewer has what the
+        cache held in the others' places.
+        """
+        T, S = new_BTPX.shape[1], stack_LBPSX.shape[3]
+        size = -(-T // part.count)
+        first_B = jnp.minimum(-(-(starts_B - part.rank) // part.count), S - size)
+        places_BX = first_B[:, None] + lax.iota(jnp.int32, size)[None]
+        token_BX = part.position(places_BX) - starts_B[:, None]
+        is_new_BX = (token_BX >= 0) & (token_BX < T)
+        index_BX11 = jnp.clip(token_BX, 0, T - 1)[:, :, None, None]
+        taken_BXPY = jnp.take_along_axis(new_BTPX, index_BX11, axis=1).astype(stack_LBPSX.dtype)
+        held_BXPY = self._gather(stack_LBPSX, places_BX)
+        return first_B, jnp.where(is_new_BX[:, :, None, None], taken_BXPY, held_BXPY)
+
     def read(self, start: jax.Array | int, size: int) -> Entries:
         """Returns this layer's entries at `size` positions from `start` on: [B, P, size, X]."""
 
@@ -83,12 +128,13 @@ class LayerCache(NamedTuple):
         """Returns this layer's entries at some positions of each row, all within the cache:
         [B, ..., P, X] for int32 [B, ...].
         """
+        return {name: self._gather(stack, positions_BX) for name, stack in self.entries.items()}
 
+    def _gather(self, stack_LBPSX: jax.Array, positions_BX: jax.Array) -> jax.Array:
         def of_row(stack_LPSX: jax.Array, positions_X: jax.Array) -> jax.Array:
             # One gather out of the whole stack: the layer is not copied first.
             rows = stack_LPSX.at[self.layer, :, positions_X]
             return rows.get(mode="promise_in_bounds")
 
         # Mapped over rows, so that each device gathers from its own.
-        gather = jax.vmap(of_row, in_axes=(1, 0))
-        return {name: gather(stack, positions_BX) for name, stack in self.entries.items()}
+        return jax.vmap(of_row, in_axes=(1, 0))(stack_LBPSX, positions_BX)

@@ -15,18 +15,19 @@ Paper: DeepSeek-V2 (arXiv:2405.04434) section 2.1, equations 9 to 19; V3 (arXiv:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsjax.config import ModelConfig
-from dsjax.kernels import cached_attention
+from dsjax.kernels.cached_attention import Attended, Block, cached_attention
 from dsjax.model import rope
 from dsjax.model.attention import Angles, Attention
 from dsjax.model.layer_cache import EntryShape, LayerCache
 from dsjax.model.layers import Normal, RMSNorm, declare
+from dsjax.parallel import split_cache
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
 
@@ -125,51 +126,52 @@ class MLA(Attention):
         expanded = linear(c_BSC, wkv_b, self.policy).reshape(*c_BSC.shape[:2], -1, H + W)
         return expanded[..., :H], expanded[..., H:]
 
-    def attend(self, q_BTNH: jax.Array, cache: LayerCache, positions_BT: jax.Array) -> jax.Array:
-        config, scale = self.config, rope.attention_scale(self.config)
-        q_nope, q_rope = jnp.split(q_BTNH, [config.qk_nope_head_dim], axis=-1)
+    def attend(
+        self, cache: LayerCache, q_BTNH: jax.Array, positions_BT: jax.Array, weights: Any
+    ) -> Attended:
+        scale, part = rope.attention_scale(self.config), split_cache.part()
+        q_nope, q_rope = jnp.split(q_BTNH, [self.config.qk_nope_head_dim], axis=-1)
 
-        def expanded_block(start: jax.Array | int, size: int) -> cached_attention.Block:
+        def expanded_block(start: jax.Array | int, size: int) -> Block:
             entries = cache.read(start, size)
-            k_BSNH, v_BSNW = self._up(entries["latent"][:, 0], self.wkv_b[...])
-            keys = k_BSNH.swapaxes(1, 2), entries["rope_key"]
-            return cached_attention.Block(keys, v_BSNW.swapaxes(1, 2))
+            k_BSNH, v_BSNW = self._up(entries["latent"][:, 0], weights)
+            return Block((k_BSNH.swapaxes(1, 2), entries["rope_key"]), v_BSNW.swapaxes(1, 2))
 
-        def latent_block(start: jax.Array | int, size: int) -> cached_attention.Block:
+        def latent_block(start: jax.Array | int, size: int) -> Block:
             entries = cache.read(start, size)
             c_B1SC = entries["latent"]
-            return cached_attention.Block((c_B1SC, entries["rope_key"]), c_B1SC)
+            return Block((c_B1SC, entries["rope_key"]), c_B1SC)
 
-        if not self.absorbs(config, q_BTNH.shape[1]):
-            return cached_attention.cached_attention(
-                (q_nope, q_rope), expanded_block, cache.length, positions_BT, scale=scale
+        if not self.absorbs(self.config, q_BTNH.shape[1]):
+            queries = q_nope, q_rope
+            return cached_attention(
+                queries, expanded_block, cache.length, positions_BT, scale=scale, part=part
             )
+        queries = self.absorbed(q_nope, weights), q_rope
+        attended = cached_attention(
+            queries, latent_block, cache.length, positions_BT, scale=scale, part=part
+        )
+        return self.projected(attended, weights)
 
-        def over_latents(q_BTNC: jax.Array) -> jax.Array:
-            return cached_attention.cached_attention(
-                (q_BTNC, q_rope), latent_block, cache.length, positions_BT, scale=scale
-            )
-
-        return self.absorbed(q_nope, over_latents)
-
-    def absorbed(self, q_BTNH: jax.Array, attend: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """Attends to latents in place of the keys and values that are projected from them.
-
-        Args:
-          q_BTNH: queries without position.
-          attend: queries [B, T, N, C] -> latents summed by weight, [B, T, N, C].
-
-        Returns:
-          [B, T, N, W].
+    def absorbed(self, q_BTNH: jax.Array, weights: Any) -> jax.Array:
+        """Returns queries of latents, [B, T, N, C], for queries without position, [B, T, N, H] of
+        keys that are projected from latents.
         """
-        config = self.config
-        weight_NCX = jnp.reshape(
-            self.wkv_b[...].astype(q_BTNH.dtype), (config.kv_lora_rank, config.n_heads, -1)
-        ).swapaxes(0, 1)
         # Zeros where the weight holds values: taking it apart would cost more than they do.
-        q_BTNX = jnp.pad(q_BTNH, ((0, 0), (0, 0), (0, 0), (0, config.v_head_dim)))
-        out_BTNC = attend(_per_head(q_BTNX, weight_NCX, 2))
-        return _per_head(out_BTNC, weight_NCX, 1)[..., config.qk_nope_head_dim :]
+        q_BTNX = jnp.pad(q_BTNH, ((0, 0), (0, 0), (0, 0), (0, self.config.v_head_dim)))
+        return _per_head(q_BTNX, self._per_head_weights(weights, q_BTNH), 2)
+
+    def projected(self, attended: Attended, weights: Any) -> Attended:
+        """Projects latents that were summed by weight, [B, T, N, C], to values, [B, T, N, W]."""
+        weight_NCX = self._per_head_weights(weights, attended.out_BTNW)
+        out_BTNX = _per_head(attended.out_BTNW, weight_NCX, 1)
+        return attended._replace(out_BTNW=out_BTNX[..., self.config.qk_nope_head_dim :])
+
+    def _per_head_weights(self, wkv_b: Any, like: jax.Array) -> jax.Array:
+        """Returns `wkv_b` as a matrix per head, [N, C, H + W]."""
+        config = self.config
+        wkv_b = wkv_b.astype(like.dtype)
+        return jnp.reshape(wkv_b, (config.kv_lora_rank, config.n_heads, -1)).swapaxes(0, 1)
 
 
 def _per_head(x_BTNY: jax.Array, w_NXY: jax.Array, contracted: int) -> jax.Array:

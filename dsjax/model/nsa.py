@@ -72,6 +72,8 @@ class Compressor(nnx.Module):
 class NSA(Attention):
     """Each of P key heads serves N / P consecutive query heads, which share a choice of blocks."""
 
+    splits = False
+
     def __init__(self, config: ModelConfig, policy: Policy):
         init = Normal(config.init_std)
         D, N, P = config.dim, config.n_heads, config.kv_heads

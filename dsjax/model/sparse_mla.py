@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsjax.config import ModelConfig
+from dsjax.kernels.cached_attention import Attended
 from dsjax.kernels.flash_attention import Segments
 from dsjax.kernels.sparse_attention import (
     Index,
@@ -37,7 +38,7 @@ from dsjax.model.attention import Angles
 from dsjax.model.indexer import Indexer
 from dsjax.model.layer_cache import EntryShape, LayerCache
 from dsjax.model.mla import MLA
-from dsjax.parallel import context
+from dsjax.parallel import context, split_cache
 from dsjax.parallel.sharding import parts_here
 from dsjax.precision.activations import attention_linear
 from dsjax.precision.matmul import linear
@@ -132,11 +133,12 @@ class SparseMLA(MLA):
         cache = cache.append(positions_BT[:, 0], **entries)
 
         def dense() -> jax.Array:
-            return self.attend(q_BTNH, cache, positions_BT)
+            return cache.attend(self.attend, q_BTNH, positions_BT, self.expansion())
 
         def sparse() -> jax.Array:
-            queries = self.indexer.queries(latent_BTQ, angles), self.indexer.weights(x_BTD)
-            return self.attend_chosen(q_BTNH, *queries, cache, positions_BT)
+            index = self.indexer.queries(latent_BTQ, angles), self.indexer.weights(x_BTD)
+            weights = self.expansion()
+            return cache.attend(self.attend_chosen, q_BTNH, *index, positions_BT, weights)
 
         if cache.length <= self.config.index_topk:
             out_BTNW = dense()
@@ -151,37 +153,42 @@ class SparseMLA(MLA):
 
     def attend_chosen(
         self,
+        cache: LayerCache,
         q_BTNH: jax.Array,
         index_q_BTIY: jax.Array,
         w_BTI: jax.Array,
-        cache: LayerCache,
         positions_BT: jax.Array,
-    ) -> jax.Array:
-        """Attends to the cached positions that the indexer chooses up to each query's own:
-        [B, T, N, W].
+        weights: Any,
+    ) -> Attended:
+        """Attends to the cached positions that the indexer chooses up to each query's own; the
+        arguments are those of `attend` and of `Index`.
         """
         config, scale = self.config, rope.attention_scale(self.config)
-        (B, T, N, _), S = q_BTNH.shape, cache.length
+        (B, T, N, _), S, part = q_BTNH.shape, cache.length, split_cache.part()
         q_nope, q_rope = jnp.split(q_BTNH, [config.qk_nope_head_dim], axis=-1)
         index_k_BSY = cache.read(0, S)["index_key"][:, 0]
-        place_11S = lax.broadcasted_iota(jnp.int32, (1, 1, S), 2)
+        positions_11S = part.position(lax.broadcasted_iota(jnp.int32, (1, 1, S), 2))
 
-        def tile(queries: Any, _: jax.Array) -> jax.Array:
+        def tile(queries: Any, _: jax.Array) -> Attended:
             q_BtNC, q_rope_BtNR, index_q, w, positions_Bt = queries
             scores_BtS = index_scores(Index(index_q, w, index_k_BSY))
-            selection = select(scores_BtS, place_11S <= positions_Bt[..., None], config.index_topk)
-            entries = cache.gather(selection.indices_BTJ)
+            visible_BtS = positions_11S <= positions_Bt[..., None]
+            selection = select(scores_BtS, visible_BtS, config.index_topk)
+            indices_BtJ = selection.indices_BTJ
+            scores_BtJ = jnp.take_along_axis(scores_BtS, indices_BtJ, axis=2)
+            found_BtJ = part.position(indices_BtJ)
+            valid_BtJ = split_cache.chosen(
+                scores_BtJ, found_BtJ, selection.valid_BTJ, config.index_topk
+            )
+            entries = cache.gather(indices_BtJ)
             latents, rope_keys = (entries[name][:, :, :, 0] for name in ("latent", "rope_key"))
-            keys, valid = (latents, rope_keys), selection.valid_BTJ
-            return gathered_attention((q_BtNC, q_rope_BtNR), keys, latents, valid, scale=scale)
+            keys = latents, rope_keys
+            return gathered_attention((q_BtNC, q_rope_BtNR), keys, latents, valid_BtJ, scale=scale)
 
         widths = config.kv_lora_rank + config.qk_rope_head_dim + N
         per_query = max(widths * config.index_topk, config.index_n_heads * S)
         per_query *= max(B // parts_here("batch"), 1)
-
-        def over_latents(q_BTNC: jax.Array) -> jax.Array:
-            queries = (q_BTNC, q_rope, index_q_BTIY, w_BTI, positions_BT)
-            most = max(_MOST_GATHERED // per_query, 1)
-            return over_tiles(tile, queries, lax.iota(jnp.int32, T), most=most)
-
-        return self.absorbed(q_nope, over_latents)
+        queries = (self.absorbed(q_nope, weights), q_rope, index_q_BTIY, w_BTI, positions_BT)
+        most = max(_MOST_GATHERED // per_query, 1)
+        attended = over_tiles(tile, queries, lax.iota(jnp.int32, T), most=most)
+        return self.projected(attended, weights)

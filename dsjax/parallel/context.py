@@ -50,6 +50,12 @@ def check_length(length: int, mesh: Mesh | AbstractMesh) -> None:
         )
 
 
+def fitting(length: int, mesh: Mesh | AbstractMesh | None) -> int:
+    """Returns the smallest length of at least this many tokens that can be split over the mesh."""
+    n_parts = parts("length", mesh) if mesh else 1
+    return length if n_parts == 1 else length + -length % (2 * n_parts)
+
+
 def order(length: int, n_parts: int) -> np.ndarray:
     """Lists the positions of the tokens that the devices hold, one device after the other."""
     chunks = np.arange(length).reshape(2 * n_parts, -1)

@@ -16,7 +16,7 @@ from dsjax.config.roots import Experiment
 from dsjax.generate import decoding as engine
 from dsjax.generate import sampling
 from dsjax.kernels.target import Target
-from dsjax.model.cache import entry_axes
+from dsjax.model.cache import check_split, entry_axes
 from dsjax.model.layers import stays_float32
 from dsjax.model.parameters import shardings
 from dsjax.model.transformer import Transformer
@@ -113,6 +113,8 @@ def decoding(
       length: positions of the cache.
       what: the rows, for messages.
     """
+
+    check_split(declared.config, mesh)
 
     def weights(variable: Any, placed: Any) -> Any:
         value = variable.get_value()

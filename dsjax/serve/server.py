@@ -30,6 +30,7 @@ from dsjax.generate.request import Request
 from dsjax.infer.answers import default_sampling
 from dsjax.infer.score import Scorer
 from dsjax.infer.weights import load_weights
+from dsjax.model.cache import check_split
 from dsjax.parallel.mesh import submesh
 from dsjax.serve.app import Access, Site
 from dsjax.serve.metrics import Metrics
@@ -235,6 +236,7 @@ class _Server:
         """
         arguments, service = self._arguments, self._service
         mesh = submesh(arguments.mesh)
+        check_split(self._checkpoint.model, mesh)
         self._say("loading the weights")
         model = load_weights(self._checkpoint, mesh, arguments.dtype)
         engine = Engine(

@@ -152,7 +152,7 @@ def test_gathered_attention_equals_masked_attention():
         rows = jnp.arange(B, dtype=jnp.int32)[:, None, None]
         keys, values = (jnp.asarray(x)[rows, selection.indices_BTJ] for x in (k, v))
         halves = (q[..., :3], q[..., 3:]), (keys[..., :3], keys[..., 3:])
-        return gathered_attention(*halves, values, selection.valid_BTJ, scale=0.3)
+        return gathered_attention(*halves, values, selection.valid_BTJ, scale=0.3).out_BTNW
 
     every_head = [np.repeat(x[:, :, None], N, axis=2) for x in (k, v)]
     want, _ = jax.jit(attend)((q, *every_head), index)
