@@ -213,7 +213,7 @@ class FineTuningRun:
         self.train_step = compile_step(step, abstract, mesh, compiling)
         everywhere = NamedSharding(mesh, PartitionSpec())  # for numbers that each process reads
         # Held-out text is scored as text, whatever the student learns from.
-        score = scorer(self.declared, supervised(config))
+        score = scorer(self.declared, supervised(config), chunk=config.train.loss_chunk)
         self.score = Compiled(jax.jit(score, out_shardings=everywhere), mesh)
         rows = data.heldout
         self.heldout = HeldoutRows(rows, initial.vocabulary.coder) if rows else None
@@ -262,7 +262,7 @@ class FineTuningRun:
             return {}
         result = self._evaluate(self.heldout.spread(self.config.train.eval_sequences))
         assert result is not None
-        return _numbers(result)
+        return result.numbers(self.config.data.sequence_length)
 
     def _evaluate(
         self, rows: Sequence[int], interrupted: Callable[[], bool] = lambda: False
@@ -293,9 +293,10 @@ class FineTuningRun:
         if run.metrics is None:
             return
         if result is not None and run.metrics.lines()[-1].get("eval_loss") is None:
-            run.log_evaluation(_numbers(result))
+            run.log_evaluation(result.numbers(self.config.data.sequence_length))
         lines = run.metrics.lines()
         plots.draw_loss(run.folder / "loss.png", lines, self.config.name)
+        plots.draw_loss_by_position(run.folder, lines, self.config.name)
         found = self._found(result, [line for line in lines if "loss" in line], sample)
         seconds = self.train_step.seconds + self.score.seconds
         print_summary(run.display.console, run.finish(found, compile_seconds=seconds))
@@ -340,7 +341,3 @@ class FineTuningRun:
         (output,) = Engine(model).complete([request])
         decode = functools.partial(vocabulary.coder.decode, skip_special=False)
         return {"prompt": decode(prompt), "completion": decode(output.tokens)}
-
-
-def _numbers(result: Evaluation) -> dict[str, float]:
-    return {"eval_loss": result.loss, "bits_per_byte": result.bits_per_byte}

@@ -12,6 +12,7 @@
   loop.py             steps one after the other: log, evaluate, save
   pretraining.py      what pre-training adds: text, held-out score, summary, sample
   evaluate.py         loss and bits per byte on held-out rows
+  positions.py        loss by position
   workdir.py          the folder of a run: its lock, its config, its versions
   report.py           metrics.jsonl, TensorBoard, W&B, and what the console shows of a step
   faults.py           skipped steps and spikes of the loss

@@ -1,4 +1,4 @@
-"""The pictures of a run, drawn from its metrics: loss.png and expert_load.png."""
+"""The pictures of a run, drawn from its metrics: its losses and its experts' load."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dsjax.train.positions import is_by_position, position_of
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -41,6 +43,38 @@ def draw_loss(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> Non
     if axes.get_lines():
         axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def draw_loss_by_position(
+    folder: Path, lines: Sequence[Mapping[str, Any]], title: str
+) -> Path | None:
+    """Draws the held-out loss over the position, one curve for each evaluation, in
+    loss_by_position.png.
+
+    Returns:
+      the picture; None, and none is drawn, where no line has losses by position.
+    """
+    curves = [
+        (line["step"], [(position_of(name), line[name]) for name in filter(is_by_position, line)])
+        for line in lines
+    ]
+    curves = [(step, points) for step, points in curves if points]
+    if not curves:
+        return None
+    figure, last = new_figure(8, 4.5), max(curves[-1][0], 1)
+    axes = figure.add_subplot()
+    for step, points in curves:
+        ends, losses = zip(*points, strict=True)
+        axes.plot([end + 1 for end in ends], losses, "o-", color=str(0.85 - 0.85 * step / last))
+    axes.lines[-1].set(color="C0", label=f"after step {last}")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="position (upper end of its group)", ylabel="held-out loss, nats per token")
+    axes.set_title(f"{title}: darker is later")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = folder / "loss_by_position.png"
+    figure.savefig(path, dpi=120)
+    return path
 
 
 def draw_expert_load(

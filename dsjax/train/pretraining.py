@@ -115,7 +115,7 @@ class Pretraining:
         self.heldout = heldout_sequences(corpus.heldout, special, sequence_length=length)
         objective = pretraining(config)
         step = train_step(declared, optimizer, objective, schedule=config.mesh.schedule)
-        score = scorer(declared, objective)
+        score = scorer(declared, objective, chunk=config.train.loss_chunk)
         everywhere = NamedSharding(mesh, PartitionSpec())  # for numbers that each process reads
         compiling = functools.partial(run.display.say, "compiling the training step")
         self.train_step = compile_step(step, abstract, mesh, compiling)
@@ -125,7 +125,7 @@ class Pretraining:
         """Scores an even sample of the held-out rows, the same one every time."""
         result = self._evaluate(self.heldout.spread(self.config.train.eval_sequences))
         assert result is not None
-        return _numbers(result)
+        return result.numbers(self.config.data.sequence_length)
 
     def _evaluate(
         self, rows: Sequence[int], interrupted: Callable[[], bool] = lambda: False
@@ -171,9 +171,10 @@ class Pretraining:
         if run.metrics is None:
             return
         if run.metrics.lines()[-1].get("eval_loss") is None:
-            run.log_evaluation(_numbers(result))
+            run.log_evaluation(result.numbers(self.config.data.sequence_length))
         lines = run.metrics.lines()
         plots.draw_loss(run.folder / "loss.png", lines, self.config.name)
+        plots.draw_loss_by_position(run.folder, lines, self.config.name)
         found = self._found(result, [line for line in lines if "loss" in line], sample)
         seconds = self.train_step.seconds + self.score.seconds
         print_summary(run.display.console, run.finish(found, compile_seconds=seconds))
@@ -184,7 +185,7 @@ class Pretraining:
         return {
             "loss": logged[-1]["loss"],
             "mtp_loss": logged[-1]["mtp_loss"],
-            **_numbers(result),
+            **result.numbers(self.config.data.sequence_length),
             **compressed_bits_per_byte(text for _, text in self.corpus.heldout_texts()),
             "max_violation_first": logged[0]["max_violation"],
             "max_violation_last": logged[-1]["max_violation"],
@@ -208,10 +209,6 @@ class Pretraining:
             sampling=Sampling(temperature=0.7, top_p=0.95, seed=self.config.train.seed % 2**32),
         )
         return {"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(new.tolist())}
-
-
-def _numbers(result: Evaluation) -> dict[str, float]:
-    return {"eval_loss": result.loss, "bits_per_byte": result.bits_per_byte}
 
 
 def _begin(

@@ -29,7 +29,7 @@ from dsjax.checkpoint import store
 from dsjax.display import Display
 from dsjax.files import finite, listed, write_json
 from dsjax.parallel import processes, replicas
-from dsjax.train import workdir
+from dsjax.train import positions, workdir
 from dsjax.train.faults import Faults
 from dsjax.train.report import Metrics
 from dsjax.train.signals import StopRequest
@@ -195,9 +195,15 @@ class Session:
             self.metrics.write({"step": self.step, "tokens": self.tokens, **numbers})
 
     def log_evaluation(self, numbers: Mapping[str, float]) -> None:
-        """Writes the numbers of an evaluation to the sinks and to the console."""
+        """Writes the numbers of an evaluation to the sinks and, but for the losses by position, to
+        the console.
+        """
         self.log(numbers)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+        shown = ", ".join(
+            f"{name} {value:.4f}"
+            for name, value in numbers.items()
+            if not positions.is_by_position(name)
+        )
         self.display.say(f"held-out after step {self.step}: {shown}")
 
     def interrupted(self) -> bool:

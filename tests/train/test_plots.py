@@ -35,3 +35,14 @@ def test_loss_plot_shows_every_curve(monkeypatch, tmp_path):
         "MTP": [[10, 3.1], [20, 2.8]],
         "held-out": [[20, 2.6]],
     }
+
+
+def test_loss_by_position_has_a_curve_for_each_evaluation(tmp_path):
+    assert plots.draw_loss_by_position(tmp_path, LINES, "tiny") is None
+    lines = [
+        {"step": step, "tokens": 1, "eval_loss_0_31": 3.0, "eval_loss_32_63": 2.0 - step / 10}
+        for step in (1, 2)
+    ]
+    path = plots.draw_loss_by_position(tmp_path, [*LINES, *lines], "tiny")
+    assert path is not None and path.name == "loss_by_position.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
