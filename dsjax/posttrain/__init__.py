@@ -29,6 +29,8 @@ generates and exports.
   prompts.py      problems as the model reads them
   responses.py    answers of a checkpoint, drawn as one stream
   evaluation.py   tools/evaluate.py: pass@k, maj@k
+  recall.py       tools/recall.py: facts found, by length and depth
+  haystacks.py    texts with facts at given depths
   filters.py rejection.py   tools/sample.py: answers that become training data
 
 Reinforcement learning (tools/grpo.py):
