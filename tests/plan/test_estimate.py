@@ -20,8 +20,8 @@ def estimated(case):
 def test_memory_is_within_15_percent_of_the_compiler(case):
     plan = estimated(case)
     assert plan["argument_bytes"] == pytest.approx(case["argument_bytes"], rel=0.01)
-    estimated_peak, peak = plan["peak_bytes_per_device"], case.get("peak_bytes_per_device")
-    if peak is None:  # known is only what is allocated, of which not everything is there at once
+    estimated_peak, peak = plan["peak_bytes_per_device"], case["peak_bytes_per_device"]
+    if "allocated_bytes_per_device" in case:  # the parts of 16 updates do not peak together
         assert estimated_peak == pytest.approx(case["allocated_bytes_per_device"], rel=0.15)
     elif plan["mesh"]["pipe"] > 1:  # an upper bound: the parts of a pipeline do not peak together
         assert peak <= estimated_peak <= 1.3 * peak
