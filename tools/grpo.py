@@ -32,7 +32,9 @@ def execute(arguments: argparse.Namespace) -> int:
     # Imported here, so that --help and wrong usage need not wait for jax.
     from dsjax.parallel import compilation, processes
     from dsjax.posttrain import reinforcement
+    from dsjax.train import host_memory
 
+    host_memory.keep_freed()
     compilation.use_persistent_cache("")
     with processes.joined(arguments.coordinator, arguments.num_processes, arguments.process_id):
         return reinforcement.learn(config, folder, command=command.line())

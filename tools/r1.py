@@ -23,9 +23,11 @@ from dsjax import command
 def execute(arguments: argparse.Namespace) -> int:
     from dsjax.parallel import compilation, processes
     from dsjax.posttrain import stages
+    from dsjax.train import host_memory
 
     config = stages.load(arguments.config, arguments.set, seed=arguments.seed)
     folder = arguments.workdir or Path("runs") / config.name
+    host_memory.keep_freed()
     compilation.use_persistent_cache("")
     with processes.joined(arguments.coordinator, arguments.num_processes, arguments.process_id):
         return stages.run(config, folder, command=command.line())

@@ -37,7 +37,9 @@ def execute(arguments: argparse.Namespace) -> int:
     # Imported here, so that --help and wrong usage need not wait for jax.
     from dsjax.parallel import compilation, processes
     from dsjax.posttrain import finetuning
+    from dsjax.train import host_memory
 
+    host_memory.keep_freed()
     compilation.use_persistent_cache("")
     with processes.joined(arguments.coordinator, arguments.num_processes, arguments.process_id):
         return finetuning.train(config, folder, command=command.line())

@@ -37,8 +37,9 @@ def execute(arguments: argparse.Namespace) -> int:
     folder = arguments.workdir or Path("runs") / config.name
     # Imported here, so that --help and wrong usage need not wait for jax.
     from dsjax.parallel import compilation, processes
-    from dsjax.train import pretraining
+    from dsjax.train import host_memory, pretraining
 
+    host_memory.keep_freed()
     compilation.use_persistent_cache(config.data.cache_dir)
     with processes.joined(arguments.coordinator, arguments.num_processes, arguments.process_id):
         return pretraining.train(config, folder, command=command.line())

@@ -56,7 +56,9 @@ def dsjax_side(folder: Path) -> dict[str, float]:
     from dsjax.config.posttraining import TuningConfig
     from dsjax.config.reinforcement import Reinforcement, RlConfig
     from dsjax.posttrain import reinforcement
+    from dsjax.train import host_memory
 
+    host_memory.keep_freed()  # as tools/grpo.py does
     config = Reinforcement(
         name="bench",
         init=str(folder),
