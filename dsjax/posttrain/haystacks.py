@@ -141,7 +141,7 @@ class Maker:
             if taken > length:
                 break
             pieces.append(piece)
-        self._check(len(pieces), length, "lines between them")
+        self._check(len(pieces) + len(planted), length, "lines between them")
         for place, fact in zip(self._places(len(pieces) + len(planted)), planted, strict=True):
             pieces.insert(place, fact)
         questions = [

@@ -19,10 +19,12 @@ from dsjax import display, tables
 from dsjax.checkpoint.load import Checkpoint, open_checkpoint
 from dsjax.data import documents
 from dsjax.generate.engine import Engine
+from dsjax.generate.prefixes import PAGE
 from dsjax.generate.request import Request
 from dsjax.generate.sampling import Sampling
 from dsjax.infer.weights import load_weights
 from dsjax.parallel.mesh import submesh
+from dsjax.parallel.sharding import parts
 from dsjax.posttrain.evaluation import Measured, measure
 from dsjax.posttrain.haystacks import Haystack, Kind, Maker, Question, lines_of
 from dsjax.text import tokenizer
@@ -99,15 +101,14 @@ def run(asked: Search) -> None:
     )
     for length in asked.lengths:
         maker.haystack(length, 0)  # fails where the facts do not fit
+    mesh = submesh(asked.mesh)
     with display.Display(Console(stderr=True)) as screen:
-        model = load_weights(checkpoint, submesh(asked.mesh), asked.dtype)
-        engine = Engine(
-            model,
-            max_batch=asked.max_batch,
-            streaming=False,
-            # twice what the haystacks of a batch have, which their questions may use up
-            prefix_tokens=2 * asked.max_batch * max(asked.lengths),
+        model = load_weights(checkpoint, mesh, asked.dtype)
+        # What the texts of a batch take, and two pages for the end of each question.
+        known = max(asked.max_batch, parts("batch", mesh) if mesh else 1) * (
+            max(asked.lengths) + 2 * PAGE * asked.depths
         )
+        engine = Engine(model, max_batch=asked.max_batch, streaming=False, prefix_tokens=known)
         found = search(engine, maker, asked, screen.counting("questions"))
     if asked.png:
         draw(asked.png, found, f"{asked.task}, {asked.checkpoint}")
@@ -127,6 +128,8 @@ def check(asked: Search, limit: int) -> None:
         if getattr(asked, name) < 1:
             value = getattr(asked, name)
             raise ValueError(f"--{name.replace('_', '-')} {value} is not at least 1")
+    if asked.seed < 0:
+        raise ValueError(f"--seed {asked.seed} is negative")
     if asked.text and asked.task != "needle":
         raise ValueError(f"--text is what surrounds needles: not together with --task {asked.task}")
     for length in asked.lengths:
@@ -165,11 +168,19 @@ def _answers(
     # The first questions run the haystacks, whose tokens are known to the others.
     first = [(place, 0) for place in range(len(haystacks))]
     others = [(place, depth) for place, _ in first for depth in range(1, maker.n_depths)]
-    for group in filter(None, (first, others)):
-        requests = [_request(haystacks[place], depth, maker.vocabulary) for place, depth in group]
-        for (place, depth), output in zip(group, engine.complete(requests), strict=True):
-            question = haystacks[place].questions[depth]
-            yield numbers[place], depth, question.is_right(output.tokens, maker.vocabulary)
+    for group in (first, others):
+        open_ = {
+            engine.add(_request(haystacks[place], depth, maker.vocabulary)): (place, depth, [])
+            for place, depth in group
+        }
+        while open_:
+            for id, output in engine.step().items():
+                place, depth, tokens = open_[id]
+                tokens += output.tokens
+                if output.finish is not None:
+                    del open_[id]
+                    question = haystacks[place].questions[depth]
+                    yield numbers[place], depth, question.is_right(tokens, maker.vocabulary)
 
 
 def _request(haystack: Haystack, depth: int, vocabulary: Vocabulary | None) -> Request:

@@ -18,11 +18,16 @@ class Reader:
     """Answers with the token that followed the question among the last `window` tokens, else 0."""
 
     def __init__(self, window):
-        self.window, self.batches = window, []
+        self.window, self.batches, self.waiting = window, [], []
 
-    def complete(self, requests):
-        self.batches.append([request.prompt for request in requests])
-        return [Output([self.answer(request.prompt)], "length") for request in requests]
+    def add(self, request):
+        self.waiting.append(request.prompt)
+        return len(self.waiting) - 1
+
+    def step(self):
+        prompts, self.waiting = self.waiting, []
+        self.batches.append(prompts)
+        return {id: Output([self.answer(prompt)], "length") for id, prompt in enumerate(prompts)}
 
     def answer(self, prompt):
         *seen, key = prompt[-self.window :]
@@ -67,6 +72,7 @@ def test_texts_run_before_the_questions_that_share_them():
         ({"depths": 0}, "--depths 0 is not at least 1"),
         ({"n": 0}, "--n 0 is not at least 1"),
         ({"max_batch": 0}, "--max-batch 0 is not at least 1"),
+        ({"seed": -1}, "--seed -1 is negative"),
         ({"text": ["a.txt"]}, "--text is what surrounds needles"),
     ],
 )
