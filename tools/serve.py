@@ -41,6 +41,10 @@ def parser() -> argparse.ArgumentParser:
     add("--context", metavar="N", type=int, help="tokens per request (default: at most 8192)")
     count("--prefill-chunk", 256, "prompt tokens per step, a power of two")
     count("--prefix-tokens", 16384, "tokens of past prompts and replies kept for new ones; 0: none")
+    count(
+        "--redundant-experts", 0, "slots per layer for replicas of experts; needs --mesh expert=N"
+    )
+    count("--eplb-every", 2000, "steps between two looks at the loads of experts")
     count("--max-wait", 600, "seconds until a reply begins, at most")
     count("--max-seconds", 3600, "seconds until it ends, at most")
     count("--max-body", 8, "MB of a request, at most")
@@ -54,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    for name in ("max_batch", "max_wait", "max_seconds", "max_body"):
+    for name in ("max_batch", "max_wait", "max_seconds", "max_body", "eplb_every"):
         if getattr(arguments, name) < 1:
             parser().error(f"--{name.replace('_', '-')} is at least 1")
     if not 0 <= arguments.port < 65536 or arguments.max_waiting < 0 or arguments.grace < 0:

@@ -9,6 +9,7 @@ programs     the compiled functions of an engine, and the weights they run with
 decoding     those functions: a chunk of prompts, some steps of decoding, rows put into a cache
 speculative  decoding with drafts by the model's own MTP modules
 sampling     from logits to a token: temperature, top-k, top-p, min-p
+balancing    redundant experts: loads counted while requests run, and experts moved to even them
 warming      compiling every program of a service before its first request
 record       what is reported of each drawn token on request: log-probabilities, chosen experts,
              the ids to choose from

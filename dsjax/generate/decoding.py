@@ -21,6 +21,7 @@ from dsjax.generate.speculative import State, Step
 from dsjax.model import token_sets
 from dsjax.model.cache import Cache, empty_cache
 from dsjax.model.transformer import Transformer
+from dsjax.parallel.routing_plan import count
 from dsjax.parallel.sharding import constrain
 
 MAX_STEPS = 16  # per call of `decode`
@@ -31,6 +32,14 @@ class Carry(NamedTuple):
 
     cache: Cache
     hidden_BWD: jax.Array  # see `speculative.State`; zeros without drafts
+
+
+class Drawn(NamedTuple):
+    """What a call of `prefill` returns to the host, for X requests."""
+
+    tokens_X: jax.Array  # int32, the first new token of each
+    record: Record  # report on it
+    load_LE: Any = None  # see `load`
 
 
 class Decoded(NamedTuple):
@@ -46,6 +55,7 @@ class Decoded(NamedTuple):
     ran_NB: jax.Array  # bool, whether the row was unfinished at that step
     n_kept_NB: jax.Array  # int32, drafts that the main model kept
     record_N: Record  # report on `tokens_NBW`, with a leading dimension of steps
+    load_LE: Any = None  # see `load`
 
     def rows(self) -> list[tuple[list[int], Record]]:
         """Returns each row's n new tokens and the report on them, arrays [n, ...]."""
@@ -79,7 +89,7 @@ def prefill(
     knobs: Knobs,
     *,
     wanted: Wanted = NOTHING,
-) -> tuple[Carry, tuple[jax.Array, Record]]:
+) -> tuple[Carry, Drawn]:
     """Runs one chunk of every row's prompt, and draws a token for each of X requests.
 
     Args:
@@ -91,13 +101,14 @@ def prefill(
       knobs: of the requests.
 
     Returns:
-      the carry; the first new token of each request, int32 [X]; and the report on it, with the
+      the carry, and the first new token of each request with a report on it, in which are the
       experts of all rows' T tokens [B, T, L, K]. Token and log-probabilities are valid only for
       requests whose prompt ends in this chunk.
     """
     n_drafts = carry.hidden_BWD.shape[1] - 1
     T = tokens_BX.shape[1] - n_drafts
-    extended = model.extend(tokens_BX[:, :T], starts_B, carry.cache, routing=wanted.experts)
+    routing = wanted.experts or model.redundant
+    extended = model.extend(tokens_BX[:, :T], starts_B, carry.cache, routing=routing)
     cache, hidden_BWD = extended.cache, carry.hidden_BWD
     if n_drafts:
         counts_B = jnp.clip(lengths_B - starts_B, 0, T)
@@ -109,7 +120,26 @@ def prefill(
     logits_X1V = model.logits(last_B1D)[rows_X]
     drawn_X = sample(logits_X1V[:, 0], knobs, lengths_B[rows_X])
     report = record(wanted, logits_X1V, drawn_X[:, None], knobs, extended.experts_LBTK)
-    return _pinned(Carry(cache, hidden_BWD)), (drawn_X, report)
+    own_BT = jnp.arange(T, dtype=jnp.int32)[None] < (lengths_B - starts_B)[:, None]
+    drawn = Drawn(drawn_X, report, load(model, extended.experts_LBTK, own_BT))
+    return _pinned(Carry(cache, hidden_BWD)), drawn
+
+
+def load(
+    model: Transformer, experts_LBTK: jax.Array | None, counted_BT: jax.Array
+) -> jax.Array | None:
+    """Counts the tokens of each MoE layer's experts, int32 [L, E]; None without redundant experts,
+    which it is for.
+
+    Args:
+      counted_BT: bool, or [B, 1]: which tokens belong to a request.
+    """
+    if not model.redundant:
+        return None
+    assert experts_LBTK is not None
+    E = model.config.n_routed_experts
+    counted_LBTK = jnp.where(counted_BT[None, :, :, None], experts_LBTK, E)
+    return jax.vmap(lambda experts_BTK: count(experts_BTK, E))(counted_LBTK)
 
 
 def insert(
@@ -172,6 +202,7 @@ def decode(
             past.ran_NB.at[index].set(ran_B),
             past.n_kept_NB.at[index].set(n_kept_B),
             jax.tree.map(lambda all_, new: all_.at[index].set(new), past.record_N, step.record),
+            jax.tree.map(jnp.add, past.load_LE, load(model, step.experts_LBTK, ran_B[:, None])),
         )
         return _pinned(Carry(step.state.cache, step.state.hidden_BWD)), decoded
 
@@ -189,6 +220,9 @@ def decode(
         jnp.zeros((MAX_STEPS, B), bool),
         jnp.zeros((MAX_STEPS, B), jnp.int32),
         _empty_record(model, B, W, wanted),
+        jnp.zeros((model.config.n_moe_layers, model.config.n_routed_experts), jnp.int32)
+        if model.redundant
+        else None,
     )
     return jax.lax.while_loop(goes_on, body, (carry, nothing))
 
@@ -197,14 +231,16 @@ def _step(
     model: Transformer, state: State, knobs: Knobs, most_B: jax.Array, wanted: Wanted
 ) -> Step:
     """Runs each row's newest token and draws the next; the counterpart of `speculative.step`."""
-    extended = model.extend(state.tokens_BW, state.position_B, state.cache, routing=wanted.experts)
+    routing = wanted.experts or model.redundant
+    extended = model.extend(state.tokens_BW, state.position_B, state.cache, routing=routing)
     logits_B1V = model.logits(extended.main_BTD)
     drawn_B = sample(logits_B1V[:, 0], knobs, state.position_B + 1)
     n_new_B = jnp.minimum(most_B, 1)
     tokens_B1 = jnp.where(n_new_B[:, None] > 0, drawn_B[:, None], state.tokens_BW)
     state = State(extended.cache, state.position_B + n_new_B, tokens_B1, state.hidden_BWD)
     report = record(wanted, logits_B1V, drawn_B[:, None], knobs, extended.experts_LBTK)
-    return Step(state, drawn_B[:, None], n_new_B, jnp.zeros_like(n_new_B), report)
+    no_drafts_B = jnp.zeros_like(n_new_B)
+    return Step(state, drawn_B[:, None], n_new_B, no_drafts_B, report, extended.experts_LBTK)
 
 
 def _empty_record(model: Transformer, B: int, W: int, wanted: Wanted) -> Record:

@@ -31,6 +31,7 @@ import jax
 import numpy as np
 
 from dsjax.generate import decoding
+from dsjax.generate.balancing import Balance, Balancer
 from dsjax.generate.decoding import Carry, Decoded
 from dsjax.generate.prefixes import PAGE, Prefixes
 from dsjax.generate.programs import Programs
@@ -92,6 +93,7 @@ class Engine:
         streaming: bool = True,
         prefix_tokens: int = 0,
         examples: Sequence[Request] = (),
+        balancer: Balancer | None = None,
     ) -> None:
         """
         Args:
@@ -104,6 +106,7 @@ class Engine:
           examples: one request per kind of report and steering that occurs, with its stop ids.
             Batches and caches then have so few sizes that `warm` can compile every program;
             `max_batch` is required.
+          balancer: of the model's experts, where these are redundant.
 
         Raises:
           ValueError: `prefill_chunk`, `max_batch` or `prefix_tokens` is out of range, the model has
@@ -123,6 +126,7 @@ class Engine:
         self.statistics = Statistics()
         self._programs = Programs(model)
         check_split(model.config, self._programs.mesh)
+        self._balancer = balancer
         self._vocab_size = model.config.vocab_size
         self._n_drafts = model.config.n_mtp if speculative else 0
         self._chunk = prefill_chunk
@@ -167,6 +171,11 @@ class Engine:
         """Tells whether any request is unfinished."""
         return bool(self._waiting or self._incoming or self._running)
 
+    @property
+    def balance(self) -> Balance | None:
+        """How even the loads of redundant experts are; None without any."""
+        return self._balancer.balance if self._balancer else None
+
     def load(self, model: Transformer) -> None:
         """Replaces the weights without recompiling anything. Waiting requests stay in the queue.
 
@@ -175,6 +184,7 @@ class Engine:
             running, whose caches were computed with the old weights.
         """
         self._check_idle()
+        assert self._balancer is None, "it moves the experts of the model that it was made with"
         self._programs.load(model)
         if self._prefixes:
             self._prefixes.clear()
@@ -383,8 +393,10 @@ class Engine:
         )  # fmt: skip
         began = time.perf_counter()
         newcomers.carry, drawn = run()
-        drawn_X, report = jax.device_get(drawn)
+        drawn_X, report, load_LE = jax.device_get(drawn)
         self.statistics.prefill_seconds += time.perf_counter() - began
+        if self._balancer:
+            self._balancer.add(load_LE)
         counts, ready = newcomers.advance(chunk), set(newcomers.ready())
         new: dict[int, Output] = {}
         for i, count in counts.items():
@@ -481,6 +493,8 @@ class Engine:
         rows.position_B, rows.recent_BW, rows.left_B = decoded[:3]
         self.statistics.decode_seconds += seconds
         self._count_steps(decoded)
+        if self._balancer:
+            self._balancer.add(decoded.load_LE)
         # All processes must run the same number of steps, and their clocks differ.
         if self._streaming and jax.process_count() == 1 and not steered_B.any():
             n_steps = int(_SECONDS_BETWEEN_ITEMS * decoded.n_steps / seconds)

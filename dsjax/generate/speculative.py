@@ -87,6 +87,7 @@ class Step(NamedTuple):
     n_new_B: jax.Array  # int32
     n_kept_B: jax.Array  # int32, accepted drafts
     record: Record  # report on `tokens_BW`
+    experts_LBTK: jax.Array | None  # int32, that the main model chose; if asked for or counted
 
 
 def check(config: ModelConfig) -> None:
@@ -189,7 +190,8 @@ def verify(
     and one more token.
     """
     given_BW = jnp.concatenate([state.tokens_BW[:, -1:], drafts.tokens_BJ], axis=1)
-    extended = model.extend(given_BW, state.position_B, drafts.cache, routing=wanted.experts)
+    routing = wanted.experts or model.redundant
+    extended = model.extend(given_BW, state.position_B, drafts.cache, routing=routing)
     logits_BWV = model.logits(extended.main_BTD)
     each = repeated(knobs, given_BW.shape[1])
     p_XV = probabilities(logits_BWV.reshape(-1, logits_BWV.shape[-1]), each)
@@ -204,7 +206,7 @@ def verify(
         slide(state.hidden_BWD, extended.mtp_input_BTD, n_new_B),
     )
     report = record(wanted, logits_BWV, tokens_BW, knobs, extended.experts_LBTK)
-    return Step(state, tokens_BW, n_new_B, n_kept_B, report)
+    return Step(state, tokens_BW, n_new_B, n_kept_B, report, extended.experts_LBTK)
 
 
 def choose(

@@ -6,6 +6,7 @@ block.py         one layer; scans over stacks of layers; rematerialisation
 attention.py     what every kind of attention declares and shares
 mla.py, gqa.py   the kinds: multi-head latent and grouped-query attention
 moe.py           mixture of experts: shared and routed experts, dispatched over devices
+redundant_experts.py  replicas of routed experts, for serving on several devices
 router.py        which experts each token goes to, and their weights
 balance.py       balance losses and the update of the router's bias
 mtp.py           the modules that predict tokens further ahead

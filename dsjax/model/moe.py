@@ -24,6 +24,7 @@ from dsjax.model.parameters import partition_specs
 from dsjax.model.router import Router, Routing
 from dsjax.parallel import expert_parallel
 from dsjax.parallel.expert_parallel import gather_weight
+from dsjax.parallel.expert_slots import replicas
 from dsjax.parallel.routing_plan import count
 from dsjax.parallel.sharding import partition_spec, parts_here, split_axes
 from dsjax.parallel.shards import Specs, on_shards
@@ -42,8 +43,19 @@ class RoutingStatistics(NamedTuple):
     overruled_BT: jax.Array  # bool, whether the router would not have chosen what was replayed
 
 
+class ReplicaSlots(nnx.Variable):
+    """The slots that hold each expert's replicas, int32 [E, X], then -1."""
+
+
 class Experts(nnx.Module):
-    """The routed experts' weights, stacked."""
+    """The routed experts' weights, stacked.
+
+    Attributes:
+      slots: with redundant experts, which `dsjax.model.redundant_experts` sets up: the leading
+        dimension of the weights counts slots then. None: expert e is number e.
+    """
+
+    slots: ReplicaSlots | None = None
 
     def __init__(self, config: ModelConfig, policy: Policy):
         init = Normal(config.init_std)
@@ -183,15 +195,19 @@ class MoE(nnx.Module):
         replayed = experts_btK is not None
         routing = gate(x_mD, experts_btK.reshape(len(x_mD), -1) if replayed else None)
         E, n_ranks = config.n_routed_experts, parts_here("experts")
+        K, slots_mK, n_slots = config.n_activated_experts, routing.experts_MK, E
         max_ranks = expert_parallel.max_ranks_per_token(
-            E, n_ranks, config.n_activated_experts, config.n_expert_groups, config.n_limited_groups
+            E, n_ranks, K, config.n_expert_groups, config.n_limited_groups
         )
+        if experts.slots is not None:
+            slots_mK = replicas(routing.experts_MK, experts.slots[...], n_ranks)
+            n_slots, max_ranks = experts.w_gate.shape[0] * n_ranks, min(K, n_ranks)
         y_mD, computed = expert_parallel.mixture(
             experts.at_use(x_mD),
             x_mD,
-            routing.experts_MK,
+            slots_mK,
             routing.weights_MK,
-            n_experts=E,
+            n_experts=n_slots,
             n_ranks=n_ranks,
             transport=expert_parallel.choose_transport(n_ranks, max_ranks, policy.target),
             max_ranks=max_ranks,

@@ -169,6 +169,12 @@ class Transformer(nnx.Module):
         )
 
     @property
+    def redundant(self) -> bool:
+        """Tells whether experts have replicas; see `dsjax.model.redundant_experts`."""
+        experts = self.moe_layers.routed_experts if self.config.n_moe_layers else None
+        return experts is not None and experts.slots is not None
+
+    @property
     def body(self) -> str:
         """Names the stack of layers that runs between `enter` and `leave`."""
         return "moe_layers" if self.config.n_moe_layers else "dense_layers"

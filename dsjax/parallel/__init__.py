@@ -15,5 +15,6 @@ share, pipeline.py executes those.
 
 Machines. processes.py joins several processes into one program, with lifeline.py to notice that one
 has ended; compilation.py compiles a step once per batch shape; replicas.py compares copies that
-should be equal; eplb.py places replicas of experts for serving.
+should be equal; eplb.py places replicas of experts for serving, and expert_slots.py moves their
+weights there and says which replica serves a token.
 """

@@ -38,6 +38,7 @@ AXIS_TABLE: dict[str, tuple[str, ...]] = {
     "index_heads": ("fsdp", "context", "expert"),  # an indexer's, whole at use: scores add them up
     "ffn": ("tensor",),
     "experts": ("expert",),
+    "replicas": (),  # where an expert's replicas are
     "norm": (),
     # activations
     "micro_batches": (),

@@ -36,6 +36,13 @@ class Metrics:
         self.waiting = gauge("requests_waiting", "choices that wait for their turn")
         self.drafted = gauge("drafted_tokens", "tokens drafted by MTP modules")
         self.accepted = gauge("accepted_tokens", "of these, accepted")
+        self.imbalance = Gauge(
+            "dsjax_expert_imbalance",
+            "load of the heaviest device of the experts, relative to the mean",
+            ["experts"],
+            registry=registry,
+        )
+        self.placements = gauge("expert_placements", "how often redundant experts have moved")
         self.first_token = histogram("time_to_first_token_seconds", "from request to first token")
         self.between = histogram("time_per_token_seconds", "per token after the first, per request")
         self.whole = histogram("request_seconds", "from request to the end of its answer")
@@ -48,6 +55,10 @@ class Metrics:
         if worker.engine is not None:
             self.drafted.set(worker.engine.statistics.drafted)
             self.accepted.set(worker.engine.statistics.accepted)
+            if balance := worker.engine.balance:
+                for name in ("plain", "before", "after"):
+                    self.imbalance.labels(name).set(getattr(balance, name))
+                self.placements.set(balance.placements)
 
     def text(self) -> bytes:
         """Returns everything in Prometheus' text format."""

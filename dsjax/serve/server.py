@@ -22,14 +22,17 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import uvicorn
+from jax.sharding import Mesh
 
 from dsjax.checkpoint import load
 from dsjax.checkpoint.load import Checkpoint
+from dsjax.generate.balancing import Balancer
 from dsjax.generate.engine import Engine
 from dsjax.generate.request import Request
 from dsjax.infer.answers import default_sampling
 from dsjax.infer.score import Scorer
 from dsjax.infer.weights import load_weights
+from dsjax.model import redundant_experts
 from dsjax.model.cache import check_split
 from dsjax.parallel.mesh import submesh
 from dsjax.serve.app import Access, Site
@@ -237,8 +240,13 @@ class _Server:
         arguments, service = self._arguments, self._service
         mesh = submesh(arguments.mesh)
         check_split(self._checkpoint.model, mesh)
+        redundant = self._redundant(mesh)
         self._say("loading the weights")
         model = load_weights(self._checkpoint, mesh, arguments.dtype)
+        balancer = None
+        if redundant and mesh:
+            every = arguments.eplb_every
+            balancer = Balancer(model, mesh, n_redundant=redundant, every=every)
         engine = Engine(
             model,
             speculative=arguments.speculative,
@@ -246,11 +254,24 @@ class _Server:
             max_batch=arguments.max_batch,
             prefix_tokens=arguments.prefix_tokens,
             examples=service.examples(),
+            balancer=balancer,
         )
         assert engine.shapes is not None
         scorer = PromptScorer(Scorer(model, mesh), engine.shapes.lengths[-1])
         service.scorer = scorer
         service.worker.start(engine, self._warming(engine, scorer, warm))
+
+    def _redundant(self, mesh: Mesh | None) -> int:
+        """Returns how many redundant experts there are per layer.
+
+        Raises:
+          ValueError: the model or the mesh cannot have them.
+        """
+        count = self._arguments.redundant_experts
+        if count:
+            n_ranks = mesh.shape["expert"] if mesh else 1
+            redundant_experts.check(self._checkpoint.model, count, n_ranks)
+        return count
 
     def _warming(
         self, engine: Engine, scorer: PromptScorer, warm: Callable[[], object]

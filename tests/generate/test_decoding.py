@@ -19,7 +19,7 @@ def prefilled():
     settings = knobs([Sampling(0.0)] * 2)
     padded = np.pad(PROMPTS, ((0, 0), (0, 12)))
     run = jax.jit(decoding.prefill)
-    carry, (first, _) = run(tiny_model(), carry, padded, START, LENGTHS, EACH, settings)
+    carry, (first, *_) = run(tiny_model(), carry, padded, START, LENGTHS, EACH, settings)
     return carry, first
 
 

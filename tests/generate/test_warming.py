@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from dsjax.generate.decoding import MAX_STEPS, Carry, Decoded
+from dsjax.generate.decoding import MAX_STEPS, Carry, Decoded, Drawn
 from dsjax.generate.engine import Engine, Request
 from dsjax.generate.record import Record
 from dsjax.generate.request import join
@@ -104,7 +104,7 @@ class Traced:
         size = tokens_BX.shape[1] - carry.hidden_BWD.shape[1] + 1
         length = carry.cache.dense["entry"].shape[3]
         assert (starts_B + size <= length).all() and (starts_B % 16 == 0).all()
-        return carry, (np.ones(len(rows_X), np.int32), self.record(wanted, (len(rows_X), 1)))
+        return carry, Drawn(np.ones(len(rows_X), np.int32), self.record(wanted, (len(rows_X), 1)))
 
     def decode(self, carry, position_B, recent_BW, left_B, stops, knobs, steps, enough, *, wanted):
         shape = (MAX_STEPS, *recent_BW.shape)

@@ -34,6 +34,7 @@ class ScriptedEngine:
     def __init__(self, script):
         self.script, self.requests, self.open, self.cancelled = script, [], {}, []
         self.statistics = Statistics()
+        self.balance = None
         self.gate = threading.Event()
         self.gate.set()
 

@@ -1,9 +1,13 @@
 """What Prometheus reads."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 from prometheus_client.parser import text_string_to_metric_families
 
+from dsjax.generate.balancing import Balance
+from dsjax.generate.engine import Statistics
 from dsjax.serve.metrics import Metrics
 
 
@@ -30,3 +34,15 @@ def test_two_servers_count_apart():
     assert values(second)["dsjax_generated_tokens_total"] == 0
     first.close()
     second.close()
+
+
+def test_the_balance_of_redundant_experts_is_told():
+    balance = Balance(plain=3.0, before=2.0, after=1.25, placements=4)
+    engine = SimpleNamespace(statistics=Statistics(), balance=balance)
+    metrics = Metrics()
+    metrics.observe(SimpleNamespace(n_running=1, n_waiting=0, engine=engine))  # type: ignore
+    text = metrics.text().decode()
+    for name, value in (("plain", 3.0), ("before", 2.0), ("after", 1.25)):
+        assert f'dsjax_expert_imbalance{{experts="{name}"}} {value}' in text
+    assert values(metrics)["dsjax_expert_placements"] == 4
+    metrics.close()

@@ -19,7 +19,9 @@ import pytest
 from dsjax.serve import server
 from tests import soak_serve
 from tests.bench import bench_serve
+from tests.golden.cases import V3
 from tests.serve import serving
+from tests.serve.formats import VOCAB_SIZE
 from tests.serve.test_tools import tool
 
 ROOT = serving.ROOT
@@ -266,6 +268,22 @@ def test_mesh_changes_nothing(checkpoint, url):
     assert found["choices"] == wanted["choices"]
 
 
+@pytest.mark.heavy
+def test_redundant_experts_change_nothing(tmp_path):
+    few = {"num_hidden_layers": 2, "max_position_embeddings": 512, "rope_scaling": None}
+    folder = serving.write_checkpoint(tmp_path, config=V3 | few | {"vocab_size": VOCAB_SIZE})
+    body = {"prompt": "Some text", "max_tokens": 20, "temperature": 0}
+    found = []
+    for more in ((), ("--mesh", "expert=2", "--redundant-experts", "2", "--eplb-every", "1")):
+        with serving.serve(folder, "--no-warm", *more) as (url, process):
+            found.append(httpx.post(f"{url}/v1/completions", json=body, timeout=300).json())
+            metrics = httpx.get(f"{url}/metrics").text
+            log = process.read_log()
+    assert found[0]["choices"] == found[1]["choices"]
+    assert 'dsjax_expert_imbalance{experts="before"}' in metrics
+    assert "experts moved in 1 of 1 layers" in log
+
+
 def until(holds):
     end = time.monotonic() + 60
     while not holds():
@@ -288,6 +306,8 @@ def test_what_cannot_be_served_is_told_before_the_weights_are_read(checkpoint, t
     assert done.returncode == 1 and "a key is needed" in done.stderr
     done = run(checkpoint, "--context", "999")
     assert done.returncode == 1 and "is not between 2 and the model's 512" in done.stderr
+    done = run(checkpoint, "--redundant-experts", "2", "--port", "0")
+    assert done.returncode == 1 and "this one is dense" in done.stderr
     assert run(checkpoint, "--max-batch", "0").returncode == 2
 
 
