@@ -127,6 +127,33 @@ def cached_attention(
     return _attended((out / total).astype(queries[0].dtype), highest, total)
 
 
+def in_blocks(attend: Callable[[jax.Array], Attended], n_blocks: jax.Array | int) -> Attended:
+    """Attends to blocks of keys, one after the other.
+
+    Args:
+      attend: takes the number of a block.
+      n_blocks: at least 1.
+    """
+
+    def wide(attended: Attended) -> Attended:
+        return attended._replace(out_BTNW=attended.out_BTNW.astype(jnp.float32))
+
+    def join(index: jax.Array, past: Attended) -> Attended:
+        new = wide(attend(index))
+        highest_BTN = jnp.maximum(past.highest_BTN, new.highest_BTN)
+        past_BTN, new_BTN = (
+            each.total_BTN * jnp.exp(each.highest_BTN - highest_BTN) for each in (past, new)
+        )
+        total_BTN = past_BTN + new_BTN
+        out_BTNW = past.out_BTNW * (past_BTN / total_BTN)[..., None]
+        out_BTNW = out_BTNW + new.out_BTNW * (new_BTN / total_BTN)[..., None]
+        return Attended(out_BTNW, highest_BTN, total_BTN)
+
+    first = attend(jnp.int32(0))
+    joined = lax.fori_loop(1, n_blocks, join, wide(first))
+    return joined._replace(out_BTNW=joined.out_BTNW.astype(first.out_BTNW.dtype))
+
+
 def _attended(out_BNTW: jax.Array, highest_BNT1: jax.Array, total_BNT1: jax.Array) -> Attended:
     return Attended(
         out_BNTW.swapaxes(1, 2), *(x[..., 0].swapaxes(1, 2) for x in (highest_BNT1, total_BNT1))

@@ -60,15 +60,20 @@ class Selection(NamedTuple):
 class Keys(NamedTuple):
     """Keys among which to choose, of each query its own, and in any order."""
 
-    scores_BTS: jax.Array
-    places_BTS: jax.Array  # int32, at least 0; of equal scores the lowest win
-    visible_BTS: jax.Array  # bool
+    ranks_BTS: jax.Array  # uint32 in the order of the scores; 0 for invisible keys
+    places_BTS: jax.Array  # uint32; of equal scores the lowest win
+
+    @classmethod
+    def of(cls, scores: jax.Array, places: jax.Array, visible: jax.Array) -> Keys:
+        """Ranks float32 scores."""
+        ranks = jnp.where(visible, _ordered(_plain_zeros(scores)), jnp.uint32(0))
+        return cls(ranks, places.astype(jnp.uint32))
 
 
 class Limit(NamedTuple):
     """The last key of a choice, [B, T, 1] each."""
 
-    rank: jax.Array  # uint32, see `_ranks`
+    rank: jax.Array  # uint32
     end: jax.Array  # uint32, the place up to which keys of this rank are chosen
 
 
@@ -109,7 +114,8 @@ def chosen(scores_BTS: jax.Array, visible_BTS: jax.Array, count: int) -> jax.Arr
     S = scores_BTS.shape[-1]
     if count >= S:
         return visible_BTS
-    keys = Keys(scores_BTS, lax.broadcasted_iota(jnp.int32, (1, 1, S), 2), visible_BTS)
+    place_11S = lax.broadcasted_iota(jnp.uint32, (1, 1, S), 2)
+    keys = Keys.of(scores_BTS, place_11S, visible_BTS)
     return within(keys, limit(keys, count, most=S))
 
 
@@ -119,13 +125,12 @@ def limit(keys: Keys, count: int, *, most: int = 2**31 - 1) -> Limit:
     Args:
       most: places are below it.
     """
-    ranks_BTS, places_BTS = _ranks(keys), keys.places_BTS.astype(jnp.uint32)
-    enough = jnp.int32(count)
+    ranks_BTS, enough = keys.ranks_BTS, jnp.int32(count)
     rank = _largest(lambda trial: _count(ranks_BTS >= trial) >= enough, ranks_BTS, bits=32)
-    tied_BTS = (ranks_BTS == rank) & keys.visible_BTS
+    tied_BTS = (ranks_BTS == rank) & (ranks_BTS > 0)
     room = enough - _count(ranks_BTS > rank)
     end = _largest(
-        lambda trial: _count(tied_BTS & (places_BTS < trial)) <= room,
+        lambda trial: _count(tied_BTS & (keys.places_BTS < trial)) <= room,
         ranks_BTS,
         bits=most.bit_length(),
     )
@@ -134,14 +139,8 @@ def limit(keys: Keys, count: int, *, most: int = 2**31 - 1) -> Limit:
 
 def within(keys: Keys, last: Limit) -> jax.Array:
     """Tells which keys are chosen, bool [B, T, S]."""
-    ranks_BTS, places_BTS = _ranks(keys), keys.places_BTS.astype(jnp.uint32)
-    tied_BTS = (ranks_BTS == last.rank) & keys.visible_BTS
-    return (ranks_BTS > last.rank) | (tied_BTS & (places_BTS < last.end))
-
-
-def _ranks(keys: Keys) -> jax.Array:
-    """Returns numbers in the order of the scores, invisible keys below all others: uint32."""
-    return jnp.where(keys.visible_BTS, _ordered(_plain_zeros(keys.scores_BTS)), jnp.uint32(0))
+    tied_BTS = (keys.ranks_BTS == last.rank) & (keys.ranks_BTS > 0)
+    return (keys.ranks_BTS > last.rank) | (tied_BTS & (keys.places_BTS < last.end))
 
 
 def _plain_zeros(scores: jax.Array) -> jax.Array:

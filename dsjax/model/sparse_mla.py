@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsjax.config import ModelConfig
-from dsjax.kernels.cached_attention import Attended
+from dsjax.kernels.cached_attention import Attended, in_blocks
 from dsjax.kernels.flash_attention import Segments
 from dsjax.kernels.sparse_attention import (
     Index,
@@ -163,7 +163,7 @@ class SparseMLA(MLA):
         """Attends to the cached positions that the indexer chooses up to each query's own; the
         arguments are those of `attend` and of `Index`.
         """
-        config, scale = self.config, rope.attention_scale(self.config)
+        config = self.config
         (B, T, N, _), S, part = q_BTNH.shape, cache.length, split_cache.part()
         q_nope, q_rope = jnp.split(q_BTNH, [config.qk_nope_head_dim], axis=-1)
         index_k_BSY = cache.read(0, S)["index_key"][:, 0]
@@ -180,10 +180,7 @@ class SparseMLA(MLA):
             valid_BtJ = split_cache.chosen(
                 scores_BtJ, found_BtJ, selection.valid_BTJ, config.index_topk
             )
-            entries = cache.gather(indices_BtJ)
-            latents, rope_keys = (entries[name][:, :, :, 0] for name in ("latent", "rope_key"))
-            keys = latents, rope_keys
-            return gathered_attention((q_BtNC, q_rope_BtNR), keys, latents, valid_BtJ, scale=scale)
+            return self._attend_first((q_BtNC, q_rope_BtNR), cache, indices_BtJ, valid_BtJ)
 
         widths = config.kv_lora_rank + config.qk_rope_head_dim + N
         per_query = max(widths * config.index_topk, config.index_n_heads * S)
@@ -192,3 +189,40 @@ class SparseMLA(MLA):
         most = max(_MOST_GATHERED // per_query, 1)
         attended = over_tiles(tile, queries, lax.iota(jnp.int32, T), most=most)
         return self.projected(attended, weights)
+
+    def _attend_first(
+        self,
+        queries: tuple[jax.Array, jax.Array],
+        cache: LayerCache,
+        indices_BTJ: jax.Array,
+        valid_BTJ: jax.Array,
+    ) -> Attended:
+        """Attends from each query to latents and rope keys of its own, of which the valid ones come
+        first: where devices have a part of the cache each, those are few of the J.
+        """
+        n_parts, J = split_cache.part().count, indices_BTJ.shape[2]
+        # Half of an even share, so that little more is read than the largest share.
+        size = J if n_parts == 1 else min(-(-self.config.index_topk // (2 * n_parts)), J)
+
+        def block(number: jax.Array) -> Attended:
+            # The last block is moved back to end where the keys do; what it repeats is left out.
+            start = jnp.minimum(number * size, J - size)
+            place_11X = start + lax.broadcasted_iota(jnp.int32, (1, 1, size), 2)
+            indices_BTX, valid_BTX = (
+                lax.dynamic_slice_in_dim(x, start, size, axis=2) for x in (indices_BTJ, valid_BTJ)
+            )
+            entries = cache.gather(indices_BTX)
+            latents, rope_keys = (entries[name][:, :, :, 0] for name in ("latent", "rope_key"))
+            return gathered_attention(
+                queries,
+                (latents, rope_keys),
+                latents,
+                valid_BTX & (place_11X >= number * size),
+                scale=rope.attention_scale(self.config),
+            )
+
+        if n_parts == 1:
+            return block(jnp.int32(0))
+        # As many on all devices, should the compiler gather anything inside.
+        longest = split_cache.most(valid_BTJ.sum(axis=-1, dtype=jnp.int32).max())
+        return in_blocks(block, jnp.maximum(-(-longest // size), 1))

@@ -67,6 +67,11 @@ def part() -> Part:
     return WHOLE if count == 1 else Part(lax.axis_index(_AXIS), count)
 
 
+def most(number: jax.Array) -> jax.Array:
+    """Returns the largest of all devices' numbers."""
+    return number if parts_here("length") == 1 else lax.pmax(number, _AXIS)
+
+
 def _joined(attended: Attended) -> jax.Array:
     if parts_here("length") == 1:
         return attended.out_BTNW
@@ -90,7 +95,7 @@ def chosen(
     """
     if parts_here("length") == 1:
         return visible_BTJ
-    keys = sparse_attention.Keys(scores_BTJ, positions_BTJ, visible_BTJ)
+    keys = sparse_attention.Keys.of(scores_BTJ, positions_BTJ, visible_BTJ)
     # [B, T, J] -> all_gather(context) -> [B, T, c * J], a score and a position of each
     proposed = jax.tree.map(lambda x: lax.all_gather(x, _AXIS, axis=2, tiled=True), keys)
     return sparse_attention.within(keys, sparse_attention.limit(proposed, count))

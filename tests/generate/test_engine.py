@@ -12,6 +12,7 @@ import pytest
 
 from dsjax.generate import decoding
 from dsjax.generate.engine import Engine, Request
+from dsjax.generate.programs import Programs
 from dsjax.generate.request import join
 from dsjax.generate.sampling import Sampling
 from dsjax.model.parameters import shardings
@@ -90,6 +91,66 @@ def test_model_on_a_mesh_generates_the_same(sizes):
     spread = Engine(jax.device_put(tiny_model(), shardings(tiny_model(), mesh)), prefill_chunk=16)
     got, _ = run(spread, requests()[:3])  # three rows over two devices
     assert got == wanted()[:3]
+
+
+INDEXED = {"index_n_heads": 16, "index_head_dim": 8, "index_topk": 24}
+GROUPED = {"attention": "gqa", "n_kv_heads": 2, "head_dim": 8, "qk_norm": True, "n_mtp": 0}
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({}, {"context": 4, "data": 2}),
+        (GROUPED, {"context": 2, "tensor": 4}),  # key heads that tensor does not divide
+        (INDEXED, {"context": 2, "expert": 2, "fsdp": 2}),
+        (INDEXED | {"n_mtp": 0}, {"context": 4, "tensor": 2}),
+        (INDEXED | {"n_mtp": 0}, {"context": 3}),  # a cache that is a little longer for it
+    ],
+    ids=str,
+)
+def test_a_cache_split_over_devices_generates_the_same(changes, sizes):
+    """Prompts that end in the middle of a part, with drafts and known prefixes; texts longer than
+    what an indexer chooses.
+    """
+    config = dataclasses.replace(TINY, **changes)
+    model, mesh = tiny_model(config), make_mesh(sizes, n_devices=math.prod(sizes.values()))
+    asked = [
+        Request(
+            tuple(np.random.default_rng(n).integers(0, 96, n).tolist()), 20, GREEDY, logprobs=True
+        )
+        for n in (5, 33, 70)
+    ]
+    kept = 0 if sizes["context"] == 3 else 256
+    options = {"speculative": config.n_mtp > 0, "prefill_chunk": 16, "prefix_tokens": kept}
+    spread = Engine(jax.device_put(model, shardings(model, mesh)), **options)
+    want = Engine(model, **options).complete(asked)
+    for again in (False, True):
+        got = spread.complete(asked)
+        assert bool(spread.statistics.cached_tokens) == (again and kept > 0)
+        assert [each.tokens for each in got] == [each.tokens for each in want]
+        for mine, theirs in zip(got, want, strict=True):
+            np.testing.assert_allclose(mine.report.logprobs, theirs.report.logprobs, rtol=1e-5)
+
+
+def test_each_device_holds_its_share_of_a_split_cache():
+    for count in (2, 4):
+        mesh = make_mesh({"context": count, "data": 2}, n_devices=2 * count)
+        model = jax.device_put(tiny_model(), shardings(tiny_model(), mesh))
+        empty = Programs(model).compiled(decoding.empty_carry, batch=4, length=256, n_drafts=2)
+        for entry in jax.tree.leaves(empty().cache):
+            (share,) = {shard.data.nbytes for shard in entry.addressable_shards}
+            assert share * 2 * count == entry.nbytes
+
+
+def test_a_cache_that_cannot_be_split_is_refused():
+    grouped = {"attention": "nsa", "n_kv_heads": 2, "head_dim": 8, "n_mtp": 0}
+    model = tiny_model(dataclasses.replace(TINY, **grouped))
+    mesh = make_mesh({"context": 2}, n_devices=2)
+    with pytest.raises(
+        ValueError, match=r"model\.attention=nsa keeps its cache whole: .* mesh\.context=2 devices"
+    ):
+        Engine(jax.device_put(model, shardings(model, mesh)))
 
 
 def test_stop_id_ends_its_row_and_is_its_last_token():

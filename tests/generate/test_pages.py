@@ -46,6 +46,16 @@ def test_pages_that_end_inside_a_shared_entry_are_refused():
         pages.empty_pool(model, n_pages=1, page=8, n_drafts=0)
 
 
+def test_pages_that_do_not_divide_over_the_mesh_are_refused():
+    with (
+        jax.set_mesh(make_mesh({"context": 3}, n_devices=3)),
+        pytest.raises(
+            ValueError, match=r"page of 16 tokens, .* over mesh\.context=3; choose a power"
+        ),
+    ):
+        pages.empty_pool(tiny_model(), n_pages=1, page=16, n_drafts=0)
+
+
 def test_pages_go_where_they_are_told_and_nowhere_else():
     carry, pool = carry_and_pool()
     pool = numbered(pool)

@@ -128,9 +128,12 @@ def test_tokens_are_scored_without_files(scorer, logits, tmp_path, monkeypatch):
 
 
 @pytest.mark.heavy
-def test_mesh_gives_the_same_scores(scorer, logits, tmp_path):
-    """Three rows over data=2: the last batch is filled up."""
-    mesh = submesh({"data": 2, "tensor": 2})
+@pytest.mark.parametrize("others", [{"tensor": 2}, {"context": 3}], ids=str)
+def test_mesh_gives_the_same_scores(scorer, logits, tmp_path, others):
+    """Three rows over data=2: the last batch is filled up, as are 25 tokens where three devices
+    split them.
+    """
+    mesh = submesh({"data": 2, **others})
     split = Scorer(jax.device_put(scorer.model, shardings(scorer.model, mesh)), mesh)
     assert split.rows == 2
     score.score_tokens(split, IDS, Outputs(logits=tmp_path / "L.npy"))

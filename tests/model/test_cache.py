@@ -59,11 +59,11 @@ def test_decoding_changes_the_donated_cache_in_place(config):
 
 @pytest.mark.parametrize(
     ("config", "spec"),
-    [(TINY, (None, "data", None)), (GQA, (None, "data", "tensor"))],
+    [(TINY, (None, "data", None, "context")), (GQA, (None, "data", "tensor", "context"))],
     ids=["mla", "gqa"],
 )
-def test_pinned_cache_is_split_over_rows_and_key_heads(config, spec):
-    mesh = make_mesh({"data": 2, "tensor": 2}, n_devices=4)
+def test_pinned_cache_is_split_over_rows_key_heads_and_positions(config, spec):
+    mesh = make_mesh({"data": 2, "context": 2, "tensor": 2}, n_devices=8)
     with jax.set_mesh(mesh):
         cache = jax.jit(lambda: empty_cache(config, 4, 256, jnp.float32).pinned())()
     for leaf in jax.tree.leaves(cache):
