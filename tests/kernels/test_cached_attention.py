@@ -88,3 +88,22 @@ def test_scores_of_a_long_cache_stay_within_the_bound():
 
     memory = jax.jit(attend).lower(q, kv, kv, positions).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 2**28
+
+
+@pytest.mark.parametrize("n_blocks", [2, 3])
+def test_blocks_of_keys_are_joined_to_the_whole(n_blocks):
+    """The second row sees keys of the first of three blocks only, neither row any of the third."""
+    queries, keys, values = _arrays()
+    want = _attend(reference_cached_attention, queries, keys, values, POSITIONS)
+
+    @jax.jit
+    def joined(queries, keys, values, n_blocks):
+        def attend(number):
+            def read(start, size):
+                return _reader(keys, values)(number * 100 + start, size)
+
+            return kernel.cached_attention(queries, read, 100, POSITIONS - number * 100, scale=0.3)
+
+        return kernel.in_blocks(attend, n_blocks).out_BTNW
+
+    assert_close(joined(queries, keys, values, n_blocks), want, F32, "attention")
