@@ -128,9 +128,9 @@ def test_tokens_are_scored_without_files(scorer, logits, tmp_path, monkeypatch):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("others", [{"tensor": 2}, {"context": 3}], ids=str)
+@pytest.mark.parametrize("others", [{"tensor": 2}, {"context": 4}], ids=str)
 def test_mesh_gives_the_same_scores(scorer, logits, tmp_path, others):
-    """Three rows over data=2: the last batch is filled up, as are 25 tokens where three devices
+    """Three rows over data=2: the last batch is filled up, as are 25 tokens where four devices
     split them.
     """
     mesh = submesh({"data": 2, **others})

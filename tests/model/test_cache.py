@@ -32,6 +32,12 @@ def test_cache_takes_the_bytes_that_flops_counts(config):
     assert bytes_ == 3 * 256 * cache_bytes_per_token(config)
 
 
+def test_a_cache_is_longer_by_what_its_parts_need_to_be_equal():
+    with jax.set_mesh(make_mesh({"context": 3}, n_devices=3)):
+        cache = jax.eval_shape(lambda: empty_cache(TINY, 1, 256, jnp.float32))
+    assert {leaf.shape[3] for leaf in jax.tree.leaves(cache)} == {258}
+
+
 def test_mla_keeps_one_latent_and_one_rotated_key_a_token():
     cache = jax.eval_shape(lambda: empty_cache(TINY, 3, 256, jnp.float32, mtp=True))
     shapes = [{name: entry.shape for name, entry in entries.items()} for entries in cache]
