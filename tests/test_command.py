@@ -223,9 +223,9 @@ def test_overrides_of_another_form_are_wrong_usage(text, capsys):
     [
         (
             "pipe=2",
-            "'pipe=2' does not set one of the axes data, fsdp, expert, tensor once",
+            "'pipe=2' does not set one of the axes data, fsdp, expert, context, tensor once",
         ),
-        ("data=2,data=2", "does not set one of the axes data, fsdp, expert, tensor once"),
+        ("data=2,data=2", "does not set one of the axes data, fsdp, expert, context, tensor once"),
         ("data", "'data': the size of a mesh axis is a whole number above 0, or -1"),
         ("tensor=0", "'tensor=0': the size of a mesh axis"),
         ("data=-1,tensor=-1", "only one mesh axis may be -1, not data and tensor"),
