@@ -50,7 +50,6 @@ from dsjax.generate.shapes import (
 )
 from dsjax.generate.speculative import check as check_drafting
 from dsjax.generate.warming import Warming
-from dsjax.model.cache import check_split
 from dsjax.model.transformer import Transformer
 
 _SECONDS_BETWEEN_ITEMS = 0.05
@@ -125,7 +124,6 @@ class Engine:
             check_drafting(model.config)
         self.statistics = Statistics()
         self._programs = Programs(model)
-        check_split(model.config, self._programs.mesh)
         self._balancer = balancer
         self._vocab_size = model.config.vocab_size
         self._n_drafts = model.config.n_mtp if speculative else 0

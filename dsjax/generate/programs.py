@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsjax.generate import decoding
+from dsjax.model.cache import check_split
 from dsjax.model.transformer import Transformer
 from dsjax.parallel.sharding import parts
 
@@ -25,8 +26,10 @@ class Programs:
     """
 
     def __init__(self, model: Transformer) -> None:
+        """Raises ValueError if the mesh would split a cache that stays whole."""
         self.model = model
         self.mesh = _mesh(model)
+        check_split(model.config, self.mesh)
         self._layout = _layout(model)
         self._compiled: dict[Any, Any] = {}
 
