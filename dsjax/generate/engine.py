@@ -159,8 +159,7 @@ class Engine:
         self._incoming: Prompts | None = None
         self._running: Rows | None = None
         self._streaming = streaming
-        # in the next call of the decoding program
-        self._n_steps = 1 if streaming else decoding.MAX_STEPS
+        self._n_steps = 1 if streaming else decoding.MAX_STEPS  # of the next decoding call
         self._decoded_last = False
         self._next_id = 0
 
