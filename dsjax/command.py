@@ -20,6 +20,7 @@ import atexit
 import contextlib
 import dataclasses
 import errno
+import importlib.machinery
 import os
 import re
 import shlex
@@ -383,12 +384,25 @@ def run(
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raises KeyboardInterrupt, as Python's own handler, but where it would be swallowed: in JAX's
-    callback of the garbage collection. There the signal is sent again, a little later.
+    """Raises KeyboardInterrupt, as Python's own handler, but where it would be swallowed. There the
+    signal is sent again, a little later.
     """
-    if frame is None or not frame.f_code.co_name.endswith("gc_callback"):
+    if not _swallows(frame):
         raise KeyboardInterrupt
     threading.Timer(0.02, os.kill, (os.getpid(), number)).start()
+
+
+def _swallows(frame: FrameType | None) -> bool:
+    """Tells whether an exception would be lost, in JAX's callback of the garbage collection, or
+    become another, in the import of a compiled module, which may be an optional one.
+    """
+    if frame is not None and frame.f_code.co_name.endswith("gc_callback"):
+        return True
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), importlib.machinery.ExtensionFileLoader):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _leave(codes: Sequence[int]) -> None:

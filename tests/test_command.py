@@ -127,6 +127,19 @@ def test_interrupt_that_jax_would_swallow_comes_again():
     assert done.returncode == 130 and done.stdout == ""
 
 
+def test_interrupt_while_a_compiled_module_is_imported_comes_again():
+    done = interrupted(
+        "from importlib.machinery import ExtensionFileLoader\n"
+        "class Loader(ExtensionFileLoader):\n"
+        "    def exec_module(self, module):\n"
+        "        try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "        except KeyboardInterrupt: raise ImportError('initialization failed')\n"
+        "Loader('optional', 'optional.so').exec_module(None)\n"
+        "for _ in range(1000): time.sleep(0.01)\n"
+    )
+    assert done.returncode == 130, done.stderr
+
+
 def test_load_applies_every_set(tmp_path):
     path = tmp_path / "example.py"
     path.write_text(
