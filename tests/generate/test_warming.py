@@ -82,6 +82,7 @@ class Traced:
 
     def __init__(self, model):
         self.model, self.batch_parts, self.asked = model, model.parts, set()
+        self.mesh = None
 
     def compiled(self, function, *arguments, **static):
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments))
