@@ -188,6 +188,8 @@ FLAGS = {
         "--prefill-chunk",
         "--prefix-tokens",
         "--redundant-experts",
+        "--context-cache",
+        "--context-cache-gb",
         "--speculative",
         "--warm",
     },

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from dsjax import command
 
@@ -41,10 +42,10 @@ def parser() -> argparse.ArgumentParser:
     add("--context", metavar="N", type=int, help="tokens per request (default: at most 8192)")
     count("--prefill-chunk", 256, "prompt tokens per step, a power of two")
     count("--prefix-tokens", 16384, "tokens of past prompts and replies kept for new ones; 0: none")
-    count(
-        "--redundant-experts", 0, "slots per layer for replicas of experts; needs --mesh expert=N"
-    )
+    count("--redundant-experts", 0, "slots per layer for replicas; needs --mesh expert=N")
     count("--eplb-every", 2000, "steps between two looks at the loads of experts")
+    add("--context-cache", metavar="DIR", type=Path, help="keep these on disk too, over restarts")
+    count("--context-cache-gb", 10, "GB there, at most; the least recently used go")
     count("--max-wait", 600, "seconds until a reply begins, at most")
     count("--max-seconds", 3600, "seconds until it ends, at most")
     count("--max-body", 8, "MB of a request, at most")

@@ -5,6 +5,7 @@ prompts      newcomers, whose prompts run in chunks, each distinct prompt once
 rows         the requests that run together, one per row of a cache
 prefixes     known beginnings of prompts: found by their tokens, kept in pages
 pages        copies of cache entries from pages to rows and back
+page_files   the same on disk, for longer than memory and a restart
 programs     the compiled functions of an engine, and the weights they run with
 decoding     those functions: a chunk of prompts, some steps of decoding, rows put into a cache
 speculative  decoding with drafts by the model's own MTP modules

@@ -22,6 +22,7 @@ nobody waits any more, the rest of the batch goes on in fewer rows, a quarter or
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import time
 from collections import deque
@@ -33,6 +34,7 @@ import numpy as np
 from dsjax.generate import decoding
 from dsjax.generate.balancing import Balance, Balancer
 from dsjax.generate.decoding import Carry, Decoded
+from dsjax.generate.page_files import PageFiles
 from dsjax.generate.prefixes import PAGE, Prefixes
 from dsjax.generate.programs import Programs
 from dsjax.generate.prompts import MIN_CHUNK, Prompts, distinct
@@ -93,6 +95,7 @@ class Engine:
         prefix_tokens: int = 0,
         examples: Sequence[Request] = (),
         balancer: Balancer | None = None,
+        page_files: PageFiles | None = None,
     ) -> None:
         """
         Args:
@@ -106,6 +109,8 @@ class Engine:
             Batches and caches then have so few sizes that `warm` can compile every program;
             `max_batch` is required.
           balancer: of the model's experts, where these are redundant.
+          page_files: where these prefixes are kept on disk besides, for as long as the weights
+            are not replaced.
 
         Raises:
           ValueError: `prefill_chunk`, `max_batch` or `prefix_tokens` is out of range, the model has
@@ -120,6 +125,8 @@ class Engine:
             raise ValueError(f"max_batch={max_batch} must be at least 1; None sets no limit")
         if examples and max_batch is None:
             raise ValueError("examples need max_batch, the most rows of a batch")
+        if page_files and (not prefix_tokens or jax.process_count() > 1):
+            raise ValueError("page_files need prefix_tokens above 0, and a single process")
         if speculative:
             check_drafting(model.config)
         self.statistics = Statistics()
@@ -138,21 +145,7 @@ class Engine:
                 chunk=prefill_chunk,
                 n_drafts=self._n_drafts,
             )
-        self._prefixes: Prefixes | None = None
-        if prefix_tokens:
-            page = min(PAGE, prefill_chunk)
-            if prefix_tokens < (least := page * self._programs.batch_parts):
-                raise ValueError(
-                    f"prefix_tokens={prefix_tokens} must be at least {least}, a page of {page} "
-                    "tokens for each part of a batch; 0 keeps none"
-                )
-            self._prefixes = Prefixes(
-                self._programs,
-                n_tokens=prefix_tokens,
-                page=page,
-                n_drafts=self._n_drafts,
-                smallest=self._shapes.chunks[0] if self._shapes else MIN_CHUNK,
-            )
+        self._prefixes = self._keeping(prefix_tokens, page_files) if prefix_tokens else None
         self._max_batch = max_batch
         self._closed = 0  # requests of the closed batch that runs; 0: any number may come
         self._waiting: deque[Open] = deque()
@@ -162,6 +155,23 @@ class Engine:
         self._n_steps = 1 if streaming else decoding.MAX_STEPS  # of the next decoding call
         self._decoded_last = False
         self._next_id = 0
+
+    def _keeping(self, prefix_tokens: int, page_files: PageFiles | None) -> Prefixes:
+        """Makes room for what is kept of past prompts."""
+        page = min(PAGE, self._chunk)
+        if prefix_tokens < (least := page * self._programs.batch_parts):
+            raise ValueError(
+                f"prefix_tokens={prefix_tokens} must be at least {least}, a page of {page} "
+                "tokens for each part of a batch; 0 keeps none"
+            )
+        return Prefixes(
+            self._programs,
+            n_tokens=prefix_tokens,
+            page=page,
+            n_drafts=self._n_drafts,
+            smallest=self._shapes.chunks[0] if self._shapes else MIN_CHUNK,
+            files=page_files,
+        )
 
     @property
     def busy(self) -> bool:
@@ -213,7 +223,10 @@ class Engine:
         if found := list(problems(request, self._programs.model.config)):
             raise ValueError("\n".join(found))
         self._next_id += 1
-        self._waiting.append(Open(self._next_id, request))
+        fetched = None
+        if self._prefixes:
+            fetched = self._prefixes.fetch(request.prompt, request.owner)
+        self._waiting.append(Open(self._next_id, request, fetched))
         return self._next_id
 
     def cancel(self, id: int) -> None:
@@ -314,13 +327,20 @@ class Engine:
             raise ValueError("\n".join(found))
 
     def _admit(self) -> None:
-        """Gives the requests that have waited longest a cache for their prompts."""
+        """Gives the requests that have waited longest a cache for their prompts; those that the
+        disk is read for wait until it is.
+        """
         room = self._most_rows - (self._running.n_open if self._running else 0)
         if self._shapes:
             room = min(room, self._shapes.newcomers[-1])
-        admitted = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+        ready = [each for each in self._waiting if not each.fetched or each.fetched.pages.done()]
+        admitted = ready[: max(room, 0)]
         if not admitted:
+            if room > 0 and self._running is None and (fetched := self._waiting[0].fetched):
+                concurrent.futures.wait([fetched.pages], _SECONDS_BETWEEN_ITEMS)
             return
+        taken = {each.id for each in admitted}
+        self._waiting = deque(each for each in self._waiting if each.id not in taken)
         requests = [open_.request for open_ in admitted]
         longest = max(len(each.prompt) + each.max_new_tokens for each in requests)
         if self._shapes:
@@ -352,8 +372,15 @@ class Engine:
         """
         if self._prefixes is None or newcomers.wanted.experts:
             return 0
+        from_disk = {
+            (slot.request.owner, tuple(slot.request.prompt)): slot.fetched
+            for slot in newcomers.slots
+            if slot and slot.fetched
+        }
         for row, (owner, prompt) in enumerate(newcomers.prompts):
-            newcomers.carry, count = self._prefixes.fill(newcomers.carry, row, prompt, owner)
+            newcomers.carry, count = self._prefixes.fill(
+                newcomers.carry, row, prompt, owner, from_disk.get((owner, tuple(prompt)))
+            )
             newcomers.know(row, count)
         return int(newcomers.known_B.sum())
 

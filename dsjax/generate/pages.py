@@ -119,3 +119,25 @@ def save(
         return jax.tree.map(in_entry, *caches)
 
     return split_cache.update(write, (pool, carry.cache), (row, places_X, pages_X)).pinned()
+
+
+def take(model: Transformer, pool: Cache, pages_X: jax.Array) -> tuple[Cache, Cache]:
+    """Returns the pool and a copy of some of its pages, which is not the pool's when it changes."""
+    del model
+    return pool, jax.tree.map(lambda pool_LZPUX: pool_LZPUX[:, pages_X], pool)
+
+
+def put(model: Transformer, pool: Cache, new: Cache, pages_X: jax.Array) -> Cache:
+    """Replaces pages of the pool by others.
+
+    Args:
+      new: the pages, entries [L, X, P, U, .].
+      pages_X: int32, which ones they replace, all different; one outside the pool drops its page.
+    """
+    del model
+
+    def write(pool_LZPUX: jax.Array, new_LXPUX: jax.Array) -> jax.Array:
+        pages = pool_LZPUX.at[:, pages_X]
+        return pages.set(new_LXPUX, mode="drop", unique_indices=True)
+
+    return jax.tree.map(write, pool, new).pinned()

@@ -9,22 +9,30 @@ When the pages are used up, the least recently used one goes. Use of a page coun
 before it, so it is never one that another page continues. Nothing here depends on clocks: processes
 that serve the same requests keep the same pages.
 
+With page files (dsjax/generate/page_files.py) each page is also written to disk, and what a prompt
+finds there comes back into memory before its row is filled.
+
 With drafts the last tokens of a known prefix are run again. An entry of the MTP modules depends on
 the next tokens too, and these may lie beyond the prefix, where texts differ.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from dsjax.generate import pages
 from dsjax.generate.decoding import Carry
+from dsjax.generate.page_files import Fetched, PageFiles
 from dsjax.generate.programs import Programs
 from dsjax.generate.prompts import MIN_CHUNK
+from dsjax.model.cache import Cache
+from dsjax.parallel.sharding import parts
 
 PAGE = 64  # tokens, unless the engine's chunks are shorter
 _AT_A_TIME = 16  # pages that one call copies
@@ -137,12 +145,14 @@ class Prefixes:
         page: int,
         n_drafts: int,
         smallest: int = MIN_CHUNK,
+        files: PageFiles | None = None,
     ) -> None:
         """
         Args:
           n_tokens: how many tokens are kept at most.
           page: tokens of a page, a power of two.
           smallest: tokens of the smallest chunk of a prompt, which divides a page.
+          files: where pages are kept besides, if anywhere.
         """
         n_pages = n_tokens // page
         n_pages -= n_pages % programs.batch_parts  # each part of the devices holds as many
@@ -151,14 +161,43 @@ class Prefixes:
         self._pool = programs.compiled(
             pages.empty_pool, n_pages=n_pages, page=page, n_drafts=n_drafts
         )()
+        self._files = files
+        # A page's tokens lie in the order of the cache's parts (`dsjax.parallel.split_cache`).
+        self._n_parts = parts("length", programs.mesh) if programs.mesh else 1
+        # Of a page, per entry: shape [L, P, U, .] and type.
+        self._forms = [((x.shape[0], *x.shape[2:]), x.dtype) for x in jax.tree.leaves(self._pool)]
 
-    def fill(self, carry: Carry, row: int, prompt: Sequence[int], owner: str) -> tuple[Carry, int]:
+    def fetch(self, prompt: Sequence[int], owner: str) -> Fetched | None:
+        """Begins to read what of a prompt the disk has and memory has not; None: nothing."""
+        if self._files is None:
+            return None
+        names = self._names(prompt[:-1], owner)
+        first = len(self._tree.find(prompt[:-1], owner))
+        self._files.known(names[:first])
+        count = min(self._files.known(names[first:]), self._tree.n_pages - first)
+        if count <= 0:
+            return None
+        return Fetched(first, self._files.read(names[first : first + count]))
+
+    def fill(
+        self,
+        carry: Carry,
+        row: int,
+        prompt: Sequence[int],
+        owner: str,
+        fetched: Fetched | None = None,
+    ) -> tuple[Carry, int]:
         """Copies the longest known prefix of a prompt into a row.
+
+        Args:
+          fetched: what `fetch` has returned, read by now.
 
         Returns:
           the carry, and from which token on the prompt must run, a multiple of the smallest chunk;
           at least its last token must.
         """
+        if fetched:
+            self._restore(prompt, owner, fetched)
         numbers = self._tree.find(prompt[:-1], owner)
         carry = self._copy(pages.fill, carry, self._pool, row, dict(enumerate(numbers)))
         again = self._n_drafts + 1 if self._n_drafts else 0
@@ -169,6 +208,62 @@ class Prefixes:
         """Keeps the whole pages of a text that has run in a row."""
         new = self._tree.add(tokens, owner)
         self._pool = self._copy(pages.save, self._pool, carry, row, new)
+        if self._files is not None:
+            self._write(self._files, tokens, owner)
+
+    def _names(self, tokens: Sequence[int], owner: str) -> list[str]:
+        assert self._files is not None
+        form = f"{self._forms} {self._n_parts}\n{owner}"
+        return self._files.names(tokens, form, self._tree.page)
+
+    def _write(self, files: PageFiles, tokens: Sequence[int], owner: str) -> None:
+        """Writes what memory holds of a text and the disk does not."""
+        numbers = self._tree.find(tokens, owner)
+        names = self._names(tokens, owner)[: len(numbers)]
+        missing = files.missing(names)
+        for first in range(0, len(missing), _AT_A_TIME):
+            part = missing[first : first + _AT_A_TIME]
+            self._pool, taken = self._taken([numbers[place] for place in part])()
+            written = [names[place] for place in part]
+            files.write(written, functools.partial(_as_bytes, taken, len(part)))
+
+    def _taken(self, numbers: Sequence[int]) -> Any:
+        numbers_X = np.zeros(_AT_A_TIME, np.int32)
+        numbers_X[: len(numbers)] = numbers
+        return self._programs.compiled(pages.take, self._pool, numbers_X)
+
+    def _restore(self, prompt: Sequence[int], owner: str, fetched: Fetched) -> None:
+        """Puts pages from disk into memory, unless what comes before them has left it meanwhile."""
+        found = fetched.pages.result()
+        end = (fetched.first + len(found)) * self._tree.page
+        if len(self._tree.find(prompt[:-1], owner)) < fetched.first:
+            return
+        every = list(self._tree.add(prompt[:end], owner).items())
+        for first in range(0, len(every), _AT_A_TIME):
+            part = every[first : first + _AT_A_TIME]
+            data = [found[place - fetched.first] for place, _ in part]
+            self._pool = self._restored(data, [number for _, number in part])()
+
+    def _restored(self, data: Sequence[bytes], numbers: Sequence[int]) -> Any:
+        numbers_X = (1 << 30) + np.arange(_AT_A_TIME, dtype=np.int32)  # outside: dropped
+        numbers_X[: len(numbers)] = numbers
+        new = [
+            np.zeros((layers, _AT_A_TIME, *form), dtype) for (layers, *form), dtype in self._forms
+        ]
+        for place, page in enumerate(data):
+            start = 0
+            for array, (form, dtype) in zip(new, self._forms, strict=True):
+                part = np.frombuffer(page, dtype, array[:, place].size, start)
+                array[:, place] = part.reshape(form)
+                start += part.nbytes
+        tree = jax.tree.unflatten(jax.tree.structure(self._pool), new)
+        return self._programs.compiled(pages.put, self._pool, tree, numbers_X)
+
+    def warm_files(self) -> None:
+        """Compiles the programs that copy pages to and from files, if there are any."""
+        if self._files is not None:
+            self._taken([])
+            self._restored([], [])
 
     def warm_fill(self, carry: Carry) -> None:
         """Compiles the program that copies pages into a carry of this size."""
@@ -181,8 +276,9 @@ class Prefixes:
         self._programs.compiled(pages.save, self._pool, carry, np.int32(0), *nowhere_2X)
 
     def clear(self) -> None:
-        """Forgets everything, as for new weights."""
+        """Forgets everything, as for new weights; the files are those of the old ones."""
         self._tree.clear()
+        self._files = None
 
     def _copy(self, function: Any, into: Any, source: Any, row: int, which: dict[int, int]) -> Any:
         """Copies pages, given by places in the row and numbers in the pool."""
@@ -194,3 +290,9 @@ class Prefixes:
             both_2X[:, : len(part)] = np.transpose(part)
             into = self._programs.compiled(function, into, source, np.int32(row), *both_2X)()
         return into
+
+
+def _as_bytes(taken: Cache, count: int) -> list[bytes]:
+    """Returns the bytes of the first pages of a copy, each page's entries one after another."""
+    entries = jax.tree.leaves(jax.device_get(taken))
+    return [b"".join(entry[:, place].tobytes() for entry in entries) for place in range(count)]

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsjax.generate import decoding
+from dsjax.generate import decoding, pages
 from dsjax.model.cache import check_split
 from dsjax.model.transformer import Transformer
 from dsjax.parallel.sharding import parts
@@ -90,7 +90,7 @@ class Programs:
         # The carry stays where it came from, or the next program could not take it: the compiler
         # prefers the layout of weights that the pipeline's ranks share to a loop's own constraint.
         carry = jax.tree.map(lambda leaf: leaf.sharding, arguments[0])
-        if function not in (decoding.prefill, decoding.decode):
+        if function not in (decoding.prefill, decoding.decode, pages.take):
             return carry
         # The other results are replicated: every process reads all of them.
         return carry, NamedSharding(self.mesh, PartitionSpec())

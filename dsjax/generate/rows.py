@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dsjax.generate.decoding import Carry
+from dsjax.generate.page_files import Fetched
 from dsjax.generate.record import NOTHING, Wanted
 from dsjax.generate.request import Request
 from dsjax.generate.sampling import Knobs, knobs
@@ -25,11 +26,13 @@ class Open:
       tokens: the prompt and what has been added to it. Once the prompt has run, these are all but
         the last one in the cache.
       left: how many tokens may still be added.
+      fetched: what of the prompt comes from disk.
       experts: of the chunks of the prompt that have run.
     """
 
     id: int
     request: Request
+    fetched: Fetched | None = None
     tokens: list[int] = dataclasses.field(init=False)
     left: int = dataclasses.field(init=False)
     experts: list[np.ndarray] = dataclasses.field(default_factory=list)

@@ -41,6 +41,8 @@ class Warming:
         are done and how many there are.
         """
         every = [compile_one for size in self._sizes() for compile_one in self._of(*size)]
+        if self._prefixes:
+            every.insert(0, self._prefixes.warm_files)
         yield 0, len(every)
         for number, compile_one in enumerate(every):
             compile_one()

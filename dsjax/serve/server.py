@@ -21,19 +21,22 @@ import webbrowser
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
+import jax
 import uvicorn
 from jax.sharding import Mesh
 
-from dsjax.checkpoint import load
+from dsjax.checkpoint import fingerprint, load
 from dsjax.checkpoint.load import Checkpoint
 from dsjax.generate.balancing import Balancer
 from dsjax.generate.engine import Engine
+from dsjax.generate.page_files import PageFiles
 from dsjax.generate.request import Request
 from dsjax.infer.answers import default_sampling
 from dsjax.infer.score import Scorer
 from dsjax.infer.weights import load_weights
 from dsjax.model import redundant_experts
 from dsjax.model.cache import check_split
+from dsjax.model.transformer import Transformer
 from dsjax.parallel.mesh import submesh
 from dsjax.serve.app import Access, Site
 from dsjax.serve.metrics import Metrics
@@ -55,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
       ValueError: the checkpoint, its tokenizer or an argument cannot be used.
       OSError: the address cannot be listened at.
     """
+    if arguments.context_cache and not arguments.prefix_tokens:
+        raise ValueError("--context-cache keeps what --prefix-tokens does; give more than 0 tokens")
     access = _access(arguments)
     checkpoint = _shortened(load.open_checkpoint(arguments.checkpoint, dict(arguments.override)),
                             arguments.context)  # fmt: skip
@@ -147,6 +152,7 @@ class _Server:
         self._arguments = arguments
         self._signal = 0
         self._failure: Exception | None = None
+        self._files: PageFiles | None = None
         self._asked = asyncio.Event()
         self._hurry = asyncio.Event()
 
@@ -194,6 +200,8 @@ class _Server:
             self._site.state = "draining"
             http.should_exit = True
             await asyncio.to_thread(self._service.worker.stop)
+            if self._files is not None:
+                await asyncio.to_thread(self._files.close)
             await asyncio.wait({serving})
         return 128 + self._signal
 
@@ -255,6 +263,7 @@ class _Server:
             prefix_tokens=arguments.prefix_tokens,
             examples=service.examples(),
             balancer=balancer,
+            page_files=self._open_files(model),
         )
         assert engine.shapes is not None
         scorer = PromptScorer(Scorer(model, mesh), engine.shapes.lengths[-1])
@@ -272,6 +281,22 @@ class _Server:
             n_ranks = mesh.shape["expert"] if mesh else 1
             redundant_experts.check(self._checkpoint.model, count, n_ranks)
         return count
+
+    def _open_files(self, model: Transformer) -> PageFiles | None:
+        """Opens the context cache on disk, if one is wanted."""
+        if self._arguments.context_cache is None:
+            return None
+        self._say("taking the fingerprint of the weights")
+        named = {
+            jax.tree_util.keystr(path): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(model)
+        }
+        self._files = PageFiles(
+            self._arguments.context_cache,
+            n_bytes=self._arguments.context_cache_gb * 10**9,
+            fingerprint=f"{model.config} {fingerprint.inspect(named).fingerprints}",
+        )
+        return self._files
 
     def _warming(
         self, engine: Engine, scorer: PromptScorer, warm: Callable[[], object]

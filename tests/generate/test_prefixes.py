@@ -1,12 +1,15 @@
 """Known prefixes: which pages hold which texts, and that generation from them is the same."""
 
 import functools
+import threading
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from dsjax.generate.engine import Engine, Request
+from dsjax.generate.page_files import PageFiles
 from dsjax.generate.prefixes import Tree
 from dsjax.generate.sampling import Sampling
 from dsjax.model.parameters import shardings
@@ -202,3 +205,100 @@ def test_known_prefixes_change_no_token_on_a_mesh(speculative):
 def test_pages_must_be_enough_for_one():
     with pytest.raises(ValueError, match=r"prefix_tokens=8 must be at least 16, a page of 16 tok"):
         Engine(tiny_model(), prefill_chunk=16, prefix_tokens=8)
+
+
+def with_files(folder, fingerprint="w", **options):
+    files = PageFiles(folder, n_bytes=10**8, fingerprint=fingerprint)
+    options = {"prefill_chunk": 16, "prefix_tokens": 32} | options
+    return Engine(tiny_model(), page_files=files, **options), files
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("speculative", [False, True])
+def test_what_memory_has_lost_comes_back_from_disk(tmp_path, speculative):
+    """Also after a restart, and never for other weights; no token changes."""
+    again = 16 if speculative else 0
+    other = Request(tuple(range(50, 90)), 4, GREEDY)
+    own, files = with_files(tmp_path, speculative=speculative)
+    assert ask(own, TURNS[0]).cached_tokens == 0
+    ask(own, other)  # memory holds two pages alone
+    files.close()
+    assert own.statistics.cached_tokens == 0
+    own, files = with_files(tmp_path, speculative=speculative)
+    for request, wanted in zip(TURNS, turns_alone(speculative), strict=True):
+        ask(own, other)
+        found = ask(own, request)
+        assert_same(found, wanted)
+        assert found.cached_tokens == (len(request.prompt) - 1) // 16 * 16 - again
+    # All newcomers of a batch, and equal prompts, find theirs.
+    outputs = own.complete([*TURNS, TURNS[0], other])
+    for output, wanted in zip(outputs, turns_alone(speculative), strict=False):
+        assert_same(output, wanted)
+    files.close()
+    own, files = with_files(tmp_path, "v", speculative=speculative)
+    assert ask(own, TURNS[0]).cached_tokens == 0
+    files.close()
+
+
+def test_damaged_page_is_run_again(tmp_path):
+    own, files = with_files(tmp_path)
+    wanted = ask(own, TURNS[0])
+    files.close()
+    for path in (tmp_path / "pages").iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    own, files = with_files(tmp_path)
+    found = ask(own, TURNS[0])
+    assert_same(found, wanted)
+    assert found.cached_tokens == 0
+    files.close()
+
+
+def test_other_requests_go_on_while_the_disk_is_read(tmp_path, monkeypatch):
+    own, files = with_files(tmp_path)
+    ask(own, TURNS[0])
+    files.close()
+    own, files = with_files(tmp_path)
+    gate, read = threading.Event(), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: gate.wait(60) and read(path))
+    slow, other = own.add(TURNS[0]), own.add(Request((7, 8, 9), 3, GREEDY))
+    done = {}
+    while other not in done:
+        done |= {id: out for id, out in own.step().items() if out.finish}
+    assert slow not in done and own.step() == {}
+    gate.set()
+    found = {id: out for _ in range(60) for id, out in own.step().items()}
+    assert slow in found and own.statistics.cached_tokens == 32
+    files.close()
+
+
+def test_new_weights_do_not_read_the_files_of_the_old(tmp_path):
+    own, files = with_files(tmp_path)
+    ask(own, TURNS[0])
+    own.load(tiny_model())
+    assert ask(own, TURNS[0]).cached_tokens == 0
+    files.close()
+
+
+def test_files_need_pages_in_memory(tmp_path):
+    with pytest.raises(ValueError, match="page_files need prefix_tokens"):
+        with_files(tmp_path, prefix_tokens=0)
+
+
+@pytest.mark.heavy
+def test_page_files_of_one_mesh_serve_another(tmp_path):
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, n_devices=8)
+    placed = jax.device_put(tiny_model(), shardings(tiny_model(), mesh))
+    files = PageFiles(tmp_path, n_bytes=10**8, fingerprint="w")
+    own = Engine(placed, prefill_chunk=16, prefix_tokens=64, page_files=files)
+    assert_same(ask(own, TURNS[0]), turns_alone(False)[0])
+    files.close()
+    own, files = with_files(tmp_path)
+    found = ask(own, TURNS[0])
+    assert_same(found, turns_alone(False)[0])
+    files.close()
+    files = PageFiles(tmp_path, n_bytes=10**8, fingerprint="w")
+    own = Engine(placed, prefill_chunk=16, prefix_tokens=64, page_files=files)
+    again = ask(own, TURNS[0])
+    assert_same(again, turns_alone(False)[0])
+    assert found.cached_tokens == again.cached_tokens == 32
+    files.close()

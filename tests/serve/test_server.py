@@ -90,6 +90,19 @@ def test_openai_streams_what_it_gets_whole(client):
 
 
 @pytest.mark.heavy
+def test_context_cache_outlives_the_server(checkpoint, tmp_path):
+    body = {"prompt": "Some text to begin with. " * 12, "max_tokens": 8, "temperature": 0}
+    replies = []
+    for _ in range(2):
+        with serving.serve(checkpoint, "--context-cache", tmp_path, "--no-warm") as (url, _):
+            replies.append(httpx.post(f"{url}/v1/completions", json=body, timeout=300).json())
+    first, second = (reply["usage"] for reply in replies)
+    assert first["prompt_cache_hit_tokens"] == 0
+    assert second["prompt_cache_hit_tokens"] == (second["prompt_tokens"] - 1) // 64 * 64 > 0
+    assert replies[0]["choices"][0]["text"] == replies[1]["choices"][0]["text"]
+
+
+@pytest.mark.heavy
 def test_openai_gets_json_and_calls(client):
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
     for seed in range(3):
