@@ -40,16 +40,16 @@ class Block(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Which positions an array of cached ones holds: number `rank`, and every `count`-th from there
-    on.
+    """Which positions an array of cached ones holds: number `rank`, and every `n_parts`-th from
+    there on.
     """
 
     rank: jax.Array | int = 0
-    count: int = 1
+    n_parts: int = 1
 
     def position(self, index: jax.Array) -> jax.Array:
         """Returns the position that each place of the array holds."""
-        return index * jnp.int32(self.count) + self.rank
+        return index * jnp.int32(self.n_parts) + self.rank
 
 
 WHOLE = Part()
@@ -121,7 +121,7 @@ def cached_attention(
     )
     start = jax.tree.map(lambda x: vary_as(x, jnp.asarray(part.rank)), start)
     # Equally many on all devices that hold parts: what a block needs may be gathered from others.
-    n_blocks = positions_BT.max() // (part.count * size) + 1
+    n_blocks = positions_BT.max() // (part.n_parts * size) + 1
     highest, total, out = lax.fori_loop(0, n_blocks, join, start)
     # The total is at least 1: the highest score's own weight.
     return _attended((out / total).astype(queries[0].dtype), highest, total)

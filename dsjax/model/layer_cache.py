@@ -76,7 +76,7 @@ class LayerCache(NamedTuple):
     def _write(self, stack_LBPSX: jax.Array, starts_B: jax.Array, new_BTPX: jax.Array) -> jax.Array:
         if new_BTPX.ndim == 3:
             new_BTPX = new_BTPX[:, :, None]
-        if (part := split_cache.part()).count > 1:
+        if (part := split_cache.part()).n_parts > 1:
             starts_B, new_BTPX = self._own(stack_LBPSX, starts_B, new_BTPX, part)
         rows_B = jnp.arange(starts_B.shape[0], dtype=jnp.int32)
         layer_B = jnp.broadcast_to(self.layer, starts_B.shape)
@@ -104,8 +104,8 @@ class LayerCache(NamedTuple):
         cache held in the others' places.
         """
         T, S = new_BTPX.shape[1], stack_LBPSX.shape[3]
-        size = -(-T // part.count)
-        first_B = jnp.minimum(-(-(starts_B - part.rank) // part.count), S - size)
+        size = -(-T // part.n_parts)
+        first_B = jnp.minimum(-(-(starts_B - part.rank) // part.n_parts), S - size)
         places_BX = first_B[:, None] + lax.iota(jnp.int32, size)[None]
         token_BX = part.position(places_BX) - starts_B[:, None]
         is_new_BX = (token_BX >= 0) & (token_BX < T)

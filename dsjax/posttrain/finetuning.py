@@ -262,7 +262,7 @@ class FineTuningRun:
             return {}
         result = self._evaluate(self.heldout.spread(self.config.train.eval_sequences))
         assert result is not None
-        return result.numbers(self.config.data.sequence_length)
+        return result.numbers(self.config.sft.sequence_length)
 
     def _evaluate(
         self, rows: Sequence[int], interrupted: Callable[[], bool] = lambda: False
@@ -293,7 +293,7 @@ class FineTuningRun:
         if run.metrics is None:
             return
         if result is not None and run.metrics.lines()[-1].get("eval_loss") is None:
-            run.log_evaluation(result.numbers(self.config.data.sequence_length))
+            run.log_evaluation(result.numbers(self.config.sft.sequence_length))
         lines = run.metrics.lines()
         plots.draw_loss(run.folder / "loss.png", lines, self.config.name)
         plots.draw_loss_by_position(run.folder, lines, self.config.name)
