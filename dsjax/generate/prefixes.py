@@ -259,11 +259,15 @@ class Prefixes:
         tree = jax.tree.unflatten(jax.tree.structure(self._pool), new)
         return self._programs.compiled(pages.put, self._pool, tree, numbers_X)
 
+    @property
+    def on_disk(self) -> bool:
+        """Tells whether pages are kept in files too."""
+        return self._files is not None
+
     def warm_files(self) -> None:
-        """Compiles the programs that copy pages to and from files, if there are any."""
-        if self._files is not None:
-            self._taken([])
-            self._restored([], [])
+        """Compiles the programs that copy pages to and from files."""
+        self._taken([])
+        self._restored([], [])
 
     def warm_fill(self, carry: Carry) -> None:
         """Compiles the program that copies pages into a carry of this size."""

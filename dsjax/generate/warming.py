@@ -41,7 +41,7 @@ class Warming:
         are done and how many there are.
         """
         every = [compile_one for size in self._sizes() for compile_one in self._of(*size)]
-        if self._prefixes:
+        if self._prefixes and self._prefixes.on_disk:
             every.insert(0, self._prefixes.warm_files)
         yield 0, len(every)
         for number, compile_one in enumerate(every):
