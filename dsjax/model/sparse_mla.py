@@ -200,7 +200,7 @@ class SparseMLA(MLA):
         """Attends from each query to latents and rope keys of its own, of which the valid ones come
         first: where devices have a part of the cache each, those are few of the J.
         """
-        n_parts, J = split_cache.part().count, indices_BTJ.shape[2]
+        n_parts, J = split_cache.part().n_parts, indices_BTJ.shape[2]
         # Half of an even share, so that little more is read than the largest share.
         size = J if n_parts == 1 else min(-(-self.config.index_topk // (2 * n_parts)), J)
 

@@ -101,3 +101,15 @@ def test_inserted_rows_decode_as_where_they_came_from():
     )  # fmt: skip
     wanted = tokens(decoded(left=[5, 0], steps=5)[2])[0]
     assert tokens(decoding.Decoded(*jax.device_get(out))) == [[], wanted[:4], wanted]
+
+
+def test_load_counts_the_tokens_of_requests_alone():
+    class Redundant:
+        redundant = True
+        config = tiny_model().config
+
+    n_experts = Redundant.config.n_routed_experts
+    experts_LBTK = jnp.array([[[[0, 1], [2, 3]], [[1, 2], [3, 0]]]], jnp.int32)
+    own_BT = jnp.array([[True, True], [True, False]])
+    load_LE = decoding.load(Redundant, experts_LBTK, own_BT)  # type: ignore
+    np.testing.assert_array_equal(load_LE, [[1, 2, 2, 1] + [0] * (n_experts - 4)])
