@@ -200,6 +200,7 @@ class Chain(NamedTuple):
 
     p_VV: jax.Array
     q_JVV: jax.Array
+    redundant = False
 
     @property
     def config(self) -> ModelConfig:

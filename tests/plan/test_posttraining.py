@@ -54,9 +54,10 @@ def test_671b_scores_beside_the_state_that_trains():
 
 def test_671b_answers_with_a_cache_as_long_as_a_row():
     cache = 2048 // 128 * 36864 * 61 * 576 * 2
-    for changes, parts in ((), 64), (ONE_MESH, 512):
+    for changes, parts, context in ((), 64, 1), (ONE_MESH, 512, 4):
         _, program = make("r1_zero_v3", "decode", "v3_671b", 512, *changes)
-        assert program.argument_bytes == pytest.approx(2 * PARAMETERS / parts + cache, rel=0.02)
+        held = 2 * PARAMETERS / parts + cache / context
+        assert program.argument_bytes == pytest.approx(held, rel=0.02)
         assert program.tokens == 2048
         state = (6 * PARAMETERS + 4 * MAIN) / 512
         cast = 2 * PARAMETERS / 512 if parts == 64 else 0
