@@ -8,6 +8,7 @@ import io
 import json
 import os
 import signal
+import time
 
 import jax
 import numpy as np
@@ -173,6 +174,7 @@ def test_interrupted_run_resumes_to_the_bit(small, finished, tmp_path, monkeypat
         taken.append(n)
         if len(taken) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)  # until the thread that watches for signals has seen it
         return take(self, n)
 
     monkeypatch.setattr(Loader, "take", interrupted)
