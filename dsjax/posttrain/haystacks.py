@@ -23,7 +23,6 @@ import numpy as np
 from dsjax.text.vocabulary import Vocabulary
 
 Kind = Literal["needle", "pairs", "tokens"]
-KINDS: tuple[Kind, ...] = ("needle", "pairs", "tokens")
 
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 _SYLLABLES = 3
