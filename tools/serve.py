@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    for name in ("max_batch", "max_wait", "max_seconds", "max_body", "eplb_every", "context_cache_gb"):
+    for name in "max_batch max_wait max_seconds max_body eplb_every context_cache_gb".split():
         if getattr(arguments, name) < 1:
             parser().error(f"--{name.replace('_', '-')} is at least 1")
     if not 0 <= arguments.port < 65536 or arguments.max_waiting < 0 or arguments.grace < 0:

@@ -1,9 +1,11 @@
 """Facts are at their depths, can be found there, and occur nowhere else."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
-from dsjax.posttrain.haystacks import KINDS, Maker, lines_of
+from dsjax.posttrain.haystacks import Kind, Maker, lines_of
 from dsjax.text.tokenizer import train_tokenizer
 from dsjax.text.vocabulary import open_vocabulary
 
@@ -22,7 +24,7 @@ def maker(kind, vocabulary, n_depths=5, **more):
     return Maker(kind, vocabulary, SIZE, n_depths, lines=LINES, **more)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", get_args(Kind))
 @pytest.mark.parametrize("length", [700, 1024])
 def test_prompt_and_answer_fill_the_length(kind, length, vocabulary):
     haystack = maker(kind, vocabulary).haystack(length, 0)
@@ -66,7 +68,7 @@ def test_ids_need_no_tokenizer():
     assert len(haystack.ids) == 48 and max(haystack.ids) < 100
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", get_args(Kind))
 def test_haystacks_follow_from_seed_length_and_number(kind, vocabulary):
     def ids(length=700, number=0, seed=0):
         return maker(kind, vocabulary, seed=seed).haystack(length, number).ids
