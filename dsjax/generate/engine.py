@@ -54,7 +54,7 @@ from dsjax.generate.speculative import check as check_drafting
 from dsjax.generate.warming import Warming
 from dsjax.model.transformer import Transformer
 
-_SECONDS_BETWEEN_ITEMS = 0.05
+_SECONDS_BETWEEN_ITEMS = 0.1  # smooth to read; more items cost the event loop and clients time
 _NO_LIMIT = 1 << 30
 _FEWER_STEPS = 4  # as many times fewer where newcomers wait for the next chunk of their prompts
 

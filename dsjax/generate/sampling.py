@@ -156,10 +156,19 @@ def sample(logits_BV: jax.Array, knobs: Knobs, positions_B: jax.Array) -> jax.Ar
         noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[-1:], jnp.float32))(
             jax.vmap(jax.random.fold_in)(knobs.keys_B, positions_B)
         )
-        drawn_B = greedy(_filtered(logits_BV, knobs) + noise_BV)
+        drawn_B = _first_greatest(_filtered(logits_BV, knobs) + noise_BV)
         return jnp.where(knobs.temperature_B > 0, drawn_B, greedy(logits_BV))
 
     return jax.lax.cond(jnp.any(knobs.temperature_B > 0), draw, lambda: greedy(logits_BV))
+
+
+def _first_greatest(values_BV: jax.Array) -> jax.Array:
+    """Returns what `greedy` does. In two reductions, since XLA's CPU code for `argmax` computes what
+    it reduces one by one, and the logarithms of the noise then take most of the time.
+    """
+    ids_1V = jnp.arange(values_BV.shape[-1], dtype=jnp.int32)[None, :]
+    greatest_B1 = jnp.max(values_BV, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(values_BV == greatest_B1, ids_1V, ids_1V[0, -1]), axis=-1)
 
 
 def _filtered(logits_BV: jax.Array, knobs: Knobs) -> jax.Array:

@@ -4,10 +4,11 @@
   python -m tests.bench.bench_serve CKPT --streams 1 32 128 --requests 1000 --clients 128
   python -m tests.bench.bench_serve --url http://127.0.0.1:8000 --model NAME
 
-Starts tools/serve.py for CKPT, or takes a server that runs. Prints one JSON object: tokens per
-second of 1 and of more streams side by side, prompts included; of `tools/generate.py` alone, for
-one stream; and of transformers' `generate` for a batch of as many prompts as there are streams at
-most, if CKPT is a Hugging Face folder and transformers is installed. These are medians of five
+Starts tools/serve.py for CKPT, or takes a server that runs. Prints one JSON object: the seconds
+until everything is compiled; tokens per second of 1 and of more streams side by side, prompts
+included; of `tools/generate.py` alone, for one stream; and if CKPT is a Hugging Face folder and
+transformers is installed, of `transformers serve` for as many streams as there are at most, and of
+transformers' `generate` for a batch of as many prompts. These are medians of five
 rounds in which the sides take turns. Then, for many requests of a few clients with random lengths
 of which some are cancelled or left, how many were answered, lost or mixed up, the p50 and p99 of
 the time to the first token, and the memory of the server before and after.
@@ -23,10 +24,12 @@ import os
 import platform
 import random
 import re
+import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -36,7 +39,7 @@ import httpx
 
 from tests.serve.serving import ROOT, serve
 
-PROMPT = [5, 9, 14, 20, 27, 33, 41, 52] * 8
+PROMPT = "It was the best of times, it was the worst of times, and it went on. " * 4
 ROUNDS = 5
 
 
@@ -80,7 +83,7 @@ async def throughput(
     began = time.perf_counter()
     bodies = [
         {
-            "model": model, "prompt": [*PROMPT, 3 + number], "max_tokens": tokens, "seed": number,
+            "model": model, "prompt": f"{PROMPT}{number}", "max_tokens": tokens, "seed": number,
             "temperature": 1.0,
         }
         for number in range(streams)
@@ -90,6 +93,12 @@ async def throughput(
     whole = sum(reply["tokens"] for reply in replies) / (time.perf_counter() - began)
     after = [(each["tokens"] - 1) / (each["seconds"] - each["first"]) for each in replies]
     return whole, median(after)
+
+
+async def served(url: str, model: str, streams: int, tokens: int) -> float:
+    """Tokens per second of another server, in all."""
+    async with client(url, "none") as http:
+        return (await throughput(http, model, streams, tokens))[0]
 
 
 async def load(http: httpx.AsyncClient, model: str, requests: int, clients: int) -> dict:
@@ -154,13 +163,15 @@ def transformers_speed(checkpoint: str, streams: int, tokens: int) -> Callable[[
     """Returns what measures tokens per second of transformers for a batch of the same prompts."""
     try:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
         model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
     except (ImportError, OSError, ValueError) as error:
         print(f"without transformers: {error}", file=sys.stderr)
         return None
-    ids = torch.tensor([[*PROMPT, 3 + number] for number in range(streams)])
+    # One text for all: a batch of several lengths would be padded.
+    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]] * streams)
 
     def measure() -> float:
         began = time.perf_counter()
@@ -171,6 +182,30 @@ def transformers_speed(checkpoint: str, streams: int, tokens: int) -> Callable[[
         return (made.shape[1] - ids.shape[1]) * streams / (time.perf_counter() - began)
 
     return measure
+
+
+@contextlib.contextmanager
+def transformers_server(checkpoint: str) -> Iterator[str]:
+    """Context of `transformers serve`; yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "transformers"), "serve", checkpoint, "--port",
+               str(port), "--dtype", "float32", "--device", "cpu"]  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stderr=log) as process:
+        try:
+            while True:
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(f"{url}/health").status_code == 200:
+                        break
+                if process.poll() is not None:
+                    log.seek(0)
+                    raise ValueError(log.read().decode()[-2000:])
+                time.sleep(0.5)
+            yield url
+        finally:
+            process.terminate()
 
 
 async def measure(
@@ -233,12 +268,17 @@ def main() -> None:
     else:
         most, tokens, checkpoint = max(arguments.streams), arguments.tokens, arguments.checkpoint
         others = {"generate": lambda: generate_speed(checkpoint, tokens, arguments.dtype)}
-        if run := transformers_speed(checkpoint, most, tokens):
-            others[f"transformers, batch {most}"] = run
         few = ("--port", "0", "--dtype", arguments.dtype, "--max-batch", str(most))
         began = time.perf_counter()
-        with serve(checkpoint, few=few) as (url, process):
+        with contextlib.ExitStack() as open_servers:
+            url, process = open_servers.enter_context(serve(checkpoint, few=few))
             result["start_seconds"] = round(time.perf_counter() - began, 1)
+            if run := transformers_speed(checkpoint, most, tokens):
+                others[f"transformers, batch {most}"] = run
+                theirs = open_servers.enter_context(transformers_server(checkpoint))
+                others[f"transformers serve, {most} streams"] = lambda: asyncio.run(
+                    served(theirs, checkpoint, most, tokens)
+                )
             result |= asyncio.run(measure(url, arguments, process.pid, others))
     print(json.dumps(result, indent=2))
 
