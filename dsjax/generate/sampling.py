@@ -163,8 +163,8 @@ def sample(logits_BV: jax.Array, knobs: Knobs, positions_B: jax.Array) -> jax.Ar
 
 
 def _first_greatest(values_BV: jax.Array) -> jax.Array:
-    """Returns what `greedy` does. In two reductions, since XLA's CPU code for `argmax` computes what
-    it reduces one by one, and the logarithms of the noise then take most of the time.
+    """Returns what `greedy` does, in two reductions: XLA's CPU code for `argmax` computes what it
+    reduces one by one, and the logarithms of the noise would then take most of the time.
     """
     ids_1V = jnp.arange(values_BV.shape[-1], dtype=jnp.int32)[None, :]
     greatest_B1 = jnp.max(values_BV, axis=-1, keepdims=True)
