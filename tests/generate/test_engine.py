@@ -404,7 +404,7 @@ def assert_equal_outputs(found, wanted):
         np.testing.assert_array_equal(np.sort(output.report.experts), np.sort(own.report.experts))
 
 
-@pytest.mark.parametrize("speculative", [False, pytest.param(True, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("speculative", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_equal_prompts_run_once_and_change_nothing(speculative):
     wanted = sharing_alone(speculative)
     assert_equal_outputs(engine(speculative).complete(SHARING), wanted)
@@ -420,7 +420,7 @@ def test_equal_prompts_run_once_where_rows_are_few():
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("speculative", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_equal_prompts_run_once_on_a_mesh(speculative):
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, n_devices=8)
     spread = jax.device_put(tiny_model(), shardings(tiny_model(), mesh))
