@@ -11,7 +11,7 @@ setup: $(INSTALLED)
 $(INSTALLED): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dsjax needs Python 3.11 or newer; name one: make setup PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint,rl,serve]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,lint,rl,serve,prepare]'
 	touch $@
 
 train: setup

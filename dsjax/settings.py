@@ -3,7 +3,8 @@
 The root of an experiment is a frozen dataclass whose fields are values or groups, and a group is a
 frozen dataclass of values. A group that may be None, such as the model of a post-training run,
 comes from elsewhere (a checkpoint): it is read and written whole, and `--set` does not reach into
-it. `dsjax.config.Config` is the root for pre-training; another kind of
+it. A tuple of dataclasses, such as the sources of a recipe, is read and written whole as well.
+`dsjax.config.Config` is the root for pre-training; another kind of
 experiment brings its own, and every function here accepts any root. A config file is Python that
 assigns a root to `config`; a run's config.json holds the same values. All types come from the
 dataclasses' annotations, so a key is declared once. Nothing here imports jax.
@@ -334,9 +335,16 @@ def _convert(value: Any, kind: Any) -> Any:
             return value
         raise ValueError("must be an object of keys")
     if origin is tuple:
+        item = typing.get_args(kind)[0]
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"must be a list, each item {_KIND_NAMES[typing.get_args(kind)[0]]}")
-        return tuple(_convert(item, typing.get_args(kind)[0]) for item in value)
+            raise ValueError(f"must be a list, each item {_KIND_NAMES.get(item, 'an object')}")
+        return tuple(_convert(part, item) for part in value)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if isinstance(value, Mapping):
+            return from_dict(value, f"an item ({kind.__name__})", kind)
+        if isinstance(value, kind):
+            return value
+        raise ValueError("is a list of objects, which a config file alone can give")
     if isinstance(value, bool) != (kind is bool):
         raise ValueError(f"must be {_KIND_NAMES[kind]}")
     if kind is float and isinstance(value, (int, float)) and abs(value) <= sys.float_info.max:

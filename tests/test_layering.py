@@ -30,6 +30,7 @@ FLOORS = {
     "serve": 6,
     "show": 6,
     "train": 6,
+    "curate": 6,
     "posttrain": 7,
     "plan": 8,
 }

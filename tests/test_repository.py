@@ -104,6 +104,16 @@ FLAGS = {
         "--set",
         "--workdir",
     },
+    "prepare.py": {
+        "--debug",
+        "--help",
+        "--input",
+        "--json",
+        "--kind",
+        "--out",
+        "--set",
+        "--workers",
+    },
     "r1.py": {
         "--coordinator",
         "--debug",

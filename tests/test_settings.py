@@ -263,6 +263,28 @@ def test_another_root_is_read_overridden_and_kept(tmp_path, caplog):
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    name: str
+    size: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Whole:
+    parts: tuple[Part, ...]
+    seed: int = 0
+
+
+def test_tuple_of_objects_is_read_whole():
+    whole = Whole(parts=(Part(name="a"), Part(name="b", size=2)))
+    assert settings.from_dict(settings.to_dict(whole), "here", Whole) == whole
+    assert settings.override(whole, ["seed=3"]) == dataclasses.replace(whole, seed=3)
+    with pytest.raises(ValueError, match="parts='a' is a list of objects"):
+        settings.override(whole, ["parts=a"])
+    with pytest.raises(ValueError, match=r"Part.*size='x' must be a whole number"):
+        settings.from_dict({"parts": [{"name": "a", "size": "x"}]}, "here", Whole)
+
+
 def test_a_group_alone_is_read():
     assert settings.from_dict(settings.to_dict(DENSE), "x", ModelConfig) == DENSE
     with pytest.raises(ValueError, match=r"^x: dim is missing; n_layers is missing"):

@@ -1,0 +1,98 @@
+"""Prepares text in a folder; `python tools/prepare.py` is this.
+
+OUT/
+  recipe.json                  what was asked for
+  work/{read,tag,rules}/       files of the stages, which may be removed when all is done
+  text/train-*.parquet         the result, for data.files
+  text/heldout-*.parquet       for data.heldout_files
+  report.json, report.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dsjax import settings, tables
+from dsjax.curate import pipeline, reading, report, rules, writing
+from dsjax.curate.recipe import Recipe, Source
+from dsjax.curate.stages import Workers
+from dsjax.display import Display, size
+from dsjax.files import write_json
+
+
+def recipe_of(
+    path: str | None, inputs: Sequence[str], kind: str, assignments: Sequence[str]
+) -> Recipe:
+    """Returns the recipe of a file, or one source of `inputs` (globs), with `--set` applied.
+
+    Raises:
+      ValueError: the file or an assignment is not valid.
+    """
+    if path is not None:
+        loaded = settings.load_any(path, (Recipe,))
+    else:
+        source = Source(name="input", files=",".join(inputs), kind=kind)  # pyright: ignore
+        loaded = Recipe(sources=(source,))
+    return settings.override(loaded, assignments)
+
+
+def prepare(recipe: Recipe, out: Path, workers: int) -> dict[str, Any]:
+    """Prepares text as the recipe says, going on where an earlier call was stopped.
+
+    Returns:
+      the report, as report.json has it.
+
+    Raises:
+      ValueError: the recipe does not fit the files, a file cannot be read, or `out` holds
+        something else.
+      OSError: a file cannot be written, or a worker was killed.
+    """
+    table = rules.table(recipe.rules)
+    jobs = reading.plan(recipe)
+    with _owned(out), Display(Console(stderr=True)) as display:
+        write_json(out / "recipe.json", settings.to_dict(recipe))
+        with Workers(workers, out, display) as pool:
+            result = pipeline.run(recipe, table, jobs, pool)
+        report.save(result, table, out)
+    return result
+
+
+def print_summary(summary: dict[str, Any], console: Console) -> None:
+    """Prints the funnel of each source."""
+    rows = []
+    for name, source in summary["sources"].items():
+        amounts = [("read", source["read"])]
+        removed = sorted(source["removed"].items(), key=lambda item: -item[1][0])
+        amounts += [(f"removed: {verdict}", count) for verdict, count in removed]
+        amounts += [(f"kept: {side}", source[side]) for side in writing.SIDES]
+        rows += [(name, what, count[0], size(count[1])) for what, count in amounts]
+    console.print(tables.table("", ("source", "", ">documents", ">bytes"), rows))
+
+
+@contextlib.contextmanager
+def _owned(out: Path) -> Iterator[None]:
+    """Makes the output folder, for this process alone."""
+    if out.exists() and (not out.is_dir() or _is_foreign(out)):
+        raise ValueError(f"--out {out} holds other files; choose a folder that is new or empty")
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process is preparing text in {out}; wait for it, or choose another --out"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def _is_foreign(out: Path) -> bool:
+    names = {entry.name for entry in out.iterdir()}
+    return bool(names) and ".lock" not in names

@@ -1,0 +1,102 @@
+"""Texts as sets of shingles, and how alike two sets are.
+
+A shingle is five words in a row, in lower case and without punctuation; in Chinese, five
+characters. The Jaccard similarity of two texts is the share of their shingles that both have.
+MinHash (Broder 1997) estimates it: of each of 128 random orders of all shingles, a text's signature
+keeps the first that the text has, and two texts agree in a value with the probability of their
+similarity. Texts that agree in all values of a band of them are worth comparing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import numpy as np
+
+from dsjax.curate import words
+
+WORDS = 5
+VALUES = 128  # of a signature
+_SEED = 1
+_FOUND = 0.9  # the share of pairs at the threshold that shall meet in a band
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+
+def shingles(text: str) -> np.ndarray:
+    """Returns the hashes of a text's shingles, sorted, each once: uint64, at least one."""
+    found = words.content_hashes(text)
+    n = min(WORDS, len(found))
+    if n == 0:
+        return np.zeros(1, np.uint64)
+    return np.unique(grams(found, n))
+
+
+def grams(hashes: np.ndarray, n: int) -> np.ndarray:
+    """Returns a hash of every n words in a row.
+
+    Args:
+      hashes: uint64 [words], n or more.
+    """
+    count = len(hashes) - n + 1
+    result = np.zeros(count, np.uint64)
+    for place in range(n):
+        result = result * _STEP + hashes[place : place + count]
+    return words.mix(result)
+
+
+def signatures(sets: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the signatures of sets of shingles: uint32 [sets, VALUES].
+
+    Raises:
+      ValueError: rensa is not installed.
+    """
+    try:
+        from rensa import RMinHash
+    except ImportError as error:
+        raise ValueError(
+            "finding near duplicates needs rensa: pip install 'dsjax[prepare]', or leave them: "
+            "--set duplicates=exact"
+        ) from error
+    ends = np.concatenate([[0], np.cumsum([len(members) for members in sets])])
+    flat = np.concatenate(sets)
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(
+        flat, ends.astype(np.uint64), VALUES, _SEED
+    )
+    return np.array(matrix.to_rows(), np.uint32).reshape(len(sets), VALUES)
+
+
+def library() -> str:
+    """Returns name and version of the library, for the key of a stage."""
+    signatures([np.zeros(1, np.uint64)])
+    return f"rensa {version('rensa')}"
+
+
+def rows_per_band(threshold: float) -> int:
+    """Returns how many values make a band, so that pairs of this similarity meet in at least one
+    band nine times of ten, and of other pairs as few as can be.
+    """
+    for rows in range(VALUES // 2, 1, -1):
+        if 1 - (1 - threshold**rows) ** (VALUES // rows) >= _FOUND:
+            return rows
+    return 1
+
+
+def bands(found: np.ndarray, rows: int) -> np.ndarray:
+    """Returns a hash of each band of signatures: uint64 [texts, bands].
+
+    Args:
+      found: uint32 [texts, VALUES].
+    """
+    count = VALUES // rows
+    values = found[:, : count * rows].reshape(len(found), count, rows).astype(np.uint64)
+    result = np.zeros(values.shape[:2], np.uint64)
+    for row in range(rows):
+        result = words.mix(result * _STEP + values[:, :, row] + np.uint64(1))
+    return result
+
+
+def jaccard(first: np.ndarray, second: np.ndarray) -> float:
+    """Returns the similarity of two sorted sets."""
+    both = len(np.intersect1d(first, second, assume_unique=True))
+    return both / (len(first) + len(second) - both)

@@ -1,0 +1,196 @@
+"""Measures prose: the quantities that the rules of Gopher (arXiv 2112.11446, table A1), C4 and
+FineWeb bound, defined as in datatrove's filters.
+
+Shares lie in 0..1. A share of characters is relative to all characters of the text. A text in
+Chinese has characters for words, so the orders of its n-grams are longer by 1.6, the characters of
+an average word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from dsjax.curate import words
+from dsjax.curate.words import Words
+
+TOP_ORDERS = (2, 3, 4)
+REPEATED_ORDERS = (5, 6, 7, 8, 9, 10)
+_CHARACTERS_PER_WORD = {"zh": 1.6}
+
+STOP_WORDS = {
+    "en": ("the", "be", "to", "of", "and", "that", "have", "with"),
+    # The commonest characters that are words of grammar.
+    "zh": tuple(
+        "\u7684\u4e86\u662f\u5728\u6709\u548c\u4e0d\u8fd9\u4e5f\u5c31\u90fd\u800c\u53ca\u4e0e"
+        "\u7740\u6216\u4e00\u4e2a\u6ca1\u6211\u4eec\u4f60"
+    ),
+}
+_ELLIPSES = ("...", "\u2026")
+_BULLETS = ("\u2022", "-")
+_ENDS = tuple(".!?\"'\u3002\uff01\uff1f\u2026\u201d\u2019\uff0e\u061f\u0964\uff61;:\uff1b\uff1a")
+_SENTENCE = re.compile(r"[.!?]+(?=[\s\"')\]]|$)|[\u3002\uff01\uff1f]")
+_PARAGRAPHS = re.compile(r"\n{2,}")
+_LINES = re.compile(r"\n+")
+_GARBLED = re.compile("[\ufffd\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
+_SHORT_LINE = 30  # characters
+
+NAMES = (
+    "words",
+    "mean_word",
+    "hashes",
+    "ellipses",
+    "bullet_lines",
+    "ellipsis_lines",
+    "letter_words",
+    "stop_words",
+    "duplicate_lines",
+    "duplicate_paragraphs",
+    "duplicate_line_characters",
+    "duplicate_paragraph_characters",
+    *(f"top_{n}_gram" for n in TOP_ORDERS),
+    *(f"repeated_{n}_grams" for n in REPEATED_ORDERS),
+    "ended_lines",
+    "short_lines",
+    "repeated_line_characters",
+    "breaks_per_word",
+    "sentences",
+    "curly_brackets",
+    "lorem_ipsum",
+)
+
+
+def garbled(text: str) -> float:
+    """Returns the share of replacement and control characters, what a wrong decoding leaves."""
+    return len(_GARBLED.findall(text)) / max(len(text), 1)
+
+
+def prose(text: str, language: str) -> dict[str, float]:
+    """Measures a text that is not empty: the signals of `NAMES`."""
+    found = words.cut(text)
+    return _word_signals(text, found, language) | _line_signals(text, found) | _web_signals(text)
+
+
+def _word_signals(text: str, found: Words, language: str) -> dict[str, float]:
+    count = len(found.numbers)
+    occurring = np.bincount(found.numbers, minlength=len(found.kinds))
+    content = np.array([any(map(str.isalnum, kind)) for kind in found.kinds], bool)
+    letters = np.array([any(map(str.isalpha, kind)) for kind in found.kinds], bool)
+    n_words = int(occurring[content].sum())
+    length = int(found.lengths[content[found.numbers]].sum()) if count else 0
+    return {
+        "words": float(n_words),
+        "mean_word": length / max(n_words, 1),
+        "hashes": text.count("#") / max(count, 1),
+        "ellipses": sum(map(text.count, _ELLIPSES)) / max(count, 1),
+        "letter_words": float(occurring[letters].sum()) / max(count, 1),
+        "stop_words": float(len(set(STOP_WORDS[language]).intersection(found.kinds))),
+        "breaks_per_word": text.count("\n") / max(count, 1),
+        **_gram_signals(found, len(text), _CHARACTERS_PER_WORD.get(language, 1.0)),
+    }
+
+
+def _line_signals(text: str, found: Words) -> dict[str, float]:
+    del found
+    split = text.splitlines()
+    lines = _LINES.split(text)
+    paragraphs = _PARAGRAPHS.split(text.strip())
+    written = [line for line in text.split("\n") if line.strip()]
+    unbroken = len(text) - text.count("\n")
+    return {
+        "bullet_lines": sum(line.lstrip().startswith(_BULLETS) for line in split)
+        / max(len(split), 1),
+        "ellipsis_lines": sum(line.rstrip().endswith(_ELLIPSES) for line in split)
+        / max(len(split), 1),
+        "duplicate_lines": 1 - len(set(lines)) / len(lines),
+        "duplicate_line_characters": _repeated(lines) / len(text),
+        "duplicate_paragraphs": 1 - len(set(paragraphs)) / len(paragraphs),
+        "duplicate_paragraph_characters": _repeated(paragraphs) / len(text),
+        "ended_lines": sum(line.endswith(_ENDS) for line in written) / max(len(written), 1),
+        "short_lines": sum(len(line) <= _SHORT_LINE for line in written) / max(len(written), 1),
+        "repeated_line_characters": _repeated(written) / max(unbroken, 1),
+    }
+
+
+def _web_signals(text: str) -> dict[str, float]:
+    return {
+        "sentences": float(len(_SENTENCE.findall(text))),
+        "curly_brackets": float(text.count("{")),
+        "lorem_ipsum": float(text.lower().count("lorem ipsum")),
+    }
+
+
+def _repeated(parts: Sequence[str]) -> int:
+    """Returns the characters of all parts that occurred before."""
+    return sum(map(len, parts)) - sum(map(len, set(parts)))
+
+
+def _gram_signals(found: Words, characters: int, scale: float) -> dict[str, float]:
+    """Measures the commonest short n-grams and all repeated long ones.
+
+    An n-gram can only occur twice where the one shorter by a word does, so each order looks at the
+    places that the last one left.
+    """
+    tops = {round(n * scale): n for n in TOP_ORDERS}
+    repeats = {round(n * scale): n for n in REPEATED_ORDERS}
+    ends = np.concatenate([[0], np.cumsum(found.lengths)])
+    keys = words.mix(found.numbers.astype(np.uint64) + np.uint64(1))
+    places, hashes = np.arange(len(keys)), keys
+    result: dict[str, float] = {}
+    for n in range(2, max(repeats) + 1):
+        inside = places + n <= len(keys)
+        places, hashes = places[inside], hashes[inside]
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + keys[places + n - 1]
+        kept, numbers, counts, first = _twice(hashes)
+        if n in tops:
+            top, spaces = 0, tops[n] - 1
+            if len(counts):
+                most = np.flatnonzero(counts == counts.max())
+                place = places[first[most].min()]
+                top = (ends[place + n] - ends[place] + spaces) * counts.max()
+            elif len(keys) >= n:  # each once, and the first is as common as any
+                top = ends[n] + spaces
+            result[f"top_{tops[n]}_gram"] = float(top) / characters
+        places, hashes = places[kept], hashes[kept]
+        if n in repeats:
+            total = _repeated_characters(places, numbers, n, ends)
+            result[f"repeated_{repeats[n]}_grams"] = total / characters
+    return result
+
+
+def _twice(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Finds values that occur twice or more.
+
+    Returns:
+      the places of such values in order, the number of the value at each, and per value how often
+      it occurs and where first.
+    """
+    order = np.argsort(hashes, kind="stable")
+    ordered = hashes[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    starts = starts[: len(hashes)]
+    counts = np.diff(np.append(starts, len(hashes)))
+    several = counts > 1
+    counts_kept = counts[several]
+    first = order[starts[several]]
+    members = order[np.repeat(several, counts)]
+    numbers = np.repeat(np.arange(len(counts_kept)), counts_kept)
+    back = np.argsort(members, kind="stable")
+    return members[back], numbers[back], counts_kept, first
+
+
+def _repeated_characters(places: np.ndarray, numbers: np.ndarray, n: int, ends: np.ndarray) -> int:
+    """Counts the characters of n-grams seen before, reading on behind each one."""
+    seen: set[int] = set()
+    total, behind = 0, 0
+    for place, number in zip(places.tolist(), numbers.tolist(), strict=True):
+        if place < behind:
+            continue
+        if number in seen:
+            total += int(ends[place + n] - ends[place])
+            behind = place + n
+        else:
+            seen.add(number)
+    return total

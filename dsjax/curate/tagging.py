@@ -1,0 +1,81 @@
+"""Stage `tag`: measures every document of a shard. No decision is made here, so thresholds can
+change without a second pass over the text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from dsjax.curate import code, language, rules, shards, signals
+from dsjax.curate.shingles import shingles, signatures
+
+VERSION = 1
+SIGNALS = ("garbled", *signals.NAMES, *code.NAMES)
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("language", pa.string()),  # of code: any
+        ("score", pa.float64()),
+        ("bytes", pa.int64()),
+        ("digest", pa.binary(16)),  # of the text with normalised white space
+        ("signature", pa.binary()),  # for near duplicates: uint32 [128], or nothing
+        *((name, pa.float64()) for name in SIGNALS),  # NaN where a signal does not apply
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A shard of stage `read`."""
+
+    path: Path
+    kinds: Mapping[str, str]  # of sources, by name
+    near: bool  # whether signatures are wanted
+
+
+def tag(job: Job, folder: Path, number: int) -> dict[str, Any]:
+    """Writes the measures of a shard, row by row, to a file of the same name."""
+    del number
+    count = 0
+    with shards.Writer(folder / job.path.name, SCHEMA) as writer:
+        for rows in shards.pieces(job.path):
+            found = [b""] * len(rows)
+            if job.near and rows:
+                matrix = signatures([shingles(row["text"]) for row in rows])
+                found = [signature.tobytes() for signature in matrix.astype("<u4")]
+            for row, signature in zip(rows, found, strict=True):
+                measured = _measured(row, job.kinds[row["source"]])
+                writer.add(measured | {"signature": signature})
+            count += len(rows)
+    return {"documents": count}
+
+
+def _measured(row: shards.Row, kind: str) -> shards.Row:
+    text = row["text"]
+    found, score = (rules.ANY, 1.0) if kind == "code" else language.identify(text)
+    values = {"garbled": signals.garbled(text)}
+    if kind == "code":
+        values |= code.measure(text, row["path"])
+    elif rules.is_measured(kind, found):
+        values |= signals.prose(text, found)
+    return {
+        "id": row["id"],
+        "source": row["source"],
+        "language": found,
+        "score": score,
+        "bytes": len(text.encode()),
+        "digest": digest(text),
+        **{name: values.get(name, float("nan")) for name in SIGNALS},
+    }
+
+
+def digest(text: str) -> bytes:
+    """Returns a hash, equal for texts that differ in white space alone."""
+    return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()

@@ -1,0 +1,72 @@
+"""Stage `text`: writes what is kept, divided into train and held-out, and takes samples."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dsjax.curate import sampling, shards
+from dsjax.curate.deciding import PASSED
+from dsjax.curate.deduplicating import EXACT, NEAR
+
+VERSION = 1
+KEPT = "kept"
+SIDES = ("train", "heldout")
+SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("text", pa.string())])
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One shard: its documents, and the verdicts on them."""
+
+    documents: Path
+    verdicts: Path  # of what came before
+    duplicates: Path | None  # verdicts.npy of stage `duplicates`
+    start: int  # the number of the shard's first document in it
+    heldout_fraction: float
+    samples: int
+    seed: int
+
+
+def write(job: Job, folder: Path, number: int) -> dict[str, Any]:
+    """Writes SIDE-SOURCE-NUMBER.parquet for each side of the split that gets a document.
+
+    Returns:
+      documents and bytes per source and verdict, of the kept per side too, and samples per source
+      and verdict.
+    """
+    findings = sampling.Findings(job.samples, job.seed)
+    sides: dict[str, dict[str, list[int]]] = {}
+    with contextlib.ExitStack() as stack:
+        writers: dict[str, shards.Writer] = {}
+        for row, verdict in zip(shards.rows(job.documents), _verdicts(job), strict=True):
+            size = len(row["text"].encode())
+            findings.add(row, verdict, size)
+            if verdict != KEPT:
+                continue
+            place = sampling.position(row["id"], job.seed)
+            side = SIDES[place < job.heldout_fraction * sampling.WHOLE]
+            sampling.add(sides, row["source"], side, size)
+            if side not in writers:
+                path = folder / f"{side}-{row['source']}-{number:05}.parquet"
+                writers[side] = stack.enter_context(shards.Writer(path, SCHEMA))
+            writers[side].add({name: row[name] for name in SCHEMA.names}, size)
+    return {"counts": findings.counts, "sides": sides, "samples": findings.samples()}
+
+
+def _verdicts(job: Job) -> list[str]:
+    """Returns KEPT or what removes a document, for each of the shard."""
+    verdicts = [row["verdict"] for row in shards.rows(job.verdicts)]
+    copies = np.zeros(len(verdicts), np.int8)
+    if job.duplicates is not None:
+        copies = np.load(job.duplicates, mmap_mode="r")[job.start : job.start + len(verdicts)]
+    names = (KEPT, EXACT, NEAR)
+    return [
+        names[copy] if verdict == PASSED else verdict
+        for verdict, copy in zip(verdicts, copies.tolist(), strict=True)
+    ]

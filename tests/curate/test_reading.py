@@ -1,0 +1,75 @@
+"""Reading: every document once, in shards that depend on the files alone."""
+
+import json
+
+import pytest
+
+from dsjax.curate import reading, shards
+from dsjax.curate.recipe import Recipe, Source
+
+
+def recipe(folder, **options):
+    source = Source(name="s", files=f"{folder}/*.txt,{folder}/*.jsonl")
+    return Recipe(sources=(source,), **({"shard_bytes": 1024} | options))
+
+
+def read(tmp_path, chosen):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    found = [reading.read(job, folder, n) for n, job in enumerate(reading.plan(chosen))]
+    names = [name for part in found for name in part["shards"]]
+    rows = [list(shards.rows(folder / f"{name}.parquet")) for name in names]
+    return found, rows
+
+
+@pytest.fixture
+def texts(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(6):
+        (folder / f"{number}.txt").write_text(f"{number} " * 200)
+    lines = [json.dumps({"text": f"line {number} " * 60}) for number in range(9)]
+    (folder / "z.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_documents_are_grouped_by_size_and_cut(tmp_path, texts):
+    found, rows = read(tmp_path, recipe(texts))
+    assert [[row["id"] for row in shard] for shard in rows] == [
+        ["s/0.txt", "s/1.txt", "s/2.txt"],
+        ["s/3.txt", "s/4.txt", "s/5.txt"],
+        ["s/z.jsonl:1", "s/z.jsonl:2"],
+        ["s/z.jsonl:3", "s/z.jsonl:4"],
+        ["s/z.jsonl:5", "s/z.jsonl:6"],
+        ["s/z.jsonl:7", "s/z.jsonl:8"],
+        ["s/z.jsonl:9"],
+    ]
+    assert sum(part["documents"] for part in found) == 15
+    assert sum(part["bytes"] for part in found) == sum(
+        len(row["text"]) for shard in rows for row in shard
+    )
+    assert rows[0][1] == {"id": "s/1.txt", "source": "s", "path": "1.txt", "text": "1 " * 200}
+
+
+def test_bad_file_stops_or_is_written_down(tmp_path, texts):
+    (texts / "3.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"source s: .*3\.txt is not UTF-8.*on_bad=skip"):
+        read(tmp_path, recipe(texts))
+    (tmp_path / "again").mkdir()
+    found, rows = read(tmp_path / "again", recipe(texts, on_bad="skip"))
+    (rejected,) = [item for part in found for item in part["rejected"]]
+    assert rejected["file"].endswith("3.txt") and "0xe9" in rejected["reason"]
+    assert "s/3.txt" not in [row["id"] for shard in rows for row in shard]
+
+
+def test_identity_follows_the_files(texts):
+    before = reading.identity(reading.plan(recipe(texts)))
+    assert before == reading.identity(reading.plan(recipe(texts)))
+    (texts / "0.txt").write_text("other")
+    assert before != reading.identity(reading.plan(recipe(texts)))
+
+
+def test_file_of_two_sources_is_refused(texts):
+    sources = tuple(Source(name=name, files=f"{texts}/*.txt") for name in "ab")
+    with pytest.raises(ValueError, match="is in the sources a and b"):
+        reading.plan(Recipe(sources=sources))
