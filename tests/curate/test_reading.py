@@ -38,11 +38,9 @@ def test_documents_are_grouped_by_size_and_cut(tmp_path, texts):
     assert [[row["id"] for row in shard] for shard in rows] == [
         ["s/0.txt", "s/1.txt", "s/2.txt"],
         ["s/3.txt", "s/4.txt", "s/5.txt"],
-        ["s/z.jsonl:1", "s/z.jsonl:2"],
-        ["s/z.jsonl:3", "s/z.jsonl:4"],
-        ["s/z.jsonl:5", "s/z.jsonl:6"],
-        ["s/z.jsonl:7", "s/z.jsonl:8"],
-        ["s/z.jsonl:9"],
+        ["s/z.jsonl:1", "s/z.jsonl:2", "s/z.jsonl:3"],
+        ["s/z.jsonl:4", "s/z.jsonl:5", "s/z.jsonl:6"],
+        ["s/z.jsonl:7", "s/z.jsonl:8", "s/z.jsonl:9"],
     ]
     assert sum(part["documents"] for part in found) == 15
     assert sum(part["bytes"] for part in found) == sum(
