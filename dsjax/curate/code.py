@@ -6,6 +6,8 @@ import re
 import warnings
 from pathlib import PurePosixPath
 
+from dsjax.curate import words
+
 NAMES = (
     "mean_line",
     "longest_line",
@@ -38,7 +40,6 @@ _COMMENTS = {
 }
 _DATA = {".json", ".yaml", ".yml"}
 _MARKUP = re.compile(r"\s*<\?xml")
-_SEPARATORS = re.compile(r"[\W_]+")
 
 
 def measure(text: str, path: str) -> dict[str, float]:
@@ -54,7 +55,7 @@ def measure(text: str, path: str) -> dict[str, float]:
     return {
         "mean_line": sum(lengths) / len(lengths),
         "longest_line": float(max(lengths)),
-        "alphanumeric": 1 - sum(map(len, _SEPARATORS.findall(text))) / len(text),
+        "alphanumeric": words.content_share(text),
         "comments": sum(map(len, comment.findall(text))) / len(text) if comment else unknown,
         "markup": float(bool(_MARKUP.match(text))),
         "data_bytes": float(len(text.encode())) if suffix in _DATA else unknown,

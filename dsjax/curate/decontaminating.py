@@ -31,6 +31,7 @@ FIELDS = (
 # What is looked for: so many in a row, and shorter texts of at least so many.
 _WORDS, _CHARACTERS = (10, 3), (16, 5)
 _HAN_SHARE = 0.5
+_PIECE, _OVERLAP = 1 << 22, 1000  # characters of a text that are looked at together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ def index(files: Sequence[documents.Source], folder: Path, number: int) -> dict[
     found: dict[int, list[np.ndarray]] = {}
     count = short = 0
     for text in _questions(files):
-        hashes = words.content_hashes(text)
+        hashes = words.content_hashes(words.cut(text))
         most, fewest = _CHARACTERS if words.han_share(text) > _HAN_SHARE else _WORDS
         count += 1
         if len(hashes) < fewest:
@@ -90,14 +91,15 @@ def mark(job: Job, folder: Path, number: int) -> dict[str, Any]:
 
 def quotes(text: str, known: Mapping[int, np.ndarray]) -> bool:
     """Tells whether a text has N words in a row whose hash is in the sorted array `known[N]`."""
-    hashes = words.content_hashes(text)
-    for n, wanted in known.items():
-        if len(hashes) < n:
-            continue
-        found = grams(hashes, n)
-        places = np.minimum(np.searchsorted(wanted, found), len(wanted) - 1)
-        if (wanted[places] == found).any():
-            return True
+    for start in range(0, len(text), _PIECE):
+        hashes = words.content_hashes(words.cut(text[start : start + _PIECE + _OVERLAP]))
+        for n, wanted in known.items():
+            if len(hashes) < n:
+                continue
+            found = grams(hashes, n)
+            places = np.minimum(np.searchsorted(wanted, found), len(wanted) - 1)
+            if (wanted[places] == found).any():
+                return True
     return False
 
 

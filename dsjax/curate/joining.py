@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from dsjax.curate import reading, repositories, sampling, shards, tagging
+from dsjax.curate import reading, repositories, sampling, shards, tagging, words
 from dsjax.curate.deciding import PASSED, SCHEMA
 from dsjax.curate.shingles import shingles, signatures
 
@@ -104,7 +104,9 @@ def _documents(name: str, members: dict[str, shards.Row], job: Job) -> Iterator[
 
 
 def _tags(row: shards.Row, size: int, near: bool) -> shards.Row:
-    signature = signatures([shingles(row["text"])])[0].astype("<u4").tobytes() if near else b""
+    signature = (
+        signatures([shingles(words.cut(row["text"]))])[0].astype("<u4").tobytes() if near else b""
+    )
     return {
         "id": row["id"],
         "source": row["source"],

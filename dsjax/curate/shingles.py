@@ -15,6 +15,7 @@ from importlib.metadata import version
 import numpy as np
 
 from dsjax.curate import words
+from dsjax.curate.words import Words
 
 WORDS = 5
 VALUES = 128  # of a signature
@@ -23,13 +24,14 @@ _FOUND = 0.9  # the share of pairs at the threshold that shall meet in a band
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
-def shingles(text: str) -> np.ndarray:
+def shingles(found: Words) -> np.ndarray:
     """Returns the hashes of a text's shingles, sorted, each once: uint64, at least one."""
-    found = words.content_hashes(text)
-    n = min(WORDS, len(found))
+    hashes = words.content_hashes(found)
+    n = min(WORDS, len(hashes))
     if n == 0:
         return np.zeros(1, np.uint64)
-    return np.unique(grams(found, n))
+    ordered = np.sort(grams(hashes, n))
+    return ordered[np.append(True, ordered[1:] != ordered[:-1])]
 
 
 def grams(hashes: np.ndarray, n: int) -> np.ndarray:

@@ -67,49 +67,47 @@ def garbled(text: str) -> float:
     return len(_GARBLED.findall(text)) / max(len(text), 1)
 
 
-def prose(text: str, language: str) -> dict[str, float]:
-    """Measures a text that is not empty: the signals of `NAMES`."""
-    found = words.cut(text)
-    return _word_signals(text, found, language) | _line_signals(text, found) | _web_signals(text)
+def prose(text: str, found: Words, language: str) -> dict[str, float]:
+    """Measures a text that is not empty: the signals of `NAMES`.
+
+    Args:
+      found: its words.
+    """
+    return _word_signals(text, found, language) | _line_signals(text) | _web_signals(text)
 
 
 def _word_signals(text: str, found: Words, language: str) -> dict[str, float]:
     count = len(found.numbers)
     occurring = np.bincount(found.numbers, minlength=len(found.kinds))
-    content = np.array([any(map(str.isalnum, kind)) for kind in found.kinds], bool)
-    letters = np.array([any(map(str.isalpha, kind)) for kind in found.kinds], bool)
-    n_words = int(occurring[content].sum())
-    length = int(found.lengths[content[found.numbers]].sum()) if count else 0
+    n_words = int(occurring[found.content].sum())
+    length = int(found.lengths[found.content[found.numbers]].sum())
     return {
         "words": float(n_words),
         "mean_word": length / max(n_words, 1),
         "hashes": text.count("#") / max(count, 1),
         "ellipses": sum(map(text.count, _ELLIPSES)) / max(count, 1),
-        "letter_words": float(occurring[letters].sum()) / max(count, 1),
+        "letter_words": float(occurring[found.letters].sum()) / max(count, 1),
         "stop_words": float(len(set(STOP_WORDS[language]).intersection(found.kinds))),
         "breaks_per_word": text.count("\n") / max(count, 1),
         **_gram_signals(found, len(text), _CHARACTERS_PER_WORD.get(language, 1.0)),
     }
 
 
-def _line_signals(text: str, found: Words) -> dict[str, float]:
-    del found
-    split = text.splitlines()
+def _line_signals(text: str) -> dict[str, float]:
+    stripped = [line.strip() for line in text.splitlines()]
     lines = _LINES.split(text)
     paragraphs = _PARAGRAPHS.split(text.strip())
     written = [line for line in text.split("\n") if line.strip()]
     unbroken = len(text) - text.count("\n")
     return {
-        "bullet_lines": sum(line.lstrip().startswith(_BULLETS) for line in split)
-        / max(len(split), 1),
-        "ellipsis_lines": sum(line.rstrip().endswith(_ELLIPSES) for line in split)
-        / max(len(split), 1),
+        "bullet_lines": _share(stripped, [line.startswith(_BULLETS) for line in stripped]),
+        "ellipsis_lines": _share(stripped, [line.endswith(_ELLIPSES) for line in stripped]),
         "duplicate_lines": 1 - len(set(lines)) / len(lines),
         "duplicate_line_characters": _repeated(lines) / len(text),
         "duplicate_paragraphs": 1 - len(set(paragraphs)) / len(paragraphs),
         "duplicate_paragraph_characters": _repeated(paragraphs) / len(text),
-        "ended_lines": sum(line.endswith(_ENDS) for line in written) / max(len(written), 1),
-        "short_lines": sum(len(line) <= _SHORT_LINE for line in written) / max(len(written), 1),
+        "ended_lines": _share(written, [line.endswith(_ENDS) for line in written]),
+        "short_lines": _share(written, [len(line) <= _SHORT_LINE for line in written]),
         "repeated_line_characters": _repeated(written) / max(unbroken, 1),
     }
 
@@ -120,6 +118,10 @@ def _web_signals(text: str) -> dict[str, float]:
         "curly_brackets": float(text.count("{")),
         "lorem_ipsum": float(text.lower().count("lorem ipsum")),
     }
+
+
+def _share(lines: Sequence[str], flags: Sequence[bool]) -> float:
+    return sum(flags) / max(len(lines), 1)
 
 
 def _repeated(parts: Sequence[str]) -> int:
@@ -167,18 +169,14 @@ def _twice(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
       the places of such values in order, the number of the value at each, and per value how often
       it occurs and where first.
     """
-    order = np.argsort(hashes, kind="stable")
-    ordered = hashes[order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-    starts = starts[: len(hashes)]
+    order, firsts = words.grouped(hashes)
+    starts = np.flatnonzero(firsts)
     counts = np.diff(np.append(starts, len(hashes)))
     several = counts > 1
-    counts_kept = counts[several]
-    first = order[starts[several]]
-    members = order[np.repeat(several, counts)]
-    numbers = np.repeat(np.arange(len(counts_kept)), counts_kept)
-    back = np.argsort(members, kind="stable")
-    return members[back], numbers[back], counts_kept, first
+    numbers = np.full(len(hashes), -1)
+    numbers[order] = np.repeat(np.where(several, np.arange(len(counts)), -1), counts)
+    places = np.flatnonzero(numbers >= 0)
+    return places, numbers[places], counts[several], order[starts[several]]
 
 
 def _repeated_characters(places: np.ndarray, numbers: np.ndarray, n: int, ends: np.ndarray) -> int:

@@ -12,8 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from dsjax.curate import code, language, rules, shards, signals
+from dsjax.curate import code, language, rules, shards, signals, words
 from dsjax.curate.shingles import shingles, signatures
+from dsjax.curate.words import Words
 
 VERSION = 1
 SIGNALS = ("garbled", *signals.NAMES, *code.NAMES)
@@ -46,29 +47,31 @@ def tag(job: Job, folder: Path, number: int) -> dict[str, Any]:
     count = 0
     with shards.Writer(folder / job.path.name, SCHEMA) as writer:
         for rows in shards.pieces(job.path):
-            found = [b""] * len(rows)
-            if job.near and rows:
-                matrix = signatures([shingles(row["text"]) for row in rows])
-                found = [signature.tobytes() for signature in matrix.astype("<u4")]
-            for row, signature in zip(rows, found, strict=True):
-                measured = _measured(row, job.kinds[row["source"]])
-                writer.add(measured | {"signature": signature})
+            measured, sets = [], []
+            for row in rows:
+                found = words.cut(row["text"])
+                measured.append(_measured(row, found, job.kinds[row["source"]]))
+                if job.near:
+                    sets.append(shingles(found))
+            signed = signatures(sets).astype("<u4") if job.near else [b""] * len(rows)
+            for values, signature in zip(measured, signed, strict=True):
+                writer.add(values | {"signature": bytes(signature)})
             count += len(rows)
     return {"documents": count}
 
 
-def _measured(row: shards.Row, kind: str) -> shards.Row:
+def _measured(row: shards.Row, found: Words, kind: str) -> shards.Row:
     text = row["text"]
-    found, score = (rules.ANY, 1.0) if kind == "code" else language.identify(text)
+    spoken, score = (rules.ANY, 1.0) if kind == "code" else language.identify(text)
     values = {"garbled": signals.garbled(text)}
     if kind == "code":
         values |= code.measure(text, row["path"])
-    elif rules.is_measured(kind, found):
-        values |= signals.prose(text, found)
+    elif rules.is_measured(kind, spoken):
+        values |= signals.prose(text, found, spoken)
     return {
         "id": row["id"],
         "source": row["source"],
-        "language": found,
+        "language": spoken,
         "score": score,
         "bytes": len(text.encode()),
         "digest": digest(text),

@@ -6,11 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsjax.curate import signals
+from dsjax.curate import signals, words
 
 TEXT = st.lists(st.sampled_from(["a", "bb", "a", "ccc", "dd"]), min_size=1, max_size=60).map(
     " ".join
 )
+
+
+def measure(text, language="en"):
+    return signals.prose(text, words.cut(text), language)
 
 
 def top(found, n):
@@ -39,17 +43,17 @@ def repeated(found, n):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(TEXT)
 def test_grams_are_as_defined(text):
-    found = signals.prose(text, "en")
-    words = text.split()
+    found = measure(text)
+    split = text.split()
     for n in signals.TOP_ORDERS:
-        assert found[f"top_{n}_gram"] == pytest.approx(top(words, n) / len(text))
+        assert found[f"top_{n}_gram"] == pytest.approx(top(split, n) / len(text))
     for n in signals.REPEATED_ORDERS:
-        assert found[f"repeated_{n}_grams"] == pytest.approx(repeated(words, n) / len(text))
+        assert found[f"repeated_{n}_grams"] == pytest.approx(repeated(split, n) / len(text))
 
 
 def test_grams_of_chinese_are_longer():
     text = "\u4e00\u4e01\u4e02\u4e03" * 10
-    found = signals.prose(text, "zh")
+    found = measure(text, "zh")
     assert found["repeated_5_grams"] == pytest.approx(repeated(list(text), 8) / len(text))
     # Of five characters, as three words, with the spaces between words.
     assert found["top_3_gram"] * len(text) == pytest.approx((5 + 2) * 9)
@@ -87,12 +91,12 @@ The end, and that is "it"."""
     ],
 )
 def test_page(name, value):
-    assert signals.prose(PAGE, "en")[name] == pytest.approx(value)
+    assert measure(PAGE)[name] == pytest.approx(value)
 
 
 def test_every_signal_has_a_value():
     for text in (PAGE, "x", "\n", "...", "\u4f60"):
-        found = signals.prose(text, "en")
+        found = measure(text)
         assert set(found) == set(signals.NAMES)
         assert all(value == value and value >= 0 for value in found.values())
 
