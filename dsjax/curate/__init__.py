@@ -15,8 +15,10 @@
   shingles.py   texts as sets of shingles, MinHash, Jaccard similarity
   duplicates.py which of several equal or alike documents stays
   deduplicating.py  stages `buckets`, `shingles` and `duplicates`
+  personal.py   replaces addresses and keys
   sampling.py   choices by hash
   writing.py    stage `text`: kept documents to train and held-out files, samples for the report
+  tokenizing.py the result in the cache that training reads
   report.py     the funnel, histograms and samples: report.json, report.html
   pipeline.py   all stages in order
   prepare.py    from a recipe to a folder, with a lock and a report

@@ -161,7 +161,8 @@ def _starts(shards: Sequence[Shard]) -> tuple[int, ...]:
 
 def _writing(recipe: Recipe, shards: Sequence[Shard], key: str, compared: Result | None) -> Stage:
     """Plans the last stage; `compared` is of stage `duplicates`."""
-    choice = (recipe.heldout_fraction, recipe.samples, recipe.seed)
+    replaced = recipe.personal == "replace"
+    choice = (replaced, recipe.heldout_fraction, recipe.samples, recipe.seed)
     copies = compared and compared.folder / "verdicts.npy"
     jobs = [
         writing.Job(shard.documents, shard.verdicts, copies, start, *choice)

@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from dsjax import settings, tables
-from dsjax.curate import pipeline, reading, report, rules, writing
+from dsjax.curate import pipeline, reading, report, rules, tokenizing, writing
 from dsjax.curate.recipe import Recipe, Source
 from dsjax.curate.stages import Workers
 from dsjax.display import Display, size
@@ -59,6 +59,10 @@ def prepare(recipe: Recipe, out: Path, workers: int) -> dict[str, Any]:
         write_json(out / "recipe.json", settings.to_dict(recipe))
         with Workers(workers, out, display) as pool:
             result = pipeline.run(recipe, table, jobs, pool)
+        if recipe.tokenizer:
+            show = display.counting("tokens")
+            tokens = tokenizing.tokenize(out, recipe.tokenizer, recipe.cache_dir, show)
+            result = {**result, "tokens": tokens}
         report.save(result, table, out)
     return result
 
@@ -73,6 +77,9 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         amounts += [(f"kept: {side}", source[side]) for side in writing.SIDES]
         rows += [(name, what, count[0], size(count[1])) for what, count in amounts]
     console.print(tables.table("", ("source", "", ">documents", ">bytes"), rows))
+    for side, found in summary.get("tokens", {}).items():
+        per_token = found["bytes_per_token"]
+        console.print(f"  {side}: {found['tokens']:,} tokens, {per_token} bytes per token")
 
 
 @contextlib.contextmanager

@@ -58,8 +58,13 @@ class Recipe:
     jaccard: float = 0.8  # alike is what has this share of five-word shingles in both
     # Globs of evaluation files; documents that quote them are removed.
     decontaminate: str = ""
+    # E-mail addresses, public IPv4 addresses and keys in what is kept: replace, or keep.
+    personal: Literal["replace", "keep"] = "replace"
     heldout_fraction: float = 0.01  # of the kept documents
     shard_bytes: int = 64 << 20  # of text; a worker holds a few times as much
+    # A tokenizer.json: the result is tokenized with it into the cache that training reads.
+    tokenizer: str = ""
+    cache_dir: str = ""  # of tokens; empty: $XDG_CACHE_HOME/dsjax or ~/.cache/dsjax
     samples: int = 10  # kept and removed documents per rule in the report
     seed: int = 0  # of the split and the samples
 
@@ -83,6 +88,10 @@ class Recipe:
         require(
             self.shard_bytes >= 1 << 10,
             f"shard_bytes={self.shard_bytes} must be at least 1024",
+        )
+        require(
+            not self.tokenizer or self.heldout_fraction > 0,
+            "tokenizer needs held-out text beside the train text; set heldout_fraction above 0",
         )
         for change in self.rules:
             parse_change(change)

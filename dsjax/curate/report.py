@@ -82,6 +82,7 @@ def save(report: Mapping[str, Any], table: rules.Table, out: Path) -> None:
     body = [
         "<h1>Prepared text</h1>",
         _funnel(report["sources"]),
+        _tokens(report.get("tokens", {})),
         *(_removed(name, source) for name, source in report["sources"].items()),
         *(_histograms(name, found, table) for name, found in report["distributions"].items()),
         _skipped(report.get("skipped", [])),
@@ -127,6 +128,14 @@ def _funnel(sources: Mapping[str, Any]) -> str:
     return f"<table>{_cells('th', heads)}{''.join(rows)}</table>"
 
 
+def _tokens(tokens: Mapping[str, Any]) -> str:
+    parts = [
+        f"{side}: {found['tokens']:,} tokens, {found['bytes_per_token']} bytes per token"
+        for side, found in tokens.items()
+    ]
+    return f"<p>{'; '.join(parts)}</p>" if parts else ""
+
+
 def _removed(name: str, source: Mapping[str, Any]) -> str:
     total = max(source["read"][0], 1)
     rows = []
@@ -149,7 +158,9 @@ def _histograms(name: str, found: Mapping[str, Sequence[int]], table: rules.Tabl
     if not chosen:
         return ""
     n_rows = math.ceil(len(chosen) / _COLUMNS)
-    figure = Figure(figsize=(3.4 * _COLUMNS, 1.9 * n_rows), layout="constrained")
+    height = 1.9 * n_rows  # inches; margins are set by hand, since finding them takes seconds
+    figure = Figure(figsize=(3.4 * _COLUMNS, height))
+    figure.subplots_adjust(0.04, 0.3 / height, 0.99, 1 - 0.3 / height, 0.2, 0.6)
     for number, rule in enumerate(chosen):
         axes = figure.add_subplot(n_rows, _COLUMNS, number + 1)
         borders = deciding.edges(rule.signal)

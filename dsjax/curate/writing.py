@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dsjax.curate import sampling, shards
+from dsjax.curate import personal, sampling, shards
 from dsjax.curate.deciding import PASSED
 from dsjax.curate.deduplicating import EXACT, NEAR
 
@@ -28,6 +28,7 @@ class Job:
     verdicts: Path  # of what came before
     duplicates: Path | None  # verdicts.npy of stage `duplicates`
     start: int  # the number of the shard's first document in it
+    personal: bool  # whether to replace what identifies
     heldout_fraction: float
     samples: int
     seed: int
@@ -45,6 +46,8 @@ def write(job: Job, folder: Path, number: int) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         writers: dict[str, shards.Writer] = {}
         for row, verdict in zip(shards.rows(job.documents), _verdicts(job), strict=True):
+            if job.personal and verdict == KEPT:
+                row["text"] = personal.replace(row["text"])
             size = len(row["text"].encode())
             findings.add(row, verdict, size)
             if verdict != KEPT:

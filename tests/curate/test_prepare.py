@@ -8,6 +8,7 @@ import pytest
 from dsjax.curate import language, prepare, report, shards
 from dsjax.curate.recipe import Recipe, Source
 from dsjax.data.corpus import prepare_corpus
+from dsjax.files import write_json
 
 GOOD = (
     "The committee of {0} will meet again in the spring of next year, and nobody knows what is to "
@@ -33,7 +34,9 @@ def texts(tmp_path, monkeypatch):
 @pytest.fixture
 def no_page(monkeypatch):
     """Leaves out the report's page, whose pictures take seconds."""
-    monkeypatch.setattr(report, "save", lambda found, table, out: None)
+    monkeypatch.setattr(
+        report, "save", lambda found, table, out: write_json(out / "report.json", found)
+    )
 
 
 def recipe(folder, **options):
@@ -50,7 +53,7 @@ def content(out):
     }
 
 
-def test_result_trains_and_is_the_same_when_resumed(texts, tmp_path):
+def test_result_trains_and_is_the_same_when_resumed(texts, tmp_path, no_page):
     found = prepare.prepare(recipe(texts), tmp_path / "a", 1)
     source = found["sources"]["s"]
     assert source["read"][0] == 36 and source["removed"] == {"words": [6, 54]}
@@ -59,7 +62,7 @@ def test_result_trains_and_is_the_same_when_resumed(texts, tmp_path):
 
     # A run that was stopped in the middle: some files of each stage are missing.
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    for name in ("work/read/00001.json", "work/tag/00000.json", "text/00001.json", "report.html"):
+    for name in ("work/read/00001.json", "work/tag/00000.json", "text/00001.json", "report.json"):
         (tmp_path / "b" / name).unlink()
     (tmp_path / "b" / "work/read/00001-0000.parquet.partial").write_text("half")
     prepare.prepare(recipe(texts), tmp_path / "b", 1)

@@ -37,6 +37,8 @@ def test_change_that_is_none_names_the_form(text):
         ({"languages": ("fr",)}, "languages='fr'"),
         ({"heldout_fraction": 2.0}, "heldout_fraction=2"),
         ({"shard_bytes": 1}, "shard_bytes=1"),
+        ({"tokenizer": "t.json", "heldout_fraction": 0.0}, "tokenizer needs held-out text"),
+        ({"jaccard": 0.1}, "jaccard=0.1"),
         ({"rules": ("words",)}, "'words' is no rule"),
     ],
 )

@@ -58,13 +58,15 @@ class Page(HTMLParser):
 
 def test_page_is_one_file_that_shows_texts_as_they_are(tmp_path):
     skipped = [{"file": "x", "reason": "x is not UTF-8"}]
-    report.save(gathered() | {"skipped": skipped}, rules.STANDARD, tmp_path)
+    tokens = {"train": {"tokens": 12345, "bytes_per_token": 3.2}}
+    report.save(gathered() | {"skipped": skipped, "tokens": tokens}, rules.STANDARD, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.html"}
     assert json.loads((tmp_path / "report.json").read_text())["skipped"] == skipped
     page = Page()
     page.feed((tmp_path / "report.html").read_text())
     assert "b" not in page.tags and "<b>bold</b>" in page.text
     assert "x is not UTF-8" in page.text and "5 (45 bytes)" in page.text
+    assert "train: 12,345 tokens, 3.2 bytes per token" in page.text
     assert page.tags.count("img") == 1
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
 

@@ -6,19 +6,19 @@ import pytest
 from dsjax.curate import deciding, reading, sampling, shards, writing
 
 
-def write(tmp_path, count=40, *, verdicts=None, copies=None, **options):
+def write(tmp_path, count=40, *, verdicts=None, copies=None, text="text {:05}", **options):
     schemas = {"documents": reading.SCHEMA, "verdicts": deciding.SCHEMA}
     paths = {name: tmp_path / name / "00003-0000.parquet" for name in schemas}
     for name, path in paths.items():
         path.parent.mkdir()
         with shards.Writer(path, schemas[name]) as writer:
             for number in range(count):
-                row = {"id": f"s/{number}", "source": "s", "path": "p", "text": f"text {number:05}"}
+                row = {"id": f"s/{number}", "source": "s", "path": "p", "text": text.format(number)}
                 row["verdict"] = (verdicts or {}).get(number, "")
                 writer.add({key: row[key] for key in schemas[name].names})
     (tmp_path / "out").mkdir()
     options = {"heldout_fraction": 0.25, "samples": 3, "seed": 0} | options
-    options = {"duplicates": None, "start": 7} | options
+    options = {"duplicates": None, "start": 7, "personal": True} | options
     if copies is not None:
         options["duplicates"] = tmp_path / "verdicts.npy"
         np.save(options["duplicates"], np.array([0] * 7 + copies, np.int8))
@@ -44,6 +44,14 @@ def test_duplicates_are_removed_unless_a_rule_was_first(tmp_path):
     counts = {"kept": 1, "words": 1, "exact_duplicate": 1, "near_duplicate": 1}
     assert {key: count[0] for key, count in found["counts"]["s"].items()} == counts
     assert sides["train"] + sides["heldout"] == ["s/0"]
+
+
+@pytest.mark.parametrize(("replaced", "text"), [(True, "name@example.com"), (False, "a@b.org")])
+def test_addresses_are_replaced_in_what_is_kept(tmp_path, replaced, text):
+    found, _ = write(tmp_path, 1, text="a@b.org", personal=replaced)
+    (path,) = (tmp_path / "out").glob("*.parquet")
+    assert [row["text"] for row in shards.rows(path)] == [text]
+    assert found["counts"] == {"s": {"kept": [1, len(text)]}}
 
 
 def test_split_follows_fraction_id_and_seed(tmp_path):
