@@ -9,7 +9,7 @@ from typing import Any
 
 from dsjax.curate import words
 
-CHARACTERS = 2000  # the beginning of a text tells its language
+CHARACTERS = 1000  # the beginning of a text tells its language
 _HAN_SHARE = 0.5  # more than this is Chinese without asking: nothing else is written so
 
 

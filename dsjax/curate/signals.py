@@ -31,9 +31,10 @@ STOP_WORDS = {
 _ELLIPSES = ("...", "\u2026")
 _BULLETS = ("\u2022", "-")
 _ENDS = tuple(".!?\"'\u3002\uff01\uff1f\u2026\u201d\u2019\uff0e\u061f\u0964\uff61;:\uff1b\uff1a")
-_SENTENCE = re.compile(r"[.!?]+(?=[\s\"')\]]|$)|[\u3002\uff01\uff1f]")
-_PARAGRAPHS = re.compile(r"\n{2,}")
-_LINES = re.compile(r"\n+")
+_SENTENCE_ENDS = (
+    *(mark + behind for mark in ".!?" for behind in (" ", "\n", '"', ")", "\u201d")),
+    *("\u3002", "\uff01", "\uff1f"),
+)
 _GARBLED = re.compile("[\ufffd\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 _SHORT_LINE = 30  # characters
 
@@ -95,9 +96,10 @@ def _word_signals(text: str, found: Words, language: str) -> dict[str, float]:
 
 def _line_signals(text: str) -> dict[str, float]:
     stripped = [line.strip() for line in text.splitlines()]
-    lines = _LINES.split(text)
-    paragraphs = _PARAGRAPHS.split(text.strip())
-    written = [line for line in text.split("\n") if line.strip()]
+    lines = [line for line in text.split("\n") if line] or [""]
+    written = [line for line in lines if line and not line.isspace()]
+    parts = (part.strip("\n") for part in text.strip().split("\n\n"))
+    paragraphs = [part for part in parts if part] or [""]
     unbroken = len(text) - text.count("\n")
     return {
         "bullet_lines": _share(stripped, [line.startswith(_BULLETS) for line in stripped]),
@@ -114,7 +116,7 @@ def _line_signals(text: str) -> dict[str, float]:
 
 def _web_signals(text: str) -> dict[str, float]:
     return {
-        "sentences": float(len(_SENTENCE.findall(text))),
+        "sentences": float(sum(map((text.rstrip() + "\n").count, _SENTENCE_ENDS))),
         "curly_brackets": float(text.count("{")),
         "lorem_ipsum": float(text.lower().count("lorem ipsum")),
     }
@@ -145,50 +147,41 @@ def _gram_signals(found: Words, characters: int, scale: float) -> dict[str, floa
         inside = places + n <= len(keys)
         places, hashes = places[inside], hashes[inside]
         hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + keys[places + n - 1]
-        kept, numbers, counts, first = _twice(hashes)
+        order, firsts = words.grouped(hashes)
+        starts = np.flatnonzero(firsts)
+        counts = np.diff(np.append(starts, len(order)))
         if n in tops:
-            top, spaces = 0, tops[n] - 1
-            if len(counts):
-                most = np.flatnonzero(counts == counts.max())
-                place = places[first[most].min()]
-                top = (ends[place + n] - ends[place] + spaces) * counts.max()
-            elif len(keys) >= n:  # each once, and the first is as common as any
-                top = ends[n] + spaces
-            result[f"top_{tops[n]}_gram"] = float(top) / characters
-        places, hashes = places[kept], hashes[kept]
+            most = counts.max(initial=1)
+            # The first of those that are commonest: of all, if each is there once.
+            place = places[order[starts[counts == most]].min()] if most > 1 else 0
+            length = ends[place + n] - ends[place] + tops[n] - 1 if len(keys) >= n else 0
+            result[f"top_{tops[n]}_gram"] = float(length * most) / characters
         if n in repeats:
-            total = _repeated_characters(places, numbers, n, ends)
+            again = np.ones(len(order), bool)
+            again[order[starts]] = False
+            total = _repeated_characters(places[again], n, ends)
             result[f"repeated_{repeats[n]}_grams"] = total / characters
+        several = np.empty(len(order), bool)
+        several[order] = np.repeat(counts > 1, counts)
+        places, hashes = places[several], hashes[several]
     return result
 
 
-def _twice(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Finds values that occur twice or more.
+def _repeated_characters(places: np.ndarray, n: int, ends: np.ndarray) -> int:
+    """Counts the characters of n-grams that occurred before, reading on behind each one.
 
-    Returns:
-      the places of such values in order, the number of the value at each, and per value how often
-      it occurs and where first.
+    Args:
+      places: where they begin, in order.
     """
-    order, firsts = words.grouped(hashes)
-    starts = np.flatnonzero(firsts)
-    counts = np.diff(np.append(starts, len(hashes)))
-    several = counts > 1
-    numbers = np.full(len(hashes), -1)
-    numbers[order] = np.repeat(np.where(several, np.arange(len(counts)), -1), counts)
-    places = np.flatnonzero(numbers >= 0)
-    return places, numbers[places], counts[several], order[starts[several]]
-
-
-def _repeated_characters(places: np.ndarray, numbers: np.ndarray, n: int, ends: np.ndarray) -> int:
-    """Counts the characters of n-grams seen before, reading on behind each one."""
-    seen: set[int] = set()
+    if not len(places):
+        return 0
+    gaps = np.flatnonzero(np.diff(places) > 1)
+    starts = places[np.append(0, gaps + 1)]
+    lasts = places[np.append(gaps, len(places) - 1)]
     total, behind = 0, 0
-    for place, number in zip(places.tolist(), numbers.tolist(), strict=True):
-        if place < behind:
-            continue
-        if number in seen:
-            total += int(ends[place + n] - ends[place])
-            behind = place + n
-        else:
-            seen.add(number)
+    for start, last in zip(starts.tolist(), lasts.tolist(), strict=True):
+        start = max(start, behind)
+        if start <= last:
+            behind = start + -(-(last - start + 1) // n) * n
+            total += int(ends[behind] - ends[start])
     return total

@@ -27,15 +27,14 @@ def top(found, n):
 
 
 def repeated(found, n):
-    """Characters of n-grams seen before, reading on behind each."""
-    seen, total, place = set(), 0, 0
-    while place + n <= len(found):
-        gram = tuple(found[place : place + n])
-        if gram in seen:
-            total += len("".join(gram))
+    """Characters of n-grams that occurred before, reading on behind each."""
+    grams = [tuple(found[place : place + n]) for place in range(len(found) - n + 1)]
+    total, place = 0, 0
+    while place < len(grams):
+        if grams[place] in grams[:place]:
+            total += len("".join(grams[place]))
             place += n
         else:
-            seen.add(gram)
             place += 1
     return total
 

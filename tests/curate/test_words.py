@@ -43,7 +43,7 @@ def test_cut_is_what_a_regular_expression_finds(text):
 
 def test_only_so_much_of_a_text_is_looked_at(monkeypatch):
     monkeypatch.setattr(words, "MOST", 4)
-    assert words.cut("ab cde").kinds == ["ab", "c"]
+    assert sorted(words.cut("ab cde").kinds) == ["ab", "c"]
 
 
 def hashes(text):
