@@ -64,6 +64,7 @@ def prepare(recipe: Recipe, out: Path, workers: int) -> dict[str, Any]:
             tokens = tokenizing.tokenize(out, recipe.tokenizer, recipe.cache_dir, show)
             result = {**result, "tokens": tokens}
         report.save(result, table, out)
+        display.say(f"wrote {out / 'text'} and {out / 'report.html'}")
     return result
 
 
@@ -77,6 +78,9 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         amounts += [(f"kept: {side}", source[side]) for side in writing.SIDES]
         rows += [(name, what, count[0], size(count[1])) for what, count in amounts]
     console.print(tables.table("", ("source", "", ">documents", ">bytes"), rows))
+    if summary["skipped"]:
+        count = len(summary["skipped"])
+        console.print(f"  {count:,} files could not be read to their end; report.json lists them")
     for side, found in summary.get("tokens", {}).items():
         per_token = found["bytes_per_token"]
         console.print(f"  {side}: {found['tokens']:,} tokens, {per_token} bytes per token")
