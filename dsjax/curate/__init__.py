@@ -15,6 +15,7 @@
   shingles.py   texts as sets of shingles, MinHash, Jaccard similarity
   duplicates.py which of several equal or alike documents stays
   deduplicating.py  stages `buckets`, `shingles` and `duplicates`
+  passages.py   cuts out passages that occurred before
   personal.py   replaces addresses and keys
   sampling.py   choices by hash
   writing.py    stage `text`: kept documents to train and held-out files, samples for the report

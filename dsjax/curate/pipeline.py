@@ -13,6 +13,7 @@ from dsjax.curate import (
     deduplicating,
     joining,
     language,
+    passages,
     reading,
     report,
     rules,
@@ -162,11 +163,12 @@ def _starts(shards: Sequence[Shard]) -> tuple[int, ...]:
 def _writing(recipe: Recipe, shards: Sequence[Shard], key: str, compared: Result | None) -> Stage:
     """Plans the last stage; `compared` is of stage `duplicates`."""
     replaced = recipe.personal == "replace"
-    choice = (replaced, recipe.heldout_fraction, recipe.samples, recipe.seed)
+    choice = (recipe.passages, replaced, recipe.heldout_fraction, recipe.samples, recipe.seed)
     copies = compared and compared.folder / "verdicts.npy"
     jobs = [
         writing.Job(shard.documents, shard.verdicts, copies, start, *choice)
         for shard, start in zip(shards, _starts(shards), strict=True)
     ]
-    own = fingerprint(key, compared and compared.key, writing.VERSION, choice)
+    library = passages.library() if recipe.passages else ""
+    own = fingerprint(key, compared and compared.key, writing.VERSION, choice, library)
     return Stage("text", writing.write, jobs, own)

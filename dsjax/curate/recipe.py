@@ -56,6 +56,9 @@ class Recipe:
     # earlier source stays, then the longer one.
     duplicates: Literal["near", "exact", "off"] = "near"
     jaccard: float = 0.8  # alike is what has this share of five-word shingles in both
+    # Passages of this many bytes or more that occurred before in the same shard are cut out of what
+    # is kept; 0: none.
+    passages: int = 0
     # Globs of evaluation files; documents that quote them are removed.
     decontaminate: str = ""
     # E-mail addresses, public IPv4 addresses and keys in what is kept: replace, or keep.
@@ -88,6 +91,14 @@ class Recipe:
         require(
             self.shard_bytes >= 1 << 10,
             f"shard_bytes={self.shard_bytes} must be at least 1024",
+        )
+        require(
+            self.passages == 0 or self.passages >= 50,
+            f"passages={self.passages} must be 0, or at least 50 bytes: shorter ones are phrases",
+        )
+        require(
+            self.passages == 0 or self.shard_bytes <= 1 << 30,
+            f"passages needs shards of at most 1 GiB; shard_bytes={self.shard_bytes}",
         )
         require(
             not self.tokenizer or self.heldout_fraction > 0,

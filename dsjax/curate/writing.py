@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from dsjax.curate import personal, sampling, shards
+from dsjax.curate import passages, personal, sampling, shards
 from dsjax.curate.deciding import PASSED
 from dsjax.curate.deduplicating import EXACT, NEAR
 
 VERSION = 1
 KEPT = "kept"
+REPEATED = "repeated_passages"  # nothing else is left
 SIDES = ("train", "heldout")
 SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("text", pa.string())])
 
@@ -28,6 +30,7 @@ class Job:
     verdicts: Path  # of what came before
     duplicates: Path | None  # verdicts.npy of stage `duplicates`
     start: int  # the number of the shard's first document in it
+    passages: int  # bytes of a repeated passage that is cut out; 0 leaves them
     personal: bool  # whether to replace what identifies
     heldout_fraction: float
     samples: int
@@ -45,7 +48,7 @@ def write(job: Job, folder: Path, number: int) -> dict[str, Any]:
     sides: dict[str, dict[str, list[int]]] = {}
     with contextlib.ExitStack() as stack:
         writers: dict[str, shards.Writer] = {}
-        for row, verdict in zip(shards.rows(job.documents), _verdicts(job), strict=True):
+        for row, verdict in _judged(job):
             if job.personal and verdict == KEPT:
                 row["text"] = personal.replace(row["text"])
             size = len(row["text"].encode())
@@ -60,6 +63,25 @@ def write(job: Job, folder: Path, number: int) -> dict[str, Any]:
                 writers[side] = stack.enter_context(shards.Writer(path, SCHEMA))
             writers[side].add({name: row[name] for name in SCHEMA.names}, size)
     return {"counts": findings.counts, "sides": sides, "samples": findings.samples()}
+
+
+def _judged(job: Job) -> Iterator[tuple[shards.Row, str]]:
+    """Yields the documents with their verdicts, without repeated passages in what is kept."""
+    verdicts = _verdicts(job)
+    rows = zip(shards.rows(job.documents), verdicts, strict=True)
+    if not job.passages:
+        yield from rows
+        return
+    texts = shards.rows(job.documents, ["text"])
+    kept = [row["text"] for row, verdict in zip(texts, verdicts, strict=True) if verdict == KEPT]
+    cut = iter(passages.without_repeats(kept, job.passages))
+    for row, verdict in rows:
+        if verdict != KEPT:
+            yield row, verdict
+        elif rest := next(cut):
+            yield row | {"text": rest}, KEPT
+        else:
+            yield row, REPEATED
 
 
 def _verdicts(job: Job) -> list[str]:

@@ -38,6 +38,8 @@ def test_change_that_is_none_names_the_form(text):
         ({"heldout_fraction": 2.0}, "heldout_fraction=2"),
         ({"shard_bytes": 1}, "shard_bytes=1"),
         ({"tokenizer": "t.json", "heldout_fraction": 0.0}, "tokenizer needs held-out text"),
+        ({"passages": 10}, "passages=10 must be 0, or at least 50"),
+        ({"passages": 99, "shard_bytes": 2 << 30}, "shards of at most 1 GiB"),
         ({"jaccard": 0.1}, "jaccard=0.1"),
         ({"rules": ("words",)}, "'words' is no rule"),
     ],

@@ -18,7 +18,7 @@ def write(tmp_path, count=40, *, verdicts=None, copies=None, text="text {:05}", 
                 writer.add({key: row[key] for key in schemas[name].names})
     (tmp_path / "out").mkdir()
     options = {"heldout_fraction": 0.25, "samples": 3, "seed": 0} | options
-    options = {"duplicates": None, "start": 7, "personal": True} | options
+    options = {"duplicates": None, "start": 7, "passages": 0, "personal": True} | options
     if copies is not None:
         options["duplicates"] = tmp_path / "verdicts.npy"
         np.save(options["duplicates"], np.array([0] * 7 + copies, np.int8))
@@ -52,6 +52,22 @@ def test_addresses_are_replaced_in_what_is_kept(tmp_path, replaced, text):
     (path,) = (tmp_path / "out").glob("*.parquet")
     assert [row["text"] for row in shards.rows(path)] == [text]
     assert found["counts"] == {"s": {"kept": [1, len(text)]}}
+
+
+def test_repeated_passages_are_cut_out_of_what_is_kept(tmp_path):
+    pytest.importorskip("pydivsufsort")
+    text = "the same beginning of every text, "
+    found, _ = write(tmp_path, 4, text=text + "{:d}", verdicts={0: "words"}, passages=30)
+    rows = [row["text"] for path in tmp_path.glob("out/*.parquet") for row in shards.rows(path)]
+    assert sorted(rows) == ["2", "3", text + "1"]
+    assert found["counts"]["s"] == {"words": [1, 35], "kept": [3, 37]}
+
+
+def test_document_of_repeated_passages_alone_is_removed(tmp_path):
+    pytest.importorskip("pydivsufsort")
+    found, _ = write(tmp_path, 2, text="the same text, word for word, each time", passages=30)
+    counts = found["counts"]["s"]
+    assert {key: count[0] for key, count in counts.items()} == {"kept": 1, "repeated_passages": 1}
 
 
 def test_split_follows_fraction_id_and_seed(tmp_path):
