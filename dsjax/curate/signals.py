@@ -30,7 +30,7 @@ STOP_WORDS = {
 }
 _ELLIPSES = ("...", "\u2026")
 _BULLETS = ("\u2022", "-")
-_ENDS = tuple(".!?\"'\u3002\uff01\uff1f\u2026\u201d\u2019\uff0e\u061f\u0964\uff61;:\uff1b\uff1a")
+_ENDS = tuple('.!?"\u3002\uff01\uff1f\uff0e\u061f\u0964')
 _SENTENCE_ENDS = (
     *(mark + behind for mark in ".!?" for behind in (" ", "\n", '"', ")", "\u201d")),
     *("\u3002", "\uff01", "\uff1f"),
@@ -148,21 +148,20 @@ def _gram_signals(found: Words, characters: int, scale: float) -> dict[str, floa
         places, hashes = places[inside], hashes[inside]
         hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + keys[places + n - 1]
         order, firsts = words.grouped(hashes)
-        starts = np.flatnonzero(firsts)
-        counts = np.diff(np.append(starts, len(order)))
         if n in tops:
+            starts = np.flatnonzero(firsts)
+            counts = np.diff(np.append(starts, len(order)))
             most = counts.max(initial=1)
             # The first of those that are commonest: of all, if each is there once.
             place = places[order[starts[counts == most]].min()] if most > 1 else 0
             length = ends[place + n] - ends[place] + tops[n] - 1 if len(keys) >= n else 0
             result[f"top_{tops[n]}_gram"] = float(length * most) / characters
+        again, several = np.empty((2, len(order)), bool)
+        again[order] = ~firsts
         if n in repeats:
-            again = np.ones(len(order), bool)
-            again[order[starts]] = False
             total = _repeated_characters(places[again], n, ends)
             result[f"repeated_{repeats[n]}_grams"] = total / characters
-        several = np.empty(len(order), bool)
-        several[order] = np.repeat(counts > 1, counts)
+        several[order] = ~firsts | np.append(~firsts[1:], False)[: len(order)]
         places, hashes = places[several], hashes[several]
     return result
 
