@@ -30,6 +30,8 @@ def run(*arguments):
         (["r.py", "--input", "x"], "give either RECIPE or --input"),
         (["r.py", "--kind", "web"], "in a recipe each source has its own"),
         (["r.py", "--workers", "0"], "--workers is at least 1"),
+        (["r.py", "--num-processes", "2"], "--num-processes and --process-id go together"),
+        (["r.py", "--num-processes", "2", "--process-id", "2"], "--process-id counts from 0"),
     ],
 )
 def test_wrong_usage(arguments, message, tmp_path):

@@ -42,8 +42,15 @@ def recipe_of(
     return settings.override(loaded, assignments)
 
 
-def prepare(recipe: Recipe, out: Path, workers: int) -> dict[str, Any]:
+def prepare(
+    recipe: Recipe, out: Path, workers: int, *, process: int = 0, processes: int = 1
+) -> dict[str, Any]:
     """Prepares text as the recipe says, going on where an earlier call was stopped.
+
+    Args:
+      workers: processes of this machine.
+      process, processes: which of how many machines that share `out` this is; number 0 alone
+        tokenizes, and writes the recipe and the report.
 
     Returns:
       the report, as report.json has it.
@@ -55,10 +62,12 @@ def prepare(recipe: Recipe, out: Path, workers: int) -> dict[str, Any]:
     """
     table = rules.table(recipe.rules)
     jobs = reading.plan(recipe)
-    with _owned(out), Display(Console(stderr=True)) as display:
-        write_json(out / "recipe.json", settings.to_dict(recipe))
-        with Workers(workers, out, display) as pool:
+    with _owned(out, process), Display(Console(stderr=True)) as display:
+        with Workers(workers, out, display, process=process, processes=processes) as pool:
             result = pipeline.run(recipe, table, jobs, pool)
+        if process:
+            return result
+        write_json(out / "recipe.json", settings.to_dict(recipe))
         if recipe.tokenizer:
             show = display.counting("tokens")
             tokens = tokenizing.tokenize(out, recipe.tokenizer, recipe.cache_dir, show)
@@ -87,12 +96,12 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
 
 
 @contextlib.contextmanager
-def _owned(out: Path) -> Iterator[None]:
-    """Makes the output folder, for this process alone."""
+def _owned(out: Path, process: int) -> Iterator[None]:
+    """Makes the output folder, for one process of each number."""
     if out.exists() and (not out.is_dir() or _is_foreign(out)):
         raise ValueError(f"--out {out} holds other files; choose a folder that is new or empty")
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as stream:
+    with open(out / f".lock-{process}", "w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -106,4 +115,4 @@ def _owned(out: Path) -> Iterator[None]:
 
 def _is_foreign(out: Path) -> bool:
     names = {entry.name for entry in out.iterdir()}
-    return bool(names) and ".lock" not in names
+    return bool(names) and not any(name.startswith(".lock-") for name in names)

@@ -9,6 +9,10 @@ A job that has its JSON file is not run again. If the key differs from the one i
 inputs, another recipe, a new version of the stage), the folder is emptied first; so a changed
 recipe repeats the stages that it concerns and those after them. Jobs see nothing but their own
 input, which is why neither the number of workers nor a kill can change a byte.
+
+Several machines that share a file system can work on one output. Each runs the jobs whose number is
+its own modulo the count of processes, and waits at the end of a stage for the files of the others.
+They need not start together, and one that was stopped can be started again.
 """
 
 from __future__ import annotations
@@ -34,6 +38,9 @@ from dsjax.display import Display
 from dsjax.files import read_json, write_json
 
 _held: list[TextIO] = []  # the lock of a worker, until its process ends
+
+_SECONDS_BETWEEN_LOOKS = 0.2
+_SECONDS_BETWEEN_LINES = 60.0
 
 # (job, folder of the stage, number of the job) -> what it found, as JSON
 Function = Callable[[Any, Path, int], dict[str, Any]]
@@ -72,10 +79,20 @@ def fingerprint(*parts: Any) -> str:
 class Workers:
     """Processes for one stage after the other, a context; one worker is this process itself."""
 
-    def __init__(self, count: int, out: Path, display: Display) -> None:
+    def __init__(
+        self, count: int, out: Path, display: Display, *, process: int = 0, processes: int = 1
+    ) -> None:
+        """
+        Args:
+          count: processes of this machine.
+          out: the folder of the output.
+          process: number of this process among those that share the work.
+          processes: how many these are.
+        """
         self._count = count
         self._out = out
-        self._lock = out / ".workers"
+        self._process, self._processes = process, processes
+        self._lock = out / f".workers-{process}"
         self._display = display
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
 
@@ -97,17 +114,36 @@ class Workers:
           OSError: a file cannot be written, or a worker was killed.
         """
         folder = self._out / stage.place
-        _open(folder, stage.key)
-        pending = [n for n in range(len(stage.jobs)) if not _found(folder, n).is_file()]
+        if self._process == 0:
+            _open(folder, stage.key)
+        else:
+            self._wait(f"process 0 to begin {stage.name}", lambda: _key(folder) == stage.key)
+        numbers = range(len(stage.jobs))
+        own = numbers[self._process :: self._processes]
+        pending = [number for number in own if not _found(folder, number).is_file()]
+        resumed = len(own) - len(pending)
         if pending:
             show = self._display.counting(stage.name)
-            done = len(stage.jobs) - len(pending)
-            show(done, len(stage.jobs))
+            done = resumed
+            show(done, len(own))
             for _ in self._completed(stage, folder, pending):
                 done += 1
-                show(done, len(stage.jobs))
-        found = [read_json(_found(folder, number)) for number in range(len(stage.jobs))]
-        return Result(folder, found, stage.key, len(stage.jobs) - len(pending))
+                show(done, len(own))
+        self._wait(
+            f"the other processes to end {stage.name}",
+            lambda: all(_found(folder, number).is_file() for number in numbers),
+        )
+        found = [read_json(_found(folder, number)) for number in numbers]
+        return Result(folder, found, stage.key, resumed)
+
+    def _wait(self, what: str, ready: Callable[[], bool]) -> None:
+        """Returns when other processes have done their part; says now and then what is missing."""
+        told = time.monotonic()
+        while not ready():
+            if time.monotonic() - told > _SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                self._display.say(f"waiting for {what}")
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
 
     def _completed(self, stage: Stage, folder: Path, pending: Sequence[int]) -> Iterator[None]:
         if self._count == 1 or len(pending) == 1:
@@ -144,15 +180,21 @@ def _open(folder: Path, key: str) -> None:
     mark, old = folder / "stage.json", folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if mark.is_file():
-        with contextlib.suppress(ValueError):
-            if read_json(mark).get("key") == key:
-                return
+        if _key(folder) == key:
+            return
         folder.rename(old)  # so that a kill in the middle leaves no folder without its key
         shutil.rmtree(old)
     elif folder.exists() and any(path.suffix != ".partial" for path in folder.iterdir()):
         raise ValueError(f"{folder} holds files of something else; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(mark, {"key": key})
+
+
+def _key(folder: Path) -> str | None:
+    """Returns the key of the stage that a folder is of, if it is of one."""
+    with contextlib.suppress(ValueError):
+        return read_json(folder / "stage.json").get("key")
+    return None
 
 
 def _found(folder: Path, number: int) -> Path:

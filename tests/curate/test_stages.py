@@ -2,6 +2,7 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from rich.console import Console
@@ -32,10 +33,11 @@ def refuse(job, folder, number):
     return square(job, folder, number)
 
 
-def run(out, function, jobs, *, workers=1, key="k"):
+def run(out, function, jobs, *, workers=1, key="k", **which):
     out.mkdir(exist_ok=True)
-    with Display(Console(quiet=True)) as display, Workers(workers, out, display) as pool:
-        return pool.run(Stage("work/stage", function, jobs, key))
+    with Display(Console(quiet=True)) as display:
+        with Workers(workers, out, display, **which) as pool:
+            return pool.run(Stage("work/stage", function, jobs, key))
 
 
 def calls(out):
@@ -52,6 +54,17 @@ def test_files_are_the_same_on_any_number_of_workers(tmp_path):
         found = run(tmp_path / str(workers), square, range(5), workers=workers)
         assert [part["square"] for part in found.found] == [0, 1, 4, 9, 16]
     assert content(tmp_path / "1") == content(tmp_path / "2")
+
+
+def test_machines_share_the_work_in_any_order_of_their_start(tmp_path):
+    run(tmp_path, square, [7, 8], key="another recipe")
+    with ThreadPoolExecutor() as threads:
+        later = threads.submit(run, tmp_path, square, range(5), process=1, processes=2)
+        first = threads.submit(run, tmp_path, square, range(5), process=0, processes=2)
+        assert later.result().found == first.result().found
+    assert calls(tmp_path) == sorted([*"78", *"01234"])
+    run(tmp_path / "alone", square, range(5))
+    assert content(tmp_path) == content(tmp_path / "alone")
 
 
 def test_finished_jobs_are_not_run_again(tmp_path):
