@@ -280,9 +280,9 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "int8", "int4"),
-        help="element type of weights and computation (default: the checkpoint's); int8 and int4 "
-        "are of weights alone and take less memory",
+        choices=("float32", "bfloat16", "fp8", "int8", "int4"),
+        help="element type of weights and computation (default: the checkpoint's); fp8, int8 and "
+        "int4 are of weights alone and take less memory",
     )
     add_overrides(parser)
     explained = "e.g. data=2,tensor=4; one may be -1 for the rest (default: one device)"

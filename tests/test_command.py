@@ -196,7 +196,7 @@ def test_checkpoint_arguments_are_read():
     assert arguments.dtype is None and arguments.mesh == {}
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["fp8", "int8", "int4"])
 def test_weights_may_be_small(dtype):
     assert checkpoint_arguments("ckpt", "--dtype", dtype).dtype == dtype
 

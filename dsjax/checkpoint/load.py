@@ -31,8 +31,8 @@ from dsjax.checkpoint.families import family_for
 from dsjax.checkpoint.gguf import is_gguf, require_package
 from dsjax.checkpoint.hf_folder import HfFolder, Row, check_kind, is_hf, open_hf
 from dsjax.checkpoint.names import Tensor
-from dsjax.checkpoint.slices import Index, Leaf, Tensors, bounds, dequantize_rows, read_slice
-from dsjax.checkpoint.small_weights import SMALL, format_of, load_small
+from dsjax.checkpoint.slices import Dequantized, Index, Leaf, Tensors, bounds, read_slice
+from dsjax.checkpoint.small_weights import FP8, SMALL, Stored, format_of, load_small
 from dsjax.checkpoint.weights import Weights, is_chunk
 from dsjax.config import ModelConfig
 from dsjax.files import cache_folder, listed, read_json, write
@@ -44,7 +44,6 @@ from dsjax.precision.policy import Policy
 
 FLOAT32 = np.dtype(np.float32)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 # Up to this size, everything that the devices of a process need of a leaf is read at once, so that
 # devices whose slices share a tensor do not each read it.
 HOST_BYTES = 4 << 30
@@ -88,6 +87,26 @@ class Checkpoint:
         """
         return read_slice(self._tensors[path], index, dtype or self.dtype)
 
+    def read_fp8(self, path: tuple[str, ...]) -> Stored | None:
+        """Returns readers of an FP8 parameter's own values and scales; None if it is not all FP8.
+
+        They take an index per dimension, as `read` does, the scales' counted in blocks.
+        """
+        tensors = self._tensors[path]
+        if not isinstance(tensors, Dequantized):
+            return None
+        block = tensors.block[::-1] if tensors.leaf.transpose else tensors.block
+        return Stored(
+            functools.partial(read_slice, tensors.values, dtype=FP8),
+            functools.partial(read_slice, tensors.scales, dtype=FLOAT32),
+            block,
+        )
+
+    @property
+    def has_fp8(self) -> bool:
+        """Tells whether any parameter is stored in FP8."""
+        return any(isinstance(tensors, Dequantized) for tensors in self._tensors.values())
+
     def read_published(self, tensor: Tensor, start: int, stop: int) -> np.ndarray:
         """Reads rows [start, stop) of a tensor as published, [rows, in] for a matrix, in float32.
 
@@ -120,9 +139,9 @@ def load(
         or a GGUF file.
       mesh: the mesh to shard the weights over, as `parallel.sharding` says; None: the default
         device.
-      dtype: of weights and activations, bfloat16 or float32; None: the checkpoint's. "int8" and
-        "int4" are of the matrices alone (`checkpoint.small_weights`), for inference; all else is
-        bfloat16, on a CPU float32.
+      dtype: of weights and activations, bfloat16 or float32; None: the checkpoint's. "fp8", "int8"
+        and "int4" are of the matrices alone (`checkpoint.small_weights`), for inference; all else
+        is bfloat16, on a CPU float32.
 
     Raises:
       ValueError: the folder has no complete checkpoint, its config and its arrays disagree, the
@@ -136,6 +155,7 @@ def load(
         wanted = checkpoint.dtype if dtype is None else _weight_dtype(dtype)
     model = checkpoint.kind(checkpoint.model, Policy(wanted))
     placement = model if mesh is None else shardings(model, mesh)
+    has_fp8 = checkpoint.has_fp8
 
     def fill(keys: tuple[Any, ...], variable: nnx.Variable, placed: nnx.Variable) -> nnx.Variable:
         own_path, shape = _path(keys), variable.get_value().shape
@@ -145,10 +165,13 @@ def load(
             return checkpoint.read(own_path, index, own_dtype)
 
         sharding = None if mesh is None else placed.get_value()
-        if small and (format_ := format_of(own_path[-1], variable, small, sharding)):
+        stored = checkpoint.read_fp8(own_path) if small == FP8 else None
+        # What an FP8 checkpoint keeps in more bits is meant to have them.
+        takes = small and (stored or small != FP8 or not has_fp8)
+        if takes and (format_ := format_of(own_path[-1], variable, small, sharding, stored)):
             read_32 = functools.partial(checkpoint.read, own_path, dtype=FLOAT32)
             try:
-                return variable.copy(load_small(read_32, shape, *format_, sharding))
+                return variable.copy(load_small(read_32, shape, *format_, sharding, stored))
             except ValueError as error:
                 raise ValueError(f"{'.'.join(own_path)}: {error}") from error
         if mesh is None:
@@ -242,28 +265,48 @@ def _from_hf(folder: HfFolder, tokenizer_folder: Path) -> Checkpoint:
         dtype=_loaded_dtype(row.dtype for row in folder.rows if row.tensor.path not in kept),
         tokenizer_folder=tokenizer_folder,
         weights=None,
-        _tensors={name: _HfTensors(folder, slots) for name, slots in rows.items()},
+        _tensors={name: _hf_tensors(folder, slots) for name, slots in rows.items()},
     )
 
 
-class _HfTensors:
-    """The tensors of a leaf, in a Hugging Face folder."""
+def _hf_tensors(folder: HfFolder, rows: Mapping[tuple[int, ...], Row]) -> Tensors:
+    """Returns the tensors of a leaf, in a Hugging Face folder; FP8 with scales is dequantized."""
+    tensor, dtype, _ = next(iter(rows.values()))
+    slots = tuple(last + 1 for last in max(rows))
+    leaf = Leaf((*slots, *tensor.target_shape), dtype, len(tensor.slot), tensor.transpose)
+    values = _Named(folder, {slot: row.tensor.name for slot, row in rows.items()}, leaf)
+    scaled = {slot: row.scale for slot, row in rows.items() if row.scale is not None}
+    if not scaled:
+        return values
+    assert folder.block
+    down, across = folder.block[::-1] if leaf.transpose else folder.block
+    *outer, height, width = leaf.shape
+    shape = (*outer, -(-height // down), -(-width // across))
+    scales = _Named(folder, scaled, leaf._replace(shape=shape, dtype=FLOAT32))
+    dequantized = Dequantized(values, scales, folder.block)
+    return dequantized if len(scaled) == len(rows) else _Mixed(values, dequantized, set(scaled))
 
-    def __init__(self, folder: HfFolder, rows: Mapping[tuple[int, ...], Row]):
-        self._folder, self._rows = folder, rows
-        tensor, dtype, _ = next(iter(rows.values()))
-        slots = tuple(last + 1 for last in max(rows))
-        self.leaf = Leaf((*slots, *tensor.target_shape), dtype, len(tensor.slot), tensor.transpose)
+
+class _Named:
+    """Tensors of a Hugging Face folder, one per slot of a leaf, as they are stored."""
+
+    def __init__(self, folder: HfFolder, names: Mapping[tuple[int, ...], str], leaf: Leaf):
+        self._folder, self._names, self.leaf = folder, names, leaf
 
     def rows(self, slot: tuple[int, ...], start: int, stop: int) -> np.ndarray:
-        row, block = self._rows[slot], self._folder.block
-        values = self._folder.files.read(row.tensor.name, slice(start, stop))
-        if row.scale is None:
-            return values
-        assert block
-        covering = slice(start // block[0], -(-stop // block[0]))
-        scales = self._folder.files.read(row.scale, covering)
-        return dequantize_rows(values, scales, start, block)
+        return self._folder.files.read(self._names[slot], slice(start, stop))
+
+
+class _Mixed:
+    """Tensors of a leaf of which some are FP8 with scales, and others are not."""
+
+    def __init__(self, plain: Tensors, dequantized: Tensors, scaled: set[tuple[int, ...]]):
+        self.leaf, self._plain, self._dequantized = dequantized.leaf, plain, dequantized
+        self._scaled = scaled
+
+    def rows(self, slot: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+        source = self._dequantized if slot in self._scaled else self._plain
+        return source.rows(slot, start, stop)
 
 
 def _open_converted(path: Path) -> Checkpoint:
@@ -374,7 +417,7 @@ def _weight_dtype(dtype: DTypeLike) -> np.dtype:
     if wanted is None or wanted not in (FLOAT32, BFLOAT16):
         raise ValueError(
             f"dtype={dtype!r} is not supported; a model runs in bfloat16 or float32, and its "
-            "weights may be int8 or int4"
+            "weights may be fp8, int8 or int4"
         )
     return wanted
 

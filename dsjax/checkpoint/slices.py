@@ -69,16 +69,21 @@ def dequantize_rows(
 
 
 class Dequantized:
-    """Presents block-scaled FP8 tensors and their scales as float32 tensors."""
+    """Presents block-scaled FP8 tensors and their scales as float32 tensors.
+
+    Attributes:
+      values, scales: the tensors as they are stored.
+      block: rows and columns, as published, that share a scale.
+    """
 
     def __init__(self, values: Tensors, scales: Tensors, block: tuple[int, int]):
         self.leaf = values.leaf._replace(dtype=np.dtype(np.float32))
-        self._values, self._scales, self._block = values, scales, block
+        self.values, self.scales, self.block = values, scales, block
 
     def rows(self, slot: tuple[int, ...], start: int, stop: int) -> np.ndarray:
-        height = self._block[0]
-        scales = self._scales.rows(slot, start // height, -(-stop // height))
-        return dequantize_rows(self._values.rows(slot, start, stop), scales, start, self._block)
+        height = self.block[0]
+        scales = self.scales.rows(slot, start // height, -(-stop // height))
+        return dequantize_rows(self.values.rows(slot, start, stop), scales, start, self.block)
 
 
 def read_slice(tensors: Tensors, index: Index, dtype: np.dtype) -> np.ndarray:

@@ -61,7 +61,7 @@ class DsjaxLM(LM):
 
     Args:
       pretrained: folder of a checkpoint of any kind that `dsjax.load` takes.
-      dtype: bfloat16, float32, int8 or int4; None: see `weights.choose_dtype`.
+      dtype: bfloat16, float32, fp8, int8 or int4; None: see `weights.choose_dtype`.
       data, fsdp, tensor: devices along the axes of the mesh.
       batch_size: rows of a batch on each part of the mesh; "auto" is 8.
       max_length: tokens that the model sees at once; None: the model's limit.

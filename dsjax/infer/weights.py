@@ -18,7 +18,7 @@ from dsjax.model.parameters import declarations
 from dsjax.model.transformer import Transformer
 from dsjax.precision.policy import Policy
 
-_GGUF_TYPES = {"int8": "Q8_0", "int4": "Q4_0"}  # of about the same size
+_GGUF_TYPES = {"fp8": "Q8_0", "int8": "Q8_0", "int4": "Q4_0"}  # of about the same size
 CONTAINER = "/sys/fs/cgroup"  # where Linux keeps a container's own limits
 
 
@@ -30,9 +30,9 @@ def load_weights(checkpoint: Checkpoint, mesh: Mesh | None, dtype: str | None) -
 def choose_dtype(checkpoint: Checkpoint, asked: str | None) -> str | None:
     """Chooses the element type of weights and computation; None keeps the checkpoint's.
 
-    `asked` is obeyed; int8 and int4 are of the weights alone. Otherwise a CPU gets float32 if that
-    fits in memory, because XLA multiplies bfloat16 matrices about 25 times slower than float32 ones
-    on a CPU. Choices that cost memory or time are announced on standard error, in one line.
+    `asked` is obeyed; fp8, int8 and int4 are of the weights alone. Otherwise a CPU gets float32 if
+    that fits in memory, because XLA multiplies bfloat16 matrices about 25 times slower than float32
+    ones on a CPU. Choices that cost memory or time are announced on standard error, in one line.
     `dsjax.load` makes no such choice: without a dtype it keeps the checkpoint's.
     """
     if jax.default_backend() != "cpu":

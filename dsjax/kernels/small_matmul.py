@@ -1,4 +1,4 @@
-"""Grouped products of rows with small weights (integers with a scale per block), for TPUs.
+"""Grouped products of rows with small weights (E4M3 or integers, a scale per block), for TPUs.
 
 A Mosaic kernel: rows are sorted by group and cut into tiles of one group each. Per tile, the
 group's matrix comes in blocks from memory as it is stored and is widened next to the matrix unit,
@@ -24,18 +24,26 @@ from dsjax.kernels.grouped_matmul import align_groups, aligned_rows, group_of_ro
 from dsjax.kernels.varying import call_shipped
 
 _DEPTH, _WIDTH = 512, 1024  # of a block of the matrix
+_FEWEST_SCALES = 8  # of a column of it, or the compiler cannot cut them out
 _DEEPEST = 4096  # a matrix that does not divide into blocks is one block deep, up to this depth
 _SMALLEST_TILE, _LARGEST_TILE = 16, 256  # rows
 
 
-def fits(depth: int) -> bool:
+def fits(depth: int, per_scale: int) -> bool:
     """Returns whether the kernel takes matrices of this depth here: where no mesh axis is left to
     the compiler, which cannot split a kernel.
+
+    Args:
+      per_scale: rows that share a scale.
     """
     mesh = jax.sharding.get_abstract_mesh()
     split = [name for name in mesh.axis_names if name not in mesh.manual_axes]
     alone = all(mesh.shape[name] == 1 for name in split)
-    return alone and (depth % _DEPTH == 0 or depth <= _DEEPEST)
+    return alone and (depth % _block_depth(per_scale) == 0 or depth <= _DEEPEST)
+
+
+def _block_depth(per_scale: int) -> int:
+    return max(_DEPTH, _FEWEST_SCALES * per_scale)
 
 
 def tile_rows(n_rows: int, n_groups: int) -> int:
@@ -56,8 +64,8 @@ def small_grouped_matmul(
 
     Args:
       x_AK: rows sorted by group; the widened matrix is rounded to their dtype.
-      values_EKN: int8 or int4.
-      scales_EXN: bfloat16; X divides K, and K / X rows share a scale per column.
+      values_EKN: float8_e4m3fn, int8 or int4.
+      scales_EXN: float32 or bfloat16; X divides K, and K / X rows share a scale per column.
       sizes_E: int32, the number of rows in each group; they sum to A.
     """
     A, E = x_AK.shape[0], len(values_EKN)
@@ -84,9 +92,10 @@ def _launch(
     dtype: DTypeLike,
 ) -> jax.Array:
     _, K, N = values_EKN.shape
-    depth = _DEPTH if K % _DEPTH == 0 else K
-    width, n_deep = min(_WIDTH, N), K // depth
     per_scale = K // scales_EXN.shape[1]
+    depth = _block_depth(per_scale)
+    depth = depth if K % depth == 0 else K
+    width, n_deep = min(_WIDTH, N), K // depth
 
     # What lies after the last used tile is not computed: its blocks are those that are there.
     def place(tile_: Any, k: Any, used: Any) -> tuple[Any, Any]:

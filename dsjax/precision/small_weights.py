@@ -1,10 +1,13 @@
-"""Weights of eight or four bits, for inference: integers with a scale per block.
+"""Weights of eight or four bits, for inference: FP8 or integers with a scale per block.
 
 Decoding reads every weight that a token uses, so a device is as fast as its memory, and what fits
-on it depends on the bytes per weight. Here a weight is stored as int8 or int4 and widened where it
-is multiplied; activations stay as they are.
+on it depends on the bytes per weight. Here a weight is stored as E4M3, int8 or int4 and widened
+where it is multiplied; activations stay as they are.
 
-Format. A block is 32 numbers along the dimension that products sum over, in one column of the
+FP8. Values and scales are those of a published checkpoint, or come by the rule that training has
+(`dsjax.precision.fp8`): 128 x 128 numbers share a float32 scale, 8.002 bits per weight.
+
+Integers. A block is 32 numbers along the dimension that products sum over, in one column of the
 matrix. Its scale is bfloat16: 8.5 and 4.5 bits per weight.
 
     int8: scale = amax / 127              value = round(x / scale) in -127 .. 127
@@ -15,7 +18,8 @@ values are used. These are the rules of GGUF's Q8_0 and Q4_0; only the scales' t
 TPUs have bfloat16 and no float16. Numbers are rounded by the scale as stored, so its own rounding
 costs next to nothing.
 
-Products. Value times scale is exact in float32, and rounded once in bfloat16.
+Products. An integer times its scale is exact in float32, E4M3 times a float32 scale is rounded
+there; either is rounded once in bfloat16.
 
 * TPU: a kernel widens a block of the matrix at a time (`dsjax.kernels.small_matmul`). Where a mesh
   splits the product, which the compiler does, v5e and v5p fuse the widening into it, while v6e and
@@ -40,7 +44,7 @@ from jax.typing import DTypeLike
 from dsjax.kernels import grouped_matmul as kernels
 from dsjax.kernels import small_matmul
 from dsjax.kernels.varying import vary_as
-from dsjax.precision.fp8 import BlockScaled
+from dsjax.precision.fp8 import AMAX_FLOOR, E4M3, E4M3_MAX, WEIGHT_BLOCK, BlockScaled
 from dsjax.precision.policy import Policy
 
 BLOCK = 32
@@ -53,16 +57,49 @@ _FEW_ROWS = 4  # on a GPU; each row reads the matrix anew, from the cache as far
 Weight = jax.Array | BlockScaled
 
 
-def block_size(depth: int) -> int | None:
-    """Returns the numbers per block for a dimension of size `depth`: the largest power of two that
-    divides it, 32 at most; None if that is below 8.
+def _per_column(w: BlockScaled) -> jax.Array:
+    """Returns a scale for each column of a block, which the kernel takes: of E4M3, 3 % more bytes
+    than the weights have.
     """
-    block = math.gcd(depth, BLOCK)
+    return jnp.repeat(w.scales, w.block[1], axis=-1)
+
+
+def block_size(depth: int, most: int = BLOCK) -> int | None:
+    """Returns the numbers per block for a dimension of size `depth`: the largest divisor that
+    divides `most` too; None if that is below 8.
+    """
+    block = math.gcd(depth, most)
     return block if block >= _SMALLEST_BLOCK else None
 
 
-def bits_per_weight(dtype: np.dtype, block: int) -> float:
-    return (4 if dtype == ml_dtypes.int4 else 8) + 8 * _SCALE.itemsize / block
+def scale_type(dtype: np.dtype) -> np.dtype:
+    """Returns the type of the scales of an element type."""
+    return np.dtype(np.float32) if dtype == E4M3 else _SCALE
+
+
+def bits_per_weight(dtype: np.dtype, block: tuple[int, int]) -> float:
+    scale = 8 * scale_type(dtype).itemsize / math.prod(block)
+    return (4 if dtype == ml_dtypes.int4 else 8) + scale
+
+
+def quantize_e4m3(w_DF: np.ndarray) -> BlockScaled:
+    """Quantises a float32 matrix on the host to what `fp8.quantize_block` gives by default.
+
+    Returns:
+      NumPy arrays: values [D, F], scales [ceil(D / 128), ceil(F / 128)].
+
+    Raises:
+      ValueError: a weight is not finite.
+    """
+    (D, F), (r, c) = w_DF.shape, WEIGHT_BLOCK
+    padded = np.pad(w_DF, ((0, -D % r), (0, -F % c)))
+    blocks = padded.reshape(len(padded) // r, r, padded.shape[1] // c, c)
+    amax = np.abs(blocks).max(axis=(1, 3), keepdims=True)
+    if not np.isfinite(amax).all():
+        raise _not_finite(w_DF, np.dtype(E4M3))
+    scales = np.maximum(amax, np.float32(AMAX_FLOOR)) / np.float32(E4M3_MAX)
+    values = np.clip(blocks / scales, -E4M3_MAX, E4M3_MAX).astype(E4M3)
+    return BlockScaled(values.reshape(padded.shape)[:D, :F], scales[:, 0, :, 0], WEIGHT_BLOCK)  # pyright: ignore[reportArgumentType]
 
 
 def quantize(w_DF: np.ndarray, dtype: np.dtype, block: int) -> BlockScaled:
@@ -88,15 +125,19 @@ def quantize(w_DF: np.ndarray, dtype: np.dtype, block: int) -> BlockScaled:
         low, high = -127, 127
         scales = np.abs(blocks).max(axis=1, keepdims=True) / 127
     if not np.isfinite(scales).all():
-        raise ValueError(
-            f"{int((~np.isfinite(w_DF)).sum())} of {w_DF.size} weights are not finite, which "
-            f"{np.dtype(dtype)} cannot hold; the checkpoint is damaged, or its training diverged"
-        )
+        raise _not_finite(w_DF, dtype)
     stored = scales.astype(_SCALE)
     scales = stored.astype(np.float32)
     scales[scales == 0] = 1  # a block of zeros
     values = np.clip(np.rint(blocks / scales), low, high).astype(np.int8)
     return BlockScaled(values.reshape(D, F).astype(dtype), stored[:, 0], (block, 1))  # pyright: ignore[reportArgumentType]
+
+
+def _not_finite(w_DF: np.ndarray, dtype: np.dtype) -> ValueError:
+    return ValueError(
+        f"{int((~np.isfinite(w_DF)).sum())} of {w_DF.size} weights are not finite, which "
+        f"{np.dtype(dtype)} cannot hold; the checkpoint is damaged, or its training diverged"
+    )
 
 
 def at_use(w: Weight, dtype: DTypeLike) -> jax.Array:
@@ -107,10 +148,10 @@ def at_use(w: Weight, dtype: DTypeLike) -> jax.Array:
 def matmul(x: jax.Array, w_DF: BlockScaled, policy: Policy, dtype: DTypeLike) -> jax.Array:
     """Multiplies x[..., D] by a small matrix: [..., F] in `dtype`, summed in float32."""
     n_rows, D = math.prod(x.shape[:-1]), x.shape[-1]
-    if policy.target.kind == "tpu" and small_matmul.fits(D):
+    if policy.target.kind == "tpu" and small_matmul.fits(D, w_DF.block[0]):
         rows, sizes_1 = x.reshape(n_rows, D).astype(policy.compute), jnp.full(1, n_rows, jnp.int32)
         out = small_matmul.small_grouped_matmul(
-            rows, w_DF.values[None], w_DF.scales[None], sizes_1, dtype
+            rows, w_DF.values[None], _per_column(w_DF)[None], sizes_1, dtype
         )
         return out.reshape(*x.shape[:-1], -1)
     if policy.target.kind == "gpu" and n_rows <= _FEW_ROWS:
@@ -132,9 +173,9 @@ def grouped_matmul(
       sizes_E: int32, the number of rows in each group; they sum to A.
     """
     x_AD, (E, D, F) = x_AD.astype(policy.compute), w_EDF.shape
-    if policy.target.kind == "tpu" and small_matmul.fits(D):
+    if policy.target.kind == "tpu" and small_matmul.fits(D, w_EDF.block[0]):
         return small_matmul.small_grouped_matmul(
-            x_AD, w_EDF.values, w_EDF.scales, sizes_E, policy.compute
+            x_AD, w_EDF.values, _per_column(w_EDF), sizes_E, policy.compute
         )
     if policy.target.kind == "gpu":
         # A loop of unknown length goes to the host at every turn.

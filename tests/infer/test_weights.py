@@ -49,7 +49,7 @@ def test_what_is_asked_for_is_obeyed_with_a_warning_where_it_is_slow(free, capsy
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(("dtype", "type_"), [("int8", "Q8_0"), ("int4", "Q4_0")])
+@pytest.mark.parametrize(("dtype", "type_"), [("fp8", "Q8_0"), ("int8", "Q8_0"), ("int4", "Q4_0")])
 def test_small_weights_on_a_cpu_save_memory_and_point_to_gguf(free, capsys, dtype, type_):
     free(BYTES)
     assert choose_dtype(checkpoint(), dtype) == dtype

@@ -18,16 +18,19 @@ from dsjax.plan import topology
 from tests.closeness import F32, assert_close
 
 E, BLOCK = 4, 32
-TYPES = [np.int8, ml_dtypes.int4]
+TYPES = [np.int8, ml_dtypes.int4, ml_dtypes.float8_e4m3fn]
 
 
 def operands(rows, depth, width, dtype, seed=0):
     rng = np.random.default_rng(seed)
     low, high = (-8, 8) if dtype == ml_dtypes.int4 else (-127, 128)
     values = rng.integers(low, high, (E, depth, width)).astype(np.int8)
+    if dtype == ml_dtypes.float8_e4m3fn:  # all of its numbers, the tiny ones too
+        codes = rng.integers(0, 127, values.shape) + 128 * rng.integers(0, 2, values.shape)
+        values = codes.astype(np.uint8).view(dtype)
     scales = rng.uniform(0.5, 2, (E, depth // BLOCK, width)).astype(ml_dtypes.bfloat16)
     x = rng.normal(size=(rows, depth)).astype(np.float32)
-    wide = values * np.repeat(scales.astype(np.float64), BLOCK, axis=1)
+    wide = values.astype(np.float64) * np.repeat(scales.astype(np.float64), BLOCK, axis=1)
     return jnp.asarray(x), jnp.asarray(values.astype(dtype)), jnp.asarray(scales), wide
 
 
@@ -60,17 +63,18 @@ def test_tiles_hold_about_the_rows_of_a_group():
 
 
 def test_a_product_that_the_compiler_splits_over_a_mesh_has_no_kernel():
-    assert fits(96) and fits(7168) and fits(1408) and not fits(18432 + 32)
+    assert all(fits(depth, 32) for depth in (96, 7168, 1408)) and not fits(18432 + 32, 32)
+    assert all(fits(depth, 128) for depth in (2048, 7168, 1408)) and not fits(4096 + 512, 128)
     inside = []
     mesh = make_mesh({"fsdp": 2, "tensor": 4})
     with jax.set_mesh(mesh):
-        assert not fits(96)
+        assert not fits(96, 32)
         by_hand = jax.shard_map(
-            lambda x: inside.append(fits(96)) or x, in_specs=P(), out_specs=P(), check_vma=False
+            lambda x: inside.append(fits(96, 32)) or x, in_specs=P(), out_specs=P(), check_vma=False
         )
         jax.jit(by_hand)(jnp.ones(1))
     with jax.set_mesh(make_mesh({"data": 1}, n_devices=1)):
-        inside.append(fits(96))
+        inside.append(fits(96, 32))
     assert inside and all(inside)
 
 
@@ -84,9 +88,11 @@ def test_the_tpus_compiler_takes_it_and_widens_nothing_in_memory(name, depth, dt
     sharding = SingleDeviceSharding(topology.devices(topology.parse(name))[0])
     array = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     n, width = 16, 2048
+    e4m3 = dtype == ml_dtypes.float8_e4m3fn
+    block, scale = (128, jnp.float32) if e4m3 else (BLOCK, jnp.bfloat16)
     arguments = (
         array((64, depth), jnp.bfloat16), array((n, depth, width), dtype),
-        array((n, depth // BLOCK, width), jnp.bfloat16), array((n,), jnp.int32),
+        array((n, depth // block, width), scale), array((n,), jnp.int32),
     )  # fmt: skip
     with jax.default_matmul_precision(None):
         multiply = jax.jit(functools.partial(small_matmul.small_grouped_matmul, dtype=jnp.bfloat16))
@@ -94,5 +100,5 @@ def test_the_tpus_compiler_takes_it_and_widens_nothing_in_memory(name, depth, dt
         memory = lowered.compile().memory_analysis()
     one_wide_matrix = 2 * depth * width
     assert memory.temp_size_in_bytes < one_wide_matrix / 2
-    small = n * depth * width * (np.dtype(dtype).itemsize if dtype == np.int8 else 0.5)
+    small = n * depth * width * (0.5 if dtype == ml_dtypes.int4 else 1)
     assert small < memory.argument_size_in_bytes < 1.2 * small

@@ -13,14 +13,15 @@ from jax.sharding import PartitionSpec as P
 from dsjax.kernels.target import Target
 from dsjax.parallel.mesh import make_mesh
 from dsjax.precision import small_weights
-from dsjax.precision.fp8 import BlockScaled
+from dsjax.precision.fp8 import BlockScaled, quantize_block
 from dsjax.precision.matmul import grouped_linear, linear, vocabulary_logits
 from dsjax.precision.policy import Policy
-from dsjax.precision.small_weights import bits_per_weight, block_size, quantize
+from dsjax.precision.small_weights import bits_per_weight, block_size, quantize, quantize_e4m3
 from tests.closeness import BF16, EXACT, F32, assert_close, relative_l2
 
 INT8, INT4 = np.dtype(np.int8), np.dtype(ml_dtypes.int4)
-TYPES = [INT8, INT4]
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+INTEGERS, TYPES = [INT8, INT4], [INT8, INT4, FP8]
 D, F, E = 96, 40, 5
 SIZES = [7, 0, 33, 1, 20]
 
@@ -36,6 +37,12 @@ def matrix(depth=D, width=F, seed=0):
 
 def small(w, dtype, block=32):
     """Quantises a matrix, or a stack of them."""
+    if dtype == FP8:
+        # As on a device whose share ends within a block of 128.
+        scaled = quantize_block(w)
+        D, F = w.shape[-2:]
+        scales = scaled.scales[..., np.arange(0, D, 32)[:, None] // 128, np.arange(0, F, 8) // 128]
+        return BlockScaled(scaled.values, scales, (32, 8))
     if w.ndim == 2:
         return jax.tree.map(jnp.asarray, quantize(w, dtype, block))
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(small(m, dtype, block) for m in w))
@@ -43,11 +50,13 @@ def small(w, dtype, block=32):
 
 def dequantized(w: BlockScaled) -> np.ndarray:
     """In float64, by the format's definition alone."""
-    values = np.asarray(w.values).astype(np.float64)
-    return values * np.repeat(np.asarray(w.scales).astype(np.float64), w.block[0], axis=-2)
+    scales = np.asarray(w.scales).astype(np.float64)
+    for axis, size in zip((-2, -1), w.block, strict=True):
+        scales = np.repeat(scales, size, axis=axis)
+    return np.asarray(w.values).astype(np.float64) * scales
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 @pytest.mark.parametrize("block", [8, 16, 32])
 def test_rounding_is_at_most_half_a_step_of_its_block(dtype, block):
     w = matrix()
@@ -84,9 +93,25 @@ def test_four_bits_use_all_sixteen_values():
 def test_numbers_that_integers_cannot_hold_are_refused():
     w = matrix()
     w[5, 5], w[70, 7] = np.nan, -np.inf
-    for dtype in TYPES:
+    for dtype in INTEGERS:
         with pytest.raises(ValueError, match=f"2 of {D * F} weights are not finite, which {dtype}"):
             quantize(w, dtype, 32)
+    with pytest.raises(ValueError, match=f"2 of {D * F} weights are not finite, which float8"):
+        quantize_e4m3(w)
+
+
+def test_e4m3_is_that_of_training_to_the_bit():
+    """In blocks of the whole matrix, the last ones smaller; ties, tiny numbers and zeros too."""
+    rng = np.random.default_rng(0)
+    w = (rng.normal(size=(300, 200)) * 10.0 ** rng.integers(-9, 3, (300, 200))).astype(np.float32)
+    w[:128, :128] = rng.integers(-900, 900, (128, 128)) / 2  # many are halfway
+    w[128:256, :128] = 0
+    got, want = quantize_e4m3(w), quantize_block(w)
+    assert got.block == want.block
+    assert_close(
+        np.asarray(got.values).view(np.uint8), np.asarray(want.values).view(np.uint8), EXACT
+    )
+    assert_close(got.scales, want.scales, EXACT)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +122,9 @@ def test_blocks_divide_the_dimension(depth, block):
 
 
 def test_bits_per_weight_include_the_scales():
-    assert (bits_per_weight(INT8, 32), bits_per_weight(INT4, 32)) == (8.5, 4.5)
-    assert bits_per_weight(INT4, 8) == 6
+    assert (bits_per_weight(INT8, (32, 1)), bits_per_weight(INT4, (32, 1))) == (8.5, 4.5)
+    assert bits_per_weight(INT4, (8, 1)) == 6
+    assert bits_per_weight(FP8, (128, 128)) == 8 + 32 / 128**2
 
 
 def on(kind):
