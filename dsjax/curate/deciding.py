@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def decide(job: Job, folder: Path, number: int) -> dict[str, Any]:
     """Writes a verdict per document: `PASSED`, "language", or the signal of the rule it fails.
 
     Returns:
-      per set of rules, counts in the bins of `edges` for each signal.
+      per set of rules, counts in the bins of `edges` for each signal; and per source, how many
+      documents are in each language.
     """
     del number
     columns = shards.arrays(job.path, ("source", "language", "score", *SIGNALS))
@@ -53,7 +55,10 @@ def decide(job: Job, folder: Path, number: int) -> dict[str, Any]:
     with shards.Writer(folder / job.path.name, SCHEMA) as writer:
         for verdict in verdicts:
             writer.add({"verdict": verdict})
-    return {"distributions": distributions}
+    spoken: dict[str, Counter[str]] = {}
+    for source, language in zip(columns["source"], columns["language"], strict=True):
+        spoken.setdefault(source, Counter())[language] += 1
+    return {"distributions": distributions, "languages": spoken}
 
 
 def edges(signal: str) -> np.ndarray:

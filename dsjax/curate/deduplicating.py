@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,9 @@ def cut(job: Cutting, folder: Path, number: int) -> dict[str, Any]:
 def compare(job: Comparing, folder: Path, number: int) -> dict[str, Any]:
     """Writes verdicts.npy, int8 [documents] (0 stays, 1 exact, 2 near duplicate), and
     duplicates.parquet, with what each removed document is a duplicate of.
+
+    Returns:
+      how many documents are removed, and how many groups there are of each size.
     """
     del number
     keepers = np.load(job.buckets / "exact.npy")
@@ -138,7 +142,12 @@ def compare(job: Comparing, folder: Path, number: int) -> dict[str, Any]:
         for document, (verdict, keeper, similarity) in sorted(found.items()):
             row = {"id": names[document], "verdict": verdict, "keeper": names[keeper]}
             writer.add(row | {"jaccard": similarity})
-    return {"exact": int((verdicts == 1).sum()), "near": int((verdicts == 2).sum())}
+    sizes = Counter(Counter(keeper for _, keeper, _ in found.values()).values())
+    return {
+        "exact": int((verdicts == 1).sum()),
+        "near": int((verdicts == 2).sum()),
+        "groups": {str(size + 1): count for size, count in sorted(sizes.items())},
+    }
 
 
 class _Sets:

@@ -71,7 +71,11 @@ def run(
         totals[job.source.name] = [before[0] + found["documents"], before[1] + found["bytes"]]
     findings = [*removed, *written.found]
     gathered = report.gather(kinds, totals, decided.found, findings, samples=recipe.samples)
-    return {**gathered, "skipped": [file for found in read.found for file in found["rejected"]]}
+    return {
+        **gathered,
+        "duplicate_groups": compared.found[0]["groups"] if compared else {},
+        "skipped": [file for found in read.found for file in found["rejected"]],
+    }
 
 
 def _tagging(recipe: Recipe, kinds: Mapping[str, str], names: Sequence[str], read: Result) -> Stage:

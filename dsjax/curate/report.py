@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from dsjax.display import size
 from dsjax.files import write, write_json
 
 _COLUMNS = 4  # of histograms
+_LANGUAGES = 10  # that are shown, of a source
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; }
 table { border-collapse: collapse; margin: 1em 0; }
@@ -54,6 +56,7 @@ def gather(
         sources[name] = {
             "kind": kind,
             "read": list(read[name]),
+            "languages": _counted(part["languages"].get(name, {}) for part in decided),
             "removed": {key: counts[key] for key in sorted(counts) if key != KEPT},
             **{side: sides.get(side, [0, 0]) for side in SIDES},
         }
@@ -83,8 +86,9 @@ def save(report: Mapping[str, Any], table: rules.Table, out: Path) -> None:
         "<h1>Prepared text</h1>",
         _funnel(report["sources"]),
         _tokens(report.get("tokens", {})),
-        *(_removed(name, source) for name, source in report["sources"].items()),
+        *(_source(name, source) for name, source in report["sources"].items()),
         *(_histograms(name, found, table) for name, found in report["distributions"].items()),
+        _groups(report.get("duplicate_groups", {})),
         _skipped(report.get("skipped", [])),
         _samples(report["samples"]),
     ]
@@ -102,6 +106,14 @@ def _added(parts: Iterable[Mapping[str, Sequence[int]]]) -> dict[str, list[int]]
             before = total.get(key, [0, 0])
             total[key] = [before[0] + documents, before[1] + n_bytes]
     return total
+
+
+def _counted(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Returns the sums of counts, the largest first."""
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(part)
+    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _sum(counts: Iterable[Sequence[int]]) -> list[int]:
@@ -136,15 +148,29 @@ def _tokens(tokens: Mapping[str, Any]) -> str:
     return f"<p>{'; '.join(parts)}</p>" if parts else ""
 
 
-def _removed(name: str, source: Mapping[str, Any]) -> str:
-    total = max(source["read"][0], 1)
+def _source(name: str, source: Mapping[str, Any]) -> str:
+    """Returns what was removed of a source, and its languages."""
+    parts = [
+        f"<h2>{html.escape(name)}</h2>",
+        _shares("removed by", source["removed"], source["read"][0]),
+    ]
+    if source["kind"] != "code":
+        languages = dict(list(source["languages"].items())[:_LANGUAGES])
+        counts = {name: (count,) for name, count in languages.items()}
+        parts.append(_shares("language", counts, source["read"][0]))
+    return "".join(parts)
+
+
+def _shares(head: str, counts: Mapping[str, Sequence[int]], total: int) -> str:
+    """Returns a table of documents, and bytes where they are known, as shares of all."""
     rows = []
-    for verdict, count in sorted(source["removed"].items(), key=lambda item: -item[1][0]):
-        share = count[0] / total
+    for what, count in sorted(counts.items(), key=lambda item: -item[1][0]):
+        share = count[0] / max(total, 1)
         bar = f"<span class=share style='width:{200 * share:.0f}px'></span>"
-        rows.append(_cells("td", [html.escape(verdict), _amount(count), f"{share:.1%}", bar]))
-    heads = _cells("th", ("removed by", "documents", "of all", ""))
-    return f"<h2>{html.escape(name)}</h2><table>{heads}{''.join(rows)}</table>" if rows else ""
+        amount = _amount(count) if len(count) > 1 else f"{count[0]:,}"
+        rows.append(_cells("td", [html.escape(what), amount, f"{share:.1%}", bar]))
+    heads = _cells("th", (head, "documents", "of all", ""))
+    return f"<table>{heads}{''.join(rows)}</table>" if rows else ""
 
 
 def _histograms(name: str, found: Mapping[str, Sequence[int]], table: rules.Table) -> str:
@@ -178,6 +204,14 @@ def _histograms(name: str, found: Mapping[str, Sequence[int]], table: rules.Tabl
     image = base64.b64encode(data.getvalue()).decode()
     title = f"<h2>Measures of {html.escape(name)}: what the shade covers is removed</h2>"
     return f"{title}<img alt='histograms' src='data:image/png;base64,{image}'>"
+
+
+def _groups(groups: Mapping[str, int]) -> str:
+    if not groups:
+        return ""
+    rows = "".join(_cells("td", (size, f"{count:,}")) for size, count in groups.items())
+    heads = _cells("th", ("documents", "groups"))
+    return f"<h2>Groups of duplicates by size, one of each kept</h2><table>{heads}{rows}</table>"
 
 
 def _skipped(skipped: Sequence[Mapping[str, str]]) -> str:

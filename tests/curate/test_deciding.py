@@ -29,6 +29,7 @@ def decide(tmp_path, languages):
     job = deciding.Job(path, kinds, languages, rules.STANDARD)
     found = deciding.decide(job, tmp_path / "out", 0)
     verdicts = [row["verdict"] for row in shards.rows(tmp_path / "out" / path.name)]
+    assert found["languages"] == {"pages": {"en": 3, "fr": 1, "zh": 1}, "src": {"any": 1}}
     return dict(zip(PASSING, verdicts, strict=True)), found["distributions"]
 
 

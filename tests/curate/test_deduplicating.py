@@ -55,7 +55,7 @@ def run(folders, threshold):
 
 def test_earlier_source_and_longer_text_stay(stage_files):
     counts, verdicts, found = run(stage_files, 0.9)
-    assert counts == {"exact": 0, "near": 3}
+    assert counts == {"exact": 0, "near": 3, "groups": {"4": 1}}
     # 1.2 fails a rule and takes no part.
     assert verdicts == [2, 2, 0, 0, 2, 0]
     assert {row["id"]: row["keeper"] for row in found} == {"0.0": "1.0", "0.1": "1.0", "1.1": "1.0"}
@@ -64,7 +64,7 @@ def test_earlier_source_and_longer_text_stay(stage_files):
 
 def test_exact_duplicates_alone(stage_files):
     counts, verdicts, found = run(stage_files, None)
-    assert (counts, found) == ({"exact": 0, "near": 0}, []) and verdicts == [0] * 6
+    assert (counts, found) == ({"exact": 0, "near": 0, "groups": {}}, []) and verdicts == [0] * 6
 
 
 def test_high_threshold_keeps_what_differs_by_a_word(stage_files):

@@ -47,10 +47,12 @@ def test_repositories_and_files_side_by_side(folder):
     assert found["sources"]["code"] == {
         "kind": "code",
         "read": [5, 77],
+        "languages": {"any": 5},
         "removed": {"exact_duplicate": [1, 21], "parses": [1, 15]},
         "train": [2, len(texts["code/one"]) + len(texts["code/three"])],
         "heldout": [0, 0],
     }
+    assert found["duplicate_groups"] == {"2": 1}
 
 
 def test_evaluation_files_and_no_deduplication(folder):

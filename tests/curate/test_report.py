@@ -8,8 +8,11 @@ from dsjax.curate import deciding, report, rules
 KINDS = {"pages": "web", "src": "code"}
 READ = {"pages": [5, 45], "src": [0, 0]}
 DECIDED = [
-    {"distributions": {"web.en": {"words": [1] + [0] * 39}}},
-    {"distributions": {"web.en": {"words": [2] + [0] * 39}}},
+    {
+        "distributions": {"web.en": {"words": [1] + [0] * 39}},
+        "languages": {"pages": {"fr": 1, "en": 1}},
+    },
+    {"distributions": {"web.en": {"words": [2] + [0] * 39}}, "languages": {"pages": {"en": 3}}},
 ]
 WRITTEN = [
     {
@@ -34,6 +37,7 @@ def test_gather_adds_and_chooses():
     assert found["sources"]["pages"] == {
         "kind": "web",
         "read": [5, 45],
+        "languages": {"en": 4, "fr": 1},
         "removed": {"words": [1, 5]},
         "train": [3, 30],
         "heldout": [1, 10],
@@ -59,7 +63,8 @@ class Page(HTMLParser):
 def test_page_is_one_file_that_shows_texts_as_they_are(tmp_path):
     skipped = [{"file": "x", "reason": "x is not UTF-8"}]
     tokens = {"train": {"tokens": 12345, "bytes_per_token": 3.2}}
-    report.save(gathered() | {"skipped": skipped, "tokens": tokens}, rules.STANDARD, tmp_path)
+    more = {"skipped": skipped, "tokens": tokens, "duplicate_groups": {"7": 3}}
+    report.save(gathered() | more, rules.STANDARD, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.html"}
     assert json.loads((tmp_path / "report.json").read_text())["skipped"] == skipped
     page = Page()
@@ -67,6 +72,7 @@ def test_page_is_one_file_that_shows_texts_as_they_are(tmp_path):
     assert "b" not in page.tags and "<b>bold</b>" in page.text
     assert "x is not UTF-8" in page.text and "5 (45 bytes)" in page.text
     assert "train: 12,345 tokens, 3.2 bytes per token" in page.text
+    assert "en480.0%" in page.text and "73" in page.text
     assert page.tags.count("img") == 1
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
 
