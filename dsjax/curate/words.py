@@ -38,7 +38,6 @@ class _Characters(NamedTuple):
 
     classes: np.ndarray  # uint8
     content: np.ndarray  # bool, letters and digits
-    letters: np.ndarray  # bool
 
 
 def cut(text: str) -> Words:
@@ -54,11 +53,16 @@ def cut(text: str) -> Words:
     ends = np.append(starts[1:], len(points))[: len(starts)]
     written = classes[starts] != _SPACE
     starts, ends = starts[written], ends[written]
-    numbers, first = rank(_hashes(points, starts, ends))
-    one, behind = starts[first], ends[first]
-    kinds = [text[a:b] for a, b in zip(one.tolist(), behind.tolist(), strict=True)]
-    content, letters = (_any(of[points], one, behind) for of in (table.content, table.letters))
-    return Words(numbers, ends - starts, kinds, content, letters)
+    numbers, first = rank(_hashes(points, classes != _SPACE, starts, ends))
+    places = zip(starts[first].tolist(), ends[first].tolist(), strict=True)
+    kinds = [text[start:end] for start, end in places]
+    return Words(
+        numbers,
+        ends - starts,
+        kinds,
+        np.array([kind.isalnum() or any(map(str.isalnum, kind)) for kind in kinds], bool),
+        np.array([kind.isalpha() or any(map(str.isalpha, kind)) for kind in kinds], bool),
+    )
 
 
 def content_hashes(found: Words) -> np.ndarray:
@@ -127,34 +131,31 @@ def _among(points: np.ndarray, ranges: tuple[tuple[int, int], ...]) -> int:
     return sum(int(((points >= low) & (points <= high)).sum()) for low, high in ranges)
 
 
-def _hashes(points: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+def _hashes(
+    points: np.ndarray, written: np.ndarray, starts: np.ndarray, ends: np.ndarray
+) -> np.ndarray:
     """Returns a hash of each word: a polynomial of its characters, between words nothing counts."""
     if not len(starts):
         return np.zeros(0, np.uint64)
     begin, longest = int(starts[0]), int((ends - starts).max())
     spans = np.diff(np.append(starts, len(points)))  # with the white space behind
-    offsets = np.arange(begin, len(points)) - np.repeat(starts, spans)
-    inside = offsets < np.repeat(ends - starts, spans)
+    offsets = np.arange(begin, len(points), dtype=np.int32)
+    offsets -= np.repeat(starts.astype(np.int32), spans)
     powers = np.multiply.accumulate(np.full(longest, _POWER, np.uint64))
-    values = (points[begin:] + np.uint64(1)) * powers[np.minimum(offsets, longest - 1)] * inside
+    values = powers.take(offsets, mode="clip")  # white space may be longer than any word
+    values *= points[begin:] | np.uint32(1 << 31)  # so that none is 0
+    values *= written[begin:]
     return mix(np.add.reduceat(values, starts - begin))
-
-
-def _any(flags: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Tells for each slice whether a flag in it is set."""
-    counts = np.concatenate([[0], np.cumsum(flags)])
-    return counts[ends] > counts[starts]
 
 
 @functools.cache
 def _characters() -> _Characters:
     every = "".join(map(chr, range(0x110000)))
-    content, letters, space = (
-        np.fromiter(map(tells, every), bool, len(every))
-        for tells in (str.isalnum, str.isalpha, str.isspace)
+    content, space = (
+        np.fromiter(map(tells, every), bool, len(every)) for tells in (str.isalnum, str.isspace)
     )
     classes = np.where(content, _WORD, np.where(space, _SPACE, _SIGN)).astype(np.uint8)
     classes[ord("_")] = _WORD
     for low, high in _UNSPACED:
         classes[low : high + 1] = _ALONE
-    return _Characters(classes, content, letters)
+    return _Characters(classes, content)
