@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def plan(recipe: Recipe) -> list[Job]:
     owners: dict[str, str] = {}
     for source in recipe.sources:
         found = documents.find_sources(source.files, key=f"source {source.name}: files")
+        found = _told_apart(found)
         for file in found:
             other = owners.setdefault(file.path, source.name)
             if other != source.name:
@@ -107,6 +109,19 @@ def _grouped(
         size += file.size
     if group:
         yield tuple(group)
+
+
+def _told_apart(files: Sequence[documents.Source]) -> Sequence[documents.Source]:
+    """Returns files of several globs by names from the folder that they share, if two have one name
+    below their own.
+    """
+    if len({file.name for file in files}) == len(files):
+        return files
+    root = os.path.commonpath([os.path.dirname(file.path) for file in files])
+    return [
+        dataclasses.replace(file, name=os.path.relpath(file.path, root).replace(os.sep, "/"))
+        for file in files
+    ]
 
 
 def _top(file: documents.Source) -> str:

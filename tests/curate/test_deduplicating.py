@@ -39,10 +39,10 @@ def stage_files(tmp_path):
     return folders
 
 
-def run(folders, threshold):
+def run(folders, threshold, sources=("a", "b")):
     names = [f"{number:05}-0000.parquet" for number in range(2)]
     tags, verdicts = (tuple(folders[key] / name for name in names) for key in ("tag", "rules"))
-    gathering = deduplicating.Gathering(tags, verdicts, ("a", "b"), threshold)
+    gathering = deduplicating.Gathering(tags, verdicts, sources, threshold)
     deduplicating.gather(gathering, folders["buckets"], 0)
     for number, name in enumerate(names):
         job = deduplicating.Cutting(folders["read"] / name, folders["buckets"], 3 * number, 3)
@@ -60,6 +60,12 @@ def test_earlier_source_and_longer_text_stay(stage_files):
     assert verdicts == [2, 2, 0, 0, 2, 0]
     assert {row["id"]: row["keeper"] for row in found} == {"0.0": "1.0", "0.1": "1.0", "1.1": "1.0"}
     assert all(0.9 <= row["jaccard"] <= 1 for row in found)
+
+
+def test_longest_of_the_first_source_stays(stage_files):
+    _, verdicts, found = run(stage_files, 0.9, ("b", "a"))
+    assert verdicts == [2, 0, 0, 2, 2, 0]
+    assert {row["keeper"] for row in found} == {"0.1"}
 
 
 def test_exact_duplicates_alone(stage_files):

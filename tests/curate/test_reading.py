@@ -71,3 +71,25 @@ def test_file_of_two_sources_is_refused(texts):
     sources = tuple(Source(name=name, files=f"{texts}/*.txt") for name in "ab")
     with pytest.raises(ValueError, match="is in the sources a and b"):
         reading.plan(Recipe(sources=sources))
+
+
+def test_files_of_two_folders_have_names_of_their_own(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "same.txt").write_text(name)
+    source = Source(name="s", files=f"{tmp_path}/in/a/*.txt,{tmp_path}/in/b/*.txt")
+    _, rows = read(tmp_path, Recipe(sources=(source,)))
+    assert [row["id"] for row in rows[0]] == ["s/a/same.txt", "s/b/same.txt"]
+
+
+def test_repositories_stay_whole(tmp_path):
+    for name in ("one/a.py", "one/b.py", "one/c/d.py", "one/e.py", "two/a.py", "z.py"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x" * 400)
+    source = Source(name="s", files=f"{tmp_path}/in/**/*.py", kind="code", repositories="random")
+    jobs = reading.plan(Recipe(sources=(source,), shard_bytes=1024))
+    assert [[file.name for file in job.files] for job in jobs] == [
+        ["one/a.py", "one/b.py", "one/c/d.py", "one/e.py"],
+        ["two/a.py", "z.py"],
+    ]

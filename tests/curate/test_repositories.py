@@ -79,6 +79,11 @@ def test_order_without_circles_is_topological(edges, seed):
     assert order == repositories.by_imports(dict(reversed(files.items())), seed)
 
 
+def test_files_that_import_nothing_are_in_random_order():
+    files = {f"f{n}.py": "" for n in range(20)}
+    assert repositories.by_imports(files, 0) != repositories.by_imports(files, 1)
+
+
 def test_random_order_depends_on_paths_and_seed_alone():
     paths = [f"f{n}" for n in range(20)]
     found = repositories.at_random(paths, 0)

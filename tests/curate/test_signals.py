@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 
 from dsjax.curate import signals, words
 
-TEXT = st.lists(st.sampled_from(["a", "bb", "a", "ccc", "dd"]), min_size=1, max_size=60).map(
-    " ".join
-)
+PARTS = ["a", "bb", "dd ccc", "a bb ccc dd a bb", "ccc a a bb dd a bb ccc e f g"]
+TEXT = st.lists(st.sampled_from(PARTS), min_size=1, max_size=20).map(" ".join)
 
 
 def measure(text, language="en"):
