@@ -6,9 +6,9 @@ on where it was stopped; after it, recall is measured as by `tools/recall.py --t
 draws long_context.png and prints the table of long_context.md.
 
 A text is pairs of words, a key and its value, each at least twice and in any order: from the second
-time on the value is known. Any word can be either. Half of the keys come just twice, so that some
-answers are far away however long the text. Half of the texts of 32 tokens repeat their pairs in one
-order, which teaches the model faster.
+time on the value is known. Any word can be either. Half of the keys come just twice, and of 4,096
+tokens all but four, so that some answers are far away. Half of the texts of 32 tokens repeat their
+pairs in one order.
 
 Command: python docs/long_context.py RUNS [STAGE ...]     (what to train; all by default)
 """
@@ -90,13 +90,15 @@ def text(generator: np.random.Generator, length: int) -> str:
     """Makes a text of length - 2 words: begin and end tokens come to it."""
     slots = (length - 2) // 2
     most = min(slots, WORDS) // 2
-    count = int(np.exp(generator.uniform(np.log(2), np.log(most + 1))))
+    count, common = int(np.exp(generator.uniform(np.log(2), np.log(most + 1)))), 0
+    if length == LONG:  # otherwise hardly any answer is far away
+        count, common = most, 4
     words = generator.permutation(WORDS)
     keys, values = words[:count], generator.choice(words[WORDS // 2 :], count)
     if length == FIRST and generator.random() < 0.5:
         order = np.resize(np.arange(count), slots)
     else:
-        again = generator.integers(-(-count // 2), size=slots - 2 * count)  # half come often
+        again = generator.integers(common or -(-count // 2), size=slots - 2 * count)
         order = generator.permutation([*range(count), *range(count), *again])
     return " ".join(f"w{word}" for pair in order for word in (keys[pair], values[pair]))
 
