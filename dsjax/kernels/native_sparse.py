@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsjax.kernels import sparse_attention
+from dsjax.kernels.query_tiles import over_tiles
 from dsjax.kernels.sparse_attention import Selection
 
 # Most numbers in the largest array of one tile of queries: 64 MiB of float32.
@@ -125,28 +126,7 @@ def attend(
     _, _, P, _, H = selected.key.stack_LBPSX.shape
     keys = P * min(chosen, S) * H if gathered else N * S
     most = max(_MOST // (B * max(keys, N * compressed.key.length)), 1)
-    return _over_tiles(tile, queries, min(most, part or T), part or T)
-
-
-def _over_tiles(tile, queries: Queries, most: int, part: int) -> jax.Array:  # type: ignore
-    """Applies a function to a few queries after the other, and again in the backward pass."""
-    T = queries.q_BTNH.shape[1]
-    if most >= T:
-        return jax.checkpoint(tile)(queries)
-    n_tiles = -(-part // most)
-    size = -(-part // n_tiles)  # the last tile of a part is filled up with its last query
-
-    def cut(x_BTX: jax.Array) -> jax.Array:
-        B, _, *rest = x_BTX.shape
-        x_BIpX = x_BTX.reshape(B, T // part, part, *rest)
-        fill = ((0, 0), (0, 0), (0, n_tiles * size - part)) + ((0, 0),) * len(rest)
-        x_BIpX = jnp.pad(x_BIpX, fill, mode="edge")
-        return jnp.moveaxis(x_BIpX.reshape(B, T // part * n_tiles, size, *rest), 1, 0)
-
-    out_IBtNW = lax.map(jax.checkpoint(tile), jax.tree.map(cut, queries))
-    _, B, _, N, W = out_IBtNW.shape
-    out_BIpNW = jnp.moveaxis(out_IBtNW, 0, 1).reshape(B, T // part, n_tiles * size, N, W)
-    return out_BIpNW[:, :, :part].reshape(B, T, N, W)
+    return over_tiles(tile, queries, most=most, parts=T // part if part else 1)
 
 
 def _tile(

@@ -7,11 +7,17 @@ its highest scores. Choice and attention are separate:
   keys than `count` takes all of them. `chosen` is the same choice as a mask. It sorts nothing, so
   it can be split over devices; of equal scores both take the first keys.
 * `masked_attention` multiplies whole sequences and masks what is not chosen: the definition, with
-  gradients. `gathered_attention` reads the chosen keys only.
+  gradients.
+* `gathered_attention` reads the chosen keys only, `latent_attention` does so for whole sequences,
+  with gradients, where all heads share keys and values, as they share latents.
 
 Whole sequences run in tiles of queries, and the backward pass recomputes each tile: neither scores
-nor masks ever exist for all pairs. On the way, `masked_attention` measures how far the indexer is
-from the attention that it shall predict (`Lesson`).
+nor masks ever exist for all pairs. Of what is gathered, the indices are kept for it. On the way,
+both measure how far the indexer is from the attention that it shall predict (`Lesson`).
+
+What queries gather is theirs alone. Sharing would not pay: if q queries choose independently k of L
+keys, they choose together a part 1 - (1 - k / L)^q of them, for k / L of 1 / 16 already 40 % with 8
+queries; and no block of 64 keys is ever without a choice.
 
 The choice has no gradient. Papers: V3.2-Exp and V3.2 (arXiv:2512.02556), section 2.
 """
@@ -28,9 +34,14 @@ from jax import lax
 
 from dsjax.kernels.cached_attention import Attended
 from dsjax.kernels.flash_attention import Segments
+from dsjax.kernels.query_tiles import fold_tiles, over_tiles
+from dsjax.kernels.target import Target
+from dsjax.kernels.varying import vary_as
 
 # Most numbers in the largest array of one tile: 64 MiB of float32.
 _MOST = 2**24
+# Values that queries gather at once: what fits in the cache of a core, and 64 MiB of float32.
+_MOST_GATHERED = {"cpu": 2**19, "accelerator": 2**24}
 # Queries of the chunks in which a device with whole sequences meets the keys up to their end.
 _MIN_CHUNK, _MAX_CHUNKS = 128, 16
 _MASKED = -1e30
@@ -171,36 +182,6 @@ def _largest(holds: Callable[[jax.Array], jax.Array], like_BTS: jax.Array, bits:
     return lax.fori_loop(0, bits, step, like_BTS[..., :1] & jnp.uint32(0))
 
 
-def gathered_attention(
-    queries: Sequence[jax.Array],
-    keys: Sequence[jax.Array],
-    v_BTJW: jax.Array,
-    valid_BTJ: jax.Array,
-    *,
-    scale: float,
-) -> Attended:
-    """Attends from each query to J keys of its own, which all its heads share.
-
-    Args:
-      queries: [B, T, N, X] each; a score is the sum of their products with `keys`.
-      keys: [B, T, J, X] each.
-
-    Returns:
-      `out` in the queries' dtype.
-    """
-    products = [
-        _product("BTNX,BTJX->BTNJ", q_BTNX, k_BTJX)
-        for q_BTNX, k_BTJX in zip(queries, keys, strict=True)
-    ]
-    scores_BTNJ = jnp.where(valid_BTJ[:, :, None], sum(products) * scale, _MASKED)
-    highest_BTN1 = scores_BTNJ.max(axis=-1, keepdims=True)
-    weights_BTNJ = jnp.exp(scores_BTNJ - highest_BTN1)
-    total_BTN1 = weights_BTNJ.sum(axis=-1, keepdims=True)
-    weights_BTNJ = (weights_BTNJ / total_BTN1).astype(v_BTJW.dtype)
-    out_BTNW = _product("BTNJ,BTJW->BTNW", weights_BTNJ, v_BTJW).astype(queries[0].dtype)
-    return Attended(out_BTNW, highest_BTN1[..., 0], total_BTN1[..., 0])
-
-
 def masked_attention(
     q_BTNH: jax.Array,
     k_BSNH: jax.Array,
@@ -227,80 +208,65 @@ def masked_attention(
       of each query, where p is the attention's probability of each key, averaged over the heads,
       and I are the index scores, over the keys that take part. Only the index has its gradient.
     """
-    T, S = q_BTNH.shape[1], k_BSNH.shape[1]
     of_queries: Any = (q_BTNH, index.q_BTIY, index.w_BTI, segments and segments.q_BT)
     of_keys: Any = (k_BSNH, v_BSNW, index.k_BSY, segments and segments.k_BS)
     B, _, N, _ = q_BTNH.shape
     # Of one query and key, on one device.
     widest = max(N // split.heads, index.w_BTI.shape[2]) * max(B // split.batch, 1)
 
-    def attend(queries: Any, places_T: jax.Array, seen: int) -> Any:
-        keys = jax.tree.map(lambda x: x[:, :seen], of_keys)
+    def attend(queries: Any, keys: Any, seen: int) -> Any:
         tile = functools.partial(_tile, keys=keys, count=count, scale=scale, lesson=lesson)
         most = max(_MOST // (widest * seen), 1)
-        return over_tiles(tile, queries, places_T, most=most, shards=split.length)
+        return over_tiles(tile, queries, most=most, shards=split.length)
 
+    return _in_chunks(attend, of_queries, of_keys, split)
+
+
+def _in_chunks(
+    attend: Callable[[Any, Any, int], Any], of_queries: Any, of_keys: Any, split: Split
+) -> Any:
+    """Joins attend(queries with their places, keys, number of keys) over chunks of the queries.
+
+    Queries in order meet the keys up to the end of their chunk only.
+    """
+    T, S = (jax.tree.leaves(tree)[0].shape[1] for tree in (of_queries, of_keys))
     if split.places_T is not None:
-        return attend(of_queries, split.places_T, S)
-    # Queries in order meet the keys up to the end of their chunk only.
+        return attend((of_queries, split.places_T[None]), of_keys, S)
     size = max(-(-T // _MAX_CHUNKS // _MIN_CHUNK) * _MIN_CHUNK, _MIN_CHUNK)
-    chunks = [slice(start, min(start + size, T)) for start in range(0, T, size)]
     pieces = []
-    for chunk in chunks:
-        queries = jax.tree.map(lambda x, chunk=chunk: x[:, chunk], of_queries)
-        pieces.append(attend(queries, lax.iota(jnp.int32, T)[chunk], chunk.stop))
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        queries = jax.tree.map(lambda x, start=start, end=end: x[:, start:end], of_queries)
+        keys = jax.tree.map(lambda x, end=end: x[:, :end], of_keys)
+        places_1T = start + lax.iota(jnp.int32, end - start)[None]
+        pieces.append(attend((queries, places_1T), keys, end))
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *pieces)
 
 
-def over_tiles(
-    function: Callable[[Any, jax.Array], Any],
-    of_queries: Any,
-    places_T: jax.Array,
-    *,
-    most: int,
-    shards: int = 1,
-) -> Any:
-    """Applies a function to a few queries after the other, and again in the backward pass.
-
-    Args:
-      function: (a part of `of_queries`, its places, [T]) -> a tree of arrays [B, T, ...].
-      of_queries: a tree of arrays [B, T, ...].
-      most: queries per tile.
-      shards: equal parts of the queries that different devices hold; each gives a part of a tile.
-    """
-    T = len(places_T)
-    part = T // shards
-    size = next(size for size in range(min(most, part), 0, -1) if part % size == 0)
-    if size == part:
-        return jax.checkpoint(function)(of_queries, places_T)
-    n_tiles = part // size
-
-    def cut(x_BTX: jax.Array) -> jax.Array:
-        B, _, *rest = x_BTX.shape
-        x_BRItX = x_BTX.reshape(B, shards, n_tiles, size, *rest)
-        return jnp.moveaxis(x_BRItX, 2, 0).reshape(n_tiles, B, shards * size, *rest)
-
-    def join(x_IBTX: jax.Array) -> jax.Array:
-        _, B, _, *rest = x_IBTX.shape
-        x_IBRtX = x_IBTX.reshape(n_tiles, B, shards, size, *rest)
-        return jnp.moveaxis(x_IBRtX, 0, 2).reshape(B, T, *rest)
-
-    tiles = (jax.tree.map(cut, of_queries), cut(places_T[None])[:, 0])
-    return jax.tree.map(join, lax.map(lambda tile: jax.checkpoint(function)(*tile), tiles))
+def _visible(
+    places_1T: jax.Array,
+    q_segments_BT: jax.Array | None,
+    k_segments_BS: jax.Array | None,
+    like_BSX: jax.Array,
+) -> jax.Array:
+    """Tells which keys, in the order of the sequence, a query may choose: bool [B, T, S]."""
+    B, S, _ = like_BSX.shape
+    places_11S = lax.broadcasted_iota(jnp.int32, (1, 1, S), 2)
+    visible_1TS = places_11S <= places_1T[:, :, None]
+    visible_BTS = jnp.broadcast_to(visible_1TS, (B, *visible_1TS.shape[1:]))
+    if q_segments_BT is None or k_segments_BS is None:
+        return visible_BTS
+    return visible_BTS & (q_segments_BT[:, :, None] == k_segments_BS[:, None])
 
 
 def _tile(
-    queries: Any, places_T: jax.Array, *, keys: Any, count: int, scale: float, lesson: Lesson | None
+    of_queries: Any, *, keys: Any, count: int, scale: float, lesson: Lesson | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    q_BTNH, index_q_BTIY, w_BTI, q_segments_BT = queries
+    (q_BTNH, index_q_BTIY, w_BTI, q_segments_BT), places_1T = of_queries
     k_BSNH, v_BSNW, index_k_BSY, k_segments_BS = keys
-    (B, T), S = q_BTNH.shape[:2], k_BSNH.shape[1]
-    places_S = lax.iota(jnp.int32, S)
-    visible_BTS = jnp.broadcast_to((places_S[None] <= places_T[:, None])[None], (B, T, S))
-    if q_segments_BT is not None:
-        visible_BTS = visible_BTS & (q_segments_BT[:, :, None] == k_segments_BS[:, None])
+    visible_BTS = _visible(places_1T, q_segments_BT, k_segments_BS, index_k_BSY)
     mask_BTS, index_BTS = visible_BTS, None
-    if lesson or count < S:
+    if lesson or count < k_BSNH.shape[1]:
         index_BTS = index_scores(Index(index_q_BTIY, w_BTI, index_k_BSY))
         if lesson != "warmup":
             mask_BTS = chosen(lax.stop_gradient(index_BTS), visible_BTS, count)
@@ -312,6 +278,180 @@ def _tile(
         wanted_BTS = lax.stop_gradient(weights_BNTS.mean(axis=1))
         divergence_BT = divergence(wanted_BTS, index_BTS, mask_BTS)
     return out_BTNW.astype(q_BTNH.dtype), divergence_BT
+
+
+def gathered_attention(
+    queries: Sequence[jax.Array],
+    keys: Sequence[jax.Array],
+    v_BTJW: jax.Array,
+    valid_BTJ: jax.Array,
+    *,
+    scale: float,
+) -> Attended:
+    """Attends from each query to J keys of its own, which all its heads share.
+
+    Args:
+      queries: [B, T, N, X] each; a score is the sum of their products with `keys`.
+      keys: [B, T, J, X] each.
+
+    Returns:
+      `out` in the queries' dtype.
+    """
+    weights_BTNJ, highest_BTN1, total_BTN1 = _weights(queries, keys, valid_BTJ, scale)
+    out_BTNW = _product("BTNJ,BTJW->BTNW", weights_BTNJ.astype(v_BTJW.dtype), v_BTJW)
+    return Attended(out_BTNW.astype(queries[0].dtype), highest_BTN1[..., 0], total_BTN1[..., 0])
+
+
+def _weights(
+    queries: Sequence[jax.Array], keys: Sequence[jax.Array], valid_BTJ: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the probability of each key, float32 [B, T, N, J], and what `Attended` has."""
+    products = [
+        _product("BTNX,BTJX->BTNJ", q_BTNX, k_BTJX)
+        for q_BTNX, k_BTJX in zip(queries, keys, strict=True)
+    ]
+    scores_BTNJ = jnp.where(valid_BTJ[:, :, None], sum(products) * scale, _MASKED)
+    highest_BTN1 = lax.stop_gradient(scores_BTNJ.max(axis=-1, keepdims=True))
+    weights_BTNJ = jnp.exp(scores_BTNJ - highest_BTN1)
+    total_BTN1 = weights_BTNJ.sum(axis=-1, keepdims=True)
+    return weights_BTNJ / total_BTN1, highest_BTN1, total_BTN1
+
+
+def gathered_at_once(target: Target, values_per_query: int) -> int:
+    """Returns how many queries gather their keys together. On a CPU what they gather stays in the
+    cache of a core until it is multiplied.
+    """
+    most = _MOST_GATHERED["cpu" if target.kind == "cpu" else "accelerator"]
+    return max(most // values_per_query, 1)
+
+
+def latent_attention(
+    q_BTNX: jax.Array,
+    kv_BSX: jax.Array,
+    index: Index,
+    *,
+    width: int,
+    count: int,
+    scale: float,
+    target: Target,
+    segments: Segments | None = None,
+    split: Split = WHOLE,
+    lesson: Literal["sparse"] | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Computes what `masked_attention` does where all heads share keys and values, and gathers the
+    chosen ones instead of masking the others.
+
+    Args:
+      kv_BSX: keys; their first `width` channels are the values too.
+
+    Returns:
+      as `masked_attention`; W is `width`.
+    """
+    detached = jax.tree.map(lax.stop_gradient, index)
+    kept = (q_BTNX, index.q_BTIY, index.w_BTI) if lesson else (q_BTNX, None, None)
+    entries_BSX = jnp.concatenate([kv_BSX, index.k_BSY], axis=-1) if lesson else kv_BSX
+    rows = max(q_BTNX.shape[0] // split.batch, 1)
+    sizes = _Sizes(
+        key=kv_BSX.shape[-1],
+        value=width,
+        scale=scale,
+        at_once=gathered_at_once(target, rows * count * entries_BSX.shape[-1]),
+        shards=split.length,
+    )
+
+    def attend(queries: Any, keys: Any, seen: int) -> Any:
+        (kept, of_choice), places_1T = queries
+        entries, *of_index = keys
+        choose = functools.partial(_choose, keys=of_index, count=count)
+        most = max(_MOST // (rows * index.w_BTI.shape[2] * seen), 1)
+        selection = over_tiles(choose, (of_choice, places_1T), most=most, shards=split.length)
+        return _attend_chosen(kept, entries, selection, sizes)
+
+    of_choice = (*detached[:2], segments and segments.q_BT)
+    of_keys = (entries_BSX, detached.k_BSY, segments and segments.k_BS)
+    return _in_chunks(attend, (kept, of_choice), of_keys, split)
+
+
+class _Sizes(NamedTuple):
+    """What `_attend_chosen` must know while it is traced."""
+
+    key: int  # channels of an entry that are the key
+    value: int  # and, of these, the value too
+    scale: float
+    at_once: int
+    shards: int
+
+
+def _choose(of_queries: Any, *, keys: Any, count: int) -> Selection:
+    """Selects keys for a tile of queries."""
+    (index_q_BTIY, w_BTI, q_segments_BT), places_1T = of_queries
+    index_k_BSY, k_segments_BS = keys
+    scores_BTS = index_scores(Index(index_q_BTIY, w_BTI, index_k_BSY))
+    visible_BTS = _visible(places_1T, q_segments_BT, k_segments_BS, index_k_BSY)
+    return select(scores_BTS, visible_BTS, count)
+
+
+def _attend_few(queries: Any, entries_BTJX: jax.Array, valid_BTJ: jax.Array, sizes: _Sizes) -> Any:
+    """Returns attention to gathered entries and, if these hold index keys, the divergence."""
+    q_BTNX, index_q_BTIY, w_BTI = queries
+    k_BTJX, index_k_BTJY = jnp.split(entries_BTJX, [sizes.key], axis=-1)
+    weights_BTNJ, _, _ = _weights((q_BTNX,), (k_BTJX,), valid_BTJ, sizes.scale)
+    # All channels: to take the values apart would copy them.
+    out_BTNX = _product("BTNJ,BTJX->BTNX", weights_BTNJ.astype(k_BTJX.dtype), k_BTJX)
+    divergence_BT = None
+    if index_q_BTIY is not None:
+        products_BTIJ = jax.nn.relu(_product("BTIY,BTJY->BTIJ", index_q_BTIY, index_k_BTJY))
+        scores_BTJ = _product("BTI,BTIJ->BTJ", w_BTI, products_BTIJ)
+        wanted_BTJ = lax.stop_gradient(weights_BTNJ.mean(axis=2))
+        divergence_BT = divergence(wanted_BTJ, scores_BTJ, valid_BTJ)
+    return out_BTNX[..., : sizes.value].astype(q_BTNX.dtype), divergence_BT
+
+
+def _take(entries_BSX: jax.Array, indices_BTJ: jax.Array) -> jax.Array:
+    # Mapped over rows, so that each device gathers from its own.
+    of_row = jax.vmap(lambda entries_SX, i_TJ: entries_SX.at[i_TJ].get(mode="promise_in_bounds"))
+    return of_row(entries_BSX, indices_BTJ)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend_chosen(
+    queries: Any, entries_BSX: jax.Array, selection: Selection, sizes: _Sizes
+) -> Any:
+    """Attends to the selected entries, gathered for a few queries at a time. Its backward pass adds
+    to the gradient of the entries in place.
+    """
+    return _attend_chosen_forward(queries, entries_BSX, selection, sizes)[0]
+
+
+def _attend_chosen_forward(queries, entries_BSX, selection, sizes):
+    def few(_, tile):
+        queries, (indices_BtJ, valid_BtJ) = tile
+        return None, _attend_few(queries, _take(entries_BSX, indices_BtJ), valid_BtJ, sizes)
+
+    tiles = (queries, selection)
+    _, out = fold_tiles(few, None, tiles, most=sizes.at_once, shards=sizes.shards)
+    return out, (queries, entries_BSX, selection)
+
+
+def _attend_chosen_backward(sizes, residuals, gradients):
+    queries, entries_BSX, selection = residuals
+
+    def few(total_BSX, tile):
+        queries, (indices_BtJ, valid_BtJ), gradients = tile
+        attend = functools.partial(_attend_few, valid_BTJ=valid_BtJ, sizes=sizes)
+        pull = jax.vjp(attend, queries, _take(entries_BSX, indices_BtJ))[1]
+        of_queries, of_entries_BtJX = pull(gradients)
+        add = jax.vmap(lambda total, i, part: total.at[i].add(part, mode="promise_in_bounds"))
+        return add(total_BSX, indices_BtJ, of_entries_BtJX.astype(total_BSX.dtype)), of_queries
+
+    start = jnp.zeros(entries_BSX.shape, jnp.float32)
+    start = vary_as(start, *jax.tree.leaves((queries, entries_BSX, selection, gradients)))
+    tiles = (queries, selection, gradients)
+    total, of_queries = fold_tiles(few, start, tiles, most=sizes.at_once, shards=sizes.shards)
+    return of_queries, total.astype(entries_BSX.dtype), None
+
+
+_attend_chosen.defvjp(_attend_chosen_forward, _attend_chosen_backward)
 
 
 def divergence(wanted_BTS: jax.Array, scores_BTS: jax.Array, mask_BTS: jax.Array) -> jax.Array:

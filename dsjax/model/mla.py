@@ -151,7 +151,7 @@ class MLA(Attention):
         attended = cached_attention(
             queries, latent_block, cache.length, positions_BT, scale=scale, part=part
         )
-        return self.projected(attended, weights)
+        return attended._replace(out_BTNW=self.projected(attended.out_BTNW, weights))
 
     def absorbed(self, q_BTNH: jax.Array, weights: Any) -> jax.Array:
         """Returns queries of latents, [B, T, N, C], for queries without position, [B, T, N, H] of
@@ -161,11 +161,10 @@ class MLA(Attention):
         q_BTNX = jnp.pad(q_BTNH, ((0, 0), (0, 0), (0, 0), (0, self.config.v_head_dim)))
         return _per_head(q_BTNX, self._per_head_weights(weights, q_BTNH), 2)
 
-    def projected(self, attended: Attended, weights: Any) -> Attended:
-        """Projects latents that were summed by weight, [B, T, N, C], to values, [B, T, N, W]."""
-        weight_NCX = self._per_head_weights(weights, attended.out_BTNW)
-        out_BTNX = _per_head(attended.out_BTNW, weight_NCX, 1)
-        return attended._replace(out_BTNW=out_BTNX[..., self.config.qk_nope_head_dim :])
+    def projected(self, out_BTNC: jax.Array, weights: Any) -> jax.Array:
+        """Projects latents that were summed by weight to values, [B, T, N, W]."""
+        out_BTNX = _per_head(out_BTNC, self._per_head_weights(weights, out_BTNC), 1)
+        return out_BTNX[..., self.config.qk_nope_head_dim :]
 
     def _per_head_weights(self, wkv_b: Any, like: jax.Array) -> jax.Array:
         """Returns `wkv_b` as a matrix per head, [N, C, H + W]."""

@@ -23,14 +23,16 @@ from jax import lax
 from dsjax.config import ModelConfig
 from dsjax.kernels.cached_attention import Attended, in_blocks
 from dsjax.kernels.flash_attention import Segments
+from dsjax.kernels.query_tiles import over_tiles
 from dsjax.kernels.sparse_attention import (
     Index,
     Lesson,
     Split,
+    gathered_at_once,
     gathered_attention,
     index_scores,
+    latent_attention,
     masked_attention,
-    over_tiles,
     select,
 )
 from dsjax.model import rope
@@ -44,8 +46,8 @@ from dsjax.precision.activations import attention_linear
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
 
-# Most values that one tile of queries gathers from the cache: 64 MiB of float32.
-_MOST_GATHERED = 2**24
+# Most index products of one tile of queries that extends a cache: 64 MiB of float32.
+_MOST_SCORED = 2**24
 
 
 class SparseMLA(MLA):
@@ -79,6 +81,19 @@ class SparseMLA(MLA):
             return super().__call__(x_BTD, angles, segment_ids_BT)
         return self.learn(x_BTD, angles, segment_ids_BT, None)[0]
 
+    def gathers(self, length: int, split: Split) -> bool:
+        """Whether a whole sequence takes fewer multiplications if each query gathers the latents
+        that it chose than if all keys are expanded and masked.
+
+        Never where devices share the heads: each would compute a part of the latents' gradient, to
+        be summed for every few queries. Nor on a TPU, which gathers single rows slowly.
+        """
+        config = self.config
+        C, R = config.kv_lora_rank, config.qk_rope_head_dim
+        expanded = (config.qk_head_dim + config.value_head_dim) * length / 2
+        fewer = config.index_topk * (C + R + C) < expanded
+        return fewer and split.heads == 1 and self.policy.target.kind != "tpu"
+
     @jax.named_scope("attention")
     def learn(
         self,
@@ -102,7 +117,6 @@ class SparseMLA(MLA):
             context.restore(self.indexer.keys(detached_BTD, angles)),
         )
         latent, rope_key = (context.restore(entry) for entry in entries.values())
-        k_BSNH, v_BSNW = self.expand(latent, rope_key, self.expansion())
         segments = None
         if segment_ids_BT is not None:
             segments = Segments(segment_ids_BT, context.restore(segment_ids_BT))
@@ -110,17 +124,28 @@ class SparseMLA(MLA):
         if split.length > 1:
             places_T = jnp.asarray(context.order(x_BTD.shape[1], split.length), jnp.int32)
             split = split._replace(places_T=places_T)
-        out_BTNW, divergence_BT = masked_attention(
-            q_BTNH,
-            k_BSNH,
-            v_BSNW,
-            index,
-            count=self.config.index_topk,
-            scale=rope.attention_scale(self.config),
-            segments=segments,
-            split=split,
-            lesson=lesson,
-        )
+        weights = self.expansion()
+        common: Any = {
+            "count": self.config.index_topk,
+            "scale": rope.attention_scale(self.config),
+            "segments": segments,
+            "split": split,
+            "lesson": lesson,
+        }
+        if lesson != "warmup" and self.gathers(x_BTD.shape[1], split):
+            q_nope, q_rope = jnp.split(q_BTNH, [self.config.qk_nope_head_dim], axis=-1)
+            out_BTNC, divergence_BT = latent_attention(
+                jnp.concatenate([self.absorbed(q_nope, weights), q_rope], axis=-1),
+                jnp.concatenate([latent, rope_key], axis=-1),
+                index,
+                width=self.config.kv_lora_rank,
+                target=self.policy.target,
+                **common,
+            )
+            out_BTNW = self.projected(out_BTNC, weights)
+        else:
+            keys_values = self.expand(latent, rope_key, weights)
+            out_BTNW, divergence_BT = masked_attention(q_BTNH, *keys_values, index, **common)
         out_BTX = out_BTNW.reshape(*x_BTD.shape[:2], -1)
         return attention_linear(out_BTX, self.wo[...], self.policy), divergence_BT
 
@@ -164,13 +189,21 @@ class SparseMLA(MLA):
         arguments are those of `attend` and of `Index`.
         """
         config = self.config
-        (B, T, N, _), S, part = q_BTNH.shape, cache.length, split_cache.part()
+        B, S, part = q_BTNH.shape[0], cache.length, split_cache.part()
         q_nope, q_rope = jnp.split(q_BTNH, [config.qk_nope_head_dim], axis=-1)
         index_k_BSY = cache.read(0, S)["index_key"][:, 0]
         positions_11S = part.position(lax.broadcasted_iota(jnp.int32, (1, 1, S), 2))
 
-        def tile(queries: Any, _: jax.Array) -> Attended:
-            q_BtNC, q_rope_BtNR, index_q, w, positions_Bt = queries
+        def attend(of_queries: Any) -> Attended:
+            q_BtNC, q_rope_BtNR, indices_BtJ, valid_BtJ = of_queries
+            return self._attend_first((q_BtNC, q_rope_BtNR), cache, indices_BtJ, valid_BtJ)
+
+        rows = max(B // parts_here("batch"), 1)
+        gathered = rows * config.index_topk * (config.kv_lora_rank + config.qk_rope_head_dim)
+        at_once = gathered_at_once(self.policy.target, gathered)
+
+        def tile(of_queries: Any) -> Attended:
+            q_BtNC, q_rope_BtNR, index_q, w, positions_Bt = of_queries
             scores_BtS = index_scores(Index(index_q, w, index_k_BSY))
             visible_BtS = positions_11S <= positions_Bt[..., None]
             selection = select(scores_BtS, visible_BtS, config.index_topk)
@@ -180,15 +213,12 @@ class SparseMLA(MLA):
             valid_BtJ = split_cache.chosen(
                 scores_BtJ, found_BtJ, selection.valid_BTJ, config.index_topk
             )
-            return self._attend_first((q_BtNC, q_rope_BtNR), cache, indices_BtJ, valid_BtJ)
+            return over_tiles(attend, (q_BtNC, q_rope_BtNR, indices_BtJ, valid_BtJ), most=at_once)
 
-        widths = config.kv_lora_rank + config.qk_rope_head_dim + N
-        per_query = max(widths * config.index_topk, config.index_n_heads * S)
-        per_query *= max(B // parts_here("batch"), 1)
         queries = (self.absorbed(q_nope, weights), q_rope, index_q_BTIY, w_BTI, positions_BT)
-        most = max(_MOST_GATHERED // per_query, 1)
-        attended = over_tiles(tile, queries, lax.iota(jnp.int32, T), most=most)
-        return self.projected(attended, weights)
+        most = max(_MOST_SCORED // (rows * config.index_n_heads * S), 1)
+        attended: Attended = over_tiles(tile, queries, most=most)
+        return attended._replace(out_BTNW=self.projected(attended.out_BTNW, weights))
 
     def _attend_first(
         self,

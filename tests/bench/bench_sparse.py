@@ -1,14 +1,18 @@
-"""Sparse against dense attention of one layer that extends a long cache: a token, and a chunk of a
-prompt.
+"""Sparse against dense attention of one layer: a token and chunks of a prompt that extend a long
+cache, a training step, the memory of a long prompt, and NSA's decode step.
 
-Both sides are ours, of the same widths. The dense side reads the cache in blocks of 8,192
-positions: unblocked, the product of weights and values alone takes six times as long on two CPU
-cores from 48K positions on, and a ratio to that would say nothing. Sides take turns.
+Both sides are ours, of the same widths. The dense side of decoding reads the cache in blocks of
+8,192 positions: unblocked, the product of weights and values alone takes six times as long on two
+CPU cores from 48K positions on, and a ratio to that would say nothing. Sides take turns.
 
 Decoding should reach 60 % of the ratio of the bytes that both read, prefill half of the ratio of
-their operations. A prompt's time is that of chunks at even distances, times their number.
+their operations, a training step of the sparse stage the speed of a dense one. A prompt's time is
+that of chunks at even distances, times their number. The time of a training step is that of the
+processor, which is less disturbed than the clock's by what else runs; it is taken once.
 
-Run: python -m tests.bench.bench_sparse [LENGTH ...]    (default: 32768 65536)
+Random weights choose keys at random, so neighbouring queries share none: the worst case.
+
+Run: python -m tests.bench.bench_sparse [decode] [prefill] [train] [memory] [nsa]  (default: all)
 """
 
 from __future__ import annotations
@@ -16,18 +20,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
+import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from dsjax.config import ModelConfig
 from dsjax.kernels import cached_attention
 from dsjax.model import rope
+from dsjax.model.block import attention_class
 from dsjax.model.indexer import Indexer
 from dsjax.model.layer_cache import LayerCache
 from dsjax.model.mla import MLA
+from dsjax.model.nsa import pattern
 from dsjax.model.parameters import initialize
 from dsjax.model.sparse_mla import SparseMLA
 from dsjax.precision.policy import Policy
@@ -49,15 +58,33 @@ DENSE = ModelConfig(
     max_seq_len=1 << 17,
 )
 SPARSE = dataclasses.replace(DENSE, index_n_heads=8, index_head_dim=32, index_topk=2048)
+SIDES = {"dense": DENSE, "sparse": SPARSE}
+# One of the four groups of heads of NSA's paper, with narrower heads.
+NATIVE = ModelConfig(
+    vocab_size=64,
+    dim=512,
+    n_layers=1,
+    n_dense_layers=1,
+    n_heads=16,
+    n_kv_heads=1,
+    head_dim=64,
+    inter_dim=64,
+    attention="nsa",
+    max_seq_len=1 << 17,
+)
+GROUPED = dataclasses.replace(NATIVE, attention="gqa")
+LENGTHS, TRAINED = (32768, 65536), 16384
 
 
 def extension(config: ModelConfig, length: int, tokens: int, start: int) -> Callable[[], float]:
     """A layer that adds tokens at `start` to a cache full of random entries."""
-    kind = SparseMLA if config.index_topk else MLA
+    kind = attention_class(config)
     layer = initialize(kind(config, Policy(jnp.float32)), jax.random.key(0))
     rng = np.random.default_rng(0)
     entries = {
-        name: jnp.asarray(rng.normal(size=(1, 1, 1, length, shape.width)), jnp.float32)
+        name: jnp.asarray(
+            rng.normal(size=(1, 1, shape.heads, length // shape.every, shape.width)), jnp.float32
+        )
         for name, shape in kind.cached(config).items()
     }
     x_BTD = jnp.asarray(rng.normal(size=(1, tokens, config.dim)), jnp.float32)
@@ -110,23 +137,92 @@ def compare(what: str, sides: dict[str, list[Callable[[], float]]], wanted: floa
     )
 
 
-def main() -> None:
-    print(machine())
+def training(config: ModelConfig) -> tuple[jax.stages.Compiled, tuple[Any, ...]]:
+    """A layer's loss and gradient over a whole sequence, and its inputs."""
+    sparse = bool(config.index_topk)
+    kind = SparseMLA if sparse else MLA
+    layer = initialize(kind(config, Policy(jnp.float32)), jax.random.key(0))
+    graph, state = nnx.split(layer)
+    rng = np.random.default_rng(0)
+    x_BTD = jnp.asarray(rng.normal(size=(1, TRAINED, config.dim)), jnp.float32)
+    angles = rope.angles(jnp.arange(TRAINED, dtype=jnp.int32)[None], config)
+
+    def loss(state, x_BTD):
+        layer = nnx.merge(graph, state)
+        if not sparse:
+            return jnp.square(layer(x_BTD, angles)).mean()
+        y_BTD, divergence_BT = layer.learn(x_BTD, angles, None, "sparse")
+        return jnp.square(y_BTD).mean() + divergence_BT.mean()
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    return step.lower(state, x_BTD).compile(), (state, x_BTD)
+
+
+def train() -> None:
+    times = {}
+    for name, config in (("dense", DENSE), ("sparse", SPARSE)):
+        step, inputs = training(config)
+        start = time.process_time()
+        jax.block_until_ready(step(*inputs))
+        times[name] = time.process_time() - start
+        temporary = step.memory_analysis().temp_size_in_bytes / 2**30
+        print(f"training step at {TRAINED:,}, {name}: {times[name]:.1f} s, {temporary:.2f} GiB")
+    print(f"training step: {times['dense'] / times['sparse']:.2f} times as fast; 1 is wanted")
+
+
+def memory() -> None:
+    """Prints what XLA allots to a whole prompt beside its inputs and outputs."""
+    for length in (LENGTHS[0] // 2, *LENGTHS):
+        layer = SparseMLA(SPARSE, Policy(jnp.float32))
+        layer = jax.eval_shape(lambda layer=layer: initialize(layer, jax.random.key(0)))
+        x_BTD = jax.ShapeDtypeStruct((1, length, SPARSE.dim), jnp.float32)
+
+        def attend(layer, x_BTD, length=length):
+            positions_BT = jnp.arange(length, dtype=jnp.int32)[None]
+            return layer(x_BTD, rope.angles(positions_BT, SPARSE))
+
+        used = jax.jit(attend).lower(layer, x_BTD).compile().memory_analysis().temp_size_in_bytes
+        print(f"memory of {length:,} tokens: {used / 2**20:.0f} MiB, {used / length:.0f} B a token")
+
+
+def decode() -> None:
     usual = cached_attention._MAX_SCORES
-    for length in [int(given) for given in sys.argv[1:]] or [32768, 65536]:
-        sides = {"dense": DENSE, "sparse": SPARSE}
-        ends = {name: [extension(c, length, 1, length - 1)] for name, c in sides.items()}
+    cached_attention._MAX_SCORES = BLOCK * DENSE.n_heads
+    for length in LENGTHS:
+        ends = {name: [extension(c, length, 1, length - 1)] for name, c in SIDES.items()}
         ratio = decode_bytes(DENSE, length) / decode_bytes(SPARSE, length)
-        cached_attention._MAX_SCORES = BLOCK * DENSE.n_heads
         compare(f"decode at {length:,}", ends, ratio, 0.6)
-        cached_attention._MAX_SCORES = usual
+    cached_attention._MAX_SCORES = usual
+
+
+def prefill() -> None:
+    for length in LENGTHS:
         starts = [(2 * n + 1) * length // (2 * CHUNKS) // CHUNK * CHUNK for n in range(CHUNKS)]
         parts = {
             name: [extension(c, length, CHUNK, start) for start in starts]
-            for name, c in sides.items()
+            for name, c in SIDES.items()
         }
-        work = [sum(chunk_flops(c, start) for start in starts) for c in sides.values()]
+        work = [sum(chunk_flops(c, start) for start in starts) for c in SIDES.values()]
         compare(f"{CHUNKS} chunks of {CHUNK} up to {length:,}", parts, work[0] / work[1], 0.5)
+
+
+def nsa() -> None:
+    usual = cached_attention._MAX_SCORES
+    cached_attention._MAX_SCORES = BLOCK * GROUPED.n_heads
+    for length in LENGTHS:
+        sides = {"dense": GROUPED, "sparse": NATIVE}
+        ends = {name: [extension(c, length, 1, length - 1)] for name, c in sides.items()}
+        sizes = pattern(NATIVE)
+        read = length // sizes.stride + sizes.blocks * sizes.size + sizes.window
+        compare(f"NSA, decode at {length:,}", ends, length / read, 0.6)
+    cached_attention._MAX_SCORES = usual
+
+
+def main() -> None:
+    print(machine())
+    parts = {part.__name__: part for part in (decode, prefill, train, memory, nsa)}
+    for name in sys.argv[1:] or parts:
+        parts[name]()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from dsjax.kernels import sparse_attention
 from dsjax.kernels.flash_attention import Segments
@@ -16,9 +19,12 @@ from dsjax.kernels.sparse_attention import (
     chosen,
     gathered_attention,
     index_scores,
+    latent_attention,
     masked_attention,
     select,
 )
+from dsjax.kernels.target import Target
+from dsjax.parallel.mesh import make_mesh
 from tests.closeness import F32, assert_close
 from tests.oracles.attention import chosen as oracle_chosen
 from tests.oracles.attention import visible
@@ -157,6 +163,89 @@ def test_gathered_attention_equals_masked_attention():
     every_head = [np.repeat(x[:, :, None], N, axis=2) for x in (k, v)]
     want, _ = jax.jit(attend)((q, *every_head), index)
     assert_close(gathered(q, index), want, F32, "attention")
+
+
+def latents(qkv, index, *, at_once, monkeypatch, segments=None, **given):
+    """`latent_attention` and `masked_attention` of the same keys, a head of which is the value."""
+    monkeypatch.setattr(sparse_attention, "_MOST_GATHERED", {"cpu": at_once})
+    q, k, _ = qkv
+    kv = k[:, :, 0]
+    both = None if segments is None else Segments(segments, segments)
+    common = {"count": COUNT, "scale": 0.3, "segments": both, **given}
+
+    def gathered(q, kv, index):
+        return latent_attention(q, kv, index, width=W, target=Target("cpu"), **common)
+
+    def masked(q, kv, index):
+        k_BSNH = jnp.broadcast_to(kv[:, :, None], (B, T, N, H))
+        return masked_attention(q, k_BSNH, k_BSNH[..., :W], index, **common)
+
+    return (gathered, masked), (q, kv, index)
+
+
+@pytest.mark.parametrize("at_once", [1, 5 * B * COUNT * (H + WIDTH), 2**24])
+@pytest.mark.parametrize("isolated", [False, True])
+def test_latent_attention_has_the_values_and_gradients_of_masked(isolated, at_once, monkeypatch):
+    """For one query at a time, five, and all."""
+    segments = jnp.asarray(SEGMENTS) if isolated else None
+    ways, inputs = latents(
+        *arrays(), at_once=at_once, monkeypatch=monkeypatch, segments=segments, lesson="sparse"
+    )
+    weights = normal(11, B, T, N, W), normal(12, B, T)
+
+    def total(way, *inputs):
+        out = way(*inputs)
+        return sum((x * w).sum() for x, w in zip(out, weights, strict=True)), out
+
+    got, want = (
+        jax.jit(jax.value_and_grad(functools.partial(total, way), argnums=(0, 1, 2), has_aux=True))(
+            *inputs
+        )
+        for way in ways
+    )
+    assert_close(got[0][1][0], want[0][1][0], F32, "attention")
+    assert_close(got[0][1][1], want[0][1][1], F32, "divergence")
+    names = ("queries", "latents", *Index._fields)
+    for name, *parts in zip(names, *map(jax.tree.leaves, (got[1], want[1])), strict=True):
+        assert_close(*parts, F32, f"gradient of {name}")
+
+
+def test_latent_attention_without_lesson_has_no_gradient_of_the_index(monkeypatch):
+    (gathered, masked), inputs = latents(*arrays(), at_once=1, monkeypatch=monkeypatch)
+    out, divergence = jax.jit(gathered)(*inputs)
+    assert divergence is None
+    assert_close(out, jax.jit(masked)(*inputs)[0], F32, "attention")
+    total = jax.jit(jax.grad(lambda index: gathered(*inputs[:2], index)[0].sum()))
+    assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(total(inputs[2])))
+
+
+@pytest.mark.parametrize("axes", [{"data": 2}, {"data": 2, "context": 4}], ids=str)
+def test_latent_attention_over_devices_equals_one_device(axes, monkeypatch):
+    """Rows over `data`, queries over `context`; every device has the keys of its rows."""
+    n_length = axes.get("context", 1)
+    ways, (q, kv, index) = latents(
+        *arrays(), at_once=1, monkeypatch=monkeypatch, segments=jnp.asarray(SEGMENTS),
+        lesson="sparse",
+        split=Split(batch=2, length=n_length, places_T=lax.iota(jnp.int32, T)),
+    )  # fmt: skip
+
+    def total(way, q, kv, index):
+        out, divergence = way(q, kv, index)
+        return (out**2).sum() + divergence.sum()
+
+    want = jax.jit(jax.value_and_grad(functools.partial(total, ways[1]), argnums=(0, 1, 2)))(
+        q, kv, index
+    )
+    mesh = make_mesh(axes, n_devices=2 * n_length)
+    of_queries, of_keys = (NamedSharding(mesh, P("data", *x)) for x in (("context",), ()))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(
+            (q, kv, index), (of_queries, of_keys, Index(of_queries, of_queries, of_keys))
+        )
+        run = jax.jit(jax.value_and_grad(functools.partial(total, ways[0]), argnums=(0, 1, 2)))
+        got = run(*placed)
+    for mine, wanted in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        assert_close(mine, wanted, F32)
 
 
 @pytest.mark.parametrize("lesson", ["warmup", "sparse"])

@@ -11,6 +11,8 @@ from dsjax.generate.engine import Engine
 from dsjax.generate.request import Request
 from dsjax.generate.sampling import Sampling
 from dsjax.kernels import sparse_attention
+from dsjax.kernels.sparse_attention import Split
+from dsjax.kernels.target import Target
 from dsjax.model import rope, sparse_mla
 from dsjax.model.cache import empty_cache
 from dsjax.model.inputs import read_tokens
@@ -19,6 +21,7 @@ from dsjax.model.parameters import shardings
 from dsjax.model.sparse_mla import SparseMLA
 from dsjax.parallel.context import restore
 from dsjax.parallel.mesh import make_mesh
+from dsjax.precision.policy import Policy
 from tests.closeness import EXACT, F32, LOGITS, assert_close
 from tests.model.test_mla import _tree as tree_of
 from tests.model.tiny import TINY, filled, tiny_model, tokens
@@ -44,9 +47,12 @@ def apply(module, x_BTD, segments_BT):
     return module(x_BTD, rope.angles(positions_BT, CONFIG), segments_BT)
 
 
+@pytest.mark.parametrize("gathers", [False, True], ids=["masked", "gathered"])
 @pytest.mark.parametrize("segments", [np.ones(LENGTH, np.int32), SEGMENTS], ids=["one", "packed"])
-def test_layer_equals_oracle(segments):
+def test_layer_equals_oracle(segments, gathers, monkeypatch):
     """A query neither sees nor counts keys of other documents."""
+    monkeypatch.setattr(SparseMLA, "gathers", lambda *_: gathers)
+    apply.clear_cache()
     module, x_BTD = filled(SparseMLA, CONFIG), hidden()
     got = apply(module, x_BTD, segments[None])[0]
     want = oracle(np.asarray(x_BTD[0], np.float64), tree_of(module), CONFIG, segments)
@@ -54,6 +60,20 @@ def test_layer_equals_oracle(segments):
     dense = oracle(np.asarray(x_BTD[0], np.float64), tree_of(module), TINY, segments)
     with pytest.raises(AssertionError, match="exceeds"):
         assert_close(got, dense)
+
+
+def test_long_sequences_are_gathered_where_it_takes_fewer_multiplications():
+    """Not where devices share the heads, nor on a TPU."""
+    v3_2 = dataclasses.replace(
+        TINY, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+        **INDEXED, index_topk=2048,
+    )  # fmt: skip
+    # 2,048 keys of 1,088 channels against half of the sequence, of 320.
+    module = SparseMLA(v3_2, Policy(jnp.float32))
+    assert not module.gathers(13_926, Split()) and module.gathers(13_928, Split())
+    assert not module.gathers(1 << 17, Split(heads=2))
+    module = SparseMLA(v3_2, Policy(jnp.float32, Target("tpu")))
+    assert not module.gathers(1 << 17, Split())
 
 
 def dense_twin(model):
@@ -104,7 +124,8 @@ def test_cached_tokens_equal_the_whole_sequence(whole, most, monkeypatch):
     """One token at a time across the position from which keys are left out, and chunks that are
     read as a whole at the start of a text and gathered later.
     """
-    monkeypatch.setattr(sparse_mla, "_MOST_GATHERED", most)
+    monkeypatch.setattr(sparse_attention, "_MOST_GATHERED", {"cpu": most})
+    monkeypatch.setattr(sparse_mla, "_MOST_SCORED", most)
     monkeypatch.setattr(MLA, "absorbs", staticmethod(lambda config, n_queries: n_queries < 8))
     got = decoded(tiny_model(PLAIN), tokens(2, LENGTH), [8, 1, 1, 1, 1, 4, 16, 8])
     assert_close(got, whole, LOGITS, "logits")
@@ -177,6 +198,14 @@ def alone():
     ids=str,
 )
 def test_every_mesh_computes_the_same(sizes, alone):
+    for number, (got, want) in enumerate(zip(on_mesh(learnt, sizes), alone, strict=True)):
+        assert_close(got, want, F32, f"output {number}")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("sizes", [{"data": 2, "context": 2}, {"context": 4, "fsdp": 2}], ids=str)
+def test_every_mesh_gathers_the_same(sizes, alone, monkeypatch):
+    monkeypatch.setattr(SparseMLA, "gathers", lambda *_: True)
     for number, (got, want) in enumerate(zip(on_mesh(learnt, sizes), alone, strict=True)):
         assert_close(got, want, F32, f"output {number}")
 
