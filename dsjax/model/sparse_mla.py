@@ -3,8 +3,8 @@
 Attention itself is MLA's. A query attends to the `index_topk` earlier tokens that the indexer
 scores highest, or to all if there are no more; then it is MLA to the bit.
 
-Whole sequences are masked (`dsjax.kernels.sparse_attention.masked_attention`). Tokens that are
-added to a cache read the entries that they chose and no others, as latents, which all heads share.
+Long sequences, and tokens that are added to a cache, read the entries that they chose and no
+others, as latents, which all heads share. Short sequences are masked (`SparseMLA.gathers`).
 
 The indexer learns by itself (`learn`): its inputs are detached, so that its divergence from the
 attention trains it and nothing else, and its choice has no gradient.

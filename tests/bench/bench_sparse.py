@@ -42,7 +42,7 @@ from dsjax.model.sparse_mla import SparseMLA
 from dsjax.precision.policy import Policy
 from tests.bench.sides import machine, median_seconds
 
-CHUNK, CHUNKS, ROUNDS, BLOCK = 512, 4, 9, 8192
+CHUNK, CHUNKS, BLOCK = 512, 4, 8192
 DENSE = ModelConfig(
     vocab_size=64,
     dim=512,
@@ -124,10 +124,16 @@ def chunk_flops(config: ModelConfig, position: int) -> float:
     return Indexer.score_flops(config) * position + chosen
 
 
-def compare(what: str, sides: dict[str, list[Callable[[], float]]], wanted: float, share: float):
+def compare(
+    what: str,
+    sides: dict[str, list[Callable[[], float]]],
+    wanted: float,
+    share: float,
+    rounds: int = 9,
+) -> None:
     """Prints how much faster the sparse side is than the dense one, and the ratio of their work."""
     names = {f"{name} {n}": run for name, runs in sides.items() for n, run in enumerate(runs)}
-    times = median_seconds(names, ROUNDS)
+    times = median_seconds(names, rounds)
     dense, sparse = (
         sum(taken for name, taken in times.items() if name.startswith(side)) for side in sides
     )
@@ -203,7 +209,9 @@ def prefill() -> None:
             for name, c in SIDES.items()
         }
         work = [sum(chunk_flops(c, start) for start in starts) for c in SIDES.values()]
-        compare(f"{CHUNKS} chunks of {CHUNK} up to {length:,}", parts, work[0] / work[1], 0.5)
+        compare(
+            f"{CHUNKS} chunks of {CHUNK} up to {length:,}", parts, work[0] / work[1], 0.5, rounds=3
+        )
 
 
 def nsa() -> None:
