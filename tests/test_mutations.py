@@ -162,12 +162,19 @@ def _zero_is_masked(scores, visible, count):
 
 
 def _future_is_chosen(scores, visible, count):
-    return RIGHT_KEYS(scores, jnp.ones_like(visible), count) & visible
+    return _among(jnp.ones_like(visible), scores, visible, count)
 
 
 def _other_documents_count(scores, visible, count):
     earlier = jnp.tril(jnp.ones(visible.shape[1:], bool))[None]
-    return RIGHT_KEYS(scores, earlier | visible, count) & visible
+    return _among(earlier | visible, scores, visible, count)
+
+
+def _among(candidates, scores, visible, count):
+    """Chooses among more keys than a query sees and leaves out what it does not see."""
+    selection = RIGHT_KEYS(scores, candidates, count)
+    seen = jnp.take_along_axis(visible, selection.indices_BTJ, axis=-1)
+    return selection._replace(valid_BTJ=selection.valid_BTJ & seen)
 
 
 def _plain_channels_first(indexer, x_BTIY, angles):
@@ -314,7 +321,7 @@ RIGHT_PRODUCT, RIGHT_COMBINE, RIGHT_NORM = (
     layers.rms_norm,
 )
 RIGHT_ATTENTION, RIGHT_UPDATE = context.sharded_attention, balance.update_bias
-RIGHT_KEYS = sparse_attention.chosen
+RIGHT_KEYS = sparse_attention.select
 RIGHT_ROTATE, RIGHT_WEIGHTS = Indexer._rotate, Indexer.weights
 RIGHT_SHIFT, RIGHT_MASK_OF_TARGETS = inputs.shift_left, loss.target_mask
 
@@ -421,11 +428,11 @@ MUTATIONS = [
     Mutation(11, "no bias in the indexer's norm", V32_ATTENTION, edit=_no_index_bias),
     Mutation(11, "no relu", V32_ATTENTION, sparse_attention, "index_scores", _scores_without_relu),
     Mutation(11, "head weights without sign", V32_ATTENTION, Indexer, "weights", _positive_weights),
-    Mutation(11, "score of 0 masked", V32_ATTENTION, sparse_attention, "chosen", _zero_is_masked),
-    Mutation(11, "future keys chosen", V32_ATTENTION, sparse_attention, "chosen",
+    Mutation(11, "score of 0 masked", V32_ATTENTION, sparse_attention, "select", _zero_is_masked),
+    Mutation(11, "future keys chosen", V32_ATTENTION, sparse_attention, "select",
              _future_is_chosen),
     Mutation(11, "a key too few", V32_ATTENTION, change={"index_topk": 95}),
-    Mutation(11, "keys of other documents count", V32_ISOLATED, sparse_attention, "chosen",
+    Mutation(11, "keys of other documents count", V32_ISOLATED, sparse_attention, "select",
              _other_documents_count),
     Mutation(14, "capacity factor of two", CROWDED, expert_parallel, "combine",
              _drop_beyond_capacity),

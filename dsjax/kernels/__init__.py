@@ -6,6 +6,9 @@ configs, models or meshes; `Target` says which machine a program is compiled for
   flash_attention.py    the same in plain XLA, chunk by chunk or by a list of tiles
   cudnn_attention.py    the same through cuDNN, for Hopper GPUs
   cached_attention.py   attention of new tokens to a decoding cache
+  sparse_attention.py   attention to the keys that an index chooses (V3.2): masked, and gathered
+  native_sparse.py      attention in three branches that read few keys (NSA)
+  query_tiles.py        a function of queries, run over a few of them after the other
   grouped_matmul.py     rows sorted by group times one matrix per group: the experts' products
   hopper_grouped.py     the same as Mosaic GPU kernels, for Hopper
   chosen_experts.py     the experts of a few tokens, for decoding

@@ -19,6 +19,7 @@ from dsjax.generate.engine import Engine
 from dsjax.generate.request import Request
 from dsjax.generate.sampling import Sampling
 from dsjax.kernels import sparse_attention
+from dsjax.model.sparse_mla import SparseMLA
 from tests.closeness import LOGITS, assert_close
 from tests.golden import checkpoint, ours
 from tests.golden.cases import LENGTH, V32, Case
@@ -71,7 +72,9 @@ def chosen_by_transformers(model, tokens_T) -> list[np.ndarray]:
 
 
 def chosen_by_us(model, tokens_T, monkeypatch) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Each layer's scores and choice, [T, T] each. Chunks that choose all are masked causally."""
+    """Each layer's scores and choice, [T, T] each, of the form that masks: the one that gathers
+    chooses by the same scores. Chunks that choose all are masked causally.
+    """
     T, count, right = len(tokens_T), model.config.index_topk, sparse_attention.chosen
     chunks: list[tuple[np.ndarray, np.ndarray]] = []
 
@@ -80,6 +83,7 @@ def chosen_by_us(model, tokens_T, monkeypatch) -> list[tuple[np.ndarray, np.ndar
         chunks.append((np.asarray(scores_BTS[0]), np.asarray(mask_BTS[0])))
         return mask_BTS
 
+    monkeypatch.setattr(SparseMLA, "gathers", lambda *_: False)
     monkeypatch.setattr(sparse_attention, "chosen", keep)
     monkeypatch.setattr(jax, "checkpoint", lambda function: function)  # it would trace
     with jax.disable_jit():
@@ -124,8 +128,10 @@ def test_random_checkpoint_equals_transformers(seed, monkeypatch):
     model = ours.place(*checkpoint.parameters(case))
     end = first_difference(theirs, chosen_by_us(model, tokens_T, monkeypatch))
     assert end >= FEWEST > case.config["index_topk"], end
-    got = np.asarray(jax.jit(lambda model: model(tokens_T[None])[0])(model))
-    assert_close(got[:end], want[:end], LOGITS, "logits")
+    for gathers in (False, True):
+        monkeypatch.setattr(SparseMLA, "gathers", lambda *_, gathers=gathers: gathers)
+        got = np.asarray(jax.jit(lambda model: model(tokens_T[None])[0])(model))
+        assert_close(got[:end], want[:end], LOGITS, f"logits, gathered: {gathers}")
 
 
 def test_greedy_tokens_equal_transformers_across_the_number_of_keys():
