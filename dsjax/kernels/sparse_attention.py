@@ -40,6 +40,10 @@ from dsjax.kernels.varying import vary_as
 
 # Most numbers in the largest array of one tile: 64 MiB of float32.
 _MOST = 2**24
+# Products of queries' heads and keys that are summed to scores at once, and fewest keys of them: on
+# a CPU what fits in the cache of a core.
+_MOST_PRODUCTS = {"cpu": 2**18, "accelerator": 2**24}
+_FEWEST_KEYS = 1024
 # Values that queries gather at once: what fits in the cache of a core, and 64 MiB of float32.
 _MOST_GATHERED = {"cpu": 2**19, "accelerator": 2**24}
 # Queries of the chunks in which a device with whole sequences meets the keys up to their end.
@@ -111,6 +115,55 @@ def index_scores(index: Index) -> jax.Array:
     """
     products_BTIS = jax.nn.relu(_product("BTIY,BSY->BTIS", index.q_BTIY, index.k_BSY))
     return _product("BTI,BTIS->BTS", index.w_BTI, products_BTIS)
+
+
+class Scoring(NamedTuple):
+    """How many queries and keys of each row are scored at once."""
+
+    queries: int
+    keys: int
+
+
+def scored_at_once(target: Target, heads: int, n_queries: int, n_keys: int) -> Scoring:
+    """Bounds the products of one tile of queries.
+
+    Args:
+      heads: of all rows of a device.
+    """
+    most = _MOST_PRODUCTS[_memory(target)] // heads
+    queries = min(most // _FEWEST_KEYS, _MOST // n_keys, n_queries)
+    keys = max(most // max(queries, 1), _FEWEST_KEYS)
+    return Scoring(max(queries, 1), min(keys, n_keys))
+
+
+def scores_in_blocks(
+    q_BTIY: jax.Array,
+    w_BTI: jax.Array,
+    read: Callable[[jax.Array | int, int], jax.Array],
+    length: int,
+    *,
+    size: int,
+    n_blocks: jax.Array | int,
+) -> jax.Array:
+    """Scores keys as `index_scores` does, a block at a time: float32 [B, T, S]. Has no gradient.
+
+    Args:
+      read: (first place, number of places) -> keys [B, size, Y].
+      length: places that there are.
+      size: of a block.
+      n_blocks: keys of later blocks get 0; no query may see them.
+    """
+    if size == length:
+        return index_scores(Index(q_BTIY, w_BTI, read(0, length)))
+
+    def score(number: jax.Array, scores_BTS: jax.Array) -> jax.Array:
+        # The last block is moved back to end where the keys do.
+        start = jnp.minimum(number * size, length - size)
+        block_BTX = index_scores(Index(q_BTIY, w_BTI, read(start, size)))
+        return lax.dynamic_update_slice_in_dim(scores_BTS, block_BTX, start, axis=2)
+
+    empty_BTS = jnp.zeros((*q_BTIY.shape[:2], length), jnp.float32)
+    return lax.fori_loop(0, n_blocks, score, vary_as(empty_BTS, q_BTIY, w_BTI, read(0, size)))
 
 
 def select(scores_BTS: jax.Array, visible_BTS: jax.Array, count: int) -> Selection:
@@ -321,8 +374,11 @@ def gathered_at_once(target: Target, values_per_query: int) -> int:
     """Returns how many queries gather their keys together. On a CPU what they gather stays in the
     cache of a core until it is multiplied.
     """
-    most = _MOST_GATHERED["cpu" if target.kind == "cpu" else "accelerator"]
-    return max(most // values_per_query, 1)
+    return max(_MOST_GATHERED[_memory(target)] // values_per_query, 1)
+
+
+def _memory(target: Target) -> str:
+    return "cpu" if target.kind == "cpu" else "accelerator"
 
 
 def latent_attention(
@@ -362,9 +418,12 @@ def latent_attention(
     def attend(queries: Any, keys: Any, seen: int) -> Any:
         (kept, of_choice), places_1T = queries
         entries, *of_index = keys
-        choose = functools.partial(_choose, keys=of_index, count=count)
-        most = max(_MOST // (rows * index.w_BTI.shape[2] * seen), 1)
-        selection = over_tiles(choose, (of_choice, places_1T), most=most, shards=split.length)
+        T = places_1T.shape[1] // split.length
+        at_once = scored_at_once(target, rows * index.w_BTI.shape[2], T, seen)
+        choose = functools.partial(_choose, keys=of_index, count=count, size=at_once.keys)
+        selection = over_tiles(
+            choose, (of_choice, places_1T), most=at_once.queries, shards=split.length
+        )
         return _attend_chosen(kept, entries, selection, sizes)
 
     of_choice = (*detached[:2], segments and segments.q_BT)
@@ -382,11 +441,19 @@ class _Sizes(NamedTuple):
     shards: int
 
 
-def _choose(of_queries: Any, *, keys: Any, count: int) -> Selection:
-    """Selects keys for a tile of queries."""
+def _choose(of_queries: Any, *, keys: Any, count: int, size: int) -> Selection:
+    """Selects keys for a tile of queries, and scores `size` of them at once."""
     (index_q_BTIY, w_BTI, q_segments_BT), places_1T = of_queries
     index_k_BSY, k_segments_BS = keys
-    scores_BTS = index_scores(Index(index_q_BTIY, w_BTI, index_k_BSY))
+    S = index_k_BSY.shape[1]
+    scores_BTS = scores_in_blocks(
+        index_q_BTIY,
+        w_BTI,
+        lambda start, size: lax.dynamic_slice_in_dim(index_k_BSY, start, size, axis=1),
+        S,
+        size=size,
+        n_blocks=-(-S // size),
+    )
     visible_BTS = _visible(places_1T, q_segments_BT, k_segments_BS, index_k_BSY)
     return select(scores_BTS, visible_BTS, count)
 

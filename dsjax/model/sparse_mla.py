@@ -30,9 +30,10 @@ from dsjax.kernels.sparse_attention import (
     Split,
     gathered_at_once,
     gathered_attention,
-    index_scores,
     latent_attention,
     masked_attention,
+    scored_at_once,
+    scores_in_blocks,
     select,
 )
 from dsjax.model import rope
@@ -45,9 +46,6 @@ from dsjax.parallel.sharding import parts_here
 from dsjax.precision.activations import attention_linear
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
-
-# Most index products of one tile of queries that extends a cache: 64 MiB of float32.
-_MOST_SCORED = 2**24
 
 
 class SparseMLA(MLA):
@@ -189,9 +187,8 @@ class SparseMLA(MLA):
         arguments are those of `attend` and of `Index`.
         """
         config = self.config
-        B, S, part = q_BTNH.shape[0], cache.length, split_cache.part()
+        (B, T), S, part = positions_BT.shape, cache.length, split_cache.part()
         q_nope, q_rope = jnp.split(q_BTNH, [config.qk_nope_head_dim], axis=-1)
-        index_k_BSY = cache.read(0, S)["index_key"][:, 0]
         positions_11S = part.position(lax.broadcasted_iota(jnp.int32, (1, 1, S), 2))
 
         def attend(of_queries: Any) -> Attended:
@@ -200,11 +197,21 @@ class SparseMLA(MLA):
 
         rows = max(B // parts_here("batch"), 1)
         gathered = rows * config.index_topk * (config.kv_lora_rank + config.qk_rope_head_dim)
-        at_once = gathered_at_once(self.policy.target, gathered)
+        few = gathered_at_once(self.policy.target, gathered)
+        scored = scored_at_once(self.policy.target, rows * config.index_n_heads, T, S)
+        # Equally many on all devices that hold parts: keys may be gathered from others.
+        n_blocks = positions_BT.max() // (part.n_parts * scored.keys) + 1
 
         def tile(of_queries: Any) -> Attended:
             q_BtNC, q_rope_BtNR, index_q, w, positions_Bt = of_queries
-            scores_BtS = index_scores(Index(index_q, w, index_k_BSY))
+            scores_BtS = scores_in_blocks(
+                index_q,
+                w,
+                lambda start, size: cache.read(start, size)["index_key"][:, 0],
+                S,
+                size=scored.keys,
+                n_blocks=n_blocks,
+            )
             visible_BtS = positions_11S <= positions_Bt[..., None]
             selection = select(scores_BtS, visible_BtS, config.index_topk)
             indices_BtJ = selection.indices_BTJ
@@ -213,11 +220,10 @@ class SparseMLA(MLA):
             valid_BtJ = split_cache.chosen(
                 scores_BtJ, found_BtJ, selection.valid_BTJ, config.index_topk
             )
-            return over_tiles(attend, (q_BtNC, q_rope_BtNR, indices_BtJ, valid_BtJ), most=at_once)
+            return over_tiles(attend, (q_BtNC, q_rope_BtNR, indices_BtJ, valid_BtJ), most=few)
 
         queries = (self.absorbed(q_nope, weights), q_rope, index_q_BTIY, w_BTI, positions_BT)
-        most = max(_MOST_SCORED // (rows * config.index_n_heads * S), 1)
-        attended: Attended = over_tiles(tile, queries, most=most)
+        attended: Attended = over_tiles(tile, queries, most=scored.queries)
         return attended._replace(out_BTNW=self.projected(attended.out_BTNW, weights))
 
     def _attend_first(

@@ -21,6 +21,8 @@ from dsjax.kernels.sparse_attention import (
     index_scores,
     latent_attention,
     masked_attention,
+    scored_at_once,
+    scores_in_blocks,
     select,
 )
 from dsjax.kernels.target import Target
@@ -76,6 +78,33 @@ def test_scores_may_be_negative_and_zero_is_a_score():
     index = Index(np.full((1, 1, 2, 1), 2.0, np.float32), np.array([[[1.0, -3.0]]], np.float32),
                   np.array([[[1.0], [-1.0]]], np.float32))  # fmt: skip
     assert np.asarray(index_scores(index))[0, 0].tolist() == [-4.0, 0.0]
+
+
+@pytest.mark.parametrize("n_blocks", [1, 3])
+def test_scores_in_blocks_are_scores_up_to_the_last_block(n_blocks):
+    """The last of three blocks of 15 keys begins at the 26th."""
+    index = arrays()[1]
+    read = functools.partial(lax.dynamic_slice_in_dim, index.k_BSY, axis=1)
+    got = jax.jit(
+        lambda n_blocks: scores_in_blocks(*index[:2], read, T, size=15, n_blocks=n_blocks)
+    )(n_blocks)
+    scored = min(15 * n_blocks, T)
+    assert_close(got[..., :scored], index_scores(index)[..., :scored], F32, "scores")
+    assert not np.asarray(got[..., scored:]).any()
+
+
+@pytest.mark.parametrize(
+    ("heads", "n_queries", "n_keys", "want"),
+    [
+        (8, 512, 65536, (32, 1024)),
+        (8, 1, 65536, (1, 32768)),
+        (8, 1, 4096, (1, 4096)),
+        (1 << 20, 512, 65536, (1, 1024)),
+        (8, 512, 1 << 24, (1, 32768)),
+    ],
+)
+def test_products_of_a_tile_are_bounded(heads, n_queries, n_keys, want):
+    assert scored_at_once(Target("cpu"), heads, n_queries, n_keys) == want
 
 
 def reference(qkv, index, segments, count, *, warmup=False):

@@ -125,7 +125,8 @@ def test_cached_tokens_equal_the_whole_sequence(whole, most, monkeypatch):
     read as a whole at the start of a text and gathered later.
     """
     monkeypatch.setattr(sparse_attention, "_MOST_GATHERED", {"cpu": most})
-    monkeypatch.setattr(sparse_mla, "_MOST_SCORED", most)
+    monkeypatch.setattr(sparse_attention, "_MOST_PRODUCTS", {"cpu": most})
+    monkeypatch.setattr(sparse_attention, "_FEWEST_KEYS", 5)
     monkeypatch.setattr(MLA, "absorbs", staticmethod(lambda config, n_queries: n_queries < 8))
     got = decoded(tiny_model(PLAIN), tokens(2, LENGTH), [8, 1, 1, 1, 1, 4, 16, 8])
     assert_close(got, whole, LOGITS, "logits")
