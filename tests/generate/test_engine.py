@@ -15,6 +15,7 @@ from dsjax.generate.engine import Engine, Request
 from dsjax.generate.programs import Programs
 from dsjax.generate.request import join
 from dsjax.generate.sampling import Sampling
+from dsjax.kernels import sparse_attention
 from dsjax.model.parameters import shardings
 from dsjax.parallel.mesh import make_mesh
 from tests.model.tiny import TINY, tiny_model
@@ -108,10 +109,12 @@ GROUPED = {"attention": "gqa", "n_kv_heads": 2, "head_dim": 8, "qk_norm": True, 
     ],
     ids=str,
 )
-def test_a_cache_split_over_devices_generates_the_same(changes, sizes):
+def test_a_cache_split_over_devices_generates_the_same(changes, sizes, monkeypatch):
     """Prompts that end in the middle of a part, with drafts and known prefixes; texts longer than
-    what an indexer chooses.
+    what an indexer chooses, and than what it scores at once.
     """
+    monkeypatch.setattr(sparse_attention, "_MOST_PRODUCTS", {"cpu": 2**11})
+    monkeypatch.setattr(sparse_attention, "_FEWEST_KEYS", 16)
     config = dataclasses.replace(TINY, **changes)
     model, mesh = tiny_model(config), make_mesh(sizes, n_devices=math.prod(sizes.values()))
     asked = [
