@@ -42,7 +42,7 @@ from dsjax.kernels.varying import vary_as
 _MOST = 2**24
 # Products of queries' heads and keys that are summed to scores at once, and fewest keys of them: on
 # a CPU what fits in the cache of a core.
-_MOST_PRODUCTS = {"cpu": 2**18, "accelerator": 2**24}
+_MOST_PRODUCTS = {"cpu": 2**17, "accelerator": 2**24}
 _FEWEST_KEYS = 1024
 # Values that queries gather at once: what fits in the cache of a core, and 64 MiB of float32.
 _MOST_GATHERED = {"cpu": 2**19, "accelerator": 2**24}
@@ -113,6 +113,10 @@ def index_scores(index: Index) -> jax.Array:
 
     A score may be negative, as weights are.
     """
+    if index.q_BTIY.shape[1] == 1:
+        # The keys come first: after few rows, a CPU's product takes a transposed copy of them.
+        products_BSTI = jax.nn.relu(_product("BSY,BTIY->BSTI", index.k_BSY, index.q_BTIY))
+        return _product("BSTI,BTI->BTS", products_BSTI, index.w_BTI)
     products_BTIS = jax.nn.relu(_product("BTIY,BSY->BTIS", index.q_BTIY, index.k_BSY))
     return _product("BTI,BTIS->BTS", index.w_BTI, products_BTIS)
 

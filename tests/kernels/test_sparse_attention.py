@@ -96,11 +96,11 @@ def test_scores_in_blocks_are_scores_up_to_the_last_block(n_blocks):
 @pytest.mark.parametrize(
     ("heads", "n_queries", "n_keys", "want"),
     [
-        (8, 512, 65536, (32, 1024)),
-        (8, 1, 65536, (1, 32768)),
+        (8, 512, 65536, (16, 1024)),
+        (8, 1, 65536, (1, 16384)),
         (8, 1, 4096, (1, 4096)),
         (1 << 20, 512, 65536, (1, 1024)),
-        (8, 512, 1 << 24, (1, 32768)),
+        (8, 512, 1 << 24, (1, 16384)),
     ],
 )
 def test_products_of_a_tile_are_bounded(heads, n_queries, n_keys, want):
