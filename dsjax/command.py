@@ -33,7 +33,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from dsjax import files, settings
+from dsjax import files, settings, unknown_arguments
 from dsjax.axes import AXES, CHECKPOINT_AXES
 from dsjax.config import Config, MeshConfig
 from dsjax.config.posttraining import PostTraining
@@ -46,11 +46,45 @@ PROGRAM = "dsjax"  # an installed package's; in a checkout each tool is a progra
 SUCCESS, FAILURE, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser that answers an argument of another project's form with the right one.
+
+    Attributes:
+      keys: what `--set` takes, empty without a config.
+    """
+
+    keys: Mapping[str, object] = {}
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        argv = sys.argv[1:] if args is None else list(args)
+        flags = self._flags(argv)
+        # Before argparse looks, which would take the value of an unknown flag for CONFIG.
+        for flag, value in unknown_arguments.unknown(argv, flags):
+            self.error(unknown_arguments.answer(flag, value, flags, self.keys))
+        namespace, left = self.parse_known_args(argv, namespace)
+        for word in left:
+            name, equals, value = word.partition("=")
+            if equals and name in self.keys:
+                self.error(unknown_arguments.answer(name, value, flags, self.keys))
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return namespace
+
+    def _flags(self, argv: Sequence[str]) -> set[str]:
+        """Returns the flags of this parser and of the subcommand that `argv` names."""
+        flags = set(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for name, parser in action.choices.items():
+                    flags |= set(parser._option_string_actions) if name in argv else set()
+        return flags
+
+
+def make_parser(description: str | None) -> Parser:
     """Returns a parser with `--debug` that prints `description`, a tool's docstring with its
     examples, `as_called`.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=as_called(description or ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -103,11 +137,19 @@ def add_commands(
 
 
 def add_config(
-    parser: argparse.ArgumentParser, default: str | Path | None = None, *, optional: bool = False
+    parser: Parser,
+    default: str | Path | None = None,
+    *,
+    optional: bool = False,
+    kinds: Sequence[type[Any]] = (Config,),
 ) -> None:
     """Adds CONFIG and `--set`, which `load` reads. CONFIG may be left out if it has a default or is
     `optional`.
+
+    Args:
+      kinds: roots that the command reads, whose keys it suggests.
     """
+    parser.keys = {key: kind for root in kinds for key, kind in settings.field_types(root).items()}
     parser.add_argument(
         "config",
         metavar="CONFIG",
@@ -131,15 +173,29 @@ def load(arguments: argparse.Namespace, kind: type[settings.Root] = Config) -> s
 
     Args:
       kind: its root; the tool of another kind of experiment names its own.
+
+    Raises:
+      settings.WrongAssignment: `--set` is wrong, or CONFIG is what should follow it.
+      ValueError, FileNotFoundError: the file is not a config.
     """
-    return settings.override(settings.load_config(arguments.config, kind), arguments.set)
+    return settings.override(settings.load_config(_config(arguments), kind), arguments.set)
 
 
-def add_experiment(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+def _config(arguments: argparse.Namespace) -> str:
+    """Returns CONFIG, which may not be an assignment."""
+    config = str(arguments.config)
+    if "=" in config and not Path(config).exists():
+        raise settings.WrongAssignment(
+            f"{config} is not a config; keys of the config follow --set: write --set {config}"
+        )
+    return config
+
+
+def add_experiment(parser: Parser, *, optional: bool = False) -> None:
     """Adds CONFIG, `--set` and `--init` for a command that reads every kind of experiment;
     `load_experiment` reads the first two.
     """
-    add_config(parser, optional=optional)
+    add_config(parser, optional=optional, kinds=ROOTS)
     parser.add_argument(
         "--init",
         metavar="CKPT",
@@ -150,7 +206,7 @@ def add_experiment(parser: argparse.ArgumentParser, *, optional: bool = False) -
 
 def load_experiment(arguments: argparse.Namespace) -> Experiment:
     """Returns the config that CONFIG and `--set` describe, whatever its root."""
-    return settings.override(settings.load_any(arguments.config, ROOTS), arguments.set)
+    return settings.override(settings.load_any(_config(arguments), ROOTS), arguments.set)
 
 
 def add_initial(parser: argparse.ArgumentParser) -> None:
@@ -351,7 +407,8 @@ def run(
     """Parses the arguments, executes, and returns the exit code: 0, 1 on failure (after printing
     it), 130 on Ctrl-C.
 
-    Wrong usage raises argparse's SystemExit (2); a SystemExit raised by `execute` passes through.
+    Wrong usage raises argparse's SystemExit (2), or returns 2 where `execute` finds it; a
+    SystemExit raised by `execute` passes through.
 
     Args:
       argv: the arguments; None: those of the process, which then is this command and no more.
@@ -380,7 +437,7 @@ def run(
         if arguments.debug:
             traceback.print_exc()
         print(f"{parser.prog}: {describe(error)}", file=sys.stderr)
-        return FAILURE
+        return USAGE if isinstance(error, settings.WrongAssignment) else FAILURE
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Self
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -49,7 +51,7 @@ class _Screen:
             self._bar = None
 
     def _start(
-        self, *columns: ProgressColumn, total: int, done: int = 0, transient: bool = True
+        self, *columns: ProgressColumn, total: int | None, done: int = 0, transient: bool = True
     ) -> None:
         """Starts a bar; on anything but a terminal, and while a bar is shown, does nothing."""
         if self.console.is_terminal and self._bar is None:
@@ -82,6 +84,20 @@ class Display(_Screen):
         else:
             left = duration((self._total - step) * step_seconds)
             self.say(f"step {step}/{self._total}  {full}  eta {left}")
+
+    @contextlib.contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Context that shows that `what` goes on, of which nobody knows how far it has come: a
+        spinner and its seconds on a terminal, unless a bar is shown, and a line anywhere else.
+        """
+        self.say(what)
+        idle = self._bar is None
+        self._start(SpinnerColumn(), TextColumn(what), TimeElapsedColumn(), total=None)
+        try:
+            yield
+        finally:
+            if idle:
+                self.stop()
 
     def counting(self, what: str) -> Callable[[int, int], None]:
         """Returns a callback (done, total) that shows how far `what` has come.

@@ -43,6 +43,10 @@ _KIND_NAMES = {
 _logger = logging.getLogger(__name__)
 
 
+class WrongAssignment(ValueError):
+    """An assignment of a command line that no config could take, or that this one cannot."""
+
+
 def load_config(path: str | Path, kind: type[Root] = Config) -> Root:
     """Reads a config file (.py), a run's config.json, or the folder of a run.
 
@@ -110,8 +114,8 @@ def override(config: Root, assignments: Sequence[str]) -> Root:
     key wins.
 
     Raises:
-      ValueError: an assignment names no key or has a value of the wrong type (all such are listed),
-        or the result breaks a rule of the config.
+      WrongAssignment: an assignment names no key or has a value of the wrong type (all such are
+        listed), or the result breaks a rule of the config.
     """
     kinds, values = field_types(type(config)), flatten(config)
     problems = []
@@ -131,8 +135,11 @@ def override(config: Root, assignments: Sequence[str]) -> Root:
             except ValueError as error:
                 problems.append(f"{key}={text!r} {error}")
     if problems:
-        raise ValueError("\n".join(problems))
-    return _build(type(config), values)
+        raise WrongAssignment("\n".join(problems))
+    try:
+        return _build(type(config), values)
+    except ValueError as error:
+        raise WrongAssignment(str(error)) from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -103,3 +103,19 @@ def test_display_counts_with_a_bar_that_goes_when_it_is_full():
 @pytest.mark.parametrize(("seconds", "text"), [(3725.0, "1:02:05"), (59.6, "1:00"), (5, "0:05")])
 def test_duration_reads_as_a_clock(seconds, text):
     assert duration(seconds) == text
+
+
+def test_work_of_unknown_length_is_a_line_or_on_a_terminal_a_spinner_that_goes():
+    output = io.StringIO()
+    with Display(Console(file=output)) as display, display.working("compiling"):
+        assert output.getvalue() == "compiling\n"
+    output = io.StringIO()
+    with Display(Console(file=output, width=80, force_terminal=True)) as display:
+        with display.working("compiling"):
+            time.sleep(0.25)
+        display.start_steps(2, 8)
+        with display.working("compiling again"):  # the steps keep their bar
+            pass
+        display.step(5)
+    drawn = output.getvalue()
+    assert drawn.count("compiling") > 2 and "0:00:00" in drawn and "5/8" in drawn

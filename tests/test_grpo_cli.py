@@ -34,15 +34,15 @@ CONFIG = "configs/grpo_countdown.py"
     ("arguments", "code", "message"),
     [
         ((CONFIG,), 1, "grpo_countdown begins with a checkpoint; name it: --init CKPT"),
-        ((CONFIG, "--init", "x", "--set", "rl.kl=k1"), 1, "must be one of k3, rho_k3"),
+        ((CONFIG, "--init", "x", "--set", "rl.kl=k1"), 2, "must be one of k3, rho_k3"),
         (
             (CONFIG, "--init", "x", "--set", "rl.minibatch=4"),
-            1,
+            2,
             "rl.minibatch is not a config key; did you mean rl.minibatches",
         ),
         (
             (CONFIG, "--init", "x", "--set", "rl.group_size=1"),
-            1,
+            2,
             "rl.group_size=1 must be at least 2",
         ),
         (("configs/tiny.py", "--init", "x"), 1, "ends with `config = Reinforcement(...)`"),

@@ -16,6 +16,7 @@ FLOORS = {
     "display": 0.0,
     "tables": 0.1,
     "settings": 0.1,
+    "unknown_arguments": 0.1,
     "command": 0.2,
     "program": 0.3,
     "kernels": 1,

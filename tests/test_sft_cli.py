@@ -26,10 +26,10 @@ def sft(*arguments):
         ((), 1, "sft_tiny begins with a checkpoint; name it: --init CKPT"),
         (
             ("--init", "x", "--set", "sft.file=a"),
-            1,
+            2,
             "sft.file is not a config key; did you mean sft",
         ),
-        (("--init", "x", "--set", "model.dim=8"), 1, "model.dim cannot be set: model comes whole"),
+        (("--init", "x", "--set", "model.dim=8"), 2, "model.dim cannot be set: model comes whole"),
         (("configs/tiny.py", "--init", "x"), 1, "ends with `config = FineTuning(...)`"),
         (("--init", "nowhere"), 1, "nowhere"),
         (("--frobnicate",), 2, "unrecognized arguments: --frobnicate"),

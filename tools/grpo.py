@@ -42,7 +42,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     result = command.make_parser(__doc__)
-    command.add_config(result)
+    command.add_config(result, kinds=(Reinforcement,))
     command.add_initial(result)
     command.add_processes(result)
     return result

@@ -49,7 +49,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     result = command.make_parser(__doc__)
-    command.add_config(result, default="configs/dpo_tiny.py")
+    command.add_config(result, default="configs/dpo_tiny.py", kinds=(Preference,))
     command.add_initial(result)
     command.add_processes(result)
     return result

@@ -47,7 +47,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     result = command.make_parser(__doc__)
-    command.add_config(result, default="configs/sft_tiny.py")
+    command.add_config(result, default="configs/sft_tiny.py", kinds=(FineTuning,))
     command.add_initial(result)
     command.add_processes(result)
     return result

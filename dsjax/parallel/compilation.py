@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from dsjax.display import Display, size
 from dsjax.files import cache_folder
 from dsjax.kernels.target import Target
 
@@ -49,15 +50,17 @@ class Compiled:
       seconds: time spent on compilation so far.
     """
 
-    def __init__(self, function: Any, mesh: Mesh, *, announce: Callable[[], None] = lambda: None):
+    def __init__(
+        self, function: Any, mesh: Mesh, *, what: str = "a program", display: Display | None = None
+    ):
         """
         Args:
           mesh: the devices to compile for.
-          announce: called when a compilation starts.
+          what: the function is, for the display, which shows each compilation and its result.
         """
         self._function = function
         self._mesh = mesh
-        self._announce = announce
+        self._what, self._display = what, display
         self._programs: dict[Any, Any] = {}
         self.seconds = 0.0
 
@@ -72,11 +75,25 @@ class Compiled:
 
     def compile(self, state: Any, batch: Any, *rest: Any) -> None:
         """Compiles the program for these arguments without running it."""
-        self._announce()
-        start = time.perf_counter()
-        with jax.set_mesh(self._mesh):
-            self._programs[_shapes(batch)] = self._function.lower(state, batch, *rest).compile()
-        self.seconds += time.perf_counter() - start
+        display, start = self._display, time.perf_counter()
+        shown = display.working(f"compiling {self._what}") if display else contextlib.nullcontext()
+        with shown, jax.set_mesh(self._mesh):
+            program = self._function.lower(state, batch, *rest).compile()
+        self._programs[_shapes(batch)] = program
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        if display:
+            display.say(f"compiled {self._what} in {seconds:.0f} s{_needs(program, self._mesh)}")
+
+
+def _needs(program: Any, mesh: Mesh) -> str:
+    """Says how much memory a program takes on a device, where the compiler and the device know."""
+    memory = program.memory_analysis()
+    if memory is None:
+        return ""
+    statistics = mesh.local_devices[0].memory_stats() or {}
+    limit = f" of {size(statistics['bytes_limit'])}" if "bytes_limit" in statistics else ""
+    return f"; it takes {size(memory.peak_memory_in_bytes)}{limit} per device"
 
 
 def _shapes(batch: Any) -> tuple[tuple[int, ...], ...]:

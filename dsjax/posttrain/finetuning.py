@@ -39,7 +39,7 @@ from dsjax.posttrain.teaching import lessons
 from dsjax.precision.policy import advice
 from dsjax.text.chat import ChatFormat, Message
 from dsjax.text.conversation import choose_format
-from dsjax.train import hyperparameters, loop, pipelined_step, plots, session
+from dsjax.train import header, hyperparameters, loop, pipelined_step, plots, session
 from dsjax.train.batches import batch_sharding, place_all
 from dsjax.train.evaluate import Evaluation, evaluate, scorer
 from dsjax.train.optimizer import Trains, adamw
@@ -198,23 +198,32 @@ class FineTuningRun:
         optimizer = adamw(config.optim, self._trains(mesh))
         abstract = abstract_state(self.declared, optimizer, mesh)
         learned = lessons(config, initial, data.training, mesh, run)
+        flops = train_flops_per_token(config.shape, length)
+        run.display.console.print(
+            header.table(
+                config, self.declared, abstract, mesh, folder=run.folder,
+                tokens=length * config.train.batch_size * config.train.steps,
+                takes=header.sequences(config, length), flops_per_token=flops,
+            )
+        )  # fmt: skip
         run.begin(
             learned.source,
             abstract,
             lambda: initial.state(self.declared, optimizer, mesh),
             mesh=mesh,
-            flops_per_token=train_flops_per_token(config.shape, length),
+            flops_per_token=flops,
         )
         self.knobs = learned.knobs
         step = train_step(
             self.declared, optimizer, learned.objective, schedule=config.mesh.schedule
         )
-        compiling = functools.partial(run.display.say, "compiling the training step")
-        self.train_step = compile_step(step, abstract, mesh, compiling)
+        self.train_step = compile_step(step, abstract, mesh, display=run.display)
         everywhere = NamedSharding(mesh, PartitionSpec())  # for numbers that each process reads
         # Held-out text is scored as text, whatever the student learns from.
         score = scorer(self.declared, supervised(config), chunk=config.train.loss_chunk)
-        self.score = Compiled(jax.jit(score, out_shardings=everywhere), mesh)
+        self.score = Compiled(
+            jax.jit(score, out_shardings=everywhere), mesh, what="the score", display=run.display
+        )
         rows = data.heldout
         self.heldout = HeldoutRows(rows, initial.vocabulary.coder) if rows else None
 

@@ -37,7 +37,7 @@ from dsjax.posttrain.reward_model import RewardModel, new_head, trains
 from dsjax.posttrain.row_store import Field, RowStore, weights_digest
 from dsjax.posttrain.rows import ShuffledRows, hold_out
 from dsjax.precision.policy import advice
-from dsjax.train import hyperparameters, loop, pipelined_step, plots, session
+from dsjax.train import header, hyperparameters, loop, pipelined_step, plots, session
 from dsjax.train.batches import batch_sharding, place_all
 from dsjax.train.evaluate import batch_sums
 from dsjax.train.objective import Objective
@@ -168,6 +168,16 @@ class PreferenceRun:
             initial.keep_files(run.folder)
         abstract = abstract_state(declared, optimizer, mesh)
 
+        flops = train_flops_per_token(config.shape, length, mtp=False)
+        rows = config.preference.rows_per_example * config.train.batch_size
+        run.display.console.print(
+            header.table(
+                config, declared, abstract, mesh, folder=run.folder, flops_per_token=flops,
+                tokens=rows * length * config.train.steps,
+                takes=f"{config.train.batch_size} examples, {rows} sequences of {length:,}",
+            )
+        )  # fmt: skip
+
         def begun() -> TrainState:
             new = new_head(config.shape, mesh, config.train.seed) if scores else None
             return initial.state(declared, optimizer, mesh, new)
@@ -186,14 +196,13 @@ class PreferenceRun:
             abstract,
             begun,
             mesh=mesh,
-            flops_per_token=train_flops_per_token(config.shape, length, mtp=False),
+            flops_per_token=flops,
         )
         self.declared, objective = declared, preference(config)
         if not scores:
             self._ask_reference(lambda: run.state if not run.step else begun())
         step = train_step(declared, optimizer, objective, schedule=config.mesh.schedule)
-        compiling = functools.partial(run.display.say, "compiling the training step")
-        self.train_step = compile_step(step, abstract, mesh, compiling)
+        self.train_step = compile_step(step, abstract, mesh, display=run.display)
         self.sums = self._compiled_sums(objective)
 
     def _compiled_sums(self, objective: Objective) -> Compiled:

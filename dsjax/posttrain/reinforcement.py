@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from dsjax.posttrain.rollout import Rollouts, casting, seeds
 from dsjax.posttrain.updates import RENEW, PolicyState, Timed, all_minibatches, with_reference
 from dsjax.posttrain.verdicts import FORMAT, Judged
 from dsjax.precision.policy import advice
-from dsjax.train import hyperparameters, loop, pipelined_step, session
+from dsjax.train import header, hyperparameters, loop, pipelined_step, session
 from dsjax.train.batches import batch_sharding
 from dsjax.train.optimizer import adamw
 from dsjax.train.session import Session
@@ -93,9 +92,7 @@ class Learning:
         if slow := advice(config.precision.compute, Target.here()):
             run.display.say(slow)
         run.display.say(
-            f"{len(questions):,} questions, {len(self.heldout) if self.heldout else 0:,} held out; "
-            f"each step {rl.prompts} questions, {rl.prompts * rl.group_size} answers of at most "
-            f"{rl.max_new_tokens} tokens, {rl.minibatches} updates"
+            f"{len(questions):,} questions, {len(self.heldout) if self.heldout else 0:,} held out"
         )
         if processes.is_first():
             initial.keep_files(run.folder)
@@ -112,6 +109,14 @@ class Learning:
             config, questions, self.grader, self.rollouts, initial.vocabulary, declared, mesh,
             run.folder, run.display.say,
         )  # fmt: skip
+        flops = train_flops_per_token(config.shape, length)
+        run.display.console.print(
+            header.table(
+                config, declared, abstract, mesh, folder=run.folder, flops_per_token=flops,
+                takes=f"{rl.prompts} questions, {rl.prompts * rl.group_size} answers of at most "
+                f"{rl.max_new_tokens:,} tokens, {rl.minibatches} updates",
+            )
+        )  # fmt: skip
         run.begin(
             source,
             abstract,
@@ -119,13 +124,18 @@ class Learning:
                 declared, initial.state(declared, optimizer, mesh), keep=rl.beta > 0
             ),
             mesh=mesh,
-            flops_per_token=train_flops_per_token(config.shape, length),
+            flops_per_token=flops,
         )
         objective = policy_objective(config)
         step = train_step(declared, optimizer, objective, schedule=config.mesh.schedule)
-        compiling = functools.partial(run.display.say, "compiling the updates")
         self.updates = Timed(
-            compile_step(all_minibatches(step, declared), abstract, mesh, compiling)
+            compile_step(
+                all_minibatches(step, declared),
+                abstract,
+                mesh,
+                what="the updates",
+                display=run.display,
+            )
         )
 
     def _questions(self, files: str, key: str, initial: Initial) -> Questions:

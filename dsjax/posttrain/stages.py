@@ -60,7 +60,7 @@ def load(path: str | Path, assignments: Sequence[str] = (), *, seed: int | None 
     for assignment in assignments:
         name, _, rest = assignment.partition(".")
         if name not in given or "=" not in rest:
-            raise ValueError(
+            raise settings.WrongAssignment(
                 f"--set {assignment}: write STAGE.KEY=VALUE, with one of the stages "
                 f"{', '.join(given)}"
             )
@@ -85,7 +85,7 @@ def _override(stage: Stage, assignments: Sequence[str], path: Path) -> StageConf
     try:
         return settings.override(checked, assignments)
     except ValueError as error:
-        raise ValueError(f"stage {stage.name}: {error}") from error
+        raise settings.WrongAssignment(f"stage {stage.name}: {error}") from error
 
 
 def run(config: R1, folder: Path, *, command: str, console: Console | None = None) -> int:

@@ -11,6 +11,7 @@
   session.py          what every run has: folder, checkpoints, metrics, signals, exit code
   loop.py             steps one after the other: log, evaluate, save
   pretraining.py      what pre-training adds: text, held-out score, summary, sample
+  header.py           what a run says of itself before it compiles
   evaluate.py         loss and bits per byte on held-out rows
   positions.py        loss by position
   workdir.py          the folder of a run: its lock, its config, its versions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from dsjax.parallel.compilation import Compiled
 from dsjax.parallel.context import check_length
 from dsjax.parallel.mesh import make_mesh
 from dsjax.precision.policy import advice
-from dsjax.train import hyperparameters, loop, pipelined_step, plots, session
+from dsjax.train import header, hyperparameters, loop, pipelined_step, plots, session
 from dsjax.train.batches import batch_sharding, place_all
 from dsjax.train.evaluate import Evaluation, evaluate, scorer
 from dsjax.train.expert_load import ExpertLoad
@@ -104,12 +103,20 @@ class Pretraining:
         rows, special = training_rows(config, corpus), corpus.tokenizer.special
         if processes.is_first():
             corpus.tokenizer.save(str(run.folder))
+        flops = train_flops_per_token(config.model, length)
+        tokens = length * hyperparameters.sequences_before(config.train, config.train.steps)
+        run.display.console.print(
+            header.table(
+                config, declared, abstract, mesh, folder=run.folder, tokens=tokens,
+                takes=header.sequences(config, length), flops_per_token=flops,
+            )
+        )  # fmt: skip
         run.begin(
             RowSource(rows, mesh, micro_batch_size=config.micro_batch_size, length=length + 1),
             abstract,
             lambda: _begin(declared, optimizer, mesh, config.train.seed, checkpoint),
             mesh=mesh,
-            flops_per_token=train_flops_per_token(config.model, length),
+            flops_per_token=flops,
         )
         self.declared, self.corpus = declared, corpus
         self.heldout = heldout_sequences(corpus.heldout, special, sequence_length=length)
@@ -117,9 +124,10 @@ class Pretraining:
         step = train_step(declared, optimizer, objective, schedule=config.mesh.schedule)
         score = scorer(declared, objective, chunk=config.train.loss_chunk)
         everywhere = NamedSharding(mesh, PartitionSpec())  # for numbers that each process reads
-        compiling = functools.partial(run.display.say, "compiling the training step")
-        self.train_step = compile_step(step, abstract, mesh, compiling)
-        self.score = Compiled(jax.jit(score, out_shardings=everywhere), mesh)
+        self.train_step = compile_step(step, abstract, mesh, display=run.display)
+        self.score = Compiled(
+            jax.jit(score, out_shardings=everywhere), mesh, what="the score", display=run.display
+        )
 
     def evaluate_sample(self) -> dict[str, float]:
         """Scores an even sample of the held-out rows, the same one every time."""

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dsjax.config import ModelConfig, PrecisionConfig
+from dsjax.display import Display
 from dsjax.kernels.target import Target
 from dsjax.model.balance import max_violation, update_bias
 from dsjax.model.layers import RouterState
@@ -236,14 +237,16 @@ def compile_step(
     step: Callable[[Any, Batch, Knobs], tuple[Any, Metrics]],
     abstract: Any,
     mesh: Mesh,
-    announce: Callable[[], None] = lambda: None,
+    *,
+    what: str = "the training step",
+    display: Display | None = None,
 ) -> Compiled:
     """Jits a step for a mesh: the state is donated and stays where it is, and every process can
     read the metrics.
 
     Args:
       abstract: the state's shapes and shardings.
-      announce: called when a compilation starts.
+      what, display: see `Compiled`.
     """
     # Without out_shardings the compiler may place the new state where the next step cannot take it.
     placement = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -254,4 +257,4 @@ def compile_step(
         out_shardings=(placement, everywhere),
         compiler_options=compiler_options(Target.here(), mesh.size),
     )
-    return Compiled(jitted, mesh, announce=announce)
+    return Compiled(jitted, mesh, what=what, display=display)

@@ -1,28 +1,37 @@
 """One compilation for each shape, and a cache that the user's own choice overrules."""
 
+import io
+import re
+
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
+from dsjax.display import Display
 from dsjax.kernels.target import Target
 from dsjax.parallel import compilation
 from dsjax.parallel.mesh import make_mesh
 
 
-def test_compiled_compiles_once_for_each_batch_shape():
-    traces, announced = [], []
+def test_compiled_compiles_once_for_each_batch_shape_and_says_so():
+    traces, output = [], io.StringIO()
 
     def step(state, batch):
         traces.append(batch["tokens"].shape)
         return state + batch["tokens"].sum()
 
     mesh = make_mesh({"data": -1})
-    program = compilation.Compiled(jax.jit(step), mesh, announce=lambda: announced.append(True))
+    display = Display(Console(file=output, width=120))
+    program = compilation.Compiled(jax.jit(step), mesh, what="the step", display=display)
     state = jax.numpy.int32(0)
     for rows in (2, 2, 4, 2, 4):
         state = program(state, {"tokens": np.ones((rows, 3), np.int32)})
     assert state == 3 * 14
-    assert traces == [(2, 3), (4, 3)] and len(announced) == 2 and program.seconds > 0
+    assert traces == [(2, 3), (4, 3)] and program.seconds > 0
+    said = output.getvalue().splitlines()
+    assert len(said) == 4 and said[0] == "compiling the step"
+    assert re.fullmatch(r"compiled the step in 0 s; it takes \d+ bytes per device", said[1])
 
 
 @pytest.mark.parametrize("target", [Target("cpu"), Target("gpu")], ids=str)
