@@ -53,7 +53,6 @@ config = Config(
     precision=PrecisionConfig(compute="float32"),
 )
 """
-TIMINGS = ("tokens_per_second", "step_seconds", "mfu")
 
 
 def main() -> int:
@@ -148,12 +147,13 @@ def descendants(session: int) -> list[int]:
 def state(folder: Path) -> str:
     """A digest of what a finished run left: its arrays, its place in the data, its metrics."""
     from dsjax.checkpoint import audit, manifest
+    from dsjax.train.throughput import TIMED
 
     listing = audit.survey(folder)
     check(listing["fine"], f"{folder} has damaged checkpoints: {listing}")
     newest = manifest.read(audit.locate(folder))
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    lines = [{key: line[key] for key in line if key not in TIMINGS} for line in metrics]
+    lines = [{key: line[key] for key in line if key not in TIMED} for line in metrics]
     kept = [newest.leaves, newest.record["data"], newest.record["step"], lines]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 

@@ -35,6 +35,10 @@ class Rows(Protocol):
         """What determines every row: rows with the same identity are equal."""
         ...
 
+    def epochs(self, row: int, /) -> float:
+        """Returns how often the rows before `row` go through the data."""
+        ...
+
     def __getitem__(self, row: int, /) -> dict[str, np.ndarray]:
         """Returns the arrays of a row; names, shapes and dtypes are the same in all rows."""
         ...

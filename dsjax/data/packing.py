@@ -97,6 +97,12 @@ class PackedSequences:
             epoch += 1
         return epoch
 
+    def epochs(self, row: int) -> float:
+        """Returns how often the rows before `row` go through the documents."""
+        epoch, position = self.epoch_of(row), row * self.sequence_length
+        start, end = self._epoch_start(epoch), self._epoch_start(epoch + 1)
+        return epoch + (position - start) / (end - start)
+
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         if row < 0:
             raise IndexError(f"row {row} is negative")

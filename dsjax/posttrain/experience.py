@@ -129,6 +129,7 @@ class Experience:
         metrics |= self._rollouts.costs | self._graders_counts()
         rows = range(self._taken, self._taken + n)
         self._taken += n
+        metrics["epoch"] = self._taken / len(self._questions)
         return Taken(batch, new_tokens, rows, metrics)
 
     def _packed(

@@ -39,7 +39,7 @@ from dsjax.posttrain.teaching import lessons
 from dsjax.precision.policy import advice
 from dsjax.text.chat import ChatFormat, Message
 from dsjax.text.conversation import choose_format
-from dsjax.train import header, hyperparameters, loop, pipelined_step, plots, session
+from dsjax.train import header, hyperparameters, loop, pipelined_step, session
 from dsjax.train.batches import batch_sharding, place_all
 from dsjax.train.evaluate import Evaluation, evaluate, scorer
 from dsjax.train.optimizer import Trains, adamw
@@ -304,8 +304,6 @@ class FineTuningRun:
         if result is not None and run.metrics.lines()[-1].get("eval_loss") is None:
             run.log_evaluation(result.numbers(self.config.sft.sequence_length))
         lines = run.metrics.lines()
-        plots.draw_loss(run.folder / "loss.png", lines, self.config.name)
-        plots.draw_loss_by_position(run.folder, lines, self.config.name)
         found = self._found(result, [line for line in lines if "loss" in line], sample)
         seconds = self.train_step.seconds + self.score.seconds
         print_summary(run.display.console, run.finish(found, compile_seconds=seconds))

@@ -37,7 +37,7 @@ from dsjax.posttrain.reward_model import RewardModel, new_head, trains
 from dsjax.posttrain.row_store import Field, RowStore, weights_digest
 from dsjax.posttrain.rows import ShuffledRows, hold_out
 from dsjax.precision.policy import advice
-from dsjax.train import header, hyperparameters, loop, pipelined_step, plots, session
+from dsjax.train import header, hyperparameters, loop, pipelined_step, session
 from dsjax.train.batches import batch_sharding, place_all
 from dsjax.train.evaluate import batch_sums
 from dsjax.train.objective import Objective
@@ -298,7 +298,6 @@ class PreferenceRun:
         if result is not None and run.metrics.lines()[-1].get("eval_loss") is None:
             run.log_evaluation(result)
         lines = run.metrics.lines()
-        plots.draw_loss(run.folder / "loss.png", lines, self.config.name)
         found = self._found(result or {}, [line for line in lines if "loss" in line][-1])
         seconds = self.train_step.seconds + self.sums.seconds
         summary = run.finish(found, compile_seconds=seconds)

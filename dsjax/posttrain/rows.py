@@ -152,6 +152,10 @@ class ShuffledRows:
             "sequence_length": self.rows.sequence_length,
         }
 
+    def epochs(self, row: int) -> float:
+        """Returns how often the rows before `row` go through all of them."""
+        return row / len(self.rows)
+
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         if row < 0:
             raise IndexError(f"row {row} is negative")

@@ -16,6 +16,7 @@
   positions.py        loss by position
   workdir.py          the folder of a run: its lock, its config, its versions
   report.py           metrics.jsonl, TensorBoard, W&B, and what the console shows of a step
+  run_report.py       report.md: a run on one page
   faults.py           skipped steps and spikes of the loss
   signals.py          Ctrl-C and SIGTERM
   throughput.py       tokens per second and MFU

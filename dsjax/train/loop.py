@@ -18,6 +18,7 @@ from dsjax.parallel import processes
 from dsjax.train.report import described
 from dsjax.train.session import Session
 from dsjax.train.source import Taken
+from dsjax.train.throughput import peak_bytes
 
 Metrics = Mapping[str, jax.Array]
 
@@ -77,7 +78,8 @@ def run_steps(
 
     session.meter.start()
     for index in range(session.step, train.steps):
-        taken = session.source.take(batch_size(index), session.state)
+        with session.meter.waiting():
+            taken = session.source.take(batch_size(index), session.state)
         numbers = knobs(index)
         values = {
             name: np.float32(number) if isinstance(number, float) else number
@@ -85,7 +87,7 @@ def run_steps(
         }
         if not train_step.is_compiled(taken.batch):
             settle(leave=0)
-            with session.meter.left_out():
+            with session.meter.left_out(), session.compiling():
                 train_step.compile(session.state, taken.batch, values)
             session.stop.defer()
             session.display.start_steps(session.step, train.steps)
@@ -141,6 +143,8 @@ def _settle(session: Session, dispatched: _Dispatched) -> None:
         **taken.metrics,
         "learning_rate": dispatched.learning_rate,
         **session.meter.take()._asdict(),
+        "wall_seconds": session.seconds,
+        "memory_bytes": peak_bytes(session.mesh.local_devices),
         "skipped_steps": faults.skipped,
     }
     del numbers["skipped"]

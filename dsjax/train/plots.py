@@ -22,23 +22,47 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
+def draw_curves(folder: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Draws all curves that the lines of metrics.jsonl have, in loss.png, loss_by_position.png and,
+    of rewards, reward.png.
+    """
+    draw_loss(folder / "loss.png", lines, title)
+    draw_loss_by_position(folder, lines, title)
+    if any("reward" in line for line in lines):
+        draw_reward(folder / "reward.png", lines, title)
+
+
 def draw_loss(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
     """Draws training, MTP and held-out loss over tokens.
 
     Args:
       lines: the objects of metrics.jsonl.
     """
-    figure = new_figure(8, 4.5)
+    curves = {"loss": ("training", "-"), "mtp_loss": ("MTP", "--"), "eval_loss": ("held-out", "o-")}
+    _draw(path, lines, curves, ("tokens", "loss, nats per token"), title)
+
+
+def draw_reward(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Draws the mean reward in training and on held-out questions over the steps."""
+    curves = {"reward": ("training", "-"), "eval_reward": ("held-out", "o-")}
+    _draw(path, lines, curves, ("step", "mean reward"), title)
+
+
+def _draw(
+    path: Path,
+    lines: Sequence[Mapping[str, Any]],
+    curves: Mapping[str, tuple[str, str]],
+    labels: tuple[str, str],
+    title: str,
+) -> None:
+    """Draws curves, {metric: (name, style)}, over the metric that is the first label."""
+    figure, over = new_figure(8, 4.5), labels[0]
     axes = figure.add_subplot()
-    for key, label, style in (
-        ("loss", "training", "-"),
-        ("mtp_loss", "MTP", "--"),
-        ("eval_loss", "held-out", "o-"),
-    ):
-        points = [(line["tokens"], line[key]) for line in lines if line.get(key)]
+    for key, (name, style) in curves.items():
+        points = [(line[over], line[key]) for line in lines if line.get(key)]
         if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set(xlabel="tokens", ylabel="loss, nats per token", title=title)
+            axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
+    axes.set(xlabel=labels[0], ylabel=labels[1], title=title)
     axes.grid(alpha=0.3)
     if axes.get_lines():
         axes.legend()

@@ -181,8 +181,6 @@ class Pretraining:
         if run.metrics.lines()[-1].get("eval_loss") is None:
             run.log_evaluation(result.numbers(self.config.data.sequence_length))
         lines = run.metrics.lines()
-        plots.draw_loss(run.folder / "loss.png", lines, self.config.name)
-        plots.draw_loss_by_position(run.folder, lines, self.config.name)
         found = self._found(result, [line for line in lines if "loss" in line], sample)
         seconds = self.train_step.seconds + self.score.seconds
         print_summary(run.display.console, run.finish(found, compile_seconds=seconds))

@@ -10,6 +10,7 @@ from typing import Any
 
 from dsjax import settings
 from dsjax.files import write, writing
+from dsjax.train.throughput import TIMED
 from dsjax.train.workdir import RunConfig
 
 _SHOWN = {  # on the console, of a step's numbers, in this order
@@ -37,7 +38,7 @@ _HIDDEN_BY_REWARDS = ("loss", "max_violation", "mfu")
 
 
 class Metrics:
-    """The sinks of logged numbers. Pictures and summary are made from one, metrics.jsonl."""
+    """The sinks of logged numbers. Pictures and report are made from one, metrics.jsonl."""
 
     def __init__(self, workdir: Path, config: RunConfig, *, first_step: int):
         """Opens the sinks of a run that continues after `first_step` steps.
@@ -104,7 +105,7 @@ def drop_later(path: Path, step: int) -> None:
 def _group(key: str) -> str:
     if key.startswith("eval_") or key == "bits_per_byte":
         return "eval"
-    return "speed" if key in ("tokens_per_second", "step_seconds", "mfu") else "train"
+    return "speed" if key in TIMED else "train"
 
 
 def _open_tensorboard(workdir: Path, first_step: int) -> Any:

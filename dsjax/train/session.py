@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ from dsjax.checkpoint import store
 from dsjax.display import Display
 from dsjax.files import finite, listed, write_json
 from dsjax.parallel import processes, replicas
-from dsjax.train import positions, workdir
+from dsjax.train import plots, positions, run_report, workdir
 from dsjax.train.faults import Faults
 from dsjax.train.report import Metrics
 from dsjax.train.signals import StopRequest
 from dsjax.train.source import Source
-from dsjax.train.throughput import Meter, Peak, Rates, peak_flops
+from dsjax.train.throughput import Meter, Peak, peak_bytes, peak_flops
 from dsjax.train.workdir import RunConfig
 
 
@@ -80,6 +80,7 @@ def run(
         with contextlib.closing(Session(config, folder, display, stop)) as session:
             recipe(session)
         if session.exit_code:
+            session.illustrate()
             display.stop()
             display.say(f"saved after step {session.step}; to resume: {command}")
         return session.exit_code
@@ -113,7 +114,7 @@ class Session:
 
     def __init__(self, config: RunConfig, folder: Path, display: Display, stop: StopRequest):
         self.config, self.folder, self.display, self.stop = config, folder, display, stop
-        self.exit_code = 0
+        self.exit_code, self.metrics = 0, None
         self._started = time.monotonic()
         self._open = contextlib.ExitStack()
 
@@ -145,7 +146,7 @@ class Session:
         record = self._restore(abstract_state, make_state)
         self.step, self.tokens = record.get("step", 0), record.get("tokens", 0)
         self._seconds_before = record.get("seconds", 0.0)
-        self._rates_before = record.get("rates")
+        self._compiled_before = self._compile_seconds = record.get("compile_seconds", 0.0)
         first, train = processes.is_first(), self.config.train
         self.checkpoints = store.Store(self.folder / "checkpoints", keep=train.keep)
         self._open.callback(self.checkpoints.close)
@@ -155,7 +156,11 @@ class Session:
         skipped = record.get("skipped_steps", 0)
         self.faults = Faults(self.folder, skipped=skipped, silent=not first)
         self.peak = peak_flops(list(mesh.devices.flat))
-        self.meter = Meter(flops_per_token=flops_per_token, peak=self.peak)
+        self.meter = Meter(
+            flops_per_token=flops_per_token, peak=self.peak, before=record.get("meter")
+        )
+        if first:
+            run_report.add_session(self.folder, self.step)
 
     def _restore(self, abstract_state: Any, make_state: Callable[[], Any]) -> dict[str, Any]:
         """Sets the state; returns the record saved with it, empty for a new state."""
@@ -184,10 +189,12 @@ class Session:
         """Wall time of the whole run, earlier sessions included."""
         return self._seconds_before + time.monotonic() - self._started
 
-    @property
-    def rates(self) -> Rates | None:
-        """Rates of all steps of this session or, before its first step, of the one before."""
-        return self.meter.whole() or (self._rates_before and Rates(**self._rates_before))
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Counts the time inside as compiling the steps, which checkpoints remember."""
+        began = time.monotonic()
+        yield
+        self._compile_seconds += time.monotonic() - began
 
     def log(self, numbers: Mapping[str, Any]) -> None:
         """Writes a line of numbers, those of the newest step, to the sinks."""
@@ -196,15 +203,22 @@ class Session:
 
     def log_evaluation(self, numbers: Mapping[str, float]) -> None:
         """Writes the numbers of an evaluation to the sinks and, but for the losses by position, to
-        the console.
+        the console, and renews pictures and report.
         """
         self.log(numbers)
+        self.illustrate()
         shown = ", ".join(
             f"{name} {value:.4f}"
             for name, value in numbers.items()
             if not positions.is_by_position(name)
         )
         self.display.say(f"held-out after step {self.step}: {shown}")
+
+    def illustrate(self) -> None:
+        """Draws the curves of the run so far, and writes report.md; only the first process does."""
+        if self.metrics is not None:
+            plots.draw_curves(self.folder, self.metrics.lines(), self.config.name)
+            run_report.write_report(self.folder)
 
     def interrupted(self) -> bool:
         """Returns whether any process has received a signal. All of them must ask together."""
@@ -229,13 +243,13 @@ class Session:
 
     def save(self) -> None:
         """Starts to save the state and what a resumed run needs beside it."""
-        rates = self.rates
         record = {
             "step": self.step,
             "tokens": self.tokens,
             "data": self.source.state(),
             "seconds": self.seconds,
-            "rates": rates and rates._asdict(),
+            "meter": self.meter.state(),
+            "compile_seconds": self._compile_seconds,
             "skipped_steps": self.faults.skipped,
             "config_hash": settings.content_hash(self.config),
             "versions": workdir.versions(),
@@ -255,9 +269,10 @@ class Session:
 
     def throughput(self) -> dict[str, Any]:
         """Returns the rates of a summary, where every step trains on as many tokens."""
-        rates = self.rates
+        rates = self.meter.whole()
         return {
             "tokens_per_second": rates and rates.tokens_per_second,
+            "data_seconds": rates and rates.data_seconds,
             "mfu": rates and rates.mfu,
             "peak": self.peak.source,
         }
@@ -267,11 +282,12 @@ class Session:
 
         Args:
           found: what the recipe has to say.
+          compile_seconds: of this session's programs.
 
         Returns:
           the summary: that, and what is true of any run.
         """
-        rates = self.rates
+        rates = self.meter.whole()
         summary = {
             "name": self.config.name,
             "steps": self.step,
@@ -279,8 +295,10 @@ class Session:
             **found,
             "skipped_steps": self.faults.skipped,
             "wall_seconds": self.seconds,
-            "compile_seconds": compile_seconds,
+            "compile_seconds": self._compiled_before + compile_seconds,
+            "memory_bytes": peak_bytes(self.mesh.local_devices),
             "median_step_seconds": rates and rates.step_seconds,
         }
         write_json(self.folder / "summary.json", finite(summary))
+        self.illustrate()
         return summary

@@ -72,6 +72,7 @@ class RowSource:
     def __init__(self, rows: Rows, mesh: Mesh, *, micro_batch_size: int, length: int) -> None:
         """`length` is that of the arrays of a row, T + 1."""
         self._mesh, self._micro_batch_size, self._length = mesh, micro_batch_size, length
+        self._epochs = rows.epochs
         self._loader = Loader(rows, share=lambda n: held_rows(self._shape(n), mesh))
         self.identity = rows.identity
         self.state, self.restore = self._loader.state, self._loader.restore
@@ -84,4 +85,5 @@ class RowSource:
         del state
         first = self._loader.next_row
         batch = place_held(self._loader.take(n), self._shape(n), self._mesh)
-        return Taken(batch, n * (self._length - 1), range(first, first + n))
+        metrics = {"epoch": self._epochs(first + n)}
+        return Taken(batch, n * (self._length - 1), range(first, first + n), metrics)

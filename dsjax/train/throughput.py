@@ -8,10 +8,13 @@ of a large matrix product.
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import resource
 import statistics
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +36,11 @@ _PEAKS = (
     ("NVIDIA H100", 989.5e12),
     ("NVIDIA A100", 312e12),
 )
+# Metrics that tell how fast a run was, not what it learned: two equal runs differ in them.
+TIMED = (
+    "tokens_per_second", "step_seconds", "data_seconds", "mfu", "wall_seconds", "memory_bytes",
+)  # fmt: skip
+_NEWEST = 1000  # steps that the median is of
 
 
 class Peak(NamedTuple):
@@ -47,6 +55,7 @@ class Rates(NamedTuple):
 
     tokens_per_second: float
     step_seconds: float
+    data_seconds: float  # of them, per step, spent waiting for what the step trains on
     mfu: float
 
 
@@ -85,6 +94,31 @@ def measure_matmul_flops(size: int = 1536, dtype: DTypeLike = jnp.float32) -> fl
     return 2 * size**3 / min(seconds)
 
 
+def peak_bytes(devices: Sequence[Any]) -> int:
+    """Returns the most memory that was ever in use, in bytes: on the fullest of these devices or,
+    where devices do not say, as CPUs do not, by this process.
+    """
+    known = [device.memory_stats() or {} for device in devices]
+    peaks = [statistics["peak_bytes_in_use"] for statistics in known if statistics]
+    if peaks:
+        return max(peaks)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class _Sum(NamedTuple):
+    """What some steps took together."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0  # seconds
+    capacity: float = 0.0  # FLOP that the devices could have done in the time
+
+    def plus(self, other: _Sum) -> _Sum:
+        return _Sum(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+
 class Meter:
     """Times steps, each from the end of the previous one, what it takes from its source included.
 
@@ -92,17 +126,23 @@ class Meter:
     under `left_out`, such as compiling.
     """
 
-    def __init__(self, *, flops_per_token: float, peak: Peak):
-        self._flops_per_token = flops_per_token
-        self._peak = peak
-        self._seconds: list[float] = []
-        self._tokens: list[int] = []
-        self._taken = 0
+    def __init__(
+        self, *, flops_per_token: float, peak: Peak, before: Mapping[str, Any] | None = None
+    ):
+        """
+        Args:
+          before: the `state` of an earlier session of the run, whose steps `whole` includes.
+        """
+        self._flops_per_token, self._peak = flops_per_token, peak
+        self._all = _Sum(**before["sums"]) if before else _Sum()
+        self._newest = collections.deque(before["newest"] if before else [], _NEWEST)
+        self._since = _Sum()
+        self._waited = 0.0
         self._last = time.perf_counter()
 
     def start(self) -> None:
         """Starts the clock of the next step."""
-        self._last = time.perf_counter()
+        self._waited, self._last = 0.0, time.perf_counter()
 
     @contextlib.contextmanager
     def left_out(self) -> Iterator[None]:
@@ -113,30 +153,45 @@ class Meter:
         finally:
             self._last += time.perf_counter() - began
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - began
+
     def step(self, tokens: int) -> None:
         """Records that a step of `tokens` tokens has ended."""
         now = time.perf_counter()
-        self._seconds.append(now - self._last)
-        self._tokens.append(tokens)
-        self._last = now
+        seconds = now - self._last
+        taken = _Sum(1, tokens, seconds, self._waited, seconds * self._peak.flops)
+        self._all, self._since = self._all.plus(taken), self._since.plus(taken)
+        self._newest.append(seconds)
+        self._waited, self._last = 0.0, now
 
     def take(self) -> Rates:
         """Returns the mean rates of the steps since the last call."""
-        rates = self._rates(self._taken)
-        self._taken = len(self._seconds)
+        rates, self._since = self._rates(self._since), _Sum()
         return rates
 
     def whole(self) -> Rates | None:
-        """Returns the rates of all steps, with the median `step_seconds`; None before the first."""
-        if not self._seconds:
+        """Returns the rates of all steps, earlier sessions' included, with the median
+        `step_seconds` of the newest thousand; None before the first.
+        """
+        if not self._all.steps:
             return None
-        return self._rates(0)._replace(step_seconds=statistics.median(self._seconds))
+        return self._rates(self._all)._replace(step_seconds=statistics.median(self._newest))
 
-    def _rates(self, first: int) -> Rates:
-        seconds = sum(self._seconds[first:])
-        tokens_per_second = sum(self._tokens[first:]) / seconds
+    def state(self) -> dict[str, Any]:
+        """Returns as JSON what another session's meter goes on from."""
+        return {"sums": self._all._asdict(), "newest": list(self._newest)}
+
+    def _rates(self, taken: _Sum) -> Rates:
         return Rates(
-            tokens_per_second=tokens_per_second,
-            step_seconds=seconds / len(self._seconds[first:]),
-            mfu=tokens_per_second * self._flops_per_token / self._peak.flops,
+            tokens_per_second=taken.tokens / taken.seconds,
+            step_seconds=taken.seconds / taken.steps,
+            data_seconds=taken.waited / taken.steps,
+            mfu=taken.tokens * self._flops_per_token / taken.capacity,
         )

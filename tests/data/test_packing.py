@@ -228,3 +228,14 @@ def test_evaluation_sample_is_spread_over_all_rows():
     assert rows.batch([0, 99])["tokens"][:, 1].tolist() == [10, 1000]
     with pytest.raises(IndexError, match=r"row 100 of 100"):
         rows[100]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_epochs_count_the_documents_that_came_before(rate):
+    documents = make_documents([7, 3, 12, 5])  # 35 tokens with begin and end, 41 with two holes
+    rows = PackedSequences(documents, SPECIAL, sequence_length=5, fim_rate=rate)
+    per_epoch = 35 + 3 * 4 * rate
+    assert rows.epochs(0) == 0
+    for row in range(1, 60):
+        assert rows.epochs(row) == pytest.approx(5 * row / per_epoch)
+        assert int(rows.epochs(row)) == rows.epoch_of(row)

@@ -27,12 +27,12 @@ from dsjax.posttrain import finetuning
 from dsjax.posttrain.initial import open_initial
 from dsjax.text.chat import Message
 from dsjax.train import step as steps
+from dsjax.train.throughput import TIMED
 from tests.checkpoint.conversions import send_out
 from tests.posttrain.toy import END_THINK, write_hf, write_lines
 
 pytestmark = pytest.mark.heavy
 
-TIMINGS = {"tokens_per_second", "step_seconds", "mfu"}
 NARROW = {"num_hidden_layers": 2, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2,
           "topk_group": 1, "rope_scaling": None}  # fmt: skip
 
@@ -94,7 +94,7 @@ def run(config, folder):
 
 def lines(folder):
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in found]
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in found]
 
 
 def arrays(config, folder, number):

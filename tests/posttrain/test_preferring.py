@@ -18,9 +18,9 @@ from dsjax.config.preference import Preference, PreferenceConfig
 from dsjax.parallel.mesh import make_mesh
 from dsjax.posttrain import preferring
 from dsjax.posttrain.reward_model import load_reward_model
+from dsjax.train.throughput import TIMED
 from tests.posttrain.toy import write_hf, write_lines
 
-TIMINGS = {"tokens_per_second", "step_seconds", "mfu"}
 # One dense and one MoE layer: every mechanism, few seconds to compile.
 NARROW = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
 
@@ -97,7 +97,7 @@ def run(config, folder):
 
 def lines(folder):
     return [
-        {name: value for name, value in json.loads(line).items() if name not in TIMINGS}
+        {name: value for name, value in json.loads(line).items() if name not in TIMED}
         for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]
 

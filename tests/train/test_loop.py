@@ -16,6 +16,7 @@ from dsjax.parallel.mesh import make_mesh
 from dsjax.train import loop, session
 from dsjax.train.signals import StopRequest
 from dsjax.train.source import Taken
+from dsjax.train.throughput import TIMED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +119,8 @@ def train(folder, config=CONFIG):
 
 
 def lines(folder):
-    timings = {"tokens_per_second", "step_seconds", "mfu"}
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in line if key not in timings} for line in metrics]
+    return [{key: line[key] for key in line if key not in TIMED} for line in metrics]
 
 
 @pytest.fixture(scope="module")

@@ -46,3 +46,10 @@ def test_loss_by_position_has_a_curve_for_each_evaluation(tmp_path):
     path = plots.draw_loss_by_position(tmp_path, [*LINES, *lines], "tiny")
     assert path is not None and path.name == "loss_by_position.png"
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_are_those_that_the_lines_have(tmp_path):
+    plots.draw_curves(tmp_path, LINES, "tiny")
+    assert {path.name for path in tmp_path.iterdir()} == {"loss.png"}
+    plots.draw_curves(tmp_path, [{"step": 1, "tokens": 4, "loss": 0.1, "reward": 0.5}], "tiny")
+    assert {path.name for path in tmp_path.iterdir()} == {"loss.png", "reward.png"}

@@ -24,6 +24,7 @@ from dsjax.parallel.mesh import make_mesh
 from dsjax.train import hyperparameters, pretraining
 from dsjax.train.optimizer import adamw
 from dsjax.train.step import abstract_state, declared_model
+from dsjax.train.throughput import TIMED
 
 MODEL = ModelConfig(
     vocab_size=300,
@@ -47,9 +48,9 @@ MODEL = ModelConfig(
 )
 LINE_KEYS = set(
     "step tokens loss mtp_loss balance_loss grad_norm learning_rate tokens_per_second "
-    "step_seconds mfu max_violation dropped_tokens skipped_steps".split()
+    "step_seconds mfu max_violation dropped_tokens skipped_steps data_seconds wall_seconds "
+    "memory_bytes epoch".split()
 )
-TIMINGS = {"tokens_per_second", "step_seconds", "mfu"}
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,7 @@ def lines(folder):
 
 def untimed(folder):
     return [
-        {key: value for key, value in line.items() if key not in TIMINGS} for line in lines(folder)
+        {key: value for key, value in line.items() if key not in TIMED} for line in lines(folder)
     ]
 
 
@@ -160,7 +161,7 @@ def test_run_writes_its_files(finished):
     assert names >= {
         "config.json", "versions.json", "metrics.jsonl", "summary.json", "loss.png",
         "expert_load.png", "expert_load.npz", "checkpoints", "tokenizer.json",
-        "tokenizer_config.json",
+        "tokenizer_config.json", "report.md", "sessions.jsonl",
     }  # fmt: skip
     with np.load(folder / "expert_load.npz") as load:  # of the steps after the checkpoint of step 3
         assert load["last_step"] == 6 and load["steps"] == 3
@@ -170,7 +171,16 @@ def test_run_writes_its_files(finished):
     assert summary["tokens"] == 16 * 8 * 6 and summary["dropped_tokens"] == 0
     assert summary["loss"] < 5.6 and summary["compile_seconds"] > 0 and 0 < summary["mfu"] < 1
     assert summary["sample"]["completion"]
-    for part in ("compiling the training step", "held-out bits per byte", "gzip", "xz"):
+    report = (folder / "report.md").read_text()
+    assert "Finished after 6 steps." in report and f"{summary['eval_loss']:.6g}" in report
+    assert "(loss.png)" in report and "(expert_load.png)" in report
+    for part in (
+        "activated per token",
+        "compiling the training step",
+        "held-out bits per byte",
+        "gzip",
+        "xz",
+    ):
         assert part in output
 
 
@@ -191,6 +201,12 @@ def test_metrics_lines_have_the_promised_keys(finished):
         line.keys() == {"step", "tokens", "eval_loss", "bits_per_byte"} for line in evaluations
     )
     assert all(np.isfinite(list(line.values())).all() for line in lines(folder))
+    epochs, waits = ([line[name] for line in logged] for name in ("epoch", "data_seconds"))
+    assert 0 < epochs[0] < epochs[1] < epochs[2] < epochs[3] == pytest.approx(6 * epochs[0])
+    assert all(0 < wait < line["step_seconds"] for wait, line in zip(waits, logged, strict=True))
+    assert all(line["memory_bytes"] > 1e7 for line in logged)
+    walls = [line["wall_seconds"] for line in logged]
+    assert walls == sorted(walls) and walls[0] > 0
 
 
 def test_logged_knobs_are_those_of_the_schedule(small, finished):
@@ -272,7 +288,12 @@ def test_run_whose_last_evaluation_was_cut_short_gets_it(small, finished, tmp_pa
     (cut / "metrics.jsonl").write_text("".join(kept))
     code, _ = run(small, cut)
     assert code == 0 and untimed(cut) == untimed(folder)
-    for key in ("tokens_per_second", "median_step_seconds", "mfu"):  # of the steps before
+    for key in (
+        "tokens_per_second",
+        "median_step_seconds",
+        "mfu",
+        "data_seconds",
+    ):  # of the steps before
         summaries = [json.loads((run / "summary.json").read_text()) for run in (cut, folder)]
         assert summaries[0][key] == summaries[1][key] > 0
 

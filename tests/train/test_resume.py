@@ -22,6 +22,7 @@ from dsjax.config import (
 from dsjax.parallel.mesh import make_mesh
 from dsjax.train import pretraining
 from dsjax.train.signals import StopRequest
+from dsjax.train.throughput import TIMED
 
 SHAPE = {
     "vocab_size": 300,
@@ -57,7 +58,6 @@ MESHES = {
     "expert": {"fsdp": 2, "expert": 2},
     "pipe": {"expert": 2, "pipe": 2, "microbatches": 4},
 }
-TIMINGS = {"tokens_per_second", "step_seconds", "mfu"}
 
 
 def config_of(model, mesh, root):
@@ -93,7 +93,7 @@ def digest(folder):
     """SHA-256 of all arrays, of the place in the data and of the metrics."""
     newest = manifest.verify(folder / "checkpoints" / "5")
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    lines = [{key: line[key] for key in line if key not in TIMINGS} for line in metrics]
+    lines = [{key: line[key] for key in line if key not in TIMED} for line in metrics]
     assert {name.split(".")[0] for name in newest.leaves} >= {"params", "optimizer"}
     kept = [newest.leaves, newest.record["data"], newest.record["step"], lines]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -96,7 +96,7 @@ def test_restored_run_says_what_changed(config, tmp_path):
     (tmp_path / "checkpoints" / "3").mkdir()  # what a copy that broke off may leave
     with prepared(config, tmp_path) as (session, output):
         assert session.step == 2 and session.source.state()["next_row"] == 16
-        assert session.seconds > 5 and session.rates is None  # of an older version's record
+        assert session.seconds > 5 and session.meter.whole() is None  # of an older version's record
     assert "after step 2 of 3" in output.getvalue()
     assert "3 is not used (it is now 3.damaged); using step 2" in output.getvalue()
     assert f"jax 0.0 -> {jax.__version__}" in output.getvalue()

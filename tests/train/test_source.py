@@ -14,6 +14,9 @@ class Conversations:
     def __init__(self, **identity):
         self.identity = {"fingerprint": "c", "length": 5} | identity
 
+    def epochs(self, row):
+        return row / 32
+
     def __getitem__(self, row):
         return {
             "tokens": np.arange(5, dtype=np.int32) + 10 * row,
@@ -39,7 +42,7 @@ def test_rows_of_any_kind_are_spread_over_the_mesh(make_source):
     source = make_source()
     source.take(8, None)
     taken = source.take(8, None)
-    assert (taken.tokens, taken.rows, dict(taken.metrics)) == (8 * 4, range(8, 16), {})
+    assert (taken.tokens, taken.rows, dict(taken.metrics)) == (8 * 4, range(8, 16), {"epoch": 0.5})
     tokens, weights = taken.batch["tokens"], taken.batch["weights"]
     assert tokens.shape == (2, 4, 5) and weights.dtype == np.float32
     assert {shard.data.shape for shard in tokens.addressable_shards} == {(2, 1, 5)}
