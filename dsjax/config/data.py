@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Literal
 
 from dsjax.config.rules import require, require_fraction, require_not_negative
 
@@ -11,12 +13,21 @@ from dsjax.config.rules import require, require_fraction, require_not_negative
 class DataConfig:
     """The source of the text and how it becomes sequences."""
 
-    # Glob of text, .jsonl(.gz|.zst) or .parquet. Empty: the source code of this machine's Python
-    # standard library, which is there without a download.
+    # Globs or folders, separated by commas, of text, .jsonl, .csv, .parquet or .arrow, also .gz,
+    # .bz2, .xz or .zst. Empty: the source code of this machine's Python standard library, which is
+    # there without a download.
     files: str = ""
+    # shares of the training rows, one for each glob of `files`, in any unit; empty: every document
+    # once per epoch
+    weights: tuple[float, ...] = ()
     heldout_files: str = ""  # glob of held-out text; empty: heldout_fraction of the documents
     heldout_fraction: float = 0.05
-    text_field: str = "text"  # column of JSON lines and parquet files that holds the text
+    # field of JSON lines or column that holds the text: nested ones with dots (meta.text), several
+    # with commas (title,body)
+    text_field: str = "text"
+    # what happens on a record or file that cannot be read: the run stops, or goes on without it and
+    # counts it
+    on_bad_record: Literal["stop", "skip"] = "stop"
     # path of a tokenizer.json; empty: a byte-level BPE trained on the corpus and cached with it
     tokenizer: str = ""
     sequence_length: int = 4096  # tokens per sequence
@@ -33,6 +44,15 @@ class DataConfig:
             f"data.sequence_length={self.sequence_length} must be at least 2",
         )
         require_not_negative("data", self, "seed")
+        require(
+            all(0 < weight < math.inf for weight in self.weights),
+            f"data.weights={','.join(map(str, self.weights))} must all be above 0; leave the files "
+            "of a part that counts nothing out of data.files",
+        )
+        require(
+            not self.weights or bool(self.files),
+            "data.weights are of the globs of data.files, which is empty; set both or none",
+        )
         require_fraction("data", self, "fim_rate")
         require(
             0 < self.heldout_fraction < 1,

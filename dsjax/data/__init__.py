@@ -1,11 +1,14 @@
 """From text to sequences, on the host, in NumPy.
 
-  documents.py   reads documents from files
-  corpus.py      splits them into train and held-out, tokenizes them once, and caches the result
-  shuffling.py   random numbers and orders that depend on their place alone
-  packing.py     makes rows of one length, for training and for evaluation
-  loader.py      reads batches of rows ahead, of these rows or any others (`Rows`)
-
+  decompression.py  opens files, decompressed
+  records.py        reads the records of JSON lines, CSV, parquet and Arrow
+  documents.py      finds files, and reads their documents
+  splitting.py      divides documents into train and held-out
+  corpus.py         tokenizes both once, and caches the result
+  shuffling.py      random numbers and orders that depend on their place alone
+  packing.py        makes rows of one length, for training and for evaluation
+  mixture.py        mixes the rows of several sets of documents by weight
+  loader.py         reads batches of rows ahead, of these rows or any others (`Rows`)
 
     corpus = prepare_corpus(files="books/*.jsonl.gz", vocab_size=8192)
     special = corpus.tokenizer.special

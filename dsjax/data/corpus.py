@@ -13,19 +13,21 @@ of them prepare, and one entry stays.
     {train,heldout}.offsets    int64 [documents + 1]
     {train,heldout}.bytes      int64 [documents], UTF-8 bytes of each document's text
     heldout.text               the held-out documents, UTF-8, concatenated
+    rejected.jsonl             what could not be read and was left out, if that is allowed
 
-A hash of each document's name decides its side of the split, so documents added later move none of
-the others. Neither side is ever empty. The files are read once for their sizes, once to train a
-tokenizer, and once to tokenize.
+`dsjax.data.splitting` decides the side of each document; neither side is ever empty. The files are
+read once for their sizes, once to train a tokenizer, and once to tokenize.
 """
 
 from __future__ import annotations
 
+import array
 import contextlib
 import dataclasses
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -37,19 +39,20 @@ from typing import Any
 
 import numpy as np
 
-from dsjax.data import documents
+from dsjax.data import documents, splitting
 from dsjax.data.documents import Document, Source
 from dsjax.files import cache_folder, publish
 from dsjax.text import tokenizer
 from dsjax.text.tokenizer import Tokenizer
 
-_FORMAT = 1
+_FORMAT = 2
 HASH_CONTENT_BELOW = 64 << 20  # bytes of all files together, read at every start
 TOKENIZER_BYTES = 256 << 20  # more text hardly changes a vocabulary
 BATCH_BYTES = 4 << 20
 BATCH_DOCUMENTS = 2048
 _STALE_SECONDS = 24 * 3600
-_WHOLE = 1 << 64  # document positions are smaller
+_LOSSLESS_BYTES = 1 << 20  # of text that a tokenizer must give back
+REJECTED = "rejected.jsonl"
 
 Progress = Callable[[int, int], None]
 
@@ -76,11 +79,17 @@ class TokenizedDocuments:
 
     @property
     def total_tokens(self) -> int:
-        return int(self.offsets[-1])
+        return int(self.offsets[-1] - self.offsets[0])
 
     @property
     def total_bytes(self) -> int:
         return int(self.byte_counts.sum())
+
+    def part(self, first: int, end: int) -> TokenizedDocuments:
+        """Returns the documents `first` to `end` - 1, of the same arrays."""
+        fingerprint = f"{self.fingerprint}[{first}:{end}]"
+        offsets, sizes = self.offsets[first : end + 1], self.byte_counts[first:end]
+        return TokenizedDocuments(self.tokens, offsets, sizes, fingerprint)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +100,18 @@ class Corpus:
     train: TokenizedDocuments
     heldout: TokenizedDocuments
     heldout_names: tuple[str, ...]
+    parts: tuple[int, ...]  # train documents of each glob, one after the other; else of all
+    copies: int  # documents whose text another one has too, beside the first
+    left_out: int  # train documents that are copies of held-out ones
+    rejected: int  # records that could not be read
     folder: str  # the cache entry
+
+    def train_parts(self) -> list[TokenizedDocuments]:
+        """Returns the train documents of each glob."""
+        ends = np.cumsum(self.parts).tolist()
+        return [
+            self.train.part(end - count, end) for count, end in zip(self.parts, ends, strict=True)
+        ]
 
     def heldout_texts(self) -> Iterator[tuple[str, str]]:
         """Yields name and text of each held-out document, in order."""
@@ -107,6 +127,8 @@ def prepare_corpus(
     heldout_files: str = "",
     heldout_fraction: float = 0.05,
     text_field: str = "text",
+    apart: bool = False,
+    skip: bool = False,
     tokenizer_path: str = "",
     vocab_size: int,
     cache_dir: str = "",
@@ -118,6 +140,8 @@ def prepare_corpus(
       files, heldout_files: globs (see documents.py). Empty `files` means the embedded default;
         empty `heldout_files` holds out `heldout_fraction` of the documents. A file that matches
         both is held out.
+      apart: keeps the documents of each glob of `files` together, for a mixture.
+      skip: leaves out records and files that cannot be read, and notes them.
       tokenizer_path: a tokenizer.json; empty trains one of `vocab_size` on the train documents.
       vocab_size: number of ids that the model can embed.
       cache_dir: empty means $XDG_CACHE_HOME/dsjax, else ~/.cache/dsjax.
@@ -127,26 +151,17 @@ def prepare_corpus(
       ValueError: files, split or tokenizer cannot be used; says which and what to do.
       OSError: the cache cannot be written.
     """
-    sources = documents.find_sources(files) if files else documents.embedded_sources()
-    heldout_sources: list[Source] = []
-    if heldout_files:
-        heldout_sources = documents.find_sources(heldout_files, key="data.heldout_files")
-        taken = {source.path for source in heldout_sources}
-        sources = [source for source in sources if source.path not in taken]
-        if not sources:
-            raise ValueError(
-                f"data.heldout_files={heldout_files!r} takes every file of data.files={files!r}; "
-                "name other files"
-            )
+    parts, heldout_sources = _find(files, heldout_files, apart)
     loaded = tokenizer.load_tokenizer(tokenizer_path) if tokenizer_path else None
     if loaded is not None:
         tokenizer.check_vocab(loaded, vocab_size)
     training = [vocab_size, *tokenizer.PATTERNS, *tokenizer.SPECIAL_TOKENS]
     recipe = {
         "format": _FORMAT,
-        "files": _identity(sources),
+        "files": [_identity(sources) for sources in parts],
         "split": _identity(heldout_sources) or heldout_fraction,
         "text_field": text_field,
+        "skip": skip,
         "tokenizer": loaded.fingerprint if loaded else training,
     }
     key = hashlib.blake2b(json.dumps(recipe).encode(), digest_size=16).hexdigest()
@@ -154,7 +169,7 @@ def prepare_corpus(
     folder = os.path.join(root, key)
     corpus = _open(folder, loaded)
     if corpus is None:
-        job = _Preparation(sources, heldout_sources, heldout_fraction, text_field, progress)
+        job = _Preparation(parts, heldout_sources, heldout_fraction, text_field, skip, progress)
         with _write_failures(root), _turn(root, key):
             if _open(folder, loaded) is None:  # no other process was faster
                 with _temporary_folder(root) as temporary:
@@ -165,6 +180,33 @@ def prepare_corpus(
             message = "the token cache lost what was just written; run again"
             raise OSError(errno.ENOENT, message, folder)
     return corpus
+
+
+def _find(files: str, heldout_files: str, apart: bool) -> tuple[list[list[Source]], list[Source]]:
+    """Finds the files to train on, of each glob or together, and the held-out ones."""
+    if not files:
+        parts = [documents.embedded_sources()]
+    elif apart:
+        parts = [sources for _, sources in documents.find_parts(files)]
+        paths = [source.path for sources in parts for source in sources]
+        twice = next((path for path in paths if paths.count(path) > 1), None)
+        if twice is not None:
+            raise ValueError(
+                f"{twice} is in two parts of the mixture data.files={files!r}; leave it out of one"
+            )
+    else:
+        parts = [documents.find_sources(files)]
+    if not heldout_files:
+        return parts, []
+    heldout = documents.find_sources(heldout_files, key="data.heldout_files")
+    taken = {source.path for source in heldout}
+    parts = [[source for source in sources if source.path not in taken] for sources in parts]
+    if not all(parts):
+        raise ValueError(
+            f"data.heldout_files={heldout_files!r} takes every file of data.files={files!r}"
+            f"{', or of a part of it' if apart else ''}; name other files"
+        )
+    return parts, heldout
 
 
 def _identity(sources: Sequence[Source]) -> list[list[object]]:
@@ -184,23 +226,25 @@ class _Preparation:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        parts: Sequence[Sequence[Source]],
         heldout_sources: Sequence[Source],
         heldout_fraction: float,
         text_field: str,
+        skip: bool,
         progress: Progress | None,
     ) -> None:
-        self._sources = [*sources, *heldout_sources]
+        self._parts = parts
+        self._sources = [*itertools.chain.from_iterable(parts), *heldout_sources]
         self._heldout_paths = {source.path for source in heldout_sources}
-        self._text_field = text_field
+        self._fraction = heldout_fraction
+        self._text_field, self._skip = text_field, skip
         self._progress = progress or (lambda done, total: None)
         self._done = 0
-        self._threshold = int(heldout_fraction * _WHOLE)
-        self._train_bytes = 0
-        self._total_bytes = 0
+        self._copies = self._n_rejected = self._train_bytes = self._total_bytes = 0
+        self._sides = np.zeros(0, np.uint8)  # of the documents, as they are read
 
     def write(self, folder: str, loaded: Tokenizer | None, vocab_size: int) -> None:
-        self._scan()
+        self._scan(folder)
         self._work = self._total_bytes if loaded else self._total_bytes + self._train_bytes
         if loaded is None:
             used = tokenizer.train_tokenizer(self._training_texts(), vocab_size=vocab_size)
@@ -210,48 +254,70 @@ class _Preparation:
         self._tokenize(folder, used)
         documents.check_unchanged(self._sources)
 
-    def _read(self) -> Iterator[tuple[Document, int]]:
-        for document in documents.read_documents(self._sources, text_field=self._text_field):
+    def _read(self, rejected: documents.Rejected) -> Iterator[tuple[Document, int]]:
+        found = documents.read_documents(
+            self._sources, text_field=self._text_field, rejected=rejected
+        )
+        for document in found:
             yield document, len(document.text.encode("utf-8"))
 
-    def _is_heldout(self, document: Document) -> bool:
-        if self._heldout_paths:
-            return document.source.path in self._heldout_paths
-        return document.position < self._threshold
+    def _divided(self) -> Iterator[tuple[Document, int, int]]:
+        """Yields each document with its bytes and its side, once the sides are known."""
+        found = self._read(lambda source, problem: None)  # the scan has noted them
+        # Where the numbers differ, a file has changed, which `write` finds in the end.
+        for (document, size), side in zip(found, self._sides.tolist(), strict=False):
+            yield document, size, side
 
-    def _scan(self) -> None:
+    def _scan(self, folder: str) -> None:
         """Reads everything once: finds broken files before hours of work, settles the split."""
-        count, heldout, heldout_bytes, lowest, highest = 0, 0, 0, (_WHOLE, 0), (-1, 0)
-        for document, size in self._read():
-            count += 1
-            self._total_bytes += size
-            if self._is_heldout(document):
-                heldout += 1
-                heldout_bytes += size
-            if not self._heldout_paths:
-                lowest = min(lowest, (document.position, size))
-                highest = max(highest, (document.position, size))
+        positions, digests, sizes = array.array("Q"), array.array("Q"), array.array("Q")
+        held = bytearray()
+        with open(os.path.join(folder, REJECTED), "w", encoding="utf-8") as stream:
+
+            def reject(source: Source, problem: str) -> None:
+                if not self._skip:
+                    raise ValueError(f"{problem}; or go on without: data.on_bad_record=skip")
+                self._n_rejected += 1
+                stream.write(json.dumps({"file": source.path, "problem": problem}) + "\n")
+
+            for document, size in self._read(reject):
+                positions.append(document.position)
+                digests.append(splitting.digest(document.text))
+                sizes.append(size)
+                held.append(document.source.path in self._heldout_paths)
+        self._split(*(np.array(each, np.uint64) for each in (positions, digests)), held)
+        counted = np.array(sizes, np.int64)
+        self._total_bytes = int(counted.sum())
+        self._train_bytes = int(counted[self._sides == splitting.TRAIN].sum())
+
+    def _split(self, positions: np.ndarray, digests: np.ndarray, held: bytearray) -> None:
+        distinct = len(np.unique(digests))
+        self._copies = len(digests) - distinct
         if self._heldout_paths:
-            for side, found in (("data.heldout_files", heldout), ("data.files", count - heldout)):
-                if not found:
-                    raise ValueError(f"the files of {side} hold no text; check what they match")
-        elif count < 2:
+            self._sides = splitting.by_file(np.frombuffer(held, np.uint8) > 0, digests)
+            for key, side in (
+                ("data.heldout_files", splitting.HELDOUT), ("data.files", splitting.TRAIN)
+            ):  # fmt: skip
+                if not (self._sides == side).any():
+                    copies = (self._sides == splitting.LEFT_OUT).any()
+                    what = "no text that is not held out" if copies else "no text"
+                    raise ValueError(f"the files of {key} hold {what}; check what they match")
+        elif distinct < 2:
+            alike = ", all of one text," if self._copies else ""
             raise ValueError(
-                f"the corpus has {count} document(s) in {len(self._sources)} file(s), and needs 2 "
-                "to hold one out; add files, cut the text into several, or set data.heldout_files"
+                f"the corpus has {len(digests)} document(s){alike} in {len(self._sources)} "
+                "file(s), and needs 2 to hold one out; add files, cut the text into several, or "
+                "set data.heldout_files"
             )
-        elif not heldout:
-            self._threshold, heldout_bytes = lowest[0] + 1, lowest[1]
-        elif heldout == count:
-            self._threshold, heldout_bytes = highest[0], self._total_bytes - highest[1]
-        self._train_bytes = self._total_bytes - heldout_bytes
+        else:
+            self._sides = splitting.by_fraction(positions, digests, self._fraction)
 
     def _training_texts(self) -> Iterator[str]:
         """Yields the train documents or, if they are many, an even sample of them."""
         share = min(1.0, TOKENIZER_BYTES / self._train_bytes)
         seen = taken = 0
-        for document, size in self._read():
-            if self._is_heldout(document):
+        for document, size, side in self._divided():
+            if side != splitting.TRAIN:
                 continue
             if taken <= share * seen:
                 taken += size
@@ -262,22 +328,43 @@ class _Preparation:
     def _tokenize(self, folder: str, used: Tokenizer) -> None:
         dtype = np.dtype(np.uint16 if used.vocab_size <= 65536 else np.uint32)
         names: list[str] = []
+        counts = dict.fromkeys((source.path for source in self._sources), 0)
+        checked = 0
         with contextlib.ExitStack() as stack:
             writers = [_Writer(folder, name, dtype, used, stack) for name in ("train", "heldout")]
             heldout_text = stack.enter_context(open(os.path.join(folder, "heldout.text"), "wb"))
             for batch in self._batches():
-                encoded = used.encode_batch([document.text for document, _ in batch])
-                for (document, size), ids in zip(batch, encoded, strict=True):
-                    is_heldout = self._is_heldout(document)
-                    writers[is_heldout].add(ids, size)
-                    if is_heldout:
+                encoded = used.encode_batch([document.text for document, _, _ in batch])
+                for (document, size, side), ids in zip(batch, encoded, strict=True):
+                    if checked < _LOSSLESS_BYTES:
+                        tokenizer.check_lossless(used, ids, document.text, document.name)
+                        checked += size
+                    writers[side].add(ids, size)
+                    if side == splitting.HELDOUT:
                         names.append(document.name)
                         heldout_text.write(document.text.encode("utf-8"))
-                self._advance(sum(size for _, size in batch))
+                    else:
+                        counts[document.source.path] += 1
+                self._advance(sum(size for _, size, _ in batch))
+        self._write_meta(folder, dtype, names, counts, writers)
+
+    def _write_meta(
+        self,
+        folder: str,
+        dtype: np.dtype,
+        heldout_names: list[str],
+        counts: dict[str, int],
+        writers: Sequence[_Writer],
+    ) -> None:
+        """Writes meta.json; `counts` are the train documents of each file."""
         meta = {
             "dtype": dtype.name,
-            "heldout_names": names,
+            "heldout_names": heldout_names,
             "heldout_text": os.path.getsize(os.path.join(folder, "heldout.text")),
+            "parts": [sum(counts[source.path] for source in part) for part in self._parts],
+            "copies": self._copies,
+            "left_out": int((self._sides == splitting.LEFT_OUT).sum()),
+            "rejected": self._n_rejected,
             **{writer.name: writer.summary() for writer in writers},
         }
         for writer in writers:
@@ -289,11 +376,14 @@ class _Preparation:
         with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8") as stream:
             json.dump(meta, stream)
 
-    def _batches(self) -> Iterator[list[tuple[Document, int]]]:
-        batch: list[tuple[Document, int]] = []
+    def _batches(self) -> Iterator[list[tuple[Document, int, int]]]:
+        batch: list[tuple[Document, int, int]] = []
         size_of_batch = 0
-        for document, size in self._read():
-            batch.append((document, size))
+        for document, size, side in self._divided():
+            if side == splitting.LEFT_OUT:
+                self._advance(size)
+                continue
+            batch.append((document, size, side))
             size_of_batch += size
             if size_of_batch >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
                 yield batch
@@ -355,7 +445,16 @@ def _open(folder: str, loaded: Tokenizer | None) -> Corpus | None:
         used = loaded or tokenizer.load_tokenizer(folder)
     except (OSError, ValueError, KeyError):
         return None
-    return Corpus(used, sides[0], sides[1], tuple(meta["heldout_names"]), folder)
+    return Corpus(
+        used,
+        *sides,
+        heldout_names=tuple(meta["heldout_names"]),
+        parts=tuple(meta["parts"]),
+        copies=meta["copies"],
+        left_out=meta["left_out"],
+        rejected=meta["rejected"],
+        folder=folder,
+    )
 
 
 def _map(folder: str, name: str, meta: dict[str, Any]) -> TokenizedDocuments:

@@ -1,14 +1,20 @@
-"""Reads documents: text, JSON lines or parquet files by glob, or Python's standard library.
+"""Reads documents: text, JSON lines or tables by glob or folder, or Python's standard library.
 
-The name of a file decides its format, after removing a compression suffix (`.gz`, `.zst`):
+The name of a file decides its format, after removing a compression suffix (`.gz`, `.bz2`, `.xz`,
+`.zst`):
   .jsonl .ndjson .json   JSON lines: one object per line, its text under `text_field`
-  .parquet               the text in the column `text_field`
-  anything else          UTF-8 text, one document per file
+  .csv .tsv              rows below a header that names the columns
+  .parquet .arrow        columns; Arrow as the library datasets saves it (these two have their own
+                         compression)
+  anything else          UTF-8 text, one document per file; a byte order mark is dropped
 
-Files are read in the order of their paths, as streams: at most one document (or 1024 rows of
-parquet) is in memory. Empty documents are left out. Any other problem stops the run and names the
+`text_field` names a field, a nested one with dots (`meta.text`), or several with commas
+(`title,body`), whose texts are joined by an empty line.
+
+Files are read in the order of their paths, as streams: at most one document (or 1024 rows of a
+table) is in memory. Empty documents are left out. Any other problem stops the run and names the
 file, the line and the remedy: with a part of the corpus silently missing, training would go on and
-the loss would not show it.
+the loss would not show it. Who wants to go on gives a function that notes the problems.
 
 The embedded default is the `.py` files of the running interpreter's standard library, about 11 MB.
 Installed packages and tests are left out, and so is `encodings`, whose files are generated tables.
@@ -16,19 +22,21 @@ Installed packages and tests are left out, and so is `encodings`, whose files ar
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import glob
-import gzip
 import hashlib
 import io
-import json
 import os
 import sysconfig
 import tokenize
-import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO, Literal, NamedTuple, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+from dsjax.data import decompression, records
+from dsjax.data.records import Reject
+
+Kind = Literal["text", "lines", "csv", "table", "python"]
+Rejected = Callable[[Any, str], None]  # of a source, what is wrong
 
 _EMBEDDED_SKIP = {
     "site-packages",
@@ -39,9 +47,18 @@ _EMBEDDED_SKIP = {
     "idle_test",
     "encodings",
 }
-_COMPRESSIONS = {".gz", ".zst"}
-_LINES = {".jsonl", ".ndjson", ".json"}
-_PARQUET_ROWS = 1024
+_KINDS: dict[str, Kind] = {
+    ".jsonl": "lines", ".ndjson": "lines", ".json": "lines", ".csv": "csv", ".tsv": "csv",
+    ".parquet": "table", ".arrow": "table", ".feather": "table",
+}  # fmt: skip
+_COMMAS = 4  # in one name, at most
+_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
+_NOT_TEXT = (
+    ".pdf", ".doc", ".docx", ".odt", ".xls", ".xlsx", ".epub", ".bin", ".pt", ".pkl", ".npy",
+    ".npz", ".safetensors", ".h5", ".sqlite", ".db", ".png", ".jpg", ".jpeg", ".gif", ".mp3",
+    ".mp4",
+)  # fmt: skip
+_OF_DATASETS = {"dataset_info.json", "state.json", "dataset_dict.json"}  # beside .arrow files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +67,7 @@ class Source:
 
     path: str
     name: str  # its path below the deepest folder of the glob without a wildcard
-    kind: Literal["text", "lines", "parquet", "python"]
+    kind: Kind
     size: int  # bytes on disk
     mtime_ns: int
 
@@ -79,34 +96,71 @@ def find_sources(files: str | Sequence[str], *, key: str = "data.files") -> list
     """Finds the files that match globs, each once and sorted by path.
 
     Args:
-      files: globs in a sequence or separated by commas. `~` is the home folder, `**` any depth of
-        folders. The name of an existing file matches it, even if it contains glob characters.
+      files: globs and folders in a sequence or separated by commas. `~` is the home folder, `**`
+        any depth of folders; a folder stands for all files below it whose names begin with no dot.
+        The name of an existing file matches it, even if it contains glob characters or commas.
       key: the setting that messages name.
 
     Raises:
-      ValueError: a glob matches no file, or a file is inaccessible.
+      ValueError: a glob matches no file, or a file is inaccessible or of no kind that is read.
     """
-    sources: dict[str, Source] = {}
-    patterns = files.split(",") if isinstance(files, str) else files
-    for pattern in (part.strip() for part in patterns):
-        if not pattern:
-            continue
-        expanded = os.path.expanduser(pattern)
-        found = [expanded] if os.path.isfile(expanded) else glob.glob(expanded, recursive=True)
-        matched = [path for path in found if os.path.isfile(path)]
-        if not matched:
-            hint = "check the path"
-            if os.path.isdir(expanded):
-                hint = "it is a folder: append '/*.txt' or the like, '/**/*' for all below it"
-            raise ValueError(f"{key}={pattern!r} matches no file (from {os.getcwd()}); {hint}")
-        root = _constant_folder(expanded)
-        for path in matched:
-            path = os.path.abspath(path)
-            if path not in sources:
-                sources[path] = _source(path, os.path.relpath(path, root), _kind(path))
-    if not sources:
+    found: dict[str, Source] = {}
+    for _, sources in find_parts(files, key=key):
+        found = {source.path: source for source in sources} | found
+    return [found[path] for path in sorted(found)]
+
+
+def find_parts(
+    files: str | Sequence[str], *, key: str = "data.files"
+) -> list[tuple[str, list[Source]]]:
+    """Finds the files of each glob or folder, as `find_sources` does of all, in the order given."""
+    given = _patterns(files) if isinstance(files, str) else [part.strip() for part in files]
+    parts = [(pattern, _matching(pattern, key)) for pattern in given if pattern]
+    if not parts:
         raise ValueError(f"{key}={files!r} names no file; give a glob, or leave it empty")
-    return [sources[path] for path in sorted(sources)]
+    return parts
+
+
+def _patterns(files: str) -> list[str]:
+    """Divides globs at commas, but not at those of a name that exists."""
+    pieces, patterns = files.split(","), []
+    while pieces:
+        most = min(len(pieces), _COMMAS + 1)
+        joined = (n for n in range(most, 1, -1) if _found(",".join(pieces[:n]).strip()))
+        count = next(joined, 1)
+        patterns.append(",".join(pieces[:count]).strip())
+        pieces = pieces[count:]
+    return patterns
+
+
+def _matching(pattern: str, key: str) -> list[Source]:
+    expanded = os.path.expanduser(pattern)
+    matched = sorted({os.path.abspath(path) for path in _found(pattern)})
+    if not matched:
+        hint = "the folder is empty" if os.path.isdir(expanded) else "check the path"
+        raise ValueError(f"{key}={pattern!r} matches no file (from {os.getcwd()}); {hint}")
+    is_folder = os.path.isdir(expanded)
+    root = os.path.abspath(expanded) if is_folder else _constant_folder(expanded)
+    return [_source(path, os.path.relpath(path, root), _kind(path)) for path in matched]
+
+
+def _found(pattern: str) -> list[str]:
+    """Returns the files of a glob or of a folder."""
+    expanded = os.path.expanduser(pattern)
+    if os.path.isdir(expanded):
+        return list(_below(expanded))
+    found = [expanded] if os.path.isfile(expanded) else glob.glob(expanded, recursive=True)
+    return [path for path in found if os.path.isfile(path)]
+
+
+def _below(folder: str) -> Iterator[str]:
+    """Yields the files below a folder, hidden ones and what `datasets` notes of itself apart."""
+    for inner, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
+        of_datasets = _OF_DATASETS & set(names)
+        for name in names:
+            if not name.startswith(".") and name not in of_datasets:
+                yield os.path.join(inner, name)
 
 
 def embedded_sources() -> list[Source]:
@@ -130,37 +184,54 @@ def embedded_sources() -> list[Source]:
     return sorted(sources, key=lambda source: source.name)
 
 
-def read_documents(sources: Sequence[Source], *, text_field: str = "text") -> Iterator[Document]:
+def read_documents(
+    sources: Sequence[Source], *, text_field: str = "text", rejected: Rejected | None = None
+) -> Iterator[Document]:
     """Yields the documents of `sources` in order.
+
+    Args:
+      rejected: called with a source and what is wrong with one of its records, or with all that
+        was not read of it; None: the first problem raises.
 
     Raises:
       ValueError: a file cannot be read, is not UTF-8, is cut short, or lacks `text_field`; says
         which.
     """
     for source in sources:
+
+        def reject(problem: str, source: Source = source) -> None:
+            if rejected is None:
+                raise ValueError(problem)
+            rejected(source, problem)
+
         try:
-            for number, text in _READERS[source.kind](source, text_field):
+            for number, text in _READERS[source.kind](source, text_field, reject):
                 if text:
                     yield Document(source, number, text)
         except OSError as error:
-            raise ValueError(f"cannot read {source.path}: {error.strerror or error}") from error
+            reject(f"cannot read {source.path}: {error.strerror or error}")
+        except ValueError as error:
+            if rejected is None:
+                raise
+            rejected(source, str(error))
 
 
 def read_records(sources: Sequence[Source]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the objects of JSON lines and the rows of parquet files, whatever their fields, each
-    with its place, "FILE:LINE" from 1.
+    """Yields the objects of JSON lines and the rows of tables, whatever their fields, each with its
+    place, "FILE:LINE" from 1.
 
     Raises:
       ValueError: a file cannot be read or is of another kind; says which.
     """
+    readers = {"lines": records.json_lines, "csv": records.csv_rows, "table": records.table_rows}
     for source in sources:
-        if source.kind not in ("lines", "parquet"):
+        if source.kind not in readers:
             raise ValueError(
-                f"{source.path} is neither JSON lines (.jsonl, .ndjson, .json, also .gz and .zst) "
-                "nor .parquet; convert it, or correct its name"
+                f"{source.path} is neither JSON lines (.jsonl, .ndjson, .json, also .gz, .bz2, .xz "
+                "and .zst) nor .csv nor .arrow nor .parquet; convert it, or correct its name"
             )
         try:
-            for index, record in _objects(source) if source.kind == "lines" else _rows(source):
+            for index, record in readers[source.kind](source.path):
                 yield f"{source.path}:{index + 1}", record
         except OSError as error:
             raise ValueError(f"cannot read {source.path}: {error.strerror or error}") from error
@@ -188,7 +259,7 @@ def check_unchanged(sources: Sequence[Source]) -> None:
             )
 
 
-def _source(path: str, name: str, kind: Literal["text", "lines", "parquet", "python"]) -> Source:
+def _source(path: str, name: str, kind: Kind) -> Source:
     try:
         status = os.stat(path)
     except OSError as error:
@@ -208,103 +279,30 @@ def _constant_folder(pattern: str) -> str:
     return os.sep.join(parts) or os.sep
 
 
-def _kind(path: str) -> Literal["text", "lines", "parquet"]:
+def _kind(path: str) -> Kind:
     stem, suffix = os.path.splitext(path.lower())
-    if suffix in _COMPRESSIONS:
-        suffix = os.path.splitext(stem)[1]
-    if suffix in _LINES:
-        return "lines"
-    return "parquet" if suffix == ".parquet" else "text"
-
-
-class _ZstdReader(io.RawIOBase):
-    """Decompresses zstd frames and, unlike zstandard's own reader, notices a file cut short."""
-
-    def __init__(self, path: str) -> None:
-        try:
-            import zstandard
-        except ImportError as error:
-            raise ValueError(f"reading {path} needs zstandard: pip install zstandard") from error
-        self._path = path
-        self._file = open(path, "rb")
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
-        self._failure = zstandard.ZstdError
-        self._frame: Any = None
-        self._compressed = b""
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            self._compressed = self._compressed or self._file.read(1 << 17)
-            if not self._compressed:
-                if self._frame is not None:
-                    raise EOFError("the last frame is not complete")
-                return 0
-            self._decompress()
-        count = min(len(buffer), len(self._ready))
-        buffer[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-    def _decompress(self) -> None:
-        self._frame = self._frame or self._new_frame()
-        try:
-            self._ready = memoryview(self._frame.decompress(self._compressed))
-        except self._failure as error:
-            raise EOFError(str(error)) from error
-        self._compressed = self._frame.unused_data if self._frame.eof else b""
-        if self._frame.eof:
-            self._frame = None
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-@contextlib.contextmanager
-def _decompressed(source: Source) -> Iterator[BinaryIO]:
-    suffix = os.path.splitext(source.path.lower())[1]
-    stream: Any
-    if suffix == ".gz":
-        stream = gzip.open(source.path, "rb")
-    elif suffix == ".zst":
-        stream = io.BufferedReader(_ZstdReader(source.path), 1 << 20)
-    else:
-        stream = open(source.path, "rb")
-    with stream:
-        try:
-            yield cast(BinaryIO, stream)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(
-                f"{source.path} is damaged or cut short ({error}); copy it again, or rename it if "
-                f"it is not {suffix}"
-            ) from error
-
-
-def _decode(data: bytes, source: Source, offset: int, line: int = 0) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        place = f" (line {line})" if line else ""
-        value = data[error.start]
+    packed = suffix in decompression.SUFFIXES
+    inside = os.path.splitext(stem)[1] if packed else suffix
+    if inside in _ARCHIVES or inside in _NOT_TEXT:
+        remedy = "unpack it" if inside in _ARCHIVES else "convert it to text"
         raise ValueError(
-            f"{source.path} is not UTF-8: byte {offset + error.start}{place} is 0x{value:02x}; "
-            "convert it (iconv -t UTF-8), or leave it out of data.files"
-        ) from error
+            f"{path} is {inside}, which is not read; {remedy}, or name the other files with a glob"
+        )
+    kind = _KINDS.get(inside, "text")
+    if packed and kind == "table":
+        raise ValueError(f"{path}: {inside} has its own compression; unpack {suffix}")
+    return kind
 
 
-def _read_text(source: Source, text_field: str) -> Iterator[tuple[int, str]]:
-    del text_field
-    with _decompressed(source) as stream:
-        yield 0, _decode(stream.read(), source, 0)
+def _read_text(source: Source, text_field: str, reject: Reject) -> Iterator[tuple[int, str]]:
+    del text_field, reject
+    with decompression.opened(source.path) as stream:
+        yield 0, records.decode(stream.read(), source.path)
 
 
-def _read_python(source: Source, text_field: str) -> Iterator[tuple[int, str]]:
+def _read_python(source: Source, text_field: str, reject: Reject) -> Iterator[tuple[int, str]]:
     """Reads Python source in its declared encoding; a file that is not in it is left out."""
-    del text_field
+    del text_field, reject
     data = read_bytes(source)
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
@@ -313,48 +311,66 @@ def _read_python(source: Source, text_field: str) -> Iterator[tuple[int, str]]:
         return
 
 
-def _read_lines(source: Source, text_field: str) -> Iterator[tuple[int, str]]:
-    for index, record in _objects(source, f" with {text_field!r}"):
-        yield index, _field(record, text_field, f"{source.path} line {index + 1}")
+def _read_lines(source: Source, text_field: str, reject: Reject) -> Iterator[tuple[int, str]]:
+    found = records.json_lines(source.path, reject, f" with {text_field!r}")
+    yield from _texts(found, f"{source.path} line", text_field, reject)
 
 
-def _objects(source: Source, wanted: str = "") -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the objects of JSON lines, each with the number of its line from 0."""
-    offset = 0
-    with _decompressed(source) as stream:
-        for index, data in enumerate(stream):
-            place = f"{source.path} line {index + 1}"
-            line = _decode(data, source, offset, index + 1)
-            offset += len(data)
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
+def _read_csv(source: Source, text_field: str, reject: Reject) -> Iterator[tuple[int, str]]:
+    found = records.csv_rows(source.path, reject)
+    yield from _texts(found, f"{source.path} row", text_field, reject)
+
+
+def _read_table(source: Source, text_field: str, reject: Reject) -> Iterator[tuple[int, str]]:
+    def columns(there: Sequence[str]) -> list[str]:
+        if text_field in there:
+            return [text_field]
+        names = [name.strip() for name in text_field.split(",")]
+        wanted = [name if name in there else name.partition(".")[0] for name in names]
+        for name in wanted:
+            if name not in there:
                 raise ValueError(
-                    f"{place} is not JSON ({error}); such a file holds one complete object per line"
-                ) from error
-            if not isinstance(record, dict):
-                raise ValueError(
-                    f"{place} is a JSON {type(record).__name__}, not an object{wanted}; such a "
-                    "file holds one complete object per line"
+                    f"{source.path} has no column {name!r} but {', '.join(there[:20])}; set "
+                    "data.text_field"
                 )
-            yield index, record
+        return list(dict.fromkeys(wanted))
+
+    found = records.table_rows(source.path, columns)
+    yield from _texts(found, f"{source.path} row", text_field, reject)
 
 
-def _field(record: dict[str, object], text_field: str, place: str) -> str:
+def _texts(
+    found: records.Numbered, place: str, text_field: str, reject: Reject
+) -> Iterator[tuple[int, str]]:
+    for index, record in found:
+        try:
+            text = text_of(record, text_field, f"{place} {index + 1}")
+        except ValueError as error:
+            reject(str(error))
+            continue
+        yield index, text
+
+
+def text_of(record: dict[str, Any], text_field: str, place: str) -> str:
+    """Returns the text of a record: of one field, or of several joined by an empty line, of which
+    those without text are left out.
+
+    Raises:
+      ValueError: a field is missing or holds no text; `place` begins the message.
+    """
+    names = [text_field]
     if text_field not in record:
-        names = ", ".join(sorted(record)[:20]) or "none"
-        raise ValueError(f"{place} has no field {text_field!r} but {names}; set data.text_field")
-    return _checked_text(record[text_field], text_field, place)
-
-
-def _checked_text(text: object, text_field: str, place: str) -> str:
-    if not isinstance(text, str):
-        raise ValueError(
-            f"{place}: {text_field!r} is {type(text).__name__}, not text; remove it or set "
-            "data.text_field"
-        )
+        names = [name.strip() for name in text_field.split(",")]
+    values = {name: _value(record, name, place) for name in names}
+    if len(names) > 1:
+        values = {name: value for name, value in values.items() if value not in (None, "")}
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise ValueError(
+                f"{place}: {name!r} is {type(value).__name__}, not text; remove it or set "
+                "data.text_field"
+            )
+    text = "\n\n".join(values.values())
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -365,40 +381,26 @@ def _checked_text(text: object, text_field: str, place: str) -> str:
     return text
 
 
-def _read_parquet(source: Source, text_field: str) -> Iterator[tuple[int, str]]:
-    for index, row in _rows(source, text_field):
-        yield index, _checked_text(row[text_field], text_field, f"{source.path} row {index + 1}")
-
-
-def _rows(source: Source, text_field: str | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the rows of a parquet file, with one column or all, each with its number from 0."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ValueError(f"reading {source.path} needs pyarrow: pip install pyarrow") from error
-    try:
-        with pq.ParquetFile(source.path) as table:
-            if text_field is not None and text_field not in table.schema_arrow.names:
-                names = ", ".join(table.schema_arrow.names[:20])
-                raise ValueError(
-                    f"{source.path} has no column {text_field!r} but {names}; set data.text_field"
-                )
-            columns = None if text_field is None else [text_field]
-            index = 0
-            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
-                for row in batch.to_pylist():
-                    yield index, row
-                    index += 1
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{source.path} is not a readable parquet file ({error}); copy it again, or rename it"
-        ) from error
+def _value(record: dict[str, Any], name: str, place: str) -> Any:
+    """Returns the value of a field, or of one inside it, such as `meta.text`."""
+    value: Any = record
+    if name in record:
+        return record[name]
+    for part in name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            known = ", ".join(sorted(value)[:20]) if isinstance(value, dict) else "none"
+            inside = "" if value is record else f" of {name!r}"
+            raise ValueError(
+                f"{place} has no field {part!r}{inside} but {known or 'none'}; set data.text_field"
+            )
+        value = value[part]
+    return value
 
 
 _READERS = {
     "text": _read_text,
     "python": _read_python,
     "lines": _read_lines,
-    "parquet": _read_parquet,
+    "csv": _read_csv,
+    "table": _read_table,
 }

@@ -21,13 +21,14 @@ _REMEDIES = {
     "seed": "set data.seed back",
     "sequence_length": "set data.sequence_length back",
     "fim_rate": "set data.fim_rate back",
+    "weights": "set data.weights back",
 }
 
 
 class Rows(Protocol):
     """Training rows by number, without end: a finite data set repeats, epoch after epoch.
 
-    `PackedSequences` is one kind. Several threads read rows at the same time.
+    `PackedSequences` and `MixedRows` are two kinds. Several threads read rows at the same time.
     """
 
     @property

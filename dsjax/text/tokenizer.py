@@ -25,6 +25,7 @@ import itertools
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -57,8 +58,11 @@ PATTERNS = (
 )
 SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)
 
-# Longer texts are encoded in pieces: the library needs about 50 bytes of memory per byte of text.
+# Longer texts are encoded in pieces, some at a time: the library needs about 50 bytes of memory per
+# byte of text. Its trainer needs as much of the longest text alone, so that one has shorter pieces.
 _PIECE_CHARACTERS = 1 << 20
+_TRAINED_CHARACTERS = 1 << 16
+_AT_ONCE = 1 << 23  # characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +104,13 @@ class Coder:
         space; tokens of the trained tokenizer never cross such a place.
         """
         pieces = [[part for piece in _pieces(text) for part in self._cut(piece)] for text in texts]
-        with _library_failures("cannot encode a text"):
-            encodings = self.inner.encode_batch_fast(
-                [piece for text in pieces for piece in text], add_special_tokens=False
-            )
-        ids = iter([np.asarray(encoding.ids, np.uint32) for encoding in encodings])
-        return [np.concatenate([next(ids) for _ in text]) for text in pieces]
+        ids: list[np.ndarray] = []
+        for some in _batches(itertools.chain.from_iterable(pieces)):
+            with _library_failures("cannot encode a text"):
+                encodings = self.inner.encode_batch_fast(some, add_special_tokens=False)
+            ids += [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
+        each = iter(ids)
+        return [np.concatenate([next(each) for _ in text]) for text in pieces]
 
     def encode_control(self, text: str) -> list[int]:
         """Encodes a text in which control tokens are recognised, such as a rendered template."""
@@ -240,7 +245,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=list(SPECIAL_TOKENS),
     )
-    pieces = (piece for text in texts for piece in _pieces(text))
+    pieces = (piece for text in texts for piece in _pieces(text, _TRAINED_CHARACTERS))
     with _library_failures("cannot train a tokenizer on the corpus"):
         inner.train_from_iterator(pieces, trainer)
     return Tokenizer(inner, _find_special(inner, "trained"))
@@ -254,6 +259,30 @@ def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, too many for "
             f"model.vocab_size={vocab_size}; set model.vocab_size={tokenizer.vocab_size} or more, "
             "or another data.tokenizer"
+        )
+
+
+def check_lossless(coder: Coder, ids: np.ndarray, text: str, place: str) -> None:
+    """Checks that the ids of a text give it back, up to Unicode's canonical forms and white space
+    at its ends. Bits per byte would count the bytes of a text that was not predicted.
+
+    Args:
+      place: of the text, for the message.
+
+    Raises:
+      ValueError: they do not; shows where the two differ.
+    """
+    back = coder.decode(ids, skip_special=False)
+    if back == text:
+        return
+    want, got = (unicodedata.normalize("NFC", each).strip() for each in (text, back))
+    if got != want:
+        pairs = enumerate(zip(want, got, strict=False))
+        at = next((i for i, (a, b) in pairs if a != b), min(len(want), len(got)))
+        raise ValueError(
+            f"the tokenizer does not give the text of {place} back: {want[at : at + 20]!r} becomes "
+            f"{got[at : at + 20]!r} at character {at}, so its bits per byte would mean nothing; "
+            "choose another data.tokenizer"
         )
 
 
@@ -312,12 +341,14 @@ def _is_wrapped(value: object) -> bool:
     return isinstance(value, dict) and "content" in value
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Cuts a long text after a line break that no space follows, or else by length."""
+def _pieces(text: str, characters: int = _PIECE_CHARACTERS) -> Iterator[str]:
+    """Cuts a text of more than twice as many `characters` after a line break that no space follows,
+    or else by length.
+    """
     start = 0
-    while len(text) - start > 2 * _PIECE_CHARACTERS:
-        end = start + _PIECE_CHARACTERS
-        limit = end + _PIECE_CHARACTERS
+    while len(text) - start > 2 * characters:
+        end = start + characters
+        limit = end + characters
         cut = text.find("\n", end, limit)
         while cut >= 0 and text[cut + 1].isspace():
             cut = text.find("\n", cut + 1, limit)
@@ -325,6 +356,20 @@ def _pieces(text: str) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
+
+
+def _batches(pieces: Iterable[str]) -> Iterator[list[str]]:
+    """Groups texts of at most _AT_ONCE characters together, or one that is longer."""
+    batch: list[str] = []
+    size = 0
+    for piece in pieces:
+        if batch and size + len(piece) > _AT_ONCE:
+            yield batch
+            batch, size = [], 0
+        batch.append(piece)
+        size += len(piece)
+    if batch:
+        yield batch
 
 
 @contextlib.contextmanager

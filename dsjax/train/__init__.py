@@ -10,6 +10,7 @@
   source.py           where batches come from: `Source`, and rows of a data set as the first one
   session.py          what every run has: folder, checkpoints, metrics, signals, exit code
   loop.py             steps one after the other: log, evaluate, save
+  text.py             the corpus of a run, and its rows
   pretraining.py      what pre-training adds: text, held-out score, summary, sample
   header.py           what a run says of itself before it compiles
   evaluate.py         loss and bits per byte on held-out rows

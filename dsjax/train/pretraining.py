@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from rich.console import Console
 
 from dsjax.checkpoint.load import Checkpoint
 from dsjax.config import Config
-from dsjax.data.corpus import Corpus, Progress, prepare_corpus
-from dsjax.data.packing import PackedSequences, heldout_sequences
+from dsjax.data.corpus import REJECTED
+from dsjax.data.packing import heldout_sequences
 from dsjax.generate.engine import Engine
 from dsjax.generate.sampling import Sampling
 from dsjax.infer.answers import continue_tokens
@@ -26,7 +27,7 @@ from dsjax.parallel.compilation import Compiled
 from dsjax.parallel.context import check_length
 from dsjax.parallel.mesh import make_mesh
 from dsjax.precision.policy import advice
-from dsjax.train import header, hyperparameters, loop, pipelined_step, plots, session
+from dsjax.train import header, hyperparameters, loop, pipelined_step, plots, session, text
 from dsjax.train.batches import batch_sharding, place_all
 from dsjax.train.evaluate import Evaluation, evaluate, scorer
 from dsjax.train.expert_load import ExpertLoad
@@ -95,19 +96,18 @@ class Pretraining:
         abstract = abstract_state(declared, optimizer, mesh)
         if slow := advice(config.precision.compute, Target.here()):
             run.display.say(slow)
-        corpus = corpus_of(config, run.display.counting("preparing the text"))
-        run.display.say(
-            f"text: {corpus.train.total_tokens:,} tokens in {len(corpus.train):,} documents, "
-            f"{corpus.heldout.total_tokens:,} in {len(corpus.heldout):,} held out"
-        )
-        rows, special = training_rows(config, corpus), corpus.tokenizer.special
+        corpus = text.corpus_of(config, run.display.counting("preparing the text"))
+        rows, special = text.training_rows(config, corpus), corpus.tokenizer.special
+        sequences = hyperparameters.sequences_before(config.train, config.train.steps)
+        text.show(run.display.console, config, corpus, rows, sequences)
         if processes.is_first():
             corpus.tokenizer.save(str(run.folder))
+            if corpus.rejected:
+                shutil.copy(Path(corpus.folder, REJECTED), run.folder)
         flops = train_flops_per_token(config.model, length)
-        tokens = length * hyperparameters.sequences_before(config.train, config.train.steps)
         run.display.console.print(
             header.table(
-                config, declared, abstract, mesh, folder=run.folder, tokens=tokens,
+                config, declared, abstract, mesh, folder=run.folder, tokens=length * sequences,
                 takes=header.sequences(config, length), flops_per_token=flops,
             )
         )  # fmt: skip
@@ -192,10 +192,11 @@ class Pretraining:
             "loss": logged[-1]["loss"],
             "mtp_loss": logged[-1]["mtp_loss"],
             **result.numbers(self.config.data.sequence_length),
-            **compressed_bits_per_byte(text for _, text in self.corpus.heldout_texts()),
+            **compressed_bits_per_byte(words for _, words in self.corpus.heldout_texts()),
             "max_violation_first": logged[0]["max_violation"],
             "max_violation_last": logged[-1]["max_violation"],
             "dropped_tokens": max(line["dropped_tokens"] for line in logged),
+            "rejected_records": self.corpus.rejected,
             **self.session.throughput(),
             "sample": sample,
         }
@@ -240,29 +241,3 @@ def _all(path: tuple[Any, ...]) -> bool:
 
 def _indexers(path: tuple[Any, ...]) -> bool:
     return "indexer" in path
-
-
-def corpus_of(config: Config, progress: Progress | None = None) -> Corpus:
-    """Returns the text that a config trains on and is scored on, tokenized now or cached."""
-    data = config.data
-    return prepare_corpus(
-        files=data.files,
-        heldout_files=data.heldout_files,
-        heldout_fraction=data.heldout_fraction,
-        text_field=data.text_field,
-        tokenizer_path=data.tokenizer,
-        vocab_size=config.model.vocab_size,
-        cache_dir=data.cache_dir,
-        progress=progress,
-    )
-
-
-def training_rows(config: Config, corpus: Corpus) -> PackedSequences:
-    """Returns the rows that a config's steps take, in order."""
-    return PackedSequences(
-        corpus.train,
-        corpus.tokenizer.special,
-        sequence_length=config.data.sequence_length,
-        seed=config.data.seed,
-        fim_rate=config.data.fim_rate,
-    )

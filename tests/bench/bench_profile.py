@@ -33,8 +33,8 @@ from dsjax.parallel.mesh import make_mesh
 from dsjax.train import hyperparameters
 from dsjax.train.loss import pretraining
 from dsjax.train.optimizer import adamw
-from dsjax.train.pretraining import corpus_of, training_rows
 from dsjax.train.step import declared_model, initial_state, train_step
+from dsjax.train.text import corpus_of, training_rows
 from dsjax.train.throughput import measure_matmul_flops
 
 PARTS = ("attention", "experts", "router", "feed-forward", "norm", "embedding", "head", "optimizer")

@@ -136,6 +136,7 @@ def test_cache_entry_differs_with_all_that_decides_it(files, prepare, tmp_path):
         {"vocab_size": 290},
         {"heldout_fraction": 0.3},
         {"tokenizer_path": str(tmp_path)},
+        {"skip": True},
         {"heldout_files": files(["held"], name="held.jsonl")[:-7] + "held.jsonl"},
     ]
     folders = [prepare(pattern, **option).folder for option in options]
@@ -179,7 +180,7 @@ def test_tokenizer_training_takes_an_even_share_of_much_text(files, prepare, mon
         seen.extend(texts)
         return train_tokenizer(seen, **options)
 
-    pattern = files(["same size " * 5] * 100)
+    pattern = files([f"same size {number:03} " * 4 for number in range(100)])
     monkeypatch.setattr(corpus_module.tokenizer, "train_tokenizer", record)
     monkeypatch.setattr(corpus_module, "TOKENIZER_BYTES", 1000)
     prepare(pattern)
@@ -290,7 +291,7 @@ def test_corpus_rejects_a_tokenizer_that_deletes_the_text(files, prepare, tmp_pa
     content = json.loads(train_tokenizer(texts(9), vocab_size=270).inner.to_str())
     content["normalizer"] = {"type": "Replace", "pattern": {"Regex": r"[\s\S]"}, "content": ""}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"makes no token of the train text; choose another"):
+    with pytest.raises(ValueError, match=r"does not give the text of a\.jsonl:1 back: 'doc"):
         prepare(files(texts(9)), tokenizer_path=str(tmp_path))
 
 
@@ -303,3 +304,73 @@ def test_corpus_rejects_files_that_change_meanwhile(files, prepare, tmp_path):
     with pytest.raises(ValueError, match=r"a\.jsonl changed while it was read"):
         prepare(pattern, progress=touch)
     assert entries(tmp_path) == []
+
+
+def test_copies_never_straddle_the_split(files, prepare):
+    corpus = prepare(files([*texts(3) * 100, *(f" {text}\n" for text in texts(3))]))
+    train, heldout = (
+        {" ".join(text.split()) for text in decoded(corpus, side)} for side in ("train", "heldout")
+    )
+    assert train and heldout and not train & heldout
+    assert corpus.copies == 300 and corpus.left_out == 0
+
+
+def test_copies_of_heldout_files_are_not_trained_on(files, prepare, tmp_path):
+    files(texts(3), name="held.jsonl")
+    pattern = files(["train " * 9, texts(3)[1], "more " * 9])
+    corpus = prepare(pattern, heldout_files=f"{tmp_path}/text/held.jsonl")
+    assert decoded(corpus, "train") == ["train " * 9, "more " * 9] and corpus.left_out == 1
+    again = prepare(pattern, heldout_files=f"{tmp_path}/text/held.jsonl")
+    assert (again.left_out, again.copies, again.parts) == (1, 1, (2,))
+    with pytest.raises(ValueError, match=r"data\.files hold no text that is not held out"):
+        files(texts(3))
+        prepare(pattern, heldout_files=f"{tmp_path}/text/held.jsonl")
+
+
+def test_corpus_of_one_text_is_refused(files, prepare):
+    with pytest.raises(ValueError, match=r"has 9 document\(s\), all of one text, in 1 file"):
+        prepare(files(["one"] * 9))
+
+
+def test_parts_of_a_mixture_are_kept_apart(files, prepare, tmp_path):
+    files([f"left {text}" for text in texts(20)], name="b.jsonl")
+    files([f"right {text}" for text in texts(40)], name="a.jsonl")
+    pattern = f"{tmp_path}/text/b.jsonl,{tmp_path}/text/a.jsonl"
+    corpus = prepare(pattern, apart=True, heldout_fraction=0.2)
+    left, right = corpus.train_parts()
+    assert len(left) + len(right) == len(corpus.train) and len(corpus.heldout) > 0
+    for side, part in (("left", left), ("right", right)):
+        found = [corpus.tokenizer.decode(part[index]) for index in range(len(part))]
+        assert found and all(text.startswith(side) for text in found)
+        assert (
+            part.total_tokens
+            == part.lengths.sum()
+            == sum(map(len, map(part.__getitem__, range(len(part)))))
+        )
+    assert len({left.fingerprint, right.fingerprint, corpus.train.fingerprint}) == 3
+    assert prepare(pattern).folder != corpus.folder
+    with pytest.raises(ValueError, match=r"a\.jsonl is in two parts of the mixture"):
+        prepare(f"{pattern},{tmp_path}/text", apart=True)
+
+
+def test_records_that_cannot_be_read_are_skipped_and_written_down(files, prepare, tmp_path):
+    pattern = files(texts(9))
+    path = tmp_path / "text" / "a.jsonl"
+    path.write_text("broken\n" + path.read_text())
+    with pytest.raises(ValueError, match=r"line 1 is not JSON.*data\.on_bad_record=skip"):
+        prepare(pattern)
+    for _ in range(2):
+        corpus = prepare(pattern, skip=True)
+        assert sorted(decoded(corpus, "train") + decoded(corpus, "heldout")) == sorted(texts(9))
+        assert corpus.rejected == 1
+        (line,) = Path(corpus.folder, corpus_module.REJECTED).read_text().splitlines()
+        assert json.loads(line)["file"] == str(path) and "line 1" in json.loads(line)["problem"]
+
+
+def test_a_lossy_tokenizer_is_refused(files, prepare, tmp_path):
+    content = json.loads(train_tokenizer(texts(9), vocab_size=270).inner.to_str())
+    content["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    files(["Upper case\n", *texts(9)])
+    with pytest.raises(ValueError, match=r"'Upper case' becomes 'upper case' at character 0"):
+        prepare(f"{tmp_path}/text/a.jsonl", tokenizer_path=str(tmp_path))

@@ -154,6 +154,10 @@ CUT_GZIP = gzip.compress(json_lines(TEXTS), mtime=0)[:-9]
             r"damaged or cut short \(the last frame is not complete\)",
         ),
         ("a.parquet", b"plain", r"a\.parquet is not a readable parquet file"),
+        ("a.jsonl", b'{"m": 3}', r"line 1 has no field 'text' but m"),
+        ("a.zip", b"PK", r"a\.zip is \.zip, which is not read; unpack it, or name the other files"),
+        ("a.pdf.gz", b"x", r"a\.pdf\.gz is \.pdf, which is not read; convert it to text"),
+        ("a.parquet.gz", b"x", r"\.parquet has its own compression; unpack \.gz"),
     ],
 )
 def test_reading_rejects_bad_files_by_name(tmp_path, name, data, message):
@@ -180,10 +184,11 @@ def test_reading_names_the_missing_package(tmp_path, monkeypatch):
 
 def test_sources_reject_globs_without_files(tmp_path):
     write(tmp_path / "a.txt", b"x")
+    (tmp_path / "empty").mkdir()
     cases = {
         f"{tmp_path}/*.md": r"data\.files='.*\*\.md' matches no file .*check the path",
         f"{tmp_path}/a.txt,{tmp_path}/b": r"b' matches no file",
-        f"{tmp_path}": r"it is a folder: append",
+        f"{tmp_path}/empty": r"the folder is empty",
         " , ": r"data\.files=' , ' names no file",
     }
     for pattern, message in cases.items():
@@ -225,3 +230,99 @@ def test_records_keep_all_fields_and_say_their_places(tmp_path):
         list(read_records(find_sources(str(write(tmp_path / "c.txt", b"x")))))
     with pytest.raises(ValueError, match="line 1 is a JSON list, not an object; such a file"):
         list(read_records(find_sources(str(write(tmp_path / "d.jsonl", b"[1]")))))
+
+
+@pytest.mark.parametrize(
+    ("field", "texts"),
+    [
+        ("meta.text", ["in one", "in two"]),
+        ("title, meta.text", ["One\n\nin one", "in two"]),  # the second has no title
+        ("a.b", ["dotted", "dotted"]),
+        ("x,y", ["comma", "comma"]),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_text_comes_from_nested_and_from_several_fields(tmp_path, suffix, field, texts):
+    rows = [
+        {"title": title, "meta": {"text": f"in {name}"}, "a.b": "dotted", "x,y": "comma"}
+        for title, name in (("One", "one"), (None, "two"))
+    ]
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    assert [text for _, text in read(path, field)] == texts
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("meta.body", r"line 1 has no field 'body' of 'meta\.body' but text; set"),
+        ("title.text", r"line 1 has no field 'text' of 'title\.text' but none"),
+        ("meta", r"line 1: 'meta' is dict, not text"),
+        ("title,number", r"line 1: 'number' is int, not text"),
+    ],
+)
+def test_fields_that_are_not_there_are_told(tmp_path, field, message):
+    record = {"title": "t", "meta": {"text": "x"}, "number": 3}
+    with pytest.raises(ValueError, match=message):
+        read(write(tmp_path / "a.jsonl", json.dumps(record).encode()), field)
+
+
+def test_tables_of_text_are_read(tmp_path):
+    write(tmp_path / "a.csv", b'\xef\xbb\xbftext,n\n"one, two",1\n')
+    write(tmp_path / "b.tsv.gz", gzip.compress(b"n\ttext\n1\tthree\n"))
+    table = pa.table({"text": ["four"]})
+    with pa.OSFile(str(tmp_path / "c.arrow"), "wb") as file:
+        with pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+    assert [text for _, text in read(tmp_path)] == ["one, two", "three", "four"]
+
+
+def test_folder_stands_for_what_is_below_it(tmp_path):
+    for name in ("b.txt", "sub/a.md", ".hidden", ".git/c.txt", "sub/__pycache__/d.txt"):
+        write(tmp_path / name, b"x")
+    # As the library datasets saves a data set.
+    table = pa.table({"text": ["y"]})
+    (tmp_path / "saved").mkdir()
+    with pa.OSFile(str(tmp_path / "saved/data-00000-of-00001.arrow"), "wb") as file:
+        with pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+    for name in ("dataset_info.json", "state.json"):
+        write(tmp_path / "saved" / name, b"{\n}")
+    names = [name for name, _ in read(tmp_path)]
+    assert names == ["b.txt", "saved/data-00000-of-00001.arrow:1", "sub/a.md"]
+
+
+def test_names_with_commas_are_found(tmp_path):
+    for name in ("a,b.txt", "c.txt", "d,e,f/g.txt"):
+        write(tmp_path / name, b"x")
+    pattern = f"{tmp_path}/a,b.txt, {tmp_path}/c.txt,{tmp_path}/d,e,f/*.txt"
+    assert [name for name, _ in read(pattern)] == ["a,b.txt", "c.txt", "g.txt"]
+    parts = documents.find_parts(pattern)
+    assert [len(sources) for _, sources in parts] == [1, 1, 1]
+    assert [pattern for pattern, _ in parts][1] == f"{tmp_path}/c.txt"
+
+
+def test_rejected_records_and_files_are_noted_and_the_others_read(tmp_path):
+    write(tmp_path / "a.jsonl", b'{"text": "x"}\nbroken\n{"body": 1}\n{"text": "y"}\n')
+    write(tmp_path / "b.txt", b"\xff")
+    write(tmp_path / "c.jsonl.gz", CUT_GZIP)
+    write(tmp_path / "d.parquet", b"plain")
+    write(tmp_path / "e.txt", b"z")
+    noted = []
+    found = read_documents(
+        find_sources(str(tmp_path)),
+        rejected=lambda source, problem: noted.append((source.name, problem)),
+    )
+    texts = [document.text for document in found]
+    assert texts[:2] == ["x", "y"] and texts[-1] == "z"
+    assert [name for name, _ in noted] == ["a.jsonl", "a.jsonl", "b.txt", "c.jsonl.gz", "d.parquet"]
+    assert "a.jsonl line 3 has no field 'text' but body" in noted[1][1]
+
+
+def test_records_of_tables_keep_all_fields(tmp_path):
+    write(tmp_path / "a.csv", b"x,y\n1,2\n")
+    places = list(read_records(find_sources(str(tmp_path))))
+    assert places == [(f"{tmp_path}/a.csv:1", {"x": "1", "y": "2"})]
