@@ -42,6 +42,8 @@ def load(
     """Loads a model from a Hugging Face folder, a converted folder or the folder of a run.
 
     Args:
+      path: the folder, or a name on the Hugging Face Hub, such as "deepseek-ai/DeepSeek-V2-Lite" or
+        "OWNER/NAME@REVISION", which is downloaded into the Hub's cache.
       mesh: devices to place the weights on, split as `dsjax.parallel.sharding` says; each process
         reads only what its own devices hold. None: the default device.
       dtype: of weights and activations, bfloat16 or float32; None: the checkpoint's.

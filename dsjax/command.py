@@ -216,7 +216,8 @@ def add_initial(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init",
         metavar="CKPT",
-        help="checkpoint to begin with: Hugging Face folder, converted folder, or folder of a run",
+        help="checkpoint to begin with: Hugging Face folder or OWNER/NAME[@REVISION] on its Hub, "
+        "converted folder, or folder of a run",
     )
     parser.add_argument(
         "--workdir",
@@ -331,8 +332,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         "checkpoint",
         metavar="CKPT",
         type=Path,
-        help="Hugging Face folder, converted folder, folder of a run (its newest checkpoint), or a "
-        "GGUF file",
+        help="Hugging Face folder or name on its Hub (OWNER/NAME[@REVISION]), converted folder, "
+        "folder of a run (its newest checkpoint), or a GGUF file",
     )
     parser.add_argument(
         "--dtype",

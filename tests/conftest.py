@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 # jax reads these when it starts, so they come before its import.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
 # Programs here run once or twice on small inputs, so quick compilation beats quick code.
 FLAGS = [
     "--xla_force_host_platform_device_count=8",

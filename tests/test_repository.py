@@ -26,7 +26,7 @@ FLAGS = {
     "checkpoint.py list": {"--help", "--json"},
     "checkpoint.py verify": {"--help", "--json"},
     "convert.py": {"--debug", "--help"},
-    "convert.py export": {"--dtype", "--help", "--type"},
+    "convert.py export": {"--dtype", "--help", "--push", "--type"},
     "convert.py import": {"--dtype", "--help", "--override"},
     "convert.py inspect": {"--expect", "--help", "--json", "--override"},
     "evaluate.py": {

@@ -1,9 +1,9 @@
 """Converts checkpoints between Hugging Face's folders, ours and GGUF files, and describes them.
 
   # a published checkpoint, FP8 or bfloat16, into a folder that loads on any mesh
-  python tools/convert.py import DeepSeek-V3 converted/v3
+  python tools/convert.py import deepseek-ai/DeepSeek-V3 converted/v3
   # a trained model, for transformers, vLLM, SGLang and llama.cpp's converter
-  python tools/convert.py export runs/tiny published/tiny --dtype bfloat16
+  python tools/convert.py export runs/tiny published/tiny --dtype bfloat16 --push me/tiny
   python tools/convert.py export DeepSeek-V3 v3.gguf --type 'experts=Q4_0,*=Q8_0'
   # what config.json alone implies: shapes, number of tensors, bytes; needs no weights
   python tools/convert.py inspect DeepSeek-V3/config.json --expect
@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("target", metavar="DST", type=Path, help="a new folder, or F.gguf")
         sub.add_argument("--dtype", choices=_DTYPES, default="keep", help="default: keep")
     exporting.add_argument("--type", metavar="T", help="of DST.gguf: Q8_0 ...; see docs/gguf.md")
+    exporting.add_argument("--push", metavar="OWNER/NAME", help="upload DST to this repository")
     inspecting.add_argument("source", metavar="SRC", type=Path, help="checkpoint, or a config.json")
     inspecting.add_argument("--expect", action="store_true", help="look at config.json alone")
     command.add_json(inspecting)
@@ -55,25 +56,22 @@ def execute(arguments: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     from rich.console import Console
 
-    exports = arguments.command == "export"
-    more: Any = {"choice": arguments.type} if exports else {"overrides": dict(arguments.override)}
-    if arguments.command == "inspect":
-        from dsjax import tables
-        from dsjax.checkpoint import inspection
-
-        summary = inspection.summarize(arguments.source, expect=arguments.expect, **more)
-        return tables.show(summary, inspection.print_summary, arguments.json)
-    if exports:
-        from dsjax.checkpoint.exporting import export as convert
-    else:
-        from dsjax.checkpoint.importing import import_checkpoint as convert
+    from dsjax import tables
+    from dsjax.checkpoint import exporting, importing, inspection
     from dsjax.display import Transfer
 
-    source, target = arguments.source, arguments.target
+    if arguments.command == "inspect":
+        given = arguments.source, arguments.expect, dict(arguments.override)
+        summary = inspection.summarize(*given)
+        return tables.show(summary, inspection.print_summary, arguments.json)
+    exports, target = arguments.command == "export", arguments.target
+    more: Any = {"choice": arguments.type, "push": arguments.push} if exports else {}
+    more |= {} if exports else {"overrides": dict(arguments.override)}
+    convert = exporting.export if exports else importing.import_checkpoint
     with Transfer(Console()) as progress:
-        done = convert(source, target, dtype=arguments.dtype, progress=progress, **more)
-        then = command.as_called(_NEXT[arguments.command])
-        progress.say(f"{done}; all in {target}\nnext: {then} {shlex.quote(str(target))}")
+        done = convert(arguments.source, target, dtype=arguments.dtype, progress=progress, **more)
+        then = command.as_called(f"{_NEXT[arguments.command]} {shlex.quote(str(target))}")
+        progress.say(f"{done}; all in {target}\nnext: {then}")
 
 
 if __name__ == "__main__":

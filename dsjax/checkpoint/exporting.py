@@ -23,19 +23,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsjax import __version__
-from dsjax.checkpoint import families, names
+from dsjax.checkpoint import families, hub, names
 from dsjax.checkpoint.gguf import ENDING, require_package
 from dsjax.checkpoint.hf_config import quantization_config, to_hf
 from dsjax.checkpoint.hf_folder import FLOAT32, FP8, scale_name, scale_shape
 from dsjax.checkpoint.importing import copy_side_files, side_files
 from dsjax.checkpoint.load import Checkpoint, open_checkpoint
+from dsjax.checkpoint.model_card import model_card
 from dsjax.checkpoint.recode import BLOCK, Stored, check_choice, is_finite, recode, stored_dtype
 from dsjax.checkpoint.staging import Converted, Staging, check_space, check_target, fingerprint
 from dsjax.checkpoint.streaming import stream
 from dsjax.checkpoint.tensor_files import Shard, plan_shards, write_index, write_shard
 from dsjax.checkpoint.weights import Weights, leaf_name, scales_name
 from dsjax.display import Transfer
-from dsjax.files import read_json, write_json, writing
+from dsjax.files import read_json, write, write_json, writing
 from dsjax.precision.fp8 import Scale
 from dsjax.text.tokenizer import load_tokenizer
 
@@ -62,7 +63,13 @@ class Part(NamedTuple):
 
 
 def export(
-    source: Path, target: Path, *, dtype: str, choice: str | None, progress: Transfer
+    source: Path,
+    target: Path,
+    *,
+    dtype: str,
+    choice: str | None,
+    progress: Transfer,
+    push: str | None = None,
 ) -> Converted:
     """Exports a checkpoint to a GGUF file, if that is what `target` is named, or to a Hugging Face
     folder.
@@ -70,10 +77,23 @@ def export(
     Args:
       dtype: of a folder, one of `recode.CHOICES`.
       choice: of a GGUF file, its types; see `gguf.types.parse`.
+      push: a repository of the Hub to upload the result to.
 
     Raises:
-      ValueError, OSError: as the two exports do, or the choice is for the other one.
+      ValueError, OSError: as the two exports and `hub.push` do, or the choice is for the other one.
     """
+    if push is not None:
+        hub.check_name(push)
+    done = _exported(source, target, dtype, choice, progress)
+    if push is not None:
+        progress.say(f"{target} is whole; pushing it to {push}")
+        progress.say(f"pushed: {hub.push(target, push)}")
+    return done
+
+
+def _exported(
+    source: Path, target: Path, dtype: str, choice: str | None, progress: Transfer
+) -> Converted:
     if target.suffix != ENDING:
         if choice is not None:
             raise ValueError(
@@ -103,7 +123,7 @@ def export_checkpoint(source: Path, target: Path, *, dtype: str, progress: Trans
     """
     started = time.monotonic()
     check_choice(dtype)
-    source, target = source.resolve(), target.resolve()
+    source, target = hub.located(source).resolve(), target.resolve()
     check_target(target, source)
     checkpoint = open_checkpoint(source)
     weights = checkpoint.weights
@@ -137,6 +157,10 @@ def export_checkpoint(source: Path, target: Path, *, dtype: str, progress: Trans
             _write_shards(work, left, arrays, progress)
         write_index(work.content, shards)
         _write_small_files(work.content, checkpoint, config, progress)
+        named = next(iter(parts.values())).dtype.name if dtype == "keep" else dtype
+        card = work.content / "README.md"
+        if not card.exists():
+            write(card, model_card(checkpoint, target.name, named))
         work.publish()
     return Converted(sum(len(shard.tensors) for shard in left), to_do, time.monotonic() - started)
 

@@ -35,8 +35,6 @@ FLOAT32 = np.dtype(np.float32)
 PLAIN = (FLOAT32, np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 # Tables computed from rope_theta, which old checkpoints contain.
 _TABLES = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
-_HUB = re.compile(r"^(https?:/+)?(www\.)?(huggingface\.co|hf\.co)/|^hf:/+")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 _logger = logging.getLogger(__name__)
@@ -120,17 +118,10 @@ def check_kind(path: Path) -> None:
     """Recognizes paths that are often mistaken for the folder of a checkpoint.
 
     Raises:
-      ValueError: `path` does not exist, or is a name on the Hub, a file, part of the Hub's cache,
-        or a LoRA adapter; says which, and what to do.
+      ValueError: `path` does not exist, or is a file, part of the Hub's cache, or a LoRA adapter;
+        says which, and what to do.
     """
     if not path.exists():
-        # A path whose first folder exists is a mistyped path.
-        name = _HUB.sub("", str(path))
-        if _HUB_NAME.fullmatch(name) and not Path(path.parts[0]).exists():
-            raise ValueError(
-                f"{path} is not a folder on this machine. If it is a name on the Hugging Face Hub: "
-                f"hf download {name} --local-dir {name.split('/')[1]}, then name that folder"
-            )
         raise ValueError(f"{path} does not exist; name the folder of a checkpoint")
     elif not path.is_dir():
         what = None

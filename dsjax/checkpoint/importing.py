@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsjax import __version__
-from dsjax.checkpoint import families, manifest
+from dsjax.checkpoint import families, hub, manifest
 from dsjax.checkpoint.gguf import is_gguf, require_package
 from dsjax.checkpoint.hf_folder import FLOAT32, FP8, HfFolder, Row, check_kind, open_hf, scale_shape
 from dsjax.checkpoint.manifest import File, Manifest
@@ -90,8 +90,9 @@ def import_checkpoint(
     """
     started = time.monotonic()
     check_choice(dtype)
+    source = hub.located(source)
     if not is_gguf(source):
-        check_kind(source)  # before `resolve`, which would hide a name on the Hub
+        check_kind(source)
     source, target = source.resolve(), target.resolve()
     check_target(target, source)
     folder = _open(source, overrides)

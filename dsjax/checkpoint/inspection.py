@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dsjax import settings, tables
-from dsjax.checkpoint import names
+from dsjax.checkpoint import hub, names
 from dsjax.checkpoint.families import family_for
 from dsjax.checkpoint.gguf import is_gguf, require_package
 from dsjax.checkpoint.hf_folder import (
@@ -82,6 +82,7 @@ def summarize(
     Raises:
       ValueError: config or headers cannot be read.
     """
+    path = hub.located(path, weights=not expect)
     if is_gguf(path):
         require_package()
         from dsjax.checkpoint.gguf import summary

@@ -1,8 +1,8 @@
 """Opens a checkpoint of any kind, and loads its weights into a model on any mesh.
 
-A checkpoint is a folder as Hugging Face publishes it, a folder written by `tools/convert.py
-import`, the folder of a run, or a GGUF file; `open_checkpoint` detects which. After that all kinds
-are alike: leaves of the parameter tree, of which any slice can be read.
+A checkpoint is a folder as Hugging Face publishes it, or its name on the Hub, a folder written by
+`tools/convert.py import`, the folder of a run, or a GGUF file; `open_checkpoint` detects which.
+After that all kinds are alike: leaves of the parameter tree, of which any slice can be read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from dsjax import settings
-from dsjax.checkpoint import families, manifest, store
+from dsjax.checkpoint import families, hub, manifest, store
 from dsjax.checkpoint.families import family_for
 from dsjax.checkpoint.gguf import is_gguf, require_package
 from dsjax.checkpoint.hf_folder import HfFolder, Row, check_kind, is_hf, open_hf
@@ -187,7 +187,8 @@ def open_checkpoint(
     *,
     kind: type[Transformer] = Transformer,
 ) -> Checkpoint:
-    """Opens a checkpoint of any kind, or a GGUF file.
+    """Opens a checkpoint of any kind, a GGUF file, or a repository of the Hugging Face Hub, which
+    is downloaded.
 
     For a converted folder, the sizes of all files are checked now, and their bytes before they are
     read. For a run, all files are hashed now.
@@ -201,7 +202,7 @@ def open_checkpoint(
       ValueError: there is no checkpoint, it is not as it was written, its config and its arrays
         disagree, or it is of another kind; or overrides are given for a folder of our own.
     """
-    path = Path(path)
+    path = hub.located(path)
     begun = path.with_name(path.name + ".partial")
     if not path.exists() and begun.is_dir():
         raise ValueError(f"{path} does not exist. {begun} is an unfinished conversion to it")

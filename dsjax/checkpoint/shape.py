@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dsjax import settings
+from dsjax.checkpoint import hub
 from dsjax.checkpoint.hf_folder import check_kind
 from dsjax.checkpoint.inspection import implied_by
 from dsjax.config import Config, ModelConfig
@@ -52,7 +53,7 @@ def model_of(path: Path) -> ModelConfig:
       ValueError: there is none, or it is not supported.
       FileNotFoundError: there is no such config.
     """
-    path = settings.find(path)
+    path = hub.located(settings.find(path), weights=False)
     if path.suffix == ".py":
         model = settings.load_any(path, ROOTS).model
         if model is None:

@@ -86,6 +86,7 @@ def test_fp8_comes_back_bitwise_with_its_scales(converted, tmp_path):
         "config.json",
         "tokenizer.json",
         "chat_template.jinja",
+        "README.md",
     }
 
 
@@ -305,3 +306,18 @@ def test_export_of_a_shape_without_a_published_form_is_refused(tmp_path):
     with pytest.raises(ValueError, match="mtp_after_final_norm"):
         send_out(tmp_path / "run", tmp_path / "back")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_export_is_pushed_when_it_is_whole(run, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        exporting.hub, "push", lambda made, name: pushed.append((made, name)) or "the page"
+    )
+    output = io.StringIO()
+    more = {"dtype": "float32", "choice": None, "progress": Transfer(Console(file=output))}
+    with pytest.raises(ValueError, match="--push tiny is not the name of a repository"):
+        exporting.export(run, tmp_path / "out", push="tiny", **more)
+    assert not (tmp_path / "out").exists()
+    exporting.export(run, tmp_path / "out", push="me/tiny", **more)
+    assert pushed == [(tmp_path / "out", "me/tiny")] and "pushed: the page" in output.getvalue()
+    assert (tmp_path / "out" / "README.md").is_file()

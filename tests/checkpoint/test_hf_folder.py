@@ -1,5 +1,4 @@
 import os
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -310,20 +309,6 @@ def test_overrides_are_read_as_if_the_file_said_so(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == before
     with pytest.raises(ValueError, match=r"config\.json\.rope_scaling\.factor='x' is not a number"):
         open_hf(tmp_path, {"rope_scaling.factor": "x"})
-
-
-@pytest.mark.parametrize("given", ["deepseek-ai/DeepSeek-V3", "https://huggingface.co/a-b/c.d"])
-def test_name_on_the_hub_is_no_folder(given, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    name = given.removeprefix("https://huggingface.co/")
-    local = name.split("/")[1]
-    with pytest.raises(
-        ValueError, match=rf"hf download {name} --local-dir {local}, then name that"
-    ):
-        open_hf(Path(given))
-    (tmp_path / name).parent.mkdir()  # then it is a path that was mistyped
-    with pytest.raises(ValueError, match=r"does not exist; name the folder of a checkpoint"):
-        open_hf(Path(name))
 
 
 def test_root_of_a_hub_cache_is_named(tmp_path):

@@ -21,6 +21,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 from dsjax import __version__
+from dsjax.checkpoint import hub
 from dsjax.checkpoint.gguf import architecture, layout, modelfile, quantizer, types, vocabulary
 from dsjax.checkpoint.gguf.architecture import Field
 from dsjax.checkpoint.gguf.container import ALIGNMENT
@@ -100,7 +101,7 @@ def export_gguf(
       OSError: a file cannot be read or written.
     """
     started = time.monotonic()
-    source, target = source.resolve(), target.resolve()
+    source, target = hub.located(source).resolve(), target.resolve()
     _check_target(target, source)
     if choice is not None:
         types.parse(choice)  # before the checkpoint is opened, which may take minutes
