@@ -2,7 +2,9 @@
 
 A checkpoint's template takes precedence. Without one, its control tokens determine the format, not
 the model's name: V3.1 has search tokens, R1 has <think>, V3 has only the tokens of the two roles. A
-tokenizer with none of these belongs to a base model, which cannot chat.
+tokenizer with none of these belongs to a base model, which cannot chat. V4's has all of them and
+more; its format is none of those below, so that it counts as a base model's too, and a warning says
+so.
 
   V3    [begin] system [User] ... [Assistant] ... [end] [User] ... [Assistant]
   R1    the same; earlier replies lose their thought, and the new one begins with [<think>] "\\n",
@@ -24,7 +26,9 @@ encoding script that it released with V3.2 in place of a template.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,8 +43,11 @@ from dsjax.text.vocabulary import END_THINK, THINK, Vocabulary
 USER = "<\uff5cUser\uff5c>"
 ASSISTANT = "<\uff5cAssistant\uff5c>"
 SEARCH = "<\uff5csearch\u2581begin\uff5c>"
+REMINDER = "<\uff5clatest_reminder\uff5c>"  # V4's tokenizers alone have it
 
 Tools = Sequence[Mapping[str, Any]]
+
+_logger = logging.getLogger(__name__)
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -230,11 +237,23 @@ def find_format(folder: Path, vocabulary: Vocabulary) -> ChatFormat | None:
     control = vocabulary.coder.control
     if not {BOS, EOS, USER, ASSISTANT} <= control.keys():
         return None
+    if REMINDER in control:
+        _say_v4(folder)
+        return None
     if vocabulary.think_ids is None:
         return ChatFormat("V3", vocabulary)
     if dsml.DSML in control or _model_type(folder) == "deepseek_v32":
         return ChatFormat("V3.2", vocabulary)
     return ChatFormat("V3.1" if SEARCH in control else "R1", vocabulary)
+
+
+@functools.cache  # warns once about a folder that is opened twice
+def _say_v4(folder: Path) -> None:
+    _logger.warning(
+        "%s has the tokenizer of DeepSeek-V4, whose chat format dsjax does not have: it can "
+        "continue text and train on it; to chat, put a chat_template.jinja there",
+        folder,
+    )
 
 
 def _model_type(folder: Path) -> object:

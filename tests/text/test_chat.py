@@ -2,7 +2,8 @@
 
 import pytest
 
-from dsjax.text.chat import Message, find_format
+from dsjax.text.chat import REMINDER, Message, find_format
+from dsjax.text.dsml import DSML
 from dsjax.text.vocabulary import open_vocabulary
 from tests.text import released
 from tests.text.released import IDS, LINE_BREAK, VOCAB_SIZE, write_checkpoint
@@ -127,3 +128,16 @@ def test_r1_cannot_be_asked_not_to_think(formats):
 def test_v3_cannot_be_asked_to_think(formats):
     with pytest.raises(ValueError, match="no <think>, so its model cannot be asked to think"):
         formats["V3"].encode([Message("user", "a")], thinking=True)
+
+
+def test_v4s_tokenizer_is_not_taken_for_an_earlier_one(tmp_path, caplog):
+    v4 = IDS | {REMINDER: 128805, DSML: 128806}
+    folder = write_checkpoint(tmp_path / "v4", v4, config={"model_type": "deepseek_v32"})
+    vocabulary = open_vocabulary(folder, VOCAB_SIZE)
+    for _ in range(2):
+        assert find_format(folder, vocabulary) is None
+    (warning,) = caplog.messages
+    assert "tokenizer of DeepSeek-V4" in warning and "put a chat_template.jinja there" in warning
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    form = find_format(folder, vocabulary)
+    assert form is not None and form.name == "template"
