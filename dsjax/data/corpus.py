@@ -22,6 +22,7 @@ read once for their sizes, once to train a tokenizer, and once to tokenize.
 from __future__ import annotations
 
 import array
+import collections
 import contextlib
 import dataclasses
 import errno
@@ -188,8 +189,8 @@ def _find(files: str, heldout_files: str, apart: bool) -> tuple[list[list[Source
         parts = [documents.embedded_sources()]
     elif apart:
         parts = [sources for _, sources in documents.find_parts(files)]
-        paths = [source.path for sources in parts for source in sources]
-        twice = next((path for path in paths if paths.count(path) > 1), None)
+        counts = collections.Counter(source.path for sources in parts for source in sources)
+        twice = next((path for path, count in counts.items() if count > 1), None)
         if twice is not None:
             raise ValueError(
                 f"{twice} is in two parts of the mixture data.files={files!r}; leave it out of one"
@@ -337,7 +338,7 @@ class _Preparation:
                 encoded = used.encode_batch([document.text for document, _, _ in batch])
                 for (document, size, side), ids in zip(batch, encoded, strict=True):
                     if checked < _LOSSLESS_BYTES:
-                        tokenizer.check_lossless(used, ids, document.text, document.name)
+                        _check_lossless(used, ids, document)
                         checked += size
                     writers[side].add(ids, size)
                     if side == splitting.HELDOUT:
@@ -394,6 +395,15 @@ class _Preparation:
     def _advance(self, size: int) -> None:
         self._done += size
         self._progress(self._done, self._work)
+
+
+def _check_lossless(used: Tokenizer, ids: np.ndarray, document: Document) -> None:
+    lost = tokenizer.what_is_lost(used, ids, document.text)
+    if lost is not None:
+        raise ValueError(
+            f"the tokenizer does not give the text of {document.name} back: {lost}, so bits per "
+            "byte would mean nothing; choose another data.tokenizer"
+        )
 
 
 class _Writer:

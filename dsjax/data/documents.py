@@ -36,7 +36,6 @@ from dsjax.data import decompression, records
 from dsjax.data.records import Reject
 
 Kind = Literal["text", "lines", "csv", "table", "python"]
-Rejected = Callable[[Any, str], None]  # of a source, what is wrong
 
 _EMBEDDED_SKIP = {
     "site-packages",
@@ -70,6 +69,9 @@ class Source:
     kind: Kind
     size: int  # bytes on disk
     mtime_ns: int
+
+
+Rejected = Callable[[Source, str], None]  # told what is wrong
 
 
 class Document(NamedTuple):

@@ -2,8 +2,9 @@
 
 Row i belongs to one of the sets, and is the next row of that set: both follow from i in closed
 form, so the data of a run is still a function of the row numbers alone, and the one number that a
-checkpoint holds is the position in every set. Shares are exact: of any n rows from the first on, a
-set has its share within one row, up to the order within blocks of BLOCK rows, which is random.
+checkpoint holds is the position in every set. Shares are exact: of the first rows up to any
+multiple of BLOCK a set has its share, within as many rows as there are sets; inside a block the
+order is random.
 
 A set is read as often as its share asks for, epoch after epoch, each in an order of its own.
 """

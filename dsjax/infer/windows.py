@@ -12,6 +12,7 @@ ids.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,11 +20,14 @@ from typing import NamedTuple
 import numpy as np
 
 from dsjax.data import documents
-from dsjax.text.tokenizer import Coder
+from dsjax.text.tokenizer import Coder, what_is_lost
 from dsjax.text.vocabulary import Vocabulary, open_vocabulary
+
+_logger = logging.getLogger(__name__)
 
 _DEFAULT_LENGTH = 4096
 _SHORTEST_ROW = 64
+_CHECKED_BYTES = 1 << 20
 _BATCH_BYTES, _BATCH_DOCUMENTS = 4 << 20, 2048
 
 
@@ -32,7 +36,7 @@ class Text:
     """Documents as token ids."""
 
     documents: list[np.ndarray]  # int32, each preceded by its begin token
-    bytes: int  # UTF-8 bytes of all documents
+    bytes: int  # UTF-8 bytes of all documents; 0 where their tokens do not hold the whole text
 
     @property
     def tokens(self) -> int:
@@ -72,14 +76,23 @@ def read_text(files: TextFiles, folder: Path, vocab_size: int) -> Text:
 
 
 def encode(coder: Coder, first: int, texts: Iterable[str]) -> Text:
-    """Encodes documents in batches on all cores, and puts the token `first` before each."""
+    """Encodes documents in batches on all cores, and puts the token `first` before each.
+
+    A tokenizer that does not give the first megabyte back leaves the bytes unknown, since bits per
+    byte would mean nothing, and a warning says where.
+    """
     encoded: list[np.ndarray] = []
     batch: list[str] = []
-    total = waiting = 0
+    total = waiting = checked = 0
+    lost: str | None = None
 
     def flush() -> None:
-        for ids in coder.encode_batch(batch):
+        nonlocal checked, lost
+        for text, ids in zip(batch, coder.encode_batch(batch), strict=True):
             encoded.append(np.concatenate([np.array([first], np.int32), ids.astype(np.int32)]))
+            if lost is None and checked < _CHECKED_BYTES:
+                lost = what_is_lost(coder, ids, text)
+                checked += len(text)
         batch.clear()
 
     for text in texts:
@@ -90,7 +103,9 @@ def encode(coder: Coder, first: int, texts: Iterable[str]) -> Text:
             flush()
             waiting = 0
     flush()
-    return Text(encoded, total)
+    if lost is not None:
+        _logger.warning("no bits per byte, as the tokenizer does not give the text back: %s", lost)
+    return Text(encoded, 0 if lost is not None else total)
 
 
 def first_token(vocabulary: Vocabulary) -> int:

@@ -349,7 +349,7 @@ def test_parts_of_a_mixture_are_kept_apart(files, prepare, tmp_path):
         )
     assert len({left.fingerprint, right.fingerprint, corpus.train.fingerprint}) == 3
     assert prepare(pattern).folder != corpus.folder
-    with pytest.raises(ValueError, match=r"a\.jsonl is in two parts of the mixture"):
+    with pytest.raises(ValueError, match=r"b\.jsonl is in two parts of the mixture"):
         prepare(f"{pattern},{tmp_path}/text", apart=True)
 
 

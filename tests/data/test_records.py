@@ -95,7 +95,7 @@ def test_rejected_lines_are_noted_and_the_others_read(tmp_path):
     path, problems = written(tmp_path, "a.jsonl", LINES), []
     assert list(records.json_lines(path, problems.append)) == [(0, {"x": 1}), (5, {"x": 3})]
     assert [problem.partition(" ")[2][:24] for problem in problems] == [
-        "line 2 is not JSON (Expe", "line 4 is a JSON list, n", "is not UTF-8: byte 32 (l",
+        "line 2 is not JSON (Expe", "line 4 is a JSON list, n", "is not UTF-8: byte 31 (l",
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"a\.jsonl line 2 is not JSON"):
         list(records.json_lines(path))

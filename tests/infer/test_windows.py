@@ -6,12 +6,13 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dsjax.infer import windows
 from dsjax.infer.windows import TextFiles, Window
-from dsjax.text.tokenizer import train_tokenizer
+from dsjax.text.tokenizer import Coder, train_tokenizer
 from dsjax.text.vocabulary import open_vocabulary
 
 
@@ -166,3 +167,11 @@ def test_text_can_go_without_the_begin_token(folder, trained):
     )
     assert with_bos[0] == trained.special.bos and without[0] == trained.special.eos
     np.testing.assert_array_equal(with_bos[1:], without[1:])
+
+
+def test_bytes_of_a_text_that_the_tokenizer_loses_are_unknown(trained, caplog):
+    content = json.loads(trained.inner.to_str()) | {"normalizer": {"type": "Lowercase"}}
+    lossy = Coder(tokenizers.Tokenizer.from_str(json.dumps(content)))
+    assert windows.encode(lossy, 7, ["some text"]).bytes == 9 and not caplog.messages
+    assert windows.encode(lossy, 7, ["some text", "Some more"]).bytes == 0
+    assert "the tokenizer does not give the text back: 'Some more' becomes 's" in caplog.text

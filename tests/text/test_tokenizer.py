@@ -130,7 +130,7 @@ def test_long_texts_are_encoded_in_pieces_to_the_same_tokens(trained, monkeypatc
     texts = [CODE * 9, "x", "", "no_line_break" * 30]
     whole = trained.encode_batch(texts)
     monkeypatch.setattr(tokenizer, "_PIECE_CHARACTERS", 50)
-    pieces = list(tokenizer._pieces(texts[0]))
+    pieces = list(tokenizer._pieces(texts[0], 50))
     assert len(pieces) > 5 and all(piece.startswith("def") for piece in pieces)
     for got, want, text in zip(trained.encode_batch(texts), whole, texts, strict=True):
         if "\n" in text:

@@ -32,18 +32,15 @@ def shown(config, declared, abstract, mesh, **options):
             flops_per_token=2e7, **options,
         )
     )  # fmt: skip
-    return dict(
-        line.strip().split("  ", 1)
-        for line in output.getvalue().splitlines()
-        if "  " in line.strip()
-    )
+    rows = [line.strip().split("  ", 1) for line in output.getvalue().splitlines()]
+    return {row[0]: row[1].strip() for row in rows if len(row) == 2}
 
 
 def test_header_names_size_cost_devices_and_files():
     one = prepared("train.micro_batch_size=2", sizes={})
     said = shown(*one, tokens=10_000_000)
     assert said["parameters"] == (
-        "9,968,128, 3,676,672 of them activated per token, and 1,973,968 in MTP modules"
+        "9,977,600, 4,472,576 of them activated per token, and 1,934,800 in MTP modules"
     )
     assert said["computes in"] == "float32" and said["devices"] == "1 x cpu"
     assert said["a step"] == "8 sequences of 256, 2,048 tokens, in 4 passes"
@@ -58,7 +55,7 @@ def test_memory_is_what_one_device_holds():
     config, declared, split, mesh = prepared(sizes={"data": 2, "fsdp": 4})
     alone, shared = header.bytes_per_device(one), header.bytes_per_device(split)
     assert set(alone) == {"params", "router", "optimizer"}
-    assert alone["params"] == 4 * (9_968_128 + 1_973_968) - alone["router"]
+    assert alone["params"] == 4 * (9_977_600 + 1_934_800) - alone["router"]
     assert 0.25 <= shared["params"] / alone["params"] < 0.27  # norms are on every device
     said = shown(config, declared, split, mesh)
     assert said["devices"] == "8 x cpu, as mesh data=2 x fsdp=4"
