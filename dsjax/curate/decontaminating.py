@@ -105,7 +105,7 @@ def quotes(text: str, known: Mapping[int, np.ndarray]) -> bool:
 
 def _questions(files: Sequence[documents.Source]) -> Iterator[str]:
     for file in files:
-        if file.kind not in ("lines", "parquet"):
+        if file.kind in ("text", "python"):
             yield from (document.text for document in documents.read_documents([file]))
             continue
         for place, record in documents.read_records([file]):
