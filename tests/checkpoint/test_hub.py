@@ -6,6 +6,7 @@ from huggingface_hub import errors
 
 import dsjax
 from dsjax.checkpoint import hub, inspection, shape
+from dsjax.checkpoint.hf_config import from_hf
 from dsjax.checkpoint.hub import Repository
 from tests.checkpoint.hf_files import plain, write
 from tests.golden.cases import CASES
@@ -63,7 +64,7 @@ def published(tmp_path, monkeypatch):
 
 def test_checkpoint_is_loaded_by_its_name(published, capsys):
     model = dsjax.load("someone/llama@v1")
-    assert model.config.dim == LLAMA.model.dim
+    assert model.config == from_hf(LLAMA.config)
     ((name, options),) = published
     assert (name, options["revision"]) == ("someone/llama", "v1")
     assert "*.safetensors" in options["allow_patterns"] and options["ignore_patterns"] == ["*/*"]
@@ -72,7 +73,7 @@ def test_checkpoint_is_loaded_by_its_name(published, capsys):
 
 
 def test_shape_is_taken_without_weights(published):
-    assert shape.model_of("someone/llama") == LLAMA.model
+    assert shape.model_of("someone/llama") == from_hf(LLAMA.config)
     assert inspection.summarize("someone/llama", expect=True)["total_params"] > 0
     assert all("*.safetensors" not in options["allow_patterns"] for _, options in published)
 
