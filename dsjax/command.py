@@ -272,10 +272,11 @@ def add_mesh(
     parser: argparse.ArgumentParser,
     axes: Sequence[str] = AXES,
     explained: str = "e.g. fsdp=8,expert=64; axes left out have 1 (default: the config's mesh)",
+    name: str = "--mesh",
 ) -> None:
     """Adds `--mesh`, a dict from axis to size; for a config, `on_mesh` applies it."""
     parser.add_argument(
-        "--mesh",
+        name,
         metavar="AXIS=N,...",
         type=lambda text: mesh_sizes(text, axes),
         default={},
@@ -344,6 +345,12 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser)
     explained = "e.g. data=2,tensor=4; one may be -1 for the rest (default: one device)"
     add_mesh(parser, CHECKPOINT_AXES, explained)
+
+
+def add_prefill_mesh(parser: argparse.ArgumentParser) -> None:
+    """Adds `--prefill-mesh`, beside the `--mesh` of a checkpoint."""
+    explained = "which run the prompts while those of --mesh decode (default: these do both)"
+    add_mesh(parser, CHECKPOINT_AXES, explained, "--prefill-mesh")
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

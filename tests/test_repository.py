@@ -198,6 +198,7 @@ FLAGS = {
         "--override",
         "--port",
         "--prefill-chunk",
+        "--prefill-mesh",
         "--prefix-tokens",
         "--redundant-experts",
         "--context-cache",

@@ -6,8 +6,8 @@ CKPT is a Hugging Face folder, a folder imported by tools/convert.py, or the fol
   python tools/serve.py DeepSeek-V2-Lite-Chat
   # for other machines, with a key, on eight devices
   DSJAX_API_KEY=secret python tools/serve.py DeepSeek-V3 --host 0.0.0.0 --mesh tensor=8
-  # ask
-  curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "def main(", "max_tokens": 64}'
+  # eight devices of which four run the prompts, so that decoding never waits for one
+  python tools/serve.py DeepSeek-V2 --mesh expert=4 --prefill-mesh tensor=4
 
 Prints `ready http://HOST:PORT` on standard output once it answers; the log, one JSON object per
 request, goes to standard error, without texts unless --log-texts. SIGTERM lets running requests
@@ -27,6 +27,7 @@ from dsjax import command
 def parser() -> argparse.ArgumentParser:
     result = command.make_parser(__doc__)
     command.add_checkpoint(result)
+    command.add_prefill_mesh(result)
     add = result.add_argument
 
     def count(name: str, default: int, what: str, metavar: str = "N") -> None:
@@ -65,13 +66,12 @@ def execute(arguments: argparse.Namespace) -> int:
     if not 0 <= arguments.port < 65536 or arguments.max_waiting < 0 or arguments.grace < 0:
         parser().error("--port is below 65536, and no number is negative")
     # Imported here, so that --help and wrong usage need not wait for jax.
+    from dsjax.parallel import compilation
+
     try:
         from dsjax.serve import server
     except ModuleNotFoundError as error:
         raise ValueError(f"{error}: install the extra: pip install 'dsjax[serve]'") from error
-
-    from dsjax.parallel import compilation
-
     compilation.use_persistent_cache("")
     return server.run(arguments)
 

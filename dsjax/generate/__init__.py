@@ -1,6 +1,7 @@
 """Generation of tokens with a model: any number of requests, on any mesh, without text or files.
 
 engine       requests in, tokens out: a closed batch, or requests that join and leave a running one
+prefill      where prompts run: with decoding, or on devices of their own
 prompts      newcomers, whose prompts run in chunks, each distinct prompt once
 rows         the requests that run together, one per row of a cache
 prefixes     known beginnings of prompts: found by their tokens, kept in pages

@@ -5,7 +5,8 @@ in a separate cache, one chunk per step, alternating with decoding of the runnin
 running requests never wait for more than one chunk. When a prompt is done, its row is inserted into
 the running batch, once for every request that continues it: equal prompts of newcomers run once.
 If nothing runs and no prompt is shared, the newcomers' cache becomes the running one without a
-copy.
+copy. Where prompts have devices of their own (`dsjax.generate.prefill`), a chunk and decoding run
+beside each other.
 
 Few shapes occur, so few programs are compiled: a cache has a power of two as its length, prompts
 run in chunks of one size followed by one chunk of a power of two, a growing batch has a power of
@@ -35,9 +36,9 @@ from dsjax.generate import decoding
 from dsjax.generate.balancing import Balance, Balancer
 from dsjax.generate.decoding import Carry, Decoded
 from dsjax.generate.page_files import PageFiles
-from dsjax.generate.prefixes import PAGE, Prefixes
+from dsjax.generate.prefill import Prefill
 from dsjax.generate.programs import Programs
-from dsjax.generate.prompts import MIN_CHUNK, Prompts, distinct
+from dsjax.generate.prompts import MIN_CHUNK, Prompts, Started, distinct
 from dsjax.generate.record import Record
 from dsjax.generate.request import Output, Request, join, output, problems
 from dsjax.generate.rows import ROWS_AT_A_TIME, Open, Rows, steer
@@ -96,6 +97,7 @@ class Engine:
         examples: Sequence[Request] = (),
         balancer: Balancer | None = None,
         page_files: PageFiles | None = None,
+        prompt_model: Transformer | None = None,
     ) -> None:
         """
         Args:
@@ -111,10 +113,13 @@ class Engine:
           balancer: of the model's experts, where these are redundant.
           page_files: where these prefixes are kept on disk besides, for as long as the weights
             are not replaced.
+          prompt_model: the same model on other devices, which run the prompts; None: the model's
+            own do.
 
         Raises:
           ValueError: `prefill_chunk`, `max_batch` or `prefix_tokens` is out of range, the model has
-            no MTP modules to draft with, or its mesh would split a cache that stays whole.
+            no MTP modules to draft with, its mesh would split a cache that stays whole, or
+            `prompt_model` is not the same model on other devices.
         """
         if prefill_chunk < MIN_CHUNK or prefill_chunk != power_of_two(prefill_chunk):
             raise ValueError(
@@ -131,9 +136,12 @@ class Engine:
             check_drafting(model.config)
         self.statistics = Statistics()
         self._programs = Programs(model)
+        self._n_drafts = model.config.n_mtp if speculative else 0
+        self._prompting = Prefill(
+            self._programs, prompt_model, chunk=prefill_chunk, n_drafts=self._n_drafts
+        )
         self._balancer = balancer
         self._vocab_size = model.config.vocab_size
-        self._n_drafts = model.config.n_mtp if speculative else 0
         self._chunk = prefill_chunk
         self._examples = tuple(examples)
         self._shapes: Shapes | None = None
@@ -141,11 +149,13 @@ class Engine:
             self._shapes = few_shapes(
                 model.config,
                 max_batch=max_batch,
-                batch_parts=self._programs.batch_parts,
+                batch_parts=self._prompting.batch_parts,
                 chunk=prefill_chunk,
                 n_drafts=self._n_drafts,
             )
-        self._prefixes = self._keeping(prefix_tokens, page_files) if prefix_tokens else None
+        if prefix_tokens:
+            smallest = self._shapes.chunks[0] if self._shapes else MIN_CHUNK
+            self._prompting.keep_prefixes(prefix_tokens, smallest, page_files)
         self._max_batch = max_batch
         self._closed = 0  # requests of the closed batch that runs; 0: any number may come
         self._waiting: deque[Open] = deque()
@@ -155,23 +165,6 @@ class Engine:
         self._n_steps = 1 if streaming else decoding.MAX_STEPS  # of the next decoding call
         self._decoded_last = False
         self._next_id = 0
-
-    def _keeping(self, prefix_tokens: int, page_files: PageFiles | None) -> Prefixes:
-        """Makes room for what is kept of past prompts."""
-        page = min(PAGE, self._chunk)
-        if prefix_tokens < (least := page * self._programs.batch_parts):
-            raise ValueError(
-                f"prefix_tokens={prefix_tokens} must be at least {least}, a page of {page} "
-                "tokens for each part of a batch; 0 keeps none"
-            )
-        return Prefixes(
-            self._programs,
-            n_tokens=prefix_tokens,
-            page=page,
-            n_drafts=self._n_drafts,
-            smallest=self._shapes.chunks[0] if self._shapes else MIN_CHUNK,
-            files=page_files,
-        )
 
     @property
     def busy(self) -> bool:
@@ -187,26 +180,34 @@ class Engine:
         """Replaces the weights without recompiling anything. Waiting requests stay in the queue.
 
         Raises:
-          ValueError: the model differs in config, precision, dtype or placement, or requests are
-            running, whose caches were computed with the old weights.
+          ValueError: the model differs in config, precision, dtype or placement, requests are
+            running, whose caches were computed with the old weights, or a balancer moves experts.
         """
-        self._check_idle()
-        assert self._balancer is None, "it moves the experts of the model that it was made with"
+        self._check_replaceable()
         self._programs.load(model)
-        if self._prefixes:
-            self._prefixes.clear()
+        if self._prompting.apart:
+            self._prompting.programs.load(self._prompting.programs.placed(model))
+        if self._prompting.prefixes:
+            self._prompting.prefixes.clear()
 
     def release(self) -> None:
         """Lets go of the weights, so that their memory is free until others are loaded; what is
         compiled stays.
 
         Raises:
-          ValueError: requests are running.
+          ValueError: requests are running, or a balancer moves experts.
         """
-        self._check_idle()
+        self._check_replaceable()
         self._programs.release()
+        self._prompting.programs.release()
 
-    def _check_idle(self) -> None:
+    def _check_replaceable(self) -> None:
+        if self._balancer:
+            raise ValueError(
+                "this engine's balancer moves the experts of the weights that it was made with, so "
+                "others cannot take their place; make a new Engine and Balancer for them, or an "
+                "Engine without one"
+            )
         if self._incoming or self._running:
             raise ValueError(
                 "weights cannot change while requests run: their caches belong to the old ones; "
@@ -224,8 +225,8 @@ class Engine:
             raise ValueError("\n".join(found))
         self._next_id += 1
         fetched = None
-        if self._prefixes:
-            fetched = self._prefixes.fetch(request.prompt, request.owner)
+        if self._prompting.prefixes:
+            fetched = self._prompting.prefixes.fetch(request.prompt, request.owner)
         self._waiting.append(Open(self._next_id, request, fetched))
         return self._next_id
 
@@ -235,7 +236,7 @@ class Engine:
         for batch in filter(None, (self._incoming, self._running)):
             for place, slot in enumerate(batch.slots):
                 if slot and slot.id == id:
-                    self._keep(batch, place)
+                    self._prompting.keep(batch, place)
                     batch.release(place)
         self._drop_empty()
 
@@ -253,20 +254,24 @@ class Engine:
         """
         assert self._shapes is not None
         return Warming(
-            self._programs, self._shapes, self._examples, self._n_drafts, self._prefixes
+            self._programs, self._prompting, self._shapes, self._examples, self._n_drafts
         ).run()
 
     def step(self) -> dict[int, Output]:
-        """Runs a chunk of the newcomers' prompts or some decoding steps, alternating.
+        """Runs a chunk of the newcomers' prompts or some decoding steps, alternating; where prompts
+        have devices of their own, decodes while the chunk runs.
 
         Returns:
           new outputs by request id; requests without new tokens are absent.
         """
         if self._incoming is None and self._waiting:
             self._admit()
-        if self._incoming and (self._decoded_last or not self._running):
-            self._decoded_last = False
-            return self._prefill(self._incoming)
+        turn, newcomers = self._decoded_last or not self._running, self._incoming
+        if newcomers and (turn or self._prompting.apart):
+            chunk = newcomers.started or self._start(newcomers)
+            if turn and (not (self._prompting.apart and self._running) or chunk.ended):
+                self._decoded_last = False
+                return self._end(newcomers, chunk)
         self._decoded_last = True
         if self._running is None:
             return {}
@@ -357,39 +362,13 @@ class Engine:
         slots = [*admitted, *[None] * (self._n_rows(len(admitted)) - len(admitted))]
         prompts = distinct(slots)
         n_rows = len(slots) if self._shapes else self._n_rows(len(prompts))
-        carry = self._empty_carry(n_rows, length)
+        carry = self._prompting.empty_carry(n_rows, length)
         self._incoming = Prompts(
             slots, carry, length, n_drafts=self._n_drafts, examples=self._examples
         )
-        known = self._recall(self._incoming)
+        known = self._prompting.recall(self._incoming)
         self.statistics.cached_tokens += known
         self.statistics.prompt_tokens += sum(len(prompt) for _, prompt in prompts) - known
-
-    def _recall(self, newcomers: Prompts) -> int:
-        """Fills in the known prefixes of the newcomers' prompts, and returns their tokens in all.
-
-        Nothing is known of the experts that past prompts chose. If they are asked for, all runs.
-        """
-        if self._prefixes is None or newcomers.wanted.experts:
-            return 0
-        from_disk = {
-            (slot.request.owner, tuple(slot.request.prompt)): slot.fetched
-            for slot in newcomers.slots
-            if slot and slot.fetched
-        }
-        for row, (owner, prompt) in enumerate(newcomers.prompts):
-            newcomers.carry, count = self._prefixes.fill(
-                newcomers.carry, row, prompt, owner, from_disk.get((owner, tuple(prompt)))
-            )
-            newcomers.know(row, count)
-        return int(newcomers.known_B.sum())
-
-    def _keep(self, batch: Prompts | Rows, place: int) -> None:
-        """Keeps what the cache holds of a request, for those to come that begin in the same way."""
-        slot = batch.slots[place]
-        if self._prefixes and slot:
-            row, tokens = int(batch.rows_X[place]), batch.in_cache(place)
-            self._prefixes.save(batch.carry, row, tokens, slot.request.owner)
 
     @property
     def _most_rows(self) -> int:
@@ -401,25 +380,24 @@ class Engine:
         if self._shapes:
             return fit(at_least, self._shapes.rows)
         n_rows = min(power_of_two(at_least), self._most_rows)
-        return n_rows + -n_rows % self._programs.batch_parts
+        return n_rows + -n_rows % self._prompting.batch_parts
 
     def _empty_carry(self, n_rows: int, length: int) -> Carry:
         return self._programs.compiled(
             decoding.empty_carry, batch=n_rows, length=length, n_drafts=self._n_drafts
         )()
 
-    def _prefill(self, newcomers: Prompts) -> dict[int, Output]:
-        """Runs a chunk of the newcomers' prompts."""
+    def _start(self, newcomers: Prompts) -> Started:
+        """Starts the next chunk of the newcomers' prompts."""
         chunk = newcomers.chunk(self._chunk, self._shapes.chunks if self._shapes else ())
-        run = self._programs.compiled(
-            decoding.prefill, newcomers.carry, *chunk, newcomers.rows_X, self._knobs(newcomers),
-            wanted=newcomers.wanted,
-        )  # fmt: skip
-        began = time.perf_counter()
-        newcomers.carry, drawn = run()
-        drawn_X, report, load_LE = jax.device_get(drawn)
-        self.statistics.prefill_seconds += time.perf_counter() - began
-        if self._balancer:
+        return self._prompting.start(newcomers, chunk, self._knobs(newcomers))
+
+    def _end(self, newcomers: Prompts, started: Started) -> dict[int, Output]:
+        """Takes over what a chunk of the newcomers' prompts gives, once it has run."""
+        chunk, newcomers.started = started.chunk, None
+        drawn_X, report, load_LE = jax.device_get(started.drawn)
+        self.statistics.prefill_seconds += time.perf_counter() - started.began
+        if self._balancer and load_LE is not None:
             self._balancer.add(load_LE)
         counts, ready = newcomers.advance(chunk), set(newcomers.ready())
         new: dict[int, Output] = {}
@@ -429,7 +407,7 @@ class Engine:
             if report.experts is not None:
                 slot.experts.append(report.experts[newcomers.rows_X[i], :count])
             if i in ready:
-                self._keep(newcomers, i)
+                self._prompting.keep(newcomers, i)
                 known = int(newcomers.known_B[newcomers.rows_X[i]])
                 own = jax.tree.map(lambda array, i=i: array[i], report._replace(experts=None))
                 new[slot.id] = self._first(slot, int(drawn_X[i]), own, known)
@@ -458,7 +436,8 @@ class Engine:
         ready = newcomers.ready()
         # A closed batch may as well begin together, without a copy.
         together = self._closed or not self._streaming
-        if self._running is None and newcomers.done and not newcomers.shared:
+        whole = newcomers.done and not newcomers.shared and not self._prompting.apart
+        if self._running is None and whole:
             self._running = Rows(newcomers.slots, newcomers.carry, newcomers.length)
             self._incoming = None
         elif ready and (self._running or newcomers.done or not together):
@@ -481,9 +460,19 @@ class Engine:
 
     def _move(self, other: Prompts | Rows, slots: list[int], into: Rows) -> None:
         """Moves some slots into free rows of the running batch."""
+        free = into.free()[: len(slots)]
+        if self._prompting.apart and isinstance(other, Prompts):
+            self._prompting.hand_over(other, slots, into, free)
+        else:
+            self._insert(other, slots, into, free)
+        into.put({row: other.slots[i] for row, i in zip(free, slots, strict=True)})
+        for i in slots:
+            other.release(i)
+
+    def _insert(self, other: Prompts | Rows, slots: list[int], into: Rows, free: list[int]) -> None:
+        """Copies the cache of some slots into free rows."""
         # On a mesh every device sees the rows of one call.
         n = min(len(other.slots), len(into.slots), ROWS_AT_A_TIME)
-        free = into.free()[: len(slots)]
         for first in range(0, len(slots), n):
             places = free[first : first + n]
             others_X = np.zeros(n, np.int32)
@@ -493,9 +482,6 @@ class Engine:
             into.carry = self._programs.compiled(
                 decoding.insert, into.carry, other.carry, others_X, rows_X
             )()
-        into.put({row: other.slots[i] for row, i in zip(free, slots, strict=True)})
-        for i in slots:
-            other.release(i)
 
     def _decode(self, rows: Rows) -> dict[int, Output]:
         """Runs some decoding steps; one if a request is steered."""
@@ -534,7 +520,7 @@ class Engine:
                     rows.left_B[row] = slot.left
                 new[slot.id] = output(slot.request, tokens, left=slot.left, report=report)
                 if not slot.left:
-                    self._keep(rows, row)
+                    self._prompting.keep(rows, row)
                     rows.release(row)
         self.statistics.new_tokens += sum(len(part.tokens) for part in new.values())
         self._drop_empty()
@@ -553,7 +539,7 @@ class Engine:
         if self._streaming or self._waiting or self._incoming:
             return 0
         goes_on = rows.left_B.max() > decoding.MAX_STEPS
-        return fewer_rows(n_rows, self._programs.batch_parts) if goes_on else 0
+        return fewer_rows(n_rows, self._prompting.batch_parts) if goes_on else 0
 
     def _shrunk(self, rows: Rows) -> Rows:
         """Returns the running batch, with fewer rows if many have finished."""

@@ -5,13 +5,21 @@ row of a running batch stays in one piece, so decoding reads no page; entries ar
 request comes and once when it goes. One call copies a few pages of one row, and moves no more than
 these between the devices of a mesh: nothing along `context`, whose devices hold the same share of
 every page as of every row (`dsjax.parallel.split_cache`).
+
+Pages are also what travels between devices that run prompts and devices that decode. On the way a
+page's tokens are in order, because the two meshes may split them into other numbers of parts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from dsjax.config import ModelConfig
 from dsjax.generate.decoding import Carry
 from dsjax.model.block import attention_class
 from dsjax.model.cache import Cache, empty_cache
@@ -19,29 +27,57 @@ from dsjax.model.transformer import Transformer
 from dsjax.parallel import split_cache
 from dsjax.parallel.sharding import parts_here
 
+AT_A_TIME = 16  # pages that one call copies
 
-def empty_pool(model: Transformer, *, n_pages: int, page: int, n_drafts: int) -> Cache:
-    """Allocates pages of `page` tokens.
+
+def padded(numbers: Sequence[int]) -> np.ndarray:
+    """Returns places or pages as int32 [AT_A_TIME], filled up with different ones outside of every
+    row and pool, which copies drop.
+    """
+    numbers_X = (1 << 30) + np.arange(AT_A_TIME, dtype=np.int32)
+    numbers_X[: len(numbers)] = numbers
+    return numbers_X
+
+
+class Sent(NamedTuple):
+    """Pages of one row on their way to other devices, whole on each."""
+
+    cache: Cache  # entries [L, X, P, U, .]
+    hidden_1WD: jax.Array  # the row's, see `decoding.Carry`
+
+
+def check(config: ModelConfig, page: int, n_parts: int) -> None:
+    """Checks that a cache can be cut into pages of `page` tokens.
+
+    Args:
+      n_parts: devices of a mesh that each have a share of every page.
 
     Raises:
       ValueError: a page would end inside an entry that several tokens share, or does not divide
         over the mesh.
     """
-    if page % (n_parts := parts_here("length")):
+    if page % n_parts:
         raise ValueError(
             f"a page of {page} tokens, which follows from prefill_chunk, does not divide over "
-            f"mesh.context={n_parts}; choose a power of two up to {page}, or keep no prefixes "
-            "(prefix_tokens=0)"
+            f"mesh.context={n_parts}; choose a power of two up to {page}, or go without pages "
+            "(prefix_tokens=0, prompts where decoding runs)"
         )
-    every = max(
-        entry.every for entry in attention_class(model.config).cached(model.config).values()
-    )
+    every = max(entry.every for entry in attention_class(config).cached(config).values())
     if page % every:
         raise ValueError(
             f"a page of {page} tokens, which follows from prefill_chunk, does not divide into "
-            f"model.nsa_stride={every}; make prefill_chunk a multiple of it, or keep no prefixes "
-            "(prefix_tokens=0)"
+            f"model.nsa_stride={every}; make prefill_chunk a multiple of it, or go without pages "
+            "(prefix_tokens=0, prompts where decoding runs)"
         )
+
+
+def empty_pool(model: Transformer, *, n_pages: int, page: int, n_drafts: int) -> Cache:
+    """Allocates pages of `page` tokens.
+
+    Raises:
+      ValueError: see `check`.
+    """
+    check(model.config, page, parts_here("length"))
     dtype = model.policy.compute
     return empty_cache(model.config, n_pages, page, dtype, mtp=n_drafts > 0).pinned()
 
@@ -141,3 +177,49 @@ def put(model: Transformer, pool: Cache, new: Cache, pages_X: jax.Array) -> Cach
         return pages.set(new_LXPUX, mode="drop", unique_indices=True)
 
     return jax.tree.map(write, pool, new).pinned()
+
+
+def send(
+    model: Transformer, carry: Carry, row: jax.Array, places_X: jax.Array, *, n_pages: int
+) -> tuple[Carry, Sent]:
+    """Returns the carry and a copy of some pages of one of its rows, for `receive` or `store`.
+
+    Args:
+      row: int32 scalar.
+      places_X: int32, which pages of the row.
+      n_pages: how many pages a row has.
+    """
+    del model
+
+    def read(cache: Cache, whole: tuple[jax.Array, jax.Array]) -> Cache:
+        row, places_X = whole
+
+        def in_entry(mine_LBPSX: jax.Array) -> jax.Array:
+            L, B, P, S, X = mine_LBPSX.shape
+            by_page = mine_LBPSX.reshape(L, B, P, n_pages, S // n_pages, X)
+            return jnp.moveaxis(by_page[:, row, :, places_X], 0, 1)
+
+        return jax.tree.map(in_entry, cache)
+
+    cache = split_cache.update(read, carry.cache, (row, places_X))
+    hidden_1WD = jax.lax.dynamic_slice_in_dim(carry.hidden_BWD, row, 1)
+    return carry, Sent(jax.tree.map(split_cache.in_order, cache), hidden_1WD)
+
+
+def receive(
+    model: Transformer, carry: Carry, sent: Sent, row: jax.Array, places_X: jax.Array
+) -> Carry:
+    """Puts pages that were sent into one row of a carry.
+
+    Args:
+      row, places_X: see `fill`.
+    """
+    cache = jax.tree.map(split_cache.in_parts, sent.cache)
+    pages_X = jnp.arange(len(places_X), dtype=jnp.int32)
+    filled = fill(model, carry, cache, row, places_X, pages_X)
+    return filled._replace(hidden_BWD=carry.hidden_BWD.at[row].set(sent.hidden_1WD[0]))
+
+
+def store(model: Transformer, pool: Cache, sent: Sent, pages_X: jax.Array) -> Cache:
+    """Replaces pages of the pool by pages that were sent; `pages_X` is that of `put`."""
+    return put(model, pool, jax.tree.map(split_cache.in_parts, sent.cache), pages_X)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,13 +29,13 @@ import numpy as np
 from dsjax.generate import pages
 from dsjax.generate.decoding import Carry
 from dsjax.generate.page_files import Fetched, PageFiles
+from dsjax.generate.pages import AT_A_TIME, Sent
 from dsjax.generate.programs import Programs
 from dsjax.generate.prompts import MIN_CHUNK
 from dsjax.model.cache import Cache
 from dsjax.parallel.sharding import parts
 
 PAGE = 64  # tokens, unless the engine's chunks are shorter
-_AT_A_TIME = 16  # pages that one call copies
 
 
 class Page:
@@ -153,7 +153,15 @@ class Prefixes:
           page: tokens of a page, a power of two.
           smallest: tokens of the smallest chunk of a prompt, which divides a page.
           files: where pages are kept besides, if anywhere.
+
+        Raises:
+          ValueError: there is no room for a page, or see `pages.check`.
         """
+        if n_tokens < (least := page * programs.batch_parts):
+            raise ValueError(
+                f"prefix_tokens={n_tokens} must be at least {least}, a page of {page} "
+                "tokens for each part of a batch; 0 keeps none"
+            )
         n_pages = n_tokens // page
         n_pages -= n_pages % programs.batch_parts  # each part of the devices holds as many
         self._programs, self._n_drafts, self._smallest = programs, n_drafts, smallest
@@ -211,6 +219,24 @@ class Prefixes:
         if self._files is not None:
             self._write(self._files, tokens, owner)
 
+    def receive(
+        self, send: Callable[[Sequence[int]], Sent], tokens: Sequence[int], owner: str
+    ) -> None:
+        """Keeps the whole pages of a text that has run on other devices.
+
+        Args:
+          send: given places in the text, counted in pages, returns these pages on the devices here.
+        """
+        every = list(self._tree.add(tokens, owner).items())
+        for first in range(0, len(every), AT_A_TIME):
+            places, numbers = zip(*every[first : first + AT_A_TIME], strict=True)
+            self._pool = self._stored(send(places), numbers)()
+        if self._files is not None:
+            self._write(self._files, tokens, owner)
+
+    def _stored(self, sent: Sent, numbers: Sequence[int]) -> Any:
+        return self._programs.compiled(pages.store, self._pool, sent, pages.padded(numbers))
+
     def _names(self, tokens: Sequence[int], owner: str) -> list[str]:
         assert self._files is not None
         form = f"{self._forms} {self._n_parts}\n{owner}"
@@ -221,14 +247,14 @@ class Prefixes:
         numbers = self._tree.find(tokens, owner)
         names = self._names(tokens, owner)[: len(numbers)]
         missing = files.missing(names)
-        for first in range(0, len(missing), _AT_A_TIME):
-            part = missing[first : first + _AT_A_TIME]
+        for first in range(0, len(missing), AT_A_TIME):
+            part = missing[first : first + AT_A_TIME]
             self._pool, taken = self._taken([numbers[place] for place in part])()
             written = [names[place] for place in part]
             files.write(written, functools.partial(_as_bytes, taken, len(part)))
 
     def _taken(self, numbers: Sequence[int]) -> Any:
-        numbers_X = np.zeros(_AT_A_TIME, np.int32)
+        numbers_X = np.zeros(AT_A_TIME, np.int32)
         numbers_X[: len(numbers)] = numbers
         return self._programs.compiled(pages.take, self._pool, numbers_X)
 
@@ -239,16 +265,14 @@ class Prefixes:
         if len(self._tree.find(prompt[:-1], owner)) < fetched.first:
             return
         every = list(self._tree.add(prompt[:end], owner).items())
-        for first in range(0, len(every), _AT_A_TIME):
-            part = every[first : first + _AT_A_TIME]
+        for first in range(0, len(every), AT_A_TIME):
+            part = every[first : first + AT_A_TIME]
             data = [found[place - fetched.first] for place, _ in part]
             self._pool = self._restored(data, [number for _, number in part])()
 
     def _restored(self, data: Sequence[bytes], numbers: Sequence[int]) -> Any:
-        numbers_X = (1 << 30) + np.arange(_AT_A_TIME, dtype=np.int32)  # outside: dropped
-        numbers_X[: len(numbers)] = numbers
         new = [
-            np.zeros((layers, _AT_A_TIME, *form), dtype) for (layers, *form), dtype in self._forms
+            np.zeros((layers, AT_A_TIME, *form), dtype) for (layers, *form), dtype in self._forms
         ]
         for place, page in enumerate(data):
             start = 0
@@ -257,7 +281,7 @@ class Prefixes:
                 array[:, place] = part.reshape(form)
                 start += part.nbytes
         tree = jax.tree.unflatten(jax.tree.structure(self._pool), new)
-        return self._programs.compiled(pages.put, self._pool, tree, numbers_X)
+        return self._programs.compiled(pages.put, self._pool, tree, pages.padded(numbers))
 
     @property
     def on_disk(self) -> bool:
@@ -269,14 +293,18 @@ class Prefixes:
         self._taken([])
         self._restored([], [])
 
+    def warm_receive(self, sent: Sent) -> None:
+        """Compiles the program that keeps pages from other devices."""
+        self._stored(sent, [])
+
     def warm_fill(self, carry: Carry) -> None:
         """Compiles the program that copies pages into a carry of this size."""
-        nowhere_2X = np.zeros((2, _AT_A_TIME), np.int32)
+        nowhere_2X = np.zeros((2, AT_A_TIME), np.int32)
         self._programs.compiled(pages.fill, carry, self._pool, np.int32(0), *nowhere_2X)
 
     def warm_save(self, carry: Carry) -> None:
         """Compiles the program that copies parts of a carry of this size into pages."""
-        nowhere_2X = np.zeros((2, _AT_A_TIME), np.int32)
+        nowhere_2X = np.zeros((2, AT_A_TIME), np.int32)
         self._programs.compiled(pages.save, self._pool, carry, np.int32(0), *nowhere_2X)
 
     def clear(self) -> None:
@@ -287,12 +315,10 @@ class Prefixes:
     def _copy(self, function: Any, into: Any, source: Any, row: int, which: dict[int, int]) -> Any:
         """Copies pages, given by places in the row and numbers in the pool."""
         every = list(which.items())
-        for first in range(0, len(every), _AT_A_TIME):
-            part = every[first : first + _AT_A_TIME]
-            # Outside of every row and pool, and all different: dropped by either copy.
-            both_2X = np.tile((1 << 30) + np.arange(_AT_A_TIME, dtype=np.int32), (2, 1))
-            both_2X[:, : len(part)] = np.transpose(part)
-            into = self._programs.compiled(function, into, source, np.int32(row), *both_2X)()
+        for first in range(0, len(every), AT_A_TIME):
+            part = every[first : first + AT_A_TIME]
+            both = (pages.padded(some) for some in zip(*part, strict=True))
+            into = self._programs.compiled(function, into, source, np.int32(row), *both)()
         return into
 
 

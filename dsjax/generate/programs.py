@@ -64,6 +64,19 @@ class Programs:
         """
         self.model = self._layout
 
+    def placed(self, tree: Any) -> Any:
+        """Copies weights to where these programs have theirs."""
+        return jax.device_put(tree, jax.tree.map(lambda leaf: leaf.sharding, self._layout))
+
+    def received(self, sent: Any) -> Any:
+        """Copies arrays that are whole on each device of other programs to every device of these.
+
+        Asynchronous, and from device to device: JAX would go through the host if the layouts
+        differed.
+        """
+        own = jax.tree.leaves(self._layout)[0].sharding
+        return jax.device_put(sent, NamedSharding(self.mesh, PartitionSpec()) if self.mesh else own)
+
     def compiled(
         self, function: Callable[..., Any], *arguments: Any, **static: Any
     ) -> Callable[[], Any]:
@@ -90,7 +103,7 @@ class Programs:
         # The carry stays where it came from, or the next program could not take it: the compiler
         # prefers the layout of weights that the pipeline's ranks share to a loop's own constraint.
         carry = jax.tree.map(lambda leaf: leaf.sharding, arguments[0])
-        if function not in (decoding.prefill, decoding.decode, pages.take):
+        if function not in (decoding.prefill, decoding.decode, pages.take, pages.send):
             return carry
         # The other results are replicated: every process reads all of them.
         return carry, NamedSharding(self.mesh, PartitionSpec())

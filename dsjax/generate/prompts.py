@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsjax.generate.decoding import Carry
+from dsjax.generate.decoding import Carry, Drawn
 from dsjax.generate.request import Request
 from dsjax.generate.rows import FREE, Open, wanted
 from dsjax.generate.sampling import knobs
@@ -30,6 +30,19 @@ class Chunk(NamedTuple):
     lengths_B: np.ndarray
 
 
+class Started(NamedTuple):
+    """A chunk that the devices have been asked to run."""
+
+    chunk: Chunk
+    drawn: Drawn
+    began: float  # time.perf_counter()
+
+    @property
+    def ended(self) -> bool:
+        """Tells whether the results are there, so that reading them waits for nothing."""
+        return self.drawn.tokens_X.is_ready()
+
+
 class Prompts:
     """Newcomers and the carry that their prompts run in.
 
@@ -40,6 +53,7 @@ class Prompts:
       known_B: int32, how many tokens of each prompt were known; set before the first chunk.
       shared: whether any row belongs to several slots.
       length: positions of the cache.
+      started: the chunk that runs; None between two.
       knobs: sampling settings of the slots.
       wanted: the reports that any of them asks for, or of the examples.
       steered: whether any of them has a steering, or of the examples.
@@ -60,6 +74,7 @@ class Prompts:
             there is one kind of program; beside a chunk of prompts that takes no time.
         """
         self.slots, self.carry, self.length = list(slots), carry, length
+        self.started: Started | None = None
         self._n_drafts = n_drafts
         requests = [(slot or FREE).request for slot in slots]
         self.knobs = knobs([request.sampling for request in requests])

@@ -9,7 +9,7 @@ import numpy as np
 
 from dsjax.generate import decoding
 from dsjax.generate.decoding import Carry
-from dsjax.generate.prefixes import Prefixes
+from dsjax.generate.prefill import Prefill
 from dsjax.generate.programs import Programs
 from dsjax.generate.prompts import Prompts
 from dsjax.generate.request import Request
@@ -24,25 +24,21 @@ class Warming:
     def __init__(
         self,
         programs: Programs,
+        prompting: Prefill,
         shapes: Shapes,
         examples: Sequence[Request],
         n_drafts: int,
-        prefixes: Prefixes | None,
     ) -> None:
-        """
-        Args:
-          prefixes: what is known of past prompts, if anything is kept.
-        """
-        self._programs, self._shapes, self._examples = programs, shapes, examples
-        self._n_drafts, self._prefixes = n_drafts, prefixes
+        self._programs, self._prompting = programs, prompting
+        self._shapes, self._examples, self._n_drafts = shapes, examples, n_drafts
 
     def run(self) -> Iterator[tuple[int, int]]:
         """Compiles one program after the other, and yields before the first and after each how many
         are done and how many there are.
         """
         every = [compile_one for size in self._sizes() for compile_one in self._of(*size)]
-        if self._prefixes and self._prefixes.on_disk:
-            every.insert(0, self._prefixes.warm_files)
+        if (prefixes := self._prompting.prefixes) and prefixes.on_disk:
+            every.insert(0, prefixes.warm_files)
         yield 0, len(every)
         for number, compile_one in enumerate(every):
             compile_one()
@@ -53,18 +49,24 @@ class Warming:
 
     def _of(self, batch: int, length: int) -> Iterator[Callable[[], object]]:
         """Yields what compiles each program for a cache of this size."""
+        runs_prompts = batch in self._shapes.newcomers
         yield lambda: self._allocates(batch, length)
-        if batch in self._shapes.newcomers:
+        if runs_prompts:
+            if self._prompting.apart:
+                yield lambda: self._prompting.empty_carry(batch, length)
             for size in self._shapes.chunks:
                 yield lambda size=size: self._prefills(batch, length, size)
         for example in self._examples:
             yield lambda example=example: self._decodes(batch, length, example)
         for source in self._shapes.sources(batch, length):
             yield lambda source=source: self._moves(batch, length, source)
-        if prefixes := self._prefixes:
-            if batch in self._shapes.newcomers:
-                yield lambda: prefixes.warm_fill(self._allocates(batch, length))
-            yield lambda: prefixes.warm_save(self._allocates(batch, length))
+        if self._prompting.apart:
+            yield lambda: self._takes_over(batch, length)
+        if prefixes := self._prompting.prefixes:
+            if runs_prompts:
+                yield lambda: prefixes.warm_fill(self._prompting.empty_carry(batch, length))
+            if runs_prompts or not self._prompting.apart:
+                yield lambda: prefixes.warm_save(self._prompting.empty_carry(batch, length))
 
     def _allocates(self, batch: int, length: int) -> Carry:
         return self._programs.compiled(
@@ -72,13 +74,11 @@ class Warming:
         )()
 
     def _prefills(self, batch: int, length: int, size: int) -> None:
-        slots = self._slots(self._examples[0], batch)
-        carry = self._allocates(batch, length)
-        newcomers = Prompts(slots, carry, length, n_drafts=self._n_drafts, examples=self._examples)
+        newcomers = self._newcomers(batch, length)
         tokens_BX = np.zeros((batch, size + self._n_drafts), np.int32)
         zeros_B = np.zeros(batch, np.int32)
-        self._programs.compiled(
-            decoding.prefill, carry, tokens_BX, zeros_B, zeros_B, newcomers.rows_X,
+        self._prompting.programs.compiled(
+            decoding.prefill, newcomers.carry, tokens_BX, zeros_B, zeros_B, newcomers.rows_X,
             self._knobs(newcomers), wanted=newcomers.wanted,
         )  # fmt: skip
 
@@ -94,6 +94,18 @@ class Warming:
         places_X = np.zeros(min(batch, source[0], ROWS_AT_A_TIME), np.int32)
         carry, other = self._allocates(batch, length), self._allocates(*source)
         self._programs.compiled(decoding.insert, carry, other, places_X, places_X)
+
+    def _takes_over(self, batch: int, length: int) -> None:
+        """Compiles what hands rows of prompts over to a batch of this size, and replies back."""
+        source = batch if batch in self._shapes.newcomers else self._shapes.newcomers[0]
+        sent = self._prompting.warm_sending(self._newcomers(source, length))
+        slots = self._slots(self._examples[0], batch)
+        self._prompting.warm_taking(Rows(slots, self._allocates(batch, length), length), sent)
+
+    def _newcomers(self, batch: int, length: int) -> Prompts:
+        slots = self._slots(self._examples[0], batch)
+        carry = self._prompting.empty_carry(batch, length)
+        return Prompts(slots, carry, length, n_drafts=self._n_drafts, examples=self._examples)
 
     def _knobs(self, batch: Prompts | Rows) -> Knobs:
         vocab_size = self._programs.model.config.vocab_size

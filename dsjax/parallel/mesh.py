@@ -43,18 +43,20 @@ def make_mesh(
     n_devices: int | None = None,
     *,
     devices: Sequence[Any] | None = None,
+    group: str = "mesh",
 ) -> Mesh:
     """Lays devices out along the named axes, those that communicate most where the network is fast.
 
     Args:
       n_devices: how many devices to use, all by default.
       devices: which to choose from, JAX's own by default.
+      group: see `resolve`.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
     devices = (jax.devices() if devices is None else devices)[:n_devices]
-    resolved = resolve(sizes, len(devices) if n_devices is None else n_devices)
+    resolved = resolve(sizes, len(devices) if n_devices is None else n_devices, group)
     return Mesh(
         _arrange(tuple(resolved.values()), devices),
         AXES,
@@ -127,3 +129,42 @@ def submesh(sizes: Mapping[str, int]) -> Mesh | None:
             "sizes"
         )
     return make_mesh(sizes, wanted)
+
+
+def two_meshes(
+    sizes: Mapping[str, int], others: Mapping[str, int]
+) -> tuple[Mesh | None, Mesh | None]:
+    """Makes two meshes that share no device, as `submesh` makes one; the first takes the first
+    devices.
+
+    Args:
+      others: sizes of the second mesh, --prefill-mesh; {} for none. A size of -1, in one of the
+        two, takes what the other mesh leaves.
+
+    Raises:
+      ValueError: there are fewer devices than both need, or they do not divide.
+    """
+    if not others:
+        return submesh(sizes), None
+    there, both = jax.device_count(), (sizes, others)
+    wanted = [math.prod(size for size in each.values() if size != -1) for each in both]
+    takes_rest = [-1 in each.values() for each in both]
+    described = " and ".join(
+        f"{name} {' x '.join(f'{axis}={size}' for axis, size in each.items()) or 'of one device'}"
+        for name, each in zip(("mesh", "prefill_mesh"), both, strict=True)
+    )
+    if all(takes_rest):
+        raise ValueError(
+            f"{described} each take what the other leaves; give the sizes of one of them"
+        )
+    if sum(wanted) > there:
+        raise ValueError(
+            f"{described} need {sum(wanted)} devices that they do not share, and there are "
+            f"{there}; lower the sizes"
+        )
+    for index in (0, 1):
+        if takes_rest[index]:
+            wanted[index] = there - wanted[1 - index]
+    mesh = make_mesh(sizes, wanted[0]) if sizes else None
+    rest = jax.devices()[wanted[0] :]
+    return mesh, make_mesh(others, wanted[1], devices=rest, group="prefill_mesh")

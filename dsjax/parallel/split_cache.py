@@ -61,6 +61,24 @@ def _on_parts(function: Any, parts: Any, whole: Any, results: PartitionSpec) -> 
     )
 
 
+def in_order(entry_LBPSX: jax.Array) -> jax.Array:
+    """Returns the positions of a split entry one after another, as an entry that is whole has
+    them.
+    """
+    return _swapped(entry_LBPSX, parts_here("length"))
+
+
+def in_parts(entry_LBPSX: jax.Array) -> jax.Array:
+    """Returns the positions of a whole entry part after part, as a split entry has them."""
+    return _swapped(entry_LBPSX, entry_LBPSX.shape[3] // parts_here("length"))
+
+
+def _swapped(entry_LBPSX: jax.Array, rows: int) -> jax.Array:
+    """Transposes the positions, seen as this many rows."""
+    L, B, P, S, X = entry_LBPSX.shape
+    return entry_LBPSX.reshape(L, B, P, rows, S // rows, X).swapaxes(3, 4).reshape(L, B, P, S, X)
+
+
 def part() -> Part:
     """Returns the positions of this device's part, inside `update` and `attend`."""
     count = parts_here("length")

@@ -37,7 +37,7 @@ from dsjax.infer.weights import load_weights
 from dsjax.model import redundant_experts
 from dsjax.model.cache import check_split
 from dsjax.model.transformer import Transformer
-from dsjax.parallel.mesh import submesh
+from dsjax.parallel.mesh import two_meshes
 from dsjax.serve.app import Access, Site
 from dsjax.serve.metrics import Metrics
 from dsjax.serve.replies import Limits
@@ -246,11 +246,16 @@ class _Server:
           warm: called when everything is compiled.
         """
         arguments, service = self._arguments, self._service
-        mesh = submesh(arguments.mesh)
-        check_split(self._checkpoint.model, mesh)
+        mesh, prompt_mesh = two_meshes(arguments.mesh, arguments.prefill_mesh)
+        for each in (mesh, prompt_mesh):
+            check_split(self._checkpoint.model, each)
         redundant = self._redundant(mesh)
         self._say("loading the weights")
         model = load_weights(self._checkpoint, mesh, arguments.dtype)
+        prompt_model = None
+        if prompt_mesh:
+            self._say("loading the weights again, for the prompts")
+            prompt_model = load_weights(self._checkpoint, prompt_mesh, arguments.dtype)
         balancer = None
         if redundant and mesh:
             every = arguments.eplb_every
@@ -264,9 +269,11 @@ class _Server:
             examples=service.examples(),
             balancer=balancer,
             page_files=self._open_files(model),
+            prompt_model=prompt_model,
         )
         assert engine.shapes is not None
-        scorer = PromptScorer(Scorer(model, mesh), engine.shapes.lengths[-1])
+        scores = Scorer(prompt_model, prompt_mesh) if prompt_model else Scorer(model, mesh)
+        scorer = PromptScorer(scores, engine.shapes.lengths[-1])
         service.scorer = scorer
         service.worker.start(engine, self._warming(engine, scorer, warm))
 

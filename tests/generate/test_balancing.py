@@ -105,6 +105,13 @@ def test_loads_decide_when_and_which_layers_move():
     assert balancer.balance[:3] == (1.5, 1.5, 1.0)
 
 
+def test_weights_whose_experts_move_are_not_replaced():
+    engine, _ = balanced({"expert": 2})
+    for change in (lambda: engine.load(skewed()), engine.release):
+        with pytest.raises(ValueError, match="this engine's balancer moves the experts of the wei"):
+            change()
+
+
 def test_a_look_at_the_loads_takes_a_step():
     model, mesh = spread({"expert": 2})
     with pytest.raises(ValueError, match="eplb_every=0 must be at least 1"):

@@ -1,6 +1,7 @@
 """Copies of cache entries between rows and pages."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import pytest
 from jax.sharding import NamedSharding
 
 from dsjax.generate import decoding, pages
+from dsjax.generate.decoding import Carry
 from dsjax.model.cache import Cache, entry_axes
+from dsjax.parallel import split_cache
 from dsjax.parallel.mesh import make_mesh
 from dsjax.parallel.sharding import partition_spec
 from tests.model.tiny import TINY, tiny_model
@@ -117,3 +120,30 @@ def test_copies_change_the_donated_arrays_in_place(n_devices):
             bytes_ = sum(4 * leaf.size for leaf in jax.tree.leaves(pool))
             assert memory.alias_size_in_bytes >= bytes_ // n_devices
             assert memory.temp_size_in_bytes < bytes_ / n_devices / 8
+
+
+@pytest.mark.parametrize("split", [1, 4])
+def test_what_is_sent_arrives_in_order_of_its_tokens(split):
+    """From a cache that is split into parts to one that is not."""
+    carry, pool = carry_and_pool()
+    written = Carry(numbered(carry.cache), numbered(carry.hidden_BWD))
+    places = numbers(2, 0, OUTSIDE)
+    own = written
+    with jax.set_mesh(make_mesh({"context": split}, n_devices=split)):
+        own = own._replace(cache=jax.tree.map(split_cache.in_parts, own.cache))
+        send = jax.jit(functools.partial(pages.send, None, n_pages=64 // PAGE))
+        same, sent = send(own, jnp.int32(2), places)
+    sent = jax.device_get(sent)
+    for got, want in zip(jax.tree.leaves(same), jax.tree.leaves(own), strict=True):
+        np.testing.assert_array_equal(got, want)
+    row = pages.receive(tiny_model(), carry, sent, jnp.int32(1), places)
+    np.testing.assert_array_equal(row.hidden_BWD[1], written.hidden_BWD[2])
+    stored = pages.store(tiny_model(), pool, sent, numbers(4, 1, OUTSIDE))
+    trees = (jax.tree.leaves(each) for each in (row.cache, stored, written.cache))
+    for got, page, want in zip(*trees, strict=True):
+        for place, number in ((2, 4), (0, 1)):
+            span = slice(place * PAGE, (place + 1) * PAGE)
+            np.testing.assert_array_equal(got[:, 1, :, span], want[:, 2, :, span])
+            np.testing.assert_array_equal(page[:, number], want[:, 2, :, span])
+        assert not np.any(got[:, [0, 2]]) and not np.any(got[:, 1, :, PAGE : 2 * PAGE])
+        assert not np.any(page[:, [0, 2, 3]])

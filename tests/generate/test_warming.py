@@ -11,6 +11,7 @@ import pytest
 
 from dsjax.generate.decoding import MAX_STEPS, Carry, Decoded, Drawn
 from dsjax.generate.engine import Engine, Request
+from dsjax.generate.pages import Sent
 from dsjax.generate.record import Record
 from dsjax.generate.request import join
 from dsjax.generate.sampling import Sampling
@@ -77,6 +78,13 @@ class Free:
         pass
 
 
+class Sometimes(np.ndarray):
+    """An array that is often not there yet."""
+
+    def is_ready(self):
+        return random.random() < 0.3
+
+
 class Traced:
     """Programs that compute nothing, and what is asked of them."""
 
@@ -99,13 +107,23 @@ class Traced:
     def insert(self, into, *rest):
         return into
 
-    fill = save = insert
+    fill = save = receive = store = insert
+
+    def send(self, carry, row, places_X, *, n_pages):
+        length = carry.cache.dense["entry"].shape[3]
+        assert length % n_pages == 0 and (places_X[places_X < 1 << 30] < n_pages).all()
+        entry = np.zeros((1, len(places_X), 1, length // n_pages, 1), np.int8)
+        return carry, Sent(Cache({"entry": entry}, None, None), carry.hidden_BWD[:1])
+
+    def received(self, sent):
+        return sent
 
     def prefill(self, carry, tokens_BX, starts_B, lengths_B, rows_X, knobs, *, wanted):
         size = tokens_BX.shape[1] - carry.hidden_BWD.shape[1] + 1
         length = carry.cache.dense["entry"].shape[3]
         assert (starts_B + size <= length).all() and (starts_B % 16 == 0).all()
-        return carry, Drawn(np.ones(len(rows_X), np.int32), self.record(wanted, (len(rows_X), 1)))
+        drawn_X = np.ones(len(rows_X), np.int32).view(Sometimes)
+        return carry, Drawn(drawn_X, self.record(wanted, (len(rows_X), 1)))
 
     def decode(self, carry, position_B, recent_BW, left_B, stops, knobs, steps, enough, *, wanted):
         shape = (MAX_STEPS, *recent_BW.shape)
@@ -126,27 +144,39 @@ class Traced:
         return Record(own, own, top_ids=top, top_logprobs=top)
 
 
+def described(config, parts):
+    """What `Traced` needs of a model on devices of its own."""
+    devices = SimpleNamespace(device_set={object()})
+    return SimpleNamespace(config=config, policy=None, parts=parts, sharding=devices)
+
+
 @pytest.mark.parametrize(
-    ("length", "max_batch", "chunk", "parts", "n_mtp"),
-    [(4096, 16, 256, 1, 0), (4096, 16, 256, 1, 1), (20_000, 70, 64, 1, 0), (600, 6, 16, 2, 1),
-     (3000, 16, 256, 8, 0), (48, 1, 16, 1, 0)],
+    ("length", "max_batch", "chunk", "parts", "n_mtp", "apart"),
+    [(4096, 16, 256, 1, 0, 0), (4096, 16, 256, 1, 1, 0), (20_000, 70, 64, 1, 0, 0),
+     (600, 6, 16, 2, 1, 0), (3000, 16, 256, 8, 0, 0), (48, 1, 16, 1, 0, 0),
+     (4096, 16, 256, 1, 1, 1), (600, 6, 16, 2, 0, 3), (48, 1, 16, 1, 0, 1)],
 )  # fmt: skip
 def test_whatever_comes_asks_for_no_other_program(
-    monkeypatch, length, max_batch, chunk, parts, n_mtp
+    monkeypatch, length, max_batch, chunk, parts, n_mtp, apart
 ):
+    """Also where prompts run on devices of their own, in so many parts."""
     monkeypatch.setattr("dsjax.generate.engine.Programs", Traced)
+    monkeypatch.setattr("dsjax.generate.prefill.Programs", Traced)
     config = dataclasses.replace(TINY, max_seq_len=length, n_mtp=n_mtp)
-    model = SimpleNamespace(config=config, parts=parts)
+    model, prompt_model = (described(config, parts) for parts in (parts, apart or 1))
     plain = Request((0,), 1, stop_ids=frozenset({0}))
     kinds = [plain, dataclasses.replace(plain, logprobs=True, top_logprobs=4,
                                         steering=Free())]  # fmt: skip
     engine = Engine(
         model, speculative=bool(n_mtp), prefill_chunk=chunk, max_batch=max_batch, examples=kinds,
-        prefix_tokens=2048,
+        prefix_tokens=2048, prompt_model=prompt_model if apart else None,
     )  # fmt: skip
     *_, (done, total) = engine.warm()
-    known = set(engine._programs.asked)
-    assert done == total and len(known) == total + 1  # and the pool of pages
+    places = engine._programs, engine._prompting.programs
+    known = [set(place.asked) for place in places]
+    assert done == total
+    if not apart:
+        assert len(known[0]) == total + 1  # and the pool of pages
     rng = random.Random(length + max_batch)
     ids = []
     for _ in range(600):
@@ -166,4 +196,5 @@ def test_whatever_comes_asks_for_no_other_program(
                 engine.cancel(id)
             ids = ids[-1:]
         engine.step()
-    assert engine._programs.asked <= known
+    for place, programs in zip(places, known, strict=True):
+        assert place.asked <= programs

@@ -1,10 +1,11 @@
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 import pytest
 
 from dsjax.axes import AXES
-from dsjax.parallel.mesh import make_mesh, regrouped, resolve, submesh
+from dsjax.parallel.mesh import make_mesh, regrouped, resolve, submesh, two_meshes
 
 
 def sizes_above_one(mesh):
@@ -91,3 +92,37 @@ def test_slices_are_told_apart_by_the_outermost_axes(sizes, across):
         changes = np.diff(slices, axis=position) != 0
         assert changes.any() == (axis in across), axis
         assert changes.any(axis=tuple(set(range(6)) - {position})).sum() == across.get(axis, 1) - 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "others", "counts"),
+    [
+        ({"data": 2, "tensor": 2}, {"expert": 3}, (4, 3)),
+        ({"tensor": -1}, {"data": 2}, (6, 2)),
+        ({"tensor": 2}, {"data": 3, "tensor": -1}, (2, 6)),
+        ({}, {"context": -1}, (1, 7)),
+    ],
+)
+def test_two_meshes_share_no_device(sizes, others, counts):
+    mesh, other = two_meshes(sizes, others)
+    first = list(mesh.devices.flat) if mesh else jax.devices()[:1]
+    assert (len(first), other.size) == counts
+    assert not set(first) & set(other.devices.flat) and (mesh is None) == (not sizes)
+
+
+def test_no_sizes_of_a_second_mesh_are_none():
+    mesh, other = two_meshes({"tensor": 2}, {})
+    assert mesh == submesh({"tensor": 2}) and other is None
+
+
+def test_two_meshes_that_the_devices_do_not_make_are_refused():
+    with pytest.raises(
+        ValueError, match=r"^mesh tensor=4 and prefill_mesh data=2 x expert=4 need 12 devices .* 8"
+    ):
+        two_meshes({"tensor": 4}, {"data": 2, "expert": 4})
+    with pytest.raises(ValueError, match="mesh of one device and prefill_mesh data=8 need 9"):
+        two_meshes({}, {"data": 8})
+    with pytest.raises(ValueError, match="each take what the other leaves; give the sizes of one"):
+        two_meshes({"data": -1}, {"tensor": -1})
+    with pytest.raises(ValueError, match=r"prefill_mesh data=3 x tensor=-1 does not fill the 5 de"):
+        two_meshes({"tensor": 3}, {"data": 3, "tensor": -1})

@@ -177,3 +177,10 @@ def test_rows_move_between_caches_within_their_device(shorter):
         program = jax.jit(insert).lower(held(mine, 4), held(other, 4)).compile()
         got = program(*jax.device_put((held(mine, 4), held(other, 4)), program.input_shardings[0]))
     np.testing.assert_array_equal(got, held(want, 4))
+
+
+def test_positions_are_put_in_order_and_back():
+    entry = normal(0, L, B, P, S, X)
+    with on_devices(4):
+        np.testing.assert_array_equal(split_cache.in_order(held(entry, 4)), entry)
+        np.testing.assert_array_equal(split_cache.in_parts(entry), held(entry, 4))

@@ -282,6 +282,23 @@ def test_mesh_changes_nothing(checkpoint, url):
 
 
 @pytest.mark.heavy
+def test_prompts_on_devices_of_their_own_change_nothing(checkpoint, url):
+    """Of either kind of request; a prompt that was asked before is known."""
+    body = {"prompt": "Some text" * 30, "max_tokens": 20, "temperature": 0, "logprobs": 1}
+    asked = [body, body | {"echo": True}]
+    wanted = [httpx.post(f"{url}/v1/completions", json=each, timeout=120).json() for each in asked]
+    meshes = ("--mesh", "tensor=2", "--prefill-mesh", "context=2,data=-1")
+    with serving.serve(checkpoint, "--no-warm", *meshes) as (other, _):
+        found = [
+            httpx.post(f"{other}/v1/completions", json=each, timeout=300).json()
+            for each in (*asked, body)
+        ]
+    texts = [[choice["text"] for choice in each["choices"]] for each in (*wanted, *found)]
+    assert texts[:2] == texts[2:4] and texts[4] == texts[0]
+    assert found[2]["usage"]["prompt_cache_hit_tokens"] > 0
+
+
+@pytest.mark.heavy
 def test_redundant_experts_change_nothing(tmp_path):
     few = {"num_hidden_layers": 2, "max_position_embeddings": 512, "rope_scaling": None}
     folder = serving.write_checkpoint(tmp_path, config=V3 | few | {"vocab_size": VOCAB_SIZE})
@@ -321,6 +338,8 @@ def test_what_cannot_be_served_is_told_before_the_weights_are_read(checkpoint, t
     assert done.returncode == 1 and "is not between 2 and the model's 512" in done.stderr
     done = run(checkpoint, "--redundant-experts", "2", "--port", "0")
     assert done.returncode == 1 and "this one is dense" in done.stderr
+    done = run(checkpoint, "--mesh", "tensor=2", "--prefill-mesh", "data=999", "--port", "0")
+    assert done.returncode == 1 and "need 1001 devices that they do not share" in done.stderr
     assert run(checkpoint, "--max-batch", "0").returncode == 2
 
 
