@@ -28,7 +28,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 
     keys: Mapping[str, object] = {}
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         argv = sys.argv[1:] if args is None else list(args)
         flags = self._flags(argv)
         # Before argparse looks, which would take the value of an unknown flag for CONFIG.

@@ -356,7 +356,7 @@ def _convert(value: Any, kind: Any) -> Any:
         raise ValueError(f"must be {_KIND_NAMES[kind]}")
     if kind is float and isinstance(value, (int, float)) and abs(value) <= sys.float_info.max:
         return float(value)
-    if kind is not float and isinstance(value, kind):
+    if kind is not float and isinstance(value, kind):  # pyright: ignore[reportArgumentType]
         return value
     raise ValueError(f"must be {_KIND_NAMES[kind]}")
 

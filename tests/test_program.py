@@ -41,7 +41,7 @@ def test_command_runs_its_tool_in_any_folder_and_takes_configs_by_name(tmp_path)
 def test_examples_are_those_of_the_command(tmp_path):
     text = dsjax("convert", "--help", folder=tmp_path).stdout
     assert text.startswith("usage: dsjax convert [-h]")
-    assert "\n  dsjax convert import DeepSeek-V3 converted/v3\n" in text
+    assert "\n  dsjax convert import deepseek-ai/DeepSeek-V3 converted/v3\n" in text
     assert "tools/" not in text
     assert dsjax("convert", "import", "--help", folder=tmp_path).stdout.startswith(
         "usage: dsjax convert import "

@@ -95,11 +95,11 @@ class Checkpoint:
         tensors = self._tensors[path]
         if not isinstance(tensors, Dequantized):
             return None
-        block = tensors.block[::-1] if tensors.leaf.transpose else tensors.block
+        rows, columns = tensors.block
         return Stored(
             functools.partial(read_slice, tensors.values, dtype=FP8),
             functools.partial(read_slice, tensors.scales, dtype=FLOAT32),
-            block,
+            (columns, rows) if tensors.leaf.transpose else (rows, columns),
         )
 
     @property
@@ -166,9 +166,11 @@ def load(
 
         sharding = None if mesh is None else placed.get_value()
         stored = checkpoint.read_fp8(own_path) if small == FP8 else None
+        format_ = None
         # What an FP8 checkpoint keeps in more bits is meant to have them.
-        takes = small and (stored or small != FP8 or not has_fp8)
-        if takes and (format_ := format_of(own_path[-1], variable, small, sharding, stored)):
+        if small and (stored or small != FP8 or not has_fp8):
+            format_ = format_of(own_path[-1], variable, small, sharding, stored)
+        if format_:
             read_32 = functools.partial(checkpoint.read, own_path, dtype=FLOAT32)
             try:
                 return variable.copy(load_small(read_32, shape, *format_, sharding, stored))

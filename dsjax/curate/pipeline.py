@@ -32,7 +32,7 @@ class Shard(NamedTuple):
     documents: Path
     tags: Path
     verdicts: Path
-    count: int
+    n_documents: int
 
 
 def run(
@@ -54,7 +54,7 @@ def run(
     decided = pool.run(Stage("work/rules", deciding.decide, judged, key))
     counts = [found["documents"] for found in tagged.found]
     shards = [
-        Shard(*(result.folder / name for result in (read, tagged, decided)), count)
+        Shard(read.folder / name, tagged.folder / name, decided.folder / name, count)
         for name, count in zip(names, counts, strict=True)
     ]
     removed: list[dict[str, Any]] = []
@@ -104,9 +104,10 @@ def _joined(
         order = job.source.repositories
         result.append(group if order == "off" else None)
         if order != "off":
-            paths = [tuple(getattr(shard, name) for shard in group) for name in _JOINED]
+            texts = tuple(shard.documents for shard in group)
+            verdicts = tuple(shard.verdicts for shard in group)
             near = recipe.duplicates == "near"
-            joins.append(joining.Job(*paths, order, near, recipe.samples, recipe.seed))
+            joins.append(joining.Job(texts, verdicts, order, near, recipe.samples, recipe.seed))
     key = fingerprint(decided.key, joining.VERSION, [job.order for job in joins], recipe.seed)
     joined = pool.run(Stage("work/join", joining.join, joins, fingerprint(key, recipe.samples)))
     numbers = itertools.count()
@@ -114,12 +115,11 @@ def _joined(
     return [shard for group in after for shard in group], joined
 
 
-_JOINED = ("documents", "verdicts")
-
-
 def _shard(joined: Result, number: int) -> Shard:
-    paths = (joined.folder / f"{number:05}{part}.parquet" for part in ("", ".tags", ".verdicts"))
-    return Shard(*paths, joined.found[number]["documents"])
+    texts, tags, verdicts = (
+        joined.folder / f"{number:05}{part}.parquet" for part in ("", ".tags", ".verdicts")
+    )
+    return Shard(texts, tags, verdicts, joined.found[number]["documents"])
 
 
 def _compared(recipe: Recipe, shards: Sequence[Shard], key: str, pool: Workers) -> Result:
@@ -133,7 +133,7 @@ def _compared(recipe: Recipe, shards: Sequence[Shard], key: str, pool: Workers) 
     gathered = pool.run(Stage("work/buckets", deduplicating.gather, [job], key))
     starts = _starts(shards)
     cuts = [
-        deduplicating.Cutting(shard.documents, gathered.folder, start, shard.count)
+        deduplicating.Cutting(shard.documents, gathered.folder, start, shard.n_documents)
         for shard, start in zip(shards, starts, strict=True)
     ]
     cut = pool.run(Stage("work/shingles", deduplicating.cut, cuts, key))
@@ -161,7 +161,7 @@ def _decontaminated(
 
 def _starts(shards: Sequence[Shard]) -> tuple[int, ...]:
     """Returns the number of each shard's first document among all."""
-    return tuple(itertools.accumulate([0, *(shard.count for shard in shards[:-1])]))
+    return tuple(itertools.accumulate([0, *(shard.n_documents for shard in shards[:-1])]))
 
 
 def _writing(recipe: Recipe, shards: Sequence[Shard], key: str, compared: Result | None) -> Stage:

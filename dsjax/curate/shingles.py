@@ -54,7 +54,7 @@ def signatures(sets: Sequence[np.ndarray]) -> np.ndarray:
       ValueError: rensa is not installed.
     """
     try:
-        from rensa import RMinHash
+        from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError as error:
         raise ValueError(
             "finding near duplicates needs rensa: pip install 'dsjax[prepare]', or leave them: "

@@ -286,7 +286,7 @@ class _Preparation:
                 digests.append(splitting.digest(document.text))
                 sizes.append(size)
                 held.append(document.source.path in self._heldout_paths)
-        self._split(*(np.array(each, np.uint64) for each in (positions, digests)), held)
+        self._split(np.array(positions, np.uint64), np.array(digests, np.uint64), held)
         counted = np.array(sizes, np.int64)
         self._total_bytes = int(counted.sum())
         self._train_bytes = int(counted[self._sides == splitting.TRAIN].sum())

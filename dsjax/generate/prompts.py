@@ -40,7 +40,7 @@ class Started(NamedTuple):
     @property
     def ended(self) -> bool:
         """Tells whether the results are there, so that reading them waits for nothing."""
-        return self.drawn.tokens_X.is_ready()
+        return self.drawn.tokens_X.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Prompts:

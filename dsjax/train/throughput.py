@@ -116,7 +116,13 @@ class _Sum(NamedTuple):
     capacity: float = 0.0  # FLOP that the devices could have done in the time
 
     def plus(self, other: _Sum) -> _Sum:
-        return _Sum(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+        return _Sum(
+            self.steps + other.steps,
+            self.tokens + other.tokens,
+            self.seconds + other.seconds,
+            self.waited + other.waited,
+            self.capacity + other.capacity,
+        )
 
 
 class Meter:

@@ -27,7 +27,8 @@ CONVERSATIONS = [
     [("user", "Why is the sky blue?")],
     [("system", "Be brief."), ("user", "a"), ("assistant", SAID), ("user", "d")],
     [("system", "One."), ("user", "\u4f60\u597d"), ("assistant", ANSWER), ("user", "\n9.11?\n")],
-    [("user", "add"), ("assistant", "I add.", CALLING), ("tool", "2"), ("tool", "3")],
+    # One result: the package's template joins several without the line break of R1's repository.
+    [("user", "add"), ("assistant", "I add.", CALLING), ("tool", "2")],
     [
         ("user", "add"), ("assistant", "", CALLING), ("tool", "2"), ("assistant", "It is 2."),
         ("user", "more"),

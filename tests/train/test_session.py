@@ -21,7 +21,8 @@ from tests.checkpoint.damage import with_flipped_bit
 def config(tmp_path_factory):
     root = tmp_path_factory.mktemp("setup")
     for number in range(6):
-        (root / f"{number}.txt").write_text("some words to learn from, and some more of them. " * 9)
+        text = f"some words to learn from, and {number} more of them. "
+        (root / f"{number}.txt").write_text(text * 9)
     return Config(
         name="setup",
         model=ModelConfig(
