@@ -55,7 +55,9 @@ class Parser(argparse.ArgumentParser):
 
     keys: Mapping[str, object] = {}
 
-    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> Any:
         argv = sys.argv[1:] if args is None else list(args)
         flags = self._flags(argv)
         # Before argparse looks, which would take the value of an unknown flag for CONFIG.
