@@ -56,7 +56,7 @@ def test_wrong_use_ends_with_one_message(arguments, code, message):
     assert returned == code and message in said and "Traceback" not in said
 
 
-TIMES = ("seconds", "per_second", "mfu")
+TIMES = ("seconds", "per_second", "mfu", "memory_bytes")
 SETTINGS = [
     "rl.prompts=4", "rl.group_size=4", "rl.minibatches=2", "rl.max_new_tokens=24", "rl.beta=0.1",
     "rl.reference_every=3", "rl.log_samples=-1", "rl.top_p=0.9", "train.steps=6",

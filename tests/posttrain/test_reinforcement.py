@@ -21,7 +21,7 @@ from dsjax.posttrain.experience import Experience
 from dsjax.train.signals import StopRequest
 from tests.posttrain.toy import write_hf, write_lines
 
-TIMES = ("seconds", "per_second", "mfu")
+TIMES = ("seconds", "per_second", "mfu", "memory_bytes")
 REWARD = '''
 def low(completion, problem):
     """The share of characters before "A"."""

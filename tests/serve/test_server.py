@@ -283,8 +283,8 @@ def test_mesh_changes_nothing(checkpoint, url):
 
 @pytest.mark.heavy
 def test_prompts_on_devices_of_their_own_change_nothing(checkpoint, url):
-    """Of either kind of request; a prompt that was asked before is known."""
-    body = {"prompt": "Some text" * 30, "max_tokens": 20, "temperature": 0, "logprobs": 1}
+    """Of either kind of request; a page of a prompt that was asked before is known."""
+    body = {"prompt": "Some text" * 60, "max_tokens": 20, "temperature": 0, "logprobs": 1}
     asked = [body, body | {"echo": True}]
     wanted = [httpx.post(f"{url}/v1/completions", json=each, timeout=120).json() for each in asked]
     meshes = ("--mesh", "tensor=2", "--prefill-mesh", "context=2,data=-1")
