@@ -68,16 +68,19 @@ def assert_crowd(own, config, speculative=False):
             assert_same(output, alone(config, speculative)[CROWD.index(request)])
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     ("changes", "sizes", "others", "speculative"),
     [
         ({}, {"data": 2, "expert": 2}, {"context": 2, "tensor": 2}, True),
-        ({}, {"context": 4}, {"context": 2, "expert": 2}, True),
-        ({}, {}, {"expert": 4}, False),
-        ({"n_mtp": 0}, {"data": 1}, {"data": 1}, False),
+        pytest.param({}, {"context": 4}, {"context": 2, "expert": 2}, True, marks=SLOW),
+        pytest.param({}, {}, {"expert": 4}, False, marks=SLOW),
+        pytest.param({"n_mtp": 0}, {"data": 1}, {"data": 1}, False, marks=SLOW),
         (GROUPED, {"context": 2, "tensor": 2}, {"data": 3}, False),
-        ({}, {"tensor": 2}, {"tensor": -1, "data": 3}, False),
+        pytest.param({}, {"tensor": 2}, {"tensor": -1, "data": 3}, False, marks=SLOW),
     ],
     ids=str,
 )

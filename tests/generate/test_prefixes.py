@@ -177,7 +177,7 @@ def test_experts_of_a_known_prompt_are_reported():
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("speculative", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_known_prefixes_change_no_token_in_company(speculative):
     """Prompts known to different lengths run together, one of them near the end of its cache."""
     own = keeping(speculative, 2048)
