@@ -83,7 +83,7 @@ def export(
       ValueError, OSError: as the two exports and `hub.push` do, or the choice is for the other one.
     """
     if push is not None:
-        hub.check_name(push)
+        hub.check_push(push)
     done = _exported(source, target, dtype, choice, progress)
     if push is not None:
         progress.say(f"{target} is whole; pushing it to {push}")

@@ -8,6 +8,7 @@ without a network (HF_HUB_OFFLINE=1). Only what a checkpoint is made of is downl
 from __future__ import annotations
 
 import errno
+import importlib.util
 import os
 import re
 import sys
@@ -98,10 +99,8 @@ def push(made: Path, name: str) -> str:
       ValueError: `name` is no name on the Hub, access is refused, or the Hub cannot be reached;
         what was made stays as it is.
     """
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ValueError("--push needs huggingface_hub: pip install huggingface_hub") from error
+    import huggingface_hub
+
     try:
         api = huggingface_hub.HfApi()
         page = str(api.create_repo(name, private=True, exist_ok=True))
@@ -122,11 +121,15 @@ def push(made: Path, name: str) -> str:
     return page
 
 
-def check_name(name: str) -> None:
-    """Raises ValueError unless `name` is OWNER/NAME, before hours of work end in a refusal."""
+def check_push(name: str) -> None:
+    """Raises ValueError unless `name` is OWNER/NAME and the Hub's library is installed, before
+    hours of work end in a refusal.
+    """
     found = _NAME.fullmatch(name)
     if not found or found["revision"]:
         raise ValueError(f"--push {name} is not the name of a repository: write OWNER/NAME")
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise ValueError("--push needs huggingface_hub: pip install huggingface_hub")
 
 
 def _reason(error: Exception, repository: Repository) -> str:

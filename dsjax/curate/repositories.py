@@ -7,11 +7,12 @@ random order. In both, a comment with its path begins each file.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from dsjax.curate.sampling import position
 
 _PYTHON, _C, _JAVA, _SHARP = (
     (".py", ".pyi"),
@@ -65,7 +66,7 @@ def by_imports(files: Mapping[str, str], seed: int) -> list[str]:
         for other in others:
             needed_by[other].append(path)
     missing = {path: len(others) for path, others in needs.items()}
-    queue = [(count, _chance(path, seed), path) for path, count in missing.items()]
+    queue = [(count, position(path, seed), path) for path, count in missing.items()]
     heapq.heapify(queue)
     order: list[str] = []
     placed: set[str] = set()
@@ -77,13 +78,13 @@ def by_imports(files: Mapping[str, str], seed: int) -> list[str]:
         placed.add(path)
         for other in needed_by[path]:
             missing[other] -= 1
-            heapq.heappush(queue, (missing[other], _chance(other, seed), other))
+            heapq.heappush(queue, (missing[other], position(other, seed), other))
     return order
 
 
 def at_random(files: Iterable[str], seed: int) -> list[str]:
     """Returns the paths in an order that depends on themselves and the seed alone."""
-    return sorted(files, key=lambda path: (_chance(path, seed), path))
+    return sorted(files, key=lambda path: (position(path, seed), path))
 
 
 def join(files: Mapping[str, str], order: Sequence[str]) -> str:
@@ -103,10 +104,6 @@ def comment(path: str) -> str:
     if kind in _DASHES:
         return f"-- {path}"
     return f"<!-- {path} -->" if kind in _TAGS else f"# {path}"
-
-
-def _chance(path: str, seed: int) -> bytes:
-    return hashlib.blake2b(f"{seed}\0{path}".encode(), digest_size=8).digest()
 
 
 class _Places:

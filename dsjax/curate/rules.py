@@ -133,11 +133,6 @@ def table(changes: Iterable[str]) -> Table:
     return result
 
 
-def rules_of(kind: str, language: str, chosen: Table) -> tuple[Rule, ...]:
-    """Returns the rules for documents of a source's kind and a language."""
-    return chosen[kind, ANY if kind == "code" else language]
-
-
 def first_failures(columns: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> np.ndarray:
     """Returns for each document the number of the first rule that it fails, or -1.
 

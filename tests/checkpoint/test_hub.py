@@ -155,5 +155,5 @@ def test_failed_push_names_what_was_made(monkeypatch, nowhere):
 @pytest.mark.parametrize("name", ["tiny", "me/tiny/x", "me/tiny@main", "/me", ""])
 def test_push_wants_a_name(name):
     with pytest.raises(ValueError, match=r"is not the name of a repository: write OWNER/NAME"):
-        hub.check_name(name)
-    hub.check_name("me/tiny-1.5")
+        hub.check_push(name)
+    hub.check_push("me/tiny-1.5")
