@@ -243,8 +243,9 @@ def alone(speculative=False):
     return [engine(speculative).complete([request])[0] for request in CROWD]
 
 
-def drive(engine, arrivals, *, leave=()):
-    """Adds requests at the given steps, cancels some at others; the outputs of each, joined."""
+def drive(engine, arrivals, *, leave=(), leave_begun=()):
+    """Adds requests at the given steps, cancels some at others or at their first tokens; the
+    outputs of each, joined."""
     ids, parts = {}, {}
     for step in range(200):
         for request, arrives in arrivals:
@@ -255,6 +256,8 @@ def drive(engine, arrivals, *, leave=()):
                 engine.cancel(id)
         for id, new in engine.step().items():
             parts.setdefault(id, []).append(new)
+            if id in leave_begun:  # how many tokens a later step gives is up to the clock
+                engine.cancel(id)
         if not engine.busy and step > max(arrives for _, arrives in arrivals):
             break
     assert not engine.busy
@@ -276,7 +279,8 @@ def test_a_request_gets_the_same_tokens_in_any_company(speculative, arrivals):
 def test_a_cancelled_request_leaves_its_row_to_the_next():
     """One while it waits, one while its prompt runs, one among the rows that run."""
     crowded = Engine(tiny_model(), prefill_chunk=16, max_batch=2)
-    found = drive(crowded, [(request, 0) for request in CROWD], leave=[(7, 1), (1, 2), (2, 6)])
+    arrivals = [(request, 0) for request in CROWD]
+    found = drive(crowded, arrivals, leave=[(7, 1), (1, 2)], leave_begun=[2])
     assert 1 not in found and 7 not in found and found[2][1].finish is None
     for id in (3, 4, 5, 6):
         assert found[id][1].tokens == alone()[id - 1].tokens
