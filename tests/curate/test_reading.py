@@ -49,15 +49,25 @@ def test_documents_are_grouped_by_size_and_cut(tmp_path, texts):
     assert rows[0][1] == {"id": "s/1.txt", "source": "s", "path": "1.txt", "text": "1 " * 200}
 
 
-def test_bad_file_stops_or_is_written_down(tmp_path, texts):
+def test_bad_file_and_bad_record_stop_or_are_written_down(tmp_path, texts):
     (texts / "3.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"source s: .*3\.txt is not UTF-8.*on_bad=skip"):
+    with pytest.raises(ValueError, match=r"source s: .*3\.txt is not UTF-8.*[^p]; or go .*=skip$"):
         read(tmp_path, recipe(texts))
+    lines = (texts / "z.jsonl").read_text().splitlines()
+    (texts / "z.jsonl").write_text("\n".join([*lines[:4], '{"text": 3}', "{", *lines[6:]]))
     (tmp_path / "again").mkdir()
     found, rows = read(tmp_path / "again", recipe(texts, on_bad="skip"))
-    (rejected,) = [item for part in found for item in part["rejected"]]
-    assert rejected["file"].endswith("3.txt") and "0xe9" in rejected["reason"]
-    assert "s/3.txt" not in [row["id"] for shard in rows for row in shard]
+    names = [row["id"] for shard in rows for row in shard]
+    assert "s/3.txt" not in names and "s/4.txt" in names
+    assert names[-4:] == ["s/z.jsonl:4", "s/z.jsonl:7", "s/z.jsonl:8", "s/z.jsonl:9"]
+    assert sum(part["rejected"] for part in found) == 3
+    reading.save_rejected(tmp_path / "again/out", len(found), tmp_path / "rejected.jsonl")
+    rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    problems = [item["problem"] for item in rejected]
+    assert [item["file"][-7:] for item in rejected] == ["n/3.txt", "z.jsonl", "z.jsonl"]
+    assert "0xe9" in problems[0] and "line 5: 'text' is int" in problems[1]
+    assert "line 6 is not JSON" in problems[2]
+    assert [text for part in found for text in part["problems"]] == problems
 
 
 def test_identity_follows_the_files(texts):
