@@ -89,6 +89,7 @@ STAGES = {
     # One step at a rate of nothing: the indexer stays as it is drawn.
     "random": Stage("DSA, random indexer", SPARSE, LONG, 1, 1, 1e-12, "long", "warmup"),
     "warmup": Stage("DSA, warm-up", SPARSE, LONG, 50, 1, 1e-2, "long", "warmup"),
+    "sparse": Stage("DSA, sparse stage", SPARSE, LONG, 30, 2, 3e-4, "warmup"),
 }
 
 
