@@ -17,7 +17,7 @@ from dsjax import __version__, command, settings
 
 TOOLS = (
     "train", "sft", "prefer", "grpo", "sample", "evaluate", "recall", "r1", "generate", "serve",
-    "score", "convert", "checkpoint", "show", "plan", "prepare",
+    "score", "convert", "checkpoint", "show", "plan", "prepare", "mine",
 )  # fmt: skip
 _SHELLS = ("bash", "zsh", "tcsh")
 

@@ -22,6 +22,8 @@
   tokenizing.py the result in the cache that training reads
   report.py     the funnel, histograms and samples: report.json, report.html
   pipeline.py   all stages in order
+  classifier.py tells texts that are like some from others
+  mining.py     finds texts like a seed in a pool, in rounds
   prepare.py    from a recipe to a folder, with a lock and a report
 
 Each stage reads files and writes files, named by the number of their shard. A document's fate

@@ -11,9 +11,7 @@ OUT/
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from rich.console import Console
 from dsjax import settings, tables
 from dsjax.curate import pipeline, reading, report, rules, tokenizing, writing
 from dsjax.curate.recipe import Recipe, Source
-from dsjax.curate.stages import Workers
+from dsjax.curate.stages import Workers, owned
 from dsjax.display import Display, size
 from dsjax.files import write_json
 
@@ -63,7 +61,7 @@ def prepare(
     """
     table = rules.table(recipe.rules)
     jobs = reading.plan(recipe)
-    with _owned(out, process), Display(Console(stderr=True)) as display:
+    with owned(out, process), Display(Console(stderr=True)) as display:
         with Workers(workers, out, display, process=process, processes=processes) as pool:
             result = pipeline.run(recipe, table, jobs, pool)
         if process:
@@ -94,26 +92,3 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     for side, found in summary.get("tokens", {}).items():
         per_token = found["bytes_per_token"]
         console.print(f"  {side}: {found['tokens']:,} tokens, {per_token} bytes per token")
-
-
-@contextlib.contextmanager
-def _owned(out: Path, process: int) -> Iterator[None]:
-    """Makes the output folder, for one process of each number."""
-    if out.exists() and (not out.is_dir() or _is_foreign(out)):
-        raise ValueError(f"--out {out} holds other files; choose a folder that is new or empty")
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / f".lock-{process}", "w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another process is preparing text in {out}; wait for it, or choose another --out"
-            ) from error
-        except OSError:  # a file system without locks
-            pass
-        yield
-
-
-def _is_foreign(out: Path) -> bool:
-    names = {entry.name for entry in out.iterdir()}
-    return bool(names) and not any(name.startswith(".lock-") for name in names)

@@ -175,6 +175,33 @@ class Workers:
                 job.cancel()
 
 
+@contextlib.contextmanager
+def owned(out: Path, process: int) -> Iterator[None]:
+    """Context that makes the output folder, for one process of each number.
+
+    Raises:
+      ValueError: it holds something else, or another process of this number works on it.
+    """
+    if out.exists() and (not out.is_dir() or _is_foreign(out)):
+        raise ValueError(f"--out {out} holds other files; choose a folder that is new or empty")
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / f".lock-{process}", "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process is at work in {out}; wait for it, or choose another --out"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def _is_foreign(out: Path) -> bool:
+    names = {entry.name for entry in out.iterdir()}
+    return bool(names) and not any(name.startswith(".lock-") for name in names)
+
+
 def _open(folder: Path, key: str) -> None:
     """Makes the folder of a stage, empty if another key left files there."""
     mark, old = folder / "stage.json", folder.with_name(folder.name + ".old")

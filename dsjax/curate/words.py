@@ -165,7 +165,7 @@ def _sums(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarra
 
 def _hashes(points: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Returns a hash of each word: a polynomial of its characters in powers of `_BASE`."""
-    count = 1 << len(points).bit_length()
+    count = max(2 * _TOGETHER, 1 << len(points).bit_length())  # few sizes, which are kept
     weighted = (points + np.uint32(1)) * _powers(_BASE, count)[: len(points)]  # no NUL is 0
     # The powers go on from word to word: each is moved back by those before it.
     inverse = _powers(pow(_BASE, -1, 1 << 64), count)
