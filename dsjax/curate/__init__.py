@@ -17,6 +17,7 @@
   deduplicating.py  stages `buckets`, `shingles` and `duplicates`
   passages.py   cuts out passages that occurred before
   personal.py   replaces addresses and keys
+  renaming.py   other names for the variables of Python functions
   sampling.py   choices by hash
   writing.py    stage `text`: kept documents to train and held-out files, samples for the report
   tokenizing.py the result in the cache that training reads

@@ -15,6 +15,7 @@ from dsjax.curate import (
     language,
     passages,
     reading,
+    renaming,
     report,
     rules,
     shingles,
@@ -74,6 +75,7 @@ def run(
     return {
         **gathered,
         "duplicate_groups": compared.found[0]["groups"] if compared else {},
+        "renamed": sum(found["renamed"] for found in written.found),
         "rejected": sum(found["rejected"] for found in read.found),
         "problems": [text for found in read.found for text in found["problems"]][
             : reading.PROBLEMS
@@ -170,12 +172,18 @@ def _starts(shards: Sequence[Shard]) -> tuple[int, ...]:
 def _writing(recipe: Recipe, shards: Sequence[Shard], key: str, compared: Result | None) -> Stage:
     """Plans the last stage; `compared` is of stage `duplicates`."""
     replaced = recipe.personal == "replace"
-    choice = (recipe.passages, replaced, recipe.heldout_fraction, recipe.samples, recipe.seed)
+    choice = (
+        *(recipe.passages, replaced, recipe.rename, recipe.heldout_fraction),
+        *(recipe.samples, recipe.seed),
+    )
     copies = compared and compared.folder / "verdicts.npy"
     jobs = [
         writing.Job(shard.documents, shard.verdicts, copies, start, *choice)
         for shard, start in zip(shards, _starts(shards), strict=True)
     ]
-    library = passages.library() if recipe.passages else ""
-    own = fingerprint(key, compared and compared.key, writing.VERSION, choice, library)
+    libraries = (
+        passages.library() if recipe.passages else "",
+        renaming.library() if recipe.rename else "",
+    )
+    own = fingerprint(key, compared and compared.key, writing.VERSION, choice, libraries)
     return Stage("text", writing.write, jobs, own)

@@ -87,6 +87,8 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         amounts += [(f"kept: {side}", source[side]) for side in writing.SIDES]
         rows += [(name, what, count[0], size(count[1])) for what, count in amounts]
     console.print(tables.table("", ("source", "", ">documents", ">bytes"), rows))
+    if count := summary["renamed"]:
+        console.print(f"  {count:,} Python files have renamed variables")
     if count := summary["rejected"]:
         console.print(f"  {count:,} records or files could not be read; rejected.jsonl lists them")
     for side, found in summary.get("tokens", {}).items():

@@ -63,6 +63,9 @@ class Recipe:
     decontaminate: str = ""
     # E-mail addresses, public IPv4 addresses and keys in what is kept: replace, or keep.
     personal: Literal["replace", "keep"] = "replace"
+    # Share of the Python files in the train text whose local variables get other names: not of
+    # DeepSeek's recipes. Their ids end in "#renamed".
+    rename: float = 0.0
     heldout_fraction: float = 0.01  # of the kept documents
     shard_bytes: int = 64 << 20  # of text; a worker holds a few times as much
     # A tokenizer.json: the result is tokenized with it into the cache that training reads.
@@ -82,7 +85,7 @@ class Recipe:
             f"languages={','.join(self.languages)!r} must be one or more of "
             f"{', '.join(LANGUAGES)}, for which there are rules",
         )
-        require_fraction("recipe", self, "heldout_fraction")
+        require_fraction("recipe", self, "heldout_fraction", "rename")
         require(
             0.3 <= self.jaccard <= 1,
             f"jaccard={self.jaccard} must lie between 0.3, where most pairs are alike, and 1",

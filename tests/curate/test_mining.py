@@ -88,7 +88,7 @@ def test_domain(url, host):
 
 
 def test_wrong_options_are_told(asked):
-    with pytest.raises(ValueError, match="--keep 1.5 must lie between 0 and 1"):
+    with pytest.raises(ValueError, match=r"--keep 1\.5 must lie between 0 and 1"):
         dataclasses.replace(asked, keep=1.5)
     with pytest.raises(ValueError, match="--rounds 0 must be at least 1"):
         dataclasses.replace(asked, rounds=0)

@@ -6,19 +6,32 @@ import pytest
 from dsjax.curate import deciding, reading, sampling, shards, writing
 
 
-def write(tmp_path, count=40, *, verdicts=None, copies=None, text="text {:05}", **options):
+def write(
+    tmp_path, count=40, *, verdicts=None, copies=None, text="text {:05}", file="p", **options
+):
     schemas = {"documents": reading.SCHEMA, "verdicts": deciding.SCHEMA}
     paths = {name: tmp_path / name / "00003-0000.parquet" for name in schemas}
     for name, path in paths.items():
         path.parent.mkdir()
         with shards.Writer(path, schemas[name]) as writer:
             for number in range(count):
-                row = {"id": f"s/{number}", "source": "s", "path": "p", "text": text.format(number)}
+                row = {
+                    "id": f"s/{number}",
+                    "source": "s",
+                    "path": file,
+                    "text": text.format(number),
+                }
                 row["verdict"] = (verdicts or {}).get(number, "")
                 writer.add({key: row[key] for key in schemas[name].names})
     (tmp_path / "out").mkdir()
     options = {"heldout_fraction": 0.25, "samples": 3, "seed": 0} | options
-    options = {"duplicates": None, "start": 7, "passages": 0, "personal": True} | options
+    options = {
+        "duplicates": None,
+        "start": 7,
+        "passages": 0,
+        "personal": True,
+        "rename": 0,
+    } | options
     if copies is not None:
         options["duplicates"] = tmp_path / "verdicts.npy"
         np.save(options["duplicates"], np.array([0] * 7 + copies, np.int8))
@@ -80,6 +93,18 @@ def test_split_follows_fraction_id_and_seed(tmp_path):
     assert write(tmp_path / "none", heldout_fraction=0.0)[1]["heldout"] == []
     other = write(tmp_path / "other", count=400, seed=1)[1]
     assert other["heldout"] != sides["heldout"] and found["sides"]["s"]["train"][0] > 200
+
+
+def test_share_of_python_in_the_train_text_is_renamed_and_marked(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing.renaming, "rename", lambda text, seed: text.replace("x", "y"))
+    found, sides = write(tmp_path, 200, text="x {}", file="a.py", rename=0.3)
+    marked = [name for name in sides["train"] if name.endswith("#renamed")]
+    assert 20 < len(marked) == found["renamed"] < 70 and len(sides["train"]) > 120
+    assert not any(name.endswith("#renamed") for name in sides["heldout"])
+    rows = [row for path in tmp_path.glob("out/*.parquet") for row in shards.rows(path)]
+    assert all(row["text"].startswith("xy"[row["id"].endswith("#renamed")]) for row in rows)
+    (tmp_path / "text").mkdir()
+    assert write(tmp_path / "text", text="x {}", file="a.txt", rename=1)[0]["renamed"] == 0
 
 
 def test_samples_are_those_of_the_lowest_hashes(tmp_path):
