@@ -15,7 +15,7 @@ from dsjax.curate import code, language, rules, shards, signals, words
 from dsjax.curate.shingles import shingles, signatures
 from dsjax.data import splitting
 
-VERSION = 2
+VERSION = 3
 DIGEST = 16  # bytes
 SIGNALS = ("garbled", *signals.NAMES, *code.NAMES)
 SCHEMA = pa.schema(
