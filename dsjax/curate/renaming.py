@@ -73,7 +73,7 @@ def _changes(cst: Any, wrapper: Any, free: list[str], seed: int) -> dict[Any, st
     from libcst import matchers
     from libcst.metadata import Assignment, FunctionScope, ScopeProvider
 
-    statements = matchers.findall(wrapper.module, matchers.Nonlocal() | matchers.Global())
+    statements: Any = matchers.findall(wrapper.module, matchers.Nonlocal() | matchers.Global())
     shared = {item.name.value for statement in statements for item in statement.names}
     found = wrapper.resolve(ScopeProvider).values()
     scopes = [scope for scope in dict.fromkeys(found) if isinstance(scope, FunctionScope)]
@@ -82,7 +82,7 @@ def _changes(cst: Any, wrapper: Any, free: list[str], seed: int) -> dict[Any, st
     for scope in scopes:
         for name in sorted({assignment.name for assignment in scope.assignments}):
             own = [part for part in scope.assignments if part.name == name]
-            nodes = [part.node for part in own if isinstance(part, Assignment)]
+            nodes: list[Any] = [part.node for part in own if isinstance(part, Assignment)]
             nodes += [access.node for part in own for access in part.references]
             if name in shared or len(nodes) < len(own) or name.startswith("__"):
                 continue
