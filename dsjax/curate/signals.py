@@ -166,14 +166,13 @@ def _gram_signals(found: Words, characters: np.ndarray, scale: float) -> dict[st
     sizes = np.diff(found.ends, prepend=0)
     starts = found.ends - sizes
     text_of = np.repeat(np.arange(len(sizes)), sizes)
-    stops = np.repeat(found.ends, sizes)
     ends = np.append(0, np.cumsum(found.lengths))
     # Words of different texts are different words.
     keys = found.hashes + words.mix(text_of.astype(np.uint64) + np.uint64(1))
     places, hashes = np.arange(len(keys)), keys
     result: dict[str, np.ndarray] = {}
     for n in range(2, max(repeats) + 1):
-        inside = places + n <= stops[places]
+        inside = places + n <= len(keys)  # what reaches over the end of a text is there once
         places, hashes = places[inside], hashes[inside]
         hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + keys[places + n - 1]
         order, firsts = words.grouped(hashes)
