@@ -178,14 +178,15 @@ def tiled_attention(
     *,
     scale: float,
     segments: Segments | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Attends causally; each of P key heads serves N / P consecutive query heads.
 
     Args:
       tiles: must list every pair in which a query may see a key, and none twice.
 
     Returns:
-      [B, T, N, W] in q's dtype.
+      [B, T, N, W] in q's dtype; and without gradient the logarithm of the softmax's denominator,
+      float32 [B, T, N].
     """
     B, T, N, H = q_BTNH.shape
     P, n_blocks = k_BSPH.shape[2], len(tiles.blocks_I)
@@ -195,8 +196,11 @@ def tiled_attention(
         x.reshape(B, -1, size, P, x.shape[-1]).transpose(1, 0, 3, 2, 4) for x in (k_BSPH, v_BSPW)
     )
     cut = segments and Segments(*(x.reshape(B, -1, size).swapaxes(0, 1) for x in segments))
-    out_IBPGtW = _tiled(q_IBPGtH, k_JBPsH, v_JBPsW, cut, tiles, scale)
-    return out_IBPGtW.transpose(1, 0, 4, 2, 3, 5).reshape(B, T, N, -1)  # type: ignore
+    out_IBPGtW, log_sum = _tiled(q_IBPGtH, k_JBPsH, v_JBPsW, cut, tiles, scale)
+    out_BTNW, log_sum_BTN1 = (
+        x.transpose(1, 0, 4, 2, 3, 5).reshape(B, T, N, -1) for x in (out_IBPGtW, log_sum)
+    )
+    return out_BTNW, jax.lax.stop_gradient(log_sum_BTN1[..., 0])
 
 
 def _tile_scores(q_BPGtH, k_BPsH, segments, tiles: Tiles, pair_2, scale) -> jax.Array:
@@ -231,10 +235,12 @@ def _tiled_forward(q_IBPGtH, k_JBPsH, v_JBPsW, segments, tiles, scale):
     start = (vary_as(x, q_IBPGtH, k_JBPsH, v_JBPsW, tiles.pairs_X2) for x in start)
     softmax_I, _ = jax.lax.scan(tile, _Softmax(*start), tiles.pairs_X2)
     out_IBPGtW, log_sum = softmax_I.result(q_IBPGtH.dtype)
-    return out_IBPGtW, (q_IBPGtH, k_JBPsH, v_JBPsW, segments, tiles, out_IBPGtW, log_sum)
+    residuals = q_IBPGtH, k_JBPsH, v_JBPsW, segments, tiles, out_IBPGtW, log_sum
+    return (out_IBPGtW, log_sum), residuals
 
 
-def _tiled_backward(scale, residuals, dout_IBPGtW):
+def _tiled_backward(scale, residuals, gradients):
+    dout_IBPGtW, _ = gradients
     q_IBPGtH, k_JBPsH, v_JBPsW, segments, tiles, out_IBPGtW, log_sum = residuals
     mean = _product("IBPGTW,IBPGTW->IBPGT", dout_IBPGtW, out_IBPGtW)[..., None]
 

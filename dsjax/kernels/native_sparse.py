@@ -11,8 +11,8 @@ A query's own document begins at `first`, and blocks are counted from there, so 
 border of a packed document, and a document has the blocks that it has alone. Choice and attention
 are separate, as in `dsjax.kernels.sparse_attention`: `select` turns scores into block numbers, and
 into which of them are valid. `masked_attention` scores all keys and masks those outside a query's
-blocks: the definition. `gathered_attention` reads the chosen blocks only. A query that sees no key
-gets 0.
+blocks: the definition. `gathered_attention` reads the chosen blocks only, and so does
+`table_attention` by a kernel for TPUs. A query that sees no key gets 0.
 
 The choice has no gradient. Paper: NSA (arXiv:2502.11089), section 3. Equation 9 is printed as
 p[4j - m - n], where its blocks and entries count from 1; counted from 0, as in equations 7 and 11,
@@ -25,15 +25,17 @@ tokens of a block.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsjax.kernels import sparse_attention
+from dsjax.kernels import block_kernel, sparse_attention
 from dsjax.kernels.query_tiles import over_tiles
 from dsjax.kernels.sparse_attention import Selection
+from dsjax.kernels.target import Target
 
 # Most numbers in the largest array of one tile of queries: 64 MiB of float32.
 _MOST = 2**24
@@ -103,25 +105,31 @@ def attend(
     *,
     pattern: Pattern,
     scale: float,
+    target: Target,
     part: int | None = None,
+    aligned: bool = False,
 ) -> jax.Array:
     """Sums the three branches by their gates: [B, T, N, W].
 
     Args:
       begins_BZ: int32, place of the first token of each compressed entry; negative: no entry.
       part: queries are consecutive within parts of this many; None: all are.
+      aligned: whether all documents begin at multiples of a block.
     """
     B, T, N, _ = queries.q_BTNH.shape
     S = selected.key.length
     chosen = pattern.blocks * pattern.size
     gathered = T == 1 or S > _DENSE * chosen
+    attention = gathered_attention if gathered else masked_attention
+    if gathered and aligned and block_kernel.takes(target, pattern.size, S):
+        attention = table_attention
     tile = functools.partial(
         _tile,
         branches=(compressed, selected, windowed),
         begins_BZ=begins_BZ,
         pattern=pattern,
         scale=scale,
-        gathered=gathered,
+        attention=attention,
     )
     _, _, P, _, H = selected.key.stack_LBPSX.shape
     keys = P * min(chosen, S) * H if gathered else N * S
@@ -136,7 +144,7 @@ def _tile(
     begins_BZ: jax.Array,
     pattern: Pattern,
     scale: float,
-    gathered: bool,
+    attention: Callable[[Queries, Branch, Selection, int, float], jax.Array],
 ) -> jax.Array:
     compressed, selected, windowed = branches
     seen_BTZ = visible_entries(queries, begins_BZ, pattern)
@@ -146,8 +154,7 @@ def _tile(
         lax.stop_gradient(probabilities_BTPZ), queries.first_BT, pattern, n_blocks
     )
     selection = select(scores_BTPJ, queries, pattern)
-    attention = gathered_attention if gathered else masked_attention
-    slc_BTNW = attention(queries, selected, selection, size=pattern.size, scale=scale)
+    slc_BTNW = attention(queries, selected, selection, pattern.size, scale)
     win_BTNW = window_attention(queries, windowed, window=pattern.window, scale=scale)
     outs_BTNW3 = jnp.stack([cmp_BTNW, slc_BTNW, win_BTNW], axis=-1)
     mixed_BTNW = (outs_BTNW3 * queries.gates_BTN3[:, :, :, None]).sum(axis=-1)
@@ -217,7 +224,7 @@ def select(scores_BTPJ: jax.Array, queries: Queries, pattern: Pattern) -> Select
 
 
 def masked_attention(
-    queries: Queries, branch: Branch, selection: Selection, *, size: int, scale: float
+    queries: Queries, branch: Branch, selection: Selection, size: int, scale: float
 ) -> jax.Array:
     """Attends to the selected blocks by masking all other keys: float32 [B, T, N, W]."""
     S = branch.key.length
@@ -237,7 +244,7 @@ def masked_attention(
 
 
 def gathered_attention(
-    queries: Queries, branch: Branch, selection: Selection, *, size: int, scale: float
+    queries: Queries, branch: Branch, selection: Selection, size: int, scale: float
 ) -> jax.Array:
     """Attends to the selected blocks, and reads nothing else: float32 [B, T, N, W]."""
     indices_BTPX, valid_BTPX = selection
@@ -261,6 +268,43 @@ def gathered_attention(
     weights_BTPGX = _softmax(scores_BTPGX, visible_BTP1X).astype(v_BPTXW.dtype)
     out_BTPGW = _product("BTPGX,BPTXW->BTPGW", weights_BTPGX, v_BPTXW)
     return out_BTPGW.reshape(B, T, -1, out_BTPGW.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def table_attention(
+    queries: Queries, branch: Branch, selection: Selection, size: int, scale: float
+) -> jax.Array:
+    """Computes what `gathered_attention` does by the TPU's kernel, where documents begin at
+    multiples of a block; its gradient is that of the gathered form.
+    """
+    B, T, N, _ = queries.q_BTNH.shape
+    begin_BT11 = queries.first_BT[:, :, None, None] // size
+    table_BTPX = jnp.where(selection.valid_BTJ, begin_BT11 + selection.indices_BTJ, -1)
+    (k_LBPSH, layer), (v_LBPSW, _) = branch.key, branch.value
+    out_BTPGW = block_kernel.kernel_attention(
+        _grouped(queries.q_BTNH, k_LBPSH.shape[2]), k_LBPSH, v_LBPSW, layer, table_BTPX,
+        queries.places_BT, size=size, scale=scale,
+    )  # fmt: skip
+    return out_BTPGW.reshape(B, T, N, -1)
+
+
+def _table_forward(queries, branch, selection, size, scale):
+    return table_attention(queries, branch, selection, size, scale), (queries, branch, selection)
+
+
+def _table_backward(size, scale, residuals, gradient_BTNW):
+    queries, branch, selection = residuals
+
+    def gathered(q_BTNH: jax.Array, key_LBPSH: jax.Array, value_LBPSW: jax.Array) -> jax.Array:
+        stacks = Branch(Stack(key_LBPSH, branch.key.layer), Stack(value_LBPSW, branch.value.layer))
+        return gathered_attention(queries._replace(q_BTNH=q_BTNH), stacks, selection, size, scale)
+
+    inputs = queries.q_BTNH, branch.key.stack_LBPSX, branch.value.stack_LBPSX
+    of_q, *of_stacks = jax.vjp(gathered, *inputs)[1](gradient_BTNW)
+    return Queries(of_q, None, None, None), Branch(*(Stack(x, None) for x in of_stacks)), None
+
+
+table_attention.defvjp(_table_forward, _table_backward)
 
 
 def window_attention(queries: Queries, branch: Branch, *, window: int, scale: float) -> jax.Array:

@@ -15,7 +15,7 @@ Carry = TypeVar("Carry")
 
 
 def over_tiles(
-    function: Callable[[Any], Any], of_queries: Any, *, most: int, shards: int = 1, parts: int = 1
+    function: Callable[[Any], Any], of_queries: Any, *, most: int, parts: int = 1
 ) -> Any:
     """Applies a function to tiles of queries, and again in the backward pass.
 
@@ -23,14 +23,13 @@ def over_tiles(
       function: a part of `of_queries` -> a tree of arrays [B, T, ...].
       of_queries: a tree of arrays [B, T, ...]; B may differ between them.
       most: queries per tile.
-      shards: equal parts of the queries that different devices hold; each gives a part of a tile.
-      parts: equal parts of each shard that have no tile in common.
+      parts: equal parts of the queries that have no tile in common.
     """
 
     def step(_: None, tile: Any) -> tuple[None, Any]:
         return None, jax.checkpoint(function)(tile)
 
-    return fold_tiles(step, None, of_queries, most=most, shards=shards, parts=parts)[1]
+    return fold_tiles(step, None, of_queries, most=most, parts=parts)[1]
 
 
 def fold_tiles(
@@ -39,7 +38,6 @@ def fold_tiles(
     of_queries: Any,
     *,
     most: int,
-    shards: int = 1,
     parts: int = 1,
 ) -> tuple[Carry, Any]:
     """Applies step(carry, tile) -> (carry, arrays [B, T, ...]) to one tile after the other.
@@ -48,7 +46,7 @@ def fold_tiles(
     arrays; they must add nothing to the carry.
     """
     T = jax.tree.leaves(of_queries)[0].shape[1]
-    part = T // (shards * parts)
+    part = T // parts
     n_tiles = -(-part // most)
     size = -(-part // n_tiles)
     if n_tiles * parts == 1:
@@ -56,16 +54,15 @@ def fold_tiles(
 
     def cut(x_BTX: jax.Array) -> jax.Array:
         B, _, *rest = x_BTX.shape
-        x_BSPtX = x_BTX.reshape(B, shards, parts, part, *rest)
-        fill = ((0, 0),) * 3 + ((0, n_tiles * size - part),) + ((0, 0),) * len(rest)
-        x_BSPItX = jnp.pad(x_BSPtX, fill).reshape(B, shards, parts * n_tiles, size, *rest)
-        return jnp.moveaxis(x_BSPItX, 2, 0).reshape(parts * n_tiles, B, shards * size, *rest)
+        x_BPtX = x_BTX.reshape(B, parts, part, *rest)
+        fill = ((0, 0),) * 2 + ((0, n_tiles * size - part),) + ((0, 0),) * len(rest)
+        x_BItX = jnp.pad(x_BPtX, fill).reshape(B, parts * n_tiles, size, *rest)
+        return jnp.moveaxis(x_BItX, 1, 0)
 
     def join(x_IBtX: jax.Array) -> jax.Array:
         _, B, _, *rest = x_IBtX.shape
-        x_IBStX = x_IBtX.reshape(parts * n_tiles, B, shards, size, *rest)
-        x_BSPtX = jnp.moveaxis(x_IBStX, 0, 2).reshape(B, shards, parts, n_tiles * size, *rest)
-        return x_BSPtX[:, :, :, :part].reshape(B, T, *rest)
+        x_BPtX = jnp.moveaxis(x_IBtX, 0, 1).reshape(B, parts, n_tiles * size, *rest)
+        return x_BPtX[:, :, :part].reshape(B, T, *rest)
 
     carry, out = lax.scan(step, start, jax.tree.map(cut, of_queries))
     return carry, jax.tree.map(join, out)

@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from dsjax.kernels.grouped_matmul import align_groups, aligned_rows, group_of_row
-from dsjax.kernels.varying import call_shipped
+from dsjax.kernels.varying import by_hand, call_shipped
 
 _DEPTH, _WIDTH = 512, 1024  # of a block of the matrix
 _FEWEST_SCALES = 8  # of a column of it, or the compiler cannot cut them out
@@ -36,10 +36,7 @@ def fits(depth: int, per_scale: int) -> bool:
     Args:
       per_scale: rows that share a scale.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    split = [name for name in mesh.axis_names if name not in mesh.manual_axes]
-    alone = all(mesh.shape[name] == 1 for name in split)
-    return alone and (depth % _block_depth(per_scale) == 0 or depth <= _DEEPEST)
+    return by_hand() and (depth % _block_depth(per_scale) == 0 or depth <= _DEEPEST)
 
 
 def _block_depth(per_scale: int) -> int:

@@ -31,9 +31,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from dsjax.kernels.cached_attention import Attended
 from dsjax.kernels.flash_attention import Segments
+from dsjax.kernels.index_kernel import kernel_scores, takes
 from dsjax.kernels.query_tiles import fold_tiles, over_tiles
 from dsjax.kernels.target import Target
 from dsjax.kernels.varying import vary_as
@@ -46,8 +48,8 @@ _MOST_PRODUCTS = {"cpu": 2**17, "accelerator": 2**24}
 _FEWEST_KEYS = 1024
 # Values that queries gather at once: what fits in the cache of a core, and 64 MiB of float32.
 _MOST_GATHERED = {"cpu": 2**19, "accelerator": 2**24}
-# Queries of the chunks in which a device with whole sequences meets the keys up to their end.
-_MIN_CHUNK, _MAX_CHUNKS = 128, 16
+# Queries of a run in which a device with whole sequences meets the keys up to the run's end.
+_MIN_RUN, _MAX_RUNS = 128, 16
 _MASKED = -1e30
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -92,20 +94,28 @@ class Limit(NamedTuple):
     end: jax.Array  # uint32, the place up to which keys of this rank are chosen
 
 
-class Split(NamedTuple):
-    """How many devices share rows, heads and queries.
+class Shard(NamedTuple):
+    """The part of a sequence's queries, and of their heads, that a device has."""
 
-    Attributes:
-      places_T: int32, the place in the sequence of each query; None: their order is the sequence's.
-    """
+    places_T: jax.Array  # int32, place in the sequence of each query
+    # (queries, keys): the next so many queries come after none but the first so many keys
+    runs: tuple[tuple[int, int], ...]
+    head_axes: tuple[str, ...] = ()  # mesh axes over which devices have the other heads
 
-    batch: int = 1
-    heads: int = 1
-    length: int = 1
-    places_T: jax.Array | None = None
+    @classmethod
+    def whole(cls, length: int) -> Shard:
+        """Returns that of a device with whole sequences: queries in order meet the keys up to the
+        end of their run.
+        """
+        size = max(-(-length // _MAX_RUNS // _MIN_RUN) * _MIN_RUN, _MIN_RUN)
+        ends = [min(start + size, length) for start in range(0, length, size)]
+        runs = tuple((end - start, end) for start, end in zip([0, *ends], ends, strict=False))
+        return cls(lax.iota(jnp.int32, length), runs)
 
 
-WHOLE = Split()
+def everywhere(mean: jax.Array, head_axes: tuple[str, ...]) -> jax.Array:
+    """Averages over all heads what is an average over a device's."""
+    return lax.pmean(mean, head_axes) if head_axes else mean
 
 
 def index_scores(index: Index) -> jax.Array:
@@ -248,7 +258,7 @@ def masked_attention(
     count: int,
     scale: float,
     segments: Segments | None = None,
-    split: Split = WHOLE,
+    shard: Shard | None = None,
     lesson: Lesson | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Attends causally from whole sequences to the keys that the index chooses among those that a
@@ -257,7 +267,7 @@ def masked_attention(
     Args:
       count: keys per query.
       segments: a query sees and counts keys of its own segment only; None: all earlier ones.
-      split: how devices share the queries.
+      shard: which queries these are; None: all, in order.
       lesson: what the indexer learns from; None: nothing.
 
     Returns:
@@ -265,38 +275,32 @@ def masked_attention(
       of each query, where p is the attention's probability of each key, averaged over the heads,
       and I are the index scores, over the keys that take part. Only the index has its gradient.
     """
+    shard = shard or Shard.whole(q_BTNH.shape[1])
     of_queries: Any = (q_BTNH, index.q_BTIY, index.w_BTI, segments and segments.q_BT)
     of_keys: Any = (k_BSNH, v_BSNW, index.k_BSY, segments and segments.k_BS)
     B, _, N, _ = q_BTNH.shape
-    # Of one query and key, on one device.
-    widest = max(N // split.heads, index.w_BTI.shape[2]) * max(B // split.batch, 1)
 
     def attend(queries: Any, keys: Any, seen: int) -> Any:
-        tile = functools.partial(_tile, keys=keys, count=count, scale=scale, lesson=lesson)
-        most = max(_MOST // (widest * seen), 1)
-        return over_tiles(tile, queries, most=most, shards=split.length)
+        tile = functools.partial(
+            _tile, keys=keys, count=count, scale=scale, lesson=lesson, head_axes=shard.head_axes
+        )
+        most = max(_MOST // (max(N, index.w_BTI.shape[2]) * B * seen), 1)
+        return over_tiles(tile, queries, most=most)
 
-    return _in_chunks(attend, of_queries, of_keys, split)
+    return _in_runs(attend, of_queries, of_keys, shard)
 
 
-def _in_chunks(
-    attend: Callable[[Any, Any, int], Any], of_queries: Any, of_keys: Any, split: Split
+def _in_runs(
+    attend: Callable[[Any, Any, int], Any], of_queries: Any, of_keys: Any, shard: Shard
 ) -> Any:
-    """Joins attend(queries with their places, keys, number of keys) over chunks of the queries.
-
-    Queries in order meet the keys up to the end of their chunk only.
-    """
-    T, S = (jax.tree.leaves(tree)[0].shape[1] for tree in (of_queries, of_keys))
-    if split.places_T is not None:
-        return attend((of_queries, split.places_T[None]), of_keys, S)
-    size = max(-(-T // _MAX_CHUNKS // _MIN_CHUNK) * _MIN_CHUNK, _MIN_CHUNK)
-    pieces = []
-    for start in range(0, T, size):
-        end = min(start + size, T)
-        queries = jax.tree.map(lambda x, start=start, end=end: x[:, start:end], of_queries)
-        keys = jax.tree.map(lambda x, end=end: x[:, :end], of_keys)
-        places_1T = start + lax.iota(jnp.int32, end - start)[None]
-        pieces.append(attend((queries, places_1T), keys, end))
+    """Joins attend(queries with their places, keys, number of keys) over the runs of a shard."""
+    pieces, start = [], 0
+    for length, seen in shard.runs:
+        here = slice(start, start + length)
+        queries = jax.tree.map(lambda x, here=here: x[:, here], (of_queries, shard.places_T[None]))
+        keys = jax.tree.map(lambda x, seen=seen: x[:, :seen], of_keys)
+        pieces.append(attend(queries, keys, seen))
+        start += length
     return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *pieces)
 
 
@@ -317,7 +321,13 @@ def _visible(
 
 
 def _tile(
-    of_queries: Any, *, keys: Any, count: int, scale: float, lesson: Lesson | None
+    of_queries: Any,
+    *,
+    keys: Any,
+    count: int,
+    scale: float,
+    lesson: Lesson | None,
+    head_axes: tuple[str, ...],
 ) -> tuple[jax.Array, jax.Array | None]:
     (q_BTNH, index_q_BTIY, w_BTI, q_segments_BT), places_1T = of_queries
     k_BSNH, v_BSNW, index_k_BSY, k_segments_BS = keys
@@ -332,7 +342,7 @@ def _tile(
     out_BTNW = _product("BNTS,BSNW->BTNW", weights_BNTS.astype(v_BSNW.dtype), v_BSNW)
     divergence_BT = None
     if lesson and index_BTS is not None:
-        wanted_BTS = lax.stop_gradient(weights_BNTS.mean(axis=1))
+        wanted_BTS = lax.stop_gradient(everywhere(weights_BNTS.mean(axis=1), head_axes))
         divergence_BT = divergence(wanted_BTS, index_BTS, mask_BTS)
     return out_BTNW.astype(q_BTNH.dtype), divergence_BT
 
@@ -395,7 +405,7 @@ def latent_attention(
     scale: float,
     target: Target,
     segments: Segments | None = None,
-    split: Split = WHOLE,
+    shard: Shard | None = None,
     lesson: Literal["sparse"] | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Computes what `masked_attention` does where all heads share keys and values, and gathers the
@@ -410,29 +420,33 @@ def latent_attention(
     detached = jax.tree.map(lax.stop_gradient, index)
     kept = (q_BTNX, index.q_BTIY, index.w_BTI) if lesson else (q_BTNX, None, None)
     entries_BSX = jnp.concatenate([kv_BSX, index.k_BSY], axis=-1) if lesson else kv_BSX
-    rows = max(q_BTNX.shape[0] // split.batch, 1)
+    shard = shard or Shard.whole(q_BTNX.shape[1])
+    rows = q_BTNX.shape[0]
     sizes = _Sizes(
         key=kv_BSX.shape[-1],
         value=width,
         scale=scale,
         at_once=gathered_at_once(target, rows * count * entries_BSX.shape[-1]),
-        shards=split.length,
+        head_axes=shard.head_axes,
     )
 
     def attend(queries: Any, keys: Any, seen: int) -> Any:
         (kept, of_choice), places_1T = queries
         entries, *of_index = keys
-        T = places_1T.shape[1] // split.length
-        at_once = scored_at_once(target, rows * index.w_BTI.shape[2], T, seen)
-        choose = functools.partial(_choose, keys=of_index, count=count, size=at_once.keys)
-        selection = over_tiles(
-            choose, (of_choice, places_1T), most=at_once.queries, shards=split.length
+        if takes(target, index.w_BTI.shape[2], seen):
+            at_once = Scoring(max(_MOST // (rows * seen), 1), seen)
+        else:
+            T, heads = places_1T.shape[1], rows * index.w_BTI.shape[2]
+            at_once = scored_at_once(target, heads, T, seen)
+        choose = functools.partial(
+            _choose, keys=of_index, count=count, size=at_once.keys, target=target
         )
-        return _attend_chosen(kept, entries, selection, sizes)
+        selection = over_tiles(choose, (of_choice, places_1T), most=at_once.queries)
+        return _attend_chosen(kept, entries, checkpoint_name(selection, "index"), sizes)
 
     of_choice = (*detached[:2], segments and segments.q_BT)
     of_keys = (entries_BSX, detached.k_BSY, segments and segments.k_BS)
-    return _in_chunks(attend, (kept, of_choice), of_keys, split)
+    return _in_runs(attend, (kept, of_choice), of_keys, shard)
 
 
 class _Sizes(NamedTuple):
@@ -442,22 +456,25 @@ class _Sizes(NamedTuple):
     value: int  # and, of these, the value too
     scale: float
     at_once: int
-    shards: int
+    head_axes: tuple[str, ...]
 
 
-def _choose(of_queries: Any, *, keys: Any, count: int, size: int) -> Selection:
+def _choose(of_queries: Any, *, keys: Any, count: int, size: int, target: Target) -> Selection:
     """Selects keys for a tile of queries, and scores `size` of them at once."""
     (index_q_BTIY, w_BTI, q_segments_BT), places_1T = of_queries
     index_k_BSY, k_segments_BS = keys
     S = index_k_BSY.shape[1]
-    scores_BTS = scores_in_blocks(
-        index_q_BTIY,
-        w_BTI,
-        lambda start, size: lax.dynamic_slice_in_dim(index_k_BSY, start, size, axis=1),
-        S,
-        size=size,
-        n_blocks=-(-S // size),
-    )
+    if takes(target, w_BTI.shape[2], S):
+        scores_BTS = kernel_scores(index_q_BTIY, w_BTI, index_k_BSY, places_1T)
+    else:
+        scores_BTS = scores_in_blocks(
+            index_q_BTIY,
+            w_BTI,
+            lambda start, size: lax.dynamic_slice_in_dim(index_k_BSY, start, size, axis=1),
+            S,
+            size=size,
+            n_blocks=-(-S // size),
+        )
     visible_BTS = _visible(places_1T, q_segments_BT, k_segments_BS, index_k_BSY)
     return select(scores_BTS, visible_BTS, count)
 
@@ -473,7 +490,7 @@ def _attend_few(queries: Any, entries_BTJX: jax.Array, valid_BTJ: jax.Array, siz
     if index_q_BTIY is not None:
         products_BTIJ = jax.nn.relu(_product("BTIY,BTJY->BTIJ", index_q_BTIY, index_k_BTJY))
         scores_BTJ = _product("BTI,BTIJ->BTJ", w_BTI, products_BTIJ)
-        wanted_BTJ = lax.stop_gradient(weights_BTNJ.mean(axis=2))
+        wanted_BTJ = lax.stop_gradient(everywhere(weights_BTNJ.mean(axis=2), sizes.head_axes))
         divergence_BT = divergence(wanted_BTJ, scores_BTJ, valid_BTJ)
     return out_BTNX[..., : sizes.value].astype(q_BTNX.dtype), divergence_BT
 
@@ -500,7 +517,7 @@ def _attend_chosen_forward(queries, entries_BSX, selection, sizes):
         return None, _attend_few(queries, _take(entries_BSX, indices_BtJ), valid_BtJ, sizes)
 
     tiles = (queries, selection)
-    _, out = fold_tiles(few, None, tiles, most=sizes.at_once, shards=sizes.shards)
+    _, out = fold_tiles(few, None, tiles, most=sizes.at_once)
     return out, (queries, entries_BSX, selection)
 
 
@@ -518,7 +535,7 @@ def _attend_chosen_backward(sizes, residuals, gradients):
     start = jnp.zeros(entries_BSX.shape, jnp.float32)
     start = vary_as(start, *jax.tree.leaves((queries, entries_BSX, selection, gradients)))
     tiles = (queries, selection, gradients)
-    total, of_queries = fold_tiles(few, start, tiles, most=sizes.at_once, shards=sizes.shards)
+    total, of_queries = fold_tiles(few, start, tiles, most=sizes.at_once)
     return of_queries, total.astype(entries_BSX.dtype), None
 
 

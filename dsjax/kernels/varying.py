@@ -38,6 +38,12 @@ def agreed(x: jax.Array, axes: Collection[str]) -> jax.Array:
     return lax.psum(jnp.where(first, x, jnp.zeros_like(x)), tuple(axes))
 
 
+def by_hand() -> bool:
+    """Whether no mesh axis is left to the compiler, which cannot split a kernel."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return all(mesh.shape[name] == 1 for name in mesh.axis_names if name not in mesh.manual_axes)
+
+
 def call_shipped(kernel: Callable[..., jax.Array], *inputs: jax.Array) -> jax.Array:
     """Runs a kernel that ships with JAX or tokamax, inside `shard_map` too.
 

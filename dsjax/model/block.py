@@ -30,11 +30,12 @@ from dsjax.precision.policy import Policy
 
 _REMAT_POLICIES = {
     # As V3 (section 3.2.3), norms, MLA up-projections and the SwiGLU product are recomputed; so is
-    # the attention core. Routing is kept: it is small, and sorting takes time.
+    # the attention core. Routing is kept: it is small, and sorting takes time. So is an index's
+    # choice, which reads all pairs of tokens, or what its warm-up needs of the attention.
     "selective": jax.checkpoint_policies.save_only_these_names(
-        "latent", "attention", "routing", "swiglu_input"
+        "latent", "attention", "routing", "swiglu_input", "index"
     ),
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "full": jax.checkpoint_policies.save_only_these_names("index"),
 }
 
 

@@ -175,9 +175,8 @@ class MLA(Attention):
 
 def _per_head(x_BTNY: jax.Array, w_NXY: jax.Array, contracted: int) -> jax.Array:
     """Multiplies each head by a matrix of its own, along the matrix's dimension `contracted`."""
-    B, T, N, Y = x_BTNY.shape
-    x_NMY = x_BTNY.reshape(B * T, N, Y).swapaxes(0, 1)
     # The matrices stay as they are: a product that wants them transposed copies them first, which
-    # takes longer than the product when decoding.
-    out_NMX = jax.lax.dot_general(x_NMY, w_NXY, (((2,), (contracted,)), ((0,), (0,))))
-    return out_NMX.swapaxes(0, 1).reshape(B, T, N, -1)
+    # takes longer than the product when decoding. B and T may be split over devices, each on its
+    # own, so they are not flattened.
+    out_NBTX = jax.lax.dot_general(x_BTNY, w_NXY, (((3,), (contracted,)), ((2,), (0,))))
+    return jnp.moveaxis(out_NBTX, 0, 2)

@@ -193,7 +193,9 @@ class NSA(Attention):
             *_branches(stacks, begins_BZ),
             pattern=pattern(self.config),
             scale=rope.attention_scale(self.config),
+            target=self.policy.target,
             part=T // (2 * n_parts) if n_parts > 1 else None,
+            aligned=segment_ids_BT is None,
         )
         return attention_linear(out_BTNW.reshape(B, T, -1), self.wo[...], self.policy)
 
@@ -224,6 +226,8 @@ class NSA(Attention):
             *_branches(stacks, jnp.broadcast_to(all_Z[None], (B, len(all_Z)))),
             pattern=sizes,
             scale=rope.attention_scale(self.config),
+            target=self.policy.target,
+            aligned=True,
         )
         return linear(out_BTNW.reshape(B, T, -1), self.wo[...], self.policy), cache
 

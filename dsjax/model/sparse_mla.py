@@ -22,16 +22,12 @@ from jax import lax
 
 from dsjax.config import ModelConfig
 from dsjax.kernels.cached_attention import Attended, in_blocks
-from dsjax.kernels.flash_attention import Segments
 from dsjax.kernels.query_tiles import over_tiles
 from dsjax.kernels.sparse_attention import (
     Index,
     Lesson,
-    Split,
     gathered_at_once,
     gathered_attention,
-    latent_attention,
-    masked_attention,
     scored_at_once,
     scores_in_blocks,
     select,
@@ -41,7 +37,7 @@ from dsjax.model.attention import Angles
 from dsjax.model.indexer import Indexer
 from dsjax.model.layer_cache import EntryShape, LayerCache
 from dsjax.model.mla import MLA
-from dsjax.parallel import context, split_cache
+from dsjax.parallel import sharded_sparse_attention, split_cache
 from dsjax.parallel.sharding import parts_here
 from dsjax.precision.activations import attention_linear
 from dsjax.precision.matmul import linear
@@ -79,18 +75,14 @@ class SparseMLA(MLA):
             return super().__call__(x_BTD, angles, segment_ids_BT)
         return self.learn(x_BTD, angles, segment_ids_BT, None)[0]
 
-    def gathers(self, length: int, split: Split) -> bool:
+    def gathers(self, length: int) -> bool:
         """Whether a whole sequence takes fewer multiplications if each query gathers the latents
         that it chose than if all keys are expanded and masked.
-
-        Never where devices share the heads: each would compute a part of the latents' gradient, to
-        be summed for every few queries. Nor on a TPU, which gathers single rows slowly.
         """
         config = self.config
         C, R = config.kv_lora_rank, config.qk_rope_head_dim
         expanded = (config.qk_head_dim + config.value_head_dim) * length / 2
-        fewer = config.index_topk * (C + R + C) < expanded
-        return fewer and split.heads == 1 and self.policy.target.kind != "tpu"
+        return config.index_topk * (C + R + C) < expanded
 
     @jax.named_scope("attention")
     def learn(
@@ -112,38 +104,36 @@ class SparseMLA(MLA):
         index = Index(
             self.indexer.queries(lax.stop_gradient(latent_BTQ), angles),
             self.indexer.weights(detached_BTD),
-            context.restore(self.indexer.keys(detached_BTD, angles)),
+            self.indexer.keys(detached_BTD, angles),
         )
-        latent, rope_key = (context.restore(entry) for entry in entries.values())
-        segments = None
-        if segment_ids_BT is not None:
-            segments = Segments(segment_ids_BT, context.restore(segment_ids_BT))
-        split = Split(parts_here("batch"), parts_here("heads"), parts_here("length"))
-        if split.length > 1:
-            places_T = jnp.asarray(context.order(x_BTD.shape[1], split.length), jnp.int32)
-            split = split._replace(places_T=places_T)
         weights = self.expansion()
         common: Any = {
             "count": self.config.index_topk,
             "scale": rope.attention_scale(self.config),
-            "segments": segments,
-            "split": split,
             "lesson": lesson,
         }
-        if lesson != "warmup" and self.gathers(x_BTD.shape[1], split):
+        if lesson != "warmup" and self.gathers(x_BTD.shape[1]):
             q_nope, q_rope = jnp.split(q_BTNH, [self.config.qk_nope_head_dim], axis=-1)
-            out_BTNC, divergence_BT = latent_attention(
+            out_BTNC, divergence_BT = sharded_sparse_attention.gathered(
                 jnp.concatenate([self.absorbed(q_nope, weights), q_rope], axis=-1),
-                jnp.concatenate([latent, rope_key], axis=-1),
+                jnp.concatenate([*entries.values()], axis=-1),
                 index,
+                segment_ids_BT,
                 width=self.config.kv_lora_rank,
                 target=self.policy.target,
                 **common,
             )
             out_BTNW = self.projected(out_BTNC, weights)
         else:
-            keys_values = self.expand(latent, rope_key, weights)
-            out_BTNW, divergence_BT = masked_attention(q_BTNH, *keys_values, index, **common)
+            out_BTNW, divergence_BT = sharded_sparse_attention.expanded(
+                q_BTNH,
+                tuple(entries.values()),
+                weights,
+                index,
+                segment_ids_BT,
+                expand=self.expand,
+                **common,
+            )
         out_BTX = out_BTNW.reshape(*x_BTD.shape[:2], -1)
         return attention_linear(out_BTX, self.wo[...], self.policy), divergence_BT
 

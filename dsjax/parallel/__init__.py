@@ -7,7 +7,8 @@ writes its collectives by hand.
 Code with collectives. expert_parallel.py brings tokens to the devices of their experts and back,
 with the permutations of routing_plan.py. context.py splits sequences along their length, and
 split_cache.py what decoding keeps of them. sharded_attention.py runs the attention kernel where
-sequences are whole. vocabulary_parallel.py looks up embeddings inside a pipeline.
+sequences are whole, sharded_sparse_attention.py attention to chosen keys wherever they are.
+vocabulary_parallel.py looks up embeddings inside a pipeline.
 
 Pipelines. stages.py deals layers out to stages, schedules.py says which stage does what in which
 order, timetable.py checks and times a schedule, lockstep.py turns it into ticks that all ranks

@@ -30,7 +30,7 @@ from dsjax.parallel.sharded_attention import sharded_attention
 from dsjax.parallel.sharding import constrain, partition_spec, parts, parts_here
 from dsjax.parallel.shards import on_shards
 
-_AXIS = "context"
+AXIS = "context"
 _MOST_BLOCK = 512  # queries per tile
 
 Expand = Callable[..., tuple[jax.Array, jax.Array]]
@@ -161,21 +161,27 @@ def _attend_shard(
     """Attends from a device's own queries to the whole sequence."""
     n_parts = parts_here("length")
     length = q_btNH.shape[1] * n_parts
-    back = np.argsort(order(length, n_parts))
-
-    def gather(x_btX: jax.Array) -> jax.Array:
-        # x[b, t_context, X] -> all_gather(context) -> x[b, T, X]
-        return lax.all_gather(x_btX, _AXIS, axis=1, tiled=True)[:, back]
-
     # Devices with the same tokens have different heads, so gradients of what they share are summed.
     kept, weights = jax.tree.map(lambda x: vary_as(x, q_btNH), (kept, weights))
     k_bTPH, v_bTPW = expand(*map(gather, kept), weights)
     segments = None
     if segment_ids_bt is not None:
         segments = Segments(segment_ids_bt, gather(segment_ids_bt))
-    here = lax.axis_index(_AXIS)
+    here = lax.axis_index(AXIS)
     tiles = Tiles(*(jnp.asarray(table)[here] for table in tile_tables(length, n_parts)))
-    return tiled_attention(q_btNH, k_bTPH, v_bTPW, tiles, scale=scale, segments=segments)
+    out_btNW, _ = tiled_attention(q_btNH, k_bTPH, v_bTPW, tiles, scale=scale, segments=segments)
+    return out_btNW
+
+
+def gather(x_btX: jax.Array) -> jax.Array:
+    """Returns the whole sequence, in its order, of which each device holds a part: inside
+    `shard_map`, x[b, t_context, ...] -> all_gather(context) -> x[b, T, ...].
+    """
+    n_parts = parts_here("length")
+    if n_parts == 1:
+        return x_btX
+    x_bTX = lax.all_gather(x_btX, AXIS, axis=1, tiled=True)
+    return x_bTX[:, np.argsort(order(x_bTX.shape[1], n_parts))]
 
 
 def tile_tables(length: int, n_parts: int) -> tuple[np.ndarray, np.ndarray]:

@@ -199,7 +199,8 @@ def _decode(
 def _kept_values(config: Experiment, mesh: AbstractMesh) -> float:
     """Counts values per token and layer kept for the backward pass, on average over layers."""
     model, tensor = config.shape, parts("heads", mesh)
-    kept = float(model.dim)
+    # Of chosen keys: an index of four bytes, and whether it is valid.
+    kept = model.dim + 5 * model.index_topk / _COMPUTE[config.precision.compute]
     if config.train.remat == "full":
         return kept
     kept += model.n_heads * model.value_head_dim / tensor

@@ -88,7 +88,7 @@ def _dot(equation: Any) -> float:
 
 
 def _kernel(equation: Any, rows: float) -> float:
-    """Counts a call of one of the two kernels that the model has on a TPU."""
+    """Counts a call of one of the kernels that the model has on a TPU."""
     name = str(equation.params.get("name") or equation.params.get("name_and_src_info"))
     shapes = [variable.aval.shape for variable in equation.invars if _is_float(variable.aval)]
     if "splash" in name:
@@ -96,6 +96,8 @@ def _kernel(equation: Any, rows: float) -> float:
         (*heads, length, width), value_width = shapes[0], shapes[2][-1]
         products = 3 * width + 2 * value_width if "dkv" in name else width + value_width
         return float(math.prod(heads)) * length**2 * products
+    if cost := equation.params.get("cost_estimate"):
+        return float(cost.flops)
     # A grouped product: rows of all groups [A, D], and a matrix per group among the operands or as
     # the result.
     out = equation.outvars[0].aval.shape

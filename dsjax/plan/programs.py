@@ -25,6 +25,7 @@ from dsjax.train import hyperparameters, pipelined_step
 from dsjax.train.batches import batch_sharding
 from dsjax.train.loss import pretraining
 from dsjax.train.optimizer import adamw
+from dsjax.train.pretraining import trained_by
 from dsjax.train.step import abstract_state, declared_model, train_step
 
 
@@ -74,7 +75,7 @@ def train(config: Config, mesh: Mesh | AbstractMesh, target: Target) -> Program:
     shape = (batch_size // rows, rows, config.data.sequence_length + 1)
     sharding = batch_sharding(shape, mesh)
     declared = declared_model(config.model, config.precision, target)
-    optimizer = adamw(config.optim)
+    optimizer = adamw(config.optim, trained_by(config))
     state = abstract_state(declared, optimizer, mesh)
     batch = {
         name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)

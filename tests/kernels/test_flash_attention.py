@@ -39,7 +39,7 @@ def test_listed_queries_get_what_the_whole_matrix_gives_them():
 
     def tiled(q, k, v):
         cut = Segments(jnp.asarray(segments[:, rows]), jnp.asarray(segments))
-        return tiled_attention(q[:, rows], k, v, _tiles(blocks), scale=0.3, segments=cut)
+        return tiled_attention(q[:, rows], k, v, _tiles(blocks), scale=0.3, segments=cut)[0]
 
     def reference(q, k, v):
         out = reference_attention(q, k, v, scale=0.3, segment_ids_BT=jnp.asarray(segments))
@@ -55,6 +55,6 @@ def test_tile_that_is_not_listed_is_not_seen():
     (q, k, v), _ = _inputs()
     tiles = _tiles([5])
     tiles = tiles._replace(pairs_X2=tiles.pairs_X2[1:])  # without the first block of keys
-    got = tiled_attention(q[:, -SIZE:], k, v, tiles, scale=0.3)
+    got, _ = tiled_attention(q[:, -SIZE:], k, v, tiles, scale=0.3)
     want = reference_attention(q[:, SIZE:], k[:, SIZE:], v[:, SIZE:], scale=0.3)[:, -SIZE:]
     assert_close(got, want, F32, "out")

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from dsjax.kernels import native_sparse as kernel
 from dsjax.kernels.native_sparse import Branch, Pattern, Queries, Stack
 from dsjax.kernels.sparse_attention import Selection
+from dsjax.kernels.target import Target
 from tests.closeness import F32, assert_close
 from tests.oracles.kernels import reference_attention
 
@@ -80,6 +82,30 @@ def test_gathered_attention_equals_masked(begin, count):
     )
 
 
+def test_the_tpus_kernel_has_the_values_and_gradients_of_the_gathered_form():
+    """Documents that begin at multiples of a block, queries that see less than they choose."""
+    asked, keys = queries(14, T, (0, 8)), branch(1, length=48)
+    selection = kernel.select(scores_of(2, n_blocks=6), asked, SIZES)
+    weights = normal(4, B, T, N, W)
+
+    def run(attention):
+        def total(q, k, v):
+            stacks = Branch(
+                *(stack._replace(stack_LBPSX=x) for stack, x in zip(keys, (k, v), strict=True))
+            )
+            out = attention(asked._replace(q_BTNH=q), stacks, selection, SIZES.size, 0.4)
+            return (out * weights).sum(), out
+
+        inputs = (asked.q_BTNH, *(stack.stack_LBPSX for stack in keys))
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*inputs)
+
+    with pltpu.force_tpu_interpret_mode():
+        got = run(kernel.table_attention)
+    want = run(kernel.gathered_attention)
+    for number, parts in enumerate(zip(*map(jax.tree.leaves, (got, want)), strict=True)):
+        assert_close(*parts, F32, f"result {number}")
+
+
 @pytest.mark.parametrize(
     "attention", [kernel.gathered_attention, kernel.masked_attention], ids=["gathered", "masked"]
 )
@@ -135,8 +161,9 @@ def test_importance_of_a_block_is_the_sum_over_its_entries(size, length):
 def attend(asked, **keywords):
     begins = jnp.broadcast_to(4 * jnp.arange(12, dtype=jnp.int32), (B, 12))
     return kernel.attend(
-        asked, branch(11, 12), begins, branch(13), branch(15), pattern=SIZES, scale=0.4, **keywords
-    )
+        asked, branch(11, 12), begins, branch(13), branch(15), pattern=SIZES, scale=0.4,
+        target=Target("cpu"), **keywords
+    )  # fmt: skip
 
 
 def test_query_that_sees_no_entry_gets_nothing_from_them():

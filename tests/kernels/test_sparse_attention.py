@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from dsjax.kernels import sparse_attention
 from dsjax.kernels.flash_attention import Segments
 from dsjax.kernels.sparse_attention import (
     Index,
-    Split,
+    Shard,
     chosen,
     gathered_attention,
     index_scores,
@@ -26,7 +24,6 @@ from dsjax.kernels.sparse_attention import (
     select,
 )
 from dsjax.kernels.target import Target
-from dsjax.parallel.mesh import make_mesh
 from tests.closeness import F32, assert_close
 from tests.oracles.attention import chosen as oracle_chosen
 from tests.oracles.attention import visible
@@ -153,7 +150,7 @@ def test_warm_up_learns_from_attention_to_all_keys():
     assert_close(divergence, wanted_divergence, F32, "divergence")
 
 
-def test_order_and_shards_of_the_queries_do_not_matter(monkeypatch):
+def test_order_of_the_queries_does_not_matter(monkeypatch):
     monkeypatch.setattr(sparse_attention, "_MOST", 6 * B * T * HEADS)
     qkv, index = arrays()
     places = np.random.default_rng(5).permutation(T).astype(np.int32)
@@ -167,7 +164,7 @@ def test_order_and_shards_of_the_queries_do_not_matter(monkeypatch):
     def run(qkv, index):
         return masked_attention(
             *qkv, index, count=COUNT, scale=0.3, segments=both, lesson="sparse",
-            split=Split(length=4, places_T=jnp.asarray(places)),
+            shard=Shard(jnp.asarray(places), ((T, T),)),
         )  # fmt: skip
 
     want, divergence = jax.jit(functools.partial(attend, lesson="sparse"))(qkv, index, SEGMENTS)
@@ -246,35 +243,6 @@ def test_latent_attention_without_lesson_has_no_gradient_of_the_index(monkeypatc
     assert_close(out, jax.jit(masked)(*inputs)[0], F32, "attention")
     total = jax.jit(jax.grad(lambda index: gathered(*inputs[:2], index)[0].sum()))
     assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(total(inputs[2])))
-
-
-@pytest.mark.parametrize("axes", [{"data": 2}, {"data": 2, "context": 4}], ids=str)
-def test_latent_attention_over_devices_equals_one_device(axes, monkeypatch):
-    """Rows over `data`, queries over `context`; every device has the keys of its rows."""
-    n_length = axes.get("context", 1)
-    ways, (q, kv, index) = latents(
-        *arrays(), at_once=1, monkeypatch=monkeypatch, segments=jnp.asarray(SEGMENTS),
-        lesson="sparse",
-        split=Split(batch=2, length=n_length, places_T=lax.iota(jnp.int32, T)),
-    )  # fmt: skip
-
-    def total(way, q, kv, index):
-        out, divergence = way(q, kv, index)
-        return (out**2).sum() + divergence.sum()
-
-    want = jax.jit(jax.value_and_grad(functools.partial(total, ways[1]), argnums=(0, 1, 2)))(
-        q, kv, index
-    )
-    mesh = make_mesh(axes, n_devices=2 * n_length)
-    of_queries, of_keys = (NamedSharding(mesh, P("data", *x)) for x in (("context",), ()))
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(
-            (q, kv, index), (of_queries, of_keys, Index(of_queries, of_queries, of_keys))
-        )
-        run = jax.jit(jax.value_and_grad(functools.partial(total, ways[0]), argnums=(0, 1, 2)))
-        got = run(*placed)
-    for mine, wanted in zip(*map(jax.tree.leaves, (got, want)), strict=True):
-        assert_close(mine, wanted, F32)
 
 
 @pytest.mark.parametrize("lesson", ["warmup", "sparse"])

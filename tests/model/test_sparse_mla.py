@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from dsjax.generate.engine import Engine
 from dsjax.generate.request import Request
 from dsjax.generate.sampling import Sampling
 from dsjax.kernels import sparse_attention
-from dsjax.kernels.sparse_attention import Split
-from dsjax.kernels.target import Target
 from dsjax.model import rope, sparse_mla
 from dsjax.model.cache import empty_cache
 from dsjax.model.inputs import read_tokens
@@ -63,17 +62,13 @@ def test_layer_equals_oracle(segments, gathers, monkeypatch):
 
 
 def test_long_sequences_are_gathered_where_it_takes_fewer_multiplications():
-    """Not where devices share the heads, nor on a TPU."""
     v3_2 = dataclasses.replace(
         TINY, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
         index_n_heads=16, index_head_dim=128, index_topk=2048,
     )  # fmt: skip
     # 2,048 keys of 1,088 channels against half of the sequence, of 320.
     module = SparseMLA(v3_2, Policy(jnp.float32))
-    assert not module.gathers(13_926, Split()) and module.gathers(13_928, Split())
-    assert not module.gathers(1 << 17, Split(heads=2))
-    module = SparseMLA(v3_2, Policy(jnp.float32, Target("tpu")))
-    assert not module.gathers(1 << 17, Split())
+    assert not module.gathers(13_926) and module.gathers(13_928)
 
 
 def dense_twin(model):
@@ -277,6 +272,25 @@ def test_gradients_do_not_depend_on_the_tiles(monkeypatch):
     monkeypatch.setattr(sparse_attention, "_MOST", 2 * LENGTH * 16 * 5)
     monkeypatch.setattr(sparse_attention, "_MOST_GATHERED", {"cpu": 1})
     assert_close(gradient(tiny_model(PLAIN)).dense_layers.attn.wkv_b[...], want, F32, "gradient")
+
+
+@pytest.mark.parametrize("remat", ["full", "selective"])
+def test_backward_pass_does_not_choose_again(remat, monkeypatch):
+    """What a query chose is kept, whatever else is recomputed."""
+    monkeypatch.setattr(SparseMLA, "gathers", lambda *_: True)
+    inputs = read_tokens(tokens(2, LENGTH), None, isolate=False, n_mtp=0)
+
+    def total(model):
+        found = model.forward(inputs, remat=remat, lesson="sparse")
+        return found.main_BTD.sum() + found.index_loss.sum()
+
+    traced = jax.make_jaxpr(jax.grad(total, allow_int=True))(tiny_model(PLAIN))
+    assert _count(traced.jaxpr, "top_k") == 1
+
+
+def _count(jaxpr, name):
+    inside = (_count(inner, name) for e in jaxpr.eqns for inner in jaxprs_in_params(e.params))
+    return sum(e.primitive.name == name for e in jaxpr.eqns) + sum(inside)
 
 
 def test_flops_count_scores_of_all_keys_and_attention_to_the_chosen():

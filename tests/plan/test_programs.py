@@ -27,6 +27,12 @@ def test_671b_is_split_over_all_chips():
     assert program.tokens_per_pass == 512 * 4096
 
 
+def test_warm_up_of_the_indexers_holds_moments_of_them_alone():
+    program = make("v3_2_671b", "train", 512, "train.indexer=warmup")
+    masters, moments = 4 * (671_877_944_064 + 11_517_000_000) / 512, 4 * 870_000_000 / 512
+    assert masters + moments < program.argument_bytes < 1.01 * (masters + moments)
+
+
 def test_decoding_holds_weights_in_bfloat16_and_the_cache():
     program = make("v2_lite", "decode", 16, "train.micro_batch_size=64", "train.batch_size=64")
     weights, cache = 2 * 15_706_484_224 / 16, 64 // 16 * 4096 * 27 * 576 * 2
