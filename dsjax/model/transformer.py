@@ -28,6 +28,7 @@ from dsjax.model.moe import RoutingStatistics
 from dsjax.model.mtp import MTP
 from dsjax.model.parameters import pinned
 from dsjax.parallel.context import restore
+from dsjax.parallel.sharding import constrain
 from dsjax.precision.matmul import vocabulary_logits
 from dsjax.precision.policy import Policy
 
@@ -231,15 +232,21 @@ class Transformer(nnx.Module):
         def mtp_module(hidden_BTD: jax.Array, scanned: tuple[MTP, Ahead, Any]):
             module, ahead, experts_BTK = scanned
             module = pinned(module, self.policy)
+            # Otherwise the compiler has what the norms read and write whole on every device.
+            embedding_BTD, hidden_BTD = (
+                constrain(x_BTD, "batch", "length", "width")
+                for x_BTD in (self.embed(ahead.tokens), hidden_BTD)
+            )
             hidden_BTD, statistics = module(
-                self.embed(ahead.tokens),
+                embedding_BTD,
                 hidden_BTD,
                 context._replace(documents_BT=ahead.documents),
                 balance,
                 experts_BTK,
                 lesson,
             )
-            return hidden_BTD, (module.norm(hidden_BTD), statistics)
+            normed_BTD = constrain(module.norm(hidden_BTD), "batch", "length", "width")
+            return hidden_BTD, (normed_BTD, statistics)
 
         main_BTD = self.norm(x_BTD)
         if inputs.ahead is None:
