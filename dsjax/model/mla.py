@@ -28,6 +28,7 @@ from dsjax.model.attention import Angles, Attention
 from dsjax.model.layer_cache import EntryShape, LayerCache
 from dsjax.model.layers import Normal, RMSNorm, declare
 from dsjax.parallel import split_cache
+from dsjax.parallel.sharding import constrain
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
 
@@ -169,7 +170,9 @@ class MLA(Attention):
     def _per_head_weights(self, wkv_b: Any, like: jax.Array) -> jax.Array:
         """Returns `wkv_b` as a matrix per head, [N, C, H + W]."""
         config = self.config
-        wkv_b = wkv_b.astype(like.dtype)
+        # Whole heads on each device first. If `tensor` gives a device several heads, of which other
+        # axes hold parts, XLA (jax 0.10.2) returns zeros as the gradient of all but the first.
+        wkv_b = constrain(wkv_b.astype(like.dtype), "latent", "heads")
         return jnp.reshape(wkv_b, (config.kv_lora_rank, config.n_heads, -1)).swapaxes(0, 1)
 
 

@@ -8,6 +8,8 @@ import pytest
 from dsjax.model import rope
 from dsjax.model.mla import MLA
 from dsjax.model.parameters import declarations, initialize
+from dsjax.parallel.mesh import make_mesh
+from dsjax.parallel.sharding import constrain
 from dsjax.precision.policy import Policy
 from tests.closeness import BF16, F32, assert_close
 from tests.golden.compare import float64
@@ -79,3 +81,48 @@ def test_absorbed_is_for_few_queries():
         TINY, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
     )
     assert [MLA.absorbs(v3, n) for n in (1, 170, 171, 512)] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"expert": 4, "tensor": 2},
+        *(
+            pytest.param(sizes, marks=pytest.mark.slow)
+            for sizes in (
+                {"context": 4, "tensor": 2},
+                {"fsdp": 4, "tensor": 2},
+                {"expert": 2, "tensor": 4},
+                {"fsdp": 2, "expert": 2, "tensor": 2},
+                {"fsdp": 2, "context": 2, "tensor": 2},
+                {"fsdp": 2, "expert": 2, "context": 2},
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_absorbed_projections_have_their_gradients_where_devices_hold_parts_of_heads(sizes):
+    """TINY has four heads, and the eight devices hold half of one each."""
+    module, generator = _module(TINY), np.random.default_rng(0)
+    heads = TINY.n_heads, TINY.qk_nope_head_dim, TINY.kv_lora_rank
+    w, q, out = (
+        jnp.asarray(generator.normal(size=shape), jnp.float32)
+        for shape in (module.wkv_b.shape, (8, 8, *heads[:2]), (8, 8, *heads[::2]))
+    )
+
+    @jax.jit
+    def gradients(w, q, out):
+        axes = "batch", "length", "heads", "width"
+
+        def total(w, q, out):
+            w = constrain(w, "latent", "latent_heads")
+            results = module.absorbed(constrain(q, *axes), w), module.projected(out, w)
+            return sum(jnp.square(constrain(result, *axes)).mean() for result in results)
+
+        return jax.grad(total, argnums=(0, 1, 2))(w, q, out)
+
+    want = gradients(w, q, out)
+    with jax.set_mesh(make_mesh(sizes)):
+        got = gradients(w, q, out)
+    for number, parts in enumerate(zip(got, want, strict=True)):
+        assert_close(*parts, F32, f"gradient {number}")

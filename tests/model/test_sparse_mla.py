@@ -172,9 +172,9 @@ def learnt(model):
         return found.index_loss.sum() + 1e-3 * jnp.square(logits).mean(), (logits, found.index_loss)
 
     (_, outputs), gradient = jax.value_and_grad(total, has_aux=True, allow_int=True)(model)
-    indexer = gradient.moe_layers.attn.indexer
-    parts = (indexer.wq_b, indexer.wk, indexer.weights_proj, gradient.moe_layers.attn.wkv_b)
-    return *outputs, *(part[...] for part in parts)
+    attn = gradient.moe_layers.attn
+    indexer = attn.indexer.wq_b, attn.indexer.wk, attn.indexer.weights_proj
+    return *outputs, *(part[...] for part in (*indexer, attn.wq_b, attn.wkv_a, attn.wkv_b, attn.wo))
 
 
 @pytest.fixture(scope="module")
@@ -187,21 +187,36 @@ def alone():
     "sizes",
     [
         {"data": 2, "context": 2, "tensor": 2},
-        {"fsdp": 2, "expert": 2, "context": 2},
         {"expert": 4, "tensor": 2},
-        {"context": 4, "fsdp": 2},
+        *(
+            pytest.param(sizes, marks=pytest.mark.slow)
+            for sizes in (
+                {"context": 4, "tensor": 2},
+                {"fsdp": 4, "tensor": 2},
+                {"fsdp": 2, "expert": 2, "context": 2},
+                {"context": 4, "fsdp": 2},
+            )
+        ),
     ],
     ids=str,
 )
-def test_every_mesh_computes_the_same(sizes, alone):
+def test_every_mesh_gathers_the_same(sizes, alone):
     for number, (got, want) in enumerate(zip(on_mesh(learnt, sizes), alone, strict=True)):
         assert_close(got, want, F32, f"output {number}")
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("sizes", [{"data": 2, "context": 2}, {"context": 4, "fsdp": 2}], ids=str)
-def test_every_mesh_gathers_the_same(sizes, alone, monkeypatch):
-    monkeypatch.setattr(SparseMLA, "gathers", lambda *_: True)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"context": 2, "expert": 2, "tensor": 2},
+        pytest.param({"expert": 4, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_every_mesh_masks_the_same(sizes, alone, monkeypatch):
+    assert filled(SparseMLA, CONFIG).gathers(LENGTH)
+    monkeypatch.setattr(SparseMLA, "gathers", lambda *_: False)
     for number, (got, want) in enumerate(zip(on_mesh(learnt, sizes), alone, strict=True)):
         assert_close(got, want, F32, f"output {number}")
 

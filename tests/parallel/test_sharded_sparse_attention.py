@@ -59,7 +59,7 @@ def of_expanded(lesson, latent, rope_key, weights, index, segments):
         (of_expanded, "sparse"),
         (of_expanded, "warmup"),
     ],
-    ids=str,
+    ids=["gathered sparse", "gathered", "expanded sparse", "expanded warmup"],
 )
 def test_all_devices_together_compute_what_one_does(way, lesson):
     inputs = LATENT, ROPE_KEY, WEIGHTS, INDEX

@@ -40,6 +40,8 @@ KNOBS = {"learning_rate": 1e-3, "mtp_weight": 0.3, "bias_update_speed": 1e-3}
 BATCH, LENGTH = 16, 32
 MOE = dataclasses.replace(TINY, n_layers=5, n_mtp=1)
 UNEVEN = dataclasses.replace(TINY, n_layers=6, n_mtp=1)  # 5 MoE layers
+# In rows of 32 tokens each query chooses 9 of those before it.
+SPARSE = dataclasses.replace(MOE, index_n_heads=16, index_head_dim=12, index_topk=9)
 DENSE = ModelConfig(
     vocab_size=96,
     dim=16,
@@ -169,6 +171,15 @@ def test_step_equals_the_one_on_the_same_devices_without_stages(other):
     # `tests/train/test_step.py` compares such a mesh without stages with one device.
     got = _step(_config(MOE, "dualpipe"), {"pipe": 2, **other})
     _assert_same_step(got, _step(_config(MOE), other))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", [{"data": 1}, {"context": 2, "tensor": 2}])
+def test_indexers_learn_in_stages_what_they_do_without(other):
+    # `tests/model/test_sparse_mla.py` compares meshes without stages with one device.
+    got = _step(_config(SPARSE), {"pipe": 2, **other})
+    assert got[1]["index_loss"] > 0
+    _assert_same_step(got, _step(_config(SPARSE), other))
 
 
 @pytest.mark.slow
