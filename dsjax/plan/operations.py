@@ -15,6 +15,9 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+# These say what they multiply; a grouped product says what it would if all rows were full.
+_SPARSE_KERNELS = ("index_scores", "chosen_blocks")
+
 
 def count(program: ClosedJaxpr, rows_per_expert: float) -> float:
     """Adds up a program's operations; a multiplication and an addition are two.
@@ -96,8 +99,8 @@ def _kernel(equation: Any, rows: float) -> float:
         (*heads, length, width), value_width = shapes[0], shapes[2][-1]
         products = 3 * width + 2 * value_width if "dkv" in name else width + value_width
         return float(math.prod(heads)) * length**2 * products
-    if cost := equation.params.get("cost_estimate"):
-        return float(cost.flops)
+    if any(known in name for known in _SPARSE_KERNELS):
+        return float(equation.params["cost_estimate"].flops)
     # A grouped product: rows of all groups [A, D], and a matrix per group among the operands or as
     # the result.
     out = equation.outvars[0].aval.shape

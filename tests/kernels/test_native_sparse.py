@@ -82,6 +82,7 @@ def test_gathered_attention_equals_masked(begin, count):
     )
 
 
+@pytest.mark.heavy
 def test_the_tpus_kernel_has_the_values_and_gradients_of_the_gathered_form():
     """Documents that begin at multiples of a block, queries that see less than they choose."""
     asked, keys = queries(14, T, (0, 8)), branch(1, length=48)

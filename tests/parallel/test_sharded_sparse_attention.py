@@ -55,8 +55,8 @@ def of_expanded(lesson, latent, rope_key, weights, index, segments):
     ("way", "lesson"),
     [
         (of_gathered, "sparse"),
-        (of_gathered, None),
-        (of_expanded, "sparse"),
+        pytest.param(of_gathered, None, marks=pytest.mark.heavy),
+        pytest.param(of_expanded, "sparse", marks=pytest.mark.heavy),
         (of_expanded, "warmup"),
     ],
     ids=["gathered sparse", "gathered", "expanded sparse", "expanded warmup"],

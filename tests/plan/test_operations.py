@@ -1,5 +1,7 @@
 """Operations of a traced program against what its shapes say."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from dsjax.kernels.attention import splash_attention
+from dsjax.kernels.block_kernel import kernel_attention
 from dsjax.kernels.grouped_matmul import grouped_matmul, grouped_outer
+from dsjax.kernels.index_kernel import kernel_scores
 from dsjax.kernels.target import Target
 from dsjax.parallel import pipeline
 from dsjax.parallel.lockstep import NONE, lock_step
@@ -107,6 +111,18 @@ def test_grouped_product_counts_the_rows_of_an_even_load(rows):
     outer = lambda x, y, sizes: grouped_outer(x, y, sizes, Target("tpu"))  # noqa: E731
     assert count(forward, x, w, sizes, rows=rows) == want
     assert count(outer, x, y, sizes, rows=rows) == want
+
+
+def test_kernels_of_sparse_attention_count_what_they_multiply():
+    places = shape(1, 16, dtype=jnp.int32)
+    scores = count(kernel_scores, shape(2, 16, 8, 32), shape(2, 16, 8), shape(2, 256, 32), places)
+    assert scores == 2 * (2 * 16 * 8 * 256) * (32 + 1)
+    keys, values = shape(3, 2, 4, 128, 32), shape(3, 2, 4, 128, 16)
+    table, places = (shape(2, 16, *more, dtype=jnp.int32) for more in ((4, 5), ()))
+    attend = partial(kernel_attention, size=16, scale=1.0)
+    layer = shape(dtype=jnp.int32)
+    blocks = count(attend, shape(2, 16, 4, 8, 32), keys, values, layer, table, places)
+    assert blocks == 2 * (2 * 16 * 4 * 8) * (5 * 16) * (32 + 16)
 
 
 def test_each_rank_of_a_pipeline_has_the_rows_of_a_whole_pass():
