@@ -7,6 +7,7 @@ floret is spaCy's build of fastText, which can train; the one inside fast-langde
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
@@ -73,7 +74,7 @@ def train(like: Iterable[str], other: Iterable[str], path: Path, settings: Setti
 
 def scores(path: Path, texts: Iterable[str]) -> Iterator[float]:
     """Yields for each text how likely it is of the first kind, in 0..1, by a model of `train`."""
-    model = _floret().load_model(str(path))
+    model = _loaded(path, path.stat().st_mtime_ns)
     lines: list[str] = []
     for text in texts:
         lines.append(line(text))
@@ -96,6 +97,12 @@ def library() -> str:
     """
     _floret()
     return f"floret {version('floret')}"
+
+
+@functools.lru_cache(maxsize=1)  # many files are scored with one model of half a gigabyte
+def _loaded(path: Path, mtime_ns: int) -> Any:
+    del mtime_ns  # tells a new model at the same place from an old one
+    return _floret().load_model(str(path))
 
 
 def _scores(model: Any, lines: Sequence[str]) -> list[float]:
