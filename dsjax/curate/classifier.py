@@ -21,6 +21,7 @@ _CHARACTERS = 20_000  # of a text that are looked at
 # fastText cuts words at spaces, which Chinese and Japanese do not write.
 _UNSPACED = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff])")
 _TOGETHER = 256  # texts in a call
+_PASSES = 20_000  # texts that are learned from, at least: of a small seed, each more often
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def train(like: Iterable[str], other: Iterable[str], path: Path, settings: Setti
         dim=settings.dim,
         wordNgrams=settings.n_grams,
         minCount=min(settings.least, count),
-        epoch=settings.epochs,
+        epoch=max(settings.epochs, _PASSES // (2 * count)),
         lr=settings.rate,
         bucket=settings.buckets,
         thread=1,
