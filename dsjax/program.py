@@ -16,7 +16,7 @@ from types import ModuleType
 from dsjax import __version__, command, settings
 
 TOOLS = (
-    "train", "sft", "prefer", "grpo", "sample", "evaluate", "recall", "r1", "generate", "serve",
+    "train", "sft", "prefer", "grpo", "sample", "evaluate", "recall", "r1", "generate", "draw", "serve",
     "score", "convert", "checkpoint", "show", "plan", "prepare",
 )  # fmt: skip
 _SHELLS = ("bash", "zsh", "tcsh")

@@ -38,8 +38,8 @@ def load_eyes(
     hf = checkpoint.hf
     if hf is None or hf.beside is None:
         raise ValueError(
-            f"{checkpoint.path} is a language model alone, which does not see; name a checkpoint of "
-            "Janus, Janus-Pro or DeepSeek-VL, in the folder that it was published in"
+            f"{checkpoint.path} is a language model alone, which does not see; name a checkpoint "
+            "of Janus, Janus-Pro or DeepSeek-VL, in the folder that it was published in"
         )
     wanted = np.dtype(checkpoint.dtype if dtype is None else dtype)
     eyes = Eyes(hf.beside.vision, Policy(wanted))

@@ -223,8 +223,8 @@ def reconcile(model: ModelConfig, family: str, files: TensorFolder) -> tuple[Mod
 
     1. MTP layers that config.json announces and the files lack, or that the files contain and
        config.json does not announce, are left out: the main model is complete without them.
-    2. The output head of a tied model is redundant, and left out if it equals the embedding. If not,
-       a model that sees has a head of its own.
+    2. The output head of a tied model is redundant, and left out if it equals the embedding. If
+       not, a model that sees has a head of its own.
     3. Tables that are computed from rope_theta are left out (without a message).
 
     Returns:

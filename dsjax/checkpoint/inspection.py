@@ -27,8 +27,8 @@ from dsjax.checkpoint import families, hub, names
 from dsjax.checkpoint.beside import beside
 from dsjax.checkpoint.families import family_for
 from dsjax.checkpoint.families.sight import Part
-from dsjax.checkpoint.hf_config import vision_of
 from dsjax.checkpoint.gguf import is_gguf, require_package
+from dsjax.checkpoint.hf_config import vision_of
 from dsjax.checkpoint.hf_folder import (
     FLOAT32,
     FP8,
@@ -160,7 +160,9 @@ def _inspect_hf(path: Path, overrides: Mapping[str, Any] | None) -> dict[str, An
     also = beside(read_config(path / "config.json", overrides)[0], implied.family, tensors)
     if also:
         implied = implied._replace(parts=also.parts)
-    of_language = {name: info for name, info in tensors.items() if not also or name not in also.names}
+    of_language = {
+        name: info for name, info in tensors.items() if not also or name not in also.names
+    }
     _, mismatches = compare(model, implied.family, implied.block, of_language)
     if also:
         mismatches.missing.extend(also.missing)

@@ -1,9 +1,9 @@
 """What a model has beside its language model: to see, and in Janus to draw.
 
 Seeing: a tower and an aligner turn each picture into embeddings, which replace those of as many
-placeholders in the prompt. Drawing (Janus, arXiv:2410.13848, section 3): the hidden state at the last
-position predicts a code of the VQ tokenizer, whose own embedding is the next input. The embeddings of
-codes are a table of their own, not the codebook.
+placeholders in the prompt. Drawing (Janus, arXiv:2410.13848, section 3): the hidden state at the
+last position predicts a code of the VQ tokenizer, whose own embedding is the next input. The
+embeddings of codes are a table of their own, not the codebook.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Eyes(nnx.Module):
 
     def __init__(self, config: VisionConfig, policy: Policy):
         self.tower = Siglip(config.tower, policy)
-        self.aligner = Projector(config.tower.dim, config.dim, config.aligner_depth, policy)
+        exact = config.tower.activation == "gelu"  # transformers has one setting for both
+        width, depth = config.tower.dim, config.aligner_depth
+        self.aligner = Projector(width, config.dim, depth, policy, exact=exact)
         if config.vq:
             self.pencil = Pencil(config, policy)
         self.config, self.policy = config, policy

@@ -1,8 +1,8 @@
 """Reads pictures as the published models were trained on them, to the last bit.
 
 A picture is converted to RGB, resized so that its longer side is the tower's, and only then padded
-to a square, centred, with the colour of the mean. Pillow resizes: its kernel has a = -0.5 and rounds
-to 8 bits between its two passes, which nothing in JAX or torch does.
+to a square, centred, with the colour of the mean. Pillow resizes: its kernel has a = -0.5 and
+rounds to 8 bits between its two passes, which nothing in JAX or torch does.
 
 DeepSeek's code (Janus, DeepSeek-VL) cuts the shorter side to whole pixels where transformers rounds
 it: 500 x 333 becomes 384 x 255 or 384 x 256. `Rules.cut` says which. A rotation that a camera only
@@ -143,8 +143,8 @@ def _side(side: int, longest: int, rules: Rules) -> int:
 
 
 def normalized(squares: np.ndarray, rules: Rules) -> np.ndarray:
-    """Scales uint8 [..., 3] to the tower's numbers, float32: float64 up to 1, float32 from there, as
-    the references.
+    """Scales uint8 [..., 3] to the tower's numbers, float32: float64 up to 1, float32 from there,
+    as the references.
     """
     scaled = (squares * _SCALE).astype(np.float32)
     return (scaled - np.float32(rules.mean)) / np.float32(rules.std)

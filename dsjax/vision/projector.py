@@ -35,17 +35,18 @@ class Linear(nnx.Module):
 class Projector(nnx.Module):
     """Janus' aligners: a layer to the new width, then, each after a GELU, layers that keep it."""
 
-    def __init__(self, dim_in: int, dim: int, depth: int, policy: Policy):
+    def __init__(self, dim_in: int, dim: int, depth: int, policy: Policy, *, exact: bool = True):
         self.layers = nnx.List(
             Linear(("latent", "embed"), (dim_in if first else dim, dim), policy)
             for first in (True, *[False] * (depth - 1))
         )
+        self.exact = exact  # of GELU
 
     @jax.named_scope("projector")
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [..., width in] to [..., width]."""
         for place, layer in enumerate(self.layers):
-            x = layer(gelu(x) if place else x)
+            x = layer(gelu(x, exact=self.exact) if place else x)
         return x
 
 

@@ -7,7 +7,6 @@ each patch's numbers with a matrix.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.config.vision import SiglipConfig
@@ -62,7 +61,7 @@ class Layer(nnx.Module):
 
 
 class Pool(nnx.Module):
-    """The pooling head of the published towers. Nothing reads it; it is here to be written again."""
+    """The pooling head of the published towers. Nothing reads it; it is kept to be written."""
 
     def __init__(self, config: SiglipConfig, policy: Policy):
         D, F = config.dim, config.inter_dim

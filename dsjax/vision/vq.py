@@ -2,11 +2,14 @@
 
 Arrays are [batch, rows, columns, channels]; pixels run from -1 to 1. Sources: Janus' own code. Two
 things that are easily got wrong: halving pads at the right and the bottom only, and both sides of
-the comparison with the codebook are normalised, so that the nearest entry is the one at the smallest
-angle. transformers' `encode` normalises neither and finds other codes; its `decode` agrees.
+the comparison with the codebook are normalised, so that the nearest entry is the one at the
+smallest angle. transformers' `encode` normalises neither and finds other codes; its `decode`
+agrees.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +58,9 @@ class GroupNorm(nnx.Module):
         x = x_BYXC.astype(jnp.float32).reshape(B, Y * X, GROUPS, C // GROUPS)
         x = x - x.mean(axis=(1, 3), keepdims=True)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=(1, 3), keepdims=True) + _EPS)
-        weight, bias = (v[...].astype(jnp.float32)[None, None, None] for v in (self.weight, self.bias))
+        weight, bias = (
+            v[...].astype(jnp.float32)[None, None, None] for v in (self.weight, self.bias)
+        )
         return (x.reshape(x_BYXC.shape) * weight + bias).astype(x_BYXC.dtype)
 
 
@@ -97,7 +102,7 @@ class Level(nnx.Module):
     """Residual blocks of one resolution, each followed by attention at the coarsest."""
 
     def __init__(self, widths: list[int], policy: Policy, *, attends: bool, resamples: bool):
-        pairs = zip(widths, widths[1:], strict=False)
+        pairs = itertools.pairwise(widths)
         self.blocks = nnx.List(Residual(before, after, policy) for before, after in pairs)
         self.attentions = nnx.List(
             Attention(width, policy) for width in (widths[1:] if attends else ())
@@ -171,9 +176,7 @@ class Decoder(nnx.Module):
                 attends=place == 0,
                 resamples=place < last,
             )
-            for place, (before, width) in enumerate(
-                zip([widths[0], *widths], widths, strict=False)
-            )
+            for place, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
         )
         self.norm_out = GroupNorm(widths[-1])
         self.conv_out = Conv(3, widths[-1], 3, policy)

@@ -30,8 +30,8 @@ def encoded(picture, form="PNG", **options):
 
 
 def resampled(picture, size):
-    """Bicubic resizing by the definition: Keys' kernel with a = -0.5, widened when shrinking, 22-bit
-    coefficients, horizontal first, rounded to 8 bits after each pass."""
+    """Bicubic resizing by the definition: Keys' kernel with a = -0.5, widened when shrinking,
+    22-bit coefficients, horizontal first, rounded to 8 bits after each pass."""
 
     def kernel(x):
         x = np.abs(x)
@@ -162,7 +162,7 @@ def bomb(width, height):
 def test_files_that_cannot_be_read_are_refused(data, said, monkeypatch):
     # Pillow's own limit is not what protects.
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", None)
-    with pytest.raises(ValueError, match="x.png is a?") as caught:
+    with pytest.raises(ValueError, match=r"^x\.png ") as caught:
         decode(data, "x.png")
     assert said in str(caught.value)
 
@@ -224,5 +224,5 @@ def test_other_rules_are_refused(changes, said):
 
 
 def test_rules_are_needed(tmp_path):
-    with pytest.raises(ValueError, match="has no preprocessor_config.json"):
+    with pytest.raises(ValueError, match=r"has no preprocessor_config\.json"):
         pictures.read_rules(tmp_path)

@@ -1,11 +1,12 @@
 """The families of published checkpoints, one per file, looked up by config.json's `model_type`.
 
 Each of llama.py, qwen2.py, qwen3.py, deepseek.py (DeepSeekMoE), deepseek_v2.py, deepseek_v3.py,
-deepseek_v32.py, kimi_k2.py, multi_modality.py (DeepSeek's models that see) and janus.py (the same as
-transformers converts them) declares one `Family`: the rows of its config.json and the names of its
-tensors, both two-way.
+deepseek_v32.py, kimi_k2.py, multi_modality.py (DeepSeek's models that see) and janus.py (the same
+as transformers converts them) declares one `Family`: the rows of its config.json and the names of
+its tensors, both two-way.
 family.py defines `Family` and the parts that families share; table.py defines rows, rope.py the row
-for rope settings, sight.py what is beside a language model. To add a family, add a file and an entry in `_ALL`.
+for rope settings, sight.py what is beside a language model. To add a family, add a file and an
+entry in `_ALL`.
 """
 
 from dsjax.checkpoint.families.deepseek import DEEPSEEK
@@ -41,9 +42,7 @@ def find(name: object) -> Family:
 
 def naming(model: ModelConfig) -> list[str]:
     """Returns the families that can name this model's tensors, and have none besides."""
-    return [
-        name for name, family in FAMILIES.items() if family.names(model) and not family.sight
-    ]
+    return [name for name, family in FAMILIES.items() if family.names(model) and not family.sight]
 
 
 def family_for(model: ModelConfig) -> str:

@@ -35,8 +35,8 @@ IMAGE_TOKEN = 100581  # of every release, and the default of transformers
 
 
 def text(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the language model's section. Whether the head is tied is said outside it, and true if
-    not said at all; a head in the files that differs is obeyed (`hf_folder.reconcile`).
+    """Returns the language model's section. Whether the head is tied is said outside it, and true
+    if not said at all; a head in the files that differs is obeyed (`hf_folder.reconcile`).
     """
     section = config.get("text_config")
     tied = config.get("tie_word_embeddings")

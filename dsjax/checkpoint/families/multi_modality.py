@@ -66,7 +66,9 @@ def _section(config: Mapping[str, Any], name: str, problems: list[str], *classes
     return Fields(values["params"], f"config.json.{name}.params", problems)
 
 
-def _aligner(config: Mapping[str, Any], name: str, width: int, dim: int, problems: list[str]) -> int:
+def _aligner(
+    config: Mapping[str, Any], name: str, width: int, dim: int, problems: list[str]
+) -> int:
     """Reads the section of an aligner; returns its depth."""
     fields = _section(config, name, problems, "MlpProjector")
     fields.fixed("projector_type", "mlp_gelu", "linear")
@@ -206,9 +208,7 @@ def parts(vision: VisionConfig) -> Iterator[Part]:
     )
     project = "gen_head.output_mlp_projector"
     yield from linear(project, (*own, "project"), vision.head_dim, vision.dim)
-    yield from linear(
-        "gen_head.vision_head", (*own, "vision_head"), vq.n_codes, vision.head_dim
-    )
+    yield from linear("gen_head.vision_head", (*own, "vision_head"), vq.n_codes, vision.head_dim)
     yield Part("gen_embed.weight", (*pencil, "embed"), (), (vq.n_codes, vq.code_dim))
 
 
