@@ -195,6 +195,10 @@ def to_hf(
     if block:
         values["quantization_config"] = quantization_config(block, declared.scale)
     _check_reads_back(values, model, family)
+    if declared.sight is not None and (found := vision_of(values)) != vision:
+        raise ValueError(
+            f"the config.json of family {family} cannot say {vision} (it reads as {found})"
+        )
     return values
 
 

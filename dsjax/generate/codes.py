@@ -1,9 +1,9 @@
 """Draws: a language model predicts the codes of a picture one after the other, with guidance.
 
-Every picture has two rows: one continues the prompt, the other the same prompt with its text blanked
-out. Codes are drawn from u + guidance * (c - u), the logits of the two (classifier-free guidance,
-arXiv:2207.12598; Janus, arXiv:2410.13848, section 3.3), and both rows go on with the same code. The
-prompt runs once, and what it leaves in the cache is copied for every picture.
+Every picture has two rows: one continues the prompt, the other the same prompt with its text
+blanked out. Codes are drawn from u + guidance * (c - u), the logits of the two (classifier-free
+guidance, arXiv:2207.12598; Janus, arXiv:2410.13848, section 3.3), and both rows go on with the same
+code. The prompt runs once, and what it leaves in the cache is copied for every picture.
 """
 
 from __future__ import annotations

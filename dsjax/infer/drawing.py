@@ -120,8 +120,8 @@ def encode(checkpoint: load.Checkpoint, text: str) -> tuple[list[int], list[int]
     form = open_format(checkpoint)
     if form is None or form.vision.vq is None:
         raise ValueError(
-            f"{checkpoint.path} cannot draw; name a checkpoint of Janus or Janus-Pro, in the folder "
-            "that it was published in"
+            f"{checkpoint.path} cannot draw; name a checkpoint of Janus or Janus-Pro, in the "
+            "folder that it was published in"
         )
     prompt = _prompt(form, text)
     pad = form.vocabulary.coder.control.get(PAD)

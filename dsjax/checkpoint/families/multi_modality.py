@@ -85,26 +85,19 @@ def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
     """Reads the sections of tower, aligners, head and VQ tokenizer; None if there were problems."""
     dim = text(config)["hidden_size"]
     vision = _section(config, "vision_config", problems, "CLIPVisionTower")
-    # Sizes are DeepSeek's code's; a tower of another shape says so field by field.
-    tower = SiglipConfig(pool=True)
-    found = {
-        "image_size": vision.read("image_size", "int", tower.image_size),
-        "patch_size": vision.read("patch_size", "int", tower.patch_size),
-        "dim": vision.read("width", "int", tower.dim),
-        "n_heads": vision.read("heads", "int", tower.n_heads),
-    }
-    ratio = vision.read("mlp_ratio", "float", 4.0)
+    tower = SiglipConfig(pool=True)  # the released shape, which their code spells out
+    image_size = vision.read("image_size", "int", tower.image_size)
     vision.fixed("model_name", _TOWER)
     vision.fixed("select_feature", "same")
     chosen = vision.values.get("select_layer", -1)
     vision.seen |= {"select_layer"}
-    most = tower.n_layers
+    most, n_layers = tower.n_layers, 0
     if type(chosen) is int and chosen and -most <= chosen <= most:
-        found["n_layers"] = chosen if chosen > 0 else most + chosen + 1
+        n_layers = chosen if chosen > 0 else most + chosen + 1
     else:
         problems.append(f"{vision.place}.select_layer={chosen!r} names none of {most} layers")
     vision.refuse_rest(frozenset({"image_mean", "image_std", "pixel_mean", "pixel_std"}))
-    depth = _aligner(config, "aligner_config", found["dim"], dim, problems)
+    depth = _aligner(config, "aligner_config", tower.dim, dim, problems)
     vq, head_dim, drawing_depth = None, 0, 2
     if any(name in config for name in _DRAWING):
         codes = _section(config, "gen_vision_config", problems, "VQ-16")
@@ -122,10 +115,9 @@ def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
             fields.refuse_rest()
     if problems:
         return None
-    found["inter_dim"] = int(found["dim"] * ratio)
     return VisionConfig(
         dim=dim,
-        tower=SiglipConfig(**found, pool=True),
+        tower=dataclasses.replace(tower, image_size=image_size, n_layers=n_layers),
         aligner_depth=depth,
         vq=vq,
         drawing_depth=drawing_depth,
@@ -136,13 +128,7 @@ def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
 def write(vision: VisionConfig, text: Mapping[str, Any]) -> dict[str, Any]:
     """Writes the sections of config.json."""
     tower, vq = vision.tower, vision.vq
-    released = SiglipConfig()
-    shape = {
-        "width": (tower.dim, released.dim),
-        "heads": (tower.n_heads, released.n_heads),
-        "patch_size": (tower.patch_size, released.patch_size),
-        "mlp_ratio": (tower.inter_dim / tower.dim, 4.0),
-    }
+    layers = -1 if tower.n_layers == SiglipConfig.n_layers else tower.n_layers
     sections: dict[str, Any] = {
         "language_config": {"model_type": "llama", **text},
         "vision_config": {
@@ -152,8 +138,7 @@ def write(vision: VisionConfig, text: Mapping[str, Any]) -> dict[str, Any]:
                 "image_size": tower.image_size,
                 "model_name": _TOWER,
                 "select_feature": "same",
-                "select_layer": -1 if tower.n_layers == released.n_layers else tower.n_layers,
-                **{name: own for name, (own, usual) in shape.items() if own != usual},
+                "select_layer": layers,
             },
         },
         "aligner_config": _written("aligner", tower.dim, vision.dim, vision.aligner_depth),
