@@ -15,6 +15,10 @@ import pytest
 
 from dsjax.checkpoint.eyes import load_eyes
 from dsjax.checkpoint.load import load, open_checkpoint
+from dsjax.generate.codes import Drawer
+from dsjax.generate.engine import Engine
+from dsjax.generate.request import Given, Request
+from dsjax.generate.sampling import Sampling
 from dsjax.model.transformer import Embeddings
 from dsjax.vision import pictures
 from tests.closeness import LOGITS, assert_close
@@ -172,6 +176,63 @@ def test_drawing_parts_equal_transformers(pair):
     assert_close(pencil.head(jnp.asarray(states)), logits, LOGITS, "head")
     ours = np.asarray(jax.jit(pencil.vq.encode)(seen))
     np.testing.assert_array_equal(ours.reshape(-1), nearest)
+
+
+def test_greedy_answers_equal_transformers(pair):
+    """Through the engine, in chunks that a picture does not fit into, in company."""
+    import torch
+
+    model, checkpoint, _ = pair
+    n = checkpoint.hf.beside.vision.tower.n_tokens
+    ids = np.random.default_rng(5).integers(8, 97, 2 * n + 9).astype(np.int32)
+    ids[3 : 3 + n] = ids[6 + n : 6 + 2 * n] = PLACEHOLDER
+    places = np.flatnonzero(ids == PLACEHOLDER).astype(np.int32)
+    eyes, engine = load_eyes(checkpoint), Engine(load(checkpoint), prefill_chunk=16)
+    requests, wanted = [], []
+    for seed in (0, 1):
+        seen = pixels(model, 2, seed)
+        with torch.no_grad():
+            said = model.generate(
+                input_ids=torch.from_numpy(ids).long()[None],
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                pixel_values=torch_pixels(seen),
+                max_new_tokens=12,
+                do_sample=False,
+                eos_token_id=None,
+            )
+        wanted.append(said[0, len(ids) :].tolist())
+        values = np.asarray(eyes(seen)).reshape(-1, eyes.config.dim)
+        given = Given(places, values)
+        requests.append(Request(tuple(ids.tolist()), 12, Sampling(temperature=0.0), given=given))
+    assert [output.tokens for output in engine.complete(requests)] == wanted
+    assert wanted[0] != wanted[1]
+
+
+def test_greedy_drawings_equal_transformers(pair):
+    import torch
+    from transformers import GenerationConfig
+
+    model, checkpoint, _ = pair
+    vision = checkpoint.hf.beside.vision
+    bos, pad, boi = 0, 1, 2
+    prompt = [bos, 30, 40, 50, 60, boi]
+    config = GenerationConfig(
+        do_sample=False, guidance_scale=5.0, bos_token_id=bos, pad_token_id=pad, max_length=200
+    )
+    config.generation_kwargs = {"boi_token_id": boi}
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        wanted = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            generation_mode="image",
+        ).numpy()
+    grid, pencil = vision.code_grid, load_eyes(checkpoint).pencil
+    got = Drawer(load(checkpoint), pencil, grid).codes(
+        prompt, [bos, *[pad] * 4, boi], [Sampling(temperature=0.0)], guidance=5.0
+    )
+    np.testing.assert_array_equal(got.reshape(1, -1), wanted)
 
 
 def awkward():

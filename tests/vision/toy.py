@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsjax.checkpoint import families, names
+from dsjax.checkpoint.families import multi_modality
 from dsjax.checkpoint.hf_config import to_hf
 from dsjax.config import ModelConfig
 from dsjax.config.vision import SiglipConfig, VisionConfig, VqConfig
@@ -56,17 +58,34 @@ def tensors(family: str, vision: VisionConfig = VISION, seed: int = 0) -> dict[s
     return made
 
 
-def write(folder: Path, seed: int = 0, **rules: Any) -> Path:
-    """Writes a folder of family janus with a tokenizer."""
-    config = to_hf(LANGUAGE, "janus", dtype="float32", vision=VISION)
-    hf_files.write(folder, config, tensors("janus", seed=seed))
+def write(folder: Path, family: str = "janus", vision: VisionConfig = VISION, **rules: Any) -> Path:
+    """Writes a folder with a tokenizer."""
+    config = to_hf(LANGUAGE, family, dtype="float32", vision=vision)
+    hf_files.write(folder, config, tensors(family, vision))
     make_tokenizer(CONTROL).save(str(folder / "tokenizer.json"))
-    size = VISION.tower.image_size
-    said = {
-        "size": {"height": size, "width": size},
+    size = vision.tower.image_size
+    square = {"size": {"height": size, "width": size}}
+    said: dict[str, Any] = {
+        **({"image_size": size} if family == "multi_modality" else square),
         "min_size": 2,
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
     }
     write_json(folder / "preprocessor_config.json", said | rules)
     return folder
+
+
+def shrink_deepseeks(monkeypatch: Any) -> None:
+    """Makes DeepSeek's layout one of towers and tokenizers as small as these."""
+    assert VISION.vq is not None
+    tower = dataclasses.replace(VISION.tower, pool=True)
+    vq = dataclasses.replace(VISION.vq, usage=True)
+    monkeypatch.setattr(multi_modality, "TOWER", tower)
+    monkeypatch.setattr(multi_modality, "VQ", vq)
+
+
+def deepseeks() -> VisionConfig:
+    """What DeepSeek's layout says of this model, once it is as small."""
+    return dataclasses.replace(
+        VISION, tower=multi_modality.TOWER, vq=multi_modality.VQ, image_token=None
+    )

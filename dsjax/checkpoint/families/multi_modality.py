@@ -28,7 +28,9 @@ from dsjax.checkpoint.families.table import Fields
 from dsjax.config.vision import SiglipConfig, VisionConfig, VqConfig
 
 _NAMES = VqNames("conv_blocks.{level}", "conv_blocks.{level}", "res", ("0", "1", "2"))
+# The shapes that their code spells out; config.json says little of them.
 _TOWER = "siglip_large_patch16_384"
+TOWER, VQ = SiglipConfig(pool=True), VqConfig(usage=True)
 # transformers' LlamaConfig, which DeepSeek's config.json relies on.
 _LLAMA = {
     "vocab_size": 32000,
@@ -85,26 +87,25 @@ def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
     """Reads the sections of tower, aligners, head and VQ tokenizer; None if there were problems."""
     dim = text(config)["hidden_size"]
     vision = _section(config, "vision_config", problems, "CLIPVisionTower")
-    tower = SiglipConfig(pool=True)  # the released shape, which their code spells out
-    image_size = vision.read("image_size", "int", tower.image_size)
+    image_size = vision.read("image_size", "int", TOWER.image_size)
     vision.fixed("model_name", _TOWER)
     vision.fixed("select_feature", "same")
     chosen = vision.values.get("select_layer", -1)
     vision.seen |= {"select_layer"}
-    most, n_layers = tower.n_layers, 0
+    most, n_layers = TOWER.n_layers, 0
     if type(chosen) is int and chosen and -most <= chosen <= most:
         n_layers = chosen if chosen > 0 else most + chosen + 1
     else:
         problems.append(f"{vision.place}.select_layer={chosen!r} names none of {most} layers")
     vision.refuse_rest(frozenset({"image_mean", "image_std", "pixel_mean", "pixel_std"}))
-    depth = _aligner(config, "aligner_config", tower.dim, dim, problems)
+    depth = _aligner(config, "aligner_config", TOWER.dim, dim, problems)
     vq, head_dim, drawing_depth = None, 0, 2
     if any(name in config for name in _DRAWING):
         codes = _section(config, "gen_vision_config", problems, "VQ-16")
-        vq = VqConfig(
-            n_codes=codes.read("image_token_size", "int", 16384),
-            code_dim=codes.read("n_embed", "int", 8),
-            usage=True,
+        vq = dataclasses.replace(
+            VQ,
+            n_codes=codes.read("image_token_size", "int", VQ.n_codes),
+            code_dim=codes.read("n_embed", "int", VQ.code_dim),
         )
         head = _section(config, "gen_head_config", problems, "vision_head")
         head_dim = head.read("image_token_embed", "int")
@@ -117,7 +118,7 @@ def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
         return None
     return VisionConfig(
         dim=dim,
-        tower=dataclasses.replace(tower, image_size=image_size, n_layers=n_layers),
+        tower=dataclasses.replace(TOWER, image_size=image_size, n_layers=n_layers),
         aligner_depth=depth,
         vq=vq,
         drawing_depth=drawing_depth,
@@ -128,7 +129,7 @@ def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
 def write(vision: VisionConfig, text: Mapping[str, Any]) -> dict[str, Any]:
     """Writes the sections of config.json."""
     tower, vq = vision.tower, vision.vq
-    layers = -1 if tower.n_layers == SiglipConfig.n_layers else tower.n_layers
+    layers = -1 if tower.n_layers == TOWER.n_layers else tower.n_layers
     sections: dict[str, Any] = {
         "language_config": {"model_type": "llama", **text},
         "vision_config": {
