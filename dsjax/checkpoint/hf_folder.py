@@ -225,7 +225,8 @@ def reconcile(model: ModelConfig, family: str, files: TensorFolder) -> tuple[Mod
        config.json does not announce, are left out: the main model is complete without them.
     2. The output head of a tied model is redundant, and left out if it equals the embedding. If
        not, a model that sees has a head of its own.
-    3. Tables that are computed from rope_theta are left out (without a message).
+    3. Tables that are computed from rope_theta are left out (without a message), and what a model
+       that sees has besides and never reads.
 
     Returns:
       the model that the files contain, and the names of the tensors to leave out.
@@ -235,6 +236,8 @@ def reconcile(model: ModelConfig, family: str, files: TensorFolder) -> tuple[Mod
     """
     found = files.tensors
     left_out = {name for name in found if _TABLES.search(name)}
+    if (sight := families.find(family).sight) and sight.unread:
+        left_out |= {name for name in found if name.startswith(sight.unread)}
 
     def of_layer(layer: int) -> set[str]:
         prefix = names.layer_prefix(family, layer)
@@ -261,7 +264,7 @@ def reconcile(model: ModelConfig, family: str, files: TensorFolder) -> tuple[Mod
     if model.tie_embed and head in found:
         embedding = next(names.tensors(model, family)).name
         if embedding in found and not files.equal(head, embedding):
-            if families.find(family).sight:  # their configs say tied by default, whatever they hold
+            if sight:  # their configs say tied by default, whatever they hold
                 return dataclasses.replace(model, tie_embed=False), left_out
             raise ValueError(
                 f"{files.path}: config.json has tie_word_embeddings true, and {head} differs from "

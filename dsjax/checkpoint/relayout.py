@@ -32,7 +32,7 @@ from dsjax.files import write_json, writing
 from dsjax.text.vocabulary import open_vocabulary
 from dsjax.vision import pictures
 
-OTHER = {"multi_modality": "janus", "janus": "multi_modality"}
+DEEPSEEKS = "multi_modality"
 _PLACEHOLDER = "<image_placeholder>"
 _WRITTEN = ("config.json", pictures.RULES_FILE)
 
@@ -46,10 +46,10 @@ def relayout(checkpoint: Checkpoint, target: Path, progress: Transfer) -> Conver
     """
     started, hf = time.monotonic(), checkpoint.hf
     assert hf is not None and hf.beside is not None
-    family = OTHER[hf.family]
+    family = _other(hf.family, hf.beside.vision)
     sight = families.find(family).sight
     assert sight is not None
-    tokens = {"image_token": _image_token(checkpoint)} if family == "janus" else {}
+    tokens = {} if family == DEEPSEEKS else {"image_token": _image_token(checkpoint)}
     config, vision = _described(checkpoint, family, hf.beside.vision, tokens)
     own = {(row.tensor.path, row.tensor.slot): row.tensor.name for row in hf.rows}
     sources = {
@@ -90,6 +90,13 @@ def relayout(checkpoint: Checkpoint, target: Path, progress: Transfer) -> Conver
     return Converted(sum(len(shard.tensors) for shard in left), to_do, time.monotonic() - started)
 
 
+def _other(family: str, vision: VisionConfig) -> str:
+    """Returns the family of the other layout."""
+    if family != DEEPSEEKS:
+        return DEEPSEEKS
+    return "janus" if vision.vq else "deepseek_vl"
+
+
 def _described(
     checkpoint: Checkpoint, family: str, vision: VisionConfig, tokens: dict[str, Any]
 ) -> tuple[dict[str, Any], VisionConfig]:
@@ -98,19 +105,13 @@ def _described(
     Raises:
       ValueError: the layout cannot say it.
     """
-    unread = family == "multi_modality"
+    unread = family == DEEPSEEKS
     vq = vision.vq and dataclasses.replace(vision.vq, usage=unread)
     tower = dataclasses.replace(vision.tower, pool=unread)
     said = dataclasses.replace(vision, tower=tower, vq=vq, **({"image_token": None} | tokens))
-    if vq is None:
-        raise ValueError(f"{checkpoint.path} only sees, and family {family} draws as well")
     config = to_hf(checkpoint.model, family, dtype=checkpoint.dtype.name, vision=said)
-    there = dataclasses.replace(
-        said,
-        tower=dataclasses.replace(tower, pool=False),
-        vq=dataclasses.replace(vq, usage=False),
-    )
-    return config, there
+    tower, vq = dataclasses.replace(tower, pool=False), vq and dataclasses.replace(vq, usage=False)
+    return config, dataclasses.replace(said, tower=tower, vq=vq)
 
 
 def _image_token(checkpoint: Checkpoint) -> int:
@@ -132,11 +133,12 @@ def _rules(checkpoint: Checkpoint, family: str) -> dict[str, Any]:
         "image_processor_type": "VLMImageProcessor",
         "processor_class": "VLChatProcessor",
     }
-    if family == "janus":
+    if family != DEEPSEEKS:
+        name = {"janus": "Janus", "deepseek_vl": "DeepseekVL"}[family]
         size = {
             "size": {"height": rules.size, "width": rules.size},
-            "image_processor_type": "JanusImageProcessor",
-            "processor_class": "JanusProcessor",
+            "image_processor_type": f"{name}ImageProcessor",
+            "processor_class": f"{name}Processor",
             "do_resize": True,
             "do_rescale": True,
             "do_pad": True,

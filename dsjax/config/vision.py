@@ -92,6 +92,7 @@ class VisionConfig:
     Attributes:
       dim: width of the language model.
       aligner_depth: linear layers from the tower's width to the language model's.
+      aligner_activation: what is between them.
       vq: what it draws with; None: it only sees.
       drawing_depth: linear layers from a code's embedding to the language model's width.
       head_dim: width inside the head that predicts codes.
@@ -101,6 +102,7 @@ class VisionConfig:
     dim: int
     tower: SiglipConfig
     aligner_depth: int = 2
+    aligner_activation: Literal["gelu", "gelu_tanh"] = "gelu"
     vq: VqConfig | None = None
     drawing_depth: int = 2
     head_dim: int = 0

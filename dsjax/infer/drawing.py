@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
+from rich.console import Console
 
 from dsjax import files
 from dsjax.checkpoint import load
@@ -160,7 +161,7 @@ def _draw(
     paths: Sequence[Path],
     model: str,
 ) -> None:
-    with Display() as display:
+    with Display(Console(stderr=True)) as display:
         for first in range(0, len(left), order.at_once):
             some = left[first : first + order.at_once]
             what = f"pictures {first + 1} to {first + len(some)} of {len(left)}"

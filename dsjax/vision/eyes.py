@@ -41,7 +41,7 @@ class Eyes(nnx.Module):
 
     def __init__(self, config: VisionConfig, policy: Policy):
         self.tower = Siglip(config.tower, policy)
-        exact = config.tower.activation == "gelu"  # transformers has one setting for both
+        exact = config.aligner_activation == "gelu"
         width, depth = config.tower.dim, config.aligner_depth
         self.aligner = Projector(width, config.dim, depth, policy, exact=exact)
         if config.vq:

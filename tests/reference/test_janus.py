@@ -30,7 +30,6 @@ PLACEHOLDER = 7
 
 def drawn(seed, **changes):
     """A random shape of Janus, with every value of its weights random."""
-    import torch
     from transformers import JanusConfig, JanusForConditionalGeneration
 
     rng = np.random.default_rng(seed)
@@ -79,8 +78,14 @@ def drawn(seed, **changes):
     config = JanusConfig(
         text_config=text, vision_config=vision, vq_config=vq, image_token_id=PLACEHOLDER, **changes
     )
+    return randomised(JanusForConditionalGeneration(config), seed)
+
+
+def randomised(model, seed):
+    """The model with every value of its weights random, none of them zero."""
+    import torch
+
     torch.manual_seed(seed)
-    model = JanusForConditionalGeneration(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 1:
@@ -90,7 +95,7 @@ def drawn(seed, **changes):
                 weight.copy_(torch.randn_like(weight) * fan_in**-0.5)
             else:
                 weight.copy_(torch.randn_like(weight))
-    return model
+    return model.eval()
 
 
 @pytest.fixture(scope="module", params=[SEED, SEED + 1, SEED + 2])
@@ -233,6 +238,40 @@ def test_greedy_drawings_equal_transformers(pair):
         prompt, [bos, *[pad] * 4, boi], [Sampling(temperature=0.0)], guidance=5.0
     )
     np.testing.assert_array_equal(got.reshape(1, -1), wanted)
+
+
+def test_deepseek_vl_equals_transformers(tmp_path):
+    """With a pooling head, which is left out, and SigLIP's usual GELU in the tower alone."""
+    import torch
+    from transformers import DeepseekVLConfig, DeepseekVLForConditionalGeneration
+
+    text = {
+        "model_type": "llama", "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "max_position_embeddings": 256,
+    }  # fmt: skip
+    vision = {
+        "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 70,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 21, "patch_size": 4,
+    }  # fmt: skip
+    config = DeepseekVLConfig(text_config=text, vision_config=vision, image_token_id=PLACEHOLDER)
+    model = randomised(DeepseekVLForConditionalGeneration(config), SEED)
+    model.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    eyes, language = load_eyes(checkpoint), load(checkpoint)
+    assert eyes.config.tower.activation == "gelu_tanh"
+    ids = np.random.default_rng(1).integers(8, 97, (1, 40)).astype(np.int32)
+    ids[0, 5:30] = PLACEHOLDER
+    seen = pixels(model, 1)
+    with torch.no_grad():
+        want = model(
+            input_ids=torch.from_numpy(ids).long(), pixel_values=torch_pixels(seen)
+        ).logits.numpy()
+    values = np.zeros((1, 40, 48), np.float32)
+    values[ids == PLACEHOLDER] = np.asarray(eyes(seen)).reshape(-1, 48)
+    embeddings = Embeddings(jnp.asarray(ids == PLACEHOLDER), jnp.asarray(values))
+    hidden = language.hidden(jnp.asarray(ids), embeddings=embeddings).main_BTD
+    assert_close(language.logits(hidden), want, LOGITS)
 
 
 def awkward():

@@ -12,7 +12,7 @@ from dsjax.model.parameters import shardings
 from dsjax.parallel.mesh import make_mesh
 from dsjax.precision.policy import Policy
 from dsjax.vision.siglip import Siglip
-from tests.closeness import LOGITS, assert_close, relative_l2
+from tests.closeness import F32, LOGITS, assert_close, relative_l2
 from tests.vision.test_projector import oracle_gelu, oracle_linear, random_values
 
 # 9 pixels hold two patches of 4 and one pixel that is not seen.
@@ -69,14 +69,14 @@ def tower():
 
 
 def test_tower_equals_oracle(tower):
-    assert_close(jax.jit(tower)(pixels()), oracle(tower, pixels()), LOGITS)
+    assert_close(jax.jit(tower)(pixels()), oracle(tower, pixels()), F32)
 
 
 def test_oracle_tells_gelus_apart(tower):
     """What the bound above can see: the other GELU is outside it."""
     tanh = lambda x: np.asarray(jax.nn.gelu(jnp.asarray(x, jnp.float32)), np.float64)  # noqa: E731
     want = oracle(tower, pixels())
-    assert relative_l2(oracle(tower, pixels(), tanh), want) > 2 * LOGITS.bound
+    assert relative_l2(oracle(tower, pixels(), tanh), want) > 2 * F32.bound
 
 
 def test_pixels_that_fill_no_patch_change_nothing(tower):
@@ -89,7 +89,7 @@ def test_pixels_that_fill_no_patch_change_nothing(tower):
 def test_a_pooling_head_is_not_read():
     config = dataclasses.replace(CONFIG, pool=True)
     tower = random_values(Siglip(config, Policy(jnp.float32)))
-    assert_close(jax.jit(tower)(pixels()), oracle(tower, pixels()), LOGITS)
+    assert_close(jax.jit(tower)(pixels()), oracle(tower, pixels()), F32)
 
 
 def test_sharded_equals_one_device(tower):

@@ -21,7 +21,7 @@ from dsjax.checkpoint.families.table import Fields
 from dsjax.config.vision import SiglipConfig, VisionConfig, VqConfig
 
 _NAMES = VqNames("down.{level}", "up.{level}", "block", ("block_1", "attn_1", "block_2"))
-_BOOKKEEPING = frozenset(
+BOOKKEEPING = frozenset(
     """
     model_type architectures dtype torch_dtype initializer_range transformers_version
     hidden_dropout_rate attention_dropout projection_dropout dropout num_image_tokens num_channels
@@ -31,6 +31,7 @@ _BOOKKEEPING = frozenset(
     """.split()
 )
 _ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+NAMES_OF_ACTIVATIONS = {ours: name for name, ours in _ACTIVATIONS.items()}
 IMAGE_TOKEN = 100581  # of every release, and the default of transformers
 
 
@@ -38,13 +39,19 @@ def text(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the language model's section. Whether the head is tied is said outside it, and true
     if not said at all; a head in the files that differs is obeyed (`hf_folder.reconcile`).
     """
-    section = config.get("text_config")
+    given = config.get("text_config")
     tied = config.get("tie_word_embeddings")
-    said = {} if not isinstance(section, Mapping) else dict(section)
+    said = {} if not isinstance(given, Mapping) else dict(given)
     return said | {"tie_word_embeddings": True if tied is None else tied}
 
 
-def _section(config: Mapping[str, Any], name: str, problems: list[str]) -> Fields:
+def fields(config: Mapping[str, Any], problems: list[str]) -> Fields:
+    """Reads fields outside all sections."""
+    return Fields(config, "config.json", problems)
+
+
+def section(config: Mapping[str, Any], name: str, problems: list[str]) -> Fields:
+    """Reads a section."""
     values = config.get(name)
     if not isinstance(values, Mapping):
         problems.append(f"config.json.{name}={values!r} is not an object")
@@ -52,14 +59,15 @@ def _section(config: Mapping[str, Any], name: str, problems: list[str]) -> Field
     return Fields(values, f"config.json.{name}", problems)
 
 
-def _activation(fields: Fields) -> Any:
-    fields.fixed("hidden_act", *_ACTIVATIONS)
-    return _ACTIVATIONS.get(fields.values.get("hidden_act") or "gelu", "gelu")
+def activation(section: Fields, default: str) -> Any:
+    """Reads which GELU a section asks for."""
+    section.fixed("hidden_act", *_ACTIVATIONS)
+    return _ACTIVATIONS.get(section.values.get("hidden_act") or default, "gelu")
 
 
 def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
     """Reads vision_config and vq_config; None if there were problems."""
-    vision, vq = (_section(config, name, problems) for name in ("vision_config", "vq_config"))
+    vision, vq = (section(config, name, problems) for name in ("vision_config", "vq_config"))
     dim = vision.read("projection_dim", "int", 2048)
     width = vision.read("hidden_size", "int", 1024)
     values = {
@@ -70,7 +78,7 @@ def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
         "n_heads": vision.read("num_attention_heads", "int", 16),
         "inter_dim": int(width * vision.read("mlp_ratio", "float", 4.0)),
         "norm_eps": vision.read("layer_norm_eps", "float", 1e-6),
-        "activation": _activation(vision),
+        "activation": activation(vision, "gelu"),
     }
     vision.fixed("attention_bias", True)
     vision.fixed("use_qk_norm", False)
@@ -93,15 +101,16 @@ def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
         "n_blocks": vq.read("num_res_blocks", "int", 2),
     }
     drawing_depth = vq.read("num_hidden_layers", "int", 2)
-    token = Fields(config, "config.json", problems).read("image_token_id", "int", IMAGE_TOKEN)
-    for fields in (vision, vq):
-        fields.refuse_rest(_BOOKKEEPING)
+    token = fields(config, problems).read("image_token_id", "int", IMAGE_TOKEN)
+    for each in (vision, vq):
+        each.refuse_rest(BOOKKEEPING)
     if problems:
         return None
     return VisionConfig(
         dim=dim,
         tower=SiglipConfig(**values),
         aligner_depth=aligner_depth,
+        aligner_activation=values["activation"],
         vq=VqConfig(**codes),
         drawing_depth=drawing_depth,
         head_dim=dim,
@@ -127,7 +136,7 @@ def write(vision: VisionConfig, text: Mapping[str, Any]) -> dict[str, Any]:
             "num_attention_heads": tower.n_heads,
             "mlp_ratio": tower.inter_dim / tower.dim,
             "layer_norm_eps": tower.norm_eps,
-            "hidden_act": {ours: name for name, ours in _ACTIVATIONS.items()}[tower.activation],
+            "hidden_act": NAMES_OF_ACTIVATIONS[tower.activation],
             "projection_dim": vision.dim,
             "depth": vision.aligner_depth,
             "num_image_tokens": tower.n_tokens,

@@ -73,6 +73,7 @@ class Sight:
       write: returns the sections of config.json, the language model's included, which is given.
       parts: yields every tensor once, in published order.
       sections: the fields of config.json that these read.
+      unread: how the names begin of tensors that may be there, and are left out; "": none.
     """
 
     text: Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -80,6 +81,7 @@ class Sight:
     write: Callable[[VisionConfig, Mapping[str, Any]], dict[str, Any]]
     parts: Callable[[VisionConfig], Iterator[Part]]
     sections: frozenset[str]
+    unread: str = ""
 
 
 # Parts that the layouts share.
