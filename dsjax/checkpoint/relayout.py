@@ -91,7 +91,13 @@ def relayout(checkpoint: Checkpoint, target: Path, progress: Transfer) -> Conver
 
 
 def _other(family: str, vision: VisionConfig) -> str:
-    """Returns the family of the other layout."""
+    """Returns the family of the other layout.
+
+    Raises:
+      ValueError: dsjax has but this one of the model.
+    """
+    if vision.high:
+        raise ValueError(f"family {family} is the only layout that dsjax has of this model")
     if family != DEEPSEEKS:
         return DEEPSEEKS
     return "janus" if vision.vq else "deepseek_vl"

@@ -50,6 +50,47 @@ class SiglipConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SamConfig:
+    """The shape of a SAM tower; the defaults are those of SAM-B, as in DeepSeek-VL 7B."""
+
+    image_size: int = 1024
+    patch_size: int = 16
+    dim: int = 768
+    n_layers: int = 12
+    n_heads: int = 12
+    inter_dim: int = 3072
+    norm_eps: float = 1e-6
+    window: int = 14  # side of the squares of patches that most layers attend in
+    global_layers: tuple[int, ...] = (2, 5, 8, 11)  # those that attend everywhere, ascending
+    out_channels: int = 256
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "sam", self, "image_size", "patch_size", "dim", "n_layers", "n_heads", "inter_dim",
+            "norm_eps", "window", "out_channels",
+        )  # fmt: skip
+        require(
+            self.dim % self.n_heads == 0,
+            f"sam.dim={self.dim} does not divide by sam.n_heads={self.n_heads}",
+        )
+        require(
+            self.image_size % self.patch_size == 0,
+            f"sam.image_size={self.image_size} does not divide by sam.patch_size={self.patch_size}",
+        )
+        layers = self.global_layers
+        require(
+            bool(layers) and sorted({*layers}) == [*layers] and layers[-1] < self.n_layers,
+            f"sam.global_layers={layers} must be numbers of some of the {self.n_layers} layers, "
+            "ascending",
+        )
+
+    @property
+    def grid(self) -> int:
+        """Patches per side."""
+        return self.image_size // self.patch_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class VqConfig:
     """The shape of a VQ tokenizer: pictures to codes, and back; the defaults are Janus'.
 
@@ -93,6 +134,7 @@ class VisionConfig:
       dim: width of the language model.
       aligner_depth: linear layers from the tower's width to the language model's.
       aligner_activation: what is between them.
+      high: a second tower that sees the picture larger (DeepSeek-VL 7B); None: there is none.
       vq: what it draws with; None: it only sees.
       drawing_depth: linear layers from a code's embedding to the language model's width.
       head_dim: width inside the head that predicts codes.
@@ -103,6 +145,7 @@ class VisionConfig:
     tower: SiglipConfig
     aligner_depth: int = 2
     aligner_activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    high: SamConfig | None = None
     vq: VqConfig | None = None
     drawing_depth: int = 2
     head_dim: int = 0
@@ -110,6 +153,10 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         require_positive("vision", self, "dim", "aligner_depth", "drawing_depth")
+        require(
+            self.high is None or self.dim % 2 == 0,
+            f"vision.dim={self.dim} is odd, and each of two towers gives half of it",
+        )
         if self.vq:
             require_positive("vision", self, "head_dim")
 

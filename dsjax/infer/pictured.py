@@ -43,7 +43,7 @@ SYSTEM = (
 )
 PLACEHOLDER, BEGIN, END = "<image_placeholder>", "<begin_of_image>", "<end_of_image>"
 PICTURES = (
-    "pictures"  # field of a message: uint8 arrays [size, size, 3], as `pictures.square` makes
+    "pictures"  # field of a message: uint8 arrays [size, size, 3], as `pictures.largest` makes
 )
 _BATCH = 16  # pictures that the tower looks at together, at most
 
@@ -69,7 +69,7 @@ class PicturedFormat:
         Raises:
           ValueError: see `pictures.open_picture`.
         """
-        return [pictures.square(pictures.open_picture(path), self.rules) for path in paths]
+        return [pictures.largest(pictures.open_picture(path), self.rules) for path in paths]
 
     def encode(self, messages: Sequence[Message], *, thinking: bool | None = None) -> list[int]:
         """Encodes a conversation up to the point where the reply begins. Without a message of the
@@ -132,10 +132,12 @@ def open_format(checkpoint: Checkpoint) -> PicturedFormat | None:
             "it again from the release"
         )
     rules = pictures.read_rules(folder)
-    if rules.size != vision.tower.image_size:
+    made = [rules.size, *([rules.high.size] if rules.high else [])]
+    seen = [vision.tower.image_size, *([vision.high.image_size] if vision.high else [])]
+    if made != seen:
         raise ValueError(
-            f"{folder / pictures.RULES_FILE} makes pictures of {rules.size} pixels, and the tower "
-            f"sees {vision.tower.image_size}; copy both from one release"
+            f"{folder / pictures.RULES_FILE} makes pictures of {_listed(made)} pixels, and the "
+            f"model sees {_listed(seen)}; copy both from one release"
         )
     path = folder / "processor_config.json"
     old = vision.vq is None or (
@@ -143,6 +145,10 @@ def open_format(checkpoint: Checkpoint) -> PicturedFormat | None:
     )
     roles = ("User", "Assistant") if old else ("<|User|>", "<|Assistant|>")
     return PicturedFormat(vocabulary, vision, rules, roles)
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return " and ".join(map(str, sizes))
 
 
 class Looking:
@@ -155,7 +161,7 @@ class Looking:
         self.read, self.encode = form.read, form.encode
         self._form, self._open, self._mesh = form, open_eyes, mesh
         self._seen: dict[bytes, np.ndarray] = {}
-        self._look = jax.jit(lambda eyes, pixels: eyes(pixels))
+        self._look = jax.jit(lambda eyes, *pixels: eyes(*pixels))
 
     @functools.cached_property
     def _eyes(self) -> Eyes:
@@ -185,7 +191,7 @@ class Looking:
             size += -size % parts("batch", self._mesh)
         padded = np.concatenate([squares, np.repeat(squares[:1], size - n, axis=0)])
         with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
-            features = self._look(self._eyes, pictures.normalized(padded, self._form.rules))
+            features = self._look(self._eyes, *pictures.inputs(padded, self._form.rules))
         return np.asarray(features[:n], np.float32)
 
 

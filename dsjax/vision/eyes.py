@@ -14,7 +14,8 @@ from flax import nnx
 from dsjax.config.vision import VisionConfig
 from dsjax.model.layers import Normal, declare
 from dsjax.precision.policy import Policy
-from dsjax.vision.projector import CodeHead, Projector
+from dsjax.vision.projector import CodeHead, HybridProjector, Projector
+from dsjax.vision.sam import Sam
 from dsjax.vision.siglip import Siglip
 from dsjax.vision.vq import Vq
 
@@ -43,11 +44,21 @@ class Eyes(nnx.Module):
         self.tower = Siglip(config.tower, policy)
         exact = config.aligner_activation == "gelu"
         width, depth = config.tower.dim, config.aligner_depth
-        self.aligner = Projector(width, config.dim, depth, policy, exact=exact)
+        if config.high:
+            self.high = Sam(config.high, config.tower.grid, policy)
+            self.hybrid = HybridProjector(width, 4 * config.high.out_channels, config.dim, policy)
+        else:
+            self.aligner = Projector(width, config.dim, depth, policy, exact=exact)
         if config.vq:
             self.pencil = Pencil(config, policy)
         self.config, self.policy = config, policy
 
-    def __call__(self, pixels_BYXC: jax.Array) -> jax.Array:
-        """Turns pictures, float32 [B, size, size, 3], into embeddings [B, tokens, D]."""
-        return self.aligner(self.tower(pixels_BYXC))
+    def __call__(self, pixels_BYXC: jax.Array, high_BYXC: jax.Array | None = None) -> jax.Array:
+        """Turns pictures, float32 [B, size, size, 3], into embeddings [B, tokens, D].
+
+        Args:
+          high_BYXC: the same, larger, for the second tower of a model that has one.
+        """
+        if high_BYXC is None:
+            return self.aligner(self.tower(pixels_BYXC))
+        return self.hybrid(self.tower(pixels_BYXC), self.high(high_BYXC))

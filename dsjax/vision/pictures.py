@@ -45,6 +45,7 @@ class Rules:
       least: the shorter side is at least this long before padding.
       mean, std: of each channel, on a scale from 0 to 1.
       cut: whether a fraction of a pixel is cut off the shorter side, not rounded.
+      high: how the picture for a second tower is made; this one is then made from it.
     """
 
     size: int = 384
@@ -52,6 +53,7 @@ class Rules:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     cut: bool = True
+    high: Rules | None = None
 
     @property
     def border(self) -> tuple[int, ...]:
@@ -155,6 +157,21 @@ def pixels(pictures: Sequence[Image], rules: Rules) -> np.ndarray:
     return normalized(np.stack([square(picture, rules) for picture in pictures]), rules)
 
 
+def largest(picture: Image, rules: Rules) -> np.ndarray:
+    """Returns the largest square that a model sees of a picture, uint8 [size, size, 3]."""
+    return square(picture, rules.high or rules)
+
+
+def inputs(squares: np.ndarray, rules: Rules) -> tuple[np.ndarray, ...]:
+    """Returns the input of each tower, the second one's last, from the largest squares."""
+    if rules.high is None:
+        return (normalized(squares, rules),)
+    import PIL.Image
+
+    small = [square(PIL.Image.fromarray(each), rules) for each in squares]
+    return normalized(np.stack(small), rules), normalized(squares, rules.high)
+
+
 def read_rules(folder: Path) -> Rules:
     """Reads a checkpoint's preprocessor_config.json, as DeepSeek or transformers writes it.
 
@@ -190,7 +207,12 @@ def rules_of(values: Mapping[str, Any], place: str) -> Rules:
     mean, std = (_channels(values, name, place) for name in ("image_mean", "image_std"))
     if not all(std):
         raise ValueError(f"{place}: image_std={list(std)} divides by 0")
-    return Rules(size=size, least=least, mean=mean, std=std, cut=cut)
+    high = None
+    if values.get("high_res_size"):
+        found = {key.removeprefix("high_res_"): value for key, value in values.items()
+                 if key.startswith("high_res_")}  # fmt: skip
+        high = rules_of({**values, **found, "high_res_size": None}, place)
+    return Rules(size=size, least=least, mean=mean, std=std, cut=cut, high=high)
 
 
 def _channels(values: Mapping[str, Any], name: str, place: str) -> tuple[float, float, float]:

@@ -50,6 +50,20 @@ class Projector(nnx.Module):
         return x
 
 
+class HybridProjector(nnx.Module):
+    """DeepSeek-VL 7B's aligner: each tower gives half of the width, the high one the first."""
+
+    def __init__(self, dim_low: int, dim_high: int, dim: int, policy: Policy):
+        self.high = Linear(("latent", "embed"), (dim_high, dim // 2), policy)
+        self.low = Linear(("latent", "embed"), (dim_low, dim // 2), policy)
+        self.out = Linear(("latent", "embed"), (dim, dim), policy)
+
+    @jax.named_scope("projector")
+    def __call__(self, low: jax.Array, high: jax.Array) -> jax.Array:
+        """Maps [..., width of a tower] of both to [..., width]."""
+        return self.out(gelu(jnp.concatenate([self.high(high), self.low(low)], axis=-1)))
+
+
 class CodeHead(nnx.Module):
     """Predicts codes from the language model's hidden states."""
 

@@ -19,31 +19,9 @@ from dsjax.config.vision import GROUPS, VqConfig
 from dsjax.model.layers import Constant, Float32, Normal, declare
 from dsjax.parallel.sharding import constrain
 from dsjax.precision.policy import Policy
-from dsjax.vision.projector import STD
+from dsjax.vision.convolution import Conv
 
 _EPS = 1e-6
-
-
-class Conv(nnx.Module):
-    """A convolution with a square kernel and a bias; the size stays, or with stride 2 is halved."""
-
-    def __init__(self, size: int, channels_in: int, channels: int, policy: Policy):
-        shape = (size, size, channels_in, channels)
-        self.weight = declare(shape, ("latent", "latent", "latent", "latent"), Normal(STD))
-        self.bias = declare((channels,), ("norm",), Constant(0.0))
-        self.policy = policy
-
-    def __call__(self, x_BYXC: jax.Array, stride: int = 1) -> jax.Array:
-        compute, around = self.policy.compute, self.weight.shape[0] // 2
-        before, after = (around, around) if stride == 1 else (0, 1)
-        y_BYXC = jax.lax.conv_general_dilated(
-            x_BYXC.astype(compute),
-            self.weight[...].astype(compute),
-            (stride, stride),
-            [(before, after)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        return y_BYXC + self.bias[...].astype(compute)[None, None, None]
 
 
 class GroupNorm(nnx.Module):
@@ -157,7 +135,7 @@ class Encoder(nnx.Module):
         for level in self.levels:
             x_BYXC = level(x_BYXC)
             if hasattr(level, "resample"):
-                x_BYXC = level.resample(x_BYXC, stride=2)
+                x_BYXC = level.resample(x_BYXC, stride=2, padding=(0, 1))
         return self.conv_out(jax.nn.silu(self.norm_out(self.middle(x_BYXC))))
 
 

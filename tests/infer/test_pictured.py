@@ -78,7 +78,7 @@ def test_older_releases_spell_roles_out(tmp_path):
 
 def test_pictures_of_another_size_are_refused(tmp_path):
     folder = toy.write(tmp_path, size={"height": 8, "width": 8})
-    with pytest.raises(ValueError, match="pictures of 8 pixels, and the tower sees 9"):
+    with pytest.raises(ValueError, match="pictures of 8 pixels, and the model sees 9"):
         open_format(load.open_checkpoint(folder))
 
 

@@ -204,6 +204,21 @@ def test_rules_are_read_as_either_writes_them(tmp_path):
     assert pictures.rules_of(TRANSFORMERS, "x") == Rules(size=256, cut=False)
 
 
+def test_a_second_tower_has_rules_of_its_own():
+    high = {"high_res_size": {"height": 64, "width": 64}, "high_res_image_mean": [0.25] * 3}
+    rules = pictures.rules_of(TRANSFORMERS | high, "x")
+    assert rules.size == 256 and rules.high and rules.high.size == 64
+    assert rules.high.mean == (0.25,) * 3 and rules.high.std == (0.5,) * 3
+    picture = noise(30, 20)
+    largest = pictures.largest(picture, rules)
+    np.testing.assert_array_equal(largest, square(picture, rules.high))
+    low, large = pictures.inputs(largest[None], rules)
+    np.testing.assert_array_equal(large, pixels([picture], rules.high))
+    np.testing.assert_array_equal(low, pixels([PIL.Image.fromarray(largest)], rules))
+    (alone,) = pictures.inputs(largest[None], Rules())
+    np.testing.assert_array_equal(alone, normalized(largest[None], Rules()))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -7,7 +7,7 @@ import pytest
 
 from dsjax.model.parameters import declarations, initialize
 from dsjax.precision.policy import Policy
-from dsjax.vision.projector import CodeHead, Linear, Projector, gelu
+from dsjax.vision.projector import CodeHead, HybridProjector, Linear, Projector, gelu
 from tests.closeness import F32, assert_close
 
 POLICY = Policy(jnp.float32)
@@ -61,3 +61,13 @@ def test_biases_begin_as_zeros():
         "weight": (4, 6), "bias": (6,),
     }  # fmt: skip
     assert not np.asarray(layer.bias[...]).any() and np.asarray(layer.weight[...]).any()
+
+
+def test_the_high_tower_gives_the_first_half():
+    projector = random_values(HybridProjector(6, 8, 10, POLICY))
+    rng = np.random.default_rng(1)
+    low, high = rng.normal(size=(2, 6)), rng.normal(size=(2, 8))
+    halves = oracle_linear(projector.high, high), oracle_linear(projector.low, low)
+    want = oracle_linear(projector.out, oracle_gelu(np.concatenate(halves, axis=1)))
+    got = projector(*(jnp.asarray(each, jnp.float32) for each in (low, high)))
+    assert_close(got, want, F32)

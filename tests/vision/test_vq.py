@@ -7,34 +7,15 @@ from dsjax.config.vision import VqConfig
 from dsjax.model.parameters import shardings
 from dsjax.parallel.mesh import make_mesh
 from dsjax.precision.policy import Policy
-from dsjax.vision.vq import Attention, Conv, GroupNorm, Residual, Vq, unit
-from tests.closeness import F32, LOGITS, assert_close
+from dsjax.vision.vq import Attention, GroupNorm, Residual, Vq, unit
+from tests.closeness import LOGITS, assert_close
+from tests.vision.test_convolution import noise, oracle_conv
 from tests.vision.test_projector import random_values
 
 POLICY = Policy(jnp.float32)
 CONFIG = VqConfig(
     n_codes=40, code_dim=4, latent_channels=8, channels=32, multipliers=(1, 2), n_blocks=1
 )
-
-
-def noise(*shape, seed=1):
-    return np.random.default_rng(seed).normal(size=shape)
-
-
-def oracle_conv(conv, x, stride=1):
-    """Convolution by the definition; half size pads the right and the bottom alone."""
-    weight = np.asarray(conv.weight[...], np.float64)
-    size = len(weight)
-    before, after = (size // 2, size // 2) if stride == 1 else (0, 1)
-    x = np.pad(x, ((0, 0), (before, after), (before, after), (0, 0)))
-    rows = [
-        [
-            np.einsum("byxc,yxcd->bd", x[:, i : i + size, j : j + size], weight)
-            for j in range(0, x.shape[2] - size + 1, stride)
-        ]
-        for i in range(0, x.shape[1] - size + 1, stride)
-    ]
-    return np.stack([np.stack(row, 1) for row in rows], 1) + np.asarray(conv.bias[...])
 
 
 def oracle_norm(norm, x):
@@ -48,14 +29,6 @@ def oracle_norm(norm, x):
 
 def silu(x):
     return x / (1 + np.exp(-x))
-
-
-@pytest.mark.parametrize(("size", "stride"), [(1, 1), (3, 1), (3, 2)])
-def test_convolution_equals_oracle(size, stride):
-    conv, x = random_values(Conv(size, 3, 5, POLICY)), noise(2, 6, 6, 3)
-    got = conv(jnp.asarray(x, jnp.float32), stride=stride)
-    assert got.shape[1:3] == (6 // stride, 6 // stride)
-    assert_close(got, oracle_conv(conv, x, stride), F32)
 
 
 def test_groups_are_neighbouring_channels():

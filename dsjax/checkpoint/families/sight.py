@@ -99,11 +99,12 @@ def norm(name: str, path: Place, width: int, slot: tuple[int, ...] = ()):
         yield Part(f"{name}.{leaf}", (*path, leaf), slot, (width,))
 
 
-def conv(name: str, path: Place, size: int, channels_in: int, channels: int):
+def conv(name: str, path: Place, size: int, channels_in: int, channels: int, *, bias: bool = True):
     """Yields weight and bias of a convolution."""
     shape = (channels, channels_in, size, size)
     yield Part(f"{name}.weight", (*path, "weight"), (), shape, "kernel")
-    yield Part(f"{name}.bias", (*path, "bias"), (), (channels,))
+    if bias:
+        yield Part(f"{name}.bias", (*path, "bias"), (), (channels,))
 
 
 class VqNames(NamedTuple):

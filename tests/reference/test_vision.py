@@ -1,5 +1,5 @@
-"""Janus against transformers, on random checkpoints that nobody has looked at. Set
-DSJAX_REFERENCE_SEED to try others."""
+"""Models that see and draw against transformers, on random checkpoints that nobody has looked at.
+Set DSJAX_REFERENCE_SEED to try others."""
 
 from __future__ import annotations
 
@@ -272,6 +272,70 @@ def test_deepseek_vl_equals_transformers(tmp_path):
     embeddings = Embeddings(jnp.asarray(ids == PLACEHOLDER), jnp.asarray(values))
     hidden = language.hidden(jnp.asarray(ids), embeddings=embeddings).main_BTD
     assert_close(language.logits(hidden), want, LOGITS)
+
+
+def test_deepseek_vl_hybrid_equals_transformers(tmp_path):
+    """Windows that do not divide the picture, and a factor that is not zero."""
+    import torch
+    from transformers import DeepseekVLHybridConfig, DeepseekVLHybridForConditionalGeneration
+
+    text = {
+        "model_type": "llama", "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "max_position_embeddings": 256,
+    }  # fmt: skip
+    vision = {
+        "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 70,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 20, "patch_size": 4,
+        "hidden_act": "gelu", "vision_use_head": False,
+    }  # fmt: skip
+    high = {
+        "model_type": "sam_vision_model", "hidden_size": 24, "num_hidden_layers": 4,
+        "num_attention_heads": 3, "mlp_dim": 50, "image_size": 64, "patch_size": 8,
+        "window_size": 3, "global_attn_indexes": [1, 3], "output_channels": 10,
+    }  # fmt: skip
+    config = DeepseekVLHybridConfig(
+        text_config=text,
+        vision_config=vision,
+        high_res_vision_config=high,
+        image_token_id=PLACEHOLDER,
+    )
+    model = randomised(DeepseekVLHybridForConditionalGeneration(config), SEED)
+    model.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    eyes, language = load_eyes(checkpoint), load(checkpoint)
+    ids = np.random.default_rng(1).integers(8, 97, (1, 40)).astype(np.int32)
+    ids[0, 5:30] = PLACEHOLDER
+    rng = np.random.default_rng(2)
+    low, large = (rng.uniform(-1, 1, (1, n, n, 3)).astype(np.float32) for n in (20, 64))
+    with torch.no_grad():
+        found = model.model.get_image_features(torch_pixels(low), torch_pixels(large))
+        want = model(
+            input_ids=torch.from_numpy(ids).long(),
+            pixel_values=torch_pixels(low),
+            high_res_pixel_values=torch_pixels(large),
+        ).logits.numpy()
+    tower = found.high_res_vision_last_hidden_state.numpy()
+    assert_close(jax.jit(eyes.high)(large), tower, LOGITS, "SAM")
+    values = np.zeros((1, 40, 48), np.float32)
+    values[ids == PLACEHOLDER] = np.asarray(eyes(low, large)).reshape(-1, 48)
+    embeddings = Embeddings(jnp.asarray(ids == PLACEHOLDER), jnp.asarray(values))
+    hidden = language.hidden(jnp.asarray(ids), embeddings=embeddings).main_BTD
+    assert_close(language.logits(hidden), want, LOGITS)
+
+
+def test_both_pictures_equal_transformers_to_the_bit():
+    from transformers.models.deepseek_vl_hybrid import image_processing_pil_deepseek_vl_hybrid
+
+    kind = image_processing_pil_deepseek_vl_hybrid.DeepseekVLHybridImageProcessorPil
+    processor = kind(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    rules = pictures.rules_of(json.loads(processor.to_json_string()), "x")
+    for picture in awkward()[:4]:
+        want = processor(picture)
+        got = pictures.inputs(pictures.largest(picture, rules)[None], rules)
+        for name, own in zip(("pixel_values", "high_res_pixel_values"), got, strict=True):
+            other = np.asarray(want[name][0]).transpose(1, 2, 0)
+            np.testing.assert_array_equal(own[0], other, err_msg=name)
 
 
 def awkward():
