@@ -53,7 +53,7 @@ def beside(
     if vision.tower.pool and not any("pool" in path for path in unread):
         vision = dataclasses.replace(vision, tower=dataclasses.replace(vision.tower, pool=False))
     if vision.vq and vision.vq.usage and not any(path[-1] == "usage" for path in unread):
-        vision = dataclasses.replace(vision, vq=dataclasses.replace(vision.vq, usage=False))
+        vision = dataclasses.replace(vision, vq=dataclasses.replace(vision.vq, usage=0))
     result = Beside(vision, list(sight.parts(vision)), [], [])
     for part in result.parts:
         info = found.get(part.name)

@@ -21,6 +21,7 @@ import numpy as np
 from dsjax import __version__
 from dsjax.checkpoint import families, names
 from dsjax.checkpoint.eyes import load_eyes, published
+from dsjax.checkpoint.families import multi_modality
 from dsjax.checkpoint.hf_config import to_hf
 from dsjax.checkpoint.importing import copy_side_files, side_files
 from dsjax.checkpoint.load import Checkpoint
@@ -32,7 +33,7 @@ from dsjax.files import write_json, writing
 from dsjax.text.vocabulary import open_vocabulary
 from dsjax.vision import pictures
 
-DEEPSEEKS = "multi_modality"
+DEEPSEEKS = multi_modality.MULTI_MODALITY.name
 _PLACEHOLDER = "<image_placeholder>"
 _WRITTEN = ("config.json", pictures.RULES_FILE)
 
@@ -112,11 +113,12 @@ def _described(
       ValueError: the layout cannot say it.
     """
     unread = family == DEEPSEEKS
-    vq = vision.vq and dataclasses.replace(vision.vq, usage=unread)
+    usage = multi_modality.VQ.usage if unread else 0
+    vq = vision.vq and dataclasses.replace(vision.vq, usage=usage)
     tower = dataclasses.replace(vision.tower, pool=unread)
     said = dataclasses.replace(vision, tower=tower, vq=vq, **({"image_token": None} | tokens))
     config = to_hf(checkpoint.model, family, dtype=checkpoint.dtype.name, vision=said)
-    tower, vq = dataclasses.replace(tower, pool=False), vq and dataclasses.replace(vq, usage=False)
+    tower, vq = dataclasses.replace(tower, pool=False), vq and dataclasses.replace(vq, usage=0)
     return config, dataclasses.replace(said, tower=tower, vq=vq)
 
 

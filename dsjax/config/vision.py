@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from dsjax.config.rules import require, require_at_most, require_positive
+from dsjax.config.rules import require, require_at_most, require_not_negative, require_positive
 
 GROUPS = 32  # of a group norm in a VQ tokenizer
 
@@ -103,11 +103,12 @@ class VqConfig:
     channels: int = 128  # of the finest level
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # of its channels, a level each
     n_blocks: int = 2  # of a level of the encoder; the decoder's have one more
-    usage: bool = False  # whether a count of each code's uses is kept, as DeepSeek's files do
+    usage: int = 0  # numbers in the record of used codes that DeepSeek's files keep; 0: none
 
     def __post_init__(self) -> None:
         require_positive("vq", self, "n_codes", "code_dim", "latent_channels", "channels")
         require_positive("vq", self, "n_blocks")
+        require_not_negative("vq", self, "usage")
         require(
             bool(self.multipliers) and min(self.multipliers) > 0,
             f"vq.multipliers={self.multipliers} must be numbers above 0, one per level",

@@ -178,7 +178,7 @@ class Vq(nnx.Module):
         self.quant_conv = Conv(1, latent, width, policy)
         self.codebook = declare((config.n_codes, width), ("latent", "latent"), Normal(1.0))
         if config.usage:  # a record of DeepSeek's training, read by nothing
-            self.usage = declare((config.n_codes,), ("norm",), Constant(0.0), Float32)
+            self.usage = declare((config.usage,), ("norm",), Constant(0.0), Float32)
         self.post_quant_conv = Conv(1, width, latent, policy)
         self.decoder = Decoder(config, policy)
         self.config, self.policy = config, policy

@@ -56,7 +56,7 @@ class Info:
 
 def test_what_no_model_reads_may_be_left_out():
     vision = VisionConfig(
-        dim=16, tower=SiglipConfig(n_layers=1, pool=True), vq=VqConfig(usage=True), head_dim=16
+        dim=16, tower=SiglipConfig(n_layers=1, pool=True), vq=VqConfig(usage=65_536), head_dim=16
     )
     sight = families.find("multi_modality").sight
     assert sight

@@ -76,7 +76,7 @@ def test_files_beside_the_weights_come_along(deepseeks, tmp_path):
 
 
 def test_a_shape_that_deepseeks_code_has_not_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="multi_modality cannot say"):
+    with pytest.raises(ValueError, match="multi_modality cannot hold this model"):
         export(toy.write(tmp_path / "janus"), tmp_path / "other")
 
 

@@ -27,7 +27,7 @@ CONTROL = {BOS: 0, EOS: 1, "<\uff5c\u2581pad\u2581\uff5c>": 2} | {
 PLACEHOLDER = CONTROL["<image_placeholder>"]
 LANGUAGE = ModelConfig(
     vocab_size=264, dim=32, n_layers=2, n_dense_layers=2, n_heads=2, inter_dim=48, attention="gqa",
-    max_seq_len=512,
+    n_kv_heads=2, head_dim=16, max_seq_len=512,
 )  # fmt: skip
 VISION = VisionConfig(
     dim=32,
@@ -79,7 +79,7 @@ def shrink_deepseeks(monkeypatch: Any) -> None:
     """Makes DeepSeek's layout one of towers and tokenizers as small as these."""
     assert VISION.vq is not None
     tower = dataclasses.replace(VISION.tower, pool=True)
-    vq = dataclasses.replace(VISION.vq, usage=True)
+    vq = dataclasses.replace(VISION.vq, usage=50)
     monkeypatch.setattr(multi_modality, "TOWER", tower)
     monkeypatch.setattr(multi_modality, "VQ", vq)
 

@@ -30,7 +30,7 @@ from dsjax.config.vision import SiglipConfig, VisionConfig, VqConfig
 _NAMES = VqNames("conv_blocks.{level}", "conv_blocks.{level}", "res", ("0", "1", "2"))
 # The shapes that their code spells out; config.json says little of them.
 _TOWER = "siglip_large_patch16_384"
-TOWER, VQ = SiglipConfig(pool=True), VqConfig(usage=True)
+TOWER, VQ = SiglipConfig(pool=True), VqConfig(usage=65_536)
 # transformers' LlamaConfig, which DeepSeek's config.json relies on.
 _LLAMA = {
     "vocab_size": 32000,

@@ -164,7 +164,7 @@ def vq_parts(prefix: str, path: Place, config: VqConfig, names: VqNames) -> Iter
     codebook = (config.n_codes, code)
     yield Part(f"{prefix}quantize.embedding.weight", (*path, "codebook"), (), codebook)
     if config.usage:
-        yield Part(f"{prefix}quantize.codebook_used", (*path, "usage"), (), (config.n_codes,))
+        yield Part(f"{prefix}quantize.codebook_used", (*path, "usage"), (), (config.usage,))
     yield from conv(f"{prefix}quant_conv", (*path, "quant_conv"), 1, latent, code)
     yield from conv(f"{prefix}post_quant_conv", (*path, "post_quant_conv"), 1, code, latent)
 

@@ -131,9 +131,12 @@ def test_config_is_written_and_read_again(config):
 
 
 def test_a_tower_of_another_shape_cannot_be_written():
-    vision = VisionConfig(dim=32, tower=SiglipConfig(dim=512, pool=True))
-    with pytest.raises(ValueError, match="cannot say"):
-        to_hf(toy.LANGUAGE, "multi_modality", vision=vision)
+    for tower, said in (
+        (SiglipConfig(dim=512, pool=True), "cannot hold this model"),
+        (SiglipConfig(activation="gelu_tanh", pool=True), "cannot say"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            to_hf(toy.LANGUAGE, "multi_modality", vision=VisionConfig(dim=32, tower=tower))
     with pytest.raises(ValueError, match="whose models see"):
         to_hf(toy.LANGUAGE, "multi_modality")
 
