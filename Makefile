@@ -1,10 +1,10 @@
-# make setup | train | r1 | serve | test | lint | bench | soak; ARGS="..." is passed on, PYTHON chooses the interpreter.
+# make setup | train | r1 | serve | docs | test | lint | bench | soak; ARGS="..." is passed on, PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup train r1 serve test lint bench soak
+.PHONY: setup train r1 serve docs test lint bench soak
 
 setup: $(INSTALLED)
 
@@ -28,6 +28,15 @@ serve: setup
 	    --set train.steps=45 train.eval_every=0 && run=runs/served/checkpoints || exit; \
 	fi; \
 	exec $(BIN)/python tools/serve.py "$${run%/checkpoints}" --open $(ARGS)
+
+# docs/ as pages to open in a browser; a link that leads nowhere fails.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build $(ARGS)
+	@echo "build/site/index.html; with search: $(BIN)/python -m http.server --directory build/site"
+
+$(VENV)/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
 
 test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)

@@ -5,8 +5,8 @@ sequences of 2,048; the learning rate is multiplied by 0.316 at 80% and at 90% o
 expert-level balance loss. All 9 layers are MoE, with 1 shared expert and 7 of 63 routed experts per
 token. Not released: `dsjax.config.shapes` says what is inferred.
 
-Command: python tools/train.py configs/moe_2b.py --workdir runs/moe_2b --set
-  data.files='text/*.parquet'
+Command: python tools/train.py configs/moe_2b.py --workdir runs/moe_2b \\
+    --set data.files='text/*.parquet'
 Hardware: weights, gradients and moments are 32 GB: one GPU of 80 GB. Not run by us.
 Cost: not published.
 Expected: not run; the paper counts 2.0B parameters, 0.3B activated.

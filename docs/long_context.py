@@ -1,9 +1,10 @@
-"""Long context, proven in small: recall at 16 times the training length.
+"""Long context, proven in small: recall at 16 times the training length, with YaRN and with DSA.
 
 Trains a small MLA model on texts of 32 and then of 256 tokens, extends it to 1,024 and to 4,096 in
-V3's two phases. Each stage is a run of tools/train.py in a folder of RUNS, so the same command goes
-on where it was stopped; after it, recall is measured as by `tools/recall.py --task tokens`. It
-draws long_context.png and prints the table of long_context.md.
+V3's two phases, and gives it V3.2's indexer, whose 256 keys are 1/16 of those 4,096. Each stage is
+a run of tools/train.py in a folder of RUNS, so the same command goes on where it was stopped; after
+it, recall is measured as by `tools/recall.py --task tokens`. It draws long_context.png and prints
+the table of long_context.md.
 
 A text is pairs of words, a key and its value, each at least twice and in any order: from the second
 time on the value is known. Any word can be either. Half of the keys come just twice, and of 4,096
@@ -19,7 +20,7 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
@@ -63,6 +64,7 @@ DENSE = ModelConfig(
 YARN = dataclasses.replace(
     DENSE, rope_scaling="yarn", rope_factor=LONG / SHORT, original_seq_len=SHORT
 )
+SPARSE = dataclasses.replace(YARN, index_n_heads=8, index_head_dim=32, index_topk=LONG // 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Stage:
     batch_size: int
     learning_rate: float
     start: str = ""
+    indexer: Literal["warmup", "sparse"] = "sparse"
 
 
 STAGES = {
@@ -83,6 +86,9 @@ STAGES = {
     "short": Stage("256 tokens", DENSE, SHORT, 300, 16, 3e-3, "first"),
     "middle": Stage("YaRN, 1,024", YARN, MIDDLE, 100, 4, 2e-3, "short"),
     "long": Stage("YaRN, 4,096", YARN, LONG, 50, 2, 1e-3, "middle"),
+    # One step at a rate of nothing: the indexer stays as it is drawn.
+    "random": Stage("DSA, random indexer", SPARSE, LONG, 1, 1, 1e-12, "long", "warmup"),
+    "warmup": Stage("DSA, warm-up", SPARSE, LONG, 50, 1, 1e-2, "long", "warmup"),
 }
 
 
@@ -139,6 +145,7 @@ def config_of(name: str, runs: Path) -> Config:
         train=TrainConfig(
             steps=stage.steps,
             batch_size=stage.batch_size,
+            indexer=stage.indexer,
             remat="none",
             log_every=10,
             eval_every=0,

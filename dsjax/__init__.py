@@ -3,6 +3,7 @@
 From the ground up; a module imports only from lines above its own:
 
   axes, files, display, tables    names of mesh axes; files written whole; what a terminal shows
+  signals                         Ctrl-C and SIGTERM
   config, settings, command       experiments as dataclasses; reading them; arguments of the tools
   kernels                         attention and grouped products for each kind of machine
   text, data                      tokenizers and chat formats; documents to packed sequences
@@ -11,10 +12,13 @@ From the ground up; a module imports only from lines above its own:
   model                           the transformer: MLA, GQA, mixture of experts, MTP
   generate, checkpoint            decoding; checkpoints of our own and Hugging Face's
   infer                           chat, scoring and the evaluation harness
+  serve                           the server with OpenAI's API, and its page
   train, show                     training runs; figures of a config
+  curate                          text made ready to train on
+  posttrain                       fine-tuning, preferences, rewards, reinforcement, distillation
   plan                            figures of a step on a TPU slice, of a pipeline schedule
 
-`load` is the one entry for Python users; everything else is reached through tools/.
+`load` is the one entry for Python users; everything else is reached through tools/ or the command `dsjax`.
 """
 
 import typing

@@ -20,7 +20,6 @@ import atexit
 import contextlib
 import dataclasses
 import errno
-import importlib.machinery
 import os
 import re
 import shlex
@@ -33,7 +32,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from dsjax import files, settings, unknown_arguments
+from dsjax import files, settings, signals, unknown_arguments
 from dsjax.axes import AXES, CHECKPOINT_AXES
 from dsjax.config import Config, MeshConfig
 from dsjax.config.posttraining import PostTraining
@@ -96,12 +95,12 @@ def make_parser(description: str | None) -> Parser:
 
 
 def as_called(text: str) -> str:
-    """Returns a text with its `python tools/NAME.py` as `dsjax NAME` where that is how the tool was
-    called.
+    """Returns a text with its `python tools/NAME.py` and `tools/NAME.py` as `dsjax NAME` where that
+    is how the tool was called.
     """
     if _words()[0] != PROGRAM:
         return text
-    return re.sub(r"python tools/(\w+)\.py", rf"{PROGRAM} \1", text)
+    return re.sub(r"(python )?\btools/(\w+)\.py", rf"{PROGRAM} \2", text)
 
 
 def line() -> str:
@@ -446,7 +445,7 @@ def run(
     except Exception as error:
         if arguments.debug:
             traceback.print_exc()
-        print(f"{parser.prog}: {describe(error)}", file=sys.stderr)
+        print(f"{parser.prog}: {as_called(describe(error))}", file=sys.stderr)
         return USAGE if isinstance(error, settings.WrongAssignment) else FAILURE
 
 
@@ -454,22 +453,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     """Raises KeyboardInterrupt, as Python's own handler, but where it would be swallowed. There the
     signal is sent again, a little later.
     """
-    if not _swallows(frame):
+    if not signals.swallows(frame):
         raise KeyboardInterrupt
     threading.Timer(0.02, os.kill, (os.getpid(), number)).start()
-
-
-def _swallows(frame: FrameType | None) -> bool:
-    """Tells whether an exception would be lost, in JAX's callback of the garbage collection, or
-    become another, in the import of a compiled module, which may be an optional one.
-    """
-    if frame is not None and frame.f_code.co_name.endswith("gc_callback"):
-        return True
-    while frame is not None:
-        if isinstance(frame.f_locals.get("self"), importlib.machinery.ExtensionFileLoader):
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _leave(codes: Sequence[int]) -> None:

@@ -61,6 +61,17 @@ def test_run_prints_one_message_and_returns_failure(capsys, error, message):
     assert message in printed and "Traceback" not in printed
 
 
+@pytest.mark.parametrize(
+    ("program", "named"),
+    [("tools/sft.py", "tools/convert.py"), ("dsjax sft", "dsjax convert")],
+)
+def test_remedies_name_tools_as_they_are_called(capsys, monkeypatch, program, named):
+    monkeypatch.setattr("sys.argv", [program])
+    error = ValueError("convert it: tools/convert.py import, or python tools/convert.py import")
+    assert command.run(parser(), raiser(error), []) == 1
+    assert capsys.readouterr().err.count(f" {named} import") == 2
+
+
 def test_run_with_debug_prints_traceback(capsys):
     assert command.run(parser(), raiser(ValueError("bad")), ["--debug"]) == 1
     printed = capsys.readouterr().err

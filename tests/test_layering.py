@@ -14,6 +14,7 @@ FLOORS = {
     "config": 0.0,
     "files": 0.0,
     "display": 0.0,
+    "signals": 0.0,
     "tables": 0.1,
     "settings": 0.1,
     "unknown_arguments": 0.1,

@@ -21,7 +21,7 @@ from dsjax.curate.shingles import grams
 from dsjax.data import documents
 from dsjax.files import replacing
 
-VERSION = 1
+VERSION = 2
 CONTAMINATED = "contaminated"
 # Where records of evaluation files have their question.
 FIELDS = (
@@ -31,7 +31,7 @@ FIELDS = (
 # What is looked for: so many in a row, and shorter texts of at least so many.
 _WORDS, _CHARACTERS = (10, 3), (16, 5)
 _HAN_SHARE = 0.5
-_PIECE, _OVERLAP = 1 << 22, 1000  # characters of a text that are looked at together
+_PIECE, _OVERLAP = 1 << 21, 1000  # characters of a text that are looked at together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def index(files: Sequence[documents.Source], folder: Path, number: int) -> dict[
     found: dict[int, list[np.ndarray]] = {}
     count = short = 0
     for text in _questions(files):
-        hashes = words.content_hashes(words.cut(text))
+        hashes = words.content_hashes(text)
         most, fewest = _CHARACTERS if words.han_share(text) > _HAN_SHARE else _WORDS
         count += 1
         if len(hashes) < fewest:
@@ -92,7 +92,7 @@ def mark(job: Job, folder: Path, number: int) -> dict[str, Any]:
 def quotes(text: str, known: Mapping[int, np.ndarray]) -> bool:
     """Tells whether a text has N words in a row whose hash is in the sorted array `known[N]`."""
     for start in range(0, len(text), _PIECE):
-        hashes = words.content_hashes(words.cut(text[start : start + _PIECE + _OVERLAP]))
+        hashes = words.content_hashes(text[start : start + _PIECE + _OVERLAP])
         for n, wanted in known.items():
             if len(hashes) < n:
                 continue

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dsjax.curate import duplicates, shards, words
+from dsjax.curate import duplicates, shards
 from dsjax.curate.deciding import PASSED
 from dsjax.curate.duplicates import NONE
-from dsjax.curate.shingles import VALUES, bands, jaccard, rows_per_band, shingles
+from dsjax.curate.shingles import VALUES, bands, jaccard, rows_per_band, shingle_set
 from dsjax.files import replacing
 
-VERSION = 1
+VERSION = 2
 EXACT, NEAR = "exact_duplicate", "near_duplicate"
 SCHEMA = pa.schema(
     [
@@ -105,7 +105,7 @@ def cut(job: Cutting, folder: Path, number: int) -> dict[str, Any]:
     if wanted.any():
         for place, row in enumerate(shards.rows(job.path, ["text"])):
             if wanted[place]:
-                sets[place] = np.unique(shingles(words.cut(row["text"])).astype(np.uint32))
+                sets[place] = np.unique(shingle_set(row["text"]).astype(np.uint32))
     ends = np.concatenate([[0], np.cumsum([len(members) for members in sets], dtype=np.int64)])
     _save(folder / f"{number:05}.npy", np.concatenate([np.zeros(0, np.uint32), *sets]))
     _save(folder / f"{number:05}.ends.npy", ends)

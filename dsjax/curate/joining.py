@@ -19,7 +19,7 @@ from dsjax.curate import reading, repositories, sampling, shards, tagging, words
 from dsjax.curate.deciding import PASSED, SCHEMA
 from dsjax.curate.shingles import shingles, signatures
 
-VERSION = 1
+VERSION = 2
 _TAGS = ("id", "source", "bytes", "digest", "signature")  # what stage `buckets` reads
 TAGS = pa.schema([tagging.SCHEMA.field(name) for name in _TAGS])
 
@@ -104,9 +104,9 @@ def _documents(name: str, members: dict[str, shards.Row], job: Job) -> Iterator[
 
 
 def _tags(row: shards.Row, size: int, near: bool) -> shards.Row:
-    signature = (
-        signatures([shingles(words.cut(row["text"]))])[0].astype("<u4").tobytes() if near else b""
-    )
+    signature = b""
+    if near:
+        signature = signatures(*shingles(words.cut([row["text"]]))).astype("<u4").tobytes()
     return {
         "id": row["id"],
         "source": row["source"],

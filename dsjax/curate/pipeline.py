@@ -74,7 +74,10 @@ def run(
     return {
         **gathered,
         "duplicate_groups": compared.found[0]["groups"] if compared else {},
-        "skipped": [file for found in read.found for file in found["rejected"]],
+        "rejected": sum(found["rejected"] for found in read.found),
+        "problems": [text for found in read.found for text in found["problems"]][
+            : reading.PROBLEMS
+        ],
     }
 
 

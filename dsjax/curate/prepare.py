@@ -5,6 +5,7 @@ OUT/
   work/{read,tag,rules}/       files of the stages, which may be removed when all is done
   text/train-*.parquet         the result, for data.files
   text/heldout-*.parquet       for data.heldout_files
+  rejected.jsonl               with on_bad=skip: what could not be read
   report.json, report.html
 """
 
@@ -68,6 +69,7 @@ def prepare(
         if process:
             return result
         write_json(out / "recipe.json", settings.to_dict(recipe))
+        reading.save_rejected(out / "work/read", len(jobs), out / "rejected.jsonl")
         if recipe.tokenizer:
             show = display.counting("tokens")
             tokens = tokenizing.tokenize(out, recipe.tokenizer, recipe.cache_dir, show)
@@ -87,9 +89,8 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         amounts += [(f"kept: {side}", source[side]) for side in writing.SIDES]
         rows += [(name, what, count[0], size(count[1])) for what, count in amounts]
     console.print(tables.table("", ("source", "", ">documents", ">bytes"), rows))
-    if summary["skipped"]:
-        count = len(summary["skipped"])
-        console.print(f"  {count:,} files could not be read to their end; report.json lists them")
+    if count := summary["rejected"]:
+        console.print(f"  {count:,} records or files could not be read; rejected.jsonl lists them")
     for side, found in summary.get("tokens", {}).items():
         per_token = found["bytes_per_token"]
         console.print(f"  {side}: {found['tokens']:,} tokens, {per_token} bytes per token")

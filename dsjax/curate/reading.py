@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
 from dsjax.curate import shards
 from dsjax.curate.recipe import Recipe, Source
 from dsjax.data import documents
+from dsjax.files import replacing
 
-VERSION = 1
+VERSION = 2
+PROBLEMS = 100  # that a report shows
 SCHEMA = pa.schema(
     [("id", pa.string()), ("source", pa.string()), ("path", pa.string()), ("text", pa.string())]
 )
@@ -32,7 +36,7 @@ class Job:
     source: Source
     files: tuple[documents.Source, ...]
     shard_bytes: int
-    skip: bool  # files that cannot be read
+    skip: bool  # records and files that cannot be read
 
 
 def plan(recipe: Recipe) -> list[Job]:
@@ -72,25 +76,63 @@ def identity(jobs: Sequence[Job]) -> list[Any]:
 
 
 def read(job: Job, folder: Path, number: int) -> dict[str, Any]:
-    """Writes the shards of a job: `NUMBER-PART.parquet`.
+    """Writes the shards of a job, `NUMBER-PART.parquet`, and what was skipped, `NUMBER.rejected`:
+    JSON lines with the file and the problem.
 
     Returns:
-      names of the shards, documents and bytes, and the files that were skipped.
+      names of the shards, documents and bytes, how many records (or rests of files) were skipped,
+      and what was wrong with the first of them.
 
     Raises:
-      ValueError: a file cannot be read, and is not to be skipped.
+      ValueError: something cannot be read, and is not to be skipped.
     """
-    rejected: list[dict[str, str]] = []
     names: list[str] = []
     count, size = 0, 0
-    found = _documents(job, rejected)
-    while (document := next(found, None)) is not None:
-        name = f"{number:05}-{len(names):04}"
-        rest = itertools.chain([document], found)
-        rows, written = _write_shard(folder / f"{name}.parquet", rest, job)
-        count, size = count + rows, size + written
-        names.append(name)
-    return {"shards": names, "documents": count, "bytes": size, "rejected": rejected}
+    with replacing(folder / f"{number:05}.rejected") as stream:
+        rejected = _Rejected(stream)
+        found = _documents(job, rejected)
+        while (document := next(found, None)) is not None:
+            name = f"{number:05}-{len(names):04}"
+            rest = itertools.chain([document], found)
+            rows, written = _write_shard(folder / f"{name}.parquet", rest, job)
+            count, size = count + rows, size + written
+            names.append(name)
+    return {
+        "shards": names,
+        "documents": count,
+        "bytes": size,
+        "rejected": rejected.count,
+        "problems": rejected.problems,
+    }
+
+
+def save_rejected(folder: Path, n_jobs: int, path: Path) -> None:
+    """Joins what the jobs in a folder skipped into one file; no file if they skipped nothing."""
+    parts = [folder / f"{number:05}.rejected" for number in range(n_jobs)]
+    parts = [part for part in parts if part.stat().st_size]
+    if not parts:
+        path.unlink(missing_ok=True)
+        return
+    with replacing(path) as stream:
+        for part in parts:
+            with part.open("rb") as lines:
+                shutil.copyfileobj(lines, stream)
+
+
+class _Rejected:
+    """Writes down what is skipped; a `documents.Rejected`."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.count = 0
+        self.problems: list[str] = []  # the first
+
+    def __call__(self, file: documents.Source, problem: str) -> None:
+        self.count += 1
+        if len(self.problems) < PROBLEMS:
+            self.problems.append(problem)
+        line = json.dumps({"file": file.path, "problem": problem})
+        self._stream.write(line.encode() + b"\n")
 
 
 def _grouped(
@@ -128,16 +170,16 @@ def _top(file: documents.Source) -> str:
     return file.name.partition("/")[0]
 
 
-def _documents(job: Job, rejected: list[dict[str, str]]) -> Iterator[documents.Document]:
-    for file in job.files:
-        try:
-            yield from documents.read_documents([file], text_field=job.source.text_field)
-        except ValueError as error:
-            if not job.skip:
-                raise ValueError(
-                    f"source {job.source.name}: {error}; or go on without: --set on_bad=skip"
-                ) from error
-            rejected.append({"file": file.path, "reason": str(error)})
+def _documents(job: Job, rejected: documents.Rejected) -> Iterator[documents.Document]:
+    note = rejected if job.skip else None
+    try:
+        yield from documents.read_documents(
+            job.files, text_field=job.source.text_field, rejected=note
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"source {job.source.name}: {error}; or go on without: --set on_bad=skip"
+        ) from error
 
 
 def _write_shard(path: Path, found: Iterator[documents.Document], job: Job) -> tuple[int, int]:

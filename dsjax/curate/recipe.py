@@ -50,7 +50,7 @@ class Recipe:
     # Changes of thresholds: KIND.LANGUAGE.SIGNAL=LOW..HIGH or =off, such as
     # web.en.words=20..100000 or code.any.parses=off (docs/prepare.md lists them).
     rules: tuple[str, ...] = ()
-    # A file that cannot be read: stop, or go on with the next and write it down.
+    # A record that cannot be read, or the rest of a file: stop, or go on and write it down.
     on_bad: Literal["stop", "skip"] = "stop"
     # near: of documents that are alike, one stays; exact: of equal ones. Of two, the one of the
     # earlier source stays, then the longer one.

@@ -89,7 +89,7 @@ def save(report: Mapping[str, Any], table: rules.Table, out: Path) -> None:
         *(_source(name, source) for name, source in report["sources"].items()),
         *(_histograms(name, found, table) for name, found in report["distributions"].items()),
         _groups(report.get("duplicate_groups", {})),
-        _skipped(report.get("skipped", [])),
+        _rejected(report.get("rejected", 0), report.get("problems", [])),
         _samples(report["samples"]),
     ]
     head = f"<meta charset=utf-8><title>Prepared text</title><style>{_STYLE}</style>"
@@ -214,11 +214,12 @@ def _groups(groups: Mapping[str, int]) -> str:
     return f"<h2>Groups of duplicates by size, one of each kept</h2><table>{heads}{rows}</table>"
 
 
-def _skipped(skipped: Sequence[Mapping[str, str]]) -> str:
-    if not skipped:
+def _rejected(count: int, problems: Sequence[str]) -> str:
+    if not count:
         return ""
-    items = "".join(f"<li>{html.escape(item['reason'])}</li>" for item in skipped[:100])
-    return f"<h2>{len(skipped):,} files could not be read</h2><ul>{items}</ul>"
+    items = "".join(f"<li>{html.escape(problem)}</li>" for problem in problems)
+    more = "; rejected.jsonl has all" if count > len(problems) else ""
+    return f"<h2>{count:,} records or files could not be read{more}</h2><ul>{items}</ul>"
 
 
 def _samples(samples: Sequence[Mapping[str, str]]) -> str:

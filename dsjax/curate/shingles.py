@@ -9,7 +9,6 @@ similarity. Texts that agree in all values of a band of them are worth comparing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.metadata import version
 
 import numpy as np
@@ -24,13 +23,29 @@ _FOUND = 0.9  # the share of pairs at the threshold that shall meet in a band
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
-def shingles(found: Words) -> np.ndarray:
-    """Returns the hashes of a text's shingles, sorted, each once: uint64, at least one."""
-    hashes = words.content_hashes(found)
-    n = min(WORDS, len(hashes))
-    if n == 0:
-        return np.zeros(1, np.uint64)
-    ordered = np.sort(grams(hashes, n))
+def shingles(found: Words) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the hashes of the shingles of several texts, at least one of each, as they come, one
+    text after the other; and how many there are up to the end of each: uint64, int64 [texts].
+    """
+    hashes = found.lower[found.content]
+    ends = np.cumsum(found.per_text(found.content))
+    sizes = np.diff(ends, prepend=0)
+    counts = np.maximum(sizes - WORDS + 1, 1)
+    starts = np.cumsum(counts) - counts
+    result = np.zeros(int(counts.sum()), np.uint64)
+    if len(hashes) >= WORDS:
+        # All that reach over no end of a text.
+        every = grams(hashes, WORDS)
+        left = np.repeat(ends, sizes)[: len(every)] - np.arange(len(every))
+        result[np.repeat(sizes >= WORDS, counts)] = every[left >= WORDS]
+    for text in np.flatnonzero((sizes > 0) & (sizes < WORDS)).tolist():
+        result[starts[text]] = grams(hashes[ends[text] - sizes[text] : ends[text]], sizes[text])[0]
+    return result, starts + counts
+
+
+def shingle_set(text: str) -> np.ndarray:
+    """Returns the hashes of a text's shingles, sorted, each once: uint64."""
+    ordered = np.sort(shingles(words.cut([text]))[0])
     return ordered[np.append(True, ordered[1:] != ordered[:-1])]
 
 
@@ -47,8 +62,11 @@ def grams(hashes: np.ndarray, n: int) -> np.ndarray:
     return words.mix(result)
 
 
-def signatures(sets: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns the signatures of sets of shingles: uint32 [sets, VALUES].
+def signatures(found: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Returns the signatures of texts with these shingles: uint32 [texts, VALUES].
+
+    Args:
+      found, ends: as `shingles` returns them.
 
     Raises:
       ValueError: rensa is not installed.
@@ -60,17 +78,14 @@ def signatures(sets: Sequence[np.ndarray]) -> np.ndarray:
             "finding near duplicates needs rensa: pip install 'dsjax[prepare]', or leave them: "
             "--set duplicates=exact"
         ) from error
-    ends = np.concatenate([[0], np.cumsum([len(members) for members in sets])])
-    flat = np.concatenate(sets)
-    matrix = RMinHash.digest_matrix_from_flat_token_hashes(
-        flat, ends.astype(np.uint64), VALUES, _SEED
-    )
-    return np.array(matrix.to_rows(), np.uint32).reshape(len(sets), VALUES)
+    bounds = np.append(0, ends).astype(np.uint64)
+    matrix = RMinHash.digest_matrix_from_flat_token_hashes(found, bounds, VALUES, _SEED)
+    return np.array(matrix.to_rows(), np.uint32).reshape(len(ends), VALUES)
 
 
 def library() -> str:
     """Returns name and version of the library, for the key of a stage."""
-    signatures([np.zeros(1, np.uint64)])
+    signatures(np.zeros(1, np.uint64), np.ones(1, np.int64))
     return f"rensa {version('rensa')}"
 
 

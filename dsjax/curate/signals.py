@@ -8,6 +8,7 @@ an average word.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -68,29 +69,51 @@ def garbled(text: str) -> float:
     return len(_GARBLED.findall(text)) / max(len(text), 1)
 
 
-def prose(text: str, found: Words, language: str) -> dict[str, float]:
-    """Measures a text that is not empty: the signals of `NAMES`.
+def prose(texts: Sequence[str], found: Words, language: str) -> list[dict[str, float]]:
+    """Measures texts of one language that are not empty: the signals of `NAMES` of each.
 
     Args:
-      found: its words.
+      found: their words.
     """
-    return _word_signals(text, found, language) | _line_signals(text) | _web_signals(text)
+    scale = _CHARACTERS_PER_WORD.get(language, 1.0)
+    characters = np.array([len(text) for text in texts])
+    columns = _word_signals(found, language) | _gram_signals(found, characters, scale)
+    rows = zip(*(values.tolist() for values in columns.values()), strict=True)
+    sizes = np.diff(found.ends, prepend=0).tolist()
+    return [
+        dict(zip(columns, row, strict=True))
+        | _share_signals(text, max(size, 1))
+        | _line_signals(text)
+        | _web_signals(text)
+        for text, size, row in zip(texts, sizes, rows, strict=True)
+    ]
 
 
-def _word_signals(text: str, found: Words, language: str) -> dict[str, float]:
-    count = len(found.numbers)
-    occurring = np.bincount(found.numbers, minlength=len(found.kinds))
-    n_words = int(occurring[found.content].sum())
-    length = int(found.lengths[found.content[found.numbers]].sum())
+def _word_signals(found: Words, language: str) -> dict[str, np.ndarray]:
+    """Measures the words: an array of the texts for each signal."""
+    sizes = np.diff(found.ends, prepend=0)
+    n_words = found.per_text(found.content)
+    texts = np.repeat(np.arange(len(sizes)), sizes)
+    present = np.zeros(len(sizes))
+    for word in STOP_WORDS[language]:
+        there = found.hashes == np.uint64(_hash_of(word))
+        present += np.bincount(texts[there], minlength=len(sizes)) > 0
     return {
-        "words": float(n_words),
-        "mean_word": length / max(n_words, 1),
-        "hashes": text.count("#") / max(count, 1),
-        "ellipses": sum(map(text.count, _ELLIPSES)) / max(count, 1),
-        "letter_words": float(occurring[found.letters].sum()) / max(count, 1),
-        "stop_words": float(len(set(STOP_WORDS[language]).intersection(found.kinds))),
-        "breaks_per_word": text.count("\n") / max(count, 1),
-        **_gram_signals(found, len(text), _CHARACTERS_PER_WORD.get(language, 1.0)),
+        "words": n_words.astype(float),
+        "mean_word": found.per_text(found.lengths * found.content) / np.maximum(n_words, 1),
+        "letter_words": found.per_text(found.letters) / np.maximum(sizes, 1),
+        "stop_words": present,
+    }
+
+
+_hash_of = functools.cache(words.hash_of)
+
+
+def _share_signals(text: str, n_words: int) -> dict[str, float]:
+    return {
+        "hashes": text.count("#") / n_words,
+        "ellipses": sum(map(text.count, _ELLIPSES)) / n_words,
+        "breaks_per_word": text.count("\n") / n_words,
     }
 
 
@@ -123,7 +146,7 @@ def _web_signals(text: str) -> dict[str, float]:
 
 
 def _share(lines: Sequence[str], flags: Sequence[bool]) -> float:
-    return sum(flags) / max(len(lines), 1)
+    return flags.count(True) / max(len(lines), 1)
 
 
 def _repeated(parts: Sequence[str]) -> int:
@@ -131,56 +154,90 @@ def _repeated(parts: Sequence[str]) -> int:
     return sum(map(len, parts)) - sum(map(len, set(parts)))
 
 
-def _gram_signals(found: Words, characters: int, scale: float) -> dict[str, float]:
-    """Measures the commonest short n-grams and all repeated long ones.
+def _gram_signals(found: Words, characters: np.ndarray, scale: float) -> dict[str, np.ndarray]:
+    """Measures the commonest short n-grams and all repeated long ones: an array of the texts for
+    each signal.
 
     An n-gram can only occur twice where the one shorter by a word does, so each order looks at the
     places that the last one left.
     """
     tops = {round(n * scale): n for n in TOP_ORDERS}
     repeats = {round(n * scale): n for n in REPEATED_ORDERS}
-    ends = np.concatenate([[0], np.cumsum(found.lengths)])
-    keys = words.mix(found.numbers.astype(np.uint64) + np.uint64(1))
+    sizes = np.diff(found.ends, prepend=0)
+    starts = found.ends - sizes
+    text_of = np.repeat(np.arange(len(sizes)), sizes)
+    stops = np.repeat(found.ends, sizes)
+    ends = np.append(0, np.cumsum(found.lengths))
+    # Words of different texts are different words.
+    keys = found.hashes + words.mix(text_of.astype(np.uint64) + np.uint64(1))
     places, hashes = np.arange(len(keys)), keys
-    result: dict[str, float] = {}
+    result: dict[str, np.ndarray] = {}
     for n in range(2, max(repeats) + 1):
-        inside = places + n <= len(keys)
+        inside = places + n <= stops[places]
         places, hashes = places[inside], hashes[inside]
         hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + keys[places + n - 1]
         order, firsts = words.grouped(hashes)
         if n in tops:
-            starts = np.flatnonzero(firsts)
-            counts = np.diff(np.append(starts, len(order)))
-            most = counts.max(initial=1)
-            # The first of those that are commonest: of all, if each is there once.
-            place = places[order[starts[counts == most]].min()] if most > 1 else 0
-            length = ends[place + n] - ends[place] + tops[n] - 1 if len(keys) >= n else 0
-            result[f"top_{tops[n]}_gram"] = float(length * most) / characters
+            groups = np.flatnonzero(firsts)
+            counts = np.diff(np.append(groups, len(order)))
+            most, place = _commonest(places[order[groups]], counts, text_of, starts)
+            long_enough = sizes >= n
+            lengths = ends[place[long_enough] + n] - ends[place[long_enough]] + tops[n] - 1
+            total = np.zeros(len(sizes))
+            total[long_enough] = lengths * most[long_enough]
+            result[f"top_{tops[n]}_gram"] = total / characters
         again, several = np.empty((2, len(order)), bool)
         again[order] = ~firsts
         if n in repeats:
-            total = _repeated_characters(places[again], n, ends)
-            result[f"repeated_{repeats[n]}_grams"] = total / characters
+            total = _repeated_characters(places[again], n, ends, text_of)
+            result[f"repeated_{repeats[n]}_grams"] = (
+                np.bincount(*total, minlength=len(sizes)) / characters
+            )
         several[order] = ~firsts | np.append(~firsts[1:], False)[: len(order)]
         places, hashes = places[several], hashes[several]
     return result
 
 
-def _repeated_characters(places: np.ndarray, n: int, ends: np.ndarray) -> int:
-    """Counts the characters of n-grams that occurred before, reading on behind each one.
+def _commonest(
+    firsts: np.ndarray, counts: np.ndarray, text_of: np.ndarray, starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds each text's commonest n-gram: how often it occurs, and where first. Of equals it is the
+    first in the text, so the text's first one if each occurs once.
+
+    Args:
+      firsts: where each n-gram is first, int64 [n-grams].
+      counts: of each.
+    """
+    owners = text_of[firsts]
+    most = np.ones(len(starts), np.int64)
+    np.maximum.at(most, owners, counts)
+    chosen = (counts == most[owners]) & (counts > 1)
+    place = np.where(most > 1, len(text_of), starts)
+    np.minimum.at(place, owners[chosen], firsts[chosen])
+    return most, place
+
+
+def _repeated_characters(
+    places: np.ndarray, n: int, ends: np.ndarray, text_of: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds n-grams that occurred before, reading on behind each one.
 
     Args:
       places: where they begin, in order.
+
+    Returns:
+      for each stretch of them its text and its characters.
     """
-    if not len(places):
-        return 0
     gaps = np.flatnonzero(np.diff(places) > 1)
-    starts = places[np.append(0, gaps + 1)]
-    lasts = places[np.append(gaps, len(places) - 1)]
-    total, behind = 0, 0
+    starts = places[np.append(0, gaps + 1)[: len(places)]]
+    lasts = places[np.append(gaps, len(places) - 1)[: len(places)]]
+    stretches: list[int] = []
+    behind = 0
     for start, last in zip(starts.tolist(), lasts.tolist(), strict=True):
-        start = max(start, behind)
+        if start < behind:
+            start = behind
         if start <= last:
             behind = start + -(-(last - start + 1) // n) * n
-            total += int(ends[behind] - ends[start])
-    return total
+            stretches += (start, behind)
+    begun, ended = np.array(stretches, np.int64).reshape(-1, 2).T
+    return text_of[begun], ends[ended] - ends[begun]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,8 @@ import pyarrow as pa
 
 from dsjax.curate import code, language, rules, shards, signals, words
 from dsjax.curate.shingles import shingles, signatures
-from dsjax.curate.words import Words
 
-VERSION = 1
+VERSION = 2
 SIGNALS = ("garbled", *signals.NAMES, *code.NAMES)
 SCHEMA = pa.schema(
     [
@@ -47,27 +46,39 @@ def tag(job: Job, folder: Path, number: int) -> dict[str, Any]:
     count = 0
     with shards.Writer(folder / job.path.name, SCHEMA) as writer:
         for rows in shards.pieces(job.path):
-            measured, sets = [], []
-            for row in rows:
-                found = words.cut(row["text"])
-                measured.append(_measured(row, found, job.kinds[row["source"]]))
-                if job.near:
-                    sets.append(shingles(found))
-            signed = signatures(sets).astype("<u4") if job.near else [b""] * len(rows)
-            for values, signature in zip(measured, signed, strict=True):
-                writer.add(values | {"signature": bytes(signature)})
+            for values in _measured(rows, job):
+                writer.add(values)
             count += len(rows)
     return {"documents": count}
 
 
-def _measured(row: shards.Row, found: Words, kind: str) -> shards.Row:
+def _measured(rows: Sequence[shards.Row], job: Job) -> list[shards.Row]:
+    """Returns the measures of documents."""
+    result = [_measured_alone(row, job.kinds[row["source"]]) for row in rows]
+    texts = [row["text"] for row in rows]
+    groups: dict[str, list[int]] = {}  # by the language of prose, "" for the rest
+    for place, row in enumerate(rows):
+        spoken = result[place]["language"]
+        prose = spoken != rules.ANY and rules.is_measured(job.kinds[row["source"]], spoken)
+        groups.setdefault(spoken if prose else "", []).append(place)
+    for spoken, members in groups.items():
+        for places in words.batches(members, texts) if spoken or job.near else ():
+            chosen = [texts[place] for place in places]
+            found = words.cut(chosen)
+            if spoken:
+                for place, values in zip(places, signals.prose(chosen, found, spoken), strict=True):
+                    result[place] |= values
+            if job.near:
+                signed = signatures(*shingles(found)).astype("<u4")
+                for place, signature in zip(places, signed, strict=True):
+                    result[place]["signature"] = signature.tobytes()
+    return result
+
+
+def _measured_alone(row: shards.Row, kind: str) -> shards.Row:
+    """Returns what needs no words."""
     text = row["text"]
     spoken, score = (rules.ANY, 1.0) if kind == "code" else language.identify(text)
-    values = {"garbled": signals.garbled(text)}
-    if kind == "code":
-        values |= code.measure(text, row["path"])
-    elif rules.is_measured(kind, spoken):
-        values |= signals.prose(text, found, spoken)
     return {
         "id": row["id"],
         "source": row["source"],
@@ -75,7 +86,10 @@ def _measured(row: shards.Row, found: Words, kind: str) -> shards.Row:
         "score": score,
         "bytes": len(text.encode()),
         "digest": digest(text),
-        **{name: values.get(name, float("nan")) for name in SIGNALS},
+        "signature": b"",
+        **dict.fromkeys(SIGNALS, float("nan")),
+        "garbled": signals.garbled(text),
+        **(code.measure(text, row["path"]) if kind == "code" else {}),
     }
 
 

@@ -1,16 +1,18 @@
-"""Cuts a text into words: runs of letters and digits, and runs of punctuation.
+"""Cuts texts into words: runs of letters and digits, and runs of punctuation.
 
 Chinese and Japanese write no spaces, so that a sentence would be one word; there each character of
 Han or kana is one. datatrove cuts with spaCy and jieba, which is slower by a factor of about fifty
 and differs little: spaCy splits "don't" in two, jieba joins 1.6 characters on average.
 
-Everything here is vectorised over the characters. Words are told apart by 64-bit hashes.
+Everything here is vectorised over the characters of many texts, most of which are so short that one
+by one the calls would take longer than what they do. No word is ever a string of its own: words are
+told apart by 64-bit hashes.
 """
 
 from __future__ import annotations
 
 import functools
-import zlib
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,59 +21,87 @@ _HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF)
 _KANA = ((0x3040, 0x30FF),)
 _UNSPACED = (*_HAN, *_KANA, (0x0E00, 0x0E7F))  # Thai too
 _SPACE, _WORD, _SIGN, _ALONE = range(4)  # classes of characters; _ALONE is a word by itself
-_POWER = 0x9E3779B97F4A7C15
-MOST = 1 << 23  # characters of a text that are looked at; more would take gigabytes
+_BASE = 0x9E3779B97F4A7C15  # of the polynomials that hash words; odd, so that it has an inverse
+_LETTER = 1 << 32  # counts letters in the upper half of a number, letters and digits in the lower
+MOST = 1 << 22  # characters of a text that are looked at; more would take gigabytes
+_TOGETHER = 1 << 20  # characters that are cut in one call
 
 
 class Words(NamedTuple):
-    """The words of a text in order."""
+    """The words of several texts, one after the other."""
 
-    numbers: np.ndarray  # int64 [words], equal for equal words
+    hashes: np.ndarray  # uint64 [words], equal for equal words
+    lower: np.ndarray  # uint64 [words], equal for words that differ in case alone
     lengths: np.ndarray  # int64 [words], characters
-    kinds: list[str]  # each word that occurs, once; `numbers` counts in this list
-    content: np.ndarray  # bool [kinds], whether there is a letter or digit in it
-    letters: np.ndarray  # bool [kinds], whether there is a letter in it
+    content: np.ndarray  # bool [words], whether there is a letter or digit in it
+    letters: np.ndarray  # bool [words], whether there is a letter in it
+    ends: np.ndarray  # int64 [texts], words up to the end of each text
+
+    def per_text(self, values: np.ndarray) -> np.ndarray:
+        """Adds values of words up by text: int64 [texts]."""
+        sums = np.append(0, np.cumsum(values, dtype=np.int64))[np.append(0, self.ends)]
+        return np.diff(sums)
 
 
 class _Characters(NamedTuple):
     """What is known of every character: arrays by code point."""
 
     classes: np.ndarray  # uint8
-    content: np.ndarray  # bool, letters and digits
+    content: np.ndarray  # int64: 1 for a letter or digit, and _LETTER for a letter
+    lower: np.ndarray  # uint32, its lower case where that is one character
 
 
-def cut(text: str) -> Words:
-    """Cuts a text, or its first `MOST` characters, into words and runs of punctuation; white space
-    is dropped.
+def cut(texts: Sequence[str]) -> Words:
+    """Cuts texts, of each its first `MOST` characters, into words and runs of punctuation; white
+    space is dropped.
     """
-    points = _points(text[:MOST])
+    # A break between texts is white space, so no word reaches over it.
+    sizes = np.array([min(len(text), MOST) + 1 for text in texts], np.int64)
+    points = _points("\n".join(text[:MOST] for text in texts) + "\n")
     table = _characters()
     classes = table.classes[points]
     begins = np.ones(len(points), bool)
     begins[1:] = (classes[1:] != classes[:-1]) | (classes[1:] == _ALONE)
     starts = np.flatnonzero(begins)
-    ends = np.append(starts[1:], len(points))[: len(starts)]
+    ends = np.append(starts[1:], len(points))
     written = classes[starts] != _SPACE
     starts, ends = starts[written], ends[written]
-    numbers, first = rank(_hashes(points, classes != _SPACE, starts, ends))
-    places = zip(starts[first].tolist(), ends[first].tolist(), strict=True)
-    kinds = [text[start:end] for start, end in places]
+    counted = _sums(table.content[points], starts, ends)
     return Words(
-        numbers,
+        _hashes(points, starts, ends),
+        _hashes(table.lower[points], starts, ends),
         ends - starts,
-        kinds,
-        np.array([kind.isalnum() or any(map(str.isalnum, kind)) for kind in kinds], bool),
-        np.array([kind.isalpha() or any(map(str.isalpha, kind)) for kind in kinds], bool),
+        counted > 0,
+        counted >= _LETTER,
+        np.searchsorted(starts, np.cumsum(sizes)),
     )
 
 
-def content_hashes(found: Words) -> np.ndarray:
+def batches(places: Sequence[int], texts: Sequence[str]) -> Iterator[list[int]]:
+    """Divides the texts at these places into those to cut in one call: many short, or one long."""
+    batch: list[int] = []
+    total = 0
+    for place in places:
+        if batch and total + len(texts[place]) > _TOGETHER:
+            yield batch
+            batch, total = [], 0
+        batch.append(place)
+        total += len(texts[place])
+    if batch:
+        yield batch
+
+
+def hash_of(word: str) -> int:
+    """Returns the hash that `cut` gives a word."""
+    return int(cut([word]).hashes[0])
+
+
+def content_hashes(text: str) -> np.ndarray:
     """Returns a hash of each word in lower case, without punctuation: uint64 [words with a letter
     or digit].
     """
-    encoded = "\n".join(found.kinds).lower().encode("utf-8", "replace").split(b"\n")
-    sums = np.fromiter(map(zlib.crc32, encoded[: len(found.kinds)]), np.uint64, len(found.kinds))
-    return mix(sums)[found.numbers[found.content[found.numbers]]]
+    found = cut([text])
+    return found.lower[found.content]
 
 
 def mix(values: np.ndarray) -> np.ndarray:
@@ -99,16 +129,10 @@ def grouped(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return order, firsts
 
 
-def rank(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers values: an int64 for each, equal for equal hashes, and where each number is first."""
-    order, firsts = grouped(hashes)
-    numbers = np.empty(len(hashes), np.int64)
-    numbers[order] = np.cumsum(firsts) - 1
-    return numbers, order[firsts]
-
-
 def han_share(text: str) -> float:
     """Returns the share of Han among the characters that are not white space, 0 with kana."""
+    if text.isascii():
+        return 0.0
     points = _points(text)
     written = int((_characters().classes[points] != _SPACE).sum())
     if not written or _among(points, _KANA) > written / 20:
@@ -119,7 +143,7 @@ def han_share(text: str) -> float:
 def content_share(text: str) -> float:
     """Returns the share of letters and digits among the characters of a text that is not empty."""
     points = _points(text[:MOST])
-    return float(_characters().content[points].mean())
+    return float((_characters().content[points] > 0).mean())
 
 
 def _points(text: str) -> np.ndarray:
@@ -131,31 +155,45 @@ def _among(points: np.ndarray, ranges: tuple[tuple[int, int], ...]) -> int:
     return sum(int(((points >= low) & (points <= high)).sum()) for low, high in ranges)
 
 
-def _hashes(
-    points: np.ndarray, written: np.ndarray, starts: np.ndarray, ends: np.ndarray
-) -> np.ndarray:
-    """Returns a hash of each word: a polynomial of its characters, between words nothing counts."""
-    if not len(starts):
-        return np.zeros(0, np.uint64)
-    begin, longest = int(starts[0]), int((ends - starts).max())
-    spans = np.diff(np.append(starts, len(points)))  # with the white space behind
-    offsets = np.arange(begin, len(points), dtype=np.int32)
-    offsets -= np.repeat(starts.astype(np.int32), spans)
-    powers = np.multiply.accumulate(np.full(longest, _POWER, np.uint64))
-    values = powers.take(offsets, mode="clip")  # white space may be longer than any word
-    values *= points[begin:] | np.uint32(1 << 31)  # so that none is 0
-    values *= written[begin:]
-    return mix(np.add.reduceat(values, starts - begin))
+def _sums(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Adds up the values of each word."""
+    sums = np.empty(len(values) + 1, values.dtype)
+    sums[0] = 0
+    np.cumsum(values, out=sums[1:])
+    return sums[ends] - sums[starts]
+
+
+def _hashes(points: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Returns a hash of each word: a polynomial of its characters in powers of `_BASE`."""
+    count = 1 << len(points).bit_length()
+    weighted = (points + np.uint32(1)) * _powers(_BASE, count)[: len(points)]  # no NUL is 0
+    # The powers go on from word to word: each is moved back by those before it.
+    inverse = _powers(pow(_BASE, -1, 1 << 64), count)
+    return mix(_sums(weighted, starts, ends) * inverse[starts])
+
+
+@functools.lru_cache(maxsize=4)
+def _powers(base: int, count: int) -> np.ndarray:
+    """Returns 1, base, base^2, ...: uint64 [count], modulo 2^64."""
+    factors = np.full(count, base, np.uint64)
+    factors[0] = 1
+    return np.multiply.accumulate(factors)
 
 
 @functools.cache
 def _characters() -> _Characters:
-    every = "".join(map(chr, range(0x110000)))
-    content, space = (
-        np.fromiter(map(tells, every), bool, len(every)) for tells in (str.isalnum, str.isspace)
+    every = list(map(chr, range(0x110000)))
+    content, letter, space = (
+        np.fromiter(map(tells, every), bool, len(every))
+        for tells in (str.isalnum, str.isalpha, str.isspace)
     )
     classes = np.where(content, _WORD, np.where(space, _SPACE, _SIGN)).astype(np.uint8)
     classes[ord("_")] = _WORD
     for low, high in _UNSPACED:
         classes[low : high + 1] = _ALONE
-    return _Characters(classes, content)
+    lower = np.arange(len(every), dtype=np.uint32)
+    for point in np.flatnonzero(letter | content).tolist():
+        changed = every[point].lower()
+        if len(changed) == 1:
+            lower[point] = ord(changed)
+    return _Characters(classes, content + _LETTER * letter.astype(np.int64), lower)

@@ -2,6 +2,7 @@
 
   decompression.py  opens files, decompressed
   records.py        reads the records of JSON lines, CSV, parquet and Arrow
+  folders.py        finds files by glob, though links go in circles
   documents.py      finds files, and reads their documents
   splitting.py      divides documents into train and held-out
   corpus.py         tokenizes both once, and caches the result

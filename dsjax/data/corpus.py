@@ -255,7 +255,7 @@ class _Preparation:
         self._tokenize(folder, used)
         documents.check_unchanged(self._sources)
 
-    def _read(self, rejected: documents.Rejected) -> Iterator[tuple[Document, int]]:
+    def _read(self, rejected: documents.Rejected | None) -> Iterator[tuple[Document, int]]:
         found = documents.read_documents(
             self._sources, text_field=self._text_field, rejected=rejected
         )
@@ -276,16 +276,17 @@ class _Preparation:
         with open(os.path.join(folder, REJECTED), "w", encoding="utf-8") as stream:
 
             def reject(source: Source, problem: str) -> None:
-                if not self._skip:
-                    raise ValueError(f"{problem}; or go on without: data.on_bad_record=skip")
                 self._n_rejected += 1
                 stream.write(json.dumps({"file": source.path, "problem": problem}) + "\n")
 
-            for document, size in self._read(reject):
-                positions.append(document.position)
-                digests.append(splitting.digest(document.text))
-                sizes.append(size)
-                held.append(document.source.path in self._heldout_paths)
+            try:
+                for document, size in self._read(reject if self._skip else None):
+                    positions.append(document.position)
+                    digests.append(splitting.digest(document.text))
+                    sizes.append(size)
+                    held.append(document.source.path in self._heldout_paths)
+            except ValueError as error:
+                raise ValueError(f"{error}; or go on without: data.on_bad_record=skip") from error
         self._split(np.array(positions, np.uint64), np.array(digests, np.uint64), held)
         counted = np.array(sizes, np.int64)
         self._total_bytes = int(counted.sum())

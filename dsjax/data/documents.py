@@ -32,7 +32,7 @@ import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
-from dsjax.data import decompression, records
+from dsjax.data import decompression, folders, records
 from dsjax.data.records import Reject
 
 Kind = Literal["text", "lines", "csv", "table", "python"]
@@ -100,6 +100,7 @@ def find_sources(files: str | Sequence[str], *, key: str = "data.files") -> list
     Args:
       files: globs and folders in a sequence or separated by commas. `~` is the home folder, `**`
         any depth of folders; a folder stands for all files below it whose names begin with no dot.
+        Links are followed, but not in circles.
         The name of an existing file matches it, even if it contains glob characters or commas.
       key: the setting that messages name.
 
@@ -151,14 +152,15 @@ def _found(pattern: str) -> list[str]:
     expanded = os.path.expanduser(pattern)
     if os.path.isdir(expanded):
         return list(_below(expanded))
-    found = [expanded] if os.path.isfile(expanded) else glob.glob(expanded, recursive=True)
+    found = [expanded] if os.path.isfile(expanded) else folders.matching(expanded)
     return [path for path in found if os.path.isfile(path)]
 
 
 def _below(folder: str) -> Iterator[str]:
     """Yields the files below a folder, hidden ones and what `datasets` notes of itself apart."""
-    for inner, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
+    for inner, names in folders.walk(folder):
+        if os.path.basename(inner) == "__pycache__":
+            continue
         of_datasets = _OF_DATASETS & set(names)
         for name in names:
             if not name.startswith(".") and name not in of_datasets:
@@ -173,8 +175,8 @@ def embedded_sources() -> list[Source]:
     """
     root = sysconfig.get_path("stdlib")
     sources = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in _EMBEDDED_SKIP]
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in _EMBEDDED_SKIP]
         for name in names:
             path = os.path.join(folder, name)
             if name.endswith(".py") and os.path.isfile(path):

@@ -19,7 +19,6 @@
   report.py           metrics.jsonl, TensorBoard, W&B, and what the console shows of a step
   run_report.py       report.md: a run on one page
   faults.py           skipped steps and spikes of the loss
-  signals.py          Ctrl-C and SIGTERM
   throughput.py       tokens per second and MFU
   expert_load.py      the experts' load, kept for serving
   plots.py            the pictures of a run

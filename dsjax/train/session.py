@@ -29,10 +29,10 @@ from dsjax.checkpoint import store
 from dsjax.display import Display
 from dsjax.files import finite, listed, write_json
 from dsjax.parallel import processes, replicas
+from dsjax.signals import StopRequest
 from dsjax.train import plots, positions, run_report, workdir
 from dsjax.train.faults import Faults
 from dsjax.train.report import Metrics
-from dsjax.train.signals import StopRequest
 from dsjax.train.source import Source
 from dsjax.train.throughput import Meter, Peak, peak_bytes, peak_flops
 from dsjax.train.workdir import RunConfig

@@ -30,7 +30,7 @@ def stage_files(tmp_path):
             for place, (source, text, verdict) in enumerate(rows):
                 row = {"id": f"{number}.{place}", "source": source, "path": "", "text": text}
                 texts.add(row)
-                signature = shingles.signatures([shingles.shingles(words.cut(text))])[0].tobytes()
+                signature = shingles.signatures(*shingles.shingles(words.cut([text]))).tobytes()
                 row |= {"language": "en", "score": 1.0, "bytes": len(text)}
                 row |= {"digest": tagging.digest(text), "signature": signature}
                 row |= dict.fromkeys(tagging.SIGNALS, NAN)

@@ -61,16 +61,21 @@ class Page(HTMLParser):
 
 
 def test_page_is_one_file_that_shows_texts_as_they_are(tmp_path):
-    skipped = [{"file": "x", "reason": "x is not UTF-8"}]
     tokens = {"train": {"tokens": 12345, "bytes_per_token": 3.2}}
-    more = {"skipped": skipped, "tokens": tokens, "duplicate_groups": {"7": 3}}
+    more = {
+        "rejected": 1234,
+        "problems": ["x is not UTF-8"],
+        "tokens": tokens,
+        "duplicate_groups": {"7": 3},
+    }
     report.save(gathered() | more, rules.STANDARD, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.html"}
-    assert json.loads((tmp_path / "report.json").read_text())["skipped"] == skipped
+    assert json.loads((tmp_path / "report.json").read_text())["rejected"] == 1234
     page = Page()
     page.feed((tmp_path / "report.html").read_text())
     assert "b" not in page.tags and "<b>bold</b>" in page.text
-    assert "x is not UTF-8" in page.text and "5 (45 bytes)" in page.text
+    assert "x is not UTF-8" in page.text and "1,234 records or files" in page.text
+    assert "5 (45 bytes)" in page.text
     assert "train: 12,345 tokens, 3.2 bytes per token" in page.text
     assert "en480.0%" in page.text and "73" in page.text
     assert page.tags.count("img") == 1

@@ -13,7 +13,8 @@ TEXT = st.lists(st.sampled_from(PARTS), min_size=1, max_size=20).map(" ".join)
 
 
 def measure(text, language="en"):
-    return signals.prose(text, words.cut(text), language)
+    (found,) = signals.prose([text], words.cut([text]), language)
+    return found
 
 
 def top(found, n):
@@ -102,3 +103,10 @@ def test_every_signal_has_a_value():
 def test_garbled_counts_what_decoding_leaves():
     assert signals.garbled("ab\ufffd\x00") == 0.5
     assert signals.garbled("tab\tline\r\n") == 0
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.lists(TEXT, min_size=2, max_size=6), st.sampled_from(["en", "zh"]))
+def test_texts_together_are_measured_as_alone(texts, language):
+    found = signals.prose(texts, words.cut(texts), language)
+    assert found == [measure(text, language) for text in texts]

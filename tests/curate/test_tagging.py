@@ -42,3 +42,18 @@ def test_kind_decides_what_is_measured(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("other", "equal"), [("a  b\n\tc ", True), ("a b C", False)])
 def test_digest_ignores_white_space(other, equal):
     assert (tagging.digest("a b c") == tagging.digest(other)) is equal
+
+
+ODD = [
+    "\0", " \n\t ", "\n" * 9, "\u200b", "...", "_", "#" * 99, "\U0001f600" * 9, "\u0e01\u0e33",
+    "\u0645\u0631\u062d\u0628\u0627", "\u0130I\u0131i", "\ufffd" * 9, "a\r\nb\r\n", "x" * 100_000,
+    "a " * 50_000, "\u4e2d" * 999, "\u3042\u4e2d", "\u2028\u2029\x85\x0c", "{" * 999, "<?xml?>",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", ["pages", "src"])
+def test_odd_texts_are_measured(tmp_path, monkeypatch, source):
+    rows = tag(tmp_path, monkeypatch, [(source, f"{n}.py", text) for n, text in enumerate(ODD)])
+    names = signals.NAMES if source == "pages" else ("mean_line", "alphanumeric", "parses")
+    assert all(0 <= row[name] < math.inf for row in rows for name in names)
+    assert [row["bytes"] for row in rows] == [len(text.encode()) for text in ODD]

@@ -1,5 +1,6 @@
 """Words of English and Chinese."""
 
+import itertools
 import re
 
 import numpy as np
@@ -23,31 +24,54 @@ UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0
     ],
 )
 def test_cut(text, expected):
-    found = words.cut(text)
-    assert [found.kinds[number] for number in found.numbers] == expected
-    assert found.lengths.tolist() == [len(word) for word in expected]
+    check([text], [expected])
+
+
+def check(texts, expected):
+    """Compares the words of texts with strings."""
+    found = words.cut(texts)
+    every = [word for part in expected for word in part]
+    assert found.ends.tolist() == list(itertools.accumulate(map(len, expected)))
+    assert found.lengths.tolist() == list(map(len, every))
+    assert found.content.tolist() == [any(map(str.isalnum, word)) for word in every]
+    assert found.letters.tolist() == [any(map(str.isalpha, word)) for word in every]
+    for hashes, same in ((found.hashes, every), (found.lower, list(map(str.lower, every)))):
+        assert len(set(zip(hashes.tolist(), same, strict=True))) == len(set(same))
+        assert len(set(hashes.tolist())) == len(set(same))
 
 
 PLAIN = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]+")
 
 
+CHARACTERS = st.sampled_from("abAZ9_.,! \n\t\x00\u4f60\u3042\u0e01\u00e9\u00c9\u2026\u0661\u200b")
+
+
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(st.text(st.sampled_from("abZ9_.,! \n\t\x00\u4f60\u3042\u0e01\u00e9\u2026\u0661\u200b")))
-def test_cut_is_what_a_regular_expression_finds(text):
-    found, plain = words.cut(text), PLAIN.findall(text)
-    assert [found.kinds[number] for number in found.numbers] == plain
-    assert len(set(found.kinds)) == len(found.kinds)
-    assert found.content.tolist() == [any(map(str.isalnum, kind)) for kind in found.kinds]
-    assert found.letters.tolist() == [any(map(str.isalpha, kind)) for kind in found.kinds]
+@given(st.lists(st.text(CHARACTERS), min_size=1, max_size=3))
+def test_cut_is_what_a_regular_expression_finds(texts):
+    check(texts, list(map(PLAIN.findall, texts)))
+
+
+def test_words_are_added_up_by_text():
+    found = words.cut(["a bb", "", "ccc"])
+    assert found.per_text(found.lengths).tolist() == [3, 0, 3]
 
 
 def test_only_so_much_of_a_text_is_looked_at(monkeypatch):
     monkeypatch.setattr(words, "MOST", 4)
-    assert sorted(words.cut("ab cde").kinds) == ["ab", "c"]
+    found = words.cut(["ab cde", "f"])
+    assert (found.lengths.tolist(), found.ends.tolist()) == ([2, 1, 1], [2, 3])
+
+
+def test_batches_hold_every_text_once(monkeypatch):
+    monkeypatch.setattr(words, "_TOGETHER", 10)
+    texts = ["x" * size for size in (4, 6, 1, 30, 9, 9)]
+    assert list(words.batches([0, 1, 2, 3, 4], texts)) == [[0, 1], [2], [3], [4]]
+    assert list(words.batches([], texts)) == []
 
 
 def hashes(text):
-    return words.content_hashes(words.cut(text))
+    return words.content_hashes(text)
 
 
 def test_content_hashes_see_words_alone():
@@ -55,16 +79,7 @@ def test_content_hashes_see_words_alone():
     first, second, again = hashes("one two one")
     assert first == again != second
     assert len(hashes("... !")) == 0
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(st.lists(st.integers(0, 5), max_size=30))
-def test_rank_numbers_values(values):
-    mixed = words.mix(np.array(values, np.uint64))
-    numbers, first = words.rank(mixed)
-    for one, number in zip(values, numbers, strict=True):
-        assert [other == one for other in values] == (numbers == number).tolist()
-        assert first[number] == values.index(one)
+    assert words.hash_of("two") == second
 
 
 def test_content_share():

@@ -191,7 +191,7 @@ def test_known_prefixes_change_no_token_in_company(speculative):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("speculative", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_known_prefixes_change_no_token_on_a_mesh(speculative):
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, n_devices=8)
     spread = jax.device_put(tiny_model(), shardings(tiny_model(), mesh))
@@ -214,7 +214,7 @@ def with_files(folder, fingerprint="w", **options):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("speculative", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_what_memory_has_lost_comes_back_from_disk(tmp_path, speculative):
     """Also after a restart, and never for other weights; no token changes."""
     again = 16 if speculative else 0

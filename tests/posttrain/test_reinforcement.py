@@ -28,6 +28,8 @@ def low(completion, problem):
     return sum(c < "A" for c in completion) / max(len(completion), 1)
 '''
 
+SLOW = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -162,7 +164,10 @@ def digest(folder, steps):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("place_of_death", ["rollout", "grading", "update", "save"])
+@pytest.mark.parametrize(
+    "place_of_death",
+    [pytest.param("rollout", marks=SLOW), "grading", pytest.param("update", marks=SLOW), "save"],
+)
 def test_killed_run_ends_with_the_same_bits(place_of_death, place, tmp_path, monkeypatch):
     config = config_of(place, "V3", steps=3, minibatches=2, reference_every=2, beta=0.1)
     whole = place / "whole"  # shared by the four

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from dsjax.display import Display
+from dsjax.signals import StopRequest
 from dsjax.train import pretraining
 from dsjax.train.session import Session
-from dsjax.train.signals import StopRequest
 from tests.checkpoint.damage import with_flipped_bit
 
 

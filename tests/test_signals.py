@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from dsjax.train.signals import StopRequest
+from dsjax.signals import StopRequest
 
 
 def wait_for(request: StopRequest) -> int:
@@ -47,8 +47,8 @@ def test_handlers_are_put_back():
 
 NATIVE_WAIT = """if True:
     import hashlib, os, signal, sys, threading, time
-    from dsjax.train import signals
-    from dsjax.train.signals import StopRequest
+    from dsjax import signals
+    from dsjax.signals import StopRequest
 
     def kill():
         for _ in range(int(sys.argv[1])):

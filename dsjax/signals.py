@@ -7,6 +7,7 @@ and a thread that reads the pipe does what is urgent.
 
 from __future__ import annotations
 
+import importlib.machinery
 import os
 import select
 import signal
@@ -16,6 +17,23 @@ from types import FrameType, TracebackType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _GRACE_SECONDS = 2.0  # for the main thread to exit by itself while there is nothing to save
+
+
+def swallows(frame: FrameType | None) -> bool:
+    """Tells whether an exception that a signal's handler raises would be lost, in JAX's callback of
+    the garbage collection, or become another, in the import of a compiled module, which may be an
+    optional one.
+
+    Args:
+      frame: what the signal interrupted, as Python tells the handler.
+    """
+    if frame is not None and frame.f_code.co_name.endswith("gc_callback"):
+        return True
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), importlib.machinery.ExtensionFileLoader):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class StopRequest:
@@ -74,9 +92,8 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Runs in the main thread, between two Python instructions."""
-        # An exception raised inside JAX's garbage-collection callback is swallowed. Then `_watch`
-        # ends the process after the grace period.
-        if not self._deferred and not (frame and frame.f_code.co_name.endswith("gc_callback")):
+        # Where an exception would be lost, `_watch` ends the process after the grace period.
+        if not self._deferred and not swallows(frame):
             raise SystemExit(128 + number)
 
     def _watch(self) -> None:
