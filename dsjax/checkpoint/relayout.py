@@ -24,7 +24,7 @@ from dsjax.checkpoint.eyes import load_eyes, published
 from dsjax.checkpoint.families import multi_modality
 from dsjax.checkpoint.hf_config import to_hf
 from dsjax.checkpoint.importing import copy_side_files, side_files
-from dsjax.checkpoint.load import Checkpoint
+from dsjax.checkpoint.load import BFLOAT16, FLOAT32, Checkpoint
 from dsjax.checkpoint.staging import Converted, Staging, check_space, fingerprint
 from dsjax.checkpoint.tensor_files import plan_shards, write_index, write_shard
 from dsjax.config.vision import VisionConfig
@@ -47,11 +47,11 @@ def relayout(checkpoint: Checkpoint, target: Path, progress: Transfer) -> Conver
     """
     started, hf = time.monotonic(), checkpoint.hf
     assert hf is not None and hf.beside is not None
-    family = _other(hf.family, hf.beside.vision)
+    family, dtype = _other(hf.family, hf.beside.vision), _dtype(checkpoint)
     sight = families.find(family).sight
     assert sight is not None
     tokens = {} if family == DEEPSEEKS else {"image_token": _image_token(checkpoint)}
-    config, vision = _described(checkpoint, family, hf.beside.vision, tokens)
+    config, vision = _described(checkpoint, family, hf.beside.vision, tokens, dtype)
     own = {(row.tensor.path, row.tensor.slot): row.tensor.name for row in hf.rows}
     sources = {
         tensor.name: own[tensor.path, tensor.slot] for tensor in names.tensors(hf.model, family)
@@ -60,7 +60,7 @@ def relayout(checkpoint: Checkpoint, target: Path, progress: Transfer) -> Conver
     shapes = {tensor.name: tensor.shape for tensor in names.tensors(hf.model, family)}
     parts = list(sight.parts(vision))
     shapes |= {part.name: part.shape for part in parts}
-    shards = plan_shards((name, checkpoint.dtype, shape) for name, shape in shapes.items())
+    shards = plan_shards((name, dtype, shape) for name, shape in shapes.items())
     total = sum(tensor.n_bytes for shard in shards for tensor in shard.tensors)
     check_space(target, total)
     identity = {
@@ -72,12 +72,12 @@ def relayout(checkpoint: Checkpoint, target: Path, progress: Transfer) -> Conver
         left = [shard for shard in shards if shard.file_name not in work.finished]
         to_do = sum(tensor.n_bytes for shard in left for tensor in shard.tensors)
         progress.begin("exporting", total, total - to_do)
-        seen = published(load_eyes(checkpoint), parts) if left else {}
+        seen = published(load_eyes(checkpoint, dtype=dtype), parts) if left else {}
 
         def produce(name: str) -> np.ndarray:
             array = seen[name] if name in seen else hf.files.read(sources[name])
-            progress.advance(array.size * checkpoint.dtype.itemsize)
-            return array.astype(checkpoint.dtype, copy=False)
+            progress.advance(array.size * dtype.itemsize)
+            return array.astype(dtype, copy=False)
 
         for shard in left:
             write_shard(work.content, shard, produce)
@@ -89,6 +89,19 @@ def relayout(checkpoint: Checkpoint, target: Path, progress: Transfer) -> Conver
         write_json(work.content / "config.json", config)
         work.publish()
     return Converted(sum(len(shard.tensors) for shard in left), to_do, time.monotonic() - started)
+
+
+def _dtype(checkpoint: Checkpoint) -> np.dtype:
+    """Returns the dtype that holds every number of the folder: its own if all are bfloat16.
+
+    Raises:
+      ValueError: weights are in FP8.
+    """
+    assert checkpoint.hf is not None
+    if checkpoint.has_fp8:
+        raise ValueError(f"{checkpoint.path} is in FP8, which this layout's readers do not expect")
+    stored = {info.dtype for info in checkpoint.hf.files.tensors.values()}
+    return BFLOAT16 if stored == {BFLOAT16} else FLOAT32
 
 
 def _other(family: str, vision: VisionConfig) -> str:
@@ -105,7 +118,11 @@ def _other(family: str, vision: VisionConfig) -> str:
 
 
 def _described(
-    checkpoint: Checkpoint, family: str, vision: VisionConfig, tokens: dict[str, Any]
+    checkpoint: Checkpoint,
+    family: str,
+    vision: VisionConfig,
+    tokens: dict[str, Any],
+    dtype: np.dtype,
 ) -> tuple[dict[str, Any], VisionConfig]:
     """Returns the config.json, and the shape of what is written.
 
@@ -117,7 +134,7 @@ def _described(
     vq = vision.vq and dataclasses.replace(vision.vq, usage=usage)
     tower = dataclasses.replace(vision.tower, pool=unread)
     said = dataclasses.replace(vision, tower=tower, vq=vq, **({"image_token": None} | tokens))
-    config = to_hf(checkpoint.model, family, dtype=checkpoint.dtype.name, vision=said)
+    config = to_hf(checkpoint.model, family, dtype=dtype.name, vision=said)
     tower, vq = dataclasses.replace(tower, pool=False), vq and dataclasses.replace(vq, usage=0)
     return config, dataclasses.replace(said, tower=tower, vq=vq)
 
