@@ -540,9 +540,9 @@ def test_embeddings_replace_tokens_whatever_the_chunks(prefix_tokens):
     """Two pictures on the same ids, and the ids alone, against the whole forward pass."""
     config = dataclasses.replace(TINY, n_mtp=0)
     model = tiny_model(config)
-    prompt, places = PROMPTS[0], np.array([3, 14, 15, 16, 31, 32])
+    prompt, places = PROMPTS[0], np.array([3, 14, 15, 16, 31, 32, 39])
     rng = np.random.default_rng(0)
-    pictures = [Given(places, rng.normal(size=(6, 32)).astype(np.float32)) for _ in range(2)]
+    pictures = [Given(places, rng.normal(size=(7, 32)).astype(np.float32)) for _ in range(2)]
     forward = jax.jit(lambda rows, given: model.hidden(rows, embeddings=given).main_BTD)
     wanted = []
     for given in [*pictures, None]:
