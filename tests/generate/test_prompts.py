@@ -76,7 +76,7 @@ def test_what_is_given_follows_the_chunks():
     assert given_BT.shape == (3, 16) and np.argwhere(given_BT).tolist() == [[1, 14], [1, 15]]
     np.testing.assert_array_equal(values_BTD[1, 14:], GIVEN.values[:2])
     found.advance(first)
-    second = found.chunk(512)
+    second = found.chunk(16)
     assert second.embeddings is not None
     assert np.argwhere(second.embeddings.given_BT).tolist() == [[1, 0]]
     np.testing.assert_array_equal(second.embeddings.values_BTD[1, 0], GIVEN.values[2])
