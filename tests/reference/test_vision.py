@@ -210,7 +210,6 @@ def test_greedy_answers_equal_transformers(pair):
         given = Given(places, values)
         requests.append(Request(tuple(ids.tolist()), 12, Sampling(temperature=0.0), given=given))
     assert [output.tokens for output in engine.complete(requests)] == wanted
-    assert wanted[0] != wanted[1]
 
 
 def test_greedy_drawings_equal_transformers(pair):
