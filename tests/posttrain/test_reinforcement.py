@@ -7,6 +7,7 @@ import io
 import json
 
 import pytest
+from dsjax.train.signals import StopRequest
 from rich.console import Console
 
 import dsjax
