@@ -7,7 +7,6 @@ import io
 import json
 
 import pytest
-from dsjax.train.signals import StopRequest
 from rich.console import Console
 
 import dsjax
