@@ -10,6 +10,7 @@ From the ground up; a module imports only from lines above its own:
   precision                       which element type does what, FP8 included
   parallel                        meshes, sharding, expert, context and pipeline parallelism
   model                           the transformer: MLA, GQA, mixture of experts, MTP
+  vision                          pictures, towers that see them, codes that draw them
   generate, checkpoint            decoding; checkpoints of our own and Hugging Face's
   infer                           chat, scoring and the evaluation harness
   serve                           the server with OpenAI's API, and its page

@@ -26,6 +26,7 @@ FLOORS = {
     "precision": 2,
     "parallel": 3,
     "model": 4,
+    "vision": 4.5,
     "generate": 5,
     "checkpoint": 5,
     "infer": 5.5,

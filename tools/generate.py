@@ -6,6 +6,8 @@ CKPT is a Hugging Face folder, a folder imported by tools/convert.py, or the fol
   python tools/generate.py DeepSeek-V2-Lite-Chat
   # one answer, greedily, with the model's own multi-token prediction for speed
   python tools/generate.py DeepSeek-V3 --prompt 'Why is the sky blue?' --temperature 0 --speculative
+  # a question about a picture
+  python tools/generate.py Janus-Pro-1B --image cat.png --prompt 'What is this?' --temperature 0
   # a base model continues the text
   python tools/generate.py runs/tiny --prompt 'def main(' --max-new-tokens 100 --stop 'def '
   # token ids [batch, length] in, exactly 64 new ones per row out, for comparisons
@@ -24,7 +26,7 @@ from pathlib import Path
 
 from dsjax import command
 
-TEXT_ONLY = ("stop", "raw", "thinking", "no_bos")
+TEXT_ONLY = ("stop", "raw", "thinking", "no_bos", "image")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,21 +35,18 @@ def parser() -> argparse.ArgumentParser:
     what = result.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", help="what to answer, or to continue")
     what.add_argument("--tokens", metavar="P.npy", type=Path, help="continue these ids; with --out")
+    result.add_argument("--image", metavar="A.png", type=Path, nargs="+", help="pictures to show")
     result.add_argument("--out", metavar="O.npy", type=Path, help="int32 [batch, N] new ids")
     result.add_argument("--max-new-tokens", metavar="N", type=int, help="at most (default: 2048)")
     result.add_argument("--temperature", metavar="T", type=float, help="0 takes the most likely")
     result.add_argument("--top-k", metavar="K", type=int, help="keep the K most likely; 0: all")
-    result.add_argument(
-        "--top-p", metavar="P", type=float, help="keep the most likely that sum to P"
-    )
+    result.add_argument("--top-p", metavar="P", type=float, help="the most likely that sum to P")
     result.add_argument("--min-p", metavar="P", type=float, help="drop below P times the maximum")
     result.add_argument("--seed", metavar="S", type=int, default=0, help="of sampling (default: 0)")
     result.add_argument(
         "--stop", metavar="STRING", action="append", help="end the reply before this; repeatable"
     )
-    result.add_argument(
-        "--raw", action="store_true", help="continue --prompt without a chat format"
-    )
+    result.add_argument("--raw", action="store_true", help="continue --prompt without chat format")
     thinking = argparse.BooleanOptionalAction
     result.add_argument("--thinking", action=thinking, help="whether the model should think first")
     result.add_argument("--no-bos", action="store_true", help="start without the begin token")
@@ -60,14 +59,15 @@ def parser() -> argparse.ArgumentParser:
 def execute(arguments: argparse.Namespace) -> None:
     if (arguments.tokens is None) != (arguments.out is None):
         parser().error("--tokens P.npy and --out O.npy go together")
-    if arguments.tokens and any(
-        getattr(arguments, name) not in (None, False) for name in TEXT_ONLY
-    ):
-        parser().error("--stop, --raw, --thinking and --no-bos are for text, not for --tokens")
+    given = {name: getattr(arguments, name) for name in TEXT_ONLY}
+    if arguments.tokens and any(each not in (None, False) for each in given.values()):
+        parser().error(
+            "--stop, --raw, --thinking, --no-bos, --image are for text, not for --tokens"
+        )
     if arguments.raw and arguments.prompt is None:
         parser().error("--raw needs a --prompt to continue")
-    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
-        parser().error(f"--max-new-tokens {arguments.max_new_tokens} is not at least 1")
+    if (most := arguments.max_new_tokens) is not None and most < 1:
+        parser().error(f"--max-new-tokens {most} is not at least 1")
     # Imported here, so that --help and wrong usage need not wait for jax.
     from dsjax.infer import console
     from dsjax.parallel import compilation

@@ -31,6 +31,7 @@ from dsjax.checkpoint.importing import copy_side_files, side_files
 from dsjax.checkpoint.load import Checkpoint, open_checkpoint
 from dsjax.checkpoint.model_card import model_card
 from dsjax.checkpoint.recode import BLOCK, Stored, check_choice, is_finite, recode, stored_dtype
+from dsjax.checkpoint.relayout import relayout
 from dsjax.checkpoint.staging import Converted, Staging, check_space, check_target, fingerprint
 from dsjax.checkpoint.streaming import stream
 from dsjax.checkpoint.tensor_files import Shard, plan_shards, write_index, write_shard
@@ -111,7 +112,7 @@ def _exported(
 
 def export_checkpoint(source: Path, target: Path, *, dtype: str, progress: Transfer) -> Converted:
     """Creates the Hugging Face folder `target` from a converted folder or the newest checkpoint of
-    a run.
+    a run; from the published folder of a model that sees, the folder in the other layout.
 
     Args:
       dtype: one of `recode.CHOICES`.
@@ -127,6 +128,10 @@ def export_checkpoint(source: Path, target: Path, *, dtype: str, progress: Trans
     check_target(target, source)
     checkpoint = open_checkpoint(source)
     weights = checkpoint.weights
+    if checkpoint.hf and checkpoint.hf.beside:
+        if dtype != "keep":
+            raise ValueError(f"--dtype {dtype}: the other layout of {source} keeps its dtype")
+        return relayout(checkpoint, target, progress)
     if weights is None:
         raise ValueError(
             f"{source} is a Hugging Face folder already; import it, then export the result"

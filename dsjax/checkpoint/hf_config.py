@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dsjax.checkpoint import families
 from dsjax.checkpoint.families.table import Fields
 from dsjax.config import ModelConfig
+from dsjax.config.vision import VisionConfig
 
 if TYPE_CHECKING:
     from dsjax.precision.fp8 import Scale  # what reads config.json alone needs no jax
@@ -73,6 +74,10 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     if family.section is not None:
         inner = config.get(family.section)
         outer.seen.add(family.section)
+        if family.sight is not None and isinstance(inner, Mapping):
+            inner = family.sight.text(config)
+            outer.seen |= family.sight.sections
+            family.sight.read(config, problems)
         outer.refuse_rest(_NEUTRAL | family.neutral)
         if not isinstance(inner, Mapping):
             problems.append(f"config.json.{family.section}={inner!r} is not an object")
@@ -96,6 +101,14 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
             "leaves the file as it is (null: absent)"
         )
     return ModelConfig(**values)
+
+
+def vision_of(config: Mapping[str, Any]) -> VisionConfig | None:
+    """Reads what a model has to see and draw with, of a config.json that `from_hf` reads; None if
+    it has nothing.
+    """
+    sight = families.find(family_of(config)).sight
+    return sight.read(config, []) if sight else None
 
 
 def weight_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -141,6 +154,7 @@ def to_hf(
     *,
     dtype: str = "bfloat16",
     block: tuple[int, int] | None = None,
+    vision: VisionConfig | None = None,
 ) -> dict[str, Any]:
     """Writes the contents of a config.json that transformers, vLLM and llama.cpp's converter read.
 
@@ -149,6 +163,7 @@ def to_hf(
     Args:
       dtype: of the weights, or with FP8 of the other weights.
       block: rows and columns that share a scale, if weights are in FP8.
+      vision: what the model has besides, for a family of models that see.
 
     Raises:
       ValueError: the family's config.json cannot describe this model; names the fields.
@@ -164,6 +179,10 @@ def to_hf(
     for row in declared.rows:
         text |= row.write(written)
     section = {} if declared.section is None else {declared.section: text}
+    if declared.sight is not None:
+        if vision is None:
+            raise ValueError(f"a language model alone is not of family {family}, whose models see")
+        section = declared.sight.write(vision, text)
     values = {
         "architectures": [declared.architecture],
         "model_type": family,
@@ -176,6 +195,10 @@ def to_hf(
     if block:
         values["quantization_config"] = quantization_config(block, declared.scale)
     _check_reads_back(values, model, family)
+    if declared.sight is not None and (found := vision_of(values)) != vision:
+        raise ValueError(
+            f"the config.json of family {family} cannot say {vision} (it reads as {found})"
+        )
     return values
 
 

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from dsjax.checkpoint import names
+from dsjax.checkpoint import families, names
+from dsjax.checkpoint.beside import Beside, beside
 from dsjax.checkpoint.hf_config import family_of, from_hf, weight_block
 from dsjax.checkpoint.tensor_files import TensorFolder, TensorInfo, open_folder
 from dsjax.config import ModelConfig
@@ -67,6 +68,7 @@ class HfFolder:
     block: tuple[int, int] | None  # rows and columns of a weight that share a scale
     files: TensorFolder
     rows: list[Row]  # in the order of the family's table
+    beside: Beside | None = None  # what a larger model has besides
     # what belongs beside the weights, by name, if `path` is a file that holds all of it
     texts: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -99,7 +101,12 @@ def open_hf(path: Path, overrides: Mapping[str, Any] | None = None) -> HfFolder:
     files = open_folder(path)
     model, left_out = reconcile(model, family, files)
     found = {name: info for name, info in files.tensors.items() if name not in left_out}
-    rows, mismatches = compare(model, family, block, found)
+    also = beside(config, family, found)
+    of_language = {name: info for name, info in found.items() if not also or name not in also.names}
+    rows, mismatches = compare(model, family, block, of_language)
+    if also:
+        mismatches.missing.extend(also.missing)
+        mismatches.wrong.extend(also.wrong)
     problems = [*mismatches.missing, *mismatches.wrong, *mismatches.unexpected]
     if problems:
         advice = "config.json and the files belong to different checkpoints or revisions"
@@ -111,7 +118,7 @@ def open_hf(path: Path, overrides: Mapping[str, Any] | None = None) -> HfFolder:
             f"{path}: the tensors are not those that config.json describes for {family}: "
             f"{listed(problems)}. {advice}"
         )
-    return HfFolder(path, config, family, model, block, files, rows)
+    return HfFolder(path, config, family, model, block, files, rows, also)
 
 
 def check_kind(path: Path) -> None:
@@ -216,8 +223,10 @@ def reconcile(model: ModelConfig, family: str, files: TensorFolder) -> tuple[Mod
 
     1. MTP layers that config.json announces and the files lack, or that the files contain and
        config.json does not announce, are left out: the main model is complete without them.
-    2. The output head of a tied model is redundant, and left out if it equals the embedding.
-    3. Tables that are computed from rope_theta are left out (without a message).
+    2. The output head of a tied model is redundant, and left out if it equals the embedding. If
+       not, a model that sees has a head of its own.
+    3. Tables that are computed from rope_theta are left out (without a message), and what a model
+       that sees has besides and never reads.
 
     Returns:
       the model that the files contain, and the names of the tensors to leave out.
@@ -227,6 +236,8 @@ def reconcile(model: ModelConfig, family: str, files: TensorFolder) -> tuple[Mod
     """
     found = files.tensors
     left_out = {name for name in found if _TABLES.search(name)}
+    if (sight := families.find(family).sight) and sight.unread:
+        left_out |= {name for name in found if name.startswith(sight.unread)}
 
     def of_layer(layer: int) -> set[str]:
         prefix = names.layer_prefix(family, layer)
@@ -253,6 +264,8 @@ def reconcile(model: ModelConfig, family: str, files: TensorFolder) -> tuple[Mod
     if model.tie_embed and head in found:
         embedding = next(names.tensors(model, family)).name
         if embedding in found and not files.equal(head, embedding):
+            if sight:  # their configs say tied by default, whatever they hold
+                return dataclasses.replace(model, tie_embed=False), left_out
             raise ValueError(
                 f"{files.path}: config.json has tie_word_embeddings true, and {head} differs from "
                 f"{embedding}. If the model was trained with a head of its own: --override "

@@ -137,7 +137,13 @@ def import_checkpoint(
 
 def _open(source: Path, overrides: Mapping[str, Any] | None) -> HfFolder:
     if not is_gguf(source):
-        return open_hf(source, overrides)
+        folder = open_hf(source, overrides)
+        if folder.beside:
+            raise ValueError(
+                f"{source} is a model that sees, which is used as it was published: name that "
+                "folder. (export writes it in the other layout, DeepSeek's or transformers')"
+            )
+        return folder
     require_package()
     from dsjax.checkpoint.gguf.reading import open_gguf
 

@@ -23,9 +23,12 @@ from rich.table import Table
 from rich.text import Text
 
 from dsjax import settings, tables
-from dsjax.checkpoint import hub, names
+from dsjax.checkpoint import families, hub, names
+from dsjax.checkpoint.beside import beside
 from dsjax.checkpoint.families import family_for
+from dsjax.checkpoint.families.sight import Part
 from dsjax.checkpoint.gguf import is_gguf, require_package
+from dsjax.checkpoint.hf_config import vision_of
 from dsjax.checkpoint.hf_folder import (
     FLOAT32,
     FP8,
@@ -65,6 +68,7 @@ class Implied(NamedTuple):
     model: ModelConfig
     dtype: np.dtype  # of the weights, or with FP8 of the other weights
     block: tuple[int, int] | None  # rows and columns that share a scale, if weights are in FP8
+    parts: Sequence[Part] = ()  # what a larger model has beside its language model
 
 
 def summarize(
@@ -112,7 +116,9 @@ def implied_by(path: Path, overrides: Mapping[str, Any] | None = None) -> Implie
         model = settings.from_dict(config["model"], f"{path}: model", ModelConfig)
         return Implied(family_for(model), model, BFLOAT16, None)
     config, family, model, block = read_config(path, overrides)
-    return Implied(family, model, _stored_dtype(config, path), block)
+    vision, sight = vision_of(config), families.find(family).sight
+    parts = list(sight.parts(vision)) if sight and vision else []
+    return Implied(family, model, _stored_dtype(config, path), block, parts)
 
 
 def published(implied: Implied, *, copies: bool = True) -> Iterator[Entry]:
@@ -120,7 +126,7 @@ def published(implied: Implied, *, copies: bool = True) -> Iterator[Entry]:
 
     With `block`, linear weights are in FP8 with scales; the router's bias is always float32.
     """
-    family, model, dtype, block = implied
+    family, model, dtype, block, parts = implied
     for tensor in names.tensors(model, family):
         if tensor.is_copy and not copies:
             continue
@@ -129,6 +135,7 @@ def published(implied: Implied, *, copies: bool = True) -> Iterator[Entry]:
             yield Entry(scale_name(tensor.name), FLOAT32, scale_shape(tensor.shape, block))
         else:
             yield Entry(tensor.name, FLOAT32 if tensor.keep_float32 else dtype, tensor.shape)
+    yield from (Entry(part.name, dtype, part.shape) for part in parts)
 
 
 def _stored_dtype(config: Mapping[str, Any], path: Path) -> np.dtype:
@@ -150,7 +157,16 @@ def _inspect_hf(path: Path, overrides: Mapping[str, Any] | None) -> dict[str, An
     implied = implied_by(path, overrides)
     model, left_out = reconcile(implied.model, implied.family, files)
     tensors = {name: info for name, info in files.tensors.items() if name not in left_out}
-    _, mismatches = compare(model, implied.family, implied.block, tensors)
+    also = beside(read_config(path / "config.json", overrides)[0], implied.family, tensors)
+    if also:
+        implied = implied._replace(parts=also.parts)
+    of_language = {
+        name: info for name, info in tensors.items() if not also or name not in also.names
+    }
+    _, mismatches = compare(model, implied.family, implied.block, of_language)
+    if also:
+        mismatches.missing.extend(also.missing)
+        mismatches.wrong.extend(also.wrong)
     expected = list(published(implied._replace(model=model)))
     order = {entry.name: number for number, entry in enumerate(expected)}
     found = [Entry(info.name, info.dtype, info.shape) for info in tensors.values()]
@@ -199,13 +215,14 @@ def _described(
         for row in names.tensors(implied.model, implied.family)
         if not row.is_copy
     }
+    seeing = sum(part.count for part in implied.parts if part.counts)
     return {
         "path": str(path),
         "family": implied.family,
         "model": dataclasses.asdict(implied.model),
         "dtype": implied.dtype.name,
         "block": list(implied.block) if implied.block else None,
-        "total_params": sum(size for size, is_mtp in sizes.values() if not is_mtp),
+        "total_params": sum(size for size, is_mtp in sizes.values() if not is_mtp) + seeing,
         "mtp_params": sum(size for size, is_mtp in sizes.values() if is_mtp),
         "tensor_count": len(counted),
         "total_bytes": sum(entry.n_bytes for entry in counted),

@@ -61,6 +61,7 @@ class Checkpoint:
       tokenizer_folder: the folder of tokenizer.json, generation_config.json and the chat template,
         as far as the checkpoint has them.
       kind: the module that the weights are of.
+      hf: the Hugging Face folder that it is; None for others.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class Checkpoint:
     weights: Weights | None  # the arrays as stored; None for a Hugging Face folder
     _tensors: Mapping[tuple[str, ...], Tensors] = dataclasses.field(repr=False)
     kind: type[Transformer] = Transformer
+    hf: HfFolder | None = dataclasses.field(default=None, repr=False)
 
     def read(
         self, path: tuple[str, ...], index: Index, dtype: np.dtype | None = None
@@ -269,6 +271,7 @@ def _from_hf(folder: HfFolder, tokenizer_folder: Path) -> Checkpoint:
         tokenizer_folder=tokenizer_folder,
         weights=None,
         _tensors={name: _hf_tensors(folder, slots) for name, slots in rows.items()},
+        hf=folder,
     )
 
 

@@ -64,9 +64,9 @@ def tensors(model: ModelConfig, family: str) -> Iterator[Tensor]:
             f"index_topk={model.index_topk}; "
             + (f"choose {' or '.join(others)}" if others else "nor has any other, so it stays here")
         )
-    prefix, vocabulary = declared.prefix, (model.vocab_size, model.dim)
+    body, vocabulary = declared.prefix + declared.body, (model.vocab_size, model.dim)
     embedding, final = ("embed", "weight"), ("norm", "weight")
-    yield Tensor(f"{prefix}model.embed_tokens.weight", embedding, (), vocabulary, False)
+    yield Tensor(f"{body}embed_tokens.weight", embedding, (), vocabulary, False)
     rules = {moe: declared.layer(model, moe=moe) for moe in (False, model.n_moe_layers > 0)}
     for layer in range(model.n_layers):
         moe = layer >= model.n_dense_layers
@@ -74,7 +74,7 @@ def tensors(model: ModelConfig, family: str) -> Iterator[Tensor]:
             ("moe_layers", layer - model.n_dense_layers) if moe else ("dense_layers", layer)
         )
         yield from _expand(rules[moe], layer_prefix(family, layer), (stack,), index, model)
-    yield Tensor(f"{prefix}model.norm.weight", final, (), (model.dim,), False)
+    yield Tensor(f"{body}norm.weight", final, (), (model.dim,), False)
     if not model.tie_embed:
         yield Tensor(head_name(family), ("head", "weight"), (), vocabulary, True)
     for depth in range(model.n_mtp):
@@ -84,7 +84,8 @@ def tensors(model: ModelConfig, family: str) -> Iterator[Tensor]:
 
 def layer_prefix(family: str, layer: int) -> str:
     """Returns the prefix of the names of a layer's tensors."""
-    return f"{families.find(family).prefix}model.layers.{layer}."
+    declared = families.find(family)
+    return f"{declared.prefix}{declared.body}layers.{layer}."
 
 
 def head_name(family: str) -> str:

@@ -20,7 +20,7 @@ from dsjax.generate.sampling import Knobs, sample
 from dsjax.generate.speculative import State, Step
 from dsjax.model import token_sets
 from dsjax.model.cache import Cache, empty_cache
-from dsjax.model.transformer import Transformer
+from dsjax.model.transformer import Embeddings, Transformer
 from dsjax.parallel.routing_plan import count
 from dsjax.parallel.sharding import constrain
 
@@ -87,6 +87,7 @@ def prefill(
     lengths_B: jax.Array,
     rows_X: jax.Array,
     knobs: Knobs,
+    embeddings: Embeddings | None = None,
     *,
     wanted: Wanted = NOTHING,
 ) -> tuple[Carry, Drawn]:
@@ -99,6 +100,7 @@ def prefill(
       lengths_B: int32 lengths of the prompts; 0 for a row that has nothing to run.
       rows_X: int32, the row of each request's prompt. Requests may share a prompt.
       knobs: of the requests.
+      embeddings: replace those of some of the T tokens.
 
     Returns:
       the carry, and the first new token of each request with a report on it, in which are the
@@ -108,7 +110,9 @@ def prefill(
     n_drafts = carry.hidden_BWD.shape[1] - 1
     T = tokens_BX.shape[1] - n_drafts
     routing = wanted.experts or model.redundant
-    extended = model.extend(tokens_BX[:, :T], starts_B, carry.cache, routing=routing)
+    extended = model.extend(
+        tokens_BX[:, :T], starts_B, carry.cache, routing=routing, embeddings=embeddings
+    )
     cache, hidden_BWD = extended.cache, carry.hidden_BWD
     if n_drafts:
         counts_B = jnp.clip(lengths_B - starts_B, 0, T)

@@ -226,7 +226,7 @@ class Engine:
         self._next_id += 1
         fetched = None
         if self._prompting.prefixes:
-            fetched = self._prompting.prefixes.fetch(request.prompt, request.owner)
+            fetched = self._prompting.prefixes.fetch(request.prompt, request.scope)
         self._waiting.append(Open(self._next_id, request, fetched))
         return self._next_id
 

@@ -89,8 +89,10 @@ class Prefill:
 
     def start(self, newcomers: Prompts, chunk: Chunk, knobs: Knobs) -> Started:
         """Starts a chunk of the newcomers' prompts, and returns before it has run."""
+        *numbers, embeddings = chunk
+        given = () if embeddings is None else (embeddings,)
         run = self.programs.compiled(
-            decoding.prefill, newcomers.carry, *chunk, newcomers.rows_X, knobs,
+            decoding.prefill, newcomers.carry, *numbers, newcomers.rows_X, knobs, *given,
             wanted=newcomers.wanted,
         )  # fmt: skip
         began = time.perf_counter()
@@ -106,13 +108,13 @@ class Prefill:
         if self.prefixes is None or newcomers.wanted.experts:
             return 0
         from_disk = {
-            (slot.request.owner, tuple(slot.request.prompt)): slot.fetched
+            (slot.request.scope, tuple(slot.request.prompt)): slot.fetched
             for slot in newcomers.slots
             if slot and slot.fetched
         }
-        for row, (owner, prompt) in enumerate(newcomers.prompts):
+        for row, (scope, prompt) in enumerate(newcomers.prompts):
             newcomers.carry, count = self.prefixes.fill(
-                newcomers.carry, row, prompt, owner, from_disk.get((owner, tuple(prompt)))
+                newcomers.carry, row, prompt, scope, from_disk.get((scope, tuple(prompt)))
             )
             newcomers.know(row, count)
         return int(newcomers.known_B.sum())
@@ -125,9 +127,9 @@ class Prefill:
         row, tokens = int(batch.rows_X[place]), batch.in_cache(place)
         if self.apart and isinstance(batch, Rows):
             send = functools.partial(self._sent, batch, row, self._decoder, self.programs)
-            self.prefixes.receive(send, tokens, slot.request.owner)
+            self.prefixes.receive(send, tokens, slot.request.scope)
         else:
-            self.prefixes.save(batch.carry, row, tokens, slot.request.owner)
+            self.prefixes.save(batch.carry, row, tokens, slot.request.scope)
 
     def hand_over(
         self, newcomers: Prompts, slots: Sequence[int], into: Rows, rows: Sequence[int]

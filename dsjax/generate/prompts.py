@@ -14,10 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from dsjax.generate.decoding import Carry, Drawn
-from dsjax.generate.request import Request
+from dsjax.generate.request import Given, Request
 from dsjax.generate.rows import FREE, Open, wanted
 from dsjax.generate.sampling import knobs
 from dsjax.generate.shapes import power_of_two
+from dsjax.model.transformer import Embeddings
 
 MIN_CHUNK = 16
 
@@ -28,6 +29,7 @@ class Chunk(NamedTuple):
     tokens_BX: np.ndarray
     starts_B: np.ndarray
     lengths_B: np.ndarray
+    embeddings: Embeddings | None = None  # [B, T], without the D tokens after the chunk
 
 
 class Started(NamedTuple):
@@ -48,7 +50,7 @@ class Prompts:
 
     Attributes:
       slots: the newcomers; None for a place without one.
-      prompts: the distinct prompts with their owners, one for each row of the carry.
+      prompts: the distinct prompts with their scopes, one for each row of the carry.
       rows_X: int32, the row of the carry that holds the prompt of each slot.
       known_B: int32, how many tokens of each prompt were known; set before the first chunk.
       shared: whether any row belongs to several slots.
@@ -82,7 +84,10 @@ class Prompts:
         self.steered = any(request.steering for request in [*requests, *examples])
         self.prompts = distinct(slots)
         row_of = {prompt: row for row, prompt in enumerate(self.prompts)}
-        own = [row_of.get((each.owner, each.prompt), 0) for each in requests]
+        own = [row_of.get((each.scope, each.prompt), 0) for each in requests]
+        self._given: dict[int, Given] = {
+            row: each.given for row, each in zip(own, requests, strict=True) if each.given
+        }
         self.rows_X = np.array(own, np.int32)
         self.shared = len(self.prompts) < self.n_open
         self._lengths_B = np.zeros(len(carry.hidden_BWD), np.int32)
@@ -147,7 +152,22 @@ class Prompts:
         for row, (_, prompt) in enumerate(self.prompts):
             part = prompt[starts_B[row] : starts_B[row] + tokens_BX.shape[1]]
             tokens_BX[row, : len(part)] = part
-        return Chunk(tokens_BX, starts_B, np.where(rest_B > 0, self._lengths_B, 0))
+        lengths_B = np.where(rest_B > 0, self._lengths_B, 0)
+        return Chunk(tokens_BX, starts_B, lengths_B, self._embeddings(starts_B, size))
+
+    def _embeddings(self, starts_B: np.ndarray, size: int) -> Embeddings | None:
+        """Returns what is given of the next tokens; None if no prompt is given anything."""
+        if not self._given:
+            return None
+        given_BT = np.zeros((len(starts_B), size), bool)
+        dim = next(iter(self._given.values())).values.shape[1]
+        values_BTD = np.zeros((*given_BT.shape, dim), np.float32)
+        for row, given in self._given.items():
+            places = given.places - starts_B[row]
+            inside = (places >= 0) & (places < size)
+            given_BT[row, places[inside]] = True
+            values_BTD[row, places[inside]] = given.values[inside]
+        return Embeddings(given_BT, values_BTD)
 
     def advance(self, chunk: Chunk) -> dict[int, int]:
         """Records that a chunk has run.
@@ -163,6 +183,6 @@ class Prompts:
 
 
 def distinct(slots: Sequence[Open | None]) -> list[tuple[str, tuple[int, ...]]]:
-    """Lists the owners and prompts without repetition, in order of their first appearance."""
+    """Lists the scopes and prompts without repetition, in order of their first appearance."""
     requests = [slot.request for slot in slots if slot]
-    return list(dict.fromkeys((request.owner, request.prompt) for request in requests))
+    return list(dict.fromkeys((request.scope, request.prompt) for request in requests))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -32,6 +34,27 @@ class Steering(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Given:
+    """Embeddings that replace those of some tokens of a prompt, for example a picture's.
+
+    Attributes:
+      places: int32 [n], which tokens, ascending.
+      values: float32 [n, D].
+    """
+
+    places: np.ndarray
+    values: np.ndarray
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Tells apart what is given; equal ids with another picture are another prompt."""
+        found = hashlib.blake2b(digest_size=16)
+        for array in (self.places, self.values):
+            found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A prompt to continue.
@@ -50,10 +73,16 @@ class Request:
     owner: str = ""  # whose it is; known prefixes are not shared between owners
     top_logprobs: int = 0  # report the most likely tokens at each place, this many
     steering: Steering | None = None
+    given: Given | None = None  # embeddings of some tokens of the prompt
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must not be negative")
+
+    @property
+    def scope(self) -> str:
+        """Says among which prompts equal ids mean the same: the owner's, with the same pictures."""
+        return f"{self.owner}\n{self.given.digest}" if self.given else self.owner
 
     @property
     def wanted(self) -> Wanted:
@@ -114,6 +143,18 @@ def problems(request: Request, config: ModelConfig) -> Iterator[str]:
             f"a prompt of {n_tokens} tokens and max_new_tokens={request.max_new_tokens} exceed "
             f"model.max_seq_len={config.max_seq_len}; shorten the prompt or ask for fewer tokens"
         )
+    if (given := request.given) is not None:
+        shape, places = (len(given.places), config.dim), given.places
+        if given.values.shape != shape:
+            yield (
+                f"embeddings of shape {list(given.values.shape)} are given for {list(shape)}: "
+                f"{shape[0]} tokens of a model with model.dim={config.dim}; load both from one "
+                "checkpoint"
+            )
+        if len(places) and not 0 <= places[0] <= places[-1] < n_tokens:
+            yield f"embeddings are given for tokens outside the prompt of {n_tokens}"
+        if config.n_mtp:
+            yield "embeddings are given, and MTP modules read ids alone; set model.n_mtp=0"
     if request.experts and not config.n_moe_layers:
         yield "experts=True, and the model has none; leave it out"
     for place, token in enumerate(request.prompt):

@@ -11,6 +11,7 @@ import numpy as np
 
 from dsjax import files
 from dsjax.generate.engine import Engine, Request, Statistics
+from dsjax.generate.request import Given
 from dsjax.generate.sampling import Sampling
 from dsjax.text.reply import Piece, ReplyReader, StopStrings
 from dsjax.text.vocabulary import Vocabulary
@@ -72,13 +73,17 @@ class Generator:
     engine: Engine
     settings: Settings
 
-    def reply(self, prompt: Sequence[int]) -> Iterator[Piece]:
+    def reply(self, prompt: Sequence[int], given: Given | None = None) -> Iterator[Piece]:
         """Streams the text that follows the prompt.
+
+        Args:
+          given: embeddings of some of its tokens.
 
         Raises:
           ValueError: the prompt fills the model's context.
         """
-        vocabulary, request = self.settings.vocabulary, self.settings.request(prompt)
+        vocabulary = self.settings.vocabulary
+        request = dataclasses.replace(self.settings.request(prompt), given=given)
         reader = ReplyReader(
             vocabulary.coder, vocabulary.think_ids, prompt, stops=self.settings.stops
         )

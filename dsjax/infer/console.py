@@ -13,10 +13,15 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TextIO
+
+import numpy as np
+from jax.sharding import Mesh
 
 from dsjax.checkpoint import load
 from dsjax.generate.engine import Engine, Statistics
+from dsjax.generate.request import Given
 from dsjax.generate.sampling import Sampling
 from dsjax.infer import token_files
 from dsjax.infer.answers import (
@@ -26,6 +31,7 @@ from dsjax.infer.answers import (
     continue_tokens,
     default_sampling,
 )
+from dsjax.infer.pictured import PICTURES, Looking, open_looking
 from dsjax.infer.weights import load_weights
 from dsjax.model.cache import check_split
 from dsjax.parallel.mesh import submesh
@@ -34,6 +40,9 @@ from dsjax.text.reply import Piece
 from dsjax.text.vocabulary import END_THINK, THINK, Vocabulary, open_vocabulary
 
 _HELP = "/reset forgets the conversation; /exit or Ctrl-D ends it; Ctrl-C stops a reply"
+_IMAGE = "/image "
+_HELP_PICTURES = "/image PATH shows a picture with your next message; " + _HELP
+AnyFormat = ChatFormat | Looking
 # Control characters in a reply could move the cursor, rename the window, or worse.
 _UNSAFE = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
@@ -61,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.tokens is not None:
         _run_tokens(arguments, checkpoint, sampling, open_engine)
     else:
-        _run_text(arguments, checkpoint, sampling, open_engine)
+        _run_text(arguments, checkpoint, sampling, mesh, open_engine)
 
 
 def _run_tokens(
@@ -88,11 +97,15 @@ def _run_text(
     arguments: argparse.Namespace,
     checkpoint: load.Checkpoint,
     sampling: Sampling,
+    mesh: Mesh | None,
     open_engine: Callable[[], Engine],
 ) -> None:
     folder = checkpoint.tokenizer_folder
     vocabulary = open_vocabulary(folder, checkpoint.model.vocab_size)
-    form = None if arguments.raw else find_format(folder, vocabulary)
+    form = None
+    if not arguments.raw:
+        form = open_looking(checkpoint, mesh, arguments.dtype) or find_format(folder, vocabulary)
+    shown = _read_pictures(arguments.image or (), form)
     if arguments.no_bos:
         if form is not None:
             raise ValueError("--no-bos applies to continued text, and this is a chat; add --raw")
@@ -105,11 +118,13 @@ def _run_text(
         stops=tuple(arguments.stop or ()),
     )
     if arguments.prompt is not None:
-        prompt = first_prompt(arguments.prompt, vocabulary, form, thinking=arguments.thinking)
+        turn = _turn(arguments.prompt, shown)
+        prompt = first_prompt(turn, vocabulary, form, thinking=arguments.thinking)
         settings.request(prompt)  # raises before the weights are read
-        answer(Generator(open_engine(), settings), prompt)
+        generator = Generator(open_engine(), settings)
+        answer(generator, prompt, form.given([turn], prompt) if isinstance(form, Looking) else None)
     elif form is not None:
-        chat(Generator(open_engine(), settings), form, thinking=arguments.thinking)
+        chat(Generator(open_engine(), settings), form, thinking=arguments.thinking, shown=shown)
     else:
         raise ValueError(
             f"{folder} has no chat template and its tokenizer no tokens for the two roles, as a "
@@ -117,8 +132,28 @@ def _run_text(
         )
 
 
+def _read_pictures(paths: Sequence[Path], form: AnyFormat | None) -> list[np.ndarray]:
+    """Reads the pictures for a message.
+
+    Raises:
+      ValueError: one cannot be read, or the model does not see.
+    """
+    if not paths:
+        return []
+    if not isinstance(form, Looking):
+        raise ValueError(
+            f"{paths[0]} cannot be shown: only a conversation (no --raw) with a model that sees, "
+            "such as Janus-Pro, in the folder that it was published in, has pictures"
+        )
+    return form.read(paths)
+
+
+def _turn(text: str, shown: Sequence[np.ndarray]) -> Message:
+    return Message("user", text, {PICTURES: list(shown)} if shown else {})
+
+
 def first_prompt(
-    text: str, vocabulary: Vocabulary, form: ChatFormat | None, *, thinking: bool | None
+    turn: Message, vocabulary: Vocabulary, form: AnyFormat | None, *, thinking: bool | None
 ) -> list[int]:
     """Encodes `--prompt` as the first turn of a conversation, or as text to be continued.
 
@@ -127,10 +162,10 @@ def first_prompt(
         fails.
     """
     if form is not None:
-        return form.encode([Message("user", text)], thinking=thinking)
+        return form.encode([turn], thinking=thinking)
     if thinking:
         raise ValueError("--thinking needs a chat format, but this prompt is continued as text")
-    return vocabulary.plain_prompt(text)
+    return vocabulary.plain_prompt(turn.content)
 
 
 class Screen:
@@ -169,37 +204,56 @@ class Screen:
         self._stream.flush()
 
 
-def answer(generator: Generator, prompt: Sequence[int]) -> None:
-    """Prints the reply to a prompt, then its speed."""
+def answer(generator: Generator, prompt: Sequence[int], given: Given | None = None) -> None:
+    """Prints the reply to a prompt, then its speed.
+
+    Args:
+      given: embeddings of some of its tokens.
+    """
     screen = Screen(sys.stdout)
     try:
-        for piece in generator.reply(prompt):
+        for piece in generator.reply(prompt, given):
             screen.show(piece)
     finally:
         screen.end()
     print(describe(generator.engine.statistics), file=sys.stderr)
 
 
-def chat(generator: Generator, form: ChatFormat, *, thinking: bool | None = None) -> None:
+def chat(
+    generator: Generator,
+    form: AnyFormat,
+    *,
+    thinking: bool | None = None,
+    shown: Sequence[np.ndarray] = (),
+) -> None:
     """Chats with the user until the input ends; one line is one turn.
 
     Ctrl-C stops a reply, and the part already shown stays in the conversation; between replies it
     raises KeyboardInterrupt. The conversation keeps the answer of a reply, not the thought.
+
+    Args:
+      shown: pictures that go with the first message; `/image PATH` adds one to the next.
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
-        print(_HELP, file=sys.stderr)
+        print(_HELP_PICTURES if isinstance(form, Looking) else _HELP, file=sys.stderr)
     read, screen = _reader(interactive), Screen(sys.stdout)
     messages: list[Message] = []
+    pending = list(shown)
     while (line := read()) is not None and line != "/exit":
         if line == "/reset":
-            messages = []
+            messages, pending = [], []
         if not line or line == "/reset":
             continue
-        turn = [*messages, Message("user", line)]
+        turn = [*messages, _turn(line, pending)]
         said: list[str] = []
         try:
-            for piece in generator.reply(form.encode(turn, thinking=thinking)):
+            if line.startswith(_IMAGE):
+                pending += _read_pictures([Path(line.removeprefix(_IMAGE).strip())], form)
+                continue
+            prompt = form.encode(turn, thinking=thinking)
+            given = form.given(turn, prompt) if isinstance(form, Looking) else None
+            for piece in generator.reply(prompt, given):
                 screen.show(piece)
                 said += [] if piece.thought else [piece.text]
         except KeyboardInterrupt:
@@ -213,7 +267,7 @@ def chat(generator: Generator, form: ChatFormat, *, thinking: bool | None = None
         screen.end()
         print(describe(generator.engine.statistics), file=sys.stderr)
         if said:
-            messages = [*turn, Message("assistant", "".join(said))]
+            messages, pending = [*turn, Message("assistant", "".join(said))], []
 
 
 def describe(statistics: Statistics) -> str:

@@ -114,17 +114,16 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """Normalises the last dimension to mean 0 and variance 1, in float32; returns x's dtype."""
 
-    EPS = 1e-6
-
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, eps: float = 1e-6):
         self.weight = declare((dim,), ("norm",), Constant(1.0), Float32)
         self.bias = declare((dim,), ("norm",), Constant(0.0), Float32)
+        self.eps = eps
 
     @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         x32 = x32 - x32.mean(axis=-1, keepdims=True)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.EPS)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         weight, bias = (jnp.broadcast_to(v[...], x.shape) for v in (self.weight, self.bias))
         return (x32 * weight + bias).astype(x.dtype)
 

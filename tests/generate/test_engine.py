@@ -13,10 +13,11 @@ import pytest
 from dsjax.generate import decoding
 from dsjax.generate.engine import Engine, Request
 from dsjax.generate.programs import Programs
-from dsjax.generate.request import join
+from dsjax.generate.request import Given, join
 from dsjax.generate.sampling import Sampling
 from dsjax.kernels import sparse_attention
 from dsjax.model.parameters import shardings
+from dsjax.model.transformer import Embeddings
 from dsjax.parallel.mesh import make_mesh
 from tests.model.tiny import TINY, tiny_model
 
@@ -532,3 +533,34 @@ def test_most_likely_tokens_are_reported_with_their_log_probabilities():
 def test_examples_need_a_largest_batch():
     with pytest.raises(ValueError, match="examples need max_batch"):
         Engine(tiny_model(), examples=[Request((0,), 1)])
+
+
+@pytest.mark.parametrize("prefix_tokens", [0, 64])
+def test_embeddings_replace_tokens_whatever_the_chunks(prefix_tokens):
+    """Two pictures on the same ids, and the ids alone, against the whole forward pass."""
+    config = dataclasses.replace(TINY, n_mtp=0)
+    model = tiny_model(config)
+    prompt, places = PROMPTS[0], np.array([3, 14, 15, 16, 31, 32, 39])
+    rng = np.random.default_rng(0)
+    pictures = [Given(places, rng.normal(size=(7, 32)).astype(np.float32)) for _ in range(2)]
+    forward = jax.jit(lambda rows, given: model.hidden(rows, embeddings=given).main_BTD)
+    wanted = []
+    for given in [*pictures, None]:
+        tokens, row = list(prompt), []
+        for _ in range(5):
+            padded, mask = np.zeros((1, 64), np.int32), np.zeros((1, 64), bool)
+            padded[0, : len(tokens)] = tokens
+            values = np.zeros((1, 64, 32), np.float32)
+            if given:
+                mask[0, places], values[0, places] = True, given.values
+            hidden = forward(padded, Embeddings(jnp.array(mask), jnp.array(values)))
+            row.append(int(model.logits(hidden)[0, len(tokens) - 1].argmax()))
+            tokens.append(row[-1])
+        wanted.append(row)
+    own = Engine(model, prefill_chunk=16, prefix_tokens=prefix_tokens)
+    asked = [Request(prompt, 5, GREEDY, given=given) for given in [*pictures, None]]
+    assert [output.tokens for output in own.complete(asked)] == wanted
+    # What is kept of one picture is not another's.
+    again = [own.complete([each])[0] for each in reversed(asked)]
+    assert [output.tokens for output in reversed(again)] == wanted
+    assert len({tuple(row) for row in wanted}) == 3

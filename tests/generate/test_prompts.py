@@ -1,13 +1,15 @@
 """How the prompts of newcomers are cut into chunks, and which of them share a row."""
 
 import jax.numpy as jnp
+import numpy as np
 
 from dsjax.generate.decoding import Carry
 from dsjax.generate.prompts import Prompts
-from dsjax.generate.request import Request
+from dsjax.generate.request import Given, Request
 from dsjax.generate.rows import Open
 from dsjax.model.cache import Cache
 
+GIVEN = Given(np.array([14, 15, 16, 39]), np.arange(16, dtype=np.float32).reshape(4, 4))
 LONG, SHORT = tuple(range(3, 43)), (7, 8)
 
 
@@ -58,3 +60,34 @@ def test_chunks_end_within_the_cache_where_much_is_known():
     assert found.advance(chunk) == {0: 12, 1: 16} and found.ready() == [0]
     assert list(found.in_cache(0)) == list(known) and list(found.in_cache(1)) == list(LONG[:16])
     assert found.chunk(512).tokens_BX.shape == (2, 33)  # the rest at once
+
+
+def pictured(*asked):
+    """Prompts of pairs: ids, and what is given for some of them."""
+    slots = [Open(i, Request(ids, 5, given=given)) for i, (ids, given) in enumerate(asked)]
+    return Prompts(slots, Carry(Cache(None, None, None), jnp.zeros((3, 1, 4))), 64, n_drafts=0)
+
+
+def test_what_is_given_follows_the_chunks():
+    found = pictured((SHORT, None), (LONG, GIVEN))
+    first = found.chunk(16)
+    assert first.embeddings is not None
+    given_BT, values_BTD = first.embeddings
+    assert given_BT.shape == (3, 16) and np.argwhere(given_BT).tolist() == [[1, 14], [1, 15]]
+    np.testing.assert_array_equal(values_BTD[1, 14:], GIVEN.values[:2])
+    found.advance(first)
+    second = found.chunk(16)
+    assert second.embeddings is not None
+    assert np.argwhere(second.embeddings.given_BT).tolist() == [[1, 0]]
+    np.testing.assert_array_equal(second.embeddings.values_BTD[1, 0], GIVEN.values[2])
+
+
+def test_nothing_is_given_to_text_alone():
+    assert pictured((SHORT, None), (LONG, None)).chunk(16).embeddings is None
+
+
+def test_equal_ids_with_another_picture_are_another_prompt():
+    same = Given(GIVEN.places, GIVEN.values.copy())
+    other = Given(GIVEN.places, GIVEN.values + 1)
+    found = pictured((LONG, GIVEN), (LONG, same), (LONG, other), (LONG, None))
+    assert found.rows_X.tolist() == [0, 0, 1, 2]

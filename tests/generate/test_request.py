@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 
 from dsjax.generate.record import Record
-from dsjax.generate.request import Output, Request, join, output, problems
+from dsjax.generate.request import Given, Output, Request, join, output, problems
 from tests.model.tiny import TINY
 
+PLAIN = dataclasses.replace(TINY, n_mtp=0)
 DENSE = dataclasses.replace(TINY, n_layers=1, n_dense_layers=1)
 
 
@@ -48,3 +49,25 @@ def test_a_model_without_experts_cannot_report_them():
     asked = Request((1,), 1, experts=True)
     assert list(problems(asked, DENSE)) == ["experts=True, and the model has none; leave it out"]
     assert not list(problems(asked, TINY))
+
+
+def given(places, shape):
+    return Request((1, 2, 3), 1, given=Given(np.array(places), np.zeros(shape, np.float32)))
+
+
+def test_what_is_given_fits_prompt_and_model():
+    assert not list(problems(given([0, 2], (2, 32)), PLAIN))
+    (wrong,) = problems(given([0, 2], (2, 16)), PLAIN)
+    assert "shape [2, 16] are given for [2, 32]: 2 tokens of a model with model.dim=32" in wrong
+    (outside,) = problems(given([0, 3], (2, 32)), PLAIN)
+    assert "outside the prompt of 3" in outside
+    (mtp,) = problems(given([0], (1, 32)), TINY)
+    assert "set model.n_mtp=0" in mtp
+
+
+def test_scope_tells_owners_and_pictures_apart():
+    one, same = given([0], (1, 32)), given([0], (1, 32))
+    moved = given([1], (1, 32))
+    assert one.scope == same.scope != moved.scope
+    assert one.scope != dataclasses.replace(one, owner="a").scope
+    assert Request((1,), 1, owner="a").scope == "a"

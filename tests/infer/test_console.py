@@ -147,6 +147,7 @@ def checkpoint(tmp_path, monkeypatch):
         write_checkpoint(tmp_path, configs.pop("control", R1), **configs)
         opened = types.SimpleNamespace(
             tokenizer_folder=tmp_path,
+            hf=None,
             model=types.SimpleNamespace(vocab_size=VOCAB_SIZE, max_seq_len=500),
         )
         engine = ScriptedEngine(*replies)
@@ -160,7 +161,8 @@ def checkpoint(tmp_path, monkeypatch):
 
 def run(**options):
     defaults = dict.fromkeys(
-        "prompt tokens out max_new_tokens temperature top_k top_p min_p stop dtype thinking".split()
+        "prompt tokens out max_new_tokens temperature top_k top_p min_p stop dtype thinking "
+        "image".split()
     )
     flags = {"raw": False, "no_bos": False, "speculative": False, "seed": 0, "mesh": {}}
     flags["override"] = []

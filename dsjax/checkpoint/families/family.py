@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dsjax.checkpoint.families.rope import ROPE
+from dsjax.checkpoint.families.sight import Sight
 from dsjax.checkpoint.families.table import MAX_LISTED, Fields, Row, Values, field, fixed
 from dsjax.config import ModelConfig
 
@@ -53,6 +54,8 @@ class Family:
       section: the object in config.json that describes the language model, if the language model
         is part of a larger one; None: config.json itself.
       prefix: prefix of the names of the language model's tensors, such as `language.`.
+      body: what follows it in all names but the output head's.
+      sight: what a larger model has besides to see and draw with; None: nothing.
     """
 
     name: str
@@ -66,6 +69,8 @@ class Family:
     neutral: frozenset[str] = frozenset()
     section: str | None = None
     prefix: str = ""
+    body: str = "model."
+    sight: Sight | None = None
 
     @property
     def has_experts(self) -> bool:

@@ -1,0 +1,7 @@
+"""Pictures: read as the published models read them, seen by towers, drawn from codes.
+
+pictures.py reads files and needs no jax. siglip.py is the tower of DeepSeek-VL, VL2 and the Janus
+models, sam.py the second tower of DeepSeek-VL 7B; projector.py leads from a tower's width to the
+language model's. vq.py turns pictures into codes and back. eyes.py puts together what a checkpoint
+has beside its language model.
+"""

@@ -1,0 +1,227 @@
+"""Reads pictures as the published models were trained on them, to the last bit.
+
+A picture is converted to RGB, resized so that its longer side is the tower's, and only then padded
+to a square, centred, with the colour of the mean. Pillow resizes: its kernel has a = -0.5 and
+rounds to 8 bits between its two passes, which nothing in JAX or torch does.
+
+DeepSeek's code (Janus, DeepSeek-VL) cuts the shorter side to whole pixels where transformers rounds
+it: 500 x 333 becomes 384 x 255 or 384 x 256. `Rules.cut` says which. A rotation that a camera only
+notes (EXIF) is not applied, nor do they; of an animation the first picture is read.
+
+A file says how large its picture is before any of it is decoded, so a small file cannot fill the
+memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dsjax.files import disguise, read_json, read_regular
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_BYTES = 64 << 20  # of a file
+MAX_PIXELS = 64_000_000  # a camera's largest pictures have 61 million; 4 bytes each while decoded
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+RULES_FILE = "preprocessor_config.json"
+_SCALE = 1 / 255
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """How pictures become a tower's input; what preprocessor_config.json says.
+
+    Attributes:
+      size: side of the square, in pixels.
+      least: the shorter side is at least this long before padding.
+      mean, std: of each channel, on a scale from 0 to 1.
+      cut: whether a fraction of a pixel is cut off the shorter side, not rounded.
+      high: how the picture for a second tower is made; this one is then made from it.
+    """
+
+    size: int = 384
+    least: int = 14
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    cut: bool = True
+    high: Rules | None = None
+
+    @property
+    def border(self) -> tuple[int, ...]:
+        """The colour that fills the square: the mean, cut to 8 bits."""
+        return tuple(int(value * 255) for value in self.mean)
+
+
+def require_package() -> None:
+    """Raises ValueError, with what to install, if Pillow is missing."""
+    if importlib.util.find_spec("PIL") is None:
+        raise ValueError("reading pictures needs Pillow: pip install 'dsjax[vision]'")
+
+
+def open_picture(path: Path) -> Image:
+    """Reads a picture from a file, as RGB.
+
+    Raises:
+      ValueError: it is not a regular file, has more bytes or pixels than allowed, or is not a whole
+        picture in one of FORMATS.
+    """
+    return decode(read_regular(path, MAX_BYTES), str(path))
+
+
+def decode(data: bytes, place: str) -> Image:
+    """Decodes a picture as RGB.
+
+    Args:
+      place: where the bytes are from, for messages.
+
+    Raises:
+      ValueError: see `open_picture`.
+    """
+    require_package()
+    import PIL.Image
+
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{place} has {len(data):,} bytes, more than the {MAX_BYTES:,} allowed")
+    with warnings.catch_warnings():
+        # Pillow warns of large pictures, and of metadata that nobody reads; the limit is ours.
+        warnings.simplefilter("ignore")
+        try:
+            picture = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
+        except PIL.UnidentifiedImageError:
+            what = disguise(data[:512]) or f"not a picture in {', '.join(FORMATS)}"
+            raise ValueError(f"{place} is {what}") from None
+        except Exception as error:  # decoders raise whatever a damaged header makes them do
+            raise ValueError(_damaged(place, error)) from error
+        _check_size(picture.size, place)
+        try:
+            return picture.convert("RGB")
+        except Exception as error:
+            raise ValueError(_damaged(place, error)) from error
+
+
+def _damaged(place: str, error: Exception) -> str:
+    return f"{place} is damaged or not supported: {error}; save the picture again, as PNG"
+
+
+def _check_size(size: tuple[int, int], place: str) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ValueError(f"{place} is a picture of {width} x {height} pixels, so there is nothing")
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"{place} is a picture of {width:,} x {height:,} pixels, more than the {MAX_PIXELS:,} "
+            "that are decoded; make it smaller"
+        )
+
+
+def square(picture: Image, rules: Rules) -> np.ndarray:
+    """Resizes and pads an RGB picture, uint8 [size, size, 3]."""
+    import PIL.Image
+
+    width, height = (_side(side, max(picture.size), rules) for side in picture.size)
+    resized = picture.resize((width, height), PIL.Image.Resampling.BICUBIC)
+    side = max(width, height)
+    framed = PIL.Image.new("RGB", (side, side), rules.border)
+    framed.paste(resized, ((side - width) // 2, (side - height) // 2))
+    return np.asarray(framed)
+
+
+def _side(side: int, longest: int, rules: Rules) -> int:
+    """Returns the new length of a side. The order of the operations decides about the last pixel,
+    and either reference has its own.
+    """
+    if rules.cut:
+        return max(int(side / longest * rules.size), rules.least)
+    return max(round(side * (rules.size / longest)), rules.least)
+
+
+def normalized(squares: np.ndarray, rules: Rules) -> np.ndarray:
+    """Scales uint8 [..., 3] to the tower's numbers, float32: float64 up to 1, float32 from there,
+    as the references.
+    """
+    scaled = (squares * _SCALE).astype(np.float32)
+    return (scaled - np.float32(rules.mean)) / np.float32(rules.std)
+
+
+def pixels(pictures: Sequence[Image], rules: Rules) -> np.ndarray:
+    """Returns a tower's input, float32 [pictures, size, size, 3]."""
+    return normalized(np.stack([square(picture, rules) for picture in pictures]), rules)
+
+
+def largest(picture: Image, rules: Rules) -> np.ndarray:
+    """Returns the largest square that a model sees of a picture, uint8 [size, size, 3]."""
+    return square(picture, rules.high or rules)
+
+
+def inputs(squares: np.ndarray, rules: Rules) -> tuple[np.ndarray, ...]:
+    """Returns the input of each tower, the second one's last, from the largest squares."""
+    if rules.high is None:
+        return (normalized(squares, rules),)
+    import PIL.Image
+
+    small = [square(PIL.Image.fromarray(each), rules) for each in squares]
+    return normalized(np.stack(small), rules), normalized(squares, rules.high)
+
+
+def read_rules(folder: Path) -> Rules:
+    """Reads a checkpoint's preprocessor_config.json, as DeepSeek or transformers writes it.
+
+    Raises:
+      ValueError: it is missing, or asks for what is not done here.
+    """
+    path = folder / RULES_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {RULES_FILE}, which says how pictures are read")
+    return rules_of(read_json(path), str(path))
+
+
+def rules_of(values: Mapping[str, Any], place: str) -> Rules:
+    """Reads the contents of a preprocessor_config.json; see `read_rules`."""
+    size, cut = values.get("image_size"), True
+    if size is None:  # transformers'
+        sides = values.get("size") or {}
+        size, cut = sides.get("height") if isinstance(sides, Mapping) else sides, False
+        if isinstance(sides, Mapping) and sides.get("width") != size:
+            raise ValueError(f"{place}: size={sides!r} is not a square")
+    least = values.get("min_size", Rules.least)
+    for name, value in (("size", size), ("min_size", least)):
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 4096:
+            raise ValueError(f"{place}: {name}={value!r} is not an integer from 1 to 4096")
+    for name in ("do_resize", "do_rescale", "do_normalize", "do_pad"):
+        if values.get(name) is False:
+            raise ValueError(f"{place}: {name}=false, and pictures are always prepared here")
+    if values.get("resample", 3) != 3:
+        raise ValueError(f"{place}: resample={values['resample']!r} is not 3, bicubic")
+    factor = values.get("rescale_factor", _SCALE)
+    if factor != _SCALE:
+        raise ValueError(f"{place}: rescale_factor={factor!r} is not 1/255")
+    mean, std = (_channels(values, name, place) for name in ("image_mean", "image_std"))
+    if not all(std):
+        raise ValueError(f"{place}: image_std={list(std)} divides by 0")
+    high = None
+    if values.get("high_res_size"):
+        found = {key.removeprefix("high_res_"): value for key, value in values.items()
+                 if key.startswith("high_res_")}  # fmt: skip
+        high = rules_of({**values, **found, "high_res_size": None}, place)
+    return Rules(size=size, least=least, mean=mean, std=std, cut=cut, high=high)
+
+
+def _channels(values: Mapping[str, Any], name: str, place: str) -> tuple[float, float, float]:
+    found = values.get(name)
+    if (
+        not isinstance(found, list)
+        or len(found) != 3
+        or any(isinstance(each, bool) or not isinstance(each, int | float) for each in found)
+        or not all(0 <= each <= 1 for each in found)
+    ):
+        raise ValueError(f"{place}: {name}={found!r} is not three numbers from 0 to 1")
+    return (float(found[0]), float(found[1]), float(found[2]))

@@ -1,0 +1,48 @@
+import dataclasses
+
+import pytest
+
+from dsjax.config.vision import SamConfig, SiglipConfig, VisionConfig, VqConfig
+
+
+def test_defaults_are_those_of_janus():
+    tower, vq = SiglipConfig(), VqConfig()
+    assert (tower.grid, tower.n_tokens, vq.scale) == (24, 576, 16)
+    assert VisionConfig(dim=8, tower=tower, vq=vq, head_dim=8).code_grid == 24
+
+
+def test_pixels_that_fill_no_patch_are_not_counted():
+    tower = SiglipConfig(image_size=384, patch_size=14)
+    assert (tower.grid, tower.n_tokens) == (27, 729)
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "said"),
+    [
+        (SiglipConfig, {"n_heads": 3}, "tower.dim=1024 does not divide by tower.n_heads=3"),
+        (SiglipConfig, {"patch_size": 400}, "tower.patch_size=400 exceeds tower.image_size=384"),
+        (SiglipConfig, {"n_layers": 0}, "tower.n_layers=0 must be greater than 0"),
+        (SamConfig, {"n_heads": 5}, "sam.dim=768 does not divide by sam.n_heads=5"),
+        (SamConfig, {"image_size": 1000}, "does not divide by sam.patch_size=16"),
+        (SamConfig, {"global_layers": (5, 2)}, "sam.global_layers=(5, 2) must be numbers"),
+        (SamConfig, {"global_layers": (12,)}, "of some of the 12 layers, ascending"),
+        (VqConfig, {"channels": 48}, "widths of 48, 96, 192, which must divide into 32 groups"),
+        (VqConfig, {"multipliers": ()}, "vq.multipliers=() must be numbers above 0"),
+        (VqConfig, {"n_codes": 0}, "vq.n_codes=0 must be greater than 0"),
+    ],
+)
+def test_impossible_shapes_are_refused(make, changes, said):
+    with pytest.raises(ValueError) as caught:
+        make(**changes)
+    assert said in str(caught.value)
+
+
+def test_a_model_that_draws_needs_a_head():
+    seeing = VisionConfig(dim=8, tower=SiglipConfig())
+    with pytest.raises(ValueError, match=r"vision\.head_dim=0"):
+        dataclasses.replace(seeing, vq=VqConfig())
+
+
+def test_two_towers_share_the_width():
+    with pytest.raises(ValueError, match=r"vision\.dim=7 is odd"):
+        VisionConfig(dim=7, tower=SiglipConfig(), high=SamConfig())

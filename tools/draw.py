@@ -1,0 +1,50 @@
+"""Draws pictures of a prompt, with a model that can: Janus or Janus-Pro.
+
+CKPT is the folder as published, DeepSeek's own or transformers' conversion of it.
+
+  # four pictures and a sheet of them all
+  python tools/draw.py Janus-Pro-1B --prompt 'a lighthouse at dusk, oil painting' --out lighthouse
+  # one picture, the likeliest codes, following the prompt more loosely
+  python tools/draw.py Janus-Pro-7B --prompt 'a red circle' --out one --n 1 --temperature 0 \\
+    --guidance 2
+
+A picture is DIR/SEED.png, and its metadata says prompt, model and settings. The next has the next
+seed. A stopped command, given again, draws what is left. Without --dtype a CPU computes in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dsjax import command
+
+
+def parser() -> argparse.ArgumentParser:
+    result = command.make_parser(__doc__)
+    command.add_checkpoint(result)
+    add = result.add_argument
+    add("--prompt", metavar="TEXT", required=True, help="what to draw")
+    add("--out", metavar="DIR", type=Path, required=True, help="folder of the pictures")
+    add("--n", metavar="N", type=int, default=4, help="how many (default: %(default)s)")
+    guidance = "how much to exaggerate what the prompt changes; 1: not (default: %(default)s)"
+    add("--guidance", metavar="W", type=float, default=5.0, help=guidance)
+    temperature = "of drawing codes; 0 takes the likeliest (default: %(default)s)"
+    add("--temperature", metavar="T", type=float, default=1.0, help=temperature)
+    add("--seed", metavar="S", type=int, default=0, help="of the first picture (default: 0)")
+    add("--max-batch", metavar="N", type=int, default=16, help="pictures at a time (default: 16)")
+    return result
+
+
+def execute(arguments: argparse.Namespace) -> None:
+    # Imported here, so that --help and wrong usage need not wait for jax.
+    from dsjax.infer import drawing
+    from dsjax.parallel import compilation
+
+    compilation.use_persistent_cache("")
+    drawing.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(parser(), execute))
