@@ -34,6 +34,7 @@ def chosen_experts(
     weights_MK: jax.Array,
     target: Target,
     at_use: Callable[[Stack, DTypeLike], jax.Array],
+    limit: float = 0.0,
 ) -> jax.Array:
     """Sums each token's SwiGLU experts by weight.
 
@@ -45,13 +46,15 @@ def chosen_experts(
       weights_MK: float32.
       target: not a TPU.
       at_use: makes an array of the tokens' dtype of what was read from a stack.
+      limit: of the gates from above, and of what they multiply on both sides; 0: none.
 
     Returns:
       [M, D] in x's dtype, summed in float32.
     """
     compute = _at_once if target.kind == "gpu" else _one_by_one
     stacks = w_gate_EDF, w_up_EDF, w_down_EFD
-    y_MD = compute(x_MD, *stacks, experts_MK, weights_MK, lambda w: at_use(w, x_MD.dtype))
+    swiglu = functools.partial(_swiglu, limit=limit)
+    y_MD = compute(x_MD, *stacks, experts_MK, weights_MK, lambda w: at_use(w, x_MD.dtype), swiglu)
     return y_MD.astype(x_MD.dtype)
 
 
@@ -63,7 +66,13 @@ def is_few(n_tokens: int, top_k: int, n_experts: int, target: Target) -> bool:
     return target.kind == "cpu" and n_tokens <= 32
 
 
-def _at_once(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, at_use):
+def _swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
+    if limit:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return jax.nn.silu(gate) * up
+
+
+def _at_once(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, at_use, swiglu):
     def product(x_MKX: jax.Array, stack_EXY: Stack) -> jax.Array:
         # Not a matrix product: XLA would copy the matrices for one, but a sum reads them in place.
         chosen = jax.tree.map(lambda leaf: leaf[experts_MK], stack_EXY)
@@ -72,11 +81,11 @@ def _at_once(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, at_
 
     x_M1D = x_MD[:, None]
     gate, up = (product(x_M1D, w).astype(x_MD.dtype) for w in (w_gate_EDF, w_up_EDF))
-    out_MKD = product(jax.nn.silu(gate) * up, w_down_EFD)
+    out_MKD = product(swiglu(gate, up), w_down_EFD)
     return (out_MKD * weights_MK[..., None]).sum(axis=1)
 
 
-def _one_by_one(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, at_use):
+def _one_by_one(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, at_use, swiglu):
     sorted_A = jnp.sort(experts_MK.reshape(-1))
     repeated_A = jnp.pad(sorted_A[1:] == sorted_A[:-1], (1, 0))
     chosen_A = sorted_A[jnp.argsort(repeated_A)]  # each chosen expert once, then repetitions
@@ -90,7 +99,7 @@ def _one_by_one(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, 
         expert = chosen_A[index]
         gate = x_MD @ matrix(w_gate_EDF, expert)
         up = x_MD @ matrix(w_up_EDF, expert)
-        out = (jax.nn.silu(gate) * up) @ matrix(w_down_EFD, expert)
+        out = swiglu(gate, up) @ matrix(w_down_EFD, expert)
         weight_MK = jnp.where(experts_MK == expert, weights_MK, 0.0)
         return y_MD + out.astype(jnp.float32) * weight_MK.sum(axis=1, keepdims=True)
 
