@@ -186,7 +186,9 @@ def _softmax(scores: list[jax.Array], sink_N: jax.Array) -> list[jax.Array]:
         jnp.maximum, (each.max(axis=-1, keepdims=True) for each in scores), sink_BTN1
     )
     weights = [jnp.exp(each - highest) for each in scores]
-    total = sum((each.sum(axis=-1, keepdims=True) for each in weights), jnp.exp(sink_BTN1 - highest))
+    total = sum(
+        (each.sum(axis=-1, keepdims=True) for each in weights), jnp.exp(sink_BTN1 - highest)
+    )
     return [each / total for each in weights]
 
 

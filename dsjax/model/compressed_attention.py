@@ -42,6 +42,7 @@ from dsjax.precision.matmul import float32_matmul, linear
 from dsjax.precision.policy import Policy
 from dsjax.precision.small_weights import at_use
 
+
 class Row(NamedTuple):
     """Where the tokens of whole sequences are, and the runs to compress, by the kind of layer."""
 

@@ -229,7 +229,9 @@ class MixedLayers(nnx.Module):
         before: Counter[LayerKind] = Counter()
         found = []
         for run in runs(kinds(self.config)):
-            first = [before[kind] + run.pattern[:i].count(kind) for i, kind in enumerate(run.pattern)]
+            first = [
+                before[kind] + run.pattern[:i].count(kind) for i, kind in enumerate(run.pattern)
+            ]
             step = functools.partial(self._repeat, function, run, first)
             carry, outs = jax.lax.scan(step, carry, jnp.arange(run.repeats, dtype=jnp.int32))
             found.append(jax.tree.map(_in_order, *outs))

@@ -261,8 +261,6 @@ def entry_places(
     begins_BS = (positions_BS % stride == 0) & (last_BS == segments_BS)
     fill = ((0, 0), (0, count * stride - S))
     places_BS = jnp.where(begins_BS, lax.broadcasted_iota(jnp.int32, (B, S), 1), -1)
-    places_BZ = (
-        jnp.pad(places_BS, fill, constant_values=-1).reshape(B, count, stride).max(axis=-1)
-    )
+    places_BZ = jnp.pad(places_BS, fill, constant_values=-1).reshape(B, count, stride).max(axis=-1)
     positions_BZ = jnp.take_along_axis(positions_BS, jnp.maximum(places_BZ, 0), axis=1)
     return places_BZ, positions_BZ
