@@ -42,8 +42,8 @@ class ModelConfig:
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
-    # mla with an indexer, which chooses the keys that a query attends to (V3.2); all 0: all earlier.
-    # compressed: the indexer of its sparse layers, which chooses compressed entries
+    # mla with an indexer, which chooses the keys that a query attends to (V3.2); all 0: all
+    # earlier. compressed: the indexer of its sparse layers, which chooses compressed entries
     index_n_heads: int = 0
     index_head_dim: int = 0
     index_topk: int = 0  # keys per query
@@ -163,8 +163,8 @@ class ModelConfig:
         require(
             self.attention in ("mla", "compressed") and self.q_lora_rank > 0,
             f"an indexer (model.index_topk={self.index_topk}) reads the query latent, so it needs "
-            f"model.attention=mla or compressed and model.q_lora_rank above 0, not {self.attention} and "
-            f"{self.q_lora_rank}",
+            f"model.attention=mla or compressed and model.q_lora_rank above 0, not "
+            f"{self.attention} and {self.q_lora_rank}",
         )
         require(
             self.index_head_dim >= self.qk_rope_head_dim,

@@ -171,7 +171,9 @@ def _gathered(
 
 
 def _scores(q_BTNH: jax.Array, keys: jax.Array, seen_BTS: jax.Array, scale: float) -> jax.Array:
-    """Returns float32 [B, T, N, S], given keys [B, S, H] or, of each query its own, [B, T, S, H]."""
+    """Returns float32 [B, T, N, S], given keys [B, S, H] or, of each query its own,
+    [B, T, S, H].
+    """
     shared = keys.ndim == 3
     scores = _product("BTNH,BSH->BTNS" if shared else "BTNH,BTSH->BTNS", q_BTNH, keys) * scale
     return jnp.where(seen_BTS[:, :, None], scores, _MASKED)

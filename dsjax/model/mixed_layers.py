@@ -48,6 +48,18 @@ class Spread:
         return jnp.broadcast_to((token * K + choice) % self.n_experts, shape).astype(dtype)
 
 
+def check_parts(config: ModelConfig, n_parts: int) -> None:
+    """Raises ValueError if a mesh of `n_parts` along `context` would split sequences that stay
+    whole.
+    """
+    if config.attention == "compressed" and n_parts > 1:
+        raise ValueError(
+            "model.attention=compressed keeps sequences whole: an entry is made of tokens that "
+            f"mesh.context={n_parts} devices would share out; set mesh.context=1 and split over "
+            "data, fsdp, expert or tensor"
+        )
+
+
 class HyperBlock(nnx.Module):
     """One layer: attention and experts, each connected to the residual streams."""
 
@@ -160,12 +172,7 @@ class MixedLayers(nnx.Module):
         Raises:
           ValueError: the mesh splits sequences.
         """
-        if (n_parts := parts_here("length")) > 1:
-            raise ValueError(
-                "model.attention=compressed keeps sequences whole: an entry is made of tokens that "
-                f"mesh.context={n_parts} devices would share out; set mesh.context=1 and split over "
-                "data, fsdp, expert or tensor"
-            )
+        check_parts(self.config, parts_here("length"))
         row = place_row(segments_BT, tokens_BT, self.config)
 
         def layer(streams_BTXD: Any, layers: HyperBlock, kind: LayerKind, number: jax.Array):

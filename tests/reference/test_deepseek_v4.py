@@ -30,6 +30,8 @@ pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
 SEED = int(os.environ.get("DSJAX_REFERENCE_SEED", "400"))
 KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
 LENGTH = 150
+# A test runs its program once or twice: compiling it well takes longer than running it badly.
+QUICK = {"xla_backend_optimization_level": 0}
 
 
 def drawn(seed: int) -> dict[str, Any]:
@@ -82,6 +84,7 @@ def reference(fields: dict[str, Any], seed: int) -> Any:
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
     model = DeepseekV4ForCausalLM(DeepseekV4Config(**fields)).eval()
+    model.generation_config.eos_token_id = None
     rng = np.random.default_rng(seed)
 
     def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -122,7 +125,8 @@ def test_random_checkpoint_equals_transformers(seed, tmp_path):
     fields = drawn(seed)
     theirs, own = written(fields, seed, tmp_path)
     tokens = np.random.default_rng(seed).integers(0, fields["vocab_size"], (2, LENGTH))
-    got = jax.jit(lambda model, tokens: model(tokens))(own, jnp.asarray(tokens, jnp.int32))
+    forward = jax.jit(lambda model, tokens: model(tokens), compiler_options=QUICK)
+    got = forward(own, jnp.asarray(tokens, jnp.int32))
     assert_close(np.asarray(got), their_logits(theirs, tokens), LOGITS, f"{fields}")
 
 
@@ -158,7 +162,8 @@ def test_decoding_equals_the_full_forward_at_every_border(tmp_path):
     extend = jax.jit(
         lambda model, tokens, start, cache: (
             lambda found: (model.logits(found.main_BTD), found.cache)
-        )(model.extend(tokens, start, cache))
+        )(model.extend(tokens, start, cache)),
+        compiler_options=QUICK,
     )
     for first in range(heavy - 2, heavy + 3):
         cache = empty_cache(own.config, 1, length, jnp.float32)

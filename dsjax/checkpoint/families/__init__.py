@@ -1,8 +1,8 @@
 """The families of published checkpoints, one per file, looked up by config.json's `model_type`.
 
 Each of llama.py, qwen2.py, qwen3.py, deepseek.py (DeepSeekMoE), deepseek_v2.py, deepseek_v3.py,
-deepseek_v32.py, deepseek_v4.py and kimi_k2.py declares one `Family`: the rows of its config.json and the names of
-its tensors, both two-way.
+deepseek_v32.py, deepseek_v4.py and kimi_k2.py declares one `Family`: the rows of its config.json
+and the names of its tensors, both two-way.
 family.py defines `Family` and the parts that families share; table.py defines rows, rope.py the row
 for rope settings. To add a family, add a file and an entry in `_ALL`.
 """
@@ -10,8 +10,8 @@ for rope settings. To add a family, add a file and an entry in `_ALL`.
 from dsjax.checkpoint.families.deepseek import DEEPSEEK
 from dsjax.checkpoint.families.deepseek_v2 import DEEPSEEK_V2
 from dsjax.checkpoint.families.deepseek_v3 import DEEPSEEK_V3
-from dsjax.checkpoint.families.deepseek_v32 import DEEPSEEK_V32
 from dsjax.checkpoint.families.deepseek_v4 import DEEPSEEK_V4
+from dsjax.checkpoint.families.deepseek_v32 import DEEPSEEK_V32
 from dsjax.checkpoint.families.family import Family
 from dsjax.checkpoint.families.kimi_k2 import KIMI_K2
 from dsjax.checkpoint.families.llama import LLAMA

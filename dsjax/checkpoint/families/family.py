@@ -47,6 +47,9 @@ class TopNames(NamedTuple):
     head: str = "lm_head.weight"
 
 
+PUBLISHED_NAMES = TopNames()
+
+
 class Place(NamedTuple):
     """Where a layer's tensors are in our parameter tree."""
 
@@ -85,7 +88,7 @@ class Family:
     neutral: frozenset[str] = frozenset()
     section: str | None = None
     prefix: str = ""
-    top: TopNames = TopNames()
+    top: TopNames = PUBLISHED_NAMES
 
     @property
     def has_experts(self) -> bool:
