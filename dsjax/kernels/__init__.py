@@ -8,6 +8,7 @@ configs, models or meshes; `Target` says which machine a program is compiled for
   cached_attention.py   attention of new tokens to a decoding cache
   sparse_attention.py   attention to the keys that an index chooses (V3.2): masked, and gathered
   native_sparse.py      attention in three branches that read few keys (NSA)
+  compressed_attention.py  attention to recent tokens and compressed entries (V4)
   query_tiles.py        a function of queries, run over a few of them after the other
   grouped_matmul.py     rows sorted by group times one matrix per group: the experts' products
   hopper_grouped.py     the same as Mosaic GPU kernels, for Hopper

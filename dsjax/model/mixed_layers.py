@@ -93,16 +93,14 @@ class HyperBlock(nnx.Module):
 
     def __call__(self, streams_BTXD: jax.Array, tokens_BT: jax.Array, row: Row) -> jax.Array:
         """Runs the layer on whole sequences."""
-
-        def experts(x_BTD: jax.Array) -> jax.Array:
-            chosen, counted = self.experts_of(tokens_BT), jnp.ones_like(tokens_BT)
-            return self.ffn(x_BTD, counted, None, chosen)[0]
-
         streams_BTXD = constrain(streams_BTXD, "batch", "length", "width", "width")
-        streams_BTXD = self._connected(
-            streams_BTXD, self.hc_attn, self.attn_norm, lambda x_BTD: self.attn.of_row(x_BTD, row)
-        )
-        return self._connected(streams_BTXD, self.hc_ffn, self.ffn_norm, experts)
+        x_BTD, mix = self.hc_attn(streams_BTXD)
+        y_BTD = self.attn.of_row(self.attn_norm(x_BTD), row)
+        streams_BTXD = expand(streams_BTXD, y_BTD, mix)
+        x_BTD, mix = self.hc_ffn(streams_BTXD)
+        chosen, counted_BT = self.experts_of(tokens_BT), jnp.ones_like(tokens_BT)
+        y_BTD, _, _ = self.ffn(self.ffn_norm(x_BTD), counted_BT, None, chosen)
+        return expand(streams_BTXD, y_BTD, mix)
 
     def extend(
         self,
@@ -121,33 +119,14 @@ class HyperBlock(nnx.Module):
         Returns:
           the streams, the cache, and the chosen experts, int32 [B, T, K].
         """
-        kept: list[Any] = []
-
-        def attention(x_BTD: jax.Array) -> jax.Array:
-            y_BTD, added = self.attn.add(x_BTD, angles, cache, positions_BT)
-            kept.append(added)
-            return y_BTD
-
-        def experts(x_BTD: jax.Array) -> jax.Array:
-            chosen = self.experts_of(tokens_BT)
-            y_BTD, experts_BTK = self.ffn.extend(x_BTD, stack, cache.layer, chosen)
-            kept.append(experts_BTK)
-            return y_BTD
-
         streams_BTXD = constrain(streams_BTXD, "batch", "tokens", "width", "width")
-        streams_BTXD = self._connected(streams_BTXD, self.hc_attn, self.attn_norm, attention)
-        streams_BTXD = self._connected(streams_BTXD, self.hc_ffn, self.ffn_norm, experts)
-        return streams_BTXD, *kept
-
-    def _connected(
-        self,
-        streams_BTXD: jax.Array,
-        connection: HyperConnection,
-        norm: RMSNorm,
-        function: Callable[[jax.Array], jax.Array],
-    ) -> jax.Array:
-        x_BTD, mix = connection(streams_BTXD)
-        return expand(streams_BTXD, function(norm(x_BTD)), mix)
+        x_BTD, mix = self.hc_attn(streams_BTXD)
+        y_BTD, cache = self.attn.add(self.attn_norm(x_BTD), angles, cache, positions_BT)
+        streams_BTXD = expand(streams_BTXD, y_BTD, mix)
+        x_BTD, mix = self.hc_ffn(streams_BTXD)
+        chosen = self.experts_of(tokens_BT)
+        y_BTD, chosen = self.ffn.extend(self.ffn_norm(x_BTD), stack, cache.layer, chosen)
+        return expand(streams_BTXD, y_BTD, mix), cache, chosen
 
 
 class MixedLayers(nnx.Module):
