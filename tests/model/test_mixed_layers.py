@@ -2,6 +2,7 @@
 documents equal each alone, meshes equal one device.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -20,6 +21,10 @@ from tests.closeness import EXACT, F32, assert_close
 from tests.model.compressed import COMPRESSED, compressed_model, tokens
 
 QUICK = {"xla_backend_optimization_level": 0}
+# One program for two layers, where COMPRESSED has one for each of three kinds.
+SPARSE = dataclasses.replace(
+    COMPRESSED, n_layers=2, layer_types=("sparse", "sparse"), hash_layers=()
+)
 LENGTH = 27  # three heavy entries, six sparse ones of which three are chosen, and a rest
 TOKENS = tokens(2, LENGTH)
 
@@ -38,25 +43,29 @@ def extended():
     return jax.jit(run, compiler_options=QUICK)
 
 
-def whole():
-    return np.asarray(forward()(compressed_model(), TOKENS))
+def whole(config=COMPRESSED):
+    return np.asarray(forward()(compressed_model(config), TOKENS))
 
 
-def test_tokens_added_to_a_cache_equal_the_whole_sequence():
+@pytest.mark.parametrize(
+    "config", [SPARSE, pytest.param(COMPRESSED, marks=pytest.mark.heavy)], ids=["sparse", "all"]
+)
+def test_tokens_added_to_a_cache_equal_the_whole_sequence(config):
     """In chunks of 6 that end in padding, so that entries and windows end at all places of one."""
-    cache, found, start = empty_cache(COMPRESSED, 2, LENGTH + 6, jnp.float32), [], 0
+    cache, found, start = empty_cache(config, 2, LENGTH + 6, jnp.float32), [], 0
     for count in (5, 6, 4, 1, 1, 5, 5):
         chunk = np.zeros((2, 6), np.int32)
         chunk[:, :count] = TOKENS[:, start : start + count]
         starts = np.full(2, start, np.int32)
-        logits, cache, experts = extended()(compressed_model(), chunk, starts, cache)
+        logits, cache, experts = extended()(compressed_model(config), chunk, starts, cache)
         found.append(logits[:, :count])
         start += count
     assert start == LENGTH
-    assert_close(np.concatenate(found, axis=1), whole(), F32)
-    assert experts.shape == (COMPRESSED.n_layers, 2, 6, COMPRESSED.n_activated_experts)
+    assert_close(np.concatenate(found, axis=1), whole(config), F32)
+    assert experts.shape == (config.n_layers, 2, 6, config.n_activated_experts)
 
 
+@pytest.mark.heavy
 def test_packed_documents_equal_each_alone():
     first = 11
     segments = np.array([[1] * first + [2] * (LENGTH - first)] * 2, np.int32)
