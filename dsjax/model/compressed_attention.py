@@ -70,15 +70,17 @@ def place_row(segments_BT: jax.Array | None, like_BT: jax.Array, config: ModelCo
     segments = jnp.zeros_like(like_BT) if segments_BT is None else segments_BT
     positions = rope.positions_in_segments(segments)
     own_BT = lax.broadcasted_iota(jnp.int32, segments.shape, 1)
-    kinds: set[Kind] = set(config.layer_types)
+    present: list[Kind] = sorted(set(config.layer_types))
     runs = {}
-    for kind in kinds - {"window"}:
+    for kind in present:
+        if kind == "window":
+            continue
         ratio = ratio_of(kind, config)
         begins_BZ, positions_BZ = entry_places(segments, positions, ratio, ratio)
         runs[kind] = Runs(begins_BZ, positions_BZ, angles_of(kind, positions_BZ, config))
     return Row(
         Places(own_BT, own_BT - positions),
-        {kind: angles_of(kind, positions, config) for kind in kinds},
+        {kind: angles_of(kind, positions, config) for kind in present},
         runs,
     )
 
