@@ -19,6 +19,7 @@ V4 report section 2.3, as transformers 5.24 computes it.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -101,7 +102,9 @@ def attend(
         scale=scale,
         gathered=gathered,
     )
-    most = max(_MOST // (B * heads * keys), 1)
+    # A tile reads as many tokens as it has queries, besides a window.
+    each = _MOST // (B * heads)
+    most = max(min(each // keys, math.isqrt(each)), 1)
     return over_tiles(tile, (q_BTNH, places, index), most=most)
 
 
