@@ -89,9 +89,8 @@ def attend(
     if entries is not None:
         Z = entries.stack.length
         heads = N if index is None else max(N, index.w_BTI.shape[-1])
-        gathered = entries.keys is not None and (
-            T == 1 < Z > entries.count or Z > _DENSE * entries.count
-        )
+        chooses = entries.keys is not None and entries.count < Z
+        gathered = chooses and (T == 1 or Z > _DENSE * entries.count)
         keys += max(Z, entries.count * -(-H // N)) if gathered else Z
     tile = functools.partial(
         _tile,
