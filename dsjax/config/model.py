@@ -163,8 +163,8 @@ class ModelConfig:
         require(
             self.attention in ("mla", "compressed") and self.q_lora_rank > 0,
             f"an indexer (model.index_topk={self.index_topk}) reads the query latent, so it needs "
-            f"model.attention=mla or compressed and model.q_lora_rank above 0, not "
-            f"{self.attention} and {self.q_lora_rank}",
+            f"model.attention=mla and model.q_lora_rank above 0, not {self.attention} and "
+            f"{self.q_lora_rank}",
         )
         require(
             self.index_head_dim >= self.qk_rope_head_dim,
