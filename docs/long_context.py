@@ -86,6 +86,8 @@ STAGES = {
     "short": Stage("256 tokens", DENSE, SHORT, 300, 16, 3e-3, "first"),
     "middle": Stage("YaRN, 1,024", YARN, MIDDLE, 100, 4, 2e-3, "short"),
     "long": Stage("YaRN, 4,096", YARN, LONG, 50, 2, 1e-3, "middle"),
+    # The same texts and steps, with the rope of the beginning.
+    "middle_plain": Stage("no YaRN, 1,024", DENSE, MIDDLE, 100, 4, 2e-3, "short"),
     # One step at a rate of nothing: the indexer stays as it is drawn.
     "random": Stage("DSA, random indexer", SPARSE, LONG, 1, 1, 1e-12, "long", "warmup"),
     "warmup": Stage("DSA, warm-up", SPARSE, LONG, 50, 1, 1e-2, "long", "warmup"),

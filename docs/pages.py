@@ -1,11 +1,12 @@
 """Adds to the site of docs/ what is written elsewhere: the README as its first page, the changelog
-and the rules of contributing, each tool's help, and the configs. Hooks of MkDocs, named in
-mkdocs.yml.
+and the rules of contributing, each tool's help, the configs, and the notebooks. Hooks of MkDocs,
+named in mkdocs.yml.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ def on_files(files: Files, config: Any) -> Files:
     made["commands.md"] = _commands()
     configs = sorted((ROOT / "configs").rglob("*.py"), key=lambda path: (path.parent, path))
     made["configs.md"] = _configs(configs)
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        made[f"notebooks/{path.stem}.md"] = _notebook(path)
     for name, text in made.items():
         files.append(File.generated(config, name, content=text))
     for path in configs:
@@ -39,7 +42,18 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Turns links between files of the repository into links between pages."""
     if page.file.src_uri in _AROUND:
         markdown = re.sub(r"\]\(docs/", "](", markdown)
+        markdown = re.sub(r"\]\((notebooks/\w+)\.ipynb\)", r"](\1.md)", markdown)
     return re.sub(r"\]\((?:\.\./)?(configs/[\w/]+)\.py\)", r"](\1.md)", markdown)
+
+
+def _notebook(path: Path) -> str:
+    """Returns the page of a notebook: its prose and code, without outputs."""
+    parts = [f"*This page is `{path.relative_to(ROOT)}`.*"]
+    for cell in json.loads(path.read_text())["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+    parts[:2] = parts[1::-1]  # the title first
+    return "\n\n".join(parts) + "\n"
 
 
 def _docstring(path: Path) -> str:

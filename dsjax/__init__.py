@@ -18,7 +18,8 @@ From the ground up; a module imports only from lines above its own:
   posttrain                       fine-tuning, preferences, rewards, reinforcement, distillation
   plan                            figures of a step on a TPU slice, of a pipeline schedule
 
-`load` is the one entry for Python users; everything else is reached through tools/ or the command `dsjax`.
+`load` is the one entry for Python users; everything else is reached through tools/ or the command
+`dsjax`.
 """
 
 import typing

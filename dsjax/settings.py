@@ -387,4 +387,8 @@ def _nearest_files(path: Path) -> str:
     ]
     near = difflib.get_close_matches(str(path), names, n=1, cutoff=0.7)
     near = near or [name for name in names if Path(name).stem == path.stem]
+    # A packaged config goes by its name in any folder.
+    example = packaged(Path("configs", "tiny.py"))
+    stems = [entry.stem for entry in example.parent.glob("*.py")] if example else []
+    near = near or difflib.get_close_matches(path.stem, stems, n=1, cutoff=0.7)
     return f"; did you mean {near[0]}?" if near else ""

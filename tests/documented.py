@@ -109,7 +109,7 @@ def _commands(
         words = _words("\n".join(rows))
         if row.endswith("\\") or words is None:
             continue
-        own = re.search(r" # needs (.+)", row)
+        own = re.search(r" #.*\bneeds (.+)", row)
         if words:
             place = f"{path.relative_to(ROOT)}:{first}"
             yield Command(place, words, own[1] if own else needs)

@@ -36,6 +36,18 @@ KINDS = {
 }
 EXAMPLE = {"grpo": "configs/grpo_countdown.py"}
 TOOLS = {*program.TOOLS, "NAME"}
+# What commands may need that no test has (`documented`).
+NEEDS = {
+    "a network",
+    "a TPU slice",
+    "the TPU compiler",
+    "several hosts",
+    "Slurm",
+    "half an hour",
+    "an hour",
+    "llama.cpp",
+    "ollama",
+}
 # Programs that are not ours, of which only the files of this repository are checked.
 OTHERS = {"pip", "source", "export", "curl", "llama-cli", "ollama", "sbatch", "kubectl"}
 
@@ -102,6 +114,10 @@ def check_tool(tool, argv, folder):
         if config == "CONFIG" or config.startswith("runs/"):  # the reader's own
             config = parser(tool).get_default("config") or EXAMPLE.get(tool, "configs/tiny.py")
         settings.override(settings.load_any(config, KINDS[tool]), given.set)
+
+
+def test_what_a_command_needs_is_one_of_these():
+    assert {command.needs for command in documented.in_pages()} == {"", *NEEDS}
 
 
 @pytest.fixture(scope="module")

@@ -117,6 +117,12 @@ def test_load_config_names_missing_file_and_nearest(tmp_path):
         settings.load_config(path.rename(tmp_path / "example.yaml"))
 
 
+def test_misspelt_packaged_config_is_suggested_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no config tinny; did you mean tiny\?"):
+        settings.load_config("tinny")
+
+
 @pytest.mark.parametrize(
     ("assignment", "value"),
     [

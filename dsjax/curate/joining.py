@@ -18,6 +18,7 @@ import pyarrow as pa
 from dsjax.curate import reading, repositories, sampling, shards, tagging, words
 from dsjax.curate.deciding import PASSED, SCHEMA
 from dsjax.curate.shingles import shingles, signatures
+from dsjax.data import splitting
 
 VERSION = 2
 _TAGS = ("id", "source", "bytes", "digest", "signature")  # what stage `buckets` reads
@@ -111,6 +112,6 @@ def _tags(row: shards.Row, size: int, near: bool) -> shards.Row:
         "id": row["id"],
         "source": row["source"],
         "bytes": size,
-        "digest": tagging.digest(row["text"]),
+        "digest": splitting.digest_bytes(row["text"], tagging.DIGEST),
         "signature": signature,
     }

@@ -5,7 +5,6 @@ change without a second pass over the text.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ import pyarrow as pa
 
 from dsjax.curate import code, language, rules, shards, signals, words
 from dsjax.curate.shingles import shingles, signatures
+from dsjax.data import splitting
 
 VERSION = 2
+DIGEST = 16  # bytes
 SIGNALS = ("garbled", *signals.NAMES, *code.NAMES)
 SCHEMA = pa.schema(
     [
@@ -24,7 +25,7 @@ SCHEMA = pa.schema(
         ("language", pa.string()),  # of code: any
         ("score", pa.float64()),
         ("bytes", pa.int64()),
-        ("digest", pa.binary(16)),  # of the text with normalised white space
+        ("digest", pa.binary(DIGEST)),  # of the text with normalised white space
         ("signature", pa.binary()),  # for near duplicates: uint32 [128], or nothing
         *((name, pa.float64()) for name in SIGNALS),  # NaN where a signal does not apply
     ]
@@ -55,7 +56,7 @@ def tag(job: Job, folder: Path, number: int) -> dict[str, Any]:
 def _measured(rows: Sequence[shards.Row], job: Job) -> list[shards.Row]:
     """Returns the measures of documents."""
     result = [_measured_alone(row, job.kinds[row["source"]]) for row in rows]
-    texts = [row["text"] for row in rows]
+    texts = [row["text"][: words.MOST] for row in rows]
     groups: dict[str, list[int]] = {}  # by the language of prose, "" for the rest
     for place, row in enumerate(rows):
         spoken = result[place]["language"]
@@ -77,7 +78,7 @@ def _measured(rows: Sequence[shards.Row], job: Job) -> list[shards.Row]:
 
 def _measured_alone(row: shards.Row, kind: str) -> shards.Row:
     """Returns what needs no words."""
-    text = row["text"]
+    text, measured = row["text"], row["text"][: words.MOST]
     spoken, score = (rules.ANY, 1.0) if kind == "code" else language.identify(text)
     return {
         "id": row["id"],
@@ -85,14 +86,9 @@ def _measured_alone(row: shards.Row, kind: str) -> shards.Row:
         "language": spoken,
         "score": score,
         "bytes": len(text.encode()),
-        "digest": digest(text),
+        "digest": splitting.digest_bytes(text, DIGEST),
         "signature": b"",
         **dict.fromkeys(SIGNALS, float("nan")),
-        "garbled": signals.garbled(text),
-        **(code.measure(text, row["path"]) if kind == "code" else {}),
+        "garbled": signals.garbled(measured),
+        **(code.measure(measured, row["path"]) if kind == "code" else {}),
     }
-
-
-def digest(text: str) -> bytes:
-    """Returns a hash, equal for texts that differ in white space alone."""
-    return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()

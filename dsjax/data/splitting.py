@@ -13,12 +13,29 @@ import numpy as np
 
 TRAIN, HELDOUT, LEFT_OUT = 0, 1, 2
 _WHOLE = 1 << 64  # positions are smaller
+_PIECE = 1 << 20  # characters
 
 
 def digest(text: str) -> int:
     """Returns a 64-bit hash of a text that white space does not change."""
-    words = " ".join(text.split()).encode("utf-8")
-    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little")
+    return int.from_bytes(digest_bytes(text, 8), "little")
+
+
+def digest_bytes(text: str, size: int) -> bytes:
+    """Returns a hash of so many bytes that white space does not change.
+
+    A list of all words of a large text would take ten times its memory, so it is cut into pieces.
+    """
+    state = hashlib.blake2b(digest_size=size)
+    begun = space = False  # whether a word was before, and white space behind it
+    for start in range(0, len(text), _PIECE):
+        piece = text[start : start + _PIECE]
+        words = piece.split()
+        if words and begun and (space or piece[0].isspace()):
+            state.update(b" ")
+        state.update(" ".join(words).encode("utf-8"))
+        begun, space = begun or bool(words), piece[-1].isspace()
+    return state.digest()
 
 
 def by_fraction(positions: np.ndarray, digests: np.ndarray, fraction: float) -> np.ndarray:

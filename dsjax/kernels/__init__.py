@@ -12,7 +12,7 @@ configs, models or meshes; `Target` says which machine a program is compiled for
   query_tiles.py        a function of queries, run over a few of them after the other
   grouped_matmul.py     rows sorted by group times one matrix per group: the experts' products
   hopper_grouped.py     the same as Mosaic GPU kernels, for Hopper
-  chosen_experts.py     the experts of a few tokens, for decoding
+  chosen_experts.py     the experts that tokens chose, read in place: decoding, prompts on a CPU
   small_matmul.py       grouped products with weights of eight or four bits, for TPUs
   fp8_gemm.py           block-scaled FP8 products, slice by slice
   varying.py            types of values that differ between devices inside `shard_map`

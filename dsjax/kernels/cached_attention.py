@@ -21,11 +21,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsjax.kernels.target import Target
 from dsjax.kernels.varying import vary_as
 
 # Most scores of one block, over rows, heads, queries and positions: 64 MiB of float32.
 _MAX_SCORES = 2**24
 _MIN_BLOCK = 128
+_MANY = 16  # queries: a chunk of a prompt, where fewer are a step of decoding
+_LONG_BLOCK = 512  # of a chunk that is shorter
+_CPU_BLOCK = 2048  # of a step, over all rows: the keys, read twice, stay in a core's cache
 _MASKED = -1e30
 
 
@@ -76,6 +80,7 @@ def cached_attention(
     positions_BT: jax.Array,
     *,
     scale: float,
+    target: Target,
     part: Part = WHOLE,
 ) -> Attended:
     """Attends to the cached positions up to each query's own.
@@ -90,7 +95,7 @@ def cached_attention(
       `out` in the queries' dtype.
     """
     B, T, N, _ = queries[0].shape
-    size = _block_size(B * N * T, length)
+    size = _block_size(queries[0], length, target)
     queries = tuple(q.swapaxes(1, 2) for q in queries)
     if size == length:
         block = read(0, length)
@@ -160,9 +165,14 @@ def _attended(out_BNTW: jax.Array, highest_BNT1: jax.Array, total_BNT1: jax.Arra
     )
 
 
-def _block_size(scores_per_position: int, length: int) -> int:
+def _block_size(q_BTNX: jax.Array, length: int, target: Target) -> int:
     """Returns the positions per block: a power of two within the bound on scores, or all."""
-    most = max(_MAX_SCORES // scores_per_position, _MIN_BLOCK)
+    B, T, N, _ = q_BTNX.shape
+    most = max(_MAX_SCORES // (B * T * N), _MIN_BLOCK)
+    if T >= _MANY:  # for whom positions that nobody sees, up to half a cache, are work
+        most = min(most, max(T, _LONG_BLOCK))
+    elif target.kind == "cpu":
+        most = min(most, max(_CPU_BLOCK // B, _MIN_BLOCK))
     return min(2 ** (most.bit_length() - 1), length)
 
 
@@ -181,12 +191,20 @@ def _scores(
     products = []
     for q_BNTX, k_BPSX in zip(queries, keys, strict=True):
         grouped = _group(q_BNTX, k_BPSX.shape[1])
-        product = jnp.einsum("BPSX,BPMX->BPSM", k_BPSX, grouped, preferred_element_type=jnp.float32)
-        products.append(product.swapaxes(2, 3).reshape(*q_BNTX.shape[:3], -1))
+        products.append(_product(grouped, k_BPSX, q_BNTX.shape[2]).reshape(*q_BNTX.shape[:3], -1))
     index_11S = (start + jnp.arange(keys[0].shape[2], dtype=jnp.int32))[None, None]
     visible_BTS = part.position(index_11S) <= positions_BT[:, :, None]
     visible_BTS = visible_BTS & (index_11S >= first)
     return jnp.where(visible_BTS[:, None], sum(products) * scale, _MASKED)
+
+
+def _product(q_BPMX: jax.Array, k_BPSX: jax.Array, n_queries: int) -> jax.Array:
+    """Returns the products of queries and keys, float32 [B, P, M, S]."""
+    if n_queries >= _MANY:
+        return jnp.einsum("BPMX,BPSX->BPMS", q_BPMX, k_BPSX, preferred_element_type=jnp.float32)
+    # A CPU copies what it needs transposed: here the scores of few queries instead of the keys.
+    product = jnp.einsum("BPSX,BPMX->BPSM", k_BPSX, q_BPMX, preferred_element_type=jnp.float32)
+    return product.swapaxes(2, 3)
 
 
 def _mix(weights_BNTS: jax.Array, v_BPSW: jax.Array) -> jax.Array:

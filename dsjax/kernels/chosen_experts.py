@@ -1,10 +1,8 @@
-"""The experts of a few tokens, as in decoding. Experts that no token chose are not read, and
-nothing is sorted by expert. For many tokens, where arithmetic takes the time, `grouped_matmul` is
-faster.
+"""The experts that tokens chose, each read in place from a stack of all, for tokens that are added
+to a cache. Where many tokens keep a GPU or TPU busy, `grouped_matmul` is faster.
 
 * On a CPU the chosen experts run one after another. Each has its three matrices read from the
-  stack once, and every token passes through it, with weight 0 if the token did not choose it. While
-  tokens are few, reading the matrices takes all the time and the extra products hide behind it.
+  stack once, and multiplies its own tokens in small blocks, which stay in a core's cache with it.
 * On a GPU all choices of all tokens are computed at once, each reading its own matrices, by one
   kernel per product: there, launching kernels takes the time.
 """
@@ -24,6 +22,8 @@ from dsjax.kernels.target import Target
 
 Stack = Any
 
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 4, 256  # rows of an expert on a CPU
+
 
 def chosen_experts(
     x_MD: jax.Array,
@@ -34,6 +34,8 @@ def chosen_experts(
     weights_MK: jax.Array,
     target: Target,
     at_use: Callable[[Stack, DTypeLike], jax.Array],
+    *,
+    n_experts: int,
     limit: float = 0.0,
 ) -> jax.Array:
     """Sums each token's SwiGLU experts by weight.
@@ -46,24 +48,25 @@ def chosen_experts(
       weights_MK: float32.
       target: not a TPU.
       at_use: makes an array of the tokens' dtype of what was read from a stack.
+      n_experts: how many a token chooses from; the stacks may hold those of other layers too.
       limit: of the gates from above, and of what they multiply on both sides; 0: none.
 
     Returns:
       [M, D] in x's dtype, summed in float32.
     """
-    compute = _at_once if target.kind == "gpu" else _one_by_one
+    one_by_one = functools.partial(_one_by_one, n_experts=n_experts)
+    compute = _at_once if target.kind == "gpu" else one_by_one
     stacks = w_gate_EDF, w_up_EDF, w_down_EFD
     swiglu = functools.partial(_swiglu, limit=limit)
     y_MD = compute(x_MD, *stacks, experts_MK, weights_MK, lambda w: at_use(w, x_MD.dtype), swiglu)
     return y_MD.astype(x_MD.dtype)
 
 
-def is_few(n_tokens: int, top_k: int, n_experts: int, target: Target) -> bool:
+def is_faster(n_tokens: int, top_k: int, n_experts: int, target: Target) -> bool:
     """Returns whether `chosen_experts` is faster than the grouped product."""
     if target.kind == "gpu":
         return n_tokens * top_k <= n_experts  # it reads no more matrices than there are
-    # The grouped product computes at least 32 rows per expert anyway.
-    return target.kind == "cpu" and n_tokens <= 32
+    return target.kind == "cpu"
 
 
 def _swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
@@ -85,22 +88,39 @@ def _at_once(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, at_
     return (out_MKD * weights_MK[..., None]).sum(axis=1)
 
 
-def _one_by_one(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, at_use, swiglu):
-    sorted_A = jnp.sort(experts_MK.reshape(-1))
-    repeated_A = jnp.pad(sorted_A[1:] == sorted_A[:-1], (1, 0))
-    chosen_A = sorted_A[jnp.argsort(repeated_A)]  # each chosen expert once, then repetitions
-    n_chosen = (~repeated_A).sum()
+def _one_by_one(
+    x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, at_use, swiglu, *, n_experts
+):
+    (M, K), count = experts_MK.shape, experts_MK.size
+    # An expert's usual share of the rows; a product of four takes hardly longer than one of one.
+    size = min(max(-(-count // n_experts), _SMALLEST_BLOCK), M, _LARGEST_BLOCK)
+    size = 1 << (size - 1).bit_length()
+    order_A = jnp.argsort(experts_MK.reshape(-1), stable=True)
+    experts_A = experts_MK.reshape(-1)[order_A]
+    begins_A = jnp.pad(experts_A[1:] != experts_A[:-1], (1, 0), constant_values=True)
+    # The first row of each chosen expert, then the number of rows.
+    row_A = jnp.arange(count, dtype=jnp.int32)
+    starts_A = jnp.append(jnp.sort(jnp.where(begins_A, row_A, count)), jnp.int32(count))
+    # The last block of an expert runs into rows of the next, which are overwritten.
+    x_AD = jnp.pad(x_MD[order_A // K], ((0, size), (0, 0)))
 
     def matrix(stack: Stack, expert: jax.Array) -> jax.Array:
         read = functools.partial(lax.dynamic_index_in_dim, index=expert, keepdims=False)
         return at_use(jax.tree.map(read, stack))
 
-    def add(index: jax.Array, y_MD: jax.Array) -> jax.Array:
-        expert = chosen_A[index]
-        gate = x_MD @ matrix(w_gate_EDF, expert)
-        up = x_MD @ matrix(w_up_EDF, expert)
-        out = swiglu(gate, up) @ matrix(w_down_EFD, expert)
-        weight_MK = jnp.where(experts_MK == expert, weights_MK, 0.0)
-        return y_MD + out.astype(jnp.float32) * weight_MK.sum(axis=1, keepdims=True)
+    def run(index: jax.Array, out_AD: jax.Array) -> jax.Array:
+        start = starts_A[index]
+        stacks = w_gate_EDF, w_up_EDF, w_down_EFD
+        gate_DF, up_DF, down_FD = (matrix(stack, experts_A[start]) for stack in stacks)
 
-    return lax.fori_loop(0, n_chosen, add, jnp.zeros(x_MD.shape, jnp.float32))
+        def block(number: jax.Array, out_AD: jax.Array) -> jax.Array:
+            row = start + number * size
+            x_XD = lax.dynamic_slice_in_dim(x_AD, row, size)
+            out_XD = swiglu(x_XD @ gate_DF, x_XD @ up_DF) @ down_FD
+            return lax.dynamic_update_slice_in_dim(out_AD, out_XD.astype(out_AD.dtype), row, 0)
+
+        return lax.fori_loop(0, -(-(starts_A[index + 1] - start) // size), block, out_AD)
+
+    out_AD = lax.fori_loop(0, begins_A.sum(), run, jnp.zeros(x_AD.shape, jnp.float32))
+    out_MKD = out_AD[jnp.argsort(order_A)].reshape(M, K, -1)
+    return (out_MKD * weights_MK[..., None]).sum(axis=1)

@@ -77,7 +77,12 @@ class GQA(Attention):
             entries = cache.read(start, size)
             return Block((entries["key"],), entries["value"])
 
-        scale, part = rope.attention_scale(self.config), split_cache.part()
         return cached_attention(
-            (q_BTNH,), block, cache.length, positions_BT, scale=scale, part=part
+            (q_BTNH,),
+            block,
+            cache.length,
+            positions_BT,
+            scale=rope.attention_scale(self.config),
+            target=self.policy.target,
+            part=split_cache.part(),
         )

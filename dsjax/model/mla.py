@@ -129,7 +129,11 @@ class MLA(Attention):
     def attend(
         self, cache: LayerCache, q_BTNH: jax.Array, positions_BT: jax.Array, weights: Any
     ) -> Attended:
-        scale, part = rope.attention_scale(self.config), split_cache.part()
+        options: Any = {
+            "scale": rope.attention_scale(self.config),
+            "target": self.policy.target,
+            "part": split_cache.part(),
+        }
         q_nope, q_rope = jnp.split(q_BTNH, [self.config.qk_nope_head_dim], axis=-1)
 
         def expanded_block(start: jax.Array | int, size: int) -> Block:
@@ -144,13 +148,9 @@ class MLA(Attention):
 
         if not self.absorbs(self.config, q_BTNH.shape[1]):
             queries = q_nope, q_rope
-            return cached_attention(
-                queries, expanded_block, cache.length, positions_BT, scale=scale, part=part
-            )
+            return cached_attention(queries, expanded_block, cache.length, positions_BT, **options)
         queries = self.absorbed(q_nope, weights), q_rope
-        attended = cached_attention(
-            queries, latent_block, cache.length, positions_BT, scale=scale, part=part
-        )
+        attended = cached_attention(queries, latent_block, cache.length, positions_BT, **options)
         return attended._replace(out_BTNW=self.projected(attended.out_BTNW, weights))
 
     def absorbed(self, q_BTNH: jax.Array, weights: Any) -> jax.Array:

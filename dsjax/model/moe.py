@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsjax.config import ModelConfig
-from dsjax.kernels.chosen_experts import chosen_experts, is_few
+from dsjax.kernels.chosen_experts import chosen_experts, is_faster
 from dsjax.kernels.varying import agreed, varies_over, vary_as
 from dsjax.model.balance import BalanceWeights, balance_loss
 from dsjax.model.layers import FeedForward, Normal, declare
@@ -98,8 +98,8 @@ class Experts(nnx.Module):
 
         return experts
 
-    def few(self, x_MD: jax.Array, routing: Routing, layer: jax.Array) -> jax.Array:
-        """Runs the chosen experts of one layer for a few tokens: [M, D] -> [M, D].
+    def chosen(self, x_MD: jax.Array, routing: Routing, layer: jax.Array) -> jax.Array:
+        """Runs the chosen experts of one layer: [M, D] -> [M, D].
 
         Must be called on the stack of all layers.
         """
@@ -120,7 +120,8 @@ class Experts(nnx.Module):
             routing.weights_MK,
             self.policy.target,
             at_use,
-            self.limit,
+            n_experts=E,
+            limit=self.limit,
         )
 
 
@@ -250,16 +251,17 @@ class MoE(nnx.Module):
         """
         config, policy = self.config, stack.policy
         n_tokens = x_BTD.shape[0] * x_BTD.shape[1]
-        few = is_few(n_tokens, config.n_activated_experts, config.n_routed_experts, policy.target)
+        E, K = config.n_routed_experts, config.n_activated_experts
+        in_place = is_faster(n_tokens, K, E, policy.target)
         one_device = parts_here("experts") == parts_here("expert_embed") == parts_here("ffn") == 1
-        if not (few and one_device) or policy.fp8:
+        if not (in_place and one_device) or policy.fp8:
             documents_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
             y_BTD, _, experts_BTK = self(x_BTD, documents_BT, None, experts_BTK, length="tokens")
             return y_BTD, experts_BTK
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        chosen = experts_BTK is not None
-        routing = self.gate(x_MD, experts_BTK.reshape(len(x_MD), -1) if chosen else None)
-        y_BTD = stack.few(x_MD, routing, layer).reshape(x_BTD.shape)
+        made = experts_BTK is not None
+        routing = self.gate(x_MD, experts_BTK.reshape(len(x_MD), -1) if made else None)
+        y_BTD = stack.chosen(x_MD, routing, layer).reshape(x_BTD.shape)
         if config.n_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
         return y_BTD, routing.experts_MK.reshape(*x_BTD.shape[:2], -1)

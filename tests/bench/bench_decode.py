@@ -2,10 +2,10 @@
 one run.
 
 The models and types of bench_train_step, random weights and prompts: 128 new tokens after a prompt
-of 128, batch 1 and 8. A decoding step's time is the difference between generating 128 tokens and
-one, divided by 127. The sides take turns; the ratio of medians is printed. The limit is the time to
-read what a step reads, the activated parameters and the cache, at the rate at which this machine
-adds up a large array, or an accelerator copies one.
+of 128, batch 1, 8 and 64. A decoding step's time is the difference between generating 128 tokens
+and one, divided by 127. The sides take turns; the ratio of medians is printed. The limit is the
+time to read what a step reads, the activated parameters and the cache, at the rate at which this
+machine adds up a large array, or an accelerator copies one.
 
 Run: python -m tests.bench.bench_decode [names of models], after `pip install -e '.[reference]'` for
 the Hugging Face side.
@@ -115,7 +115,7 @@ def compare(config: Config) -> None:
     sides = {"dsjax": dsjax_generate(config)}
     if transformers_runs_here():
         sides["transformers"] = transformers_generate(config)
-    for batch in (1, 8):
+    for batch in (1, 8, 64):
         prompts_BT = np.random.default_rng(0).integers(0, config.model.vocab_size, (batch, PROMPT))
         median = step_seconds(sides, prompts_BT)
         rate = measure_read_rate()

@@ -220,13 +220,19 @@ def transformers_step(config: Config) -> Step:
     return run
 
 
-def seconds(function: Callable[..., object], *arguments: object) -> float:
-    start = time.perf_counter()
+def seconds(
+    function: Callable[..., object],
+    *arguments: object,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    start = clock()
     function(*arguments)
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def median_seconds(sides: dict[str, Step], rounds: int) -> dict[str, float]:
+def median_seconds(
+    sides: dict[str, Step], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Of each side its median time: all take turns, so that a noisy neighbour hits each of them.
 
     The first round, which compiles, is not counted.
@@ -234,5 +240,5 @@ def median_seconds(sides: dict[str, Step], rounds: int) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds + 1):
         for name, step in sides.items():
-            times[name].append(seconds(step))
+            times[name].append(seconds(step, clock=clock))
     return {name: statistics.median(taken[1:]) for name, taken in times.items()}

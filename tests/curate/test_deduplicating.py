@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dsjax.curate import deciding, deduplicating, reading, shards, shingles, tagging, words
+from dsjax.data import splitting
 
 NAN = float("nan")
 TEXT = " ".join(f"word{number}" for number in range(120))
@@ -32,7 +33,10 @@ def stage_files(tmp_path):
                 texts.add(row)
                 signature = shingles.signatures(*shingles.shingles(words.cut([text]))).tobytes()
                 row |= {"language": "en", "score": 1.0, "bytes": len(text)}
-                row |= {"digest": tagging.digest(text), "signature": signature}
+                row |= {
+                    "digest": splitting.digest_bytes(text, tagging.DIGEST),
+                    "signature": signature,
+                }
                 row |= dict.fromkeys(tagging.SIGNALS, NAN)
                 tags.add({key: row[key] for key in tagging.SCHEMA.names})
                 verdicts.add({"verdict": verdict})

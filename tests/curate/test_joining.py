@@ -1,6 +1,7 @@
 """Repositories as documents."""
 
 from dsjax.curate import deciding, joining, reading, shards, tagging
+from dsjax.data import splitting
 
 FILES = [
     ("one/a.py", "import b\n", ""),
@@ -31,7 +32,7 @@ def join(tmp_path, order):
     tags = list(shards.rows(folder / "00007.tags.parquet"))
     assert [row["id"] for row in rows] == [row["id"] for row in tags]
     assert [row["bytes"] for row in tags] == [len(row["text"]) for row in rows]
-    assert tags[0]["digest"] == tagging.digest(rows[0]["text"])
+    assert tags[0]["digest"] == splitting.digest_bytes(rows[0]["text"], tagging.DIGEST)
     assert len(list(shards.rows(folder / "00007.verdicts.parquet"))) == len(rows)
     return found, {row["id"]: row["text"] for row in rows}
 

@@ -1,6 +1,8 @@
 """All stages: the same result on any number of workers, resumed, and only what changed redone."""
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -76,6 +78,24 @@ def test_result_trains_and_is_the_same_when_resumed(texts, tmp_path, no_page):
         cache_dir=str(tmp_path / "cache"),
     )
     assert (len(corpus.train), len(corpus.heldout)) == (source["train"][0], source["heldout"][0])
+
+
+def test_full_disk_is_told_and_the_next_run_goes_on(texts, tmp_path, no_page, monkeypatch):
+    prepare.prepare(recipe(texts), tmp_path / "whole", 1)
+    synced, sync = [], os.fsync
+
+    def fill(file):
+        synced.append(file)
+        if len(synced) == 13:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", fill)
+    with pytest.raises(OSError, match="No space left on device"):
+        prepare.prepare(recipe(texts), tmp_path / "out", 1)
+    assert not list((tmp_path / "out").rglob("*.partial"))
+    prepare.prepare(recipe(texts), tmp_path / "out", 1)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_changed_rule_repeats_later_stages_alone(texts, tmp_path, no_page):

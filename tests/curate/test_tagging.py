@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dsjax.curate import reading, shards, signals, tagging
+from dsjax.curate import reading, shards, signals, tagging, words
 
 KINDS = {"pages": "web", "src": "code"}
 ENGLISH = "The committee will meet again in the spring of next year, and that is all we know."
@@ -39,9 +39,12 @@ def test_kind_decides_what_is_measured(tmp_path, monkeypatch):
     assert french["language"] == "fr" and all(math.isnan(french[n]) for n in signals.NAMES)
 
 
-@pytest.mark.parametrize(("other", "equal"), [("a  b\n\tc ", True), ("a b C", False)])
-def test_digest_ignores_white_space(other, equal):
-    assert (tagging.digest("a b c") == tagging.digest(other)) is equal
+def test_of_long_texts_the_beginning_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(words, "MOST", len(ENGLISH))
+    rows = [("pages", "a", ENGLISH), ("pages", "b", ENGLISH + " And so on." * 9)]
+    short, long = tag(tmp_path, monkeypatch, rows)
+    assert [long[name] for name in signals.NAMES] == [short[name] for name in signals.NAMES]
+    assert long["bytes"] == len(rows[1][2]) and long["digest"] != short["digest"]
 
 
 ODD = [

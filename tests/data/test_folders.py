@@ -34,8 +34,10 @@ def test_links_are_followed_out_but_not_around(tree, tmp_path):
     (tmp_path / "data/more").mkdir(parents=True)
     (tmp_path / "data/more/x.txt").write_text("x")
     (tmp_path / "data/y.txt").write_text("y")
+    (tmp_path / "above.txt").write_text("z")
     for link, target in {
         "b/up": "..", "b/c/same": ".", "out": "../data", "again": "../data/more", "z": "b",
+        "b/c/above": "../../..",
     }.items():  # fmt: skip
         (tree / link).symlink_to(target)
     (tmp_path / "data/back").symlink_to(tree)

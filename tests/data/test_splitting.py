@@ -1,5 +1,7 @@
 """Sides of the split: copies stay together, and neither side is empty."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,6 +18,15 @@ POSITIONS = mix(1, NUMBERS)
 def test_digest_goes_by_words():
     assert splitting.digest("one  two\n") == splitting.digest("\tone two") < 1 << 64
     assert splitting.digest("one two") != splitting.digest("onetwo")
+
+
+@given(st.text(st.sampled_from("ab \n"), max_size=12), st.integers(1, 5))
+def test_digest_is_the_same_in_pieces_of_any_size(text, size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(splitting, "_PIECE", size)
+        found = splitting.digest_bytes(text, 16)
+    words = " ".join(text.split()).encode()
+    assert found == hashlib.blake2b(words, digest_size=16).digest()
 
 
 @given(

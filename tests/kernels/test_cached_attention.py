@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsjax.kernels import cached_attention as kernel
+from dsjax.kernels.target import Target
 from tests.closeness import F32, assert_close
 from tests.oracles.kernels import reference_cached_attention
 
@@ -15,7 +16,7 @@ B, T, N, S = 2, 3, 4, 300
 POSITIONS = jnp.asarray([[140, 141, 142], [5, 6, 7]], jnp.int32)
 
 
-def _arrays(key_heads=(2, 1), widths=(8, 6), seed=0):
+def _arrays(key_heads=(2, 1), widths=(8, 6), seed=0, T=T):
     """Queries and keys of a score of two products, and values."""
     rng = np.random.default_rng(seed)
 
@@ -40,6 +41,9 @@ def _attend(attention, queries, keys, values, positions_BT):
     return attention(queries, _reader(keys, values), S, positions_BT, scale=0.3)
 
 
+cached_attention = functools.partial(kernel.cached_attention, target=Target("cpu"))
+
+
 @pytest.fixture(params=["whole", "blocks"])
 def attend(request, monkeypatch):
     """Blocks of 128, of which the third would end beyond the cache, or one of all positions."""
@@ -49,13 +53,13 @@ def attend(request, monkeypatch):
 
 
 def _cached_attention(*arguments, **scale):
-    return kernel.cached_attention(*arguments, **scale).out_BTNW
+    return cached_attention(*arguments, **scale).out_BTNW
 
 
-@pytest.mark.parametrize("first", [140, S - T])
-def test_cached_attention_equals_reference(attend, first):
-    positions_BT = POSITIONS.at[0].add(first - 140)
-    queries, keys, values = _arrays()
+@pytest.mark.parametrize(("first", "T"), [(140, 3), (S - 3, 3), (140, 20), (S - 20, 20)])
+def test_cached_attention_equals_reference(attend, first, T):
+    positions_BT = jnp.asarray([[first], [5]], jnp.int32) + jnp.arange(T, dtype=jnp.int32)[None]
+    queries, keys, values = _arrays(T=T)
     want = _attend(reference_cached_attention, queries, keys, values, positions_BT)
     assert_close(attend(queries, keys, values, positions_BT), want, F32, "attention")
 
@@ -74,6 +78,33 @@ def test_blocks_that_nobody_sees_are_not_read(monkeypatch):
     values = values.at[:, :, 256:].set(jnp.nan)
     out = _attend.__wrapped__(_cached_attention, queries, keys, values, POSITIONS)
     assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize(
+    ("target", "B", "T", "size"),
+    [
+        ("gpu", 1, 1, 8192),
+        ("cpu", 1, 1, 2048),  # the keys of a step stay in a core's cache
+        ("cpu", 8, 3, 256),
+        ("cpu", 1, 16, 512),  # a chunk of a prompt reads few positions that nobody sees
+        ("gpu", 1, 1024, 1024),
+        ("gpu", 4, 2048, 128),  # the bound on scores
+    ],
+)
+def test_blocks_are_small_where_it_pays(target, B, T, size):
+    sizes = []
+
+    def read(start, size):
+        sizes.append(size)
+        return kernel.Block((jnp.zeros((B, 1, size, 4)),), jnp.zeros((B, 1, size, 4)))
+
+    def attend(q, positions_BT):
+        return kernel.cached_attention(
+            (q,), read, 8192, positions_BT, scale=1.0, target=Target(target)
+        )
+
+    jax.eval_shape(attend, jnp.zeros((B, T, 16, 4)), jnp.zeros((B, T), jnp.int32))
+    assert set(sizes) == {size}
 
 
 def test_scores_of_a_long_cache_stay_within_the_bound():
@@ -102,7 +133,7 @@ def test_blocks_of_keys_are_joined_to_the_whole(n_blocks):
             def read(start, size):
                 return _reader(keys, values)(number * 100 + start, size)
 
-            return kernel.cached_attention(queries, read, 100, POSITIONS - number * 100, scale=0.3)
+            return cached_attention(queries, read, 100, POSITIONS - number * 100, scale=0.3)
 
         return kernel.in_blocks(attend, n_blocks).out_BTNW
 

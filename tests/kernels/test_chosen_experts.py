@@ -1,4 +1,4 @@
-"""The experts of a few tokens against one token and one expert after another."""
+"""The experts that tokens chose against one token and one expert after another."""
 
 import functools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.kernels.chosen_experts import chosen_experts, is_few
+from dsjax.kernels.chosen_experts import chosen_experts, is_faster
 from dsjax.kernels.target import Target
 from tests.closeness import BF16, F32, assert_close
 
@@ -16,7 +16,9 @@ E, D, F, K = 12, 16, 24, 3
 
 @functools.partial(jax.jit, static_argnames=("target", "limit"))
 def compute(*operands, target, limit=0.0):
-    return chosen_experts(*operands, target, lambda w, dtype: w.astype(dtype), limit)
+    return chosen_experts(
+        *operands, target, lambda w, dtype: w.astype(dtype), n_experts=E, limit=limit
+    )
 
 
 def _operands(tokens, dtype=jnp.float32):
@@ -43,10 +45,19 @@ def _definition(x_MD, w_gate, w_up, w_down, experts_MK, weights_MK, limit=np.inf
 
 
 @pytest.mark.parametrize("target", [Target("cpu"), Target("gpu")], ids=str)
-@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("tokens", [1, 9, 33])
 def test_chosen_experts_equal_the_definition(tokens, target):
     operands = _operands(tokens)
     got = compute(*operands, target=target)
+    assert_close(got, _definition(*operands), F32, "experts")
+
+
+@pytest.mark.parametrize("experts", [[3, 4, 5], [11, 0, 6]])
+def test_experts_that_all_tokens_chose_take_several_blocks(experts):
+    x, *stacks, _, weights = _operands(33)
+    experts_MK = jnp.broadcast_to(jnp.asarray(experts, jnp.int32), weights.shape)
+    operands = x, *stacks, experts_MK, weights
+    got = compute(*operands, target=Target("cpu"))
     assert_close(got, _definition(*operands), F32, "experts")
 
 
@@ -78,8 +89,8 @@ def test_no_array_of_every_expert_is_made():
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * 4 * 64 * 64
 
 
-def test_few_are_those_that_read_no_more_matrices_than_there_are_on_a_gpu():
-    assert is_few(7, top_k=8, n_experts=56, target=Target("gpu"))
-    assert not is_few(8, top_k=8, n_experts=56, target=Target("gpu"))
-    assert is_few(32, top_k=8, n_experts=56, target=Target("cpu"))
-    assert not is_few(1, top_k=8, n_experts=256, target=Target("tpu"))
+def test_a_gpu_reads_in_place_no_more_matrices_than_there_are():
+    assert is_faster(7, top_k=8, n_experts=56, target=Target("gpu"))
+    assert not is_faster(8, top_k=8, n_experts=56, target=Target("gpu"))
+    assert is_faster(4096, top_k=8, n_experts=56, target=Target("cpu"))
+    assert not is_faster(1, top_k=8, n_experts=256, target=Target("tpu"))

@@ -10,6 +10,7 @@ import pytest
 
 from dsjax.kernels import cached_attention as kernel
 from dsjax.kernels.sparse_attention import select
+from dsjax.kernels.target import Target
 from dsjax.model.cache import Cache
 from dsjax.model.layer_cache import LayerCache
 from dsjax.parallel import split_cache
@@ -41,9 +42,8 @@ def attention(cache, q_BTNX, positions_BT, scale=0.7):
         entries = cache.read(start, size)
         return kernel.Block((entries["key"],), entries["value"])
 
-    return kernel.cached_attention(
-        (q_BTNX,), read, cache.length, positions_BT, scale=scale, part=split_cache.part()
-    )
+    options = {"scale": scale, "target": Target("cpu"), "part": split_cache.part()}
+    return kernel.cached_attention((q_BTNX,), read, cache.length, positions_BT, **options)
 
 
 def extend(entries, new, q_BTNX, starts_B):

@@ -18,7 +18,7 @@ from dsjax.config.reinforcement import Reinforcement, RewardConfig, RlConfig
 from dsjax.parallel.mesh import make_mesh
 from dsjax.posttrain import reinforcement
 from dsjax.posttrain.experience import Experience
-from dsjax.train.signals import StopRequest
+from dsjax.signals import StopRequest
 from tests.posttrain.toy import write_hf, write_lines
 
 TIMES = ("seconds", "per_second", "mfu", "memory_bytes")

@@ -13,8 +13,8 @@ from rich.console import Console
 from dsjax.config import TrainConfig
 from dsjax.parallel.compilation import Compiled
 from dsjax.parallel.mesh import make_mesh
+from dsjax.signals import StopRequest
 from dsjax.train import loop, session
-from dsjax.train.signals import StopRequest
 from dsjax.train.source import Taken
 from dsjax.train.throughput import TIMED
 

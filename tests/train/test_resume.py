@@ -20,8 +20,8 @@ from dsjax.config import (
     TrainConfig,
 )
 from dsjax.parallel.mesh import make_mesh
+from dsjax.signals import StopRequest
 from dsjax.train import pretraining
-from dsjax.train.signals import StopRequest
 from dsjax.train.throughput import TIMED
 
 SHAPE = {
