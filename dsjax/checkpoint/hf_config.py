@@ -256,6 +256,15 @@ _UNUSED: tuple[tuple[Callable[[ModelConfig], bool], str], ...] = (
         lambda model: model.attention != "nsa",
         "nsa_length nsa_stride nsa_block nsa_count nsa_window",
     ),
+    (
+        lambda model: model.attention != "compressed",
+        "layer_types window_size sparse_ratio heavy_ratio o_groups o_lora_rank "
+        "compress_rope_theta hc_mult hc_sinkhorn_iters hc_eps hash_layers",
+    ),
+    (
+        lambda model: model.attention == "compressed",
+        "kv_lora_rank qk_nope_head_dim v_head_dim inter_dim",
+    ),
     (lambda model: model.rope_scaling == "none", "rope_factor"),
     (lambda model: model.rope_scaling not in ("yarn", "llama3"), "original_seq_len"),
     (lambda model: model.rope_scaling != "yarn", "beta_fast beta_slow mscale mscale_all_dim"),

@@ -98,7 +98,7 @@ def open_hf(path: Path, overrides: Mapping[str, Any] | None = None) -> HfFolder:
     """
     check_kind(path)
     config, family, model, block = read_config(path / "config.json", overrides)
-    files = open_folder(path)
+    files = open_folder(path).renamed(families.find(family).canonical)
     model, left_out = reconcile(model, family, files)
     found = {name: info for name, info in files.tensors.items() if name not in left_out}
     also = beside(config, family, found)
@@ -301,6 +301,9 @@ def _match(
         return row
     if info.shape != tensor.shape:
         problems.append(f"{name} is {_described(info)}, config.json gives {list(tensor.shape)}")
+    elif tensor.integer:
+        if info.dtype.kind not in "iu":
+            problems.append(f"{name} has dtype {info.dtype}; it must be of integers")
     elif info.dtype != FP8:
         if info.dtype not in PLAIN:
             problems.append(

@@ -46,6 +46,7 @@ from dsjax.config import ModelConfig
 from dsjax.files import MAX_LISTED, read_json
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+INT64 = np.dtype(np.int64)
 _STORED = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
 
 
@@ -134,7 +135,8 @@ def published(implied: Implied, *, copies: bool = True) -> Iterator[Entry]:
             yield Entry(tensor.name, FP8, tensor.shape)
             yield Entry(scale_name(tensor.name), FLOAT32, scale_shape(tensor.shape, block))
         else:
-            yield Entry(tensor.name, FLOAT32 if tensor.keep_float32 else dtype, tensor.shape)
+            plain = FLOAT32 if tensor.keep_float32 else dtype
+            yield Entry(tensor.name, INT64 if tensor.integer else plain, tensor.shape)
     yield from (Entry(part.name, dtype, part.shape) for part in parts)
 
 
@@ -155,6 +157,7 @@ def _inspect_hf(path: Path, overrides: Mapping[str, Any] | None) -> dict[str, An
         hint = "; with --expect the config alone is counted" if no_weights else ""
         raise ValueError(f"{error}{hint}") from None
     implied = implied_by(path, overrides)
+    files = files.renamed(families.find(implied.family).canonical)
     model, left_out = reconcile(implied.model, implied.family, files)
     tensors = {name: info for name, info in files.tensors.items() if name not in left_out}
     also = beside(read_config(path / "config.json", overrides)[0], implied.family, tensors)

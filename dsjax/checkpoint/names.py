@@ -41,6 +41,7 @@ class Tensor(NamedTuple):
     keep_float32: bool = False  # always float32: the router's bias, an indexer's norm
     trains: bool = True  # False: the router's bias, which no gradient reaches
     quantized: bool = False  # FP8 checkpoints store it in FP8, with a `_scale_inv`
+    integer: bool = False  # int64 as published: a table of experts by token
 
     @property
     def target_shape(self) -> tuple[int, ...]:
@@ -64,33 +65,32 @@ def tensors(model: ModelConfig, family: str) -> Iterator[Tensor]:
             f"index_topk={model.index_topk}; "
             + (f"choose {' or '.join(others)}" if others else "nor has any other, so it stays here")
         )
-    body, vocabulary = declared.prefix + declared.body, (model.vocab_size, model.dim)
+    prefix, vocabulary = declared.prefix, (model.vocab_size, model.dim)
     embedding, final = ("embed", "weight"), ("norm", "weight")
-    yield Tensor(f"{body}embed_tokens.weight", embedding, (), vocabulary, False)
-    rules = {moe: declared.layer(model, moe=moe) for moe in (False, model.n_moe_layers > 0)}
-    for layer in range(model.n_layers):
-        moe = layer >= model.n_dense_layers
-        stack, index = (
-            ("moe_layers", layer - model.n_dense_layers) if moe else ("dense_layers", layer)
+    yield Tensor(prefix + declared.top.embedding, embedding, (), vocabulary, False)
+    for layer, place in enumerate(declared.places(model)):
+        yield from _expand(
+            place.rules, layer_prefix(family, layer), place.stack, place.index, model
         )
-        yield from _expand(rules[moe], layer_prefix(family, layer), (stack,), index, model)
-    yield Tensor(f"{body}norm.weight", final, (), (model.dim,), False)
+    yield from _expand(declared.outside_layers(model), prefix, (), None, model)
+    yield Tensor(prefix + declared.top.norm, final, (), (model.dim,), False)
     if not model.tie_embed:
         yield Tensor(head_name(family), ("head", "weight"), (), vocabulary, True)
     for depth in range(model.n_mtp):
         layer = layer_prefix(family, model.n_layers + depth)
-        yield from _mtp(rules[model.n_moe_layers > 0], layer, depth, model)
+        yield from _mtp(declared.layer(model, moe=model.n_moe_layers > 0), layer, depth, model)
 
 
 def layer_prefix(family: str, layer: int) -> str:
     """Returns the prefix of the names of a layer's tensors."""
     declared = families.find(family)
-    return f"{declared.prefix}{declared.body}layers.{layer}."
+    return f"{declared.prefix}{declared.top.layers}{layer}."
 
 
 def head_name(family: str) -> str:
     """Returns the name of the output head."""
-    return f"{families.find(family).prefix}lm_head.weight"
+    declared = families.find(family)
+    return declared.prefix + declared.top.head
 
 
 def _mtp(rules: list[Rule], prefix: str, depth: int, model: ModelConfig) -> Iterator[Tensor]:
@@ -113,17 +113,18 @@ def _mtp(rules: list[Rule], prefix: str, depth: int, model: ModelConfig) -> Iter
 
 
 def _expand(
-    rules: list[Rule], prefix: str, stack: tuple[str, ...], index: int, model: ModelConfig
+    rules: list[Rule], prefix: str, stack: tuple[str, ...], index: int | None, model: ModelConfig
 ) -> Iterator[Tensor]:
     for rule in rules:
         for expert in range(model.n_routed_experts) if rule.expert else (None,):
             yield Tensor(
                 prefix + rule.name.format(expert=expert),
                 stack + rule.path,
-                (index,) if expert is None else (index, expert),
+                tuple(number for number in (index, expert) if number is not None),
                 rule.shape,
                 rule.transpose,
                 keep_float32=rule.keep_float32,
                 trains=rule.trains,
                 quantized=rule.quantized,
+                integer=rule.integer,
             )

@@ -19,6 +19,7 @@ from dsjax.checkpoint.names import Tensor
 from dsjax.precision.fp8 import WEIGHT_BLOCK, BlockScaled, Scale, quantize_block
 
 CHOICES = ("keep", "bfloat16", "float32", "fp8")
+INT64 = np.dtype(np.int64)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 BLOCK = WEIGHT_BLOCK
 
@@ -40,6 +41,8 @@ def check_choice(choice: str) -> None:
 
 def stored_dtype(choice: str, tensor: Tensor, current: np.dtype) -> np.dtype:
     """Returns the dtype to store `tensor` in; `current` is the dtype that it has now."""
+    if tensor.integer:
+        return INT64
     if tensor.keep_float32:
         return FLOAT32
     if choice == "fp8":
@@ -82,7 +85,9 @@ def cast_rows(
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Tells whether a C-contiguous float array is free of NaN and infinity."""
+    """Tells whether a C-contiguous array is free of NaN and infinity, as integers are."""
+    if values.dtype.kind in "iu":
+        return True
     exponent = EXPONENT[values.dtype]
     bits = values.reshape(-1).view(f"u{values.dtype.itemsize}")
     pieces = (

@@ -31,6 +31,7 @@ from jax.sharding import NamedSharding
 
 from dsjax.checkpoint.slices import Index, bounds
 from dsjax.checkpoint.streaming import stream
+from dsjax.model.layers import stays_float32
 from dsjax.parallel.sharding import split_over
 from dsjax.precision.fp8 import WEIGHT_BLOCK, BlockScaled
 from dsjax.precision.small_weights import (
@@ -75,7 +76,13 @@ def format_of(
     """
     axes, shape = variable.get_metadata()["axes"], variable.get_value().shape
     own = [axis for axis in axes if axis not in _STACKED]
-    if len(own) != 2 or own[0] == "vocab" or "router_embed" in own or name == "wkv_b":
+    if (
+        stays_float32(variable)
+        or len(own) != 2
+        or own[0] == "vocab"
+        or "router_embed" in own
+        or name == "wkv_b"
+    ):
         return None
     rows, columns = (shape[dim] // _parts(dim, len(shape), sharding) for dim in (-2, -1))
     if dtype != FP8:

@@ -124,6 +124,24 @@ class TensorFolder:
             os.close(descriptor)
         return data.view(tensor.dtype).reshape(shape)
 
+    def renamed(self, name_of: Callable[[str], str | None]) -> TensorFolder:
+        """Returns the folder with other names for its tensors, without those that have none.
+
+        Raises:
+          ValueError: two tensors would have the same name.
+        """
+        tensors: dict[str, TensorInfo] = {}
+        for name, info in self.tensors.items():
+            new = name_of(name)
+            if new in tensors:
+                raise ValueError(
+                    f"{self.path} has two tensors for {new}, of which {name} is one; keep one of "
+                    "the two"
+                )
+            if new is not None:
+                tensors[new] = info._replace(name=new)
+        return TensorFolder(self.path, tensors, self._sizes)
+
     def equal(self, one: str, other: str) -> bool:
         """Compares two tensors: bit for bit, or by value if their dtypes differ."""
         left, right = self.tensors[one], self.tensors[other]

@@ -56,6 +56,7 @@ _DTYPES = {
     "<f4": np.dtype(np.float32),
     "<f2": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "<i8": np.dtype(np.int64),
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 _FINISHED = "_METADATA"

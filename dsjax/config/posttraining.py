@@ -37,6 +37,8 @@ class PostTraining:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
+        if self.model is not None:
+            self.model.check_trains()
         check_microbatches(self.train, self.mesh)
         require(
             self.train.indexer == "sparse",

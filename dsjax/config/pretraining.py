@@ -26,6 +26,7 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
+        self.model.check_trains()
         length, limit = self.data.sequence_length, self.model.max_seq_len
         require(
             length <= limit,

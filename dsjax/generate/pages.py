@@ -12,6 +12,7 @@ page's tokens are in order, because the two meshes may split them into other num
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -62,13 +63,19 @@ def check(config: ModelConfig, page: int, n_parts: int) -> None:
             f"mesh.context={n_parts}; choose a power of two up to {page}, or go without pages "
             "(prefix_tokens=0, prompts where decoding runs)"
         )
-    every = max(entry.every for entry in attention_class(config).cached(config).values())
+    every = tokens_per_entry(config)
     if page % every:
         raise ValueError(
             f"a page of {page} tokens, which follows from prefill_chunk, does not divide into "
-            f"model.nsa_stride={every}; make prefill_chunk a multiple of it, or go without pages "
-            "(prefix_tokens=0, prompts where decoding runs)"
+            f"entries of {every} tokens, as model.attention={config.attention} has them; make "
+            "prefill_chunk a multiple of it, or go without pages (prefix_tokens=0, prompts where "
+            "decoding runs)"
         )
+
+
+def tokens_per_entry(config: ModelConfig) -> int:
+    """Returns the fewest tokens of which a model has whole entries of every kind."""
+    return math.lcm(*(entry.every for entry in attention_class(config).cached(config).values()))
 
 
 def empty_pool(model: Transformer, *, n_pages: int, page: int, n_drafts: int) -> Cache:

@@ -57,7 +57,7 @@ class Prefill:
         """
         self.apart = model is not None
         self.programs = Programs(model) if model else decoder
-        page = min(PAGE, chunk)
+        page = min(math.lcm(PAGE, pages.tokens_per_entry(decoder.model.config)), chunk)
         if self.apart:
             _check(decoder, self.programs, page)
         self.prefixes: Prefixes | None = None

@@ -25,6 +25,7 @@ from dsjax.infer.token_files import ArrayWriter
 from dsjax.infer.weights import load_weights
 from dsjax.infer.windows import Text, TextFiles, Window
 from dsjax.model.head import predict, token_scores
+from dsjax.model.mixed_layers import check_parts
 from dsjax.model.transformer import Transformer
 from dsjax.parallel.context import arrange, fitting, restore
 from dsjax.parallel.sharding import parts
@@ -189,6 +190,7 @@ def score_files(
         all of which is checked before the weights are read; or the logits are not finite.
     """
     model = checkpoint.model
+    check_parts(model, parts("length", mesh) if mesh else 1)
     if text:
         length = windows.window_length(length, model.max_seq_len)
         given = windows.read_text(text, checkpoint.tokenizer_folder, model.vocab_size)

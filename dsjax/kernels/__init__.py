@@ -8,6 +8,7 @@ configs, models or meshes; `Target` says which machine a program is compiled for
   cached_attention.py   attention of new tokens to a decoding cache
   sparse_attention.py   attention to the keys that an index chooses (V3.2): masked, and gathered
   native_sparse.py      attention in three branches that read few keys (NSA)
+  compressed_attention.py  attention to recent tokens and compressed entries (V4)
   index_kernel.py       the scores of that index, for TPUs
   dense_lesson.py       how far that index is from attention to all keys, by a list of tiles
   block_kernel.py       attention to chosen blocks of keys, for TPUs

@@ -36,6 +36,7 @@ def chosen_experts(
     at_use: Callable[[Stack, DTypeLike], jax.Array],
     *,
     n_experts: int,
+    limit: float = 0.0,
 ) -> jax.Array:
     """Sums each token's SwiGLU experts by weight.
 
@@ -48,6 +49,7 @@ def chosen_experts(
       target: not a TPU.
       at_use: makes an array of the tokens' dtype of what was read from a stack.
       n_experts: how many a token chooses from; the stacks may hold those of other layers too.
+      limit: of the gates from above, and of what they multiply on both sides; 0: none.
 
     Returns:
       [M, D] in x's dtype, summed in float32.
@@ -55,7 +57,8 @@ def chosen_experts(
     one_by_one = functools.partial(_one_by_one, n_experts=n_experts)
     compute = _at_once if target.kind == "gpu" else one_by_one
     stacks = w_gate_EDF, w_up_EDF, w_down_EFD
-    y_MD = compute(x_MD, *stacks, experts_MK, weights_MK, lambda w: at_use(w, x_MD.dtype))
+    swiglu = functools.partial(_swiglu, limit=limit)
+    y_MD = compute(x_MD, *stacks, experts_MK, weights_MK, lambda w: at_use(w, x_MD.dtype), swiglu)
     return y_MD.astype(x_MD.dtype)
 
 
@@ -66,7 +69,13 @@ def is_faster(n_tokens: int, top_k: int, n_experts: int, target: Target) -> bool
     return target.kind == "cpu"
 
 
-def _at_once(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, at_use):
+def _swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
+    if limit:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return jax.nn.silu(gate) * up
+
+
+def _at_once(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, at_use, swiglu):
     def product(x_MKX: jax.Array, stack_EXY: Stack) -> jax.Array:
         # Not a matrix product: XLA would copy the matrices for one, but a sum reads them in place.
         chosen = jax.tree.map(lambda leaf: leaf[experts_MK], stack_EXY)
@@ -75,12 +84,12 @@ def _at_once(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, at_
 
     x_M1D = x_MD[:, None]
     gate, up = (product(x_M1D, w).astype(x_MD.dtype) for w in (w_gate_EDF, w_up_EDF))
-    out_MKD = product(jax.nn.silu(gate) * up, w_down_EFD)
+    out_MKD = product(swiglu(gate, up), w_down_EFD)
     return (out_MKD * weights_MK[..., None]).sum(axis=1)
 
 
 def _one_by_one(
-    x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, at_use, *, n_experts: int
+    x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, at_use, swiglu, *, n_experts
 ):
     (M, K), count = experts_MK.shape, experts_MK.size
     # An expert's usual share of the rows; a product of four takes hardly longer than one of one.
@@ -107,7 +116,7 @@ def _one_by_one(
         def block(number: jax.Array, out_AD: jax.Array) -> jax.Array:
             row = start + number * size
             x_XD = lax.dynamic_slice_in_dim(x_AD, row, size)
-            out_XD = (jax.nn.silu(x_XD @ gate_DF) * (x_XD @ up_DF)) @ down_FD
+            out_XD = swiglu(x_XD @ gate_DF, x_XD @ up_DF) @ down_FD
             return lax.dynamic_update_slice_in_dim(out_AD, out_XD.astype(out_AD.dtype), row, 0)
 
         return lax.fori_loop(0, -(-(starts_A[index + 1] - start) // size), block, out_AD)

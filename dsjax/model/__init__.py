@@ -5,6 +5,9 @@ inputs.py        what the model reads of tokens, computed and laid out over the 
 block.py         one layer; scans over stacks of layers; rematerialisation
 attention.py     what every kind of attention declares and shares
 mla.py, gqa.py   the kinds: multi-head latent and grouped-query attention
+compressed_attention.py  the kind of V4, and compressor.py, which makes its entries
+mixed_layers.py  V4's layers, of several kinds (layer_kinds.py), with several residual streams
+hyper_connections.py     what connects a layer to these
 moe.py           mixture of experts: shared and routed experts, dispatched over devices
 redundant_experts.py  replicas of routed experts, for serving on several devices
 router.py        which experts each token goes to, and their weights

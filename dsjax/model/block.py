@@ -17,6 +17,7 @@ from dsjax.config import ModelConfig
 from dsjax.kernels.sparse_attention import Lesson
 from dsjax.model.attention import Attention
 from dsjax.model.balance import BalanceWeights
+from dsjax.model.compressed_attention import CompressedAttention
 from dsjax.model.gqa import GQA
 from dsjax.model.layer_cache import Entries, LayerCache
 from dsjax.model.layers import FeedForward, RMSNorm
@@ -64,6 +65,8 @@ class Extension(NamedTuple):
 
 def attention_class(config: ModelConfig) -> type[Attention]:
     """Returns the class that `model.attention` names, with an indexer if the model has one."""
+    if config.attention == "compressed":
+        return CompressedAttention
     if config.index_topk:
         return SparseMLA
     return {"mla": MLA, "gqa": GQA, "nsa": NSA}[config.attention]

@@ -102,7 +102,14 @@ def empty_cache(
             return None
         return {
             name: jnp.zeros(
-                (layers, batch, shape.heads, -(-length // shape.every), shape.width), dtype
+                (
+                    layers if shape.layers is None else shape.layers,
+                    batch,
+                    shape.heads,
+                    -(-length // shape.every),
+                    shape.width,
+                ),
+                dtype,
             )
             for name, shape in shapes.items()
         }

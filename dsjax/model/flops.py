@@ -91,8 +91,12 @@ def mtp_matmul_parameters(model: ModelConfig) -> int:
 def cache_bytes_per_token(model: ModelConfig, bytes_per_value: int = 2) -> int:
     """Returns the bytes that decoding caches per token over all layers; 2 per value is bfloat16."""
     entries = attention_class(model).cached(model).values()
-    values = sum(Fraction(entry.heads * entry.width, entry.every) for entry in entries)
-    return math.ceil(model.n_layers * values * bytes_per_value)
+    values = sum(
+        (model.n_layers if entry.layers is None else entry.layers)
+        * Fraction(entry.heads * entry.width, entry.every)
+        for entry in entries
+    )
+    return math.ceil(values * bytes_per_value)
 
 
 def _experts(model: ModelConfig) -> int:

@@ -29,6 +29,7 @@ class EntryShape(NamedTuple):
     heads: int
     width: int
     every: int = 1  # tokens per position
+    layers: int | None = None  # that have one; None: all of a stack
 
 
 class LayerCache(NamedTuple):

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.parallel.vocabulary_parallel import lookup
-from dsjax.precision.activations import swiglu_linear
+from dsjax.precision.activations import limited, swiglu_linear
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
 
@@ -131,17 +131,18 @@ class LayerNorm(nnx.Module):
 class FeedForward(nnx.Module):
     """SwiGLU feed-forward layer, of dense layers and of shared experts."""
 
-    def __init__(self, dim: int, hidden: int, init_std: float, policy: Policy):
+    def __init__(self, dim: int, hidden: int, init_std: float, policy: Policy, limit: float = 0.0):
         init = Normal(init_std)
         self.w_gate = declare((dim, hidden), ("embed", "ffn"), init)
         self.w_up = declare((dim, hidden), ("embed", "ffn"), init)
         self.w_down = declare((hidden, dim), ("ffn", "embed"), init)
         self.policy = policy
+        self.limit = limit
 
     @jax.named_scope("feed-forward")
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = (linear(x, w[...], self.policy) for w in (self.w_gate, self.w_up))
-        return swiglu_linear(gate, up, self.w_down[...], self.policy)
+        return swiglu_linear(*limited(gate, up, self.limit), self.w_down[...], self.policy)
 
 
 class Embedding(nnx.Module):

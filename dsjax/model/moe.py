@@ -28,7 +28,7 @@ from dsjax.parallel.expert_slots import replicas
 from dsjax.parallel.routing_plan import count
 from dsjax.parallel.sharding import partition_spec, parts_here, split_axes
 from dsjax.parallel.shards import Specs, on_shards
-from dsjax.precision.activations import swiglu_grouped_linear
+from dsjax.precision.activations import limited, swiglu_grouped_linear
 from dsjax.precision.matmul import grouped_linear
 from dsjax.precision.policy import Policy
 from dsjax.precision.small_weights import Weight, at_use
@@ -64,6 +64,7 @@ class Experts(nnx.Module):
         self.w_up = declare((E, D, F), ("experts", "expert_embed", "ffn"), init)
         self.w_down = declare((E, F, D), ("experts", "ffn", "expert_embed"), init)
         self.policy = policy
+        self.limit = config.swiglu_limit
 
     def at_use(self, like: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
         """Returns the experts as a function of rows sorted by expert, [A, D], of the number of rows
@@ -75,7 +76,7 @@ class Experts(nnx.Module):
         Args:
           like: an array that differs between devices along the same mesh axes as the rows.
         """
-        policy, axes = self.policy, split_axes("expert_embed")
+        policy, limit, axes = self.policy, self.limit, split_axes("expert_embed")
 
         def gathered(variable: nnx.Variable, dim: int) -> Weight:
             def gather(leaf: jax.Array) -> jax.Array:
@@ -92,6 +93,7 @@ class Experts(nnx.Module):
             # marked as varying, they are summed over the devices.
             x_AD, weights_A = vary_as(x_AD, split), vary_as(weights_A, split)
             gate, up = (grouped_linear(x_AD, w, sizes_E, policy) for w in (w_gate, w_up))
+            gate, up = limited(gate, up, limit)
             return swiglu_grouped_linear(gate, up, weights_A, w_down, sizes_E, policy)
 
         return experts
@@ -119,6 +121,7 @@ class Experts(nnx.Module):
             self.policy.target,
             at_use,
             n_experts=E,
+            limit=self.limit,
         )
 
 
@@ -128,7 +131,9 @@ class MoE(nnx.Module):
         self.experts = Experts(config, policy)
         if config.n_shared_experts:
             hidden = config.n_shared_experts * config.moe_inter_dim
-            self.shared = FeedForward(config.dim, hidden, config.init_std, policy)
+            self.shared = FeedForward(
+                config.dim, hidden, config.init_std, policy, config.swiglu_limit
+            )
         self.config = config
 
     @jax.named_scope("experts")
@@ -229,12 +234,17 @@ class MoE(nnx.Module):
         )
 
     def extend(
-        self, x_BTD: jax.Array, stack: Experts, layer: jax.Array
+        self,
+        x_BTD: jax.Array,
+        stack: Experts,
+        layer: jax.Array,
+        experts_BTK: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Routes tokens that are added to a cache.
 
         Args:
           stack: the experts of all layers, of which this is number `layer`.
+          experts_BTK: int32, choices that are made already; None: the router chooses.
 
         Returns:
           the output, and the chosen experts, int32 [B, T, K].
@@ -246,10 +256,11 @@ class MoE(nnx.Module):
         one_device = parts_here("experts") == parts_here("expert_embed") == parts_here("ffn") == 1
         if not (in_place and one_device) or policy.fp8:
             documents_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
-            y_BTD, _, experts_BTK = self(x_BTD, documents_BT, None, length="tokens")
+            y_BTD, _, experts_BTK = self(x_BTD, documents_BT, None, experts_BTK, length="tokens")
             return y_BTD, experts_BTK
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        routing = self.gate(x_MD)
+        made = experts_BTK is not None
+        routing = self.gate(x_MD, experts_BTK.reshape(len(x_MD), -1) if made else None)
         y_BTD = stack.chosen(x_MD, routing, layer).reshape(x_BTD.shape)
         if config.n_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)

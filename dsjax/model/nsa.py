@@ -176,7 +176,9 @@ class NSA(Attention):
         if segment_ids_BT is not None:
             segments = context.restore(segment_ids_BT)
         positions_BS = rope.positions_in_segments(segments)
-        begins_BZ, begins_at_BZ = entry_places(segments, positions_BS, pattern(self.config))
+        begins_BZ, begins_at_BZ = entry_places(
+            segments, positions_BS, self.config.nsa_length, self.config.nsa_stride
+        )
         made = self._compress(
             stacks["compress_key"], stacks["compress_value"], begins_BZ, begins_at_BZ
         )
@@ -244,7 +246,7 @@ def _branches(
 
 
 def entry_places(
-    segments_BS: jax.Array, positions_BS: jax.Array, sizes: Pattern
+    segments_BS: jax.Array, positions_BS: jax.Array, length: int, stride: int
 ) -> tuple[jax.Array, jax.Array]:
     """Finds where the compressed entries of packed documents begin: every stride from the beginning
     of each document on, as long as the document holds all of their tokens.
@@ -257,14 +259,12 @@ def entry_places(
       document.
     """
     B, S = segments_BS.shape
-    count = -(-S // sizes.stride)
-    reach = sizes.length - 1
+    count = -(-S // stride)
+    reach = length - 1
     last_BS = jnp.pad(segments_BS, ((0, 0), (0, reach)), constant_values=-1)[:, reach:]
-    begins_BS = (positions_BS % sizes.stride == 0) & (last_BS == segments_BS)
-    fill = ((0, 0), (0, count * sizes.stride - S))
+    begins_BS = (positions_BS % stride == 0) & (last_BS == segments_BS)
+    fill = ((0, 0), (0, count * stride - S))
     places_BS = jnp.where(begins_BS, lax.broadcasted_iota(jnp.int32, (B, S), 1), -1)
-    places_BZ = (
-        jnp.pad(places_BS, fill, constant_values=-1).reshape(B, count, sizes.stride).max(axis=-1)
-    )
+    places_BZ = jnp.pad(places_BS, fill, constant_values=-1).reshape(B, count, stride).max(axis=-1)
     positions_BZ = jnp.take_along_axis(positions_BS, jnp.maximum(places_BZ, 0), axis=1)
     return places_BZ, positions_BZ

@@ -35,6 +35,12 @@ def check(config: ModelConfig, n_redundant: int, n_ranks: int) -> None:
             f"{n_redundant} redundant experts are for models with routed experts, and this one is "
             "dense (model.n_routed_experts=0 or no layer has them); leave --redundant-experts out"
         )
+    if config.attention == "compressed":
+        raise ValueError(
+            f"{n_redundant} redundant experts are for models whose experts are one stack, and "
+            "those of model.attention=compressed are one for each kind of layer; leave "
+            "--redundant-experts out"
+        )
     if n_ranks < 2:
         raise ValueError(
             f"{n_redundant} redundant experts balance the devices along the mesh axis expert, and "

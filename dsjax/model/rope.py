@@ -95,6 +95,12 @@ def rotate_pairs(x_BTNR: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> j
     return rotated.reshape(x_BTNR.shape).astype(x_BTNR.dtype)
 
 
+def rotate_last(x_BTNH: jax.Array, count: int, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
+    """Rotates the last `count` channels of each head as `rotate_pairs` does (V4)."""
+    plain, turned = jnp.split(x_BTNH, [x_BTNH.shape[-1] - count], axis=-1)
+    return jnp.concatenate([plain, rotate_pairs(turned, cos_BTR, sin_BTR)], axis=-1)
+
+
 def rotate_halves(x_BTNR: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
     """Rotates channels i and i + R/2 as a pair; returns x's dtype."""
     first, second = jnp.split(x_BTNR.astype(jnp.float32), 2, axis=-1)

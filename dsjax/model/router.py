@@ -8,6 +8,7 @@ One function serves every generation of models:
 * V3 and R1: sigmoid scores; a bias per expert is added for selection, but never to the weights;
   groups are ranked by the sum of their two best biased scores; the chosen experts' scores are
   normalised to sum to `route_scale`.
+* V4: as V3 without groups, with scores sqrt(softplus(logit)).
 
 Scores are computed in float32 from float32 weights on every platform.
 
@@ -39,7 +40,9 @@ class Routing(NamedTuple):
 
 
 def scores(logits_ME: jax.Array, score_func: str) -> jax.Array:
-    """Computes the affinity of each token to each expert, in (0, 1)."""
+    """Computes the affinity of each token to each expert, above 0."""
+    if score_func == "sqrtsoftplus":
+        return jnp.sqrt(jax.nn.softplus(logits_ME))
     return (
         jax.nn.sigmoid(logits_ME) if score_func == "sigmoid" else jax.nn.softmax(logits_ME, axis=-1)
     )

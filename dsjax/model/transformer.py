@@ -24,6 +24,7 @@ from dsjax.model.cache import Cache
 from dsjax.model.inputs import Ahead, Inputs, read_tokens
 from dsjax.model.layer_cache import LayerCache
 from dsjax.model.layers import Embedding, Head, RMSNorm, stack
+from dsjax.model.mixed_layers import MixedLayers
 from dsjax.model.moe import RoutingStatistics
 from dsjax.model.mtp import MTP
 from dsjax.model.parameters import pinned
@@ -69,7 +70,9 @@ class Transformer(nnx.Module):
         if config.n_dense_layers:
             axis = "end_layers" if config.n_moe_layers else "layers"
             self.dense_layers = stack(Block(config, policy, moe=False), config.n_dense_layers, axis)
-        if config.n_moe_layers:
+        if config.attention == "compressed":
+            self.moe_layers = MixedLayers(config, policy)
+        elif config.n_moe_layers:
             self.moe_layers = stack(Block(config, policy, moe=True), config.n_moe_layers)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         if not config.tie_embed:
@@ -159,6 +162,10 @@ class Transformer(nnx.Module):
         own = ahead = None
         if experts_LBTK is not None:
             own, ahead = jnp.split(experts_LBTK, [self.config.n_moe_layers])
+        if isinstance(body, MixedLayers):
+            assert experts_LBTK is None and balance is None and lesson is None
+            x_BTD = body(x_BTD, inputs.tokens, inputs.segment_ids)
+            return self.leave(x_BTD, inputs, context, balance=balance, remat=remat)
         x_BTD, found = run_layers(body, x_BTD, context, balance, remat, own, lesson=lesson)
         hidden = self.leave(
             x_BTD, inputs, context, balance=balance, remat=remat, experts=ahead, lesson=lesson
@@ -280,7 +287,13 @@ class Transformer(nnx.Module):
         dense, moe, experts_LBTK = cache.dense, cache.moe, None
         if dense is not None:
             x_BTD, dense, _ = extend_layers(self.dense_layers, x_BTD, dense, extension)
-        if moe is not None:
+        body = getattr(self, self.body)
+        if isinstance(body, MixedLayers):
+            assert moe is not None
+            x_BTD, moe, experts_LBTK = body.extend(
+                x_BTD, tokens_BT, extension.positions_BT, moe, routing=routing
+            )
+        elif moe is not None:
             x_BTD, moe, experts_LBTK = extend_layers(
                 self.moe_layers, x_BTD, moe, extension, routing=routing
             )

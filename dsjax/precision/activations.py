@@ -35,6 +35,13 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
+def limited(gate: jax.Array, up: jax.Array, limit: float) -> tuple[jax.Array, jax.Array]:
+    """Clamps what SwiGLU reads (V4): gate from above, up on both sides; a limit of 0 does not."""
+    if not limit:
+        return gate, up
+    return jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+
+
 def _swiglu_linear(gate: jax.Array, up: jax.Array, w_FD: jax.Array, policy: Policy) -> jax.Array:
     """Returns linear(swiglu(gate, up), w): [..., F] twice -> [..., D]."""
     return linear_forward(swiglu(gate, up), w_FD, policy)

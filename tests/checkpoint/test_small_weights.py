@@ -15,6 +15,7 @@ from dsjax.checkpoint.load import Checkpoint, open_checkpoint
 from dsjax.checkpoint.small_weights import FP8, INT4, INT8, format_of, stored_bytes
 from dsjax.generate.engine import Engine, Request
 from dsjax.generate.sampling import Sampling
+from dsjax.model.layers import Constant, Float32, declare
 from dsjax.model.parameters import declarations
 from dsjax.model.transformer import Transformer
 from dsjax.parallel.mesh import make_mesh
@@ -159,6 +160,12 @@ def test_no_more_than_a_band_is_ever_read_in_float32(folder, monkeypatch):
         for mine, other in zip(jax.tree.leaves(got[name]), jax.tree.leaves(value), strict=True):
             assert_close(mine, other, EXACT, name)
     assert 0 < largest[0] <= 4096
+
+
+def test_what_is_float32_in_every_model_stays():
+    declared = declare((64, 64), ("latent", "norm"), Constant(0.0), Float32)
+    assert format_of("ape", declared, INT8) is None
+    assert format_of("w", declare((64, 64), ("latent", "norm"), Constant(0.0)), INT8)
 
 
 def test_blocks_end_where_a_devices_share_does(folder):

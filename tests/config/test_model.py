@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from dsjax.config import ModelConfig
+from dsjax.config import Config, ModelConfig
+from dsjax.config.finetuning import FineTuning
 
 DENSE = {
     "vocab_size": 64,
@@ -136,6 +137,53 @@ def test_native_sparse_attention_refuses(changes, message):
 def test_sizes_of_native_sparse_attention():
     assert (nsa().qk_head_dim, nsa().value_head_dim, nsa(v_head_dim=6).value_head_dim) == (8, 8, 6)
     assert nsa().rope_dim == 8
+
+
+def compressed(**changes):
+    shape = {
+        "attention": "compressed", "n_dense_layers": 0, "n_heads": 4, "n_kv_heads": 1,
+        "head_dim": 8, "qk_rope_head_dim": 4, "q_lora_rank": 8, "o_groups": 2, "o_lora_rank": 8,
+        "layer_types": ("sparse", "heavy"), "index_n_heads": 2, "index_head_dim": 8,
+        "index_topk": 4, "n_routed_experts": 4, "n_activated_experts": 2, "moe_inter_dim": 8,
+    }  # fmt: skip
+    return dense(**(shape | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ("sparse",)}, r"layer_types names 1 layers, and model\.n_layers=2; name"),
+        ({"window_size": 0}, r"model\.window_size=0 must be greater than 0"),
+        (
+            {"index_n_heads": 0, "index_head_dim": 0, "index_topk": 0},
+            r"has sparse layers, whose entries an indexer chooses: set model\.index_n_heads",
+        ),
+        ({"qk_rope_head_dim": 16}, r"qk_rope_head_dim=16 exceeds model\.head_dim=8"),
+        ({"index_head_dim": 2}, r"index_head_dim=2 has no room for"),
+        ({"o_groups": 3}, r"n_heads=4 does not divide into model\.o_groups=3"),
+        ({"hash_layers": (0, 2)}, r"hash_layers=\(0, 2\) must be different layers from 0 to 1"),
+        ({"hash_layers": (1, 1)}, r"hash_layers=\(1, 1\) must be different"),
+        ({"n_kv_heads": 2}, r"one key head, .* but model\.n_kv_heads=2.*set them to 1, 0 and 0"),
+        ({"n_mtp": 1}, r"model\.n_mtp=1; set them to 1, 0 and 0"),
+        ({"n_expert_groups": 2}, r"model\.n_expert_groups=2; set them to False, False and 1"),
+        ({"swiglu_limit": -1.0}, r"model\.swiglu_limit=-1\.0 must not be negative"),
+    ],
+)
+def test_compressed_attention_refuses(changes, message):
+    compressed()
+    with pytest.raises(ValueError, match=message):
+        compressed(**changes)
+
+
+def test_compressed_attention_is_not_trained():
+    model = compressed()
+    assert (model.qk_head_dim, model.value_head_dim, model.rope_dim) == (8, 8, 4)
+    dense().check_trains()
+    with pytest.raises(ValueError, match=r"compressed \(DeepSeek-V4\) is read, .* not trained"):
+        model.check_trains()
+    for root in (Config, FineTuning):
+        with pytest.raises(ValueError, match=r"compressed \(DeepSeek-V4\) is read"):
+            root(name="example", model=model)
 
 
 def test_sizes_of_grouped_attention():

@@ -44,7 +44,8 @@ def test_pages_that_end_inside_a_shared_entry_are_refused():
     model = tiny_model(dataclasses.replace(TINY, **grouped))
     pages.empty_pool(model, n_pages=1, page=32, n_drafts=0)
     with pytest.raises(
-        ValueError, match=r"page of 8 tokens, .* into model\.nsa_stride=16; make pre"
+        ValueError,
+        match=r"page of 8 tokens, .* into entries of 16 tokens, .*nsa has them; make",
     ):
         pages.empty_pool(model, n_pages=1, page=8, n_drafts=0)
 

@@ -14,9 +14,11 @@ from tests.closeness import BF16, F32, assert_close
 E, D, F, K = 12, 16, 24, 3
 
 
-@functools.partial(jax.jit, static_argnames="target")
-def compute(*operands, target):
-    return chosen_experts(*operands, target, lambda w, dtype: w.astype(dtype), n_experts=E)
+@functools.partial(jax.jit, static_argnames=("target", "limit"))
+def compute(*operands, target, limit=0.0):
+    return chosen_experts(
+        *operands, target, lambda w, dtype: w.astype(dtype), n_experts=E, limit=limit
+    )
 
 
 def _operands(tokens, dtype=jnp.float32):
@@ -28,7 +30,7 @@ def _operands(tokens, dtype=jnp.float32):
     return x, *stacks, jnp.asarray(experts, jnp.int32), weights
 
 
-def _definition(x_MD, w_gate, w_up, w_down, experts_MK, weights_MK):
+def _definition(x_MD, w_gate, w_up, w_down, experts_MK, weights_MK, limit=np.inf):
     """In float64."""
     x_MD, w_gate, w_up, w_down, weights_MK = (
         np.asarray(array, np.float64) for array in (x_MD, w_gate, w_up, w_down, weights_MK)
@@ -36,8 +38,8 @@ def _definition(x_MD, w_gate, w_up, w_down, experts_MK, weights_MK):
     y_MD = np.zeros_like(x_MD)
     for m, experts in enumerate(np.asarray(experts_MK)):
         for k, e in enumerate(experts):
-            gate = x_MD[m] @ w_gate[e]
-            hidden = gate / (1 + np.exp(-gate)) * (x_MD[m] @ w_up[e])
+            gate, up = np.minimum(x_MD[m] @ w_gate[e], limit), x_MD[m] @ w_up[e]
+            hidden = gate / (1 + np.exp(-gate)) * np.clip(up, -limit, limit)
             y_MD[m] += weights_MK[m, k] * (hidden @ w_down[e])
     return y_MD
 
@@ -57,6 +59,13 @@ def test_experts_that_all_tokens_chose_take_several_blocks(experts):
     operands = x, *stacks, experts_MK, weights
     got = compute(*operands, target=Target("cpu"))
     assert_close(got, _definition(*operands), F32, "experts")
+
+
+@pytest.mark.parametrize("target", [Target("cpu"), Target("gpu")], ids=str)
+def test_limit_clamps_gates_from_above_and_the_other_on_both_sides(target):
+    operands = _operands(2)
+    got = compute(*operands, target=target, limit=0.7)
+    assert_close(got, _definition(*operands, limit=0.7), F32, "experts")
 
 
 @pytest.mark.parametrize("target", [Target("cpu"), Target("gpu")], ids=str)

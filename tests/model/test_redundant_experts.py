@@ -11,6 +11,7 @@ from dsjax.model.parameters import shardings
 from dsjax.parallel import eplb
 from dsjax.parallel.mesh import make_mesh
 from tests.closeness import F32, assert_close
+from tests.model.compressed import COMPRESSED
 from tests.model.tiny import TINY, tiny_model, tokens
 
 LOAD = np.array([[1, 1, 1, 1, 1, 1, 9, 30], [50, 1, 1, 1, 1, 1, 1, 1]])
@@ -61,3 +62,8 @@ def test_what_cannot_have_replicas_is_told(changed, n_redundant, n_ranks, messag
         redundant_experts.check(config, n_redundant, n_ranks)
     redundant_experts.check(TINY, 4, 4)
     redundant_experts.check(TINY, 0, 2)
+
+
+def test_layers_of_several_kinds_cannot_have_replicas():
+    with pytest.raises(ValueError, match=r"attention=compressed are one for each kind of layer"):
+        redundant_experts.check(COMPRESSED, 4, 4)

@@ -65,6 +65,17 @@ def test_rotation_equals_oracle(name, layout):
     np.testing.assert_allclose(got[0, 4, 0], want[4], atol=2e-3)
 
 
+def test_last_channels_turn_as_pairs_and_back():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 2, 10)), jnp.float32)
+    cos, sin = (
+        jnp.asarray(f(np.arange(6.0)).reshape(1, 3, 2), jnp.float32) for f in (np.cos, np.sin)
+    )
+    turned = rope.rotate_last(x, 4, cos, sin)
+    np.testing.assert_array_equal(turned[..., :6], x[..., :6])
+    np.testing.assert_array_equal(turned[..., 6:], rope.rotate_pairs(x[..., 6:], cos, sin))
+    assert_close(rope.rotate_last(turned, 4, cos, -sin), x, F32)
+
+
 def test_scores_depend_on_distance_alone():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 1, 64)), jnp.float32)
 

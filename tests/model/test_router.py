@@ -69,6 +69,20 @@ def test_no_expert_outside_the_kept_groups_wins_when_all_biased_scores_are_negat
     assert max(len(set(row // 2)) for row in experts) == 2
 
 
+def test_v4_scores_are_roots_of_softplus():
+    config = dataclasses.replace(
+        V3, score_func="sqrtsoftplus", n_expert_groups=1, n_limited_groups=1, n_activated_experts=2
+    )
+    logits = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32) * 3
+    got = route(jnp.asarray(logits), None, config)
+    scores = np.sqrt(np.log1p(np.exp(logits.astype(np.float64))))
+    for row, (experts, weights) in enumerate(zip(got.experts_MK, got.weights_MK, strict=True)):
+        best = set(np.argsort(-scores[row])[:2].tolist())
+        assert set(np.asarray(experts).tolist()) == best
+        chosen = scores[row][np.asarray(experts)]
+        assert_close(weights, chosen / chosen.sum() * config.route_scale, F32)
+
+
 def test_bias_moves_the_choice_and_not_the_weights():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(50, 8)), jnp.float32)
     even = route(logits, jnp.full(8, 5.0), V3)

@@ -9,6 +9,7 @@ import pytest
 
 from dsjax.precision.activations import (
     attention_linear,
+    limited,
     swiglu,
     swiglu_grouped_linear,
     swiglu_linear,
@@ -74,6 +75,13 @@ def test_without_fp8_gradients_are_those_of_the_composition(layer):
     assert_close(got, want, EXACT, "forward")
     for g, w in zip(gradients, plain_gradients, strict=True):
         assert_close(g, w, F32, "gradient")
+
+
+def test_limit_clamps_the_gate_from_above_and_the_other_on_both_sides():
+    gate, up = jnp.asarray([-9.0, 1.0, 9.0]), jnp.asarray([-9.0, 9.0, 1.0])
+    assert limited(gate, up, 0.0) == (gate, up)
+    clamped = limited(gate, up, 2.0)
+    assert [x.tolist() for x in clamped] == [[-9.0, 1.0, 2.0], [-2.0, 2.0, 1.0]]
 
 
 def test_a_row_s_weight_may_come_after_the_product():

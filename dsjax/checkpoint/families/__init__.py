@@ -1,9 +1,9 @@
 """The families of published checkpoints, one per file, looked up by config.json's `model_type`.
 
 Each of llama.py, qwen2.py, qwen3.py, deepseek.py (DeepSeekMoE), deepseek_v2.py, deepseek_v3.py,
-deepseek_v32.py, kimi_k2.py, multi_modality.py (DeepSeek's models that see), janus.py,
-deepseek_vl.py and deepseek_vl_hybrid.py (the same as transformers converts them) declares one
-`Family`: the rows of its config.json and the names of its tensors, both two-way.
+deepseek_v32.py, deepseek_v4.py, kimi_k2.py, multi_modality.py (DeepSeek's models that see),
+janus.py, deepseek_vl.py and deepseek_vl_hybrid.py (the same as transformers converts them) declares
+one `Family`: the rows of its config.json and the names of its tensors, both two-way.
 family.py defines `Family` and the parts that families share; table.py defines rows, rope.py the row
 for rope settings, sight.py what is beside a language model. To add a family, add a file and an
 entry in `_ALL`.
@@ -12,6 +12,7 @@ entry in `_ALL`.
 from dsjax.checkpoint.families.deepseek import DEEPSEEK
 from dsjax.checkpoint.families.deepseek_v2 import DEEPSEEK_V2
 from dsjax.checkpoint.families.deepseek_v3 import DEEPSEEK_V3
+from dsjax.checkpoint.families.deepseek_v4 import DEEPSEEK_V4
 from dsjax.checkpoint.families.deepseek_v32 import DEEPSEEK_V32
 from dsjax.checkpoint.families.deepseek_vl import DEEPSEEK_VL
 from dsjax.checkpoint.families.deepseek_vl_hybrid import DEEPSEEK_VL_HYBRID
@@ -25,7 +26,7 @@ from dsjax.checkpoint.families.qwen3 import QWEN3
 from dsjax.config import ModelConfig
 
 _ALL = (
-    LLAMA, QWEN2, QWEN3, DEEPSEEK, DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2, DEEPSEEK_V32,
+    LLAMA, QWEN2, QWEN3, DEEPSEEK, DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2, DEEPSEEK_V32, DEEPSEEK_V4,
     MULTI_MODALITY, JANUS, DEEPSEEK_VL, DEEPSEEK_VL_HYBRID,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
@@ -56,4 +57,6 @@ def family_for(model: ModelConfig) -> str:
         return fits[0]
     if model.attention == "gqa":
         return "deepseek"
+    if model.attention == "compressed":
+        return "deepseek_v4"
     return "deepseek_v32" if model.index_topk else "deepseek_v3"

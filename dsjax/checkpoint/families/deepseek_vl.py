@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dsjax.checkpoint.families import janus
+from dsjax.checkpoint.families.family import TopNames
 from dsjax.checkpoint.families.llama import LLAMA
 from dsjax.checkpoint.families.sight import Part, Sight, linear
 from dsjax.config.vision import SiglipConfig, VisionConfig
@@ -77,7 +78,7 @@ DEEPSEEK_VL = dataclasses.replace(
     name="deepseek_vl",
     architecture="DeepseekVLForConditionalGeneration",
     section="text_config",
-    body="model.language_model.",
+    top=TopNames.below("model.language_model."),
     sight=Sight(
         janus.text,
         read,

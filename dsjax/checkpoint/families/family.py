@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dsjax.checkpoint.families.rope import ROPE
 from dsjax.checkpoint.families.sight import Sight
@@ -28,6 +28,7 @@ class Rule:
     keep_float32: bool = False
     trains: bool = True
     plain: bool = False  # a matrix that FP8 checkpoints do not quantize
+    integer: bool = False  # int64 in every checkpoint
 
     @property
     def transpose(self) -> bool:
@@ -35,7 +36,32 @@ class Rule:
 
     @property
     def quantized(self) -> bool:
-        return len(self.shape) == 2 and not self.plain
+        return len(self.shape) == 2 and not (self.plain or self.integer)
+
+
+class TopNames(NamedTuple):
+    """Names of the tensors outside of the layers, and the prefix of those of layers."""
+
+    embedding: str = "model.embed_tokens.weight"
+    layers: str = "model.layers."
+    norm: str = "model.norm.weight"
+    head: str = "lm_head.weight"
+
+    @classmethod
+    def below(cls, body: str) -> TopNames:
+        """Returns the usual names behind another prefix; the head's stays."""
+        return cls(f"{body}embed_tokens.weight", f"{body}layers.", f"{body}norm.weight")
+
+
+PUBLISHED_NAMES = TopNames()
+
+
+class Place(NamedTuple):
+    """Where a layer's tensors are in our parameter tree."""
+
+    stack: tuple[str, ...]  # path of the stack
+    index: int  # number in the stack
+    rules: list[Rule]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +80,7 @@ class Family:
       section: the object in config.json that describes the language model, if the language model
         is part of a larger one; None: config.json itself.
       prefix: prefix of the names of the language model's tensors, such as `language.`.
-      body: what follows it in all names but the output head's.
+      top: the names of what is not in a layer.
       sight: what a larger model has besides to see and draw with; None: nothing.
     """
 
@@ -69,7 +95,7 @@ class Family:
     neutral: frozenset[str] = frozenset()
     section: str | None = None
     prefix: str = ""
-    body: str = "model."
+    top: TopNames = PUBLISHED_NAMES
     sight: Sight | None = None
 
     @property
@@ -99,6 +125,26 @@ class Family:
             Rule("post_attention_layernorm.weight", ("ffn_norm", "weight"), (dim,)),
             *(moe_rules(model) if moe else dense),
         ]
+
+    def places(self, model: ModelConfig) -> list[Place]:
+        """Returns where each layer of the main model is, and its rules."""
+        rules = {moe: self.layer(model, moe=moe) for moe in (False, model.n_moe_layers > 0)}
+        dense = model.n_dense_layers
+        return [
+            Place(("moe_layers",), layer - dense, rules[True])
+            if layer >= dense
+            else Place(("dense_layers",), layer, rules[False])
+            for layer in range(model.n_layers)
+        ]
+
+    def outside_layers(self, model: ModelConfig) -> list[Rule]:
+        """Returns the rules for further tensors that are not in a layer, with whole paths."""
+        del model
+        return []
+
+    def canonical(self, name: str) -> str | None:
+        """Returns the name that the rules have for a tensor of a file; None to pass it over."""
+        return name
 
 
 # Rows of config.json. A default may depend on fields of earlier rows.

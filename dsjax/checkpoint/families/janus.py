@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dsjax.checkpoint.families.family import TopNames
 from dsjax.checkpoint.families.llama import LLAMA
 from dsjax.checkpoint.families.sight import (
     Part,
@@ -214,7 +215,7 @@ JANUS = dataclasses.replace(
     name="janus",
     architecture="JanusForConditionalGeneration",
     section="text_config",
-    body="model.language_model.",
+    top=TopNames.below("model.language_model."),
     sight=Sight(
         text,
         read,

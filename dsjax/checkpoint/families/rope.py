@@ -50,10 +50,11 @@ def _read(fields: Fields, values: Values) -> None:
         )
     values["rope_theta"] = max(thetas, default=10000.0)
     if inner:
-        _read_scaling(next(iter(inner.values())), values)
+        read_scaling(next(iter(inner.values())), values)
 
 
-def _read_scaling(inner: Fields, values: Values) -> None:
+def read_scaling(inner: Fields, values: Values) -> None:
+    """Reads the settings of one rope, without its theta."""
     kind = inner.read("rope_type", "str")
     if kind not in _KINDS:
         inner.problems.append(
@@ -108,7 +109,7 @@ def _temperature(inner: Fields, values: Values) -> dict[str, float]:
     return given if any(given.values()) else {"mscale": 1.0, "mscale_all_dim": 0.0}
 
 
-def _write(model: ModelConfig) -> dict[str, Any]:
+def write_rope(model: ModelConfig) -> dict[str, Any]:
     """Returns the settings as `rope_theta` and `rope_scaling`, which every loader understands."""
     kind = model.rope_scaling
     if kind == "none":
@@ -125,7 +126,7 @@ def _write(model: ModelConfig) -> dict[str, Any]:
     if kind == "yarn":
         scaling |= {"beta_fast": model.beta_fast, "beta_slow": model.beta_slow}
         if (model.mscale, model.mscale_all_dim) != (1.0, 0.0):
-            if model.attention == "gqa" and not model.mscale_all_dim:
+            if model.attention in ("gqa", "compressed") and not model.mscale_all_dim:
                 step = 0.1 * math.log(max(model.rope_factor, 1))
                 scaling["attention_factor"] = step * model.mscale + 1
             else:
@@ -133,4 +134,4 @@ def _write(model: ModelConfig) -> dict[str, Any]:
     return {"rope_theta": model.rope_theta, "rope_scaling": scaling}
 
 
-ROPE = Row(_read, _write)
+ROPE = Row(_read, write_rope)

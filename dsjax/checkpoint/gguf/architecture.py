@@ -67,8 +67,8 @@ def check(model: ModelConfig, place: str) -> None:
 
 
 def _problems(model: ModelConfig, arch: Arch) -> Iterator[str]:
-    if model.attention == "nsa":
-        yield "model.attention=nsa: it has no such attention"
+    if model.attention in ("nsa", "compressed"):
+        yield f"model.attention={model.attention}: it has no such attention"
         return
     if model.n_layers > MAX_LAYERS or model.n_routed_experts > MAX_EXPERTS:
         yield (

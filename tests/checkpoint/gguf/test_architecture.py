@@ -9,6 +9,7 @@ from dsjax.checkpoint.gguf import architecture, layout
 from dsjax.checkpoint.hf_config import from_hf
 from tests.checkpoint.families.published import RELEASES
 from tests.checkpoint.gguf.files import ARCHITECTURES, case_of
+from tests.model.compressed import COMPRESSED
 
 
 def model_of(name, **changes):
@@ -134,3 +135,8 @@ def test_other_divisors_are_not_llama3s():
     assert architecture.llama3_settings(np.linspace(1, 3, 32, dtype=np.float32), 1e4) is None
     assert architecture.llama3_settings(np.ones(32, np.float32), 1e4) is None
     assert architecture.llama3_settings(np.full(32, np.nan, np.float32), 1e4) is None
+
+
+def test_attention_that_llama_cpp_has_not_is_refused():
+    with pytest.raises(ValueError, match=r"model\.attention=compressed: it has no such attention"):
+        architecture.check(COMPRESSED, "v4")
