@@ -218,7 +218,7 @@ def _described(
         for row in names.tensors(implied.model, implied.family)
         if not row.is_copy
     }
-    seeing = sum(part.count for part in implied.parts if part.counts)
+    seeing = sum(part.n_parameters for part in implied.parts if part.counts)
     return {
         "path": str(path),
         "family": implied.family,

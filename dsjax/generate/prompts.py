@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -159,9 +159,9 @@ class Prompts:
         """Returns what is given of the next tokens; None if no prompt is given anything."""
         if not self._given:
             return None
-        given_BT = np.zeros((len(starts_B), size), bool)
+        given_BT: Any = np.zeros((len(starts_B), size), bool)
         dim = next(iter(self._given.values())).values.shape[1]
-        values_BTD = np.zeros((*given_BT.shape, dim), np.float32)
+        values_BTD: Any = np.zeros((*given_BT.shape, dim), np.float32)
         for row, given in self._given.items():
             places = given.places - starts_B[row]
             inside = (places >= 0) & (places < size)

@@ -91,7 +91,7 @@ def tiled_divergence(
     keys = _Keys(k_BSNH, segments and segments.k_BS)
     target: Any = jax.tree.map(lambda x: cut(lax.stop_gradient(x)), (queries, keys))
     sizes = _Sizes(scale, head_axes)
-    divergence_IBt = _divergence(Index(*map(cut, index)), target, tiles, sizes)
+    divergence_IBt: Any = _divergence(Index(*map(cut, index)), target, tiles, sizes)
     return divergence_IBt.swapaxes(0, 1).reshape(q_BTNH.shape[:2])
 
 

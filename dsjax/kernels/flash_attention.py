@@ -16,7 +16,7 @@ query and recomputes each tile's probabilities. Scores, softmax and sums are flo
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -196,10 +196,8 @@ def tiled_attention(
         x.reshape(B, -1, size, P, x.shape[-1]).transpose(1, 0, 3, 2, 4) for x in (k_BSPH, v_BSPW)
     )
     cut = segments and Segments(*(x.reshape(B, -1, size).swapaxes(0, 1) for x in segments))
-    out_IBPGtW, log_sum = _tiled(q_IBPGtH, k_JBPsH, v_JBPsW, cut, tiles, scale)
-    out_BTNW, log_sum_BTN1 = (
-        x.transpose(1, 0, 4, 2, 3, 5).reshape(B, T, N, -1) for x in (out_IBPGtW, log_sum)
-    )
+    attended: Any = _tiled(q_IBPGtH, k_JBPsH, v_JBPsW, cut, tiles, scale)
+    out_BTNW, log_sum_BTN1 = (x.transpose(1, 0, 4, 2, 3, 5).reshape(B, T, N, -1) for x in attended)
     return out_BTNW, jax.lax.stop_gradient(log_sum_BTN1[..., 0])
 
 

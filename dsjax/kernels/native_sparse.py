@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +120,7 @@ def attend(
     S = selected.key.length
     chosen = pattern.blocks * pattern.size
     gathered = T == 1 or S > _DENSE * chosen
-    attention = gathered_attention if gathered else masked_attention
+    attention: Any = gathered_attention if gathered else masked_attention
     if gathered and aligned and block_kernel.takes(target, pattern.size, S):
         attention = table_attention
     tile = functools.partial(
@@ -301,7 +301,9 @@ def _table_backward(size, scale, residuals, gradient_BTNW):
 
     inputs = queries.q_BTNH, branch.key.stack_LBPSX, branch.value.stack_LBPSX
     of_q, *of_stacks = jax.vjp(gathered, *inputs)[1](gradient_BTNW)
-    return Queries(of_q, None, None, None), Branch(*(Stack(x, None) for x in of_stacks)), None
+    nothing: Any = None  # of what is no number
+    of_queries = Queries(of_q, nothing, nothing, nothing)
+    return of_queries, Branch(*(Stack(x, nothing) for x in of_stacks)), None
 
 
 table_attention.defvjp(_table_forward, _table_backward)

@@ -54,8 +54,9 @@ def gathered(
 
     def attend(q: Any, kept: Any, _: Any, index: Index, segments: Any, shard: Shard) -> Attended:
         assert lesson != "warmup"  # it learns from all keys
+        (kv_BSX,) = kept
         out, divergence = latent_attention(
-            q, *kept, jax.tree.map(lambda x: vary_as(x, q), index), segments=segments, shard=shard,
+            q, kv_BSX, jax.tree.map(lambda x: vary_as(x, q), index), segments=segments, shard=shard,
             lesson=lesson, width=width, count=count, scale=scale, target=target,
         )  # fmt: skip
         return out, None if divergence is None else agreed(divergence, shard.head_axes)

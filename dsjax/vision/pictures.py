@@ -149,7 +149,7 @@ def normalized(squares: np.ndarray, rules: Rules) -> np.ndarray:
     as the references.
     """
     scaled = (squares * _SCALE).astype(np.float32)
-    return (scaled - np.float32(rules.mean)) / np.float32(rules.std)
+    return (scaled - np.asarray(rules.mean, np.float32)) / np.asarray(rules.std, np.float32)
 
 
 def pixels(pictures: Sequence[Image], rules: Rules) -> np.ndarray:
@@ -186,7 +186,8 @@ def read_rules(folder: Path) -> Rules:
 
 def rules_of(values: Mapping[str, Any], place: str) -> Rules:
     """Reads the contents of a preprocessor_config.json; see `read_rules`."""
-    size, cut = values.get("image_size"), True
+    size: Any = values.get("image_size")
+    cut = True
     if size is None:  # transformers'
         sides = values.get("size") or {}
         size, cut = sides.get("height") if isinstance(sides, Mapping) else sides, False

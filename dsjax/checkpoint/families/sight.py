@@ -59,7 +59,7 @@ class Part(NamedTuple):
         return np.ascontiguousarray(array).reshape(self.shape)
 
     @property
-    def count(self) -> int:
+    def n_parameters(self) -> int:
         return math.prod(self.shape)
 
 

@@ -108,7 +108,7 @@ def open_gguf(path: Path) -> HfFolder:
     generation = json.loads(texts.get("generation_config.json", "{}"))
     config |= {key: value for key, value in generation.items() if key.endswith("_id")}
     texts["config.json"] = json.dumps(config, indent=2) + "\n"
-    return HfFolder(path, config, family, model, None, tensors, rows, texts)
+    return HfFolder(path, config, family, model, None, tensors, rows, texts=texts)
 
 
 def _divisors(container: Container) -> np.ndarray | None:
