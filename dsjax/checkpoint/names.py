@@ -70,7 +70,7 @@ def tensors(model: ModelConfig, family: str) -> Iterator[Tensor]:
     yield Tensor(prefix + declared.top.embedding, embedding, (), vocabulary, False)
     for layer, place in enumerate(declared.places(model)):
         yield from _expand(
-            place.rules, layer_prefix(family, layer), place.stack, place.index, model
+            place.rules, layer_prefix(family, layer), place.stack, place.number, model
         )
     yield from _expand(declared.outside_layers(model), prefix, (), None, model)
     yield Tensor(prefix + declared.top.norm, final, (), (model.dim,), False)

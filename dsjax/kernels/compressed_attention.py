@@ -62,7 +62,7 @@ class Entries(NamedTuple):
     begins_BZ: jax.Array  # int32, place of each one's first token; negative: no entry
     ratio: int  # tokens of each
     keys: Stack | None = None  # of the index; None: a query attends to all that it sees
-    count: int = 0  # most entries that a query attends to, with an index
+    topk: int = 0  # most entries that a query attends to, with an index
 
 
 def attend(
@@ -89,9 +89,9 @@ def attend(
     if entries is not None:
         Z = entries.stack.length
         heads = N if index is None else max(N, index.w_BTI.shape[-1])
-        chooses = entries.keys is not None and entries.count < Z
-        gathered = chooses and (T == 1 or Z > _DENSE * entries.count)
-        keys += max(Z, entries.count * -(-H // N)) if gathered else Z
+        chooses = entries.keys is not None and entries.topk < Z
+        gathered = chooses and (T == 1 or Z > _DENSE * entries.topk)
+        keys += max(Z, entries.topk * -(-H // N)) if gathered else Z
     tile = functools.partial(
         _tile,
         tokens=tokens,
@@ -128,8 +128,8 @@ def _tile(
             entry, seen_BTZ = _gathered(index, entries, seen_BTZ)
         else:
             entry = entries.stack.whole()[:, 0]
-            if index is not None and entries.count < entries.stack.length:
-                seen_BTZ = sparse_attention.chosen(_index(index, entries), seen_BTZ, entries.count)
+            if index is not None and entries.topk < entries.stack.length:
+                seen_BTZ = sparse_attention.chosen(_index(index, entries), seen_BTZ, entries.topk)
         scores.append(_scores(q_BTNH, entry, seen_BTZ, scale))
         values.append(entry)
     weights = _softmax(scores, sink_N)
@@ -168,7 +168,7 @@ def _gathered(
     index: IndexQueries, entries: Entries, seen_BTZ: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Reads the chosen entries of each query, [B, T, J, H]; and tells which are valid."""
-    chosen = sparse_attention.select(_index(index, entries), seen_BTZ, entries.count)
+    chosen = sparse_attention.select(_index(index, entries), seen_BTZ, entries.topk)
     return entries.stack.take(chosen.indices_BTJ[:, None])[:, 0], chosen.valid_BTJ
 
 

@@ -272,7 +272,7 @@ class CompressedAttention(Attention):
             entries = Entries(stacks["entry"], begins_BZ, ratio_of(self.kind, config))
         if self.kind == "sparse":
             assert entries is not None
-            entries = entries._replace(keys=stacks["index_entry"], count=config.index_topk)
+            entries = entries._replace(keys=stacks["index_entry"], topk=config.index_topk)
             index = self.indexer.queries(x_BTD, latent_BTQ, angles)
         out_BTNH = compressed_attention.attend(
             self._queries(latent_BTQ, angles),

@@ -294,9 +294,7 @@ class Transformer(nnx.Module):
                 x_BTD, tokens_BT, extension.positions_BT, moe, routing=routing
             )
         elif moe is not None:
-            x_BTD, moe, experts_LBTK = extend_layers(
-                self.moe_layers, x_BTD, moe, extension, routing=routing
-            )
+            x_BTD, moe, experts_LBTK = extend_layers(body, x_BTD, moe, extension, routing=routing)
         main_BTD = self.norm(x_BTD)
         mtp_input_BTD = main_BTD if self.config.mtp_after_final_norm else x_BTD
         cache = cache._replace(dense=dense, moe=moe)

@@ -30,7 +30,7 @@ def run(*, indexed=True, entries=True, count=COUNT, window=WINDOW, queries=slice
     if entries:
         held = Entries(stack(ENTRY), jnp.asarray(BEGINS), RATIO)
         if indexed:
-            held = held._replace(keys=stack(INDEX_KEY), count=count)
+            held = held._replace(keys=stack(INDEX_KEY), topk=count)
     own = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))[:, queries]
     index = IndexQueries(jnp.asarray(INDEX_Q[:, queries]), jnp.asarray(W[:, queries]))
     return attend(

@@ -60,7 +60,7 @@ class Place(NamedTuple):
     """Where a layer's tensors are in our parameter tree."""
 
     stack: tuple[str, ...]  # path of the stack
-    index: int  # number in the stack
+    number: int  # in the stack
     rules: list[Rule]
 
 
