@@ -29,7 +29,7 @@ from dsjax.model.transformer import Transformer
 from tests.closeness import LOGITS, assert_close, relative_l2
 from tests.reference.test_deepseek_v4 import KINDS, QUICK, their_logits, written
 
-pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 FIELDS = {
     "vocab_size": 60,
     "hidden_size": 32,
