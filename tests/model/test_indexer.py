@@ -9,7 +9,6 @@ from dsjax.config.shapes import V3_2
 from dsjax.kernels.sparse_attention import Index, index_scores
 from dsjax.model import rope
 from dsjax.model.indexer import Indexer
-from dsjax.model.layers import LayerNorm
 from dsjax.model.sparse_mla import SparseMLA
 from tests.closeness import BF16, F32, assert_close
 from tests.model.test_mla import _tree as tree_of
@@ -47,18 +46,19 @@ def test_scores_equal_oracle(compute, level):
     assert_close(got, want, level, "scores")
 
 
-@pytest.mark.parametrize(
-    ("owner", "attribute", "wrong"),
-    [
-        (rope, "rotate_halves", rope.rotate_pairs),  # as MLA turns its channels
-        (LayerNorm, "EPS", 1e-2),
-    ],
-)
-def test_known_mistake_is_noticed(owner, attribute, wrong, monkeypatch):
+def test_rotation_as_mla_turns_its_channels_is_noticed(monkeypatch):
     module, x_TD = filled(SparseMLA, CONFIG), inputs()
-    monkeypatch.setattr(owner, attribute, wrong)
+    monkeypatch.setattr(rope, "rotate_halves", rope.rotate_pairs)
     with pytest.raises(AssertionError, match="exceeds"):
         assert_close(jax.jit(lambda *a: scores.__wrapped__(*a))(module, x_TD), wanted(module, x_TD))
+
+
+def test_another_epsilon_of_the_norm_is_noticed():
+    module, x_TD = filled(SparseMLA, CONFIG), inputs()
+    want = wanted(module, x_TD)
+    module.indexer.k_norm.eps = 1e-2
+    with pytest.raises(AssertionError, match="exceeds"):
+        assert_close(scores(module, x_TD), want)
 
 
 def test_bias_of_the_norm_counts():
