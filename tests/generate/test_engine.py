@@ -104,7 +104,8 @@ GROUPED = {"attention": "gqa", "n_kv_heads": 2, "head_dim": 8, "qk_norm": True, 
     ("changes", "sizes"),
     [
         ({}, {"context": 4, "data": 2}),
-        (GROUPED, {"context": 2, "tensor": 4}),  # key heads that tensor does not divide
+        # Key heads that tensor does not divide.
+        pytest.param(GROUPED, {"context": 2, "tensor": 4}, marks=pytest.mark.slow),
         pytest.param(INDEXED, {"context": 2, "expert": 2, "fsdp": 2}, marks=pytest.mark.slow),
         (INDEXED | {"n_mtp": 0}, {"context": 4, "tensor": 2}),
     ],

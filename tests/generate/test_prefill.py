@@ -203,7 +203,7 @@ def test_prefixes_of_either_place_come_back_from_disk(tmp_path):
     assert [output.cached_tokens for output in found] == [0, 32]
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_experts_move_where_decoding_runs():
     model = skewed()
     mesh, prompt_mesh = two_meshes({"expert": 4}, {"tensor": 2})

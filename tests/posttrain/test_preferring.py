@@ -179,7 +179,7 @@ def test_reward_models_learn_the_planted_preference(kind, base, files, tmp_path)
     assert not (tmp_path / "run/reference").exists()
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_a_run_on_eight_devices_is_the_same(preferred, base, files, tmp_path):
     wanted = config(base, files, steps=2)
     with pytest.MonkeyPatch.context() as patch:
