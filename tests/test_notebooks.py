@@ -1,5 +1,5 @@
 """The notebooks of notebooks/ run from top to bottom, as someone runs them who has installed the
-package: in the default settings (slow), and in a small part of their time (heavy).
+package: in the default settings, and in a small part of their time, which is minutes (both slow).
 """
 
 import os
@@ -76,16 +76,9 @@ def check_r1(notebook):
 CHECKS = {"quickstart": check_quickstart, "r1": check_r1}
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, marks=() if path.stem == "quickstart" else pytest.mark.slow)
-        for path in NOTEBOOKS
-    ],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_in_small(path, tmp_path):
     quick = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
     CHECKS[path.stem](run(path, tmp_path, 0.01, quick))

@@ -44,7 +44,7 @@ def run(*arguments):
     )
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [pytest.param("needle", marks=pytest.mark.slow), "tokens"])
 def test_figures_and_heat_map_of_a_model_that_knows_nothing(task, checkpoint, tmp_path):
     found = run(

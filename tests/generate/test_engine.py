@@ -428,7 +428,7 @@ def test_equal_prompts_run_once_where_rows_are_few():
     assert ran < sum(len(request.prompt) for request in SHARING)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("speculative", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_equal_prompts_run_once_on_a_mesh(speculative):
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, n_devices=8)

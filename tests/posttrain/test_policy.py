@@ -133,7 +133,7 @@ def own_choices(given):
     ]
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_routers_that_would_choose_others_are_counted(params):
     """Of the tokens that the engine ran, which the last one of an answer is not."""
     config, given = config_of(V3, beta=0.0), own_choices(samples())

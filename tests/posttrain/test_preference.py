@@ -219,7 +219,7 @@ def test_step_is_the_same_however_the_batch_is_cut_and_spread(kind, reward_model
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_step_is_the_same_in_a_pipeline():
     model = tiny_model(dataclasses.replace(MODEL, n_layers=3, n_mtp=0))  # two MoE layers
     params, metrics = state_after_a_step("dpo", model, 4)

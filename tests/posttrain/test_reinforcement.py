@@ -166,7 +166,7 @@ def digest(folder, steps):
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     "place_of_death",
-    [pytest.param("rollout", marks=SLOW), "grading", pytest.param("update", marks=SLOW), "save"],
+    [*(pytest.param(place, marks=SLOW) for place in ("rollout", "grading", "update")), "save"],
 )
 def test_killed_run_ends_with_the_same_bits(place_of_death, place, tmp_path, monkeypatch):
     config = config_of(place, "V3", steps=3, minibatches=2, reference_every=2, beta=0.1)

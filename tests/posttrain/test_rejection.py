@@ -103,7 +103,7 @@ def arguments(setting, out, **changes):
     return rejection.Order(**values | changes)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_stopped_command_ends_with_the_same_file(setting, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rejection, "JUDGED_TOGETHER", 2)
     monkeypatch.setattr("dsjax.posttrain.filters.fault", lambda answer, keep: None)

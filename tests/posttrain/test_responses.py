@@ -32,7 +32,7 @@ def assert_same(found, wanted):
     assert found.nats == pytest.approx(wanted.nats, rel=1e-5)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_answers_do_not_depend_on_company_or_order(folder):
     keys = [(number, sample) for number in range(2) for sample in range(3)]
     together = respond(folder, max_new_tokens=8, max_batch=4)

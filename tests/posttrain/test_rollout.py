@@ -98,7 +98,7 @@ def test_engine_and_trainer_agree_in_float32(name, mesh):
     assert np.abs(gap(SHAPES[name], MESHES[mesh])).max() <= 1e-4
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", pairs(zip(MESHES), {("expert 2 x context 2",)}))
 def test_engine_and_trainer_agree_with_drafts(mesh):
     assert np.abs(gap(V3, MESHES[mesh], speculative=True)).max() <= 1e-4
@@ -110,7 +110,7 @@ def test_engine_and_trainer_agree_at_a_temperature():
     assert np.abs(gap(V3, {"data": 1}, replay=False)).max() <= 1e-4
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", pairs(zip(MESHES), {("context 2 x tensor 2",)}))
 def test_engine_and_trainer_agree_on_what_filters_keep(mesh):
     found = gap(V3, MESHES[mesh], top_p=0.8, top_k=40, temperature=0.9)

@@ -137,7 +137,7 @@ def step(objective, rows, knobs, n_micro_batches=1, sizes=None):
         return jax.jit(train_step(declared, optimizer, objective))(state, rows, knobs)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [0, 5])
 def test_step_is_the_same_however_the_batch_is_cut_and_spread(k):
     rows, (structure, values) = batch(), teacher()
