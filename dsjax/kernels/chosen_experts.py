@@ -34,9 +34,9 @@ def chosen_experts(
     weights_MK: jax.Array,
     target: Target,
     at_use: Callable[[Stack, DTypeLike], jax.Array],
+    swiglu: Callable[[jax.Array, jax.Array], jax.Array],
     *,
     n_experts: int,
-    limit: float = 0.0,
 ) -> jax.Array:
     """Sums each token's SwiGLU experts by weight.
 
@@ -48,8 +48,8 @@ def chosen_experts(
       weights_MK: float32.
       target: not a TPU.
       at_use: makes an array of the tokens' dtype of what was read from a stack.
+      swiglu: of the two products of a token.
       n_experts: how many a token chooses from; the stacks may hold those of other layers too.
-      limit: of the gates from above, and of what they multiply on both sides; 0: none.
 
     Returns:
       [M, D] in x's dtype, summed in float32.
@@ -57,7 +57,6 @@ def chosen_experts(
     one_by_one = functools.partial(_one_by_one, n_experts=n_experts)
     compute = _at_once if target.kind == "gpu" else one_by_one
     stacks = w_gate_EDF, w_up_EDF, w_down_EFD
-    swiglu = functools.partial(_swiglu, limit=limit)
     y_MD = compute(x_MD, *stacks, experts_MK, weights_MK, lambda w: at_use(w, x_MD.dtype), swiglu)
     return y_MD.astype(x_MD.dtype)
 
@@ -67,12 +66,6 @@ def is_faster(n_tokens: int, top_k: int, n_experts: int, target: Target) -> bool
     if target.kind == "gpu":
         return n_tokens * top_k <= n_experts  # it reads no more matrices than there are
     return target.kind == "cpu"
-
-
-def _swiglu(gate: jax.Array, up: jax.Array, limit: float) -> jax.Array:
-    if limit:
-        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-    return jax.nn.silu(gate) * up
 
 
 def _at_once(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, at_use, swiglu):

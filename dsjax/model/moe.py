@@ -28,7 +28,7 @@ from dsjax.parallel.expert_slots import replicas
 from dsjax.parallel.routing_plan import count
 from dsjax.parallel.sharding import partition_spec, parts_here, split_axes
 from dsjax.parallel.shards import Specs, on_shards
-from dsjax.precision.activations import limited, swiglu_grouped_linear
+from dsjax.precision.activations import limited, swiglu, swiglu_grouped_linear
 from dsjax.precision.matmul import grouped_linear
 from dsjax.precision.policy import Policy
 from dsjax.precision.small_weights import Weight, at_use
@@ -120,8 +120,8 @@ class Experts(nnx.Module):
             routing.weights_MK,
             self.policy.target,
             at_use,
+            lambda gate, up: swiglu(*limited(gate, up, self.limit)),
             n_experts=E,
-            limit=self.limit,
         )
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from dsjax.kernels.chosen_experts import chosen_experts, is_faster
 from dsjax.kernels.target import Target
+from dsjax.precision.activations import limited, swiglu
 from tests.closeness import BF16, F32, assert_close
 
 E, D, F, K = 12, 16, 24, 3
@@ -17,7 +18,11 @@ E, D, F, K = 12, 16, 24, 3
 @functools.partial(jax.jit, static_argnames=("target", "limit"))
 def compute(*operands, target, limit=0.0):
     return chosen_experts(
-        *operands, target, lambda w, dtype: w.astype(dtype), n_experts=E, limit=limit
+        *operands,
+        target,
+        lambda w, dtype: w.astype(dtype),
+        lambda gate, up: swiglu(*limited(gate, up, limit)),
+        n_experts=E,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dsjax.checkpoint.families import deepseek_vl, janus
 from dsjax.checkpoint.families.deepseek_vl import DEEPSEEK_VL
-from dsjax.checkpoint.families.sight import Part, Place, Sight, conv, linear, norm
+from dsjax.checkpoint.families.sight import LeafPath, Part, Sight, conv, linear, norm
 from dsjax.config.vision import SamConfig, VisionConfig
 
 _SAM, _SECTION = "model.high_res_vision_model.vision_encoder.", "high_res_vision_config"
@@ -111,7 +111,7 @@ def sam_parts(prefix: str, config: SamConfig, names: tuple[str, str, str]) -> It
         yield from linear(f"{name}mlp.lin2", (*path, "lin2"), D, F)
 
 
-def _neck(name: str, path: Place, config: SamConfig) -> Iterator[Part]:
+def _neck(name: str, path: LeafPath, config: SamConfig) -> Iterator[Part]:
     C = config.out_channels
     yield from conv(f"{name}.conv1", (*path, "conv1"), 1, config.dim, C, bias=False)
     yield from norm(f"{name}.layer_norm1", (*path, "norm1"), C)

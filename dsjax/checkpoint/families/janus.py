@@ -9,8 +9,8 @@ from typing import Any
 from dsjax.checkpoint.families.family import TopNames
 from dsjax.checkpoint.families.llama import LLAMA
 from dsjax.checkpoint.families.sight import (
+    LeafPath,
     Part,
-    Place,
     Sight,
     VqNames,
     linear,
@@ -203,7 +203,7 @@ def tower_parts(prefix: str, config: SiglipConfig, output: str) -> Iterator[Part
     yield from norm(f"{prefix}post_layernorm", ("tower", "norm"), D)
 
 
-def _projector(name: str, path: Place, width: int, dim: int, depth: int) -> Iterator[Part]:
+def _projector(name: str, path: LeafPath, width: int, dim: int, depth: int) -> Iterator[Part]:
     yield from linear(f"{name}.fc1", (*path, "layers", "0"), dim, width)
     for layer in range(depth - 1):
         own = (*path, "layers", str(layer + 1))

@@ -15,8 +15,8 @@ from typing import Any
 
 from dsjax.checkpoint.families.llama import LLAMA
 from dsjax.checkpoint.families.sight import (
+    LeafPath,
     Part,
-    Place,
     Sight,
     VqNames,
     linear,
@@ -225,7 +225,7 @@ def tower_parts(prefix: str, config: SiglipConfig) -> Iterator[Part]:
         yield from linear(f"{name}mlp.fc2", (*path, "fc2"), D, F)
 
 
-def _projector(name: str, path: Place, width: int, dim: int, depth: int) -> Iterator[Part]:
+def _projector(name: str, path: LeafPath, width: int, dim: int, depth: int) -> Iterator[Part]:
     for layer in range(depth):
         own = (*path, "layers", str(layer))
         yield from linear(f"{name}.layers.{2 * layer}", own, dim, dim if layer else width)

@@ -21,14 +21,14 @@ import numpy as np
 from dsjax.config.vision import SiglipConfig, VisionConfig, VqConfig
 
 Kind = Literal["plain", "matrix", "kernel", "fused"]
-Place = tuple[str, ...]
+LeafPath = tuple[str, ...]
 
 
 class Part(NamedTuple):
     """A published tensor, and its place in the parameter tree of `dsjax.vision.eyes.Eyes`."""
 
     name: str
-    path: Place  # of the leaf
+    path: LeafPath  # of the leaf
     slot: tuple[int, ...]  # index of the tensor in the leaf
     shape: tuple[int, ...]  # as published
     kind: Kind = "plain"
@@ -87,19 +87,21 @@ class Sight:
 # Parts that the layouts share.
 
 
-def linear(name: str, path: Place, out: int, width: int, slot: tuple[int, ...] = ()):
+def linear(name: str, path: LeafPath, out: int, width: int, slot: tuple[int, ...] = ()):
     """Yields weight and bias of a linear layer [out, width]."""
     yield Part(f"{name}.weight", (*path, "weight"), slot, (out, width), "matrix")
     yield Part(f"{name}.bias", (*path, "bias"), slot, (out,))
 
 
-def norm(name: str, path: Place, width: int, slot: tuple[int, ...] = ()):
+def norm(name: str, path: LeafPath, width: int, slot: tuple[int, ...] = ()):
     """Yields weight and bias of a norm."""
     for leaf in ("weight", "bias"):
         yield Part(f"{name}.{leaf}", (*path, leaf), slot, (width,))
 
 
-def conv(name: str, path: Place, size: int, channels_in: int, channels: int, *, bias: bool = True):
+def conv(
+    name: str, path: LeafPath, size: int, channels_in: int, channels: int, *, bias: bool = True
+):
     """Yields weight and bias of a convolution."""
     shape = (channels, channels_in, size, size)
     yield Part(f"{name}.weight", (*path, "weight"), (), shape, "kernel")
@@ -116,7 +118,7 @@ class VqNames(NamedTuple):
     middle: tuple[str, str, str]
 
 
-def vq_parts(prefix: str, path: Place, config: VqConfig, names: VqNames) -> Iterator[Part]:
+def vq_parts(prefix: str, path: LeafPath, config: VqConfig, names: VqNames) -> Iterator[Part]:
     """Yields the tensors of a VQ tokenizer."""
     widths = [config.channels * times for times in config.multipliers]
     latent, code = config.latent_channels, config.code_dim
@@ -169,7 +171,7 @@ def vq_parts(prefix: str, path: Place, config: VqConfig, names: VqNames) -> Iter
     yield from conv(f"{prefix}post_quant_conv", (*path, "post_quant_conv"), 1, code, latent)
 
 
-def _residual(name: str, path: Place, channels_in: int, channels: int) -> Iterator[Part]:
+def _residual(name: str, path: LeafPath, channels_in: int, channels: int) -> Iterator[Part]:
     yield from norm(f"{name}.norm1", (*path, "norm1"), channels_in)
     yield from conv(f"{name}.conv1", (*path, "conv1"), 3, channels_in, channels)
     yield from norm(f"{name}.norm2", (*path, "norm2"), channels)
@@ -179,7 +181,7 @@ def _residual(name: str, path: Place, channels_in: int, channels: int) -> Iterat
         yield from conv(f"{name}.nin_shortcut", own, 1, channels_in, channels)
 
 
-def _attention(name: str, path: Place, channels: int) -> Iterator[Part]:
+def _attention(name: str, path: LeafPath, channels: int) -> Iterator[Part]:
     yield from norm(f"{name}.norm", (*path, "norm"), channels)
     for each in ("q", "k", "v", "proj_out"):
         yield from conv(f"{name}.{each}", (*path, each), 1, channels, channels)
