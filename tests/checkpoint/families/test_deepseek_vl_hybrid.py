@@ -29,9 +29,12 @@ def test_totals_of_the_release_are_exact():
     """Without the tower's pooling head and two norms that nothing reads."""
     released = VisionConfig(dim=4096, tower=SiglipConfig(), high=SamConfig())
     named = list(parts(released))
-    assert sum(part.count for part in named) == 7_343_990_017 - 6_910_365_696 - 12_595_200 - 4_096
+    assert (
+        sum(part.n_parameters for part in named)
+        == 7_343_990_017 - 6_910_365_696 - 12_595_200 - 4_096
+    )
     declared = declarations(Eyes(released, Policy(jnp.float32)))
-    assert sum(part.count for part in named) == sum(each.count for each in declared)
+    assert sum(part.n_parameters for part in named) == sum(each.count for each in declared)
     assert {".".join(part.path) for part in named} == {each.path for each in declared}
 
 

@@ -81,7 +81,9 @@ def counted(config):
     assert vision
     beside = list(parts(vision))
     total = sum(math.prod(row.shape) for row in language)
-    return len(language) + len(beside), total + sum(part.count for part in beside if part.counts)
+    return len(language) + len(beside), total + sum(
+        part.n_parameters for part in beside if part.counts
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_the_module_has_the_parameters_that_are_named():
     named = {}
     for part in parts(vision):
         path = ".".join(part.path)
-        named[path] = named.get(path, 0) + part.count
+        named[path] = named.get(path, 0) + part.n_parameters
     assert named == {path: each.count for path, each in declared.items()}
     assert sum(named.values()) - 65_536 == 2_089_232_011 - 1_652_656_128
 
