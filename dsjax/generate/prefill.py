@@ -15,13 +15,13 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 from dsjax.generate import decoding, pages
-from dsjax.generate.decoding import Carry
+from dsjax.generate.decoding import Carry, Drawn
 from dsjax.generate.page_files import PageFiles
 from dsjax.generate.pages import AT_A_TIME, Sent
 from dsjax.generate.prefixes import PAGE, Prefixes
@@ -89,16 +89,22 @@ class Prefill:
 
     def start(self, newcomers: Prompts, chunk: Chunk, knobs: Knobs) -> Started:
         """Starts a chunk of the newcomers' prompts, and returns before it has run."""
-        *numbers, embeddings = chunk
-        given = () if embeddings is None else (embeddings,)
-        run = self.programs.compiled(
-            decoding.prefill, newcomers.carry, *numbers, newcomers.rows_X, knobs, *given,
-            wanted=newcomers.wanted,
-        )  # fmt: skip
+        run = self.compiled(newcomers, chunk, knobs)
         began = time.perf_counter()
         newcomers.carry, drawn = run()
         newcomers.started = Started(chunk, drawn, began)
         return newcomers.started
+
+    def compiled(
+        self, newcomers: Prompts, chunk: Chunk, knobs: Knobs
+    ) -> Callable[[], tuple[Carry, Drawn]]:
+        """Returns the program for a chunk."""
+        *numbers, embeddings = chunk
+        given = () if embeddings is None else (embeddings,)
+        return self.programs.compiled(
+            decoding.prefill, newcomers.carry, *numbers, newcomers.rows_X, knobs, *given,
+            wanted=newcomers.wanted,
+        )  # fmt: skip
 
     def recall(self, newcomers: Prompts) -> int:
         """Fills in the known prefixes of the newcomers' prompts, and returns their tokens in all.

@@ -82,6 +82,8 @@ class Prompts:
         self.knobs = knobs([request.sampling for request in requests])
         self.wanted = wanted([*requests, *examples])
         self.steered = any(request.steering for request in [*requests, *examples])
+        gives = [each.given for each in [*requests, *examples] if each.given]
+        self._given_dim = gives[0].values.shape[1] if gives else None
         self.prompts = distinct(slots)
         row_of = {prompt: row for row, prompt in enumerate(self.prompts)}
         own = [row_of.get((each.scope, each.prompt), 0) for each in requests]
@@ -153,15 +155,16 @@ class Prompts:
             part = prompt[starts_B[row] : starts_B[row] + tokens_BX.shape[1]]
             tokens_BX[row, : len(part)] = part
         lengths_B = np.where(rest_B > 0, self._lengths_B, 0)
-        return Chunk(tokens_BX, starts_B, lengths_B, self._embeddings(starts_B, size))
+        return Chunk(tokens_BX, starts_B, lengths_B, self.embeddings(starts_B, size))
 
-    def _embeddings(self, starts_B: np.ndarray, size: int) -> Embeddings | None:
-        """Returns what is given of the next tokens; None if no prompt is given anything."""
-        if not self._given:
+    def embeddings(self, starts_B: np.ndarray, size: int) -> Embeddings | None:
+        """Returns what is given of the next tokens; None if no prompt, nor an example, is given
+        anything.
+        """
+        if self._given_dim is None:
             return None
         given_BT: Any = np.zeros((len(starts_B), size), bool)
-        dim = next(iter(self._given.values())).values.shape[1]
-        values_BTD: Any = np.zeros((*given_BT.shape, dim), np.float32)
+        values_BTD: Any = np.zeros((*given_BT.shape, self._given_dim), np.float32)
         for row, given in self._given.items():
             places = given.places - starts_B[row]
             inside = (places >= 0) & (places < size)

@@ -11,7 +11,7 @@ from dsjax.generate import decoding
 from dsjax.generate.decoding import Carry
 from dsjax.generate.prefill import Prefill
 from dsjax.generate.programs import Programs
-from dsjax.generate.prompts import Prompts
+from dsjax.generate.prompts import Chunk, Prompts
 from dsjax.generate.request import Request
 from dsjax.generate.rows import ROWS_AT_A_TIME, Open, Rows, steer
 from dsjax.generate.sampling import Knobs
@@ -77,10 +77,8 @@ class Warming:
         newcomers = self._newcomers(batch, length)
         tokens_BX = np.zeros((batch, size + self._n_drafts), np.int32)
         zeros_B = np.zeros(batch, np.int32)
-        self._prompting.programs.compiled(
-            decoding.prefill, newcomers.carry, tokens_BX, zeros_B, zeros_B, newcomers.rows_X,
-            self._knobs(newcomers), wanted=newcomers.wanted,
-        )  # fmt: skip
+        chunk = Chunk(tokens_BX, zeros_B, zeros_B, newcomers.embeddings(zeros_B, size))
+        self._prompting.compiled(newcomers, chunk, self._knobs(newcomers))
 
     def _decodes(self, batch: int, length: int, example: Request) -> None:
         carry = self._allocates(batch, length)

@@ -16,8 +16,9 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -46,6 +47,7 @@ PICTURES = (
     "pictures"  # field of a message: uint8 arrays [size, size, 3], as `pictures.largest` makes
 )
 _BATCH = 16  # pictures that the tower looks at together, at most
+_MOST_KEPT = 256 << 20  # bytes of embeddings: some 25 to 60 pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,10 @@ class PicturedFormat:
     vision: VisionConfig
     rules: pictures.Rules
     roles: tuple[str, str]
+    # As a `ChatFormat` has them; models that see call no tools.
+    gap: ClassVar[str] = " "
+    fenced: ClassVar[bool] = False
+    marked: ClassVar[bool] = False
 
     @property
     def image_token(self) -> int:
@@ -71,15 +77,34 @@ class PicturedFormat:
         """
         return [pictures.largest(pictures.open_picture(path), self.rules) for path in paths]
 
-    def encode(self, messages: Sequence[Message], *, thinking: bool | None = None) -> list[int]:
+    def decode(self, data: bytes, place: str) -> np.ndarray:
+        """Decodes a picture for a message's field PICTURES.
+
+        Args:
+          place: where the bytes are from, for messages.
+
+        Raises:
+          ValueError: see `pictures.open_picture`.
+        """
+        return pictures.largest(pictures.decode(data, place), self.rules)
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        *,
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
         """Encodes a conversation up to the point where the reply begins. Without a message of the
         system's it begins with SYSTEM.
 
         Raises:
-          ValueError: thinking was requested.
+          ValueError: thinking or tools were requested.
         """
         if thinking:
             raise ValueError("models that see do not think first; omit --thinking")
+        if tools or any(each.calls or each.role == "tool" for each in messages):
+            raise ValueError("models that see call no tools; leave tools and their results out")
         coder, (user, assistant) = self.vocabulary.coder, map(self._mark, self.roles)
         said = [each.content for each in messages if each.role == "system"] or [SYSTEM]
         written: list[str | list[int]] = [*self._mark(self.vocabulary.bos)]
@@ -152,7 +177,8 @@ def _listed(sizes: Sequence[int]) -> str:
 
 
 class Looking:
-    """A format, and what turns the pictures of its conversations into embeddings, each one once.
+    """A format, and what turns the pictures of its conversations into embeddings, each one once
+    while it is among the latest.
 
     The weights that look are read when the first picture is looked at.
     """
@@ -179,8 +205,27 @@ class Looking:
             some = list(new)[first : first + _BATCH]
             seen = self._run(np.stack([new[name] for name in some]))
             self._seen |= dict(zip(some, seen, strict=True))
+        values = np.concatenate([self._seen[name] for name in names])
+        self._forget(names)
         places = np.flatnonzero(np.asarray(prompt) == self._form.image_token).astype(np.int32)
-        return Given(places, np.concatenate([self._seen[name] for name in names]))
+        return Given(places, values)
+
+    def _forget(self, latest: Sequence[bytes]) -> None:
+        """Forgets the pictures that nobody has shown for longest, beyond _MOST_KEPT."""
+        for name in latest:
+            self._seen[name] = self._seen.pop(name)
+        n_bytes = sum(each.nbytes for each in self._seen.values())
+        while n_bytes > _MOST_KEPT:
+            n_bytes -= self._seen.pop(next(iter(self._seen))).nbytes
+
+    def warm(self) -> Iterator[None]:
+        """Reads the weights and compiles for every size of batch; yields after each."""
+        side = (self._form.rules.high or self._form.rules).size
+        n = 1
+        while n <= _BATCH:
+            self._run(np.zeros((n, side, side, 3), np.uint8))
+            yield
+            n *= 2
 
     def _run(self, squares: np.ndarray) -> np.ndarray:
         """Looks at pictures, uint8 [n, size, size, 3]: float32 [n, tokens, D]."""
@@ -206,8 +251,13 @@ def open_looking(checkpoint: Checkpoint, mesh: Mesh | None, dtype: str | None) -
       ValueError: see `open_format`.
     """
     form = open_format(checkpoint)
-    if form is None:
-        return None
+    return form and look_by(form, checkpoint, mesh, dtype)
+
+
+def look_by(
+    form: PicturedFormat, checkpoint: Checkpoint, mesh: Mesh | None, dtype: str | None
+) -> Looking:
+    """Prepares for a format that is open; see `open_looking`."""
 
     def open_eyes() -> Eyes:
         chosen = None if dtype in SMALL else dtype

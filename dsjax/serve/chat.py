@@ -10,16 +10,18 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from dsjax.generate.request import Request
+from dsjax.generate.request import Given, Request
+from dsjax.infer.pictured import PICTURES, PicturedFormat
+from dsjax.serve import picture_parts
 from dsjax.serve.answering import Answer, respond
 from dsjax.serve.chat_request import ChatRequest, read_chat
 from dsjax.serve.choice import Choice, Delta
 from dsjax.serve.errors import ApiError
 from dsjax.serve.record import Entry
 from dsjax.serve.replies import Replies
-from dsjax.serve.service import Service
+from dsjax.serve.service import AnyFormat, Service
 from dsjax.serve.tools import bind
-from dsjax.text.chat import ChatFormat, Message
+from dsjax.text.chat import Message
 
 
 async def complete_chat(
@@ -47,7 +49,11 @@ def _prepare(asked: ChatRequest, service: Service) -> tuple[list[Request], list[
     """Encodes the conversation; slow, so it runs outside the event loop."""
     form, coder = service.form, service.vocabulary.coder
     assert form is not None
-    prompt = _prompt(asked, form)
+    messages = [_without_thought(message) for message in asked.messages]
+    if isinstance(form, PicturedFormat):
+        messages = picture_parts.decoded(messages, form)
+    prompt = _prompt(asked, messages, form)
+    given = _given(messages, prompt, service)
     began: list[int] = []
     grammars: list[Any] = [None] * asked.options.n
     if asked.tools.required:
@@ -57,8 +63,9 @@ def _prepare(asked: ChatRequest, service: Service) -> tuple[list[Request], list[
     elif asked.grammar:
         grammars = [asked.grammar(service.grammars) for _ in grammars]
     requests = service.requests(
-        prompt, asked.options, default_tokens=None, report=asked.top is not None, grammars=grammars
-    )
+        prompt, asked.options, default_tokens=None, report=asked.top is not None,
+        grammars=grammars, given=given,
+    )  # fmt: skip
     choices = [
         Choice(
             coder,
@@ -76,8 +83,7 @@ def _prepare(asked: ChatRequest, service: Service) -> tuple[list[Request], list[
     return requests, choices
 
 
-def _prompt(asked: ChatRequest, form: ChatFormat) -> list[int]:
-    messages = [_without_thought(message) for message in asked.messages]
+def _prompt(asked: ChatRequest, messages: Sequence[Message], form: AnyFormat) -> list[int]:
     try:
         prompt = form.encode(messages, thinking=asked.thinking, tools=asked.tools.given)
         if asked.prefix is not None:
@@ -85,6 +91,18 @@ def _prompt(asked: ChatRequest, form: ChatFormat) -> list[int]:
     except ValueError as error:
         raise ApiError(422, f"messages: {error}", param="messages") from error
     return prompt
+
+
+def _given(messages: Sequence[Message], prompt: Sequence[int], service: Service) -> Given | None:
+    """Looks at the pictures of a conversation, in the worker's thread: on several devices, programs
+    that two threads start may wait for each other.
+    """
+    if not any(message.fields.get(PICTURES) for message in messages):
+        return None
+    looking = service.looking
+    if looking is None:
+        raise ApiError(503, "the server is starting; try again", retry_after=1)
+    return service.worker.call(lambda: looking.given(messages, prompt)).result()
 
 
 def _without_thought(message: Message) -> Message:
@@ -95,7 +113,7 @@ def _without_thought(message: Message) -> Message:
     return Message(message.role, message.content, fields)
 
 
-def _begun(prefix: Message, form: ChatFormat, prompt: list[int]) -> list[int]:
+def _begun(prefix: Message, form: AnyFormat, prompt: list[int]) -> list[int]:
     """Returns the tokens of a reply's beginning; takes back a thought that the prompt has opened
     and the beginning has not.
     """
@@ -103,14 +121,14 @@ def _begun(prefix: Message, form: ChatFormat, prompt: list[int]) -> list[int]:
     thought = prefix.fields.get("reasoning_content", "")
     if not thought or think_ids is None:
         prompt[:] = _unopened(prompt, form)
-        return coder.encode(prefix.content)
+        return coder.encode(form.gap + prefix.content)
     opened = _unopened(prompt, form)
     begin = [] if len(opened) < len(prompt) else [think_ids[0]]
     ids = [*begin, *coder.encode(thought)]
     return [*ids, think_ids[1], *coder.encode(prefix.content)] if prefix.content else ids
 
 
-def _unopened(prompt: Sequence[int], form: ChatFormat) -> list[int]:
+def _unopened(prompt: Sequence[int], form: AnyFormat) -> list[int]:
     """Returns the prompt without a thought that it opens at its end."""
     think_ids = form.vocabulary.think_ids
     if think_ids is not None:
@@ -122,7 +140,7 @@ def _unopened(prompt: Sequence[int], form: ChatFormat) -> list[int]:
     return list(prompt)
 
 
-def _unthinking(prompt: Sequence[int], form: ChatFormat) -> list[int]:
+def _unthinking(prompt: Sequence[int], form: AnyFormat) -> list[int]:
     """Returns the prompt of a reply that does not think, be it one that opens a thought."""
     opened = _unopened(prompt, form)
     think_ids = form.vocabulary.think_ids

@@ -6,13 +6,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from dsjax.infer.pictured import PICTURES, PicturedFormat
 from dsjax.serve.fields import Fields, invalid
 from dsjax.serve.grammar import Grammars
 from dsjax.serve.options import HARMLESS, MOST_TOP, Options, read_options
-from dsjax.serve.service import ALIASES, Service
+from dsjax.serve.picture_parts import MOST_PICTURES, Sent, read_picture
+from dsjax.serve.service import ALIASES, AnyFormat, Service
 from dsjax.serve.steering import Grammar
 from dsjax.serve.tools import Tools, read_tools
-from dsjax.text.chat import ChatFormat, Message
+from dsjax.text.chat import Message
 from dsjax.text.vocabulary import THINK
 
 MOST_MESSAGES = 4096
@@ -58,7 +60,7 @@ def read_chat(values: Any, service: Service, *, user: str) -> ChatRequest:
             "cannot be answered: the checkpoint is a base model, without a chat format; use "
             "/v1/completions",
         )
-    messages, prefix = _messages(fields)
+    messages, prefix = _messages(fields, sees=isinstance(form, PicturedFormat))
     options = read_options(fields, service.defaults, vocab_size=service.vocab_size, user=user)
     tools = read_tools(fields)
     top = None
@@ -82,7 +84,7 @@ def read_chat(values: Any, service: Service, *, user: str) -> ChatRequest:
     return request
 
 
-def _messages(fields: Fields) -> tuple[tuple[Message, ...], Message | None]:
+def _messages(fields: Fields, *, sees: bool) -> tuple[tuple[Message, ...], Message | None]:
     """Returns the messages, successive ones of a user or system joined, and the prefix."""
     items = fields.items("messages", most=MOST_MESSAGES)
     messages: list[Message] = []
@@ -90,22 +92,30 @@ def _messages(fields: Fields) -> tuple[tuple[Message, ...], Message | None]:
     for number, item in enumerate(items):
         inner = Fields(item, f"messages[{number}]")
         begins = inner.boolean("prefix")
-        message = _message(inner)
+        message = _message(inner, sees=sees)
         if begins:
             if message.role != "assistant" or number != len(items) - 1:
                 raise invalid(inner.path("prefix"), "is for the last message, an assistant's")
             prefix = message
         elif messages and messages[-1].role == message.role == "user":
-            joined = f"{messages[-1].content}\n\n{message.content}"
-            messages[-1] = dataclasses.replace(message, content=joined)
+            messages[-1] = _joined(messages[-1], message)
         else:
             messages.append(message)
     if not messages:
         raise invalid("messages", "must have at least one message")
+    n_pictures = sum(len(message.fields.get(PICTURES, ())) for message in messages)
+    if n_pictures > MOST_PICTURES:
+        raise invalid("messages", f"have {n_pictures} pictures; at most {MOST_PICTURES} may be")
     return tuple(messages), prefix
 
 
-def _message(fields: Fields) -> Message:
+def _joined(first: Message, second: Message) -> Message:
+    pictures = [each for message in (first, second) for each in message.fields.get(PICTURES, ())]
+    fields = {**second.fields, PICTURES: pictures} if pictures else second.fields
+    return Message("user", f"{first.content}\n\n{second.content}", fields)
+
+
+def _message(fields: Fields, *, sees: bool) -> Message:
     roles = ["system", "user", "assistant", "tool", *_ROLES]
     role = fields.choice("role", roles)
     role = _ROLES.get(role, role)
@@ -123,7 +133,12 @@ def _message(fields: Fields) -> Message:
         extra["reasoning_content"] = thought
     if role == "tool":
         extra["tool_call_id"] = fields.text("tool_call_id", "")
-    content = _content(fields, empty=bool(extra.get("tool_calls") or thought))
+    empty = bool(extra.get("tool_calls") or thought)
+    content, pictures = _content(fields, empty=empty, sees=sees)
+    if pictures:
+        if role != "user":
+            raise invalid(fields.path("content"), "has a picture, which is for a user's message")
+        extra[PICTURES] = pictures
     fields.text("name", "")
     fields.finish({"refusal", "audio", "annotations", "function_call", "id"})
     return Message(role, content, extra)
@@ -136,28 +151,34 @@ def _call(fields: Fields) -> dict[str, Any]:
     return {"id": fields.text("id", ""), "type": "function", "function": function}
 
 
-def _content(fields: Fields, *, empty: bool) -> str:
+def _content(fields: Fields, *, empty: bool, sees: bool) -> tuple[str, list[Sent]]:
+    """Returns the text of a message, and the pictures that go before it."""
     value = fields.take("content")
     path = fields.path("content")
     if value is None:
         if not empty:
             raise invalid(path, "is missing", "missing")
-        return ""
+        return "", []
     if isinstance(value, str):
-        return value
+        return value, []
     if not isinstance(value, list):
         raise invalid(path, "must be a text or a list of parts")
-    texts = []
+    texts: list[str] = []
+    pictures: list[Sent] = []
     for number, part in enumerate(value):
         inner = Fields(part, f"{path}[{number}]")
         kind = inner.text("type")
-        if kind not in ("text", "input_text", "output_text"):
-            raise invalid(inner.path("type"), f"is {kind[:40]!r}; this model reads text alone")
-        texts.append(inner.text("text"))
-    return "".join(texts)
+        if kind == "image_url" and sees:
+            pictures.append(read_picture(inner))
+        elif kind in ("text", "input_text", "output_text"):
+            texts.append(inner.text("text"))
+        else:
+            reads = "text and pictures (image_url)" if sees else "text alone"
+            raise invalid(inner.path("type"), f"is {kind[:40]!r}; this model reads {reads}")
+    return "".join(texts), pictures
 
 
-def _thinking(fields: Fields, form: ChatFormat, model: str) -> bool | None:
+def _thinking(fields: Fields, form: AnyFormat, model: str) -> bool | None:
     """Returns whether the reply is to think, as far as the format offers a choice."""
     wanted, asked_by = None, "thinking"
     effort = fields.choice("reasoning_effort", _EFFORTS, "medium")
@@ -182,8 +203,10 @@ def _thinking(fields: Fields, form: ChatFormat, model: str) -> bool | None:
     return wanted if offered == {True, False} else None
 
 
-def _offered(form: ChatFormat) -> set[bool]:
+def _offered(form: AnyFormat) -> set[bool]:
     """Returns what a format can be told about thinking."""
+    if isinstance(form, PicturedFormat):
+        return {False}
     if form.template is not None:
         source = form.template.source
         # R1's own template writes <think> at the end of every prompt.

@@ -32,6 +32,7 @@ from dsjax.generate.engine import Engine
 from dsjax.generate.page_files import PageFiles
 from dsjax.generate.request import Request
 from dsjax.infer.answers import default_sampling
+from dsjax.infer.pictured import Looking, PicturedFormat, look_by, open_format
 from dsjax.infer.score import Scorer
 from dsjax.infer.weights import load_weights
 from dsjax.model import redundant_experts
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     service = Service(
         name=arguments.model_name or arguments.checkpoint.resolve().name,
         vocabulary=vocabulary,
-        form=find_format(folder, vocabulary),
+        form=open_format(checkpoint) or find_format(folder, vocabulary),
         context=checkpoint.model.max_seq_len,
         vocab_size=checkpoint.model.vocab_size,
         defaults=default_sampling(folder),
@@ -275,7 +276,10 @@ class _Server:
         scores = Scorer(prompt_model, prompt_mesh) if prompt_model else Scorer(model, mesh)
         scorer = PromptScorer(scores, engine.shapes.lengths[-1])
         service.scorer = scorer
-        service.worker.start(engine, self._warming(engine, scorer, warm))
+        if isinstance(service.form, PicturedFormat):
+            eyes_mesh = prompt_mesh or mesh
+            service.looking = look_by(service.form, self._checkpoint, eyes_mesh, arguments.dtype)
+        service.worker.start(engine, self._warming(engine, scorer, service.looking, warm))
 
     def _redundant(self, mesh: Mesh | None) -> int:
         """Returns how many redundant experts there are per layer.
@@ -306,7 +310,11 @@ class _Server:
         return self._files
 
     def _warming(
-        self, engine: Engine, scorer: PromptScorer, warm: Callable[[], object]
+        self,
+        engine: Engine,
+        scorer: PromptScorer,
+        looking: Looking | None,
+        warm: Callable[[], object],
     ) -> Iterator[None]:
         """Compiles one program after the other; runs in the worker's thread, between requests."""
         try:
@@ -315,6 +323,8 @@ class _Server:
                     self._show(done, total)
                     yield
                 yield from scorer.warm()
+                if looking is not None:
+                    yield from looking.warm()
                 engine.add(Request((0,), 1))  # what else runs for the first time
                 while engine.busy:
                     engine.step()

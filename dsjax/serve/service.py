@@ -7,9 +7,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from dsjax import __version__
-from dsjax.generate.request import Request
+from dsjax.generate.request import Given, Request
 from dsjax.generate.sampling import Sampling
+from dsjax.infer.pictured import Looking, PicturedFormat
 from dsjax.serve.choice import TokenReport
 from dsjax.serve.errors import ApiError
 from dsjax.serve.fields import Fields
@@ -25,6 +28,7 @@ from dsjax.text.reply import opens_thought
 from dsjax.text.token_bytes import TokenBytes
 from dsjax.text.vocabulary import Vocabulary
 
+AnyFormat = ChatFormat | PicturedFormat
 FINGERPRINT = f"dsjax-{__version__}"
 # Names of DeepSeek's API that clients have built in, and whether the model is to think.
 ALIASES = {"deepseek-chat": False, "deepseek-reasoner": True}
@@ -39,11 +43,13 @@ class Service:
       context: tokens of a prompt and its reply together.
       form: how a conversation becomes tokens; None for a base model.
       scorer: None while the server starts.
+      looking: turns pictures into embeddings; None while the server starts, or for a model that
+        does not see.
     """
 
     name: str
     vocabulary: Vocabulary
-    form: ChatFormat | None
+    form: AnyFormat | None
     context: int
     vocab_size: int
     defaults: Sampling
@@ -51,6 +57,7 @@ class Service:
     metrics: Metrics
     limits: Limits
     scorer: PromptScorer | None = None
+    looking: Looking | None = None
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -100,6 +107,7 @@ class Service:
         default_tokens: int | None,
         report: bool,
         grammars: Sequence[Grammar | None],
+        given: Given | None = None,
     ) -> list[Request]:
         """Returns the requests of a prompt's choices for the engine.
 
@@ -107,6 +115,7 @@ class Service:
           default_tokens: how many new ones if the request sets no limit; None: all that fit.
           report: whether log-probabilities are wanted.
           grammars: one per choice, since each follows its own text.
+          given: the prompt's pictures.
 
         Raises:
           ApiError: 400, the prompt leaves no room for a token.
@@ -133,6 +142,7 @@ class Service:
                 logprobs=report or rule is not None,
                 top_logprobs=top if report or rule is not None else 0,
                 steering=rule or (Rules(self.vocab_size) if report else None),
+                given=given,
             )
             for seed, rule in zip(options.seeds, rules, strict=True)
         ]
@@ -156,7 +166,11 @@ class Service:
 
     def examples(self) -> list[Request]:
         """Returns one request per kind of program that occurs, for the engine's warm-up."""
-        plain = Request((0,), 1, Sampling(), self.vocabulary.stop_ids)
+        given = None
+        if isinstance(self.form, PicturedFormat):
+            values = np.zeros((1, self.form.vision.dim), np.float32)
+            given = Given(np.zeros(1, np.int32), values)
+        plain = Request((0,), 1, Sampling(), self.vocabulary.stop_ids, given=given)
         top = min(MOST_TOP, self.vocab_size)
         rules = Rules(self.vocab_size)
         full = dataclasses.replace(plain, logprobs=True, top_logprobs=top, steering=rules)

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from dsjax.serve import marked_calls
 from dsjax.serve.fields import Fields, invalid
 from dsjax.serve.grammar import OPTIONS
+from dsjax.serve.service import AnyFormat
 from dsjax.text import tool_calls
-from dsjax.text.chat import ChatFormat
 from dsjax.text.tokenizer import Coder
 
 MOST_TOOLS = 128
@@ -104,7 +104,7 @@ def call_grammar(tools: Tools, coder: Coder, *, fenced: bool) -> str:
     return "\n".join([f"start: {calls}", *rules])
 
 
-def bind(tools: Tools, form: ChatFormat) -> tuple[list[int], str]:
+def bind(tools: Tools, form: AnyFormat) -> tuple[list[int], str]:
     """Returns what binds a reply to a required call: the tokens that begin it, and the grammar of
     what must follow them.
 

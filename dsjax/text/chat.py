@@ -31,7 +31,7 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dsjax.files import read_json
 from dsjax.text import dsml, tool_calls
@@ -164,11 +164,13 @@ class ChatFormat:
 
     Attributes:
       name: "V3", "R1", "V3.1", "V3.2", or "template" for the checkpoint's own template.
+      gap: what is between a prompt and the text of its reply.
     """
 
     name: str
     vocabulary: Vocabulary
     template: Template | None = None
+    gap: ClassVar[str] = ""
 
     @property
     def fenced(self) -> bool:

@@ -87,14 +87,16 @@ def report(request, token):
     return Record(drawn, drawn, top_ids=np.int32([ids]), top_logprobs=values[None])
 
 
-def make_service(folder, *, max_batch=4, max_waiting=8, limits=None, scorer=None, context=100):
+def make_service(
+    folder, *, form=None, max_batch=4, max_waiting=8, limits=None, scorer=None, context=100
+):
     """A service of a tokenizer's folder; its worker is not started."""
-    vocabulary = open_vocabulary(folder, VOCAB_SIZE)
+    vocabulary = form.vocabulary if form else open_vocabulary(folder, VOCAB_SIZE)
     metrics = Metrics()
     return Service(
         name="tiny",
         vocabulary=vocabulary,
-        form=find_format(folder, vocabulary),
+        form=form or find_format(folder, vocabulary),
         context=context,
         vocab_size=VOCAB_SIZE,
         defaults=Sampling(),

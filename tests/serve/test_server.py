@@ -23,7 +23,9 @@ from tests.checkpoint import hf_files
 from tests.golden.cases import V3, Case
 from tests.serve import serving
 from tests.serve.formats import V3_1, VOCAB_SIZE, write_tokenizer
+from tests.serve.test_picture_parts import part, png, text
 from tests.serve.test_tools import tool
+from tests.vision import toy
 
 ROOT = serving.ROOT
 HELLO = [{"role": "user", "content": "Some text"}]
@@ -321,6 +323,28 @@ def test_redundant_experts_change_nothing(tmp_path):
     assert "1 of 1 layers: the heaviest device has 1.00 times the mean load, before 2.00" in log
 
 
+@pytest.mark.heavy
+def test_pictures_are_seen_as_generate_sees_them(tmp_path):
+    """With every program compiled before the first request."""
+    folder, picture = toy.write(tmp_path / "janus"), tmp_path / "a.png"
+    picture.write_bytes(png(0))
+    seen = {"role": "user", "content": [part(png(0)), text("What is this?")]}
+    greedy = ("--temperature", "0", "--max-new-tokens", "12", "--dtype", "float32")
+    shown = run(
+        folder, "--image", picture, "--prompt", "What is this?", *greedy, tool="generate"
+    ).stdout  # fmt: skip
+    with (
+        serving.serve(folder) as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        before = compilations(url)
+        reply = client.chat.completions.create(
+            model="janus", messages=[seen], temperature=0, max_tokens=12
+        )
+        assert compilations(url) == before
+    assert reply.choices[0].message.content == shown.removesuffix("\n")
+
+
 def until(holds):
     end = time.monotonic() + 60
     while not holds():
@@ -328,9 +352,9 @@ def until(holds):
         time.sleep(0.02)
 
 
-def run(*arguments):
+def run(*arguments, tool="serve"):
     return subprocess.run(
-        [sys.executable, "tools/serve.py", *map(str, arguments)],
+        [sys.executable, f"tools/{tool}.py", *map(str, arguments)],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
 
