@@ -226,6 +226,7 @@ def _described(
         "dtype": implied.dtype.name,
         "block": list(implied.block) if implied.block else None,
         "total_params": sum(size for size, is_mtp in sizes.values() if not is_mtp) + seeing,
+        "vision_params": seeing,  # of them
         "mtp_params": sum(size for size, is_mtp in sizes.values() if is_mtp),
         "tensor_count": len(counted),
         "total_bytes": sum(entry.n_bytes for entry in counted),
@@ -322,6 +323,8 @@ def _totals_table(summary: Mapping[str, Any]) -> Table:
         rows.append(["files", "", found["files"]])
         rows.append(["bytes of the files, headers included", "", found["file_bytes"]])
     rows.append(["parameters of the main model", summary["total_params"]])
+    if summary["vision_params"]:
+        rows.append(["parameters of them that see and draw", summary["vision_params"]])
     if summary["mtp_params"]:
         rows.append(["parameters of the MTP layers, without copies", summary["mtp_params"]])
     return tables.table("totals", columns, rows)

@@ -154,6 +154,8 @@ def _files(checkpoint: Checkpoint) -> list[Path]:
 def _plan(checkpoint: Checkpoint, choice: str | None) -> tuple[Plan, list[str], list[str]]:
     """Plans the file; returns what to tell the user too, and the tokens that end a reply."""
     model, remarks = checkpoint.model, []
+    if checkpoint.hf and checkpoint.hf.beside:
+        remarks.append("only the language model is written: it answers without its pictures")
     problem = architecture.mtp_problem(model)
     if problem:
         remarks.append(

@@ -37,10 +37,11 @@ ROPE_FREQS = "rope_freqs.weight"
 # What `--type` may name: a group of tensors.
 GROUPS = ("experts", "shared", "dense", "attention", "mtp", "embedding", "head")
 
+# Outside of the layers: first name in our tree, name in the file, group.
 _TOP = {
-    "model.embed_tokens.weight": ("token_embd.weight", "embedding"),
-    "model.norm.weight": ("output_norm.weight", ""),
-    "lm_head.weight": ("output.weight", "head"),
+    "embed": ("token_embd.weight", "embedding"),
+    "norm": ("output_norm.weight", ""),
+    "head": ("output.weight", "head"),
 }
 # Of a layer: published name, name in the file, group.
 _LAYER: dict[str, tuple[str, str]] = {
@@ -154,9 +155,9 @@ def _entries(
 
 def file_name(tensor: Tensor, model: ModelConfig, family: str) -> tuple[str, str]:
     """Returns the name and group of a published tensor in a GGUF file."""
-    if tensor.name in _TOP:
-        return _TOP[tensor.name]
     stack = tensor.path[0]
+    if stack in _TOP:
+        return _TOP[stack]
     layer = tensor.slot[0]
     layer += {"dense_layers": 0, "moe_layers": model.n_dense_layers, "mtp": model.n_layers}[stack]
     rest = tensor.name.removeprefix(names.layer_prefix(family, layer))

@@ -6,11 +6,12 @@ import math
 import jax.numpy as jnp
 import pytest
 
-from dsjax.checkpoint import names
+from dsjax.checkpoint import inspection, names
 from dsjax.checkpoint.families import family_for, find, naming
 from dsjax.checkpoint.families.multi_modality import parts
 from dsjax.checkpoint.hf_config import from_hf, to_hf, vision_of
 from dsjax.config.vision import SiglipConfig, VisionConfig
+from dsjax.files import write_json
 from dsjax.model.parameters import declarations
 from dsjax.precision.policy import Policy
 from dsjax.vision.eyes import Eyes
@@ -108,6 +109,13 @@ def test_the_module_has_the_parameters_that_are_named():
         named[path] = named.get(path, 0) + part.n_parameters
     assert named == {path: each.count for path, each in declared.items()}
     assert sum(named.values()) - 65_536 == 2_089_232_011 - 1_652_656_128
+
+
+def test_what_sees_and_draws_is_counted_apart(tmp_path):
+    write_json(tmp_path / "config.json", JANUS_1B)
+    summary = inspection.summarize(tmp_path, expect=True)
+    assert summary["total_params"] == 2_089_232_011
+    assert summary["vision_params"] == 2_089_232_011 - 1_652_656_128
 
 
 def test_the_language_model_has_llamas_defaults():

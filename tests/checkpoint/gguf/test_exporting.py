@@ -1,12 +1,16 @@
 """GGUF files, read back by the package's own reader and compared with what they must hold."""
 
+import io
+
 import gguf
 import ml_dtypes
 import numpy as np
 import pytest
+from rich.console import Console
 
 from dsjax.checkpoint.gguf import exporting
 from dsjax.checkpoint.gguf.exporting import export_gguf
+from dsjax.display import Transfer
 from tests.checkpoint.conversions import bring_in, quiet
 from tests.checkpoint.gguf.files import (
     ARCHITECTURES,
@@ -19,6 +23,7 @@ from tests.checkpoint.gguf.files import (
 )
 from tests.checkpoint.hf_files import BLOCK, in_fp8, quantization, write
 from tests.checkpoint.runs import write_run
+from tests.vision import toy
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -104,6 +109,16 @@ def test_quantized_bytes_are_the_packages(tmp_path, kind):
     assert found["blk.0.attn_v_b.weight"].tensor_type.name == "F16"
     assert found["blk.1.ffn_gate_inp.weight"].tensor_type.name == "F32"
     assert found["blk.1.attn_norm.weight"].tensor_type.name == "F32"
+
+
+def test_of_a_model_that_sees_the_language_model_is_written(tmp_path):
+    progress = Transfer(Console(file=(said := io.StringIO()), width=200))
+    folder = toy.write(tmp_path / "janus")
+    (folder / "tokenizer.json").unlink()  # no kind that llama.cpp has
+    export_gguf(folder, tmp_path / "m.gguf", progress=progress)
+    assert "without its pictures" in said.getvalue()
+    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert "blk.1.attn_q.weight" in names and not any("vision" in name for name in names)
 
 
 def test_pieces_do_not_change_the_file(tmp_path, monkeypatch):
