@@ -176,17 +176,14 @@ def test_settings_of_the_other_kind_are_refused(folder, flowing, vae, tmp_path):
     with pytest.raises(ValueError, match=r"--temperature does not apply .* draws by a flow"):
         run(flowing, tmp_path, vae=vae, temperature=1.0)
     for name, value in (("steps", 3), ("vae", vae)):
-        with pytest.raises(
-            ValueError, match=f"--{name} does not apply to a model that draws codes"
-        ):
+        with pytest.raises(ValueError, match=f"--{name} does not apply .* that draws codes"):
             run(folder, tmp_path, **{name: value})
 
 
 def test_a_vae_of_other_latents_is_refused(flowing, tmp_path):
     config = VAE_CONFIG | {"latent_channels": 16}
     parts = vae_parts(read_vae(config))
-    other = write_vae(
-        tmp_path / "vae", {part.name: np.ones(part.shape, np.float32) for part in parts}, config
-    )
+    ones = {part.name: np.ones(part.shape, np.float32) for part in parts}
+    other = write_vae(tmp_path / "vae", ones, config)
     with pytest.raises(ValueError, match="has 16 numbers per latent, and the model draws 4"):
         run(flowing, tmp_path, vae=other)
