@@ -41,7 +41,9 @@ FLAGS = {
         "--override",
         "--prompt",
         "--seed",
+        "--steps",
         "--temperature",
+        "--vae",
     },
     "evaluate.py": {
         "--debug",

@@ -1,12 +1,15 @@
-"""Draws pictures of a prompt, with a model that can: Janus or Janus-Pro.
+"""Draws pictures of a prompt, with a model that can: Janus, Janus-Pro or JanusFlow.
 
-CKPT is the folder as published, DeepSeek's own or transformers' conversion of it.
+CKPT is the folder as published, DeepSeek's own or transformers' conversion of it. JanusFlow needs a
+VAE besides, the folder of stabilityai/sdxl-vae.
 
   # four pictures and a sheet of them all
   python tools/draw.py Janus-Pro-1B --prompt 'a lighthouse at dusk, oil painting' --out lighthouse
   # one picture, the likeliest codes, following the prompt more loosely
   python tools/draw.py Janus-Pro-7B --prompt 'a red circle' --out one --n 1 --temperature 0 \\
     --guidance 2
+  # by a rectified flow
+  python tools/draw.py JanusFlow-1.3B --vae sdxl-vae --prompt 'a lighthouse at dusk' --out flow
 
 A picture is DIR/SEED.png, and its metadata says prompt, model and settings. The next has the next
 seed. A stopped command, given again, draws what is left. Without --dtype a CPU computes in float32.
@@ -28,10 +31,12 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt", metavar="TEXT", required=True, help="what to draw")
     add("--out", metavar="DIR", type=Path, required=True, help="folder of the pictures")
     add("--n", metavar="N", type=int, default=4, help="how many (default: %(default)s)")
-    guidance = "how much to exaggerate what the prompt changes; 1: not (default: %(default)s)"
-    add("--guidance", metavar="W", type=float, default=5.0, help=guidance)
-    temperature = "of drawing codes; 0 takes the likeliest (default: %(default)s)"
-    add("--temperature", metavar="T", type=float, default=1.0, help=temperature)
+    guidance = "how much to exaggerate what the prompt changes; 1: not (default: 5; of a flow: 2)"
+    add("--guidance", metavar="W", type=float, help=guidance)
+    temperature = "of drawing codes; 0 takes the likeliest (default: 1)"
+    add("--temperature", metavar="T", type=float, help=temperature)
+    add("--steps", metavar="N", type=int, help="of a flow (default: 30)")
+    add("--vae", metavar="FOLDER", type=Path, help="what makes pixels of a flow's latents")
     add("--seed", metavar="S", type=int, default=0, help="of the first picture (default: 0)")
     add("--max-batch", metavar="N", type=int, default=16, help="pictures at a time (default: 16)")
     return result

@@ -6,7 +6,7 @@ language model works with these too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +17,9 @@ from jax.typing import DTypeLike
 
 from dsjax.checkpoint.families.sight import Part
 from dsjax.checkpoint.load import Checkpoint
+from dsjax.checkpoint.tensor_files import TensorFolder
 from dsjax.model.layers import stays_float32
-from dsjax.model.parameters import declarations, shardings
+from dsjax.model.parameters import AnyModule, declarations, shardings
 from dsjax.precision.policy import Policy
 from dsjax.vision.eyes import Eyes
 
@@ -39,20 +40,34 @@ def load_eyes(
     if hf is None or hf.beside is None:
         raise ValueError(
             f"{checkpoint.path} is a language model alone, which does not see; name a checkpoint "
-            "of Janus, Janus-Pro or DeepSeek-VL, in the folder that it was published in"
+            "of Janus, JanusFlow or DeepSeek-VL, in the folder that it was published in"
         )
     wanted = np.dtype(checkpoint.dtype if dtype is None else dtype)
-    eyes = Eyes(hf.beside.vision, Policy(wanted))
+    return filled(Eyes(hf.beside.vision, Policy(wanted)), hf.beside.parts, hf.files, wanted, mesh)
+
+
+def filled(
+    module: AnyModule,
+    parts: Sequence[Part],
+    files: TensorFolder,
+    dtype: np.dtype,
+    mesh: Mesh | None,
+) -> AnyModule:
+    """Returns a declared module with the weights that the parts name.
+
+    Args:
+      dtype: of weights that have no type of their own.
+    """
     slots: dict[str, dict[tuple[int, ...], Part]] = {}
-    for part in hf.beside.parts:
+    for part in parts:
         slots.setdefault(".".join(part.path), {})[part.slot] = part
-    names = iter([each.path for each in declarations(eyes)])
-    placement = eyes if mesh is None else shardings(eyes, mesh)
+    names = iter([each.path for each in declarations(module)])
+    placement = module if mesh is None else shardings(module, mesh)
 
     def fill(variable: nnx.Variable, placed: nnx.Variable) -> nnx.Variable:
         shape = variable.get_value().shape
-        own = np.dtype(np.float32) if stays_float32(variable) else wanted
-        leaf = _assembled(slots.pop(next(names)), shape, own, hf.files.read)
+        own = np.dtype(np.float32) if stays_float32(variable) else dtype
+        leaf = _assembled(slots.pop(next(names)), shape, own, files.read)
         if mesh is None:
             return variable.copy(jax.device_put(leaf))
         sharding = placed.get_value()
@@ -60,9 +75,9 @@ def load_eyes(
             jax.make_array_from_callback(shape, sharding, lambda index: leaf[index])
         )
 
-    filled = jax.tree.map(fill, eyes, placement, is_leaf=_is_variable)
+    whole = jax.tree.map(fill, module, placement, is_leaf=_is_variable)
     assert not slots, f"the module has no {sorted(slots)}"
-    return filled
+    return whole
 
 
 def _assembled(

@@ -1,7 +1,8 @@
 """The hyperparameters of an experiment: frozen dataclasses that check themselves.
 
   model.py        ModelConfig: the shape of a model
-  vision.py       SiglipConfig, SamConfig, VqConfig, VisionConfig: what a model sees and draws with
+  vision.py       SiglipConfig, SamConfig, VqConfig, FlowConfig, VaeConfig, VisionConfig: what a
+                  model sees and draws with
   data.py         DataConfig: the text and how it becomes sequences
   train.py        TrainConfig, OptimConfig, PrecisionConfig: run, optimizer, element types
   mesh.py         MeshConfig: devices along each mesh axis, and the pipeline schedule;

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dsjax.config.rules import require, require_at_most, require_not_negative, require_positive
 
-GROUPS = 32  # of a group norm in a VQ tokenizer
+GROUPS = 32  # of a group norm in an autoencoder
+PATCH = 2  # latents per position of the language model, along each side, in JanusFlow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,40 +92,99 @@ class SamConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VqConfig:
-    """The shape of a VQ tokenizer: pictures to codes, and back; the defaults are Janus'.
+class AutoencoderConfig:
+    """The shape of a convolutional encoder, from pixels to latents, and of its decoder.
 
-    Each level after the first halves the sides, so a code stands for a square of 2^(levels - 1).
+    Each level after the first halves the sides, so a latent stands for a square of
+    2^(levels - 1).
     """
 
-    n_codes: int = 16384
-    code_dim: int = 8
-    latent_channels: int = 256
+    group: ClassVar[str] = "autoencoder"  # what errors call it
+    latent_channels: int
     channels: int = 128  # of the finest level
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # of its channels, a level each
+    multipliers: tuple[int, ...]  # of its channels, a level each
     n_blocks: int = 2  # of a level of the encoder; the decoder's have one more
-    usage: int = 0  # numbers in the record of used codes that DeepSeek's files keep; 0: none
 
     def __post_init__(self) -> None:
-        require_positive("vq", self, "n_codes", "code_dim", "latent_channels", "channels")
-        require_positive("vq", self, "n_blocks")
-        require_not_negative("vq", self, "usage")
+        group = self.group
+        require_positive(group, self, "latent_channels", "channels", "n_blocks")
         require(
             bool(self.multipliers) and min(self.multipliers) > 0,
-            f"vq.multipliers={self.multipliers} must be numbers above 0, one per level",
+            f"{group}.multipliers={self.multipliers} must be numbers above 0, one per level",
         )
         widths = sorted({self.channels * times for times in self.multipliers})
         require(
             not any(width % GROUPS for width in widths),
-            f"vq.channels={self.channels} and vq.multipliers={self.multipliers} give widths of "
-            f"{', '.join(map(str, widths))}, which must divide into {GROUPS} groups to be "
-            "normalized; choose vq.channels from 32, 64, 96, ...",
+            f"{group}.channels={self.channels} and {group}.multipliers={self.multipliers} give "
+            f"widths of {', '.join(map(str, widths))}, which must divide into {GROUPS} groups to "
+            f"be normalized; choose {group}.channels from 32, 64, 96, ...",
         )
 
     @property
     def scale(self) -> int:
-        """Pixels per code, along each side."""
+        """Pixels per latent, along each side."""
         return 1 << (len(self.multipliers) - 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VqConfig(AutoencoderConfig):
+    """The shape of a VQ tokenizer: pictures to codes, and back; the defaults are Janus'."""
+
+    group: ClassVar[str] = "vq"
+    n_codes: int = 16384
+    code_dim: int = 8
+    latent_channels: int = 256
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    usage: int = 0  # numbers in the record of used codes that DeepSeek's files keep; 0: none
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive("vq", self, "n_codes", "code_dim")
+        require_not_negative("vq", self, "usage")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VaeConfig(AutoencoderConfig):
+    """The shape of a VAE: pictures to latents, and back; the defaults are SDXL's."""
+
+    group: ClassVar[str] = "vae"
+    latent_channels: int = 4
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    scaling: float = 0.13025  # times which the latents have a variance of about 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive("vae", self, "scaling")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """The shape of what JanusFlow draws with; the defaults are JanusFlow-1.3B's.
+
+    Two shallow U-ViTs lead from a VAE's latents to the language model and back. A position of the
+    language model stands for a square of PATCH latents.
+
+    Attributes:
+      channels: of the blocks; the second U-ViT's have twice as many.
+      head_eps: of the norm between the language model and the second U-ViT.
+    """
+
+    latent_channels: int = 4
+    channels: int = 768
+    encoder_blocks: int = 2
+    decoder_blocks: int = 2
+    norm_eps: float = 1e-6
+    head_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "flow", self, "latent_channels", "channels", "encoder_blocks", "decoder_blocks",
+            "norm_eps", "head_eps",
+        )  # fmt: skip
+        require(
+            self.channels % 2 == 0,
+            f"flow.channels={self.channels} is odd, and half of them are the cosines of a time",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +196,8 @@ class VisionConfig:
       aligner_depth: linear layers from the tower's width to the language model's.
       aligner_activation: what is between them.
       high: a second tower that sees the picture larger (DeepSeek-VL 7B); None: there is none.
-      vq: what it draws with; None: it only sees.
+      vq: what it draws codes with; None: it does not.
+      flow: what it draws latents with; None: it does not.
       drawing_depth: linear layers from a code's embedding to the language model's width.
       head_dim: width inside the head that predicts codes.
       image_token: the id that stands for a picture's features in a prompt.
@@ -148,6 +209,7 @@ class VisionConfig:
     aligner_activation: Literal["gelu", "gelu_tanh"] = "gelu"
     high: SamConfig | None = None
     vq: VqConfig | None = None
+    flow: FlowConfig | None = None
     drawing_depth: int = 2
     head_dim: int = 0
     image_token: int | None = None  # None: what the tokenizer calls <image_placeholder>
@@ -158,10 +220,19 @@ class VisionConfig:
             self.high is None or self.dim % 2 == 0,
             f"vision.dim={self.dim} is odd, and each of two towers gives half of it",
         )
+        require(
+            not (self.vq and self.flow), "vision.vq and vision.flow: a model draws in one way only"
+        )
         if self.vq:
             require_positive("vision", self, "head_dim")
 
     @property
+    def draws(self) -> bool:
+        return self.vq is not None or self.flow is not None
+
+    @property
     def code_grid(self) -> int:
-        """Codes along each side of a picture that is drawn: as many as the tower sees patches."""
+        """Codes, or positions of a flow, along each side of a picture that is drawn: as many as the
+        tower sees patches.
+        """
         return self.tower.grid

@@ -6,8 +6,9 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from jax.sharding import Mesh
@@ -16,8 +17,11 @@ from rich.console import Console
 from dsjax import files
 from dsjax.checkpoint import load
 from dsjax.checkpoint.eyes import load_eyes
+from dsjax.checkpoint.vae import WEIGHTS, VaeFolder, load_vae, open_vae
+from dsjax.config.vision import FlowConfig, VisionConfig
 from dsjax.display import Display
 from dsjax.generate.codes import Drawer
+from dsjax.generate.flow import Painter
 from dsjax.generate.sampling import Sampling
 from dsjax.infer.pictured import BEGIN, PicturedFormat, open_format
 from dsjax.infer.weights import choose_dtype
@@ -28,12 +32,27 @@ from dsjax.text.tokenizer import PAD
 from dsjax.vision import pictures
 
 SHEET = "sheet.png"
+# What a kind of model is told, and what its authors choose.
+CODES: dict[str, Any] = {"guidance": 5.0, "temperature": 1.0}
+FLOW: dict[str, Any] = {"guidance": 2.0, "steps": 30, "vae": None}
 _GAP = 8  # pixels between the pictures of a sheet
+
+
+class Artist(Protocol):
+    """What draws."""
+
+    def __call__(self, seeds: Sequence[int], progress: Callable[[int, int], None]) -> np.ndarray:
+        """Draws a picture per seed: uint8 [n, rows, columns, 3]."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
     """What to draw; a picture differs from the next in its seed alone.
+
+    Attributes:
+      temperature: of a model that draws codes.
+      steps: of a model that draws by a flow.
 
     Raises:
       ValueError: a setting is out of range.
@@ -42,7 +61,8 @@ class Order:
     prompt: str
     n: int = 4
     guidance: float = 5.0
-    temperature: float = 1.0
+    temperature: float | None = None
+    steps: int | None = None
     seed: int = 0
     at_once: int = 16
 
@@ -54,22 +74,31 @@ class Order:
         if not 1 <= self.guidance < math.inf:
             raise ValueError(
                 f"guidance={self.guidance} must be finite and at least 1, which follows the prompt "
-                "without exaggeration; 5 is Janus' own"
+                "without exaggeration; 5 is Janus' own, 2 JanusFlow's"
             )
-        for number in range(self.n):
-            self.sampling(number)
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1; 30 is JanusFlow's own")
+        for seed in self.seeds:
+            self.sampling(seed)
 
-    def sampling(self, number: int) -> Sampling:
-        return Sampling(temperature=self.temperature, seed=self.seed + number)
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.n)
 
-    def settings(self, number: int, model: str) -> dict[str, str]:
+    def sampling(self, seed: int) -> Sampling:
+        return Sampling(
+            temperature=1.0 if self.temperature is None else self.temperature, seed=seed
+        )
+
+    def settings(self, seed: int, model: str) -> dict[str, str]:
         """Returns what a picture's file says about it."""
+        own = {"temperature": self.temperature, "steps": self.steps}
         return {
             "prompt": self.prompt,
             "model": model,
-            "seed": str(self.seed + number),
+            "seed": str(seed),
             "guidance": str(self.guidance),
-            "temperature": str(self.temperature),
+            **{name: str(value) for name, value in own.items() if value is not None},
             "software": "dsjax",
         }
 
@@ -79,101 +108,169 @@ def run(arguments: argparse.Namespace) -> None:
     settings, are not drawn again.
 
     Raises:
-      ValueError: the checkpoint cannot draw, the prompt is too long, or the folder has pictures of
-        other settings. All of this is checked before the weights are read.
+      ValueError: the checkpoint cannot draw, the prompt is too long, a setting is not of this kind
+        of model, or the folder has pictures of other settings. All of this is checked before the
+        weights are read.
     """
-    order = Order(
-        arguments.prompt,
-        arguments.n,
-        arguments.guidance,
-        arguments.temperature,
-        arguments.seed,
-        arguments.max_batch,
-    )
     pictures.require_package()
     checkpoint = load.open_checkpoint(arguments.checkpoint, dict(arguments.override))
+    form = drawing_format(checkpoint)
+    order = read_order(arguments, form.vision)
+    vae = _open_vae(arguments.vae, form.vision.flow) if form.vision.flow else None
     mesh = submesh(arguments.mesh)
     check_split(checkpoint.model, mesh)
-    prompt, blank = encode(checkpoint, order.prompt)
+    prompt = encode(checkpoint, form, order.prompt)
     out, name = arguments.out, checkpoint.path.resolve().name
-    paths = [out / f"{order.seed + number}.png" for number in range(order.n)]
-    left = [
-        number
-        for number, path in enumerate(paths)
-        if not _is_drawn(path, order.settings(number, name))
-    ]
+    paths = {seed: out / f"{seed}.png" for seed in order.seeds}
+    left = [seed for seed in paths if not _is_drawn(paths[seed], order.settings(seed, name))]
     out.mkdir(parents=True, exist_ok=True)
     if left:
-        drawer = _open_drawer(checkpoint, mesh, arguments.dtype)
-        _draw(drawer, order, prompt, blank, left, paths, name)
+        artist = _open_artist(checkpoint, form, order, prompt, mesh, arguments.dtype, vae)
+        _draw(artist, order, left, paths, name)
     if order.n > 1:
-        write_sheet(paths, out / SHEET)
+        write_sheet([*paths.values()], out / SHEET)
     print(f"{order.n} pictures, {len(left)} of them new: {out}", file=sys.stderr)
 
 
-def encode(checkpoint: load.Checkpoint, text: str) -> tuple[list[int], list[int]]:
-    """Encodes what to draw, and the same with the text blanked out: all but the first and the last
-    token become padding (Janus' code).
+def drawing_format(checkpoint: load.Checkpoint) -> PicturedFormat:
+    """Returns the conversation format of a checkpoint that draws.
 
     Raises:
-      ValueError: the checkpoint cannot draw, or the prompt leaves no room for a picture.
+      ValueError: it cannot draw.
     """
     form = open_format(checkpoint)
-    if form is None or form.vision.vq is None:
+    if form is None or not form.vision.draws:
         raise ValueError(
-            f"{checkpoint.path} cannot draw; name a checkpoint of Janus or Janus-Pro, in the "
-            "folder that it was published in"
+            f"{checkpoint.path} cannot draw; name a checkpoint of Janus, Janus-Pro or JanusFlow, "
+            "in the folder that it was published in"
         )
-    prompt = _prompt(form, text)
+    return form
+
+
+def read_order(arguments: argparse.Namespace, vision: VisionConfig) -> Order:
+    """Reads what to draw, of what is not said as the model's authors do.
+
+    Raises:
+      ValueError: a setting is out of range or of the other kind of model, or a flow has no VAE.
+    """
+    kind, own, others = "draws codes", CODES, FLOW
+    if vision.flow:
+        kind, own, others = "draws by a flow", FLOW, CODES
+    for name in others:
+        if name != "guidance" and getattr(arguments, name) is not None:
+            raise ValueError(f"--{name} does not apply to a model that {kind}; omit it")
+    if vision.flow and arguments.vae is None:
+        raise ValueError(
+            "JanusFlow draws latents, and the VAE that makes pixels of them is not in its folder; "
+            f"download config.json and {WEIGHTS} of stabilityai/sdxl-vae, and add --vae FOLDER"
+        )
+    given = {name: getattr(arguments, name) for name in own if name != "vae"}
+    chosen = {name: own[name] if value is None else value for name, value in given.items()}
+    return Order(
+        arguments.prompt,
+        n=arguments.n,
+        seed=arguments.seed,
+        at_once=arguments.max_batch,
+        **chosen,
+    )
+
+
+def _open_vae(path: Path, flow: FlowConfig) -> VaeFolder:
+    """Opens the VAE of a flow.
+
+    Raises:
+      ValueError: see `open_vae`; or its latents are not those that the model draws.
+    """
+    folder = open_vae(path)
+    if folder.config.latent_channels != flow.latent_channels:
+        raise ValueError(
+            f"{path} has {folder.config.latent_channels} numbers per latent, and the model draws "
+            f"{flow.latent_channels}; JanusFlow was trained with stabilityai/sdxl-vae"
+        )
+    return folder
+
+
+def encode(checkpoint: load.Checkpoint, form: PicturedFormat, text: str) -> list[int]:
+    """Encodes what to draw, up to the token that begins a picture.
+
+    Raises:
+      ValueError: the prompt leaves no room for a picture.
+    """
+    messages = [Message("system", ""), Message("user", text)]
+    prompt = [*form.encode(messages), form.vocabulary.coder.control[BEGIN]]
+    size, most = form.vision.code_grid**2, checkpoint.model.max_seq_len
+    if len(prompt) + size > most:
+        raise ValueError(
+            f"a prompt of {len(prompt)} tokens and a picture of {size} exceed "
+            f"model.max_seq_len={most}; shorten the prompt"
+        )
+    return prompt
+
+
+def blanked(form: PicturedFormat, folder: Path, prompt: Sequence[int]) -> list[int]:
+    """Returns a prompt with its text blanked out: all but the first and the last token become
+    padding (Janus' code).
+
+    Raises:
+      ValueError: the tokenizer has no token for it.
+    """
     pad = form.vocabulary.coder.control.get(PAD)
     if pad is None:
         raise ValueError(
-            f"{checkpoint.tokenizer_folder}: the tokenizer has no {PAD!a}, which stands for a "
-            "prompt's text in guidance; copy it again from the release"
+            f"{folder}: the tokenizer has no {PAD!a}, which stands for a prompt's text in "
+            "guidance; copy it again from the release"
         )
-    needed, most = len(prompt) + form.vision.code_grid**2, checkpoint.model.max_seq_len
-    if needed > most:
-        raise ValueError(
-            f"a prompt of {len(prompt)} tokens and a picture of {form.vision.code_grid**2} exceed "
-            f"model.max_seq_len={most}; shorten the prompt"
-        )
-    return prompt, [prompt[0], *[pad] * (len(prompt) - 2), prompt[-1]]
+    return [prompt[0], *[pad] * (len(prompt) - 2), prompt[-1]]
 
 
-def _prompt(form: PicturedFormat, text: str) -> list[int]:
-    messages = [Message("system", ""), Message("user", text)]
-    return [*form.encode(messages), form.vocabulary.coder.control[BEGIN]]
-
-
-def _open_drawer(checkpoint: load.Checkpoint, mesh: Mesh | None, dtype: str | None) -> Drawer:
+def _open_artist(
+    checkpoint: load.Checkpoint,
+    form: PicturedFormat,
+    order: Order,
+    prompt: Sequence[int],
+    mesh: Mesh | None,
+    dtype: str | None,
+    vae: VaeFolder | None,
+) -> Artist:
+    blank = None if vae else blanked(form, checkpoint.tokenizer_folder, prompt)
     chosen = choose_dtype(checkpoint, dtype)
     language = load.load(checkpoint, mesh=mesh, dtype=chosen)
     eyes = load_eyes(checkpoint, mesh=mesh, dtype=language.policy.compute)
-    return Drawer(language, eyes.pencil, eyes.config.code_grid, mesh)
+    grid, guidance = form.vision.code_grid, order.guidance
+    if vae:
+        steps = order.steps
+        assert steps is not None
+        painter = Painter(language, eyes.brush, load_vae(vae, mesh=mesh), grid, mesh)
+
+        def paint(seeds: Sequence[int], progress: Callable[[int, int], None]) -> np.ndarray:
+            noise = painter.noise(seeds)
+            return painter.pixels(
+                painter.latents(prompt, noise, guidance=guidance, steps=steps, progress=progress)
+            )
+
+        return paint
+    assert blank is not None
+    drawer = Drawer(language, eyes.pencil, grid, mesh)
+
+    def draw(seeds: Sequence[int], progress: Callable[[int, int], None]) -> np.ndarray:
+        samplings = [order.sampling(seed) for seed in seeds]
+        return drawer.pixels(
+            drawer.codes(prompt, blank, samplings, guidance=guidance, progress=progress)
+        )
+
+    return draw
 
 
 def _draw(
-    drawer: Drawer,
-    order: Order,
-    prompt: Sequence[int],
-    blank: Sequence[int],
-    left: Sequence[int],
-    paths: Sequence[Path],
-    model: str,
+    artist: Artist, order: Order, left: Sequence[int], paths: Mapping[int, Path], model: str
 ) -> None:
     with Display(Console(stderr=True)) as display:
         for first in range(0, len(left), order.at_once):
             some = left[first : first + order.at_once]
             what = f"pictures {first + 1} to {first + len(some)} of {len(left)}"
-            codes = drawer.codes(
-                prompt,
-                blank,
-                [order.sampling(number) for number in some],
-                guidance=order.guidance,
-                progress=display.counting(what),
-            )
-            for number, pixels in zip(some, drawer.pixels(codes), strict=True):
-                write_picture(paths[number], pixels, order.settings(number, model))
+            drawn = artist(some, display.counting(what))
+            for seed, pixels in zip(some, drawn, strict=True):
+                write_picture(paths[seed], pixels, order.settings(seed, model))
 
 
 def write_picture(path: Path, pixels: np.ndarray, settings: dict[str, str]) -> None:

@@ -3,10 +3,11 @@
   [begin] system "\\n\\n"
   "<|User|>: " picture "\\n" ... text "\\n\\n"  "<|Assistant|>: " text [end]  ...  "<|Assistant|>:"
 
-A picture is [begin of image] and [end of image] around one placeholder per feature of the tower;
-DeepSeek-VL has the placeholders alone. Roles are "<|User|>" and "<|Assistant|>", or "User" and
-"Assistant" in DeepSeek-VL and where processor_config.json says sft_format=deepseek_old. What spells
-a control token in a message stays text.
+A picture is [begin of image] and [end of image] around one placeholder per feature of the tower.
+JanusFlow gives the begin token another embedding per picture; DeepSeek-VL has the placeholders
+alone. Roles are "<|User|>" and "<|Assistant|>", or "User" and "Assistant" in DeepSeek-VL and where
+processor_config.json says sft_format=deepseek_old. What spells a control token in a message stays
+text.
 """
 
 from __future__ import annotations
@@ -135,7 +136,13 @@ class PicturedFormat:
     def _picture(self) -> list[int]:
         control = self.vocabulary.coder.control
         inside = [self.image_token] * self.vision.tower.n_tokens
-        return [control[BEGIN], *inside, control[END]] if self.vision.vq else inside
+        return [control[BEGIN], *inside, control[END]] if self.vision.draws else inside
+
+    def places(self, prompt: Sequence[int]) -> np.ndarray:
+        """Returns the positions of an encoded conversation that pictures fill, int32."""
+        filled = [self.image_token]
+        filled += [self.vocabulary.coder.control[BEGIN]] if self.vision.flow else []
+        return np.flatnonzero(np.isin(prompt, filled)).astype(np.int32)
 
 
 def open_format(checkpoint: Checkpoint) -> PicturedFormat | None:
@@ -149,7 +156,7 @@ def open_format(checkpoint: Checkpoint) -> PicturedFormat | None:
         return None
     folder, vision = checkpoint.tokenizer_folder, checkpoint.hf.beside.vision
     vocabulary = open_vocabulary(folder, checkpoint.model.vocab_size)
-    needed = [BEGIN, END] if vision.vq else []
+    needed = [BEGIN, END] if vision.draws else []
     needed += [PLACEHOLDER] if vision.image_token is None else []
     if missing := [name for name in needed if name not in vocabulary.coder.control]:
         raise ValueError(
@@ -165,7 +172,7 @@ def open_format(checkpoint: Checkpoint) -> PicturedFormat | None:
             f"model sees {_listed(seen)}; copy both from one release"
         )
     path = folder / "processor_config.json"
-    old = vision.vq is None or (
+    old = not vision.draws or (
         path.is_file() and read_json(path).get("sft_format") == "deepseek_old"
     )
     roles = ("User", "Assistant") if old else ("<|User|>", "<|Assistant|>")
@@ -207,8 +214,7 @@ class Looking:
             self._seen |= dict(zip(some, seen, strict=True))
         values = np.concatenate([self._seen[name] for name in names])
         self._forget(names)
-        places = np.flatnonzero(np.asarray(prompt) == self._form.image_token).astype(np.int32)
-        return Given(places, values)
+        return Given(self._form.places(prompt), values)
 
     def _forget(self, latest: Sequence[bytes]) -> None:
         """Forgets the pictures that nobody has shown for longest, beyond _MOST_KEPT."""

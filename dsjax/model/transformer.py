@@ -272,6 +272,7 @@ class Transformer(nnx.Module):
         *,
         routing: bool = False,
         embeddings: Embeddings | None = None,
+        skipped_B: jax.Array | None = None,
     ) -> Extended:
         """Runs tokens whose predecessors are in the cache, and adds them to it.
 
@@ -281,15 +282,17 @@ class Transformer(nnx.Module):
           starts_B: int32; starts_B + T must not exceed the cache's length.
           routing: whether to return the experts that the MoE layers choose.
           embeddings: replace the embeddings of some tokens.
+          skipped_B: int32, how many tokens before these are masked out and have no place in the
+            cache, yet count for rope; None: no tokens.
         """
-        extension = self._extension(tokens_BT, starts_B)
+        extension = self._extension(tokens_BT, starts_B, skipped_B)
         x_BTD = self._embed(tokens_BT, embeddings)
         dense, moe, experts_LBTK = cache.dense, cache.moe, None
         if dense is not None:
             x_BTD, dense, _ = extend_layers(self.dense_layers, x_BTD, dense, extension)
         body = getattr(self, self.body)
         if isinstance(body, MixedLayers):
-            assert moe is not None
+            assert moe is not None and skipped_B is None
             x_BTD, moe, experts_LBTK = body.extend(
                 x_BTD, tokens_BT, extension.positions_BT, moe, routing=routing
             )
@@ -332,10 +335,13 @@ class Transformer(nnx.Module):
         )
         return hidden_BTD, module.norm(hidden_BTD), cache._replace(mtp=layer_cache.entries)
 
-    def _extension(self, tokens_BT: jax.Array, starts_B: jax.Array) -> Extension:
+    def _extension(
+        self, tokens_BT: jax.Array, starts_B: jax.Array, skipped_B: jax.Array | None = None
+    ) -> Extension:
         steps_T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
         positions_BT = starts_B[:, None] + steps_T[None]
-        return Extension(positions_BT, rope.angles(positions_BT, self.config))
+        turned_BT = positions_BT if skipped_B is None else positions_BT + skipped_B[:, None]
+        return Extension(positions_BT, rope.angles(turned_BT, self.config))
 
     def context(self, inputs: Inputs) -> Context:
         """Prepares what all layers need to know of the tokens."""

@@ -41,3 +41,26 @@ class Conv(nnx.Module):
         if not hasattr(self, "bias"):
             return y_BYXC
         return y_BYXC + self.bias[...].astype(compute)[None, None, None]
+
+
+class Depthwise(nnx.Module):
+    """A convolution that leaves channels apart; its kernel is [rows, columns, 1, channels]."""
+
+    def __init__(self, size: int, channels: int, policy: Policy):
+        axes = ("latent", "latent", "latent", "latent")
+        self.weight = declare((size, size, 1, channels), axes, Normal(STD))
+        self.bias = declare((channels,), ("norm",), Constant(0.0))
+        self.policy = policy
+
+    def __call__(self, x_BYXC: jax.Array) -> jax.Array:
+        """Returns as many rows and columns, in the compute type."""
+        compute, (size, _, _, C) = self.policy.compute, self.weight.shape
+        y_BYXC = jax.lax.conv_general_dilated(
+            x_BYXC.astype(compute),
+            self.weight[...].astype(compute),
+            (1, 1),
+            [(size // 2, size // 2)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=C,
+        )
+        return y_BYXC + self.bias[...].astype(compute)[None, None, None]

@@ -1,22 +1,27 @@
 """What a model has beside its language model: to see, and in Janus to draw.
 
 Seeing: a tower and an aligner turn each picture into embeddings, which replace those of as many
-placeholders in the prompt. Drawing (Janus, arXiv:2410.13848, section 3): the hidden state at the
-last position predicts a code of the VQ tokenizer, whose own embedding is the next input. The
-embeddings of codes are a table of their own, not the codebook.
+placeholders in the prompt. Drawing codes (Janus, arXiv:2410.13848, section 3): the hidden state at
+the last position predicts a code of the VQ tokenizer, whose own embedding is the next input. The
+embeddings of codes are a table of their own, not the codebook. Drawing by a flow (JanusFlow,
+arXiv:2411.07975, section 3): the hidden states of a whole noisy picture predict where it moves.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.config.vision import VisionConfig
-from dsjax.model.layers import Normal, declare
+from dsjax.model.layers import Normal, RMSNorm, declare
 from dsjax.precision.policy import Policy
-from dsjax.vision.projector import CodeHead, HybridProjector, Projector
+from dsjax.vision.projector import STD, CodeHead, HybridProjector, Linear, Projector
 from dsjax.vision.sam import Sam
 from dsjax.vision.siglip import Siglip
+from dsjax.vision.uvit import UvitDecoder, UvitEncoder
 from dsjax.vision.vq import Vq
 
 
@@ -37,6 +42,53 @@ class Pencil(nnx.Module):
         return self.aligner(self.embed[...].astype(self.policy.compute)[codes])
 
 
+class Noisy(NamedTuple):
+    """Noisy latents as the language model and the second U-ViT see them."""
+
+    inputs_BTD: jax.Array  # of the language model: the time, then the latents row by row
+    skip_BYXC: jax.Array
+    time_BD: jax.Array
+
+
+class Brush(nnx.Module):
+    """Draws by a flow: what leads from noisy latents to the language model, and back."""
+
+    def __init__(self, config: VisionConfig, policy: Policy):
+        flow, D = config.flow, config.dim
+        assert flow is not None
+        self.encoder = UvitEncoder(flow, D, policy)
+        self.encoder_aligner = Linear(("latent", "embed"), (flow.channels, D), policy)
+        self.decoder_norm = RMSNorm(D, flow.head_eps)
+        self.decoder_aligner = Linear(("embed", "latent"), (D, flow.channels), policy)
+        self.decoder = UvitDecoder(flow, D, policy)
+        self.config = flow
+
+    @jax.named_scope("brush-read")
+    def read(self, latents_BYXC: jax.Array, time_B: jax.Array) -> Noisy:
+        """Prepares latents for the language model.
+
+        Args:
+          latents_BYXC: float32, in units of `dsjax.vision.vae`.
+          time_B: from 0, where they are noise, to 1, where they are a picture.
+        """
+        time_BD = self.encoder.time(time_B)
+        skip_BYXC = self.encoder(latents_BYXC, time_BD)
+        B, Y, X, C = skip_BYXC.shape
+        picture_BTD = self.encoder_aligner(skip_BYXC.reshape(B, Y * X, C))
+        return Noisy(jnp.concatenate([time_BD[:, None], picture_BTD], axis=1), skip_BYXC, time_BD)
+
+    @jax.named_scope("brush-velocity")
+    def velocity(self, states_BTD: jax.Array, noisy: Noisy) -> jax.Array:
+        """Predicts how latents move per unit of time: float32, in their shape.
+
+        Args:
+          states_BTD: the language model's, of the positions of the latents alone.
+        """
+        x_BTC = self.decoder_aligner(self.decoder_norm(states_BTD))
+        x_BYXC = x_BTC.reshape(noisy.skip_BYXC.shape)
+        return self.decoder(x_BYXC, noisy.skip_BYXC, noisy.time_BD).astype(jnp.float32)
+
+
 class Eyes(nnx.Module):
     """Sees, and draws if the model can. The constructor declares the parameters."""
 
@@ -51,6 +103,10 @@ class Eyes(nnx.Module):
             self.aligner = Projector(width, config.dim, depth, policy, exact=exact)
         if config.vq:
             self.pencil = Pencil(config, policy)
+        if config.flow:
+            self.brush = Brush(config, policy)
+            # before each picture's features, where its begin token is in the prompt
+            self.begin = declare((config.dim,), ("norm",), Normal(STD))
         self.config, self.policy = config, policy
 
     def __call__(self, pixels_BYXC: jax.Array, high_BYXC: jax.Array | None = None) -> jax.Array:
@@ -60,5 +116,12 @@ class Eyes(nnx.Module):
           high_BYXC: the same, larger, for the second tower of a model that has one.
         """
         if high_BYXC is None:
-            return self.aligner(self.tower(pixels_BYXC))
+            features_BTD = self.aligner(self.tower(pixels_BYXC))
+            return self._begun(features_BTD) if self.config.flow else features_BTD
         return self.hybrid(self.tower(pixels_BYXC), self.high(high_BYXC))
+
+    def _begun(self, features_BTD: jax.Array) -> jax.Array:
+        """Adds the embedding that JanusFlow has before a picture's features."""
+        B, _, D = features_BTD.shape
+        begin_BTD = jnp.broadcast_to(self.begin[...].astype(features_BTD.dtype), (B, 1, D))
+        return jnp.concatenate([begin_BTD, features_BTD], axis=1)

@@ -48,6 +48,17 @@ def test_sharded_weights_see_the_same(checkpoint):
     assert_close(got, wanted, LOGITS)
 
 
+def test_janusflow_comes_back_to_the_bit(tmp_path, monkeypatch):
+    toy.shrink_deepseeks(monkeypatch)
+    folder = toy.write(tmp_path, "multi_modality", toy.flowing())
+    checkpoint = load.open_checkpoint(folder)
+    wanted = toy.tensors("multi_modality", toy.flowing())
+    got = published(load_eyes(checkpoint), checkpoint.hf.beside.parts)
+    assert got.keys() == {name for name in wanted if not name.startswith("language_model")}
+    for name, tensor in got.items():
+        np.testing.assert_array_equal(tensor, wanted[name], err_msg=name)
+
+
 def test_a_language_model_alone_has_no_eyes(tmp_path):
     alone = types.SimpleNamespace(hf=None, path=tmp_path)
     with pytest.raises(ValueError, match="is a language model alone"):

@@ -15,6 +15,7 @@ from dsjax.checkpoint.importing import import_checkpoint
 from dsjax.checkpoint.inspection import implied_by, print_summary, summarize
 from dsjax.display import Transfer
 from dsjax.files import write_json
+from tests.checkpoint.families.test_janusflow import RELEASED
 from tests.checkpoint.hf_files import in_fp8, plain, quantization, write
 from tests.checkpoint.runs import write_run
 from tests.checkpoint.test_hf_config import CONFIGS, PUBLISHED
@@ -75,6 +76,11 @@ def test_published_bfloat16_models_are_two_bytes_a_parameter(tmp_path, name, tot
     summary = expected(tmp_path, PUBLISHED[name] | {"torch_dtype": "bfloat16"})
     assert summary["total_bytes"] == total_bytes == 2 * summary["total_params"]
     assert list(summary["expected"]["dtypes"]) == ["bfloat16"]
+
+
+def test_published_janusflow_is_counted_from_its_config_alone(tmp_path):
+    summary = expected(tmp_path, RELEASED)
+    assert (summary["tensor_count"], summary["total_params"]) == (587, 2_046_367_504)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,13 @@ def test_a_shape_that_deepseeks_code_has_not_is_refused(tmp_path):
         export(toy.write(tmp_path / "janus"), tmp_path / "other")
 
 
+def test_janusflow_has_no_other_layout(tmp_path, monkeypatch):
+    toy.shrink_deepseeks(monkeypatch)
+    folder = toy.write(tmp_path / "flow", "multi_modality", toy.flowing())
+    with pytest.raises(ValueError, match="is the only layout that dsjax has of this model"):
+        export(folder, tmp_path / "other")
+
+
 def test_it_is_not_imported(tmp_path):
     folder = toy.write(tmp_path / "janus")
     with (

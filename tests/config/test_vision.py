@@ -2,12 +2,20 @@ import dataclasses
 
 import pytest
 
-from dsjax.config.vision import SamConfig, SiglipConfig, VisionConfig, VqConfig
+from dsjax.config.vision import (
+    FlowConfig,
+    SamConfig,
+    SiglipConfig,
+    VaeConfig,
+    VisionConfig,
+    VqConfig,
+)
 
 
 def test_defaults_are_those_of_janus():
     tower, vq = SiglipConfig(), VqConfig()
     assert (tower.grid, tower.n_tokens, vq.scale) == (24, 576, 16)
+    assert VaeConfig().scale == 8
     assert VisionConfig(dim=8, tower=tower, vq=vq, head_dim=8).code_grid == 24
 
 
@@ -29,6 +37,10 @@ def test_pixels_that_fill_no_patch_are_not_counted():
         (VqConfig, {"channels": 48}, "widths of 48, 96, 192, which must divide into 32 groups"),
         (VqConfig, {"multipliers": ()}, "vq.multipliers=() must be numbers above 0"),
         (VqConfig, {"n_codes": 0}, "vq.n_codes=0 must be greater than 0"),
+        (VaeConfig, {"channels": 48}, "vae.multipliers=(1, 2, 4, 4) give widths of 48, 96, 192"),
+        (VaeConfig, {"scaling": 0.0}, "vae.scaling=0.0 must be greater than 0"),
+        (FlowConfig, {"encoder_blocks": 0}, "flow.encoder_blocks=0 must be greater than 0"),
+        (FlowConfig, {"channels": 7}, "flow.channels=7 is odd"),
     ],
 )
 def test_impossible_shapes_are_refused(make, changes, said):
@@ -41,6 +53,15 @@ def test_a_model_that_draws_needs_a_head():
     seeing = VisionConfig(dim=8, tower=SiglipConfig())
     with pytest.raises(ValueError, match=r"vision\.head_dim=0"):
         dataclasses.replace(seeing, vq=VqConfig())
+
+
+def test_a_model_draws_in_one_way():
+    tower = SiglipConfig()
+    seeing = VisionConfig(dim=8, tower=tower)
+    flowing = dataclasses.replace(seeing, flow=FlowConfig())
+    assert flowing.draws and not seeing.draws
+    with pytest.raises(ValueError, match="draws in one way only"):
+        dataclasses.replace(flowing, vq=VqConfig(), head_dim=8)
 
 
 def test_two_towers_share_the_width():

@@ -1,14 +1,20 @@
 """From a prompt to files; what draws is scripted where the codes do not matter."""
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 
 from dsjax.checkpoint import load
+from dsjax.checkpoint.vae import parts as vae_parts
+from dsjax.checkpoint.vae import read as read_vae
 from dsjax.infer import drawing
-from dsjax.infer.drawing import Order, encode
+from dsjax.infer.drawing import Order, blanked, drawing_format, encode
+from tests.checkpoint.test_vae import tensors as vae_tensors
+from tests.checkpoint.test_vae import write as write_vae
+from tests.golden.janusflow import VAE_CONFIG
 from tests.vision import toy
 
 
@@ -18,29 +24,28 @@ def folder(tmp_path_factory):
 
 
 class Scripted:
-    """Draws a picture that is the code's number everywhere; the number is the seed."""
+    """Draws a picture that is the seed's number everywhere."""
 
     def __init__(self):
         self.batches = []
 
-    def codes(self, prompt, blank, samplings, *, guidance, progress):
+    def __call__(self, seeds, progress):
         progress(1, 1)
-        self.batches.append([each.seed for each in samplings])
-        return np.array([[[each.seed]] for each in samplings], np.int32)
-
-    def pixels(self, codes):
-        return np.broadcast_to(codes[..., None], (len(codes), 4, 4, 3)).astype(np.uint8)
+        self.batches.append([*seeds])
+        number = np.array(seeds, np.uint8)[:, None, None, None]
+        return np.broadcast_to(number, (len(seeds), 4, 4, 3))
 
 
 @pytest.fixture
 def drawer(monkeypatch):
     scripted = Scripted()
-    monkeypatch.setattr(drawing, "_open_drawer", lambda *arguments: scripted)
+    monkeypatch.setattr(drawing, "_open_artist", lambda *arguments: scripted)
     return scripted
 
 
 def run(folder, out, **options):
-    defaults = {"prompt": "a cat", "n": 3, "guidance": 5.0, "temperature": 1.0, "seed": 7}
+    defaults = {"prompt": "a cat", "n": 3, "guidance": None, "temperature": None, "seed": 7}
+    defaults |= {"steps": None, "vae": None}
     defaults |= {"max_batch": 2, "mesh": {}, "dtype": None, "override": []}
     drawing.run(argparse.Namespace(checkpoint=folder, out=out, **defaults | options))
 
@@ -92,7 +97,10 @@ def test_a_file_that_is_no_picture_is_not_overwritten(folder, tmp_path, drawer):
 
 
 def test_the_text_alone_is_blanked_out(folder):
-    prompt, blank = encode(load.open_checkpoint(folder), "a cat")
+    checkpoint = load.open_checkpoint(folder)
+    form = drawing_format(checkpoint)
+    prompt = encode(checkpoint, form, "a cat")
+    blank = blanked(form, folder, prompt)
     control = toy.CONTROL
     assert prompt[0] == blank[0] == 0
     assert prompt[-1] == blank[-1] == control["<begin_of_image>"]
@@ -102,7 +110,7 @@ def test_the_text_alone_is_blanked_out(folder):
 
 def test_a_long_prompt_leaves_no_room(folder):
     with pytest.raises(ValueError, match=r"and a picture of 4 exceed model\.max_seq_len=512"):
-        encode(load.open_checkpoint(folder), "x" * 520)
+        run(folder, Path("unused"), prompt="x" * 520)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +120,7 @@ def test_a_long_prompt_leaves_no_room(folder):
         ({"n": 0}, "n=0"),
         ({"guidance": 0.5}, "guidance=0.5 must be finite and at least 1"),
         ({"guidance": float("nan")}, "guidance=nan"),
+        ({"steps": 0}, "steps=0 must be at least 1"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"seed": -1}, "seed=-1 must lie in"),
     ],
@@ -125,4 +134,56 @@ def test_impossible_orders_are_refused(options, said):
 def test_a_checkpoint_that_cannot_draw_is_refused(folder, monkeypatch):
     monkeypatch.setattr(drawing, "open_format", lambda checkpoint: None)
     with pytest.raises(ValueError, match="cannot draw; name a checkpoint of Janus"):
-        encode(load.open_checkpoint(folder), "x")
+        drawing_format(load.open_checkpoint(folder))
+
+
+@pytest.fixture
+def flowing(tmp_path, monkeypatch):
+    """JanusFlow of 2 x 2 positions, whose pictures are of 8 x 8 pixels."""
+    toy.shrink_deepseeks(monkeypatch)
+    return toy.write(tmp_path / "flow", "multi_modality", toy.flowing())
+
+
+@pytest.fixture
+def vae(tmp_path):
+    return write_vae(tmp_path / "vae", vae_tensors())
+
+
+def test_janusflow_draws_through_the_same_command(flowing, vae, tmp_path):
+    """Whole, with its own choices; what is drawn is not drawn again."""
+    out = tmp_path / "out"
+    run(flowing, out, vae=vae, n=2, steps=2)
+    with PIL.Image.open(out / "8.png") as picture:
+        assert picture.size == (8, 8) and len(np.unique(picture)) > 8
+        assert picture.text == {
+            "prompt": "a cat", "model": "flow", "seed": "8", "guidance": "2.0", "steps": "2",
+            "software": "dsjax",
+        }  # fmt: skip
+    times = {path: path.stat().st_mtime_ns for path in out.glob("[78].png")}
+    run(flowing, out, vae=vae, n=2, steps=2)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    with pytest.raises(ValueError, match=r"7\.png is not the picture that would be drawn there"):
+        run(flowing, out, vae=vae, n=2)
+
+
+def test_a_flow_needs_a_vae(flowing, tmp_path):
+    with pytest.raises(ValueError, match=r"of stabilityai/sdxl-vae, and add --vae FOLDER"):
+        run(flowing, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_the_other_kind_are_refused(folder, flowing, vae, tmp_path):
+    with pytest.raises(ValueError, match=r"--temperature does not apply .* draws by a flow"):
+        run(flowing, tmp_path, vae=vae, temperature=1.0)
+    for name, value in (("steps", 3), ("vae", vae)):
+        with pytest.raises(ValueError, match=f"--{name} does not apply .* that draws codes"):
+            run(folder, tmp_path, **{name: value})
+
+
+def test_a_vae_of_other_latents_is_refused(flowing, tmp_path):
+    config = VAE_CONFIG | {"latent_channels": 16}
+    parts = vae_parts(read_vae(config))
+    ones = {part.name: np.ones(part.shape, np.float32) for part in parts}
+    other = write_vae(tmp_path / "vae", ones, config)
+    with pytest.raises(ValueError, match="has 16 numbers per latent, and the model draws 4"):
+        run(flowing, tmp_path, vae=other)

@@ -133,3 +133,19 @@ def test_a_tokenizer_without_the_tokens_of_a_picture_is_refused(tmp_path, monkey
     monkeypatch.setattr(pictured, "END", "<no_such_token>")
     with pytest.raises(ValueError, match="the tokenizer has no <no_such_token>"):
         open_format(load.open_checkpoint(folder))
+
+
+def test_a_begin_token_of_janusflow_is_filled_too(tmp_path, monkeypatch):
+    toy.shrink_deepseeks(monkeypatch)
+    folder = toy.write(tmp_path, "multi_modality", toy.flowing())
+    checkpoint = load.open_checkpoint(folder)
+    looking = open_looking(checkpoint, None, None)
+    turn = Message("user", "what?", {PICTURES: squares(2)})
+    ids = looking.encode([turn])
+    given = looking.given([turn], ids)
+    filled = np.flatnonzero(np.isin(ids, [BEGIN, PLACEHOLDER]))
+    assert len(filled) == 10 and ids[filled[0]] == ids[filled[5]] == BEGIN
+    np.testing.assert_array_equal(given.places, filled)
+    begin = np.asarray(load_eyes(checkpoint).begin[...])
+    np.testing.assert_array_equal(given.values[[0, 5]], [begin, begin])
+    assert spelt(open_format(checkpoint), ids).count("<|User|>: ") == 1

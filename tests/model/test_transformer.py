@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dsjax.model.cache import empty_cache
+from dsjax.model.inputs import read_tokens
 from dsjax.model.mla import MLA
 from dsjax.model.parameters import declarations
 from dsjax.model.transformer import Embeddings, Transformer
@@ -332,3 +333,18 @@ def test_extend_takes_embeddings():
     run = jax.jit(lambda m, r, c, e: m.extend(r, starts, c, embeddings=e).main_BTD)
     got = run(model, jnp.where(given_BT, 0, rows), cache, embeddings)
     np.testing.assert_array_equal(got, run(model, rows, cache, None))
+
+
+def test_skipped_tokens_count_for_rope_alone():
+    """Behind one token, as far away as if three that nobody sees were between."""
+    model, row = tiny_model(), tokens(1, 12)
+    hidden = functools.partial(jax.jit(Transformer.extend), model)
+    first = hidden(row[:, :1], jnp.zeros(1, jnp.int32), empty_cache(TINY, 1, 16, jnp.float32))
+    places = jnp.array([0, *range(4, 12)], jnp.int32)[None]
+    inputs = read_tokens(row[:, places[0]], None, isolate=True, n_mtp=0)
+    want = model.forward(inputs._replace(positions=places)).main_BTD[:, 1:]
+    one = jnp.ones(1, jnp.int32)
+    got = hidden(row[:, 4:], one, first.cache, skipped_B=3 * one).main_BTD
+    assert_close(got, want, LOGITS)
+    near = hidden(row[:, 4:], one, first.cache, skipped_B=0 * one).main_BTD
+    assert np.abs(near - want).max() > 1e-3

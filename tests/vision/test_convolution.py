@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from dsjax.precision.policy import Policy
-from dsjax.vision.convolution import Conv
+from dsjax.vision.convolution import Conv, Depthwise
 from tests.closeness import F32, assert_close
 from tests.vision.test_projector import random_values
 
@@ -45,3 +45,16 @@ def test_a_convolution_may_have_no_bias():
     conv, x = random_values(Conv(3, 3, 5, POLICY, bias=False)), noise(1, 4, 4, 3)
     assert not hasattr(conv, "bias")
     assert_close(conv(jnp.asarray(x, jnp.float32)), oracle_conv(conv, x), F32)
+
+
+def oracle_depthwise(conv, x):
+    weight = np.asarray(conv.weight[...], np.float64)[:, :, 0]
+    size, (_, Y, X, _) = len(weight), x.shape
+    x = np.pad(x, ((0, 0), *[(size // 2, size // 2)] * 2, (0, 0)))
+    shifted = [x[:, i : i + Y, j : j + X] * weight[i, j] for i in range(size) for j in range(size)]
+    return sum(shifted) + np.asarray(conv.bias[...])
+
+
+def test_depthwise_convolution_equals_oracle():
+    conv, x = random_values(Depthwise(7, 5, POLICY)), noise(2, 4, 6, 5)
+    assert_close(conv(jnp.asarray(x, jnp.float32)), oracle_depthwise(conv, x), F32)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from dsjax.checkpoint import families, names
-from dsjax.checkpoint.families import multi_modality
+from dsjax.checkpoint.families import deepseek_tower, multi_modality
 from dsjax.checkpoint.hf_config import to_hf
 from dsjax.config import ModelConfig
-from dsjax.config.vision import SiglipConfig, VisionConfig, VqConfig
+from dsjax.config.vision import FlowConfig, SiglipConfig, VisionConfig, VqConfig
 from dsjax.files import write_json
 from tests.checkpoint import hf_files
 from tests.text.released import BOS, EOS, make_tokenizer
@@ -80,12 +80,19 @@ def shrink_deepseeks(monkeypatch: Any) -> None:
     assert VISION.vq is not None
     tower = dataclasses.replace(VISION.tower, pool=True)
     vq = dataclasses.replace(VISION.vq, usage=50)
-    monkeypatch.setattr(multi_modality, "TOWER", tower)
+    monkeypatch.setattr(deepseek_tower, "TOWER", tower)
     monkeypatch.setattr(multi_modality, "VQ", vq)
 
 
 def deepseeks() -> VisionConfig:
     """What DeepSeek's layout says of this model, once it is as small."""
     return dataclasses.replace(
-        VISION, tower=multi_modality.TOWER, vq=multi_modality.VQ, image_token=None
+        VISION, tower=deepseek_tower.TOWER, vq=multi_modality.VQ, image_token=None
     )
+
+
+def flowing() -> VisionConfig:
+    """What JanusFlow's layout says of a model as small, once it is; see `shrink_deepseeks`."""
+    flow = FlowConfig(latent_channels=4, channels=8, encoder_blocks=1, decoder_blocks=1)
+    tower = deepseek_tower.TOWER
+    return VisionConfig(dim=VISION.dim, tower=tower, aligner_depth=1, flow=flow)

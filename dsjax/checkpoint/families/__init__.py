@@ -5,7 +5,8 @@ deepseek_v32.py, deepseek_v4.py, kimi_k2.py, multi_modality.py (DeepSeek's model
 janus.py, deepseek_vl.py and deepseek_vl_hybrid.py (the same as transformers converts them) declares
 one `Family`: the rows of its config.json and the names of its tensors, both two-way.
 family.py defines `Family` and the parts that families share; table.py defines rows, rope.py the row
-for rope settings, sight.py what is beside a language model. To add a family, add a file and an
+for rope settings, sight.py what is beside a language model; deepseek_tower.py and janusflow.py are
+parts of multi_modality.py. To add a family, add a file and an
 entry in `_ALL`.
 """
 

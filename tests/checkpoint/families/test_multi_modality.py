@@ -160,7 +160,11 @@ def test_a_tower_of_another_shape_cannot_be_written():
         (("aligner_config", "params", "n_embed"), 7, "n_embed=7 is not supported, only 2048"),
         (("gen_head_config", "params", "image_token_size"), 9, "image_token_size=9"),
         (("vision_config",), None, "vision_config=None is not an object"),
-        (("vision_gen_enc_config",), {"cls": "ShallowUViTEncoder"}, "has vision_gen_enc_config"),
+        (
+            ("vision_gen_enc_config",),
+            {"cls": "ShallowUViTEncoder"},
+            "gen_head_config beside sections of JanusFlow",
+        ),
         (("gen_vision_config", "params", "ch_mult"), [1], "has ch_mult"),
     ],
 )
