@@ -11,6 +11,7 @@ configs, models or meshes; `Target` says which machine a program is compiled for
   compressed_attention.py  attention to recent tokens and compressed entries (V4)
   index_kernel.py       the scores of that index, for TPUs
   dense_lesson.py       how far that index is from attention to all keys, by a list of tiles
+  stacked_rows.py       rows of one layer out of a stack of layers
   block_kernel.py       attention to chosen blocks of keys, for TPUs
   query_tiles.py        a function of queries, run over a few of them after the other
   grouped_matmul.py     rows sorted by group times one matrix per group: the experts' products

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dsjax.kernels import block_kernel, sparse_attention
+from dsjax.kernels import block_kernel, sparse_attention, stacked_rows
 from dsjax.kernels.query_tiles import over_tiles
 from dsjax.kernels.sparse_attention import Selection
 from dsjax.kernels.target import Target
@@ -73,13 +73,7 @@ class Stack(NamedTuple):
 
     def take(self, places_BPX: jax.Array) -> jax.Array:
         """Returns [B, P, ..., X] at int32 places [B, P, ...], all within the stack."""
-
-        def of_head(stack_LSX: jax.Array, places_X: jax.Array) -> jax.Array:
-            return stack_LSX.at[self.layer, places_X].get(mode="promise_in_bounds")
-
-        # Mapped over rows and heads, so that each device gathers from its own.
-        of_row = jax.vmap(of_head, in_axes=(1, 0))
-        return jax.vmap(of_row, in_axes=(1, 0))(self.stack_LBPSX, places_BPX)
+        return stacked_rows.take(self.stack_LBPSX, self.layer, places_BPX)
 
 
 class Branch(NamedTuple):

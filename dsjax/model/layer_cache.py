@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dsjax.kernels import stacked_rows
 from dsjax.kernels.cached_attention import Attended, Part
 from dsjax.parallel import split_cache
 
@@ -132,10 +133,7 @@ class LayerCache(NamedTuple):
         return {name: self._gather(stack, positions_BX) for name, stack in self.entries.items()}
 
     def _gather(self, stack_LBPSX: jax.Array, positions_BX: jax.Array) -> jax.Array:
-        def of_row(stack_LPSX: jax.Array, positions_X: jax.Array) -> jax.Array:
-            # One gather out of the whole stack: the layer is not copied first.
-            rows = stack_LPSX.at[self.layer, :, positions_X]
-            return rows.get(mode="promise_in_bounds")
-
-        # Mapped over rows, so that each device gathers from its own.
-        return jax.vmap(of_row, in_axes=(1, 0))(stack_LBPSX, positions_BX)
+        B, *rest = positions_BX.shape
+        # The same positions of all heads.
+        places_BPX = jnp.broadcast_to(positions_BX[:, None], (B, stack_LBPSX.shape[2], *rest))
+        return jnp.moveaxis(stacked_rows.take(stack_LBPSX, self.layer, places_BPX), 1, -2)

@@ -79,7 +79,7 @@ def _compile(config: Experiment, topology: Topology, step: str, folder: Path) ->
         try:
             executable = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            used = bytes_wanted(str(error), program.argument_bytes)
+            used = bytes_wanted(str(error))
             if not used:
                 raise
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
@@ -125,16 +125,14 @@ def _collectives(folder: Path) -> tuple[list[collectives.Collective] | None, str
     return collectives.parse(largest.read_text()), None
 
 
-def bytes_wanted(message: str, argument_bytes: int) -> int | None:
+def bytes_wanted(message: str) -> int | None:
     """Parses the memory that a program needed out of the compiler's message that it does not fit.
 
     Returns:
-      bytes per device, or None if the message says something else.
+      bytes per device, arguments included, or None if the message says something else.
     """
-    if match := re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message):
-        besides = 0
-    elif match := re.search(r"for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds", message):
-        besides = argument_bytes  # the message counts temporaries alone
-    else:
-        return None
-    return besides + int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
+    # What the second message calls temporaries is the sum of arguments and temporaries.
+    used = r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm"
+    total = r"for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds"
+    match = re.search(used, message) or re.search(total, message)
+    return match and int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))

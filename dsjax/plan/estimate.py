@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import jax
 from jax.sharding import AbstractMesh
 
 from dsjax.config import ModelConfig
@@ -21,12 +22,13 @@ from dsjax.parallel import schedules
 from dsjax.parallel.expert_parallel import SLACK
 from dsjax.parallel.lockstep import lock_step
 from dsjax.parallel.sharding import AXIS_TABLE, parts, split_over, stored_spec
-from dsjax.plan.programs import Program
+from dsjax.plan.programs import Program, shard_bytes
 from dsjax.train.step import declared_model
 
 BESIDE = "arrays beside the program"
 
 _FLOAT32 = 4
+_LANES = 128  # of a TPU's tile
 _COMPUTE = {"bfloat16": 2, "float32": 4}
 
 
@@ -187,13 +189,32 @@ def _decode(
         "a layer's gathered weights": int(2 * weights.largest_layer * item),
         "activations and logits": int(work),
     }
+    narrow, in_tiles = _narrow_entries(program)
+    if narrow:
+        memory["cache entries in whole tiles"] = in_tiles
     gathered = (weights.gathered - weights.kept) * item
     # A new token attends to the whole cache.
     length = config.sequence_length
     needed = flops.forward_flops_per_token(model, length, causal=False) * program.tokens
     moe_layers = model.n_moe_layers + model.n_mtp
     network = gathered + moe_layers * _dispatch_bytes(model, mesh, tokens, item)
-    return Estimate(memory, program.argument_bytes + 2.0 * gathered, network, needed, needed)
+    # Such entries are copied there and back.
+    traffic = program.argument_bytes + 2.0 * (gathered + narrow + in_tiles)
+    return Estimate(memory, traffic, network, needed, needed)
+
+
+def _narrow_entries(program: Program) -> tuple[int, int]:
+    """Counts bytes of the cache entries whose channels do not fill a TPU's tiles: as arguments,
+    which lie with positions as their last dimension, and in the step, which reads and writes them
+    by position.
+    """
+    narrow = in_tiles = 0
+    for entry in jax.tree.leaves(program.arguments[1].cache):
+        if fill := -entry.shape[-1] % _LANES:
+            size = shard_bytes(entry)
+            narrow += size
+            in_tiles += size + size * fill // entry.shape[-1]
+    return narrow, in_tiles
 
 
 def _kept_values(config: Experiment, mesh: AbstractMesh) -> float:

@@ -30,3 +30,15 @@ def test_append_writes_its_own_entries_and_no_others():
     for name, expected in want.items():
         np.testing.assert_array_equal(got.entries[name], expected)
         np.testing.assert_array_equal(read[name], expected[1, :, :, 3:12])
+
+
+def test_gather_reads_each_rows_positions_of_all_heads():
+    L, B, P, S, X = 3, 2, 2, 16, 5
+    rng = np.random.default_rng(0)
+    stack = rng.normal(size=(L, B, P, S, X)).astype(np.float32)
+    positions_BTJ = rng.integers(0, S, (B, 4, 3), dtype=np.int32)
+
+    cache = LayerCache({"key": jnp.asarray(stack)}, jnp.int32(1))
+    got_BTJPX = cache.gather(jnp.asarray(positions_BTJ))["key"]
+    want_BTJPX = np.stack([stack[1, b][:, positions_BTJ[b]] for b in range(B)])
+    np.testing.assert_array_equal(got_BTJPX, np.moveaxis(want_BTJPX, 1, 3))

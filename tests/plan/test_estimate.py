@@ -25,8 +25,9 @@ def test_memory_is_within_15_percent_of_the_compiler(case):
         assert estimated_peak == pytest.approx(case["allocated_bytes_per_device"], rel=0.15)
     elif plan["mesh"]["pipe"] > 1:  # an upper bound: the parts of a pipeline do not peak together
         assert peak <= estimated_peak <= 1.3 * peak
-    else:
-        assert estimated_peak == pytest.approx(peak, rel=0.15)
+    else:  # a decoding step is little but its arguments
+        rel = 0.03 if case["step"] == "decode" else 0.15
+        assert estimated_peak == pytest.approx(peak, rel=rel)
     assert plan["peak_bytes_per_device"] == sum(plan["estimated_parts"].values())
 
 
