@@ -191,13 +191,12 @@ def _open_vae(path: Path, flow: FlowConfig) -> VaeFolder:
 
 
 def encode(checkpoint: load.Checkpoint, form: PicturedFormat, text: str) -> list[int]:
-    """Encodes what to draw, up to the token that begins a picture.
+    """Encodes what to draw.
 
     Raises:
       ValueError: the prompt leaves no room for a picture.
     """
-    messages = [Message("system", ""), Message("user", text)]
-    prompt = [*form.encode(messages), form.vocabulary.coder.control[BEGIN]]
+    prompt = prompt_of(form, text)
     size, most = form.vision.code_grid**2, checkpoint.model.max_seq_len
     if len(prompt) + size > most:
         raise ValueError(
@@ -207,18 +206,24 @@ def encode(checkpoint: load.Checkpoint, form: PicturedFormat, text: str) -> list
     return prompt
 
 
-def blanked(form: PicturedFormat, folder: Path, prompt: Sequence[int]) -> list[int]:
-    """Returns a prompt with its text blanked out: all but the first and the last token become
-    padding (Janus' code).
+def prompt_of(form: PicturedFormat, text: str) -> list[int]:
+    """Encodes what to draw, up to the token that begins the picture."""
+    messages = [Message("system", ""), Message("user", text)]
+    return [*form.encode(messages), form.vocabulary.coder.control[BEGIN]]
+
+
+def blanked(form: PicturedFormat, prompt: Sequence[int]) -> list[int]:
+    """Blanks out a prompt's text: all but the first and the last token become padding (Janus'
+    code).
 
     Raises:
-      ValueError: the tokenizer has no token for it.
+      ValueError: the tokenizer has no padding.
     """
     pad = form.vocabulary.coder.control.get(PAD)
     if pad is None:
         raise ValueError(
-            f"{folder}: the tokenizer has no {PAD!a}, which stands for a prompt's text in "
-            "guidance; copy it again from the release"
+            f"the tokenizer has no {PAD!a}, which stands for a prompt's text in guidance; copy it "
+            "again from the release"
         )
     return [prompt[0], *[pad] * (len(prompt) - 2), prompt[-1]]
 
@@ -232,7 +237,7 @@ def _open_artist(
     dtype: str | None,
     vae: VaeFolder | None,
 ) -> Artist:
-    blank = None if vae else blanked(form, checkpoint.tokenizer_folder, prompt)
+    blank = None if vae else blanked(form, prompt)  # raises before the weights are read
     chosen = choose_dtype(checkpoint, dtype)
     language = load.load(checkpoint, mesh=mesh, dtype=chosen)
     eyes = load_eyes(checkpoint, mesh=mesh, dtype=language.policy.compute)

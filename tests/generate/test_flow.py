@@ -9,6 +9,7 @@ import pytest
 
 from dsjax.config.vision import FlowConfig, VaeConfig, VisionConfig
 from dsjax.generate.flow import Painter
+from dsjax.model.inputs import read_tokens
 from dsjax.model.parameters import shardings
 from dsjax.model.transformer import Embeddings, Transformer
 from dsjax.parallel.mesh import make_mesh
@@ -55,49 +56,41 @@ def noise(n=2):
     return np.random.default_rng(0).normal(size=(n, 4, 4, 4)).astype(np.float32)
 
 
-def recomputed(noise, guidance, steps=STEPS):
-    """Whole sequences: the prompt without its last token, the time, the latents. The row without
-    a prompt is a sequence of its own first token and the picture, turned to the places of the
-    other's.
+def recomputed(noise, guidance):
+    """Whole sequences: the prompt without its last token, the time, the latents. The row without a
+    prompt is the same but for what it sees, which documents say.
     """
-    language, brush = models()
-    before = len(PROMPT) - 1
-
-    def velocity(latents, time, seen):
-        noisy = brush.read(latents, jnp.full(len(latents), time))
-        n, T, _ = noisy.inputs_BTD.shape
-        tokens = np.zeros((n, before + T), np.int32)
-        tokens[:, :before] = PROMPT[:-1]
-        given = np.broadcast_to(np.arange(before + T) >= before, tokens.shape)
-        values = jnp.pad(noisy.inputs_BTD, ((0, 0), (before, 0), (0, 0)))
-        # Documents hide the prompt: attention stays within one, and positions go on.
-        documents = np.where(np.isin(np.arange(before + T), seen) | given, 1, 2).astype(np.int32)
-        hidden = attend(language, tokens, Embeddings(jnp.array(given), values), documents)
-        return brush.velocity(hidden[:, before + 1 :], noisy)
-
-    z = jnp.asarray(noise)
-    for step in range(steps):
-        time = jnp.float32(step / steps)
-        c = velocity(z, time, range(before))
-        u = velocity(z, time, [0])
-        z = z + (guidance * c - (guidance - 1) * u) / steps
+    before, z = len(PROMPT) - 1, noise
+    prompted, alone = np.ones(before, np.int32), np.array([1, *[2] * (before - 1)], np.int32)
+    for step in range(STEPS):
+        time = np.float32(step / STEPS)
+        c, u = (velocity(z, time, seen) for seen in (prompted, alone))
+        z = z + (guidance * c - (guidance - 1) * u) / STEPS
     return z
 
 
-def attend(language, tokens, embeddings, documents):
-    """Runs the model with rope positions of the whole row and attention within documents."""
-    from dsjax.model.inputs import read_tokens
-
-    inputs = read_tokens(tokens, jnp.asarray(documents), isolate=True, n_mtp=0)
-    places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    return language.forward(inputs._replace(positions=places), embeddings=embeddings).main_BTD
+@jax.jit
+def velocity(latents_BYXC, time, documents_P):
+    """What latents do behind a prompt of which document 1 alone is seen; rope counts all of it."""
+    language, brush = models()
+    noisy = brush.read(latents_BYXC, jnp.full(len(latents_BYXC), time))
+    (n, T, _), before = noisy.inputs_BTD.shape, len(documents_P)
+    tokens_BT = jnp.tile(jnp.array([*PROMPT[:-1], *[0] * T], jnp.int32), (n, 1))
+    documents_BT = jnp.tile(jnp.pad(documents_P, (0, T), constant_values=1), (n, 1))
+    places_BT = jnp.tile(jnp.arange(before + T, dtype=jnp.int32), (n, 1))
+    inputs = read_tokens(tokens_BT, documents_BT, isolate=True, n_mtp=0)
+    values_BTD = jnp.pad(noisy.inputs_BTD, ((0, 0), (before, 0), (0, 0)))
+    states_BTD = language.forward(
+        inputs._replace(positions=places_BT), embeddings=Embeddings(places_BT >= before, values_BTD)
+    ).main_BTD
+    return brush.velocity(states_BTD[:, before + 1 :], noisy)
 
 
 @pytest.mark.parametrize("guidance", [5.0, 1.0])
 def test_latents_are_those_of_the_whole_sequence(guidance):
     got = painter().latents(PROMPT, noise(), guidance=guidance, steps=STEPS)
     assert got.dtype == np.float32
-    assert_close(got, jax.jit(recomputed)(noise(), guidance), LOGITS)
+    assert_close(got, recomputed(noise(), guidance), LOGITS)
 
 
 def test_guidance_changes_what_is_drawn():

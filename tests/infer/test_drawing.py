@@ -100,7 +100,7 @@ def test_the_text_alone_is_blanked_out(folder):
     checkpoint = load.open_checkpoint(folder)
     form = drawing_format(checkpoint)
     prompt = encode(checkpoint, form, "a cat")
-    blank = blanked(form, folder, prompt)
+    blank = blanked(form, prompt)
     control = toy.CONTROL
     assert prompt[0] == blank[0] == 0
     assert prompt[-1] == blank[-1] == control["<begin_of_image>"]
