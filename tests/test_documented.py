@@ -43,6 +43,7 @@ NEEDS = {
     "the TPU compiler",
     "several hosts",
     "Slurm",
+    "Ray",
     "half an hour",
     "an hour",
     "llama.cpp",
