@@ -42,6 +42,7 @@ NEEDS = {
     "a TPU slice",
     "the TPU compiler",
     "several hosts",
+    "several accelerators",
     "Slurm",
     "Ray",
     "half an hour",
