@@ -98,6 +98,16 @@ def blocks(page: Path) -> Iterator[tuple[str, int, str]]:
             language = None
 
 
+def files(page: Path) -> Iterator[tuple[str, str]]:
+    """Yields name and text of the files that a page tells its reader to write: blocks of Python
+    that begin with the name.
+    """
+    for language, _, text in blocks(page):
+        name = re.match(r"# (\w+\.py)\b", text)
+        if language == "python" and name:
+            yield name[1], text + "\n"
+
+
 def _commands(
     text: str, path: Path, line: int, begins: re.Pattern[str] = re.compile(r"\S")
 ) -> Iterator[Command]:

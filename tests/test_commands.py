@@ -6,6 +6,7 @@ What is not run: commands that need what no test has (`# needs ...` in the pages
 `NOT_HERE`.
 """
 
+import collections
 import itertools
 import os
 import re
@@ -23,11 +24,12 @@ from tests import documented, reader
 from tests.test_documented import tool_of
 
 ROOT = Path(__file__).parents[1]
-# Why the commands of these programs are not run.
+# Why commands with these words are not run.
 NOT_HERE = {
     "make": "installs a virtual environment from a package registry",
     "pip": "installs from a package registry",
     "source": "enters what make installed",
+    "JanusFlow-1.3B": "its config.json leaves the sizes of its towers out: none of it is small",
 }
 MODEL = (
     "model.vocab_size=512 model.dim=32 model.n_layers=2 model.n_dense_layers=1 model.inter_dim=48 "
@@ -65,7 +67,6 @@ SMALL = {
 }
 OWN = {"sparse_tiny": f"{MLA} {SPARSE}", "nsa_tiny": NSA}  # of configs, beside MODEL; else MLA
 WRITTEN = ("--workdir", "--out", "--png", "--json")  # flags before what a command writes
-PAGES = sorted({command.place.partition(":")[0] for command in documented.in_pages()})
 ELSEWHERE = {"/usr/share/doc": "doc", "/usr/lib/python3": "python"}  # the reader's own files
 # Pages whose commands compile little.
 QUICK = ("docs/plan.md", "docs/gguf.md")
@@ -132,6 +133,14 @@ class Reader:
             running.process.wait()
         self._behind, self._served = [], None
 
+    def at_hand(self, text: str) -> str:
+        """Returns a text with the folders and ports that the reader has."""
+        for place, own in ELSEWHERE.items():
+            text = text.replace(place, own)
+        for place, port in self._ports.items():
+            text = text.replace(place, f"{place.partition(':')[0]}:{port}")
+        return text
+
     def _complete(self, command: documented.Command) -> tuple[str, ...]:
         """Returns the words with what "..." stands for, with files' contents, and made small."""
         words = command.words
@@ -143,10 +152,7 @@ class Reader:
         return (*words, *(small(*tool).split() if tool else ()))
 
     def _expanded(self, word: str) -> str:
-        for place, own in ELSEWHERE.items():
-            word = word.replace(place, own)
-        for place, port in self._ports.items():
-            word = word.replace(place, f"{place.partition(':')[0]}:{port}")
+        word = self.at_hand(word)
         return re.sub(r"\$\(cat (\S+)\)", lambda m: (self.folder / m[1]).read_text(), word)
 
     def _start(self, words: tuple[str, ...]) -> Running:
@@ -231,24 +237,24 @@ def run(tmp_path_factory, cache):
     return folder / "runs/tiny"
 
 
-def marks(page):
-    return pytest.mark.heavy if page in QUICK else pytest.mark.slow
+def pages():
+    """The commands that are run, by page, as the parameters of a test."""
+    found = collections.defaultdict(list)
+    for command in documented.in_pages():
+        if not command.needs and not NOT_HERE.keys() & {*command.words}:
+            found[command.place.partition(":")[0]].append(command)
+    for page, commands in found.items():
+        mark = pytest.mark.heavy if page in QUICK else pytest.mark.slow
+        yield pytest.param(page, commands, id=page, marks=mark)
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("page", [pytest.param(page, marks=marks(page)) for page in PAGES])
-def test_commands_of_a_page_run_in_order(page, tmp_path, request, cache):
+@pytest.mark.parametrize(("page", "commands"), [*pages()])
+def test_commands_of_a_page_run_in_order(page, commands, tmp_path, run, cache):
     reader.furnish(tmp_path)
-    for language, _, text in documented.blocks(ROOT / page):
-        name = re.match(r"# (\w+\.py)\b", text)
-        if language == "python" and name:
-            for place, own in ELSEWHERE.items():
-                text = text.replace(place, own)
-            (tmp_path / name[1]).write_text(text + "\n")
-    commands = [found for found in documented.in_pages() if found.place.startswith(f"{page}:")]
-    commands = [found for found in commands if not found.needs and found.words[0] not in NOT_HERE]
-    run = request.getfixturevalue("run") if commands else tmp_path
     typist, wrong = Reader(tmp_path, run, cache), []
+    for name, text in documented.files(ROOT / page):
+        (tmp_path / name).write_text(typist.at_hand(text))
     try:
         for command in commands:
             if problem := typist.type(command):
