@@ -27,11 +27,15 @@ class Command:
       place: file and line.
       words: without comments and ellipses.
       needs: what it asks of a machine beyond a CPU, empty for nothing.
+      elided: whether "..." stands for arguments of the command before it.
+      behind: whether it runs while the next one does ("&").
     """
 
     place: str
     words: tuple[str, ...]
     needs: str = ""
+    elided: bool = False
+    behind: bool = False
 
     def __str__(self) -> str:
         return f"{self.place}: {shlex.join(self.words)}"
@@ -72,7 +76,7 @@ def in_prose() -> list[Command]:
         text = re.sub(r"^ *```.*?^ *```", _blank, page.read_text(), flags=re.DOTALL | re.MULTILINE)
         for match in re.finditer(r"`((?:python|dsjax|make) [^`]+)`", text):
             place = f"{page.relative_to(ROOT)}:{text[: match.start()].count(chr(10)) + 1}"
-            found.append(Command(place, _words(match[1]) or ()))
+            found.append(Command(place, _without_marks(_words(match[1]) or ())))
     return found
 
 
@@ -94,6 +98,16 @@ def blocks(page: Path) -> Iterator[tuple[str, int, str]]:
             language = None
 
 
+def files(page: Path) -> Iterator[tuple[str, str]]:
+    """Yields name and text of the files that a page tells its reader to write: blocks of Python
+    that begin with the name.
+    """
+    for language, _, text in blocks(page):
+        name = re.match(r"# (\w+\.py)\b", text)
+        if language == "python" and name:
+            yield name[1], text + "\n"
+
+
 def _commands(
     text: str, path: Path, line: int, begins: re.Pattern[str] = re.compile(r"\S")
 ) -> Iterator[Command]:
@@ -112,7 +126,9 @@ def _commands(
         own = re.search(r" #.*\bneeds (.+)", row)
         if words:
             place = f"{path.relative_to(ROOT)}:{first}"
-            yield Command(place, words, own[1] if own else needs)
+            elided, behind = "..." in words, words[-1] == "&"
+            kept = _without_marks(words)
+            yield Command(place, kept, own[1] if own else needs, elided, behind)
         rows = []
     assert not rows, f"{path}:{first}: a quote has no end"
 
@@ -123,4 +139,8 @@ def _words(text: str) -> tuple[str, ...] | None:
         found = shlex.split(text.replace("\\\n", " "), comments=True)
     except ValueError:
         return None
-    return tuple(word for word in found if word not in ("...", "&"))
+    return tuple(found)
+
+
+def _without_marks(words: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(word for word in words if word not in ("...", "&"))

@@ -42,7 +42,9 @@ NEEDS = {
     "a TPU slice",
     "the TPU compiler",
     "several hosts",
+    "several accelerators",
     "Slurm",
+    "Ray",
     "half an hour",
     "an hour",
     "llama.cpp",
@@ -122,14 +124,12 @@ def test_what_a_command_needs_is_one_of_these():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """By page, the files that it tells its reader to write: Python that begins with its name."""
+    """By page, a folder with the files that it tells its reader to write."""
     found = collections.defaultdict(lambda: ROOT)
     for page in documented.pages():
         folder = found[page.relative_to(ROOT).as_posix()] = tmp_path_factory.mktemp(page.stem)
-        for language, _, text in documented.blocks(page):
-            name = re.match(r"# (\w+\.py)\b", text)
-            if language == "python" and name:
-                (folder / name[1]).write_text(text + "\n")
+        for name, text in documented.files(page):
+            (folder / name).write_text(text)
     return found
 
 

@@ -82,8 +82,7 @@ def located(path: str | os.PathLike[str], *, weights: bool = True) -> Path:
             allow_patterns=[*_SIDE_FILES, *(_WEIGHTS if weights else [])],
             ignore_patterns=_BELOW,
         )
-    # The library's own errors and those of its HTTP library, which its versions change.
-    except Exception as error:
+    except _failures() as error:
         if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
             raise
         raise ValueError(f"{path} is not on this machine, and {_reason(error, repository)}; or "
@@ -111,7 +110,7 @@ def push(made: Path, name: str) -> str:
             api.upload_file(
                 repo_id=name, path_or_fileobj=made, path_in_repo=made.name, commit_message=message
             )
-    except Exception as error:
+    except _failures() as error:
         if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
             raise
         raise ValueError(
@@ -130,6 +129,20 @@ def check_push(name: str) -> None:
         raise ValueError(f"--push {name} is not the name of a repository: write OWNER/NAME")
     if importlib.util.find_spec("huggingface_hub") is None:
         raise ValueError("--push needs huggingface_hub: pip install huggingface_hub")
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Returns what a call of the library raises when the Hub refuses or cannot be reached: the
+    library's own errors, OSError, and the errors of its HTTP library, another in each of its
+    versions, from which and OSError the error of a refusal derives.
+    """
+    from huggingface_hub import errors
+
+    own = [
+        kind for kind in vars(errors).values() if getattr(kind, "__module__", "") == errors.__name__
+    ]
+    kinds = (*own, *errors.HfHubHTTPError.__bases__)
+    return tuple(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Exception))
 
 
 def _reason(error: Exception, repository: Repository) -> str:

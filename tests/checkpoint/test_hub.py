@@ -1,4 +1,11 @@
-"""Names on the Hub, with a Hub that is made up."""
+"""Names on the Hub, with a Hub that is made up: the library's functions, or what they ask."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -8,6 +15,7 @@ import dsjax
 from dsjax.checkpoint import hub, inspection, shape
 from dsjax.checkpoint.hf_config import from_hf
 from dsjax.checkpoint.hub import Repository
+from tests.checkpoint import fake_hub
 from tests.checkpoint.hf_files import plain, write
 from tests.golden.cases import CASES
 
@@ -89,6 +97,9 @@ def test_shape_is_taken_without_weights(published):
         (errors.RevisionNotFoundError, r"me/x has no revision v2"),
         (errors.LocalEntryNotFoundError, r"the Hub cannot be reached or refuses \(.*\); try again"),
         (ConnectionError, r"the Hub cannot be reached or refuses"),
+        # The HTTP library's own, such as of a connection that ends too soon.
+        (errors.HfHubHTTPError.__bases__[0], r"the Hub cannot be reached or refuses"),
+        (errors.HFValidationError, r"the Hub cannot be reached or refuses"),
     ],
 )
 def test_refusals_of_the_hub_say_what_to_do(monkeypatch, kind, message):
@@ -157,3 +168,95 @@ def test_push_wants_a_name(name):
     with pytest.raises(ValueError, match=r"is not the name of a repository: write OWNER/NAME"):
         hub.check_push(name)
     hub.check_push("me/tiny-1.5")
+
+
+def test_mistakes_of_ours_are_not_taken_for_refusals(monkeypatch, nowhere):
+    def mistaken(*arguments, **options):
+        raise TypeError("unexpected keyword")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", mistaken)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        hub.located("me/x")
+
+
+def asked_of_hub(address, home, *calls):
+    """What the calls (names of functions of `hub`, and arguments) return or raise, in a process of
+    their own: huggingface_hub reads its address when it is imported.
+    """
+    script = (
+        "import json, sys; from pathlib import Path; from dsjax.checkpoint import hub\n"
+        "for name, *rest in json.loads(sys.argv[1]):\n"
+        "    rest = [Path(text) if text.startswith('/') else text for text in rest]\n"
+        "    try: print(json.dumps(str(getattr(hub, name)(*rest))))\n"
+        "    except ValueError as error: print(json.dumps(f'ValueError: {error}'))\n"
+    )
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(home),
+        "HF_TOKEN": "hf_made_up",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(calls)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+FILES = {
+    "config.json": b"{}",
+    "model.safetensors": b"weights",
+    "modeling.py": b"print('never')",
+    "onnx/model.safetensors": b"another form",
+}
+
+
+def test_files_come_from_a_hub_and_then_from_its_cache(nowhere, tmp_path):
+    with fake_hub.serving(FILES) as served:
+        asked = served.address, tmp_path / "home", ("located", "me/tiny")
+        (folder,) = asked_of_hub(*asked)
+        found = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        assert found == {"config.json": b"{}", "model.safetensors": b"weights"}
+        assert not any("modeling" in path or "onnx" in path for path in served.asked)
+    assert asked_of_hub(*asked) == [folder]  # nobody answers now
+
+
+def test_refusals_as_a_hub_sends_them(nowhere, tmp_path):
+    names = [f"refused/{kind}" for kind in fake_hub.REFUSED]
+    with fake_hub.serving({}) as served:
+        said = asked_of_hub(
+            served.address, tmp_path / "home", *(("located", name) for name in names)
+        )
+    unreachable = asked_of_hub(served.address, tmp_path / "home", ("located", "me/tiny"))
+    expected = (
+        "the Hub has no repository refused/missing that you may see",
+        "the Hub asks to accept the terms on the page of refused/gated",
+        "refused/other has no revision",
+        "the Hub cannot be reached or refuses",
+        "the Hub cannot be reached or refuses",
+    )
+    for text, message in zip([*said, *unreachable], expected, strict=True):
+        assert text.startswith("ValueError: ") and message in text, text
+
+
+def test_a_folder_is_pushed_to_a_hub(nowhere, tmp_path):
+    made = tmp_path / "made"
+    made.mkdir()
+    (made / "config.json").write_text('{"dim": 8}')
+    with fake_hub.serving({}) as served:
+        calls = ("push", str(made), "me/made"), ("push", str(made), "refused/gated")
+        page, refused = asked_of_hub(served.address, tmp_path / "home", *calls)
+    assert page == f"{served.address}/me/made"
+    assert served.created[0] | {"visibility": "private"} == served.created[0]
+    head, *files = served.pushed[0]
+    assert head["value"]["summary"] == "Upload with dsjax"
+    content = {file["value"]["path"]: file["value"]["content"] for file in files}
+    assert base64.b64decode(content["config.json"]) == b'{"dim": 8}'
+    assert "made is whole, but was not pushed" in refused
