@@ -66,6 +66,7 @@ FLAGS = {
         "--top-p",
     },
     "generate.py": {
+        "--boxes",
         "--debug",
         "--dtype",
         "--help",

@@ -6,7 +6,7 @@ CKPT is a Hugging Face folder, a folder imported by tools/convert.py, or the fol
   python tools/generate.py DeepSeek-V2-Lite-Chat
   # one answer, greedily, with the model's own multi-token prediction for speed
   python tools/generate.py DeepSeek-V3 --prompt 'Why is the sky blue?' --temperature 0 --speculative
-  # a question about a picture
+  # a question about a picture; DeepSeek-VL2 also says where: --prompt '<|ref|>the cat<|/ref|>'
   python tools/generate.py Janus-Pro-1B --image cat.png --prompt 'What is this?' --temperature 0
   # a base model continues the text
   python tools/generate.py runs/tiny --prompt 'def main(' --max-new-tokens 100 --stop 'def '
@@ -26,7 +26,7 @@ from pathlib import Path
 
 from dsjax import command
 
-TEXT_ONLY = ("stop", "raw", "thinking", "no_bos", "image")
+TEXT_ONLY = ("stop", "raw", "thinking", "no_bos", "image", "boxes")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--prompt", metavar="TEXT", help="what to answer, or to continue")
     what.add_argument("--tokens", metavar="P.npy", type=Path, help="continue these ids; with --out")
     result.add_argument("--image", metavar="A.png", type=Path, nargs="+", help="pictures to show")
+    result.add_argument("--boxes", metavar="B.png", type=Path, help="draw the places it names here")
     result.add_argument("--out", metavar="O.npy", type=Path, help="int32 [batch, N] new ids")
     result.add_argument("--max-new-tokens", metavar="N", type=int, help="at most (default: 2048)")
     result.add_argument("--temperature", metavar="T", type=float, help="0 takes the most likely")
@@ -47,8 +48,7 @@ def parser() -> argparse.ArgumentParser:
         "--stop", metavar="STRING", action="append", help="end the reply before this; repeatable"
     )
     result.add_argument("--raw", action="store_true", help="continue --prompt without chat format")
-    thinking = argparse.BooleanOptionalAction
-    result.add_argument("--thinking", action=thinking, help="whether the model should think first")
+    result.add_argument("--thinking", action=argparse.BooleanOptionalAction, help="think first")
     result.add_argument("--no-bos", action="store_true", help="start without the begin token")
     result.add_argument(
         "--speculative", action="store_true", help="draft with the model's own MTP modules"
@@ -62,7 +62,7 @@ def execute(arguments: argparse.Namespace) -> None:
     given = {name: getattr(arguments, name) for name in TEXT_ONLY}
     if arguments.tokens and any(each not in (None, False) for each in given.values()):
         parser().error(
-            "--stop, --raw, --thinking, --no-bos, --image are for text, not for --tokens"
+            "--stop, --raw, --thinking, --no-bos, --image, --boxes are for text, not for --tokens"
         )
     if arguments.raw and arguments.prompt is None:
         parser().error("--raw needs a --prompt to continue")

@@ -40,7 +40,7 @@ def load_eyes(
     if hf is None or hf.beside is None:
         raise ValueError(
             f"{checkpoint.path} is a language model alone, which does not see; name a checkpoint "
-            "of Janus, JanusFlow or DeepSeek-VL, in the folder that it was published in"
+            "of Janus, JanusFlow, DeepSeek-VL or VL2, in the folder that it was published in"
         )
     wanted = np.dtype(checkpoint.dtype if dtype is None else dtype)
     return filled(Eyes(hf.beside.vision, Policy(wanted)), hf.beside.parts, hf.files, wanted, mesh)

@@ -110,7 +110,7 @@ def _other(family: str, vision: VisionConfig) -> str:
     Raises:
       ValueError: dsjax has but this one of the model.
     """
-    if vision.high or vision.flow:
+    if vision.high or vision.flow or vision.tiles:
         raise ValueError(f"family {family} is the only layout that dsjax has of this model")
     if family != DEEPSEEKS:
         return DEEPSEEKS

@@ -25,7 +25,7 @@ class SiglipConfig:
     n_heads: int = 16
     inter_dim: int = 4096
     norm_eps: float = 1e-6
-    # DeepSeek's towers have the exact function, whatever SigLIP's usual configs say
+    # DeepSeek's towers have the exact function, whatever SigLIP's usual configs say, but in VL2
     activation: Literal["gelu", "gelu_tanh"] = "gelu"
     pool: bool = False  # the weights of a pooling head are there, which no model of ours reads
 
@@ -188,6 +188,23 @@ class FlowConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TilesConfig:
+    """How large pictures are cut (DeepSeek-VL2, arXiv:2412.10302, section 2.1).
+
+    Attributes:
+      resolutions: widths and heights in pixels that a picture may be brought to, whole tiles each.
+        Their order decides between equal ones.
+      downsample: side of the square of patches that becomes one embedding.
+    """
+
+    resolutions: tuple[tuple[int, int], ...]
+    downsample: int = 2
+
+    def __post_init__(self) -> None:
+        require_positive("tiles", self, "downsample")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """What a model has beside its language model.
 
@@ -201,6 +218,7 @@ class VisionConfig:
       drawing_depth: linear layers from a code's embedding to the language model's width.
       head_dim: width inside the head that predicts codes.
       image_token: the id that stands for a picture's features in a prompt.
+      tiles: how large pictures are cut (DeepSeek-VL2); None: they are shrunk.
     """
 
     dim: int
@@ -212,7 +230,9 @@ class VisionConfig:
     flow: FlowConfig | None = None
     drawing_depth: int = 2
     head_dim: int = 0
-    image_token: int | None = None  # None: what the tokenizer calls <image_placeholder>
+    # None: what the tokenizer calls <image_placeholder>, in DeepSeek-VL2 <image>
+    image_token: int | None = None
+    tiles: TilesConfig | None = None
 
     def __post_init__(self) -> None:
         require_positive("vision", self, "dim", "aligner_depth", "drawing_depth")
@@ -225,6 +245,18 @@ class VisionConfig:
         )
         if self.vq:
             require_positive("vision", self, "head_dim")
+        if self.tiles:
+            side, sizes = self.tower.image_size, self.tiles.resolutions
+            require(
+                bool(sizes) and not any(each < 1 or each % side for size in sizes for each in size),
+                f"tiles.resolutions={sizes} must be widths and heights of whole tiles of {side} "
+                "pixels (tower.image_size)",
+            )
+
+    @property
+    def view_side(self) -> int:
+        """Embeddings along each side of what the tower sees at once."""
+        return -(-self.tower.grid // (self.tiles.downsample if self.tiles else 1))
 
     @property
     def draws(self) -> bool:

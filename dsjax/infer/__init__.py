@@ -2,6 +2,10 @@
 
 answers      text in, text out: requests to an engine, and its tokens as text
 console      what tools/generate.py does: one answer, a chat, or token ids
+pictured     conversations with pictures, as Janus and DeepSeek-VL have them
+tiled        the same of DeepSeek-VL2
+looking      what turns the pictures of a conversation into embeddings
+places       the places that a reply names, as a table and as a drawing
 score        what tools/score.py does: log-likelihoods and raw logits
 windows      text cut into windows that a model can read, packed into rows
 token_files  token ids and arrays as .npy files

@@ -16,14 +16,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
-import numpy as np
 from jax.sharding import Mesh
+from rich.console import Console
 
 from dsjax.checkpoint import load
 from dsjax.generate.engine import Engine, Statistics
 from dsjax.generate.request import Given
 from dsjax.generate.sampling import Sampling
-from dsjax.infer import token_files
+from dsjax.infer import places, token_files
 from dsjax.infer.answers import (
     MOST_NEW_TOKENS,
     Generator,
@@ -31,13 +31,16 @@ from dsjax.infer.answers import (
     continue_tokens,
     default_sampling,
 )
-from dsjax.infer.pictured import PICTURES, Looking, open_looking
+from dsjax.infer.looking import Looking, open_looking
+from dsjax.infer.pictured import PICTURES
 from dsjax.infer.weights import load_weights
 from dsjax.model.cache import check_split
 from dsjax.parallel.mesh import submesh
 from dsjax.text.chat import ChatFormat, Message, find_format
 from dsjax.text.reply import Piece
 from dsjax.text.vocabulary import END_THINK, THINK, Vocabulary, open_vocabulary
+from dsjax.vision.grounding import Box
+from dsjax.vision.pictures import Picture
 
 _HELP = "/reset forgets the conversation; /exit or Ctrl-D ends it; Ctrl-C stops a reply"
 _IMAGE = "/image "
@@ -106,6 +109,8 @@ def _run_text(
     if not arguments.raw:
         form = open_looking(checkpoint, mesh, arguments.dtype) or find_format(folder, vocabulary)
     shown = _read_pictures(arguments.image or (), form)
+    if arguments.boxes:
+        _check_boxes(arguments, form)
     if arguments.no_bos:
         if form is not None:
             raise ValueError("--no-bos applies to continued text, and this is a chat; add --raw")
@@ -122,7 +127,10 @@ def _run_text(
         prompt = first_prompt(turn, vocabulary, form, thinking=arguments.thinking)
         settings.request(prompt)  # raises before the weights are read
         generator = Generator(open_engine(), settings)
-        answer(generator, prompt, form.given([turn], prompt) if isinstance(form, Looking) else None)
+        given = form.given([turn], prompt) if isinstance(form, Looking) else None
+        boxes = _show_places([turn], answer(generator, prompt, given))
+        if arguments.boxes:
+            places.save(arguments.boxes, arguments.image[-1], boxes)
     elif form is not None:
         chat(Generator(open_engine(), settings), form, thinking=arguments.thinking, shown=shown)
     else:
@@ -132,7 +140,22 @@ def _run_text(
         )
 
 
-def _read_pictures(paths: Sequence[Path], form: AnyFormat | None) -> list[np.ndarray]:
+def _check_boxes(arguments: argparse.Namespace, form: AnyFormat | None) -> None:
+    places.check_target(arguments.boxes, (arguments.prompt and arguments.image) or ())
+    if not isinstance(form, Looking) or not form.names_places:
+        raise ValueError(
+            f"{arguments.checkpoint} does not say where things are, so --boxes has nothing to "
+            "draw; name a checkpoint of DeepSeek-VL2"
+        )
+
+
+def _show_places(turns: Sequence[Message], reply: str) -> list[Box]:
+    """Prints the places that a reply names in the last picture of a conversation."""
+    shown: list[Picture] = [each for turn in turns for each in turn.fields.get(PICTURES, ())]
+    return places.show(reply, shown[-1].size, Console(stderr=True)) if shown else []
+
+
+def _read_pictures(paths: Sequence[Path], form: AnyFormat | None) -> list[Picture]:
     """Reads the pictures for a message.
 
     Raises:
@@ -148,7 +171,7 @@ def _read_pictures(paths: Sequence[Path], form: AnyFormat | None) -> list[np.nda
     return form.read(paths)
 
 
-def _turn(text: str, shown: Sequence[np.ndarray]) -> Message:
+def _turn(text: str, shown: Sequence[Picture]) -> Message:
     return Message("user", text, {PICTURES: list(shown)} if shown else {})
 
 
@@ -204,19 +227,22 @@ class Screen:
         self._stream.flush()
 
 
-def answer(generator: Generator, prompt: Sequence[int], given: Given | None = None) -> None:
-    """Prints the reply to a prompt, then its speed.
+def answer(generator: Generator, prompt: Sequence[int], given: Given | None = None) -> str:
+    """Prints the reply to a prompt, then its speed; returns it without its thought.
 
     Args:
       given: embeddings of some of its tokens.
     """
     screen = Screen(sys.stdout)
+    said = ""
     try:
         for piece in generator.reply(prompt, given):
             screen.show(piece)
+            said += "" if piece.thought else piece.text
     finally:
         screen.end()
     print(describe(generator.engine.statistics), file=sys.stderr)
+    return said
 
 
 def chat(
@@ -224,7 +250,7 @@ def chat(
     form: AnyFormat,
     *,
     thinking: bool | None = None,
-    shown: Sequence[np.ndarray] = (),
+    shown: Sequence[Picture] = (),
 ) -> None:
     """Chats with the user until the input ends; one line is one turn.
 
@@ -266,6 +292,7 @@ def chat(
             continue
         screen.end()
         print(describe(generator.engine.statistics), file=sys.stderr)
+        _show_places(turn, "".join(said))
         if said:
             messages, pending = [*turn, Message("assistant", "".join(said))], []
 

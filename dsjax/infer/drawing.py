@@ -23,7 +23,8 @@ from dsjax.display import Display
 from dsjax.generate.codes import Drawer
 from dsjax.generate.flow import Painter
 from dsjax.generate.sampling import Sampling
-from dsjax.infer.pictured import BEGIN, PicturedFormat, open_format
+from dsjax.infer.looking import open_format
+from dsjax.infer.pictured import BEGIN, PicturedFormat
 from dsjax.infer.weights import choose_dtype
 from dsjax.model.cache import check_split
 from dsjax.parallel.mesh import submesh

@@ -32,7 +32,8 @@ from dsjax.generate.engine import Engine
 from dsjax.generate.page_files import PageFiles
 from dsjax.generate.request import Request
 from dsjax.infer.answers import default_sampling
-from dsjax.infer.pictured import Looking, PicturedFormat, look_by, open_format
+from dsjax.infer.looking import Looking, look_by, open_format
+from dsjax.infer.pictured import PicturedFormat
 from dsjax.infer.score import Scorer
 from dsjax.infer.weights import load_weights
 from dsjax.model import redundant_experts

@@ -12,7 +12,8 @@ import numpy as np
 from dsjax import __version__
 from dsjax.generate.request import Given, Request
 from dsjax.generate.sampling import Sampling
-from dsjax.infer.pictured import Looking, PicturedFormat
+from dsjax.infer.looking import Looking
+from dsjax.infer.pictured import PicturedFormat
 from dsjax.serve.choice import TokenReport
 from dsjax.serve.errors import ApiError
 from dsjax.serve.fields import Fields

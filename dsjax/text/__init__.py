@@ -2,6 +2,7 @@
 
 tokenizer      text to token ids and back; training a tokenizer
 tiktoken_file  reading tiktoken.model, of releases without a tokenizer.json
+added_tokens   the tokens that DeepSeek-VL2's processor adds to its tokenizer
 vocabulary     the tokenizer of a checkpoint's folder, with its begin, end and thinking tokens
 chat           conversations as tokens, in DeepSeek's formats or by a chat template
 conversation   whole conversations as tokens, and which of them are trained

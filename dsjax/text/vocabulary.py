@@ -1,7 +1,7 @@
 """The tokenizer of a checkpoint's folder, and the tokens that begin and end a text.
 
-Reads tokenizer.json or tiktoken.model, and tokenizer_config.json, generation_config.json and
-config.json beside it where they exist.
+Reads tokenizer.json or tiktoken.model, and tokenizer_config.json, generation_config.json,
+config.json and processor_config.json beside it where they exist.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tokenizers
 
 from dsjax import files
 from dsjax.text import sandbox, tiktoken_file, tokenizer
+from dsjax.text.added_tokens import added_tokens, show_marks
 from dsjax.text.tokenizer import BOS, EOS, Coder
 
 MAX_TOKENIZER = 256 << 20  # bytes; the largest released files have 20 million
@@ -86,11 +87,14 @@ def open_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         raise ValueError(
             f"{path} is not a tokenizer that can be used: {error}; copy it again from the release"
         ) from error
-    inner = tokenizer.from_bytes(data, name=str(path))
+    added = added_tokens(folder, config)
+    inner = tokenizer.from_bytes(show_marks(data) if added else data, name=str(path))
     bos = _name(inner, config, "bos_token", BOS, folder)
     eos = _name(inner, config, "eos_token", EOS, folder)
     # In some releases only the config says that these two are control tokens.
     inner.add_special_tokens([name for name in (bos, eos) if name is not None])
+    for token in added:  # one by one: each has the next free id
+        inner.add_tokens([token])
     coder = Coder(inner)
     if coder.vocab_size > vocab_size:
         raise ValueError(

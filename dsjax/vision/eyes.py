@@ -5,6 +5,9 @@ placeholders in the prompt. Drawing codes (Janus, arXiv:2410.13848, section 3): 
 the last position predicts a code of the VQ tokenizer, whose own embedding is the next input. The
 embeddings of codes are a table of their own, not the codebook. Drawing by a flow (JanusFlow,
 arXiv:2411.07975, section 3): the hidden states of a whole noisy picture predict where it moves.
+
+DeepSeek-VL2 sees a picture as a whole and in tiles (tiles.py), which two embeddings of its own set
+apart: one after every row, one between the whole and the tiles.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from flax import nnx
 from dsjax.config.vision import VisionConfig
 from dsjax.model.layers import Normal, RMSNorm, declare
 from dsjax.precision.policy import Policy
-from dsjax.vision.projector import STD, CodeHead, HybridProjector, Linear, Projector
+from dsjax.vision.projector import STD, CodeHead, HybridProjector, Linear, Projector, unfold
 from dsjax.vision.sam import Sam
 from dsjax.vision.siglip import Siglip
 from dsjax.vision.uvit import UvitDecoder, UvitEncoder
@@ -100,7 +103,12 @@ class Eyes(nnx.Module):
             self.high = Sam(config.high, config.tower.grid, policy)
             self.hybrid = HybridProjector(width, 4 * config.high.out_channels, config.dim, policy)
         else:
+            width *= config.tiles.downsample**2 if config.tiles else 1
             self.aligner = Projector(width, config.dim, depth, policy, exact=exact)
+        if config.tiles:
+            self.newline, self.separator = (
+                declare((config.dim,), ("norm",), Normal(config.dim**-0.5)) for _ in range(2)
+            )
         if config.vq:
             self.pencil = Pencil(config, policy)
         if config.flow:
@@ -115,10 +123,13 @@ class Eyes(nnx.Module):
         Args:
           high_BYXC: the same, larger, for the second tower of a model that has one.
         """
-        if high_BYXC is None:
-            features_BTD = self.aligner(self.tower(pixels_BYXC))
-            return self._begun(features_BTD) if self.config.flow else features_BTD
-        return self.hybrid(self.tower(pixels_BYXC), self.high(high_BYXC))
+        seen_BTD = self.tower(pixels_BYXC)
+        if high_BYXC is not None:
+            return self.hybrid(seen_BTD, self.high(high_BYXC))
+        if self.config.tiles:
+            seen_BTD = unfold(seen_BTD, self.config.tiles.downsample)
+        features_BTD = self.aligner(seen_BTD)
+        return self._begun(features_BTD) if self.config.flow else features_BTD
 
     def _begun(self, features_BTD: jax.Array) -> jax.Array:
         """Adds the embedding that JanusFlow has before a picture's features."""

@@ -20,7 +20,7 @@ import io
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 64 << 20  # of a file
 MAX_PIXELS = 64_000_000  # a camera's largest pictures have 61 million; 4 bytes each while decoded
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-RULES_FILE = "preprocessor_config.json"
+RULES_FILE, TILES_FILE = "preprocessor_config.json", "processor_config.json"
 _SCALE = 1 / 255
 
 
@@ -46,6 +46,8 @@ class Rules:
       mean, std: of each channel, on a scale from 0 to 1.
       cut: whether a fraction of a pixel is cut off the shorter side, not rounded.
       high: how the picture for a second tower is made; this one is then made from it.
+      resolutions: widths and heights of whole squares that larger pictures are cut into, as
+        tiles.py does it; (): none is cut.
     """
 
     size: int = 384
@@ -54,11 +56,20 @@ class Rules:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     cut: bool = True
     high: Rules | None = None
+    resolutions: tuple[tuple[int, int], ...] = ()
 
     @property
     def border(self) -> tuple[int, ...]:
         """The colour that fills the square: the mean, cut to 8 bits."""
         return tuple(int(value * 255) for value in self.mean)
+
+
+class Picture(NamedTuple):
+    """A picture as a model sees it."""
+
+    squares: np.ndarray  # uint8 [squares, size, size, 3]; the first is the whole picture
+    size: tuple[int, int]  # width and height of the file's picture
+    grid: tuple[int, int] = (1, 1)  # tiles beside each other, rows of tiles
 
 
 def require_package() -> None:
@@ -172,16 +183,47 @@ def inputs(squares: np.ndarray, rules: Rules) -> tuple[np.ndarray, ...]:
     return normalized(np.stack(small), rules), normalized(squares, rules.high)
 
 
-def read_rules(folder: Path) -> Rules:
+def read_rules(folder: Path, *, tiles: bool = False) -> Rules:
     """Reads a checkpoint's preprocessor_config.json, as DeepSeek or transformers writes it.
+
+    Args:
+      tiles: the model sees tiles, whose rules are in processor_config.json.
 
     Raises:
       ValueError: it is missing, or asks for what is not done here.
     """
-    path = folder / RULES_FILE
+    path = folder / (TILES_FILE if tiles else RULES_FILE)
     if not path.is_file():
-        raise ValueError(f"{folder} has no {RULES_FILE}, which says how pictures are read")
-    return rules_of(read_json(path), str(path))
+        raise ValueError(f"{folder} has no {path.name}, which says how pictures are read")
+    return (tile_rules_of if tiles else rules_of)(read_json(path), str(path))
+
+
+def tile_rules_of(values: Mapping[str, Any], place: str) -> Rules:
+    """Reads the contents of DeepSeek-VL2's processor_config.json; see `read_rules`."""
+    if values.get("normalize") is False:
+        raise ValueError(f"{place}: normalize=false, and pictures are always normalized here")
+    sizes = sizes_of(values.get("candidate_resolutions"))
+    if sizes is None:
+        raise ValueError(
+            f"{place}: candidate_resolutions={values.get('candidate_resolutions')!r} is not a list "
+            "of widths and heights"
+        )
+    half = [0.5] * 3
+    mean, std = (
+        _channels({name: half} | dict(values), name, place) for name in ("image_mean", "image_std")
+    )
+    if not all(std):
+        raise ValueError(f"{place}: image_std={list(std)} divides by 0")
+    return Rules(size=sizes[0][0], mean=mean, std=std, resolutions=sizes)
+
+
+def sizes_of(found: Any) -> tuple[tuple[int, int], ...] | None:
+    """Reads a JSON list of widths and heights; None if it is none."""
+    if not isinstance(found, list) or not found:
+        return None
+    if not all(isinstance(pair, list) and [*map(type, pair)] == [int, int] for pair in found):
+        return None
+    return tuple((first, second) for first, second in found) if min(map(min, found)) > 0 else None
 
 
 def rules_of(values: Mapping[str, Any], place: str) -> Rules:

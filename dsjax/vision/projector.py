@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -30,6 +32,24 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = linear(x, self.weight[...], self.policy)
         return y + jnp.broadcast_to(self.bias[...].astype(y.dtype), y.shape)
+
+
+def unfold(x_BTD: jax.Array, size: int) -> jax.Array:
+    """Joins the features of every size x size patches, the order is [channel, row, column].
+
+    Paper: DeepSeek-VL2 (arXiv:2412.10302), section 2.2: a pixel shuffle. A grid that does not
+    divide gets zeros at the right and the bottom.
+
+    Returns:
+      [B, patches / size^2, D * size^2], row by row.
+    """
+    B, T, D = x_BTD.shape
+    grid = math.isqrt(T)
+    more = -grid % size
+    x_BYXD = jnp.pad(x_BTD.reshape(B, grid, grid, D), ((0, 0), (0, more), (0, more), (0, 0)))
+    side = (grid + more) // size
+    squares = x_BYXD.reshape(B, side, size, side, size, D).transpose(0, 1, 3, 5, 2, 4)
+    return squares.reshape(B, side * side, D * size * size)
 
 
 class Projector(nnx.Module):

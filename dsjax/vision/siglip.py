@@ -1,4 +1,5 @@
-"""SigLIP's tower (arXiv:2303.15343), as DeepSeek-VL, VL2 and Janus have it: exact GELU, no pooling.
+"""SigLIP's tower (arXiv:2303.15343), as DeepSeek-VL, VL2 and Janus have it: without pooling, and in
+all but VL2 with the exact GELU.
 
 A patch is P x P pixels. The convolution that embeds patches does not overlap, so it is a product of
 each patch's numbers with a matrix.

@@ -14,7 +14,7 @@ from dsjax.checkpoint.importing import import_checkpoint
 from dsjax.checkpoint.tensor_files import open_folder
 from dsjax.display import Transfer
 from dsjax.files import read_json
-from dsjax.infer.pictured import open_format
+from dsjax.infer.looking import open_format
 from dsjax.text.chat import Message
 from dsjax.vision.pictures import read_rules
 from tests.vision import toy

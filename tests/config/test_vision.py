@@ -6,6 +6,7 @@ from dsjax.config.vision import (
     FlowConfig,
     SamConfig,
     SiglipConfig,
+    TilesConfig,
     VaeConfig,
     VisionConfig,
     VqConfig,
@@ -67,3 +68,17 @@ def test_a_model_draws_in_one_way():
 def test_two_towers_share_the_width():
     with pytest.raises(ValueError, match=r"vision\.dim=7 is odd"):
         VisionConfig(dim=7, tower=SiglipConfig(), high=SamConfig())
+
+
+def test_views_are_as_wide_as_what_the_projector_leaves():
+    so400m = SiglipConfig(image_size=384, patch_size=14, dim=1152)
+    cut = VisionConfig(dim=8, tower=so400m, tiles=TilesConfig(resolutions=((768, 384),)))
+    assert (cut.view_side, dataclasses.replace(cut, tiles=None).view_side) == (14, 27)
+
+
+@pytest.mark.parametrize("sizes", [(), ((384, 300),), ((384, 384), (0, 384))])
+def test_tiles_are_whole(sizes):
+    with pytest.raises(ValueError, match="must be widths and heights of whole tiles of 384 pixels"):
+        VisionConfig(dim=8, tower=SiglipConfig(), tiles=TilesConfig(resolutions=sizes))
+    with pytest.raises(ValueError, match=r"tiles\.downsample=0 must be greater than 0"):
+        TilesConfig(resolutions=((384, 384),), downsample=0)

@@ -9,12 +9,15 @@ import types
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from dsjax.generate.sampling import Sampling
 from dsjax.infer import console
 from dsjax.infer.console import Screen, answer, chat, describe
 from dsjax.text.reply import Piece
+from dsjax.text.vocabulary import open_vocabulary
+from tests.golden import vl2
 from tests.infer.scripted import CODER, SPEED, ScriptedEngine, ids
 from tests.text import released
 from tests.text.released import R1, VOCAB_SIZE, write_checkpoint
@@ -160,13 +163,14 @@ def checkpoint(tmp_path, monkeypatch):
 
 
 def run(**options):
+    options = {"checkpoint": Path("x")} | options
     defaults = dict.fromkeys(
         "prompt tokens out max_new_tokens temperature top_k top_p min_p stop dtype thinking "
-        "image".split()
+        "image boxes".split()
     )
     flags = {"raw": False, "no_bos": False, "speculative": False, "seed": 0, "mesh": {}}
     flags["override"] = []
-    console.run(argparse.Namespace(checkpoint=Path("x"), **defaults | flags | options))
+    console.run(argparse.Namespace(**defaults | flags | options))
 
 
 def test_prompt_is_a_turn_where_the_checkpoint_can_chat(checkpoint, capsys):
@@ -262,3 +266,47 @@ def test_generation_defaults_can_be_overridden_by_zero(checkpoint):
     engine = checkpoint(ids("b"), generation_config=json.loads('{"top_k": 50, "min_p": 0.1}'))
     run(prompt="a", top_k=0, min_p=0.0)
     assert engine.requests[0].sampling == Sampling()
+
+
+def test_boxes_need_a_model_that_says_where_things_are(checkpoint, tmp_path):
+    checkpoint(ids("b"))
+    with pytest.raises(ValueError, match="draws places that a reply names in a picture; add"):
+        run(prompt="a", boxes=tmp_path / "b.png")
+    with pytest.raises(
+        ValueError, match=r"only a conversation \(no --raw\) with a model that sees"
+    ):
+        run(prompt="a", image=[tmp_path / "a.png"], boxes=tmp_path / "b.png")
+
+
+def test_places_in_a_reply_are_shown_and_drawn(monkeypatch, tmp_path, capsys):
+    """In the last picture; after a prompt, and in a chat."""
+    folder = vl2.write(tmp_path / "vl2", vl2.CASES["heads"])
+    reply = "here: <|ref|>a cat<|/ref|><|det|>[[0, 0, 500, 999]]<|/det|>"
+    tokens = open_vocabulary(folder, vl2.VOCABULARY).coder.encode_control(reply)
+    engine = ScriptedEngine(tokens, tokens, tokens)
+    monkeypatch.setattr(console, "load_weights", lambda *arguments: arguments)
+    monkeypatch.setattr(console, "Engine", lambda model, **options: engine)
+    first, last, target = (tmp_path / f"{name}.png" for name in ("a", "b", "boxes"))
+    PIL.Image.new("RGB", (30, 30)).save(first)
+    PIL.Image.new("RGB", (44, 22)).save(last)
+    say = {"checkpoint": folder, "image": [first, last], "boxes": target, "dtype": "float32"}
+    run(prompt="where?", **say)
+    out, shown = capsys.readouterr()
+    assert out == reply + "\n" and engine.requests[0].given is not None
+    assert next(line.split() for line in shown.splitlines() if "cat" in line)[-2:] == ["22", "22"]
+    drawn = np.asarray(PIL.Image.open(target))
+    assert drawn.shape == (22, 44, 3) and (drawn[10, 0] == (255, 0, 0)).all()
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {last}\nwhere?\nand now?\n"))
+    run(checkpoint=folder, dtype="float32")
+    assert capsys.readouterr().err.count("a cat") == 2
+
+
+def test_a_reply_without_places_leaves_no_drawing(monkeypatch, tmp_path):
+    folder = vl2.write(tmp_path / "vl2", vl2.CASES["heads"])
+    monkeypatch.setattr(console, "load_weights", lambda *arguments: arguments)
+    monkeypatch.setattr(console, "Engine", lambda model, **options: ScriptedEngine([65]))
+    picture, target = tmp_path / "a.png", tmp_path / "b.png"
+    PIL.Image.new("RGB", (22, 22)).save(picture)
+    with pytest.raises(ValueError, match="the reply names no place"):
+        run(checkpoint=folder, prompt="a", image=[picture], boxes=target, dtype="float32")
+    assert not target.exists()

@@ -9,9 +9,11 @@ import PIL.Image
 import pytest
 
 from dsjax.checkpoint import load
-from dsjax.infer.pictured import PICTURES, look_by, open_format
+from dsjax.infer.looking import look_by, open_format
+from dsjax.infer.pictured import PICTURES
 from dsjax.text.chat import Message
 from tests.closeness import LOGITS, assert_close
+from tests.golden import vl2
 from tests.serve.scripted import ask, make_service, make_site, post, running
 from tests.vision import toy
 
@@ -140,3 +142,29 @@ def test_a_server_that_starts_says_so(served):
     site._service.looking = None
     body = {"messages": [{"role": "user", "content": [part(png(0))]}]}
     assert ask(site, "POST", CHAT, json=body).status_code == 503
+
+
+def test_tiles_reach_the_engine_and_a_beginning_follows_the_colon(tmp_path):
+    """Of DeepSeek-VL2."""
+    checkpoint = load.open_checkpoint(vl2.write(tmp_path, vl2.CASES["heads"]))
+    form = open_format(checkpoint)
+    service = make_service(checkpoint.path, form=form, context=512)
+    service.looking = look_by(form, checkpoint, None, "float32")
+    reply = "<|ref|>cat<|/ref|><|det|>[[1, 2, 3, 4]]<|/det|>"
+    with running(service, lambda request: form.vocabulary.coder.encode_control(reply)) as engine:
+        site, where = make_site(service), part(png(0, (66, 44)))
+        body = post(site, CHAT, messages=[{"role": "user", "content": [where, text("see")]}])
+        assert body["choices"][0]["message"]["content"] == reply
+        shown = {PICTURES: [form.decode(png(0, (66, 44)), "")]}
+        assert shown[PICTURES][0].grid == (2, 3)
+        wanted = form.encode([Message("user", "see", shown)])
+        (request,) = engine.requests
+        assert list(request.prompt) == wanted and len(request.given.places) == 12 + 1 + 9 * 7
+        turn = {"role": "user", "content": [where]}
+        post(site, CHAT, messages=[turn, {"role": "assistant", "content": "a", "prefix": True}])
+        spelt = form.vocabulary.coder.decode(engine.requests[1].prompt, skip_special=False)
+        assert spelt.endswith("<|Assistant|>:a")
+        twice = [where, text("<image> and <image>")]
+        response = ask(site, "POST", CHAT, json={"messages": [{"role": "user", "content": twice}]})
+        assert response.status_code == 422
+        assert "spells <image> 2 times and has 1 picture" in response.json()["error"]["message"]

@@ -3,9 +3,10 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from dsjax.config.vision import FlowConfig
+from dsjax.config.vision import FlowConfig, TilesConfig
 from dsjax.precision.policy import Policy
 from dsjax.vision.eyes import Eyes
+from dsjax.vision.projector import unfold
 from tests.closeness import F32, assert_close
 from tests.vision import toy
 from tests.vision.test_projector import oracle_gelu, oracle_linear, random_values
@@ -59,3 +60,16 @@ def test_latents_become_embeddings_behind_their_time_row_by_row():
     want = oracle_linear(brush.encoder_aligner, np.asarray(noisy.skip_BYXC, np.float64)[:, 1, 2])
     assert_close(noisy.inputs_BTD[:, 6], want, F32)
     assert brush.velocity(noisy.inputs_BTD[:, 1:], noisy).shape == latents.shape
+
+
+def test_eyes_for_tiles_join_patches_and_have_two_embeddings_more():
+    tower = dataclasses.replace(toy.VISION.tower, image_size=13)
+    vision = dataclasses.replace(
+        toy.VISION, tower=tower, vq=None, tiles=TilesConfig(resolutions=((13, 13),))
+    )
+    eyes = random_values(Eyes(vision, Policy(jnp.float32)))
+    pixels = np.random.default_rng(0).uniform(-1, 1, (2, 13, 13, 3)).astype(np.float32)
+    got = eyes(jnp.asarray(pixels))
+    assert got.shape == (2, 4, 32)
+    assert_close(got, eyes.aligner(unfold(eyes.tower(jnp.asarray(pixels)), 2)), F32)
+    assert eyes.newline.shape == eyes.separator.shape == (32,)

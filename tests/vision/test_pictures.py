@@ -241,3 +241,32 @@ def test_other_rules_are_refused(changes, said):
 def test_rules_are_needed(tmp_path):
     with pytest.raises(ValueError, match=r"has no preprocessor_config\.json"):
         pictures.read_rules(tmp_path)
+
+
+TILED = {"candidate_resolutions": [[28, 28], [56, 28]], "patch_size": 14, "downsample_ratio": 2}
+
+
+def test_rules_for_tiles_are_read(tmp_path):
+    (tmp_path / "processor_config.json").write_text(json.dumps(TILED | {"image_std": [0.4] * 3}))
+    rules = pictures.read_rules(tmp_path, tiles=True)
+    assert (rules.size, rules.resolutions) == (28, ((28, 28), (56, 28)))
+    assert (rules.mean, rules.std, rules.border) == ((0.5,) * 3, (0.4,) * 3, (127,) * 3)
+    with pytest.raises(ValueError, match=r"has no preprocessor_config\.json"):
+        pictures.read_rules(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"candidate_resolutions": []}, "candidate_resolutions=[] is not a list of widths"),
+        ({"candidate_resolutions": [[28, -1]]}, "is not a list of widths and heights"),
+        ({"candidate_resolutions": [[28, 28.0]]}, "is not a list of widths and heights"),
+        ({"normalize": False}, "normalize=false, and pictures are always normalized"),
+        ({"image_std": [0.5, 0.5, 0]}, "divides by 0"),
+        ({"image_mean": 0.5}, "image_mean=0.5 is not three numbers"),
+    ],
+)
+def test_rules_for_tiles_that_are_not_followed_are_refused(changes, said):
+    with pytest.raises(ValueError) as caught:
+        pictures.tile_rules_of(TILED | changes, "x")
+    assert str(caught.value).startswith("x: ") and said in str(caught.value)

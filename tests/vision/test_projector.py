@@ -7,7 +7,7 @@ import pytest
 
 from dsjax.model.parameters import declarations, initialize
 from dsjax.precision.policy import Policy
-from dsjax.vision.projector import CodeHead, HybridProjector, Linear, Projector, gelu
+from dsjax.vision.projector import CodeHead, HybridProjector, Linear, Projector, gelu, unfold
 from tests.closeness import F32, assert_close
 
 POLICY = Policy(jnp.float32)
@@ -71,3 +71,17 @@ def test_the_high_tower_gives_the_first_half():
     want = oracle_linear(projector.out, oracle_gelu(np.concatenate(halves, axis=1)))
     got = projector(*(jnp.asarray(each, jnp.float32) for each in (low, high)))
     assert_close(got, want, F32)
+
+
+@pytest.mark.parametrize(("grid", "size"), [(5, 2), (4, 2), (5, 3)])
+def test_squares_of_patches_are_joined_channel_by_channel(grid, size):
+    """Zeros stand right of the last column and below the last row."""
+    x = np.random.default_rng(1).normal(size=(2, grid * grid, 3)).astype(np.float32)
+    side = -(-grid // size)
+    want = np.zeros((2, side * side, 3 * size * size), np.float32)
+    for row in range(grid):
+        for column in range(grid):
+            square = row // size * side + column // size
+            within = row % size * size + column % size
+            want[:, square, within :: size * size] = x[:, row * grid + column]
+    np.testing.assert_array_equal(unfold(jnp.asarray(x), size), want)

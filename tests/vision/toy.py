@@ -14,6 +14,7 @@ from dsjax.checkpoint.hf_config import to_hf
 from dsjax.config import ModelConfig
 from dsjax.config.vision import FlowConfig, SiglipConfig, VisionConfig, VqConfig
 from dsjax.files import write_json
+from dsjax.vision.pictures import Picture
 from tests.checkpoint import hf_files
 from tests.text.released import BOS, EOS, make_tokenizer
 
@@ -73,6 +74,13 @@ def write(folder: Path, family: str = "janus", vision: VisionConfig = VISION, **
     }
     write_json(folder / "preprocessor_config.json", said | rules)
     return folder
+
+
+def pictures(n: int, seed: int = 0) -> list[Picture]:
+    """Pictures of noise, of the tower's size."""
+    size = VISION.tower.image_size
+    noise = np.random.default_rng(seed).integers(0, 256, (n, 1, size, size, 3), np.uint8)
+    return [Picture(squares, (size, size)) for squares in noise]
 
 
 def shrink_deepseeks(monkeypatch: Any) -> None:

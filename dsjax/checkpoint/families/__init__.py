@@ -2,8 +2,9 @@
 
 Each of llama.py, qwen2.py, qwen3.py, deepseek.py (DeepSeekMoE), deepseek_v2.py, deepseek_v3.py,
 deepseek_v32.py, deepseek_v4.py, kimi_k2.py, multi_modality.py (DeepSeek's models that see),
-janus.py, deepseek_vl.py and deepseek_vl_hybrid.py (the same as transformers converts them) declares
-one `Family`: the rows of its config.json and the names of its tensors, both two-way.
+janus.py, deepseek_vl.py and deepseek_vl_hybrid.py (the same as transformers converts them) and
+deepseek_vl_v2.py declares one `Family`: the rows of its config.json and the names of its tensors,
+both two-way.
 family.py defines `Family` and the parts that families share; table.py defines rows, rope.py the row
 for rope settings, sight.py what is beside a language model; deepseek_tower.py and janusflow.py are
 parts of multi_modality.py. To add a family, add a file and an
@@ -17,6 +18,7 @@ from dsjax.checkpoint.families.deepseek_v4 import DEEPSEEK_V4
 from dsjax.checkpoint.families.deepseek_v32 import DEEPSEEK_V32
 from dsjax.checkpoint.families.deepseek_vl import DEEPSEEK_VL
 from dsjax.checkpoint.families.deepseek_vl_hybrid import DEEPSEEK_VL_HYBRID
+from dsjax.checkpoint.families.deepseek_vl_v2 import DEEPSEEK_VL_V2
 from dsjax.checkpoint.families.family import Family
 from dsjax.checkpoint.families.janus import JANUS
 from dsjax.checkpoint.families.kimi_k2 import KIMI_K2
@@ -28,7 +30,7 @@ from dsjax.config import ModelConfig
 
 _ALL = (
     LLAMA, QWEN2, QWEN3, DEEPSEEK, DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2, DEEPSEEK_V32, DEEPSEEK_V4,
-    MULTI_MODALITY, JANUS, DEEPSEEK_VL, DEEPSEEK_VL_HYBRID,
+    MULTI_MODALITY, JANUS, DEEPSEEK_VL, DEEPSEEK_VL_HYBRID, DEEPSEEK_VL_V2,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 

@@ -158,12 +158,12 @@ def parts(vision: VisionConfig) -> Iterator[Part]:
         return
     tower, vq = vision.tower, vision.vq
     yield from tower_parts("vision_model.vision_tower.", tower)
-    yield from _projector("aligner", ("aligner",), tower.dim, vision.dim, vision.aligner_depth)
+    yield from projector_parts("aligner", ("aligner",), tower.dim, vision.dim, vision.aligner_depth)
     if vq is None:
         return
     pencil, own = ("pencil",), ("pencil", "head")
     yield from vq_parts("gen_vision_model.", (*pencil, "vq"), vq, _NAMES)
-    yield from _projector(
+    yield from projector_parts(
         "gen_aligner", (*pencil, "aligner"), vq.code_dim, vision.dim, vision.drawing_depth
     )
     project = "gen_head.output_mlp_projector"
@@ -172,7 +172,8 @@ def parts(vision: VisionConfig) -> Iterator[Part]:
     yield Part("gen_embed.weight", (*pencil, "embed"), (), (vq.n_codes, vq.code_dim))
 
 
-def _projector(name: str, path: LeafPath, width: int, dim: int, depth: int) -> Iterator[Part]:
+def projector_parts(name: str, path: LeafPath, width: int, dim: int, depth: int) -> Iterator[Part]:
+    """Yields the tensors of a projector as nn.Sequential numbers them."""
     for layer in range(depth):
         own = (*path, "layers", str(layer))
         yield from linear(f"{name}.layers.{2 * layer}", own, dim, dim if layer else width)
