@@ -180,14 +180,15 @@ def train() -> None:
         jax.block_until_ready(step(*inputs))
 
     sides = {"dense": training(DENSE), "sparse": training(SPARSE)}
+    for name, (step, _) in sides.items():  # the dense one may be more than there is
+        temporary = step.memory_analysis().temp_size_in_bytes / 2**30
+        print(f"training step at {TRAINED:,}, {name}: {temporary:.2f} GiB", flush=True)
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(STEPS):
         for name, (step, inputs) in sides.items():
             times[name].append(seconds(run, step, inputs, clock=clock()))
-    for name, (step, _) in sides.items():
-        temporary = step.memory_analysis().temp_size_in_bytes / 2**30
-        taken = ", ".join(f"{each:.1f}" for each in times[name])
-        print(f"training step at {TRAINED:,}, {name}: {taken} s, {temporary:.2f} GiB")
+    for name, taken in times.items():
+        print(f"training step at {TRAINED:,}, {name}: {', '.join(f'{t:.1f}' for t in taken)} s")
     ratio = min(times["dense"]) / min(times["sparse"])
     print(f"training step: {ratio:.2f} times as fast; 1 is wanted")
 
