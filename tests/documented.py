@@ -27,7 +27,7 @@ class Command:
       place: file and line.
       words: without comments and ellipses.
       needs: what it asks of a machine beyond a CPU, empty for nothing.
-      elided: whether "..." stands for arguments of the command before it.
+      elided: whether "..." stands for the arguments of the last command without it.
       behind: whether it runs while the next one does ("&").
     """
 

@@ -14,6 +14,7 @@ import random
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -115,7 +116,7 @@ def _url(number: int) -> str:
     return f"https://{number % 3}.example.com/{number}"
 
 
-def _chat(shape: str, **changes: object) -> Callable[[Path], object]:
+def _chat(shape: str, **changes: Any) -> Callable[[Path], object]:
     return lambda folder: toy.write_hf(folder, shape, **changes)
 
 

@@ -102,7 +102,7 @@ class Reader:
         self._served: Running | None = None
         self._started = itertools.count()
         self._ports = {place: free_port() for place in ("127.0.0.1:8000", "localhost:9876")}
-        self._before: tuple[str, ...] = ()
+        self._whole: tuple[str, ...] = ()  # the last command without "..."
         self._environment = {key: os.environ[key] for key in os.environ if key != "XLA_FLAGS"} | {
             "PYTHONPATH": str(ROOT),
             "XDG_CACHE_HOME": str(cache),
@@ -145,8 +145,9 @@ class Reader:
         """Returns the words with what "..." stands for, with files' contents, and made small."""
         words = command.words
         if command.elided:
-            words = (*self._before, *words[2:])
-        self._before = words
+            words = (*self._whole, *words[2:])
+        else:
+            self._whole = words
         words = tuple(self._expanded(word) for word in words)
         tool = tool_of(words)
         return (*words, *(small(*tool).split() if tool else ()))
