@@ -95,6 +95,16 @@ FLAGS = {
         "--set",
         "--workdir",
     },
+    "paint.py": {
+        "--coordinator",
+        "--debug",
+        "--help",
+        "--init",
+        "--num-processes",
+        "--process-id",
+        "--set",
+        "--workdir",
+    },
     "plan.py": {
         "--debug",
         "--help",

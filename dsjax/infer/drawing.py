@@ -124,25 +124,36 @@ def encode(checkpoint: load.Checkpoint, text: str) -> tuple[list[int], list[int]
             f"{checkpoint.path} cannot draw; name a checkpoint of Janus or Janus-Pro, in the "
             "folder that it was published in"
         )
-    prompt = _prompt(form, text)
-    pad = form.vocabulary.coder.control.get(PAD)
-    if pad is None:
-        raise ValueError(
-            f"{checkpoint.tokenizer_folder}: the tokenizer has no {PAD!a}, which stands for a "
-            "prompt's text in guidance; copy it again from the release"
-        )
+    prompt = prompt_of(form, text)
+    blank = blanked(form, prompt)
     needed, most = len(prompt) + form.vision.code_grid**2, checkpoint.model.max_seq_len
     if needed > most:
         raise ValueError(
             f"a prompt of {len(prompt)} tokens and a picture of {form.vision.code_grid**2} exceed "
             f"model.max_seq_len={most}; shorten the prompt"
         )
-    return prompt, [prompt[0], *[pad] * (len(prompt) - 2), prompt[-1]]
+    return prompt, blank
 
 
-def _prompt(form: PicturedFormat, text: str) -> list[int]:
+def prompt_of(form: PicturedFormat, text: str) -> list[int]:
+    """Encodes what to draw, up to the token that begins the picture."""
     messages = [Message("system", ""), Message("user", text)]
     return [*form.encode(messages), form.vocabulary.coder.control[BEGIN]]
+
+
+def blanked(form: PicturedFormat, prompt: Sequence[int]) -> list[int]:
+    """Blanks out a prompt's text: all but the first and the last token become padding.
+
+    Raises:
+      ValueError: the tokenizer has no padding.
+    """
+    pad = form.vocabulary.coder.control.get(PAD)
+    if pad is None:
+        raise ValueError(
+            f"the tokenizer has no {PAD!a}, which stands for a prompt's text in guidance; copy it "
+            "again from the release"
+        )
+    return [prompt[0], *[pad] * (len(prompt) - 2), prompt[-1]]
 
 
 def _open_drawer(checkpoint: load.Checkpoint, mesh: Mesh | None, dtype: str | None) -> Drawer:
