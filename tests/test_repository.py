@@ -95,6 +95,18 @@ FLAGS = {
         "--set",
         "--workdir",
     },
+    "examine.py": {
+        "--debug",
+        "--dtype",
+        "--help",
+        "--images",
+        "--json",
+        "--max-batch",
+        "--max-new-tokens",
+        "--mesh",
+        "--override",
+        "--questions",
+    },
     "paint.py": {
         "--coordinator",
         "--debug",
@@ -255,6 +267,7 @@ FLAGS = {
         "--set",
         "--workdir",
     },
+    "shapes.py": {"--debug", "--help", "--seed", "--workdir"},
     "show.py": {"--debug", "--help", "--init", "--json", "--mesh", "--set"},
     "train.py": {
         "--coordinator",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
-from dsjax.config.posttraining import PostTraining
+from dsjax.config.posttraining import PostTraining, TuningConfig
 from dsjax.config.rules import require, require_fraction, require_not_negative
+from dsjax.config.train import OptimConfig, PrecisionConfig
+from dsjax.config.vision import VqConfig
 
 KINDS = ("see", "text", "draw")
 PARTS = ("language", "tower", "aligner", "drawing")
@@ -107,3 +110,25 @@ class Janus(PostTraining):
     def sequence_length(self) -> int:
         """Tokens per row."""
         return self.janus.sequence_length
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VqTraining:
+    """The training of a VQ tokenizer."""
+
+    name: str
+    vq: VqConfig
+    size: int  # sides of a picture
+    # whether codes are chosen; off: an autoencoder, as the tokenizer's first lesson
+    codes: Literal["on", "off"] = "on"
+    commitment: float = 0.25  # weight of the loss that ties what is encoded to its entry
+    train: TuningConfig = dataclasses.field(default_factory=TuningConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    precision: PrecisionConfig = dataclasses.field(default_factory=PrecisionConfig)
+
+    def __post_init__(self) -> None:
+        require_not_negative("tokenizer", self, "commitment")
+        require(
+            self.size > 0 and self.size % self.vq.scale == 0,
+            f"tokenizer.size={self.size} does not divide by the {self.vq.scale} pixels of a code",
+        )
