@@ -90,16 +90,20 @@ def draw(drawn: Drawn, radius: int, right: int, down: int) -> np.ndarray:
 
 
 @functools.cache
-def _templates() -> np.ndarray:
-    """Returns every picture there is, float32 [captions, looks, 48 * 48 * 3]."""
-    every = [[draw(drawn, *look) for look in _LOOKS] for drawn in EVERY]
-    return np.asarray(every, np.float32).reshape(len(EVERY), len(_LOOKS), -1)
+def _every_picture() -> tuple[np.ndarray, np.ndarray]:
+    """Returns every picture there is, float32 [captions * looks, 48 * 48 * 3], and their squares."""
+    drawn = np.stack([_numbers(draw(each, *look)) for each in EVERY for look in _LOOKS])
+    return drawn, np.square(drawn).sum(axis=-1)
+
+
+def _numbers(pixels: np.ndarray) -> np.ndarray:
+    return pixels.astype(np.float32).reshape(-1) / 255 - 0.5
 
 
 def named(pixels: np.ndarray) -> Drawn:
     """Returns what a picture, uint8 [48, 48, 3], shows: the nearest of all pictures, by squares."""
-    distances = np.square(_templates() - pixels.astype(np.float32).reshape(-1)).sum(axis=-1)
-    return EVERY[int(distances.min(axis=1).argmin())]
+    every, squares = _every_picture()
+    return EVERY[int((squares - 2 * every @ _numbers(pixels)).argmin()) // len(_LOOKS)]
 
 
 def tokenizer() -> tokenizers.Tokenizer:

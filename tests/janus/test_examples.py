@@ -40,6 +40,7 @@ def test_text_is_cut_into_pieces_and_none_of_it_is_lost(opened):
     assert [len(piece.ids) for piece in pieces] == [8, 8, 7]  # with begin and end
     joined = [token for piece in pieces for token in piece.ids]
     coder = form.vocabulary.coder
+    assert form.vocabulary.bos is not None
     assert coder.decode(joined[1:-1]) == "some words to be read"
     assert joined[0] == coder.control[form.vocabulary.bos]
     assert joined[-1] in form.vocabulary.stop_ids

@@ -1,5 +1,7 @@
 """The tokenizer's losses are those of the papers, and what it learns is kept."""
 
+import dataclasses
+import functools
 import io
 import json
 
@@ -17,7 +19,6 @@ from dsjax.config.vision import VqConfig
 from dsjax.janus import tokenizing
 from dsjax.janus.pairs import Picture
 from dsjax.model.parameters import initialize
-from tests.vision import toy
 
 VQ = VqConfig(n_codes=6, code_dim=4, latent_channels=8, channels=32, multipliers=(1, 1), n_blocks=1)
 CONFIG = VqTraining(
@@ -41,6 +42,10 @@ def vq():
         return leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape)
 
     return jax.tree.map(moved, vq)
+
+
+def first_vq():
+    return initialize(tokenizing.declared_vq(CONFIG), jax.random.key(0))
 
 
 def unit(x):
@@ -96,17 +101,26 @@ def shown(tmp_path):
 
 
 def test_first_entries_are_encodings_of_pictures(shown):
-    vq = tokenizing.first_vq(tokenizing.declared_vq(CONFIG), shown, 8, seed=3)
+    vq = tokenizing.with_entries(first_vq(), shown, 8, seed=3)
     squares = np.stack([tokenizing.square_of(each, 8) for each in shown])
     pixels = jnp.asarray(squares, jnp.float32) / 127.5 - 1
-    latents = np.asarray(vq.quant_conv(vq.encoder(pixels))).reshape(-1, 4)
-    for entry in np.asarray(vq.codebook[...]):
+    latents = unit(np.asarray(vq.quant_conv(vq.encoder(pixels)))).reshape(-1, 4)
+    entries = np.asarray(vq.codebook[...])
+    for entry in entries:
         assert np.abs(latents - entry).max(-1).min() < 1e-5
+    # The last one is no nearer to the others than any encoding that was left.
+    nearest = np.linalg.norm(latents[:, None] - entries[:-1], axis=-1).min(-1)
+    assert nearest.max() == pytest.approx(np.linalg.norm(entries[:-1] - entries[-1], axis=-1).min())
     with pytest.raises(ValueError, match=r"1 pictures of 16 codes cannot fill a codebook of 40"):
-        assert toy.VISION.vq
-        tokenizing.first_vq(
-            tokenizing.Vq(toy.VISION.vq, tokenizing.declared_vq(CONFIG).policy), shown[:1], 8, 0
-        )
+        many = dataclasses.replace(VQ, n_codes=40)
+        tokenizing.with_entries(tokenizing.Vq(many, vq.policy), shown[:1], 8, 0)
+
+
+def test_autoencoder_draws_what_it_encoded_and_chooses_nothing(vq, pixels):
+    found = jax.jit(functools.partial(tokenizing.losses, chooses=False))(vq, pixels)
+    latents = unit(np.asarray(vq.quant_conv(vq.encoder(jnp.asarray(pixels)))))
+    drawn = np.asarray(vq.decoder(vq.post_quant_conv(jnp.asarray(latents))))
+    np.testing.assert_allclose(found.reconstruction, np.square(drawn - pixels).mean(), rtol=1e-4)
 
 
 @pytest.mark.heavy
@@ -116,6 +130,6 @@ def test_what_a_run_learns_is_read_back(shown, tmp_path):
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"]
     vq = tokenizing.trained(CONFIG, tmp_path / "run")
-    first = tokenizing.first_vq(tokenizing.declared_vq(CONFIG), shown, 8, 0)
+    first = tokenizing.with_entries(first_vq(), shown, 8, 0)
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), vq, first)
     assert all(jax.tree.leaves(moved))
