@@ -91,7 +91,7 @@ def draw(drawn: Drawn, radius: int, right: int, down: int) -> np.ndarray:
 
 @functools.cache
 def _every_picture() -> tuple[np.ndarray, np.ndarray]:
-    """Returns every picture there is, float32 [captions * looks, 48 * 48 * 3], and their squares."""
+    """Returns all pictures, float32 [captions * looks, 48 * 48 * 3], and their squares."""
     drawn = np.stack([_numbers(draw(each, *look)) for each in EVERY for look in _LOOKS])
     return drawn, np.square(drawn).sum(axis=-1)
 

@@ -1,6 +1,7 @@
 """The toy is made in few steps, goes on where it was stopped, and says what it measured."""
 
 import dataclasses
+import functools
 import io
 import json
 
@@ -10,7 +11,8 @@ from rich.console import Console
 
 from dsjax.checkpoint.load import open_checkpoint
 from dsjax.infer.pictured import open_format
-from dsjax.janus import from_nothing, shapes
+from dsjax.janus import from_nothing, shapes, training
+from dsjax.parallel.mesh import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,7 @@ def test_seed_is_that_of_data_and_of_every_run(short):
 
 @pytest.mark.slow
 def test_toy_is_made_and_made_once(short, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "make_mesh", functools.partial(make_mesh, n_devices=1))
     monkeypatch.setattr(shapes, "EVERY", shapes.EVERY[:4])
     short = dataclasses.replace(short, n_held_out=8)
 

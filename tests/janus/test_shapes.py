@@ -10,6 +10,7 @@ from dsjax.janus import shapes
 from dsjax.text.vocabulary import open_vocabulary
 
 
+@pytest.mark.heavy
 def test_rule_names_every_picture_and_bears_noise():
     rng = np.random.default_rng(0)
     for number, drawn in enumerate(shapes.EVERY):
@@ -19,6 +20,7 @@ def test_rule_names_every_picture_and_bears_noise():
         assert shapes.named(pixels) == shapes.named(noisy) == drawn
 
 
+@pytest.mark.heavy
 def test_rule_is_not_deceived_by_another_colour_shape_or_place():
     red = shapes.Drawn("red", "circle", "top")
     assert red.caption == "a red circle at the top"
