@@ -1,10 +1,10 @@
-# make setup | train | r1 | serve | docs | test | lint | bench | soak; ARGS="..." is passed on, PYTHON chooses the interpreter.
+# make setup | train | r1 | draw | serve | docs | test | lint | bench | soak; ARGS="..." is passed on, PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup train r1 serve docs test lint bench soak
+.PHONY: setup train r1 draw serve docs test lint bench soak
 
 setup: $(INSTALLED)
 
@@ -19,6 +19,9 @@ train: setup
 
 r1: setup
 	$(BIN)/python tools/r1.py $(ARGS)
+
+draw: setup
+	$(BIN)/python tools/shapes.py $(ARGS)
 
 # The last run, or else one of about a minute.
 serve: setup

@@ -16,8 +16,9 @@ from types import ModuleType
 from dsjax import __version__, command, settings
 
 TOOLS = (
-    "train", "sft", "prefer", "grpo", "sample", "evaluate", "recall", "r1", "generate", "draw",
-    "serve", "score", "convert", "checkpoint", "show", "plan", "prepare", "mine",
+    "train", "sft", "prefer", "grpo", "sample", "evaluate", "recall", "r1", "paint", "examine",
+    "shapes", "generate", "draw", "serve", "score", "convert", "checkpoint", "show", "plan",
+    "prepare", "mine",
 )  # fmt: skip
 _SHELLS = ("bash", "zsh", "tcsh")
 

@@ -9,6 +9,7 @@ import pytest
 from dsjax import settings
 from dsjax.config import Config
 from dsjax.config.finetuning import FineTuning
+from dsjax.config.janus import Janus
 from dsjax.config.preference import Preference
 from dsjax.config.reinforcement import Reinforcement
 
@@ -17,6 +18,7 @@ PATHS = sorted((ROOT / "configs").glob("*.py"))
 NAMES = [path.stem for path in PATHS]
 # The root that each tool reads; a config's docstring names its tool.
 ROOTS = {"train": Config, "sft": FineTuning, "prefer": Preference, "grpo": Reinforcement}
+ROOTS |= {"paint": Janus}
 RELEASED = {
     "llm_7b", "llm_67b", "moe_2b", "moe_16b", "moe_145b", "v2_lite", "v2_236b", "v3_671b",
     "v3_2_671b", "r1_distill_qwen_1p5b", "r1_distill_qwen_7b", "r1_distill_qwen_14b",

@@ -17,10 +17,12 @@ import pytest
 from dsjax import program, settings
 from dsjax.config import Config
 from dsjax.config.finetuning import FineTuning
+from dsjax.config.janus import Janus
 from dsjax.config.preference import Preference
 from dsjax.config.reinforcement import Reinforcement
 from dsjax.config.roots import ROOTS
 from dsjax.curate import prepare
+from dsjax.janus import from_nothing
 from dsjax.posttrain import stages
 from tests import documented
 from tests.test_repository import FLAGS
@@ -31,6 +33,7 @@ KINDS = {
     "sft": (FineTuning,),
     "prefer": (Preference,),
     "grpo": (Reinforcement,),
+    "paint": (Janus,),
     "show": ROOTS,
     "plan": ROOTS,
 }
@@ -108,6 +111,8 @@ def check_tool(tool, argv, folder):
         raise ValueError(said.getvalue().splitlines()[-1]) from None
     if tool == "r1":
         stages.load(given.config, given.set)
+    elif tool == "shapes":
+        from_nothing.load_config(given.config)
     elif tool == "prepare":
         recipe = given.recipe and str(folder / given.recipe)
         prepare.recipe_of(recipe, given.input, given.kind or "plain", given.set)

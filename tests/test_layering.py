@@ -35,6 +35,7 @@ FLOORS = {
     "train": 6,
     "curate": 6,
     "posttrain": 7,
+    "janus": 7.5,
     "plan": 8,
 }
 # the floors below take explicit arguments, so that they can be read and tested alone

@@ -117,28 +117,28 @@ def find_parts(
     files: str | Sequence[str], *, key: str = "data.files"
 ) -> list[tuple[str, list[Source]]]:
     """Finds the files of each glob or folder, as `find_sources` does of all, in the order given."""
-    given = _patterns(files) if isinstance(files, str) else [part.strip() for part in files]
+    given = patterns(files) if isinstance(files, str) else [part.strip() for part in files]
     parts = [(pattern, _matching(pattern, key)) for pattern in given if pattern]
     if not parts:
         raise ValueError(f"{key}={files!r} names no file; give a glob, or leave it empty")
     return parts
 
 
-def _patterns(files: str) -> list[str]:
+def patterns(files: str) -> list[str]:
     """Divides globs at commas, but not at those of a name that exists."""
-    pieces, patterns = files.split(","), []
+    pieces, found = files.split(","), []
     while pieces:
         most = min(len(pieces), _COMMAS + 1)
-        joined = (n for n in range(most, 1, -1) if _found(",".join(pieces[:n]).strip()))
+        joined = (n for n in range(most, 1, -1) if files_of(",".join(pieces[:n]).strip()))
         count = next(joined, 1)
-        patterns.append(",".join(pieces[:count]).strip())
+        found.append(",".join(pieces[:count]).strip())
         pieces = pieces[count:]
-    return patterns
+    return found
 
 
 def _matching(pattern: str, key: str) -> list[Source]:
     expanded = os.path.expanduser(pattern)
-    matched = sorted({os.path.abspath(path) for path in _found(pattern)})
+    matched = sorted({os.path.abspath(path) for path in files_of(pattern)})
     if not matched:
         hint = "the folder is empty" if os.path.isdir(expanded) else "check the path"
         raise ValueError(f"{key}={pattern!r} matches no file (from {os.getcwd()}); {hint}")
@@ -147,7 +147,7 @@ def _matching(pattern: str, key: str) -> list[Source]:
     return [_source(path, os.path.relpath(path, root), _kind(path)) for path in matched]
 
 
-def _found(pattern: str) -> list[str]:
+def files_of(pattern: str) -> list[str]:
     """Returns the files of a glob or of a folder."""
     expanded = os.path.expanduser(pattern)
     if os.path.isdir(expanded):

@@ -16,7 +16,7 @@ from dsjax.model.head import token_scores
 from dsjax.model.inputs import Inputs
 from dsjax.model.transformer import Transformer
 from dsjax.train import positions
-from dsjax.train.objective import Knobs, Objective, Sums, read_batch
+from dsjax.train.objective import Knobs, Objective, Sums, read_batch, replacing
 from dsjax.train.step import TrainState, restored_model
 
 
@@ -93,7 +93,9 @@ def batch_sums(
 
     def sums(state: TrainState, batch: dict[str, jax.Array], knobs: Knobs) -> Sums:
         model, inputs, targets = _read(declared, objective, state, batch)
-        return objective.sums(model, model.forward(inputs), targets, knobs)
+        embeddings = replacing(objective, model, targets)
+        hidden = model.forward(inputs, embeddings=embeddings)
+        return objective.sums(model, hidden, targets, knobs)
 
     return sums
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from rich.table import Table
 
 from dsjax import tables
+from dsjax.config.janus import Janus
 from dsjax.config.roots import Experiment
 from dsjax.display import size
 from dsjax.model.flops import count_parameters
@@ -20,7 +21,7 @@ from dsjax.model.parameters import declarations
 
 
 def table(
-    config: Experiment,
+    config: Experiment | Janus,
     declared: Any,
     abstract: Any,
     mesh: Mesh,
@@ -60,7 +61,7 @@ def table(
     return tables.figures(config.name, rows)
 
 
-def sequences(config: Experiment, length: int) -> str:
+def sequences(config: Experiment | Janus, length: int) -> str:
     """Says what a step of sequences of `length` takes."""
     n, at_once = config.train.batch_size, config.micro_batch_size
     passes = f", in {n // at_once} passes" if n > at_once else ""

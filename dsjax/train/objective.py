@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from dsjax.kernels.sparse_attention import Lesson
 from dsjax.model.balance import BalanceWeights
 from dsjax.model.inputs import Inputs, read_tokens
-from dsjax.model.transformer import Hidden, Transformer
+from dsjax.model.transformer import Embeddings, Hidden, Transformer
 from dsjax.parallel.context import arrange
 
 # What a source gives: arrays [micro-batches, sequences, ...]. `tokens` and `segment_ids`, int32
@@ -74,6 +74,8 @@ class Objective(NamedTuple):
         them. The model is there for its output head.
       metrics: the sums over the whole batch -> what the step reports, `loss` among them. A step
         whose loss is not finite changes nothing.
+      embeddings: (model, targets of one micro-batch) -> what replaces the embeddings of some
+        tokens, such as what the model sees of a picture; None: nothing does.
     """
 
     forward: ForwardPass
@@ -81,6 +83,12 @@ class Objective(NamedTuple):
     weights: Callable[[Any, Knobs], Weights]
     sums: Callable[[Transformer, Hidden, Any, Knobs], Sums]
     metrics: Callable[[Sums], Metrics]
+    embeddings: Callable[[Any, Any], Embeddings] | None = None
+
+
+def replacing(objective: Objective, model: Transformer, targets: Any) -> Embeddings | None:
+    """Returns what replaces the embeddings of some tokens of a micro-batch; None: nothing."""
+    return objective.embeddings(model, targets) if objective.embeddings else None
 
 
 class Prepared(NamedTuple):

@@ -101,6 +101,7 @@ def gradients(
     Raises:
       ValueError: the batch has expert choices to replay, which stages cannot.
     """
+    assert objective.embeddings is None, "only the first stage embeds"
     if batch.experts is not None:
         raise ValueError(
             "a pipeline cannot replay expert choices (the batch's `experts`): its layers read what "

@@ -37,6 +37,7 @@ from dsjax.train.objective import (
     Totals,
     read_batch,
     read_experts,
+    replacing,
     replayed,
     sum_over_micro_batches,
     weigh,
@@ -185,6 +186,7 @@ def _gradients(
             micro_batch.inputs,
             balance=forward.balance,
             remat=forward.remat,
+            embeddings=replacing(objective, model, micro_batch.targets),
             experts_LBTK=replayed(micro_batch.experts),
             lesson=forward.lesson,
         )

@@ -155,6 +155,19 @@ def _side(side: int, longest: int, rules: Rules) -> int:
     return max(round(side * (rules.size / longest)), rules.least)
 
 
+def cropped(picture: Image, size: int) -> np.ndarray:
+    """Resizes an RGB picture so that its shorter side is `size`, and cuts the middle out, uint8
+    [size, size, 3]: what a VQ tokenizer learns to draw has no borders.
+    """
+    import PIL.Image
+
+    shortest = min(picture.size)
+    width, height = (max(round(side * size / shortest), size) for side in picture.size)
+    resized = picture.resize((width, height), PIL.Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
 def normalized(squares: np.ndarray, rules: Rules) -> np.ndarray:
     """Scales uint8 [..., 3] to the tower's numbers, float32: float64 up to 1, float32 from there,
     as the references.

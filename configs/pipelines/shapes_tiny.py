@@ -1,0 +1,109 @@
+"""Janus' stages in small: a model that names and draws coloured shapes, from nothing.
+
+A VQ tokenizer, then a language model that reads captions, then the three stages of Janus-Pro
+(arXiv:2501.17811, section 2.2) in their ratios. Departures: Janus begins with a SigLIP tower that
+knows pictures, and this tower knows nothing, so it trains from the second stage on.
+
+Command: python tools/shapes.py --workdir runs/shapes_tiny
+Hardware: 2 CPU cores, 4 GB of memory.
+Cost: see docs/pictures.md.
+Expected: see docs/pictures.md.
+"""
+
+from typing import Literal
+
+from dsjax.config import ModelConfig, OptimConfig, PrecisionConfig
+from dsjax.config.coloured_shapes import ColouredShapes, PaintStage
+from dsjax.config.janus import Janus, JanusConfig, VqTraining
+from dsjax.config.posttraining import TuningConfig
+from dsjax.config.vision import SiglipConfig, VisionConfig, VqConfig
+
+FLOAT32 = PrecisionConfig(compute="float32")
+MODEL = ModelConfig(
+    attention="gqa",
+    vocab_size=64,
+    max_seq_len=128,
+    dim=128,
+    n_layers=3,
+    n_dense_layers=3,
+    n_heads=4,
+    n_kv_heads=4,
+    head_dim=32,
+    inter_dim=384,
+    init_std=0.03,
+)
+VQ = VqConfig(
+    n_codes=64, code_dim=8, latent_channels=32, channels=32, multipliers=(1, 1, 1, 1), n_blocks=1
+)
+VISION = VisionConfig(
+    dim=128,
+    tower=SiglipConfig(image_size=48, patch_size=8, dim=96, n_layers=2, n_heads=4, inter_dim=384),
+    vq=VQ,
+    head_dim=128,
+    image_token=7,
+)
+
+
+def tokenizer(name: str, codes: Literal["on", "off"], steps: int) -> VqTraining:
+    return VqTraining(
+        name=name,
+        vq=VQ,
+        size=48,
+        codes=codes,
+        train=TuningConfig(
+            steps=steps, batch_size=8, eval_every=0, checkpoint_every=200, log_every=20,
+            tensorboard=False,
+        ),
+        optim=OptimConfig(
+            learning_rate=3e-3, schedule="cosine", warmup_steps=20, weight_decay=0.0
+        ),
+        precision=FLOAT32,
+    )  # fmt: skip
+
+
+def stage(
+    name: str,
+    ratio: tuple[int, int, int],
+    trains: tuple[str, ...],
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+) -> PaintStage:
+    config = Janus(
+        name=name,
+        janus=JanusConfig(
+            see="{run}/data/see.jsonl",
+            text="{run}/data/captions.jsonl",
+            draw="{run}/data/draw.jsonl",
+            ratio=ratio,
+            trains=trains,
+            sequence_length=127,
+            heldout_fraction=0.0,
+            cache_dir="{run}/cache",
+        ),
+        train=TuningConfig(
+            steps=steps, batch_size=batch_size, remat="none", eval_every=0, checkpoint_every=200,
+            log_every=20, tensorboard=False,
+        ),
+        optim=OptimConfig(
+            learning_rate=learning_rate, schedule="cosine", warmup_steps=20, weight_decay=0.0
+        ),
+        precision=FLOAT32,
+    )  # fmt: skip
+    return PaintStage(name=name, config=config)
+
+
+ALL = ("language", "tower", "aligner", "drawing")
+config = ColouredShapes(
+    name="shapes_tiny",
+    model=MODEL,
+    vision=VISION,
+    autoencoder=tokenizer("autoencoder", "off", 350),
+    tokenizer=tokenizer("tokenizer", "on", 650),
+    stages=(
+        stage("words", (0, 1, 0), ("language",), 100, 8, 2e-3),
+        stage("adaptors", (1, 0, 3), ("aligner", "drawing"), 150, 16, 2e-3),
+        stage("unified", (2, 3, 5), ALL, 1400, 20, 1.5e-3),
+        stage("fine_tuned", (5, 1, 4), ALL, 300, 20, 5e-4),
+    ),
+)

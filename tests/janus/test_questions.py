@@ -1,0 +1,129 @@
+"""Questions are read as benchmarks publish them, and marked by rule."""
+
+import io
+import json
+
+import PIL.Image
+import pytest
+
+from dsjax.janus import questions
+from dsjax.janus.questions import CHOOSE, SHORT, read_questions
+
+
+def png(colour="red"):
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (3, 3), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_mmmu_has_pictures_in_the_table_and_options_as_python_prints_them(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {
+            "id": "validation_1",
+            "question": "<image 1> Which is it in <image 2>?",
+            "options": "['a cat', \"it's a dog\"]",
+            "answer": "B",
+            "image_1": {"bytes": png("red"), "path": "1.png"},
+            "image_2": {"bytes": png("blue"), "path": None},
+            "image_3": None,
+        },
+        {
+            "id": "validation_2",
+            "question": "How many? <image 1>",
+            "options": "[]",
+            "answer": "3",
+            "image_1": {"bytes": png("green"), "path": None},
+            "image_2": None,
+            "image_3": None,
+        },
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "validation.parquet")
+    one, two = read_questions(str(tmp_path / "validation.parquet"))
+    assert one.pictures == (png("red"), png("blue")) and one.answers == ("B",)
+    assert one.asked.text == f"Which is it in ?\n(A) a cat\n(B) it's a dog\n{CHOOSE}"
+    assert two.options == () and two.asked.text == f"How many?\n{SHORT}"
+
+
+def test_gqa_has_questions_by_their_ids_and_pictures_in_a_folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "n12.jpg").write_bytes(png())
+    content = {"07": {"imageId": "n12", "question": "Is it red?", "answer": "yes", "types": {}}}
+    (tmp_path / "testdev.json").write_text(json.dumps(content))
+    (found,) = read_questions(str(tmp_path / "testdev.json"), tmp_path / "images")
+    assert found.place.endswith("testdev.json:07") and found.pictures == (png(),)
+    assert found.asked.text == f"Is it red?\n{SHORT}"
+
+
+@pytest.mark.parametrize("form", ["lines", "list", "lines named .json"])
+def test_plain_questions_have_one_right_answer_or_several(form, tmp_path):
+    (tmp_path / "0.png").write_bytes(png())
+    records = [
+        {"image": "0.png", "question": "What colour?", "answer": ["red", "crimson"]},
+        {"image": "0.png", "question": "What?", "answer": "A wall."},
+    ]
+    path = tmp_path / ("asked.jsonl" if form == "lines" else "asked.json")
+    lines = "\n".join(map(json.dumps, records))
+    path.write_text(json.dumps(records) if form == "list" else lines)
+    one, two = read_questions(str(path))
+    assert one.answers == ("red", "crimson") and two.answers == ("A wall.",)
+
+
+OPTIONS = ("a cat", "a dog", "Both A and B")
+
+
+@pytest.mark.parametrize(
+    ("reply", "letter"),
+    [
+        ("B", "B"),
+        ("(B)", "B"),
+        ("b", None),
+        ("B. a dog", "B"),
+        ("The answer is B", "B"),
+        ("The answer is (A), not B.", "A"),
+        ("A dog", "B"),  # no letter, but the text of an option
+        ("A", "A"),
+        ("A cat is there", None),
+        ("the dog!", "B"),
+        ("Both A and B", "B"),  # the letter that stands alone
+        ("D", None),
+        ("", None),
+    ],
+)
+def test_option_is_a_lone_letter_or_its_own_text(reply, letter):
+    assert questions.chosen(reply, OPTIONS) == letter
+
+
+@pytest.mark.parametrize(
+    ("reply", "right"),
+    [("Red", True), ("The red.", True), (" crimson ", True), ("reddish", False), ("", False)],
+)
+def test_short_answer_is_one_of_the_right_ones_whatever_its_case_and_articles(reply, right):
+    asked = questions.Question("x", (png(),), "What colour?", (), ("red", "a crimson"))
+    assert asked.is_right(reply) == right
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"image": "0.png", "answer": "x"}, r"asked.jsonl:1 has no question"),
+        ({"image": "0.png", "question": "?"}, r"asked.jsonl:1: answer=None is not a text"),
+        ({"question": "?", "answer": "x"}, r"asked.jsonl:1 has no picture"),
+        ({"image": "1.png", "question": "?", "answer": "x"}, r"there is no picture .*1.png"),
+        (
+            {"image": "0.png", "question": "?", "answer": "C", "options": ["x", "y"]},
+            r"answer='C' is not a letter of its 2 options",
+        ),
+        (
+            {"image": "0.png", "question": "?", "answer": "A", "options": "[x"},
+            r"options='\[x' is not a list",
+        ),
+    ],
+)
+def test_incomplete_question_is_named(record, message, tmp_path):
+    (tmp_path / "0.png").write_bytes(png())
+    (tmp_path / "asked.jsonl").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=message):
+        read_questions(str(tmp_path / "asked.jsonl"))
