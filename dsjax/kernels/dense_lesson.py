@@ -163,7 +163,10 @@ def _divergence_backward(sizes, residuals, gradient_IBt):
         )
         (parts,) = pull(gradient_IBt[place][..., None] * (found_Bts - wanted_Bts))
         places = Index(place, place, number)
-        added = (x.at[i].add(part) for x, i, part in zip(sums, places, parts, strict=True))
+        added = (
+            x.at[i].add(part.astype(x.dtype))
+            for x, i, part in zip(sums, places, parts, strict=True)
+        )
         return Index(*added), None
 
     start = (vary_as(jnp.zeros(x.shape, jnp.float32), *index, gradient_IBt, *tiles) for x in index)

@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dsjax.kernels.dense_lesson import tiled_divergence
 from dsjax.kernels.flash_attention import Segments, Tiles, tiled_attention
 from dsjax.kernels.sparse_attention import Index, masked_attention
-from tests.closeness import F32, assert_close
+from tests.closeness import BF16, F32, assert_close
 
 B, T, N, H, W, SIZE = 2, 24, 3, 8, 6, 4
 SEGMENTS = np.array([[1] * 10 + [2] * 14, [1] * 17 + [2] * 7], np.int32)
@@ -23,8 +24,11 @@ def arrays():
     return made[:3], Index(made[3], 4 * made[4], made[5])
 
 
-def test_divergence_and_its_gradient_are_those_of_whole_rows():
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_divergence_and_its_gradient_are_those_of_whole_rows(dtype):
     (q, k, v), index = arrays()
+    index = index._replace(q_BTIY=index.q_BTIY.astype(dtype), k_BSY=index.k_BSY.astype(dtype))
+    close = F32 if dtype == jnp.float32 else BF16
     pairs = [(place, key) for place, block in enumerate(BLOCKS) for key in range(block + 1)]
     tiles = Tiles(jnp.asarray(BLOCKS, jnp.int32), jnp.asarray(pairs, jnp.int32))
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(B, len(ROWS))), jnp.float32)
@@ -51,7 +55,7 @@ def test_divergence_and_its_gradient_are_those_of_whole_rows():
         return gradient(q, k, v, index)
 
     ((_, got), of), ((_, want), wanted) = run(tiled), run(whole)
-    assert_close(got, want, F32, "divergence")
+    assert_close(got, want, close, "divergence")
     for name, *parts in zip(Index._fields, of[3], wanted[3], strict=True):
-        assert_close(*parts, F32, f"gradient of {name}")
+        assert_close(*parts, close, f"gradient of {name}")
     assert not any(np.asarray(part).any() for part in of[:3])
