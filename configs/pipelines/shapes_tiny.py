@@ -6,8 +6,8 @@ knows pictures, and this tower knows nothing, so it trains from the second stage
 
 Command: python tools/shapes.py --workdir runs/shapes_tiny
 Hardware: 2 CPU cores, 4 GB of memory.
-Cost: see docs/pictures.md.
-Expected: see docs/pictures.md.
+Cost: 11 minutes beside other work.
+Expected: not yet measured with these settings; docs/pictures.md tells what has been.
 """
 
 from typing import Literal
@@ -44,18 +44,21 @@ VISION = VisionConfig(
 )
 
 
-def tokenizer(name: str, codes: Literal["on", "off"], steps: int) -> VqTraining:
+def tokenizer(
+    name: str, codes: Literal["on", "off"], steps: int, learning_rate: float
+) -> VqTraining:
     return VqTraining(
         name=name,
         vq=VQ,
         size=48,
         codes=codes,
+        commitment=0.02,  # with more, what is encoded gathers at a few entries
         train=TuningConfig(
             steps=steps, batch_size=8, eval_every=0, checkpoint_every=200, log_every=20,
             tensorboard=False,
         ),
         optim=OptimConfig(
-            learning_rate=3e-3, schedule="cosine", warmup_steps=20, weight_decay=0.0
+            learning_rate=learning_rate, schedule="cosine", warmup_steps=20, weight_decay=0.0
         ),
         precision=FLOAT32,
     )  # fmt: skip
@@ -98,8 +101,8 @@ config = ColouredShapes(
     name="shapes_tiny",
     model=MODEL,
     vision=VISION,
-    autoencoder=tokenizer("autoencoder", "off", 350),
-    tokenizer=tokenizer("tokenizer", "on", 650),
+    autoencoder=tokenizer("autoencoder", "off", 350, 3e-3),
+    tokenizer=tokenizer("tokenizer", "on", 650, 1e-3),
     stages=(
         stage("words", (0, 1, 0), ("language",), 100, 8, 2e-3),
         stage("adaptors", (1, 0, 3), ("aligner", "drawing"), 150, 16, 2e-3),

@@ -46,6 +46,8 @@ from dsjax.posttrain.evaluation import measure
 from dsjax.precision.policy import Policy
 from dsjax.text.tokenizer import BOS, EOS, PAD
 from dsjax.train import workdir
+from dsjax.vision.eyes import Eyes
+from dsjax.vision.projector import STD
 from dsjax.vision.sighted import Sighted
 from dsjax.vision.vq import Vq
 
@@ -175,6 +177,7 @@ def write_start(config: ColouredShapes, folder: Path) -> None:
     """
     declared = Sighted(config.model, config.vision, Policy(jnp.dtype(jnp.float32)))
     model = initialize(declared, jax.random.key(config.seed))
+    model.eyes = widened(model.eyes)
     model.eyes.pencil.vq = tokenizing.trained(config.tokenizer, folder / "tokenizer")
     sight = families.find(FAMILY).sight
     assert sight is not None
@@ -199,6 +202,26 @@ def write_start(config: ColouredShapes, folder: Path) -> None:
     dtype = np.dtype(np.float32)
     write_sighted(partial, model, FAMILY, list(sight.parts(config.vision)), described, dtype)
     publish(partial, folder / "start")
+
+
+def widened(eyes: Eyes) -> Eyes:
+    """Scales random weights to a standard deviation of 1 / sqrt(inputs). The published one, 0.02,
+    suits widths of a thousand; a small tower that begins with it learns to see very slowly.
+    """
+
+    def scaled(path: Any, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        others = ("norm", "bqkv", ".vq", ".embed")
+        if leaf.ndim < 2 or any(other in name for other in others):
+            return leaf
+        n_inputs = leaf.shape[-2]
+        if "patch" in name:
+            n_inputs = np.prod(leaf.shape[:-1])
+        elif "positions" in name:  # as large as an embedded patch
+            n_inputs = leaf.shape[-1]
+        return leaf * (n_inputs**-0.5 / STD)
+
+    return jax.tree_util.tree_map_with_path(scaled, eyes)
 
 
 def judge(config: ColouredShapes, folder: Path, model: Path, console: Console) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ from dsjax.infer.drawing import encode
 from dsjax.infer.pictured import PICTURES
 from dsjax.janus import examples, training
 from dsjax.text.chat import Message
+from dsjax.vision.pictures import Picture
 from tests.janus import toy
 
 
@@ -19,8 +20,8 @@ def opened(tmp_path_factory):
 
 def test_answer_follows_the_prompt_that_a_model_is_given(opened):
     _, form = training.open_initial(opened)
-    square = np.zeros((9, 9, 3), np.uint8)
-    prompt = form.encode([Message("user", "What is it?", {PICTURES: [square]})])
+    shown = Picture(np.zeros((1, 9, 9, 3), np.uint8), (9, 9))
+    prompt = form.encode([Message("user", "What is it?", {PICTURES: [shown]})])
     ids, n_read = examples.see_example(form, "What is it?", "a cat")
     assert ids[:n_read] == prompt and prompt.count(form.image_token) == 4
     coder = form.vocabulary.coder

@@ -5,6 +5,8 @@ import functools
 import io
 import json
 
+import jax
+import jax.numpy as jnp
 import PIL.Image
 import pytest
 from rich.console import Console
@@ -12,7 +14,10 @@ from rich.console import Console
 from dsjax.checkpoint.load import open_checkpoint
 from dsjax.infer.looking import open_format
 from dsjax.janus import from_nothing, shapes, training
+from dsjax.model.parameters import initialize
 from dsjax.parallel.mesh import make_mesh
+from dsjax.precision.policy import Policy
+from dsjax.vision.eyes import Eyes
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +47,23 @@ def test_seed_is_that_of_data_and_of_every_run(short):
     assert seeds | {short.seed} == {5}
 
 
+def test_random_weights_are_as_wide_as_their_inputs_ask(short):
+    eyes = initialize(Eyes(short.vision, Policy(jnp.dtype("float32"))), jax.random.key(0))
+    found = from_nothing.widened(eyes)
+    for weight, n_inputs in (
+        (found.tower.patch, 8 * 8 * 3),
+        (found.tower.layers.attn.wqkv, 96),
+        (found.tower.layers.fc2.weight, 384),
+        (found.aligner.layers[0].weight, 96),
+        (found.pencil.head.project.weight, 128),
+    ):
+        assert float(weight[...].std()) == pytest.approx(n_inputs**-0.5, rel=0.1)
+    for same in ("vq", "embed"):
+        before, after = getattr(eyes.pencil, same), getattr(found.pencil, same)
+        pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+        assert all(bool((one == other).all()) for one, other in pairs)
+
+
 @pytest.mark.slow
 def test_toy_is_made_and_made_once(short, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "make_mesh", functools.partial(make_mesh, n_devices=1))
@@ -59,7 +81,8 @@ def test_toy_is_made_and_made_once(short, tmp_path, monkeypatch):
     report = json.loads((tmp_path / "toy" / "shapes.json").read_text())
     assert report["drawings"].keys() == {"2"}
     assert all(0 <= share["value"] <= 1 for share in report["drawings"]["2"].values())
-    assert PIL.Image.open(tmp_path / "toy" / "drawn.png").size == (2 * 56 - 8, 2 * 56 - 8)
+    with PIL.Image.open(tmp_path / "toy" / "drawn.png") as sheet:
+        assert sheet.size == (2 * 56 - 8, 2 * 56 - 8)  # of three pictures
     form = open_format(open_checkpoint(tmp_path / "toy" / "unified" / "model"))
     assert form is not None and form.vision == short.vision
     code, said = run()
