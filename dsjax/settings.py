@@ -213,12 +213,18 @@ def content_hash(config: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _hints(root: type[Any]) -> dict[str, Any]:
+    """Returns the types of a dataclass's fields; what belongs to the class is none of them."""
+    hints = typing.get_type_hints(root)
+    return {field.name: hints[field.name] for field in dataclasses.fields(root)}
+
+
 def field_types(root: type[Any] = Config) -> dict[str, Any]:
     """Returns every dotted key with its type, in the order of declaration."""
     kinds: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(root).items():
+    for name, kind in _hints(root).items():
         if dataclasses.is_dataclass(kind):
-            kinds |= {f"{name}.{key}": hint for key, hint in typing.get_type_hints(kind).items()}
+            kinds |= {f"{name}.{key}": hint for key, hint in _hints(kind).items()}
         else:
             kinds[name] = kind
     return kinds
@@ -232,14 +238,14 @@ def flatten(config: Any) -> dict[str, Any]:
 
 def _build(root: type[Root], values: Mapping[str, Any]) -> Root:
     groups = {
-        name: kind(**{key: values[f"{name}.{key}"] for key in typing.get_type_hints(kind)})
+        name: kind(**{key: values[f"{name}.{key}"] for key in _hints(kind)})
         for name, kind in _groups(root).items()
     }
     return root(**groups, **{key: value for key, value in values.items() if "." not in key})
 
 
 def _groups(root: type[Any]) -> dict[str, Any]:
-    hints = typing.get_type_hints(root)
+    hints = _hints(root)
     return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
 
 

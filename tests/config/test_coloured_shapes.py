@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from dsjax import settings
 from dsjax.janus.from_nothing import load_config
 
 
@@ -19,6 +20,12 @@ def test_janus_pros_ratios_in_its_order(config):
         ("unified", (2, 3, 5)),
         ("fine_tuned", (5, 1, 4)),
     ]
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "tokenizer"])
+def test_a_runs_config_is_read_back(config, name):
+    own = getattr(config, name)
+    assert settings.from_dict(settings.to_dict(own), kind=type(own)) == own
 
 
 def other(vq):
