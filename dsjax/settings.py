@@ -213,7 +213,7 @@ def content_hash(config: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _hints(root: type[Any]) -> dict[str, Any]:
+def _hints(root: Any) -> dict[str, Any]:
     """Returns the types of a dataclass's fields; what belongs to the class is none of them."""
     hints = typing.get_type_hints(root)
     return {field.name: hints[field.name] for field in dataclasses.fields(root)}
