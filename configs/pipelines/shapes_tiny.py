@@ -6,8 +6,8 @@ knows pictures, and this tower knows nothing, so it trains from the second stage
 
 Command: python tools/shapes.py --workdir runs/shapes_tiny
 Hardware: 2 CPU cores, 4 GB of memory.
-Cost: 11 minutes beside other work.
-Expected: not yet measured with these settings; docs/pictures.md tells what has been.
+Cost: 13 minutes beside other work.
+Expected: 66 % of held-out pictures named rightly, 63 % of drawings right (docs/pictures.md).
 """
 
 from typing import Literal
@@ -106,7 +106,7 @@ config = ColouredShapes(
     stages=(
         stage("words", (0, 1, 0), ("language",), 100, 8, 2e-3),
         stage("adaptors", (1, 0, 3), ("aligner", "drawing"), 150, 16, 2e-3),
-        stage("unified", (2, 3, 5), ALL, 1400, 20, 1.5e-3),
+        stage("unified", (2, 3, 5), ALL, 4000, 20, 1.5e-3),
         stage("fine_tuned", (5, 1, 4), ALL, 300, 20, 5e-4),
     ),
 )
