@@ -1,7 +1,7 @@
 r"""Stage 2 of Janus-Pro 1B: unified pre-training of all but the tower.
 
 Janus-Pro (arXiv:2501.17811), table 2: AdamW without decay, a constant rate, rows of 4,096 tokens.
-The paper planned 360,000 steps and stopped after 270,000. Its 512 rows a step do not divide into
+The paper planned 360,000 steps and stopped after 270,000. Its 512 rows per step do not divide into
 2:3:5; these have 520.
 
 Command: python tools/paint.py configs/janus_pro_1b_stage2.py \

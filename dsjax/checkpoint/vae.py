@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsjax.checkpoint.eyes import filled
-from dsjax.checkpoint.families.sight import LeafPath, Part, conv, linear, norm
+from dsjax.checkpoint.families.sight import LeafPath, Part, conv, linear, norm, residual
 from dsjax.checkpoint.families.table import Fields
 from dsjax.checkpoint.hf_folder import PLAIN
 from dsjax.checkpoint.tensor_files import TensorFolder, read_header
@@ -191,10 +191,4 @@ def _ends(side: str, width: int, channels: int) -> Iterator[Part]:
 
 
 def _residual(name: str, path: LeafPath, channels_in: int, channels: int) -> Iterator[Part]:
-    yield from norm(f"{name}.norm1", (*path, "norm1"), channels_in)
-    yield from conv(f"{name}.conv1", (*path, "conv1"), 3, channels_in, channels)
-    yield from norm(f"{name}.norm2", (*path, "norm2"), channels)
-    yield from conv(f"{name}.conv2", (*path, "conv2"), 3, channels, channels)
-    if channels_in != channels:
-        own = (*path, "nin_shortcut")
-        yield from conv(f"{name}.conv_shortcut", own, 1, channels_in, channels)
+    yield from residual(name, path, channels_in, channels, shortcut="conv_shortcut")

@@ -123,7 +123,7 @@ class Looking:
         return Given(self._form.places(prompt), np.concatenate(values))
 
     def _forget(self, latest: Sequence[bytes]) -> None:
-        """Forgets the squares that nobody has shown for longest, beyond _MOST_KEPT."""
+        """Forgets the squares shown longest ago, as far as all exceed _MOST_KEPT."""
         for name in latest:
             self._seen[name] = self._seen.pop(name)
         n_bytes = sum(each.nbytes for each in self._seen.values())

@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -52,9 +53,7 @@ def codes_of(
     for first in range(0, len(shown), _AT_ONCE):
         progress(first, len(shown))
         some = shown[first : first + _AT_ONCE]
-        squares = np.stack(
-            [pictures.cropped(pictures.decode(each.read(), str(each)), size) for each in some]
-        )
+        squares = np.stack([square_of(each, size) for each in some])
         # One size of batches, so that one compiled program serves all.
         padded = np.pad(squares, ((0, _AT_ONCE - len(some)), *[(0, 0)] * 3))
         found = encode(vq, as_pixels(padded))[: len(some)]
@@ -66,7 +65,16 @@ def codes_of(
     return codes.astype(np.int32)
 
 
-def as_pixels(squares: np.ndarray) -> np.ndarray:
+def square_of(picture: Picture, size: int) -> np.ndarray:
+    """Reads a picture as a VQ tokenizer sees it, uint8 [size, size, 3].
+
+    Raises:
+      ValueError: it cannot be read or decoded.
+    """
+    return pictures.cropped(pictures.decode(picture.read(), str(picture)), size)
+
+
+def as_pixels(squares: Any) -> Any:
     """Scales uint8 [..., 3] to what a VQ tokenizer reads, float32 from -1 to 1."""
     return squares.astype(np.float32) / np.float32(127.5) - np.float32(1)
 

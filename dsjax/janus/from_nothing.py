@@ -98,7 +98,8 @@ def run(config: ColouredShapes, folder: Path, *, command: str, console: Console)
       the exit code: 0, or that of the run that a signal stopped.
 
     Raises:
-      ValueError, OSError: as a run's own command; the folder is of other settings.
+      ValueError, OSError: a run fails as its own command would; or the folder holds a toy of
+        other settings.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdir.locked(folder))

@@ -113,7 +113,7 @@ class ExampleRows:
 
 
 def empty_row(shape: Shape, pad: int) -> dict[str, np.ndarray]:
-    """Returns a row without examples; `pad` is any id."""
+    """Returns a row without examples, filled with `pad`, which may be any id."""
     T = shape.length
     return {
         "tokens": np.full(T, pad, np.int32),

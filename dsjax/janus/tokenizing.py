@@ -25,7 +25,7 @@ from rich.console import Console
 from dsjax.checkpoint import store
 from dsjax.config.janus import VqTraining
 from dsjax.data.shuffling import permute, shuffled, stream_key
-from dsjax.janus.codes import as_pixels
+from dsjax.janus.codes import as_pixels, square_of
 from dsjax.janus.pairs import Picture
 from dsjax.model.parameters import initialize
 from dsjax.parallel.mesh import make_mesh
@@ -36,7 +36,6 @@ from dsjax.train.optimizer import Optimizer, adamw
 from dsjax.train.session import Session
 from dsjax.train.source import RowSource
 from dsjax.train.step import TrainState, abstract_state, compile_step, restored_model, split
-from dsjax.vision import pictures
 from dsjax.vision.vq import Vq, unit
 
 _SAMPLE = 128  # pictures whose encodings become entries
@@ -93,7 +92,7 @@ def vq_step(
         return found.reconstruction + found.codebook + commitment * found.commitment, found
 
     def step(state: TrainState, batch: Batch, knobs: Knobs) -> tuple[TrainState, Metrics]:
-        pixels = batch["pictures"][0].astype(jnp.float32) / 127.5 - 1.0
+        pixels = as_pixels(batch["pictures"][0])
         (total, found), grads = jax.value_and_grad(loss, has_aux=True)(state.params, pixels)
         params, moments, grad_norm = optimizer.update(
             grads, state.optimizer, state.params, knobs["learning_rate"]
@@ -142,11 +141,6 @@ def with_entries(vq: Vq, shown: Sequence[Picture], size: int, seed: int) -> Vq:
         entries.append(int(nearest.argmax()))
     vq.codebook[...] = jnp.asarray(latents[entries])
     return vq
-
-
-def square_of(picture: Picture, size: int) -> np.ndarray:
-    """Reads a picture as a square, uint8 [size, size, 3]."""
-    return pictures.cropped(pictures.decode(picture.read(), str(picture)), size)
 
 
 class PictureRows:

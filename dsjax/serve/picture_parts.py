@@ -1,7 +1,7 @@
 """Pictures in messages, as OpenAI's API has them: parts of the kind `image_url`.
 
 A part holds the picture itself, as a `data:` URL. The server fetches nothing: an address in a
-request would let whoever asks reach what only the server can.
+request would let anyone who asks reach what only the server can reach.
 """
 
 from __future__ import annotations

@@ -262,7 +262,7 @@ DEEPSEEK_VL_V2 = _Vl2(
         field("routed_scaling_factor", "route_scale"),
     ),
     attention=_attention,
-    # That the language model has a head is said of all; what it would be without is not.
+    # "lm_head": true says that there is an output head, as there always is.
     neutral=MLA_NEUTRAL | GQA_NEUTRAL | {"lm_head"},
     section="language_config",
     prefix="language.",

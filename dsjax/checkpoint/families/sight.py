@@ -132,7 +132,7 @@ def vq_parts(prefix: str, path: LeafPath, config: VqConfig, names: VqNames) -> I
             own = (*path, side, "levels", str(level))
             attends = level == (last if side == "encoder" else 0)
             for place in range(n):
-                yield from _residual(
+                yield from residual(
                     f"{name}.{names.block}.{place}", (*own, "blocks", str(place)), before, width
                 )
                 before = width
@@ -147,9 +147,9 @@ def vq_parts(prefix: str, path: LeafPath, config: VqConfig, names: VqNames) -> I
     def middle(side: str) -> Iterator[Part]:
         before, attention, after = (f"{prefix}{side}.mid.{each}" for each in names.middle)
         own = (*path, side, "middle")
-        yield from _residual(before, (*own, "before"), coarse, coarse)
+        yield from residual(before, (*own, "before"), coarse, coarse)
         yield from _attention(attention, (*own, "attention"), coarse)
-        yield from _residual(after, (*own, "after"), coarse, coarse)
+        yield from residual(after, (*own, "after"), coarse, coarse)
 
     def ends(side: str, width: int, channels: int) -> Iterator[Part]:
         yield from norm(f"{prefix}{side}.norm_out", (*path, side, "norm_out"), width)
@@ -171,14 +171,17 @@ def vq_parts(prefix: str, path: LeafPath, config: VqConfig, names: VqNames) -> I
     yield from conv(f"{prefix}post_quant_conv", (*path, "post_quant_conv"), 1, code, latent)
 
 
-def _residual(name: str, path: LeafPath, channels_in: int, channels: int) -> Iterator[Part]:
+def residual(
+    name: str, path: LeafPath, channels_in: int, channels: int, *, shortcut: str = "nin_shortcut"
+) -> Iterator[Part]:
+    """Yields the tensors of a residual block; `shortcut` is what they call its last layer."""
     yield from norm(f"{name}.norm1", (*path, "norm1"), channels_in)
     yield from conv(f"{name}.conv1", (*path, "conv1"), 3, channels_in, channels)
     yield from norm(f"{name}.norm2", (*path, "norm2"), channels)
     yield from conv(f"{name}.conv2", (*path, "conv2"), 3, channels, channels)
     if channels_in != channels:
         own = (*path, "nin_shortcut")
-        yield from conv(f"{name}.nin_shortcut", own, 1, channels_in, channels)
+        yield from conv(f"{name}.{shortcut}", own, 1, channels_in, channels)
 
 
 def _attention(name: str, path: LeafPath, channels: int) -> Iterator[Part]:
