@@ -27,6 +27,7 @@ class Job:
     path: Path
     kinds: Mapping[str, str]  # of sources, by name
     languages: tuple[str, ...]
+    language_score: float
     table: rules.Table
 
 
@@ -80,7 +81,7 @@ def _members(columns: Mapping[str, np.ndarray], kind: str, language: str, job: J
     chosen = np.isin(columns["source"].astype(str), of_kind)
     if kind != "code":
         chosen &= columns["language"] == language
-        chosen &= columns["score"] >= rules.LANGUAGE_SCORE[language]
+        chosen &= columns["score"] >= job.language_score
     return chosen
 
 

@@ -50,8 +50,9 @@ def run(
     names = [f"{name}.parquet" for found in read.found for name in found["shards"]]
     kinds = {source.name: source.kind for source in recipe.sources}
     tagged = pool.run(_tagging(recipe, kinds, names, read))
-    key = fingerprint(tagged.key, deciding.VERSION, recipe.languages, sorted(table.items()))
-    judged = [deciding.Job(tagged.folder / name, kinds, recipe.languages, table) for name in names]
+    wanted = recipe.languages, recipe.language_score
+    key = fingerprint(tagged.key, deciding.VERSION, wanted, sorted(table.items()))
+    judged = [deciding.Job(tagged.folder / name, kinds, *wanted, table) for name in names]
     decided = pool.run(Stage("work/rules", deciding.decide, judged, key))
     counts = [found["documents"] for found in tagged.found]
     shards = [

@@ -47,6 +47,8 @@ class Recipe:
     sources: tuple[Source, ...]
     # Of web, plain and math; documents in other languages are removed.
     languages: tuple[str, ...] = LANGUAGES
+    # How sure fastText must be of the language, 0..1. Lists, tables and names lower its score.
+    language_score: float = 0.65
     # Changes of thresholds: KIND.LANGUAGE.SIGNAL=LOW..HIGH or =off, such as
     # web.en.words=20..100000 or code.any.parses=off (docs/prepare.md lists them).
     rules: tuple[str, ...] = ()
@@ -85,7 +87,7 @@ class Recipe:
             f"languages={','.join(self.languages)!r} must be one or more of "
             f"{', '.join(LANGUAGES)}, for which there are rules",
         )
-        require_fraction("recipe", self, "heldout_fraction", "rename")
+        require_fraction("recipe", self, "heldout_fraction", "rename", "language_score")
         require(
             0.3 <= self.jaccard <= 1,
             f"jaccard={self.jaccard} must lie between 0.3, where most pairs are alike, and 1",

@@ -16,7 +16,6 @@ import numpy as np
 from dsjax.curate import code, signals
 from dsjax.curate.recipe import KINDS, LANGUAGES, parse_change
 
-LANGUAGE_SCORE = {"en": 0.65, "zh": 0.65}
 ANY = "any"  # the language of code
 
 

@@ -15,7 +15,7 @@ PASSING = {
 }
 
 
-def decide(tmp_path, languages):
+def decide(tmp_path, languages, at_least=0.65):
     path = tmp_path / "00000-0000.parquet"
     with shards.Writer(path, tagging.SCHEMA) as writer:
         for name, (source, language, score, values) in PASSING.items():
@@ -26,7 +26,7 @@ def decide(tmp_path, languages):
             writer.add(row | values)
     (tmp_path / "out").mkdir()
     kinds = {"pages": "web", "src": "code"}
-    job = deciding.Job(path, kinds, languages, rules.STANDARD)
+    job = deciding.Job(path, kinds, languages, at_least, rules.STANDARD)
     found = deciding.decide(job, tmp_path / "out", 0)
     verdicts = [row["verdict"] for row in shards.rows(tmp_path / "out" / path.name)]
     assert found["languages"] == {"pages": {"en": 3, "fr": 1, "zh": 1}, "src": {"any": 1}}
@@ -56,6 +56,10 @@ def test_languages_not_asked_for_are_removed(tmp_path):
         "longest_line",
     )
     assert "web.en" in distributions
+
+
+def test_score_of_a_language_at_the_bound_counts(tmp_path):
+    assert decide(tmp_path, ("en",), 0.5)[0]["unsure"] == ""
 
 
 def test_edges_rise():

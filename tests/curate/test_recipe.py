@@ -36,6 +36,7 @@ def test_change_that_is_none_names_the_form(text):
         ({"sources": (PAGES, PAGES)}, "two sources are called"),
         ({"languages": ("fr",)}, "languages='fr'"),
         ({"heldout_fraction": 2.0}, "heldout_fraction=2"),
+        ({"language_score": 65.0}, "language_score=65"),
         ({"shard_bytes": 1}, "shard_bytes=1"),
         ({"tokenizer": "t.json", "heldout_fraction": 0.0}, "tokenizer needs held-out text"),
         ({"passages": 10}, "passages=10 must be 0, or at least 50"),
