@@ -1,6 +1,7 @@
 """Trains a model that sees and draws, or resumes a stopped run.
 
-CKPT is a folder of Janus or Janus-Pro as published, or `model/` of an earlier run.
+CKPT is a folder of Janus, Janus-Pro, JanusFlow, DeepSeek-VL or VL2 as published, or `model/` of an
+earlier run.
 
   # Janus-Pro's three stages: adaptors and head of codes; all but the tower; the tower too
   python tools/paint.py configs/janus_pro_1b_stage1.py --init Janus-Pro-1B --workdir runs/one \\
@@ -9,6 +10,13 @@ CKPT is a folder of Janus or Janus-Pro as published, or `model/` of an earlier r
       --set janus.see=pairs/ janus.text='text/*.jsonl' janus.draw='shards/*.tar'
   python tools/paint.py configs/janus_pro_1b_stage3.py --init runs/two/model --workdir runs/three \\
       --set janus.see=asked.jsonl janus.text='text/*.jsonl' janus.draw='shards/*.tar'
+  # JanusFlow, whose latents a VAE makes: config.json and the weights of stabilityai/sdxl-vae
+  python tools/paint.py configs/janusflow_1b_stage1.py --init JanusFlow-1.3B --workdir runs/flow \\
+      --set janus.vae=sdxl-vae janus.see=pairs/ janus.draw=pairs/
+  # models that see and do not draw learn from questions and answers, and from text
+  python tools/paint.py configs/janus_pro_1b_stage3.py --init deepseek-vl2-tiny \\
+      --workdir runs/asked --set janus.see=asked.jsonl janus.ratio=1,0,0 \\
+      janus.trains=language,aligner train.batch_size=64 train.micro_batch_size=8
   # resume a stopped run with the config that it keeps
   python tools/paint.py runs/one --workdir runs/one
 

@@ -54,7 +54,7 @@ def write_sighted(
 
     Args:
       parts: the tensors beside the language model.
-      dtype: of the weights.
+      dtype: of the weights but for those that are always float32.
       gather: brings a whole array to this process.
       writes: whether this process writes; all of them must gather together.
 
@@ -65,16 +65,19 @@ def write_sighted(
     if not writes:
         return
     tensors = published(_eyes(model), parts)
+    dtypes = dict.fromkeys(tensors, dtype)
     leaves = {
         tuple(map(str, path)): np.asarray(variable[...])
-        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param, RouterState)[0])
+        for state in nnx.state(model, nnx.Param, RouterState)
+        for path, variable in nnx.to_flat_state(state)
     }
     for row in names.tensors(model.config, family):
         tensor = leaves[row.path][row.slot]
         tensors[row.name] = tensor.T if row.transpose else tensor
-    shards = plan_shards((name, dtype, tensor.shape) for name, tensor in tensors.items())
+        dtypes[row.name] = np.dtype(np.float32) if row.keep_float32 else dtype
+    shards = plan_shards((name, dtypes[name], tensor.shape) for name, tensor in tensors.items())
     for shard in shards:
-        write_shard(folder, shard, lambda name: np.ascontiguousarray(tensors[name], dtype))
+        write_shard(folder, shard, lambda name: np.ascontiguousarray(tensors[name], dtypes[name]))
     write_index(folder, shards)
     write_json(folder / "config.json", config)
 

@@ -29,13 +29,15 @@ class JanusConfig:
     # rows of see, text and draw in every micro-batch; Janus-Pro's stages: 1:0:3, 2:3:5 and 5:1:4
     ratio: tuple[int, ...] = (1, 0, 3)
     # what trains: language, tower, aligner (of the tower) and drawing (the embeddings, the aligner
-    # and the head of codes). The VQ tokenizer never does.
+    # and the head of codes; of JanusFlow both U-ViTs and their aligners). The VQ tokenizer and the
+    # VAE never do.
     trains: tuple[str, ...] = ("aligner", "drawing")
     blank: float = 0.1  # share of drawings whose prompt is blanked out, for guidance
     sequence_length: int = 4096  # tokens per row, into which examples are packed
+    vae: str = ""  # the folder of the VAE, stabilityai/sdxl-vae, where JanusFlow is to draw
     question: str = "Describe the picture."  # asked where a pair has a text and no question
     heldout_fraction: float = 0.02  # of the examples of each kind; 0: none, and no held-out loss
-    cache_dir: str = ""  # of codes, and of pictures in tables; empty: see data.cache_dir
+    cache_dir: str = ""  # of codes, latents, and pictures in tables; empty: see data.cache_dir
     seed: int = 0  # of the order, and of which prompts are blanked out
 
     def __post_init__(self) -> None:

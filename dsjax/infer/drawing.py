@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> None:
     checkpoint = load.open_checkpoint(arguments.checkpoint, dict(arguments.override))
     form = drawing_format(checkpoint)
     order = read_order(arguments, form.vision)
-    vae = _open_vae(arguments.vae, form.vision.flow) if form.vision.flow else None
+    vae = vae_of(arguments.vae, form.vision.flow) if form.vision.flow else None
     mesh = submesh(arguments.mesh)
     check_split(checkpoint.model, mesh)
     prompt = encode(checkpoint, form, order.prompt)
@@ -176,7 +176,7 @@ def read_order(arguments: argparse.Namespace, vision: VisionConfig) -> Order:
     )
 
 
-def _open_vae(path: Path, flow: FlowConfig) -> VaeFolder:
+def vae_of(path: Path, flow: FlowConfig) -> VaeFolder:
     """Opens the VAE of a flow.
 
     Raises:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -93,6 +93,19 @@ class PicturedFormat:
         del place
         return Picture(pictures.largest(picture, self.rules)[None], picture.size)
 
+    def outline(self, read: Callable[[], bytes], place: str) -> Picture:
+        """Returns a picture without pixels: what decides how many placeholders stand for it.
+
+        Args:
+          read: returns the file's bytes, where they matter.
+          place: where they are from, for messages.
+
+        Raises:
+          ValueError: the picture cannot be read.
+        """
+        del read, place
+        return Picture(np.zeros((1, 0, 0, 3), np.uint8), (0, 0))
+
     def shown(self, messages: Sequence[Message]) -> list[Picture]:
         """Returns the pictures of a conversation as the model sees them together."""
         return [each for message in messages for each in message.fields.get(PICTURES, ())]
@@ -105,6 +118,18 @@ class PicturedFormat:
         """
         del picture, eyes
         return features[0]
+
+    def numbered(self, picture: Picture, first: int, most: int) -> np.ndarray:
+        """Returns which features of a row of pictures replace a picture's placeholders, int
+        [placeholders]: as `arranged`, of numbers.
+
+        Args:
+          first: the squares of the row before this picture's.
+          most: all squares of the row, behind whose features are those of no square.
+        """
+        del picture, most
+        n = self.vision.tower.n_tokens + (1 if self.vision.flow else 0)
+        return first * n + np.arange(n)
 
     def encode(
         self,

@@ -14,7 +14,7 @@ stays text, where DeepSeek's processor would take it for the token.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -22,7 +22,7 @@ import numpy as np
 from dsjax.infer.pictured import PICTURES, PicturedFormat, Written, check_asked
 from dsjax.text.added_tokens import IMAGE, MARKS
 from dsjax.text.chat import Message
-from dsjax.vision import tiles
+from dsjax.vision import pictures, tiles
 from dsjax.vision.eyes import Eyes
 from dsjax.vision.pictures import Picture
 
@@ -44,6 +44,9 @@ class TiledFormat(PicturedFormat):
     def _seen(self, picture: Image, place: str) -> Picture:
         return tiles.cut(picture, self.rules, place)
 
+    def outline(self, read: Callable[[], bytes], place: str) -> Picture:
+        return tiles.outline(pictures.size_of(read(), place), self.rules, place)
+
     def shown(self, messages: Sequence[Message]) -> list[Picture]:
         return tiles.uncut(super().shown(messages))
 
@@ -52,6 +55,12 @@ class TiledFormat(PicturedFormat):
             np.asarray(each[...], np.float32) for each in (eyes.newline, eyes.separator)
         )
         return tiles.arranged(features, picture.grid, newline_D, separator_D)
+
+    def numbered(self, picture: Picture, first: int, most: int) -> np.ndarray:
+        n = self.vision.view_side**2
+        numbers = (first * n + np.arange(len(picture.squares) * n)).reshape(-1, n, 1)
+        newline, separator = (most * n + np.arange(2))[:, None]
+        return tiles.arranged(list(numbers), picture.grid, newline, separator)[:, 0]
 
     def encode(
         self,

@@ -2,7 +2,8 @@
 
   see   a conversation about a picture (`dsjax.infer.pictured`); the answer and its end are trained
   text  a document, all of it trained; a longer one is cut into pieces
-  draw  a prompt up to the token that begins a picture, and a placeholder for each code
+  draw  a prompt up to the token that begins a picture, and a placeholder for each code, or each
+        position of latents
 
 Prompts are those that tools/generate.py and tools/draw.py make, so a model is asked as it learned.
 """
@@ -14,7 +15,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,11 +23,13 @@ from dsjax.config.janus import Janus
 from dsjax.data.documents import find_sources, read_documents
 from dsjax.infer.drawing import prompt_of
 from dsjax.infer.pictured import PICTURES, PicturedFormat
-from dsjax.janus.codes import Progress, codes_of
+from dsjax.janus.codes import codes_of
+from dsjax.janus.encodings import Progress
+from dsjax.janus.latents import latents_of
 from dsjax.janus.pairs import Pair, Picture, read_pairs
 from dsjax.posttrain.messages import TokenizedConversations
 from dsjax.text.chat import Message
-from dsjax.vision.vq import Vq
+from dsjax.vision import pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +38,25 @@ class Examples:
 
     Attributes:
       tokens: their ids, and which are trained.
-      pictures: of each, if they are to see; else empty.
-      codes: of each, int32 [n, codes], if they are to draw; else None.
+      pictures: of each, if they are to see or are drawn by a flow; else empty.
+      n_squares: of each picture that is seen, int [n]; None if none is.
+      codes: of each, int32 [n, codes], if they are drawn by codes; else None.
+      latents: of each, as `latents_of` returns them, if they are drawn by a flow; else None.
     """
 
     tokens: TokenizedConversations
     pictures: Sequence[Picture] = ()
+    n_squares: np.ndarray | None = None
     codes: np.ndarray | None = None
+    latents: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def room(self, length: int) -> int:
+        """Returns how many tokens of examples a row of T + 1 tokens has room for."""
+        # The last token is not run, only predicted, and where latents move is said where they are.
+        return length if self.latents is None else length - 1
 
     def digests(self) -> np.ndarray:
         """Returns a 64-bit hash of each one's tokens and picture, uint64 [n]."""
@@ -64,18 +76,20 @@ class Encoded(NamedTuple):
     n_read: int  # its first tokens, which are not predicted
 
 
-def see_example(form: PicturedFormat, question: str, answer: str) -> Encoded:
+def see_example(
+    form: PicturedFormat, question: str, answer: str, outline: pictures.Picture
+) -> Encoded:
     """Encodes a question about one picture, and the answer."""
-    # What is in the picture does not change the prompt.
-    prompt = form.encode([Message("user", question, fields={PICTURES: (None,)})])
-    return Encoded([*prompt, *form.vocabulary.coder.encode(f" {answer}"), *_end(form)], len(prompt))
+    prompt = form.encode([Message("user", question, fields={PICTURES: (outline,)})])
+    said = form.vocabulary.coder.encode(f"{form.gap}{answer}")
+    return Encoded([*prompt, *said, *_end(form)], len(prompt))
 
 
 def draw_example(form: PicturedFormat, text: str) -> Encoded:
-    """Encodes what to draw; a placeholder stands for each code."""
+    """Encodes what to draw; a placeholder stands for each code or position of latents."""
     prompt = prompt_of(form, text)
     ids = [*prompt, *[form.image_token] * form.vision.code_grid**2]
-    return Encoded(ids, len(ids))  # codes are predicted, and no token is
+    return Encoded(ids, len(ids))  # no token is predicted
 
 
 def text_examples(form: PicturedFormat, text: str, longest: int) -> Iterator[Encoded]:
@@ -95,7 +109,7 @@ def _end(form: PicturedFormat) -> list[int]:
 def read_examples(
     config: Janus,
     form: PicturedFormat,
-    vq: Callable[[], Vq],
+    autoencoder: Callable[[], Any],
     cache: Path,
     say: Callable[[str], None],
     progress: Progress,
@@ -103,8 +117,8 @@ def read_examples(
     """Reads the examples of the kinds that `janus.ratio` asks for.
 
     Args:
-      vq: opens the VQ tokenizer, which codes are made with.
-      progress: of making codes.
+      autoencoder: opens the VQ tokenizer that codes are made with, or the VAE that makes latents.
+      progress: of making them.
 
     Raises:
       ValueError: a kind has no files, or no example with room in a row; a file or a picture cannot
@@ -115,21 +129,31 @@ def read_examples(
     found = {}
     if n_see:
         pairs = _pairs(config, "see", cache)
-        encoded = [see_example(form, pair.question or own.question, pair.text) for pair in pairs]
-        tokens, kept = _packed(encoded, "see", longest, say)
-        found["see"] = Examples(tokens, [pairs[number].picture for number in kept])
+        outlines = [form.outline(pair.picture.read, str(pair.picture)) for pair in pairs]
+        encoded = [
+            see_example(form, pair.question or own.question, pair.text, outline)
+            for pair, outline in zip(pairs, outlines, strict=True)
+        ]
+        tokens, kept = _packed(encoded, "see", config, longest, say)
+        squares = np.array([len(outlines[number].squares) for number in kept])
+        found["see"] = Examples(tokens, [pairs[number].picture for number in kept], squares)
     if n_text:
         sources = find_sources(own.text, key="janus.text")
         texts = (document.text for document in read_documents(sources))
         pieces = itertools.chain.from_iterable(text_examples(form, each, longest) for each in texts)
-        found["text"] = Examples(_packed(pieces, "text", longest, say)[0])
+        found["text"] = Examples(_packed(pieces, "text", config, longest, say)[0])
     if n_draw:
-        pairs = _pairs(config, "draw", cache)
+        pairs, flows = _pairs(config, "draw", cache), form.vision.flow is not None
         encoded = [draw_example(form, pair.text) for pair in pairs]
-        tokens, kept = _packed(encoded, "draw", longest, say)
+        tokens, kept = _packed(encoded, "draw", config, longest - flows, say)
         shown = [pairs[number].picture for number in kept]
-        codes = codes_of(shown, vq(), form.vision.code_grid, cache, progress)
-        found["draw"] = Examples(tokens, codes=codes)
+        grid = form.vision.code_grid
+        if flows:
+            latents = latents_of(shown, autoencoder(), grid, cache, progress)
+            found["draw"] = Examples(tokens, shown, latents=latents)
+        else:
+            codes = codes_of(shown, autoencoder(), grid, cache, progress)
+            found["draw"] = Examples(tokens, codes=codes)
     return found
 
 
@@ -144,15 +168,20 @@ def _pairs(config: Janus, kind: str, cache: Path) -> list[Pair]:
 
 
 def _packed(
-    encoded: Iterable[Encoded], kind: str, longest: int, say: Callable[[str], None]
+    encoded: Iterable[Encoded],
+    kind: str,
+    config: Janus,
+    room: int,
+    say: Callable[[str], None],
 ) -> tuple[TokenizedConversations, list[int]]:
-    """Joins the examples that fit into a row; returns them, and which of all they are."""
+    """Joins the examples of at most `room` tokens; returns them, and which of all they are."""
+    length = config.sequence_length
     ids: list[np.ndarray] = []
     trained: list[np.ndarray] = []
     kept: list[int] = []
     dropped = 0
     for number, each in enumerate(encoded):
-        if len(each.ids) > longest:
+        if len(each.ids) > room:
             dropped += 1
             continue
         kept.append(number)
@@ -161,12 +190,12 @@ def _packed(
     if not kept:
         raise ValueError(
             f"none of the {dropped:,} examples of janus.{kind} has room in a row of "
-            f"janus.sequence_length={longest - 1} tokens; raise it, or give more files"
+            f"janus.sequence_length={length} tokens; raise it, or give more files"
         )
     offsets = np.cumsum([0, *map(len, ids)])
     said = f"janus.{kind}: {len(kept):,} examples, {offsets[-1]:,} tokens"
     if dropped:
-        said += f"; {dropped:,} longer than janus.sequence_length={longest - 1}, dropped"
+        said += f"; {dropped:,} longer than janus.sequence_length={length}, dropped"
     say(said)
     joined = np.concatenate(ids), np.concatenate(trained)
     return TokenizedConversations(*joined, offsets, dropped, 0, 0), kept

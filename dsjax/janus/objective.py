@@ -1,22 +1,28 @@
-"""What a model that sees and draws learns from: the next token, or the next code of a picture.
+"""What a model that sees and draws learns from: the next token, or the next code of a picture, or
+where a noisy picture moves.
 
-The loss is one mean over everything that is predicted, text and codes alike, without weights
-between them (Janus, arXiv:2410.13848, section 3.3). A micro-batch holds, in this order and in fixed
-numbers, rows that see, rows of text and rows that draw. Beside `tokens` and `segment_ids` it has
+The loss is one mean over everything that is predicted, without weights between the kinds (Janus,
+arXiv:2410.13848, section 3.3): tokens and codes in nats; where a model draws by a flow, the squared
+error of each position (`dsjax.janus.flowing`), as much as a token. The paper of JanusFlow does not
+say how it adds up the two. A micro-batch holds, in this order and in fixed numbers, rows that see,
+rows of text and rows that draw. Beside `tokens` and `segment_ids` it has
 
   weights   float32 [..., T + 1], 1 for the tokens of text to predict
   codes     int32 [..., T + 1], the code that stands at a position; -1 where none does
-  features  int32 [..., T + 1], which of the features of the row's pictures stands at a position;
-            -1 where none does
-  pictures  uint8 [..., P, size, size, 3], those of a row, as `pictures.square` makes them
+  features  int32 [..., T + 1], which of the features of the row's pictures, or of the inputs of its
+            drawings, stands at a position; -1 where none does
+  pictures  uint8 [..., P, size, size, 3], the squares of a row's pictures
+  large     the same for a second tower, if there is one
+  latents, seeds, starts   of the drawings of a row, if they are drawn by a flow: `Drawings`
 
 An input is replaced where a feature or a code stands. A code is predicted from the position before
-it, the first one from the token that begins a picture.
+it, the first one from the token that begins a picture; a velocity from the position itself.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +30,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsjax.config.janus import KINDS, Janus
+from dsjax.janus import flowing
+from dsjax.janus.flowing import Drawings
 from dsjax.model.balance import BalanceWeights
 from dsjax.model.head import weighted_nll
 from dsjax.model.inputs import shift_left
 from dsjax.model.transformer import Embeddings, Hidden
-from dsjax.parallel.sharding import constrain, parts_here
+from dsjax.parallel.sharding import constrain, divisible, parts_here
 from dsjax.train.loss import target_mask
 from dsjax.train.objective import (
     Batch,
@@ -52,7 +60,9 @@ class Targets(NamedTuple):
     next_counted: jax.Array  # float32, 1 where it is predicted
     codes: jax.Array  # int32, the code here, or -1
     features: jax.Array  # int32, the feature here, or -1
-    pictures: jax.Array  # uint8 [..., rows that see, P, size, size, 3]
+    # uint8 [..., rows that see, P, size, size, 3], as the first tower sees them, and the second
+    pictures: tuple[jax.Array, ...]
+    drawings: Drawings | None  # of the rows that draw
 
 
 class Counts(NamedTuple):
@@ -89,6 +99,8 @@ def seeing_and_drawing(config: Janus, rules: pictures.Rules) -> Objective:
     def weights(targets: Targets, knobs: Knobs) -> Weights:
         del knobs
         found = (targets.counted + targets.next_counted).sum(axis=(1, 2))
+        if targets.drawings is not None:
+            found = found + targets.drawings.counted.sum(axis=1)
         n_targets = jnp.maximum(found.sum(), 1.0)
         each = jnp.broadcast_to(1.0 / n_targets, found.shape)
         return Weights({kind: each for kind in counts.kinds}, found / n_targets)
@@ -99,7 +111,7 @@ def seeing_and_drawing(config: Janus, rules: pictures.Rules) -> Objective:
 
     return Objective(
         ForwardPass(True, False, balance if balanced else None, train.remat),
-        functools.partial(_targets, n_see=counts.see),
+        functools.partial(_targets, counts=counts),
         weights,
         sums,
         functools.partial(_metrics, kinds=counts.kinds),
@@ -107,7 +119,7 @@ def seeing_and_drawing(config: Janus, rules: pictures.Rules) -> Objective:
     )
 
 
-def _targets(batch: Batch, n_see: int) -> Targets:
+def _targets(batch: Batch, counts: Counts) -> Targets:
     next_codes = shift_left(batch["codes"] + 1, 1)[..., :-1] - 1  # what is past the end is -1
     valid = target_mask(batch["segment_ids"], 1, isolate=True)
     weights = shift_left(batch["weights"], 1)[..., :-1]
@@ -118,21 +130,32 @@ def _targets(batch: Batch, n_see: int) -> Targets:
         next_counted=(valid & (next_codes >= 0)).astype(jnp.float32),
         codes=batch["codes"][..., :-1],
         features=batch["features"][..., :-1],
-        pictures=batch["pictures"][..., :n_see, :, :, :, :],
+        pictures=tuple(
+            batch[name][:, : counts.see] for name in ("pictures", "large") if name in batch
+        ),
+        drawings=_drawings(batch, counts),
     )
 
 
+def _drawings(batch: Batch, counts: Counts) -> Drawings | None:
+    if "latents" not in batch:
+        return None
+    return Drawings(*(batch[name][:, -counts.draw :] for name in Drawings._fields))
+
+
 def _embeddings(model: Any, targets: Targets, counts: Counts, rules: pictures.Rules) -> Embeddings:
-    """Returns the features and the codes that stand in rows, in the order of their kinds."""
+    """Returns what stands in rows instead of tokens, in the order of their kinds."""
     T, D, dtype = targets.ids.shape[1], model.config.dim, model.policy.compute
     pieces_BTD = []
     if counts.see:
         features_BXD = see(model.eyes, targets.pictures, rules)
-        place_BT = jnp.maximum(targets.features[counts.rows("see")], 0)
-        pieces_BTD.append(jnp.take_along_axis(features_BXD, place_BT[..., None], axis=1))
+        pieces_BTD.append(_placed(features_BXD, targets.features[counts.rows("see")]))
     if counts.text:
         pieces_BTD.append(jnp.zeros((counts.text, T, D), dtype))
-    if counts.draw:
+    if targets.drawings is not None:
+        inputs_BXD = flowing.inputs(model.eyes.brush, targets.drawings)
+        pieces_BTD.append(_placed(inputs_BXD, targets.features[counts.rows("draw")]))
+    elif counts.draw:
         codes_BT = jnp.maximum(targets.codes[counts.rows("draw")], 0)
         pieces_BTD.append(model.eyes.pencil.embeddings(codes_BT))
     values_BTD = jnp.concatenate([each.astype(dtype) for each in pieces_BTD])
@@ -140,12 +163,20 @@ def _embeddings(model: Any, targets: Targets, counts: Counts, rules: pictures.Ru
     return Embeddings(given_BT, constrain(values_BTD, "batch", "tokens", "width"))
 
 
+def _placed(features_BXD: jax.Array, places_BT: jax.Array) -> jax.Array:
+    """Returns the features at their places, [B, T, D], and any where there are none."""
+    return jnp.take_along_axis(features_BXD, jnp.maximum(places_BT, 0)[..., None], axis=1)
+
+
 def _sums(model: Any, hidden: Hidden, targets: Targets, counts: Counts, chunk: int) -> Sums:
     found: Sums = {}
     for kind in counts.kinds:
         rows = counts.rows(kind)
         hidden_BTD = hidden.main_BTD[rows]
-        if kind == "draw":
+        if kind == "draw" and targets.drawings is not None:
+            found[kind] = flowing.squared_error(model.eyes.brush, hidden_BTD, targets.drawings)
+            counted_BT = targets.drawings.counted
+        elif kind == "draw":
             counted_BT = targets.next_counted[rows]
             found[kind] = code_nll(
                 model.eyes.pencil.head, hidden_BTD, targets.next_codes[rows], counted_BT, chunk
@@ -153,9 +184,9 @@ def _sums(model: Any, hidden: Hidden, targets: Targets, counts: Counts, chunk: i
         else:
             counted_BT = targets.counted[rows]
             weight = model.head_weight()
-            found[kind] = weighted_nll(
-                hidden_BTD, weight, targets.ids[rows], counted_BT, model.policy, chunk
-            )
+            of_rows = map(divisible, (hidden_BTD, targets.ids[rows], counted_BT))
+            hidden_BTD, ids_BT, padded_BT = of_rows
+            found[kind] = weighted_nll(hidden_BTD, weight, ids_BT, padded_BT, model.policy, chunk)
         found[f"{kind}_targets"] = counted_BT.sum()
     return found
 
@@ -167,20 +198,32 @@ def _metrics(sums: Sums, kinds: list[str]) -> Metrics:
     return {"loss": nats / jnp.maximum(jnp.asarray(sum(counts.values())), 1.0), **each}
 
 
-def see(eyes: Any, pictures_BPYXC: jax.Array, rules: pictures.Rules) -> jax.Array:
-    """Looks at the pictures of rows, uint8 [B, P, size, size, 3].
+def see(eyes: Any, pictures_BPYXC: Sequence[jax.Array], rules: pictures.Rules) -> jax.Array:
+    """Looks at the squares of rows, uint8 [B, P, size, size, 3], of each tower.
 
     Returns:
-      [B, P * tokens, D].
+      [B, P * tokens, D]; where pictures are seen in tiles, a row ends with the embeddings of a
+      line's end and of what separates the whole from the tiles.
     """
+    own = [rules, *([rules.high] if rules.high else [])]
+    features = eyes(*(divisible(x) for x in map(_normalized, pictures_BPYXC, own)))
+    B, P = pictures_BPYXC[0].shape[:2]
+    D = features.shape[-1]
+    features_BXD = features[: B * P].reshape(B, -1, D)
+    if rules.resolutions:
+        marks = jnp.stack([eyes.newline[...], eyes.separator[...]]).astype(features.dtype)
+        marks_BXD = jnp.broadcast_to(marks[None], (B, 2, D))
+        features_BXD = jnp.concatenate([features_BXD, marks_BXD], axis=1)
+    return features_BXD
+
+
+def _normalized(pictures_BPYXC: jax.Array, rules: pictures.Rules) -> jax.Array:
+    """Returns a tower's input, float32 [B * P, size, size, 3]."""
     # The numbers of the 256 values of a byte, so that they are those of inference to the bit.
     table_VC = pictures.normalized(np.repeat(np.arange(256)[:, None], 3, axis=1), rules)
-    B, P, *rest = pictures_BPYXC.shape
-    flat = pictures_BPYXC.reshape(B * P, *rest)
+    flat = pictures_BPYXC.reshape(-1, *pictures_BPYXC.shape[2:])
     channels = jax.lax.broadcasted_iota(jnp.int32, flat.shape, flat.ndim - 1)
-    pixels = jnp.asarray(table_VC)[flat.astype(jnp.int32), channels]
-    features = eyes(pixels)
-    return features.reshape(B, P * features.shape[1], -1)
+    return jnp.asarray(table_VC)[flat.astype(jnp.int32), channels]
 
 
 def code_nll(

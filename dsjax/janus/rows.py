@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -29,13 +30,19 @@ class Shape:
 
     Attributes:
       length: tokens, T + 1.
-      n_pictures: for which there is room.
-      size: sides of a picture.
+      n_pictures: squares for which there is room.
+      size: sides of a square.
+      large: sides of what a second tower sees of it; 0: there is none.
+      n_drawings: by a flow, for which there is room.
+      latents: of such a drawing, rows, columns and channels; (): the model does not draw by a flow.
     """
 
     length: int
     n_pictures: int
     size: int
+    large: int = 0
+    n_drawings: int = 0
+    latents: tuple[int, ...] = ()
 
 
 class ExampleRows:
@@ -56,8 +63,12 @@ class ExampleRows:
         blank: float = 0.0,
         seed: int = 0,
     ) -> None:
-        self.bins = pack(examples.tokens.lengths[numbers], length)
-        self.most_pictures = max(map(len, self.bins)) if examples.pictures else 0
+        self.bins = pack(examples.tokens.lengths[numbers], examples.room(length))
+        squares = examples.n_squares
+        self.most_pictures = 0
+        if squares is not None:
+            self.most_pictures = max(int(squares[numbers[each]].sum()) for each in self.bins)
+        self.most_drawings = 0 if examples.latents is None else max(map(len, self.bins))
         self._examples, self._numbers, self._form = examples, numbers, form
         self._blank, self._seed = blank, seed
 
@@ -78,29 +89,67 @@ class ExampleRows:
             row["tokens"][span], row["weights"][span] = ids, trained
             row["segment_ids"][span] = segment
             if self._examples.codes is not None:
-                codes = self._examples.codes[example]
-                row["codes"][span][-len(codes) :] = codes
-                if self._is_blank(example, epoch):
-                    prompt = slice(end, end + len(ids) - len(codes))
-                    row["tokens"][prompt] = blanked(self._form, ids[: -len(codes)].tolist())
-            if self._examples.pictures:
-                picture = self._examples.pictures[example]
-                seen = np.flatnonzero(ids == self._form.image_token)
-                row["features"][span][seen] = n_shown * len(seen) + np.arange(len(seen))
-                decoded = pictures.decode(picture.read(), str(picture))
-                row["pictures"][n_shown] = pictures.largest(decoded, self._form.rules)
-                n_shown += 1
+                self._draw_codes(row, span, example, epoch)
+            elif self._examples.latents is not None:
+                self._draw_latents(row, span, example, epoch)
+            elif self._examples.pictures:
+                n_shown += self._show(row, span, example, n_shown)
             end += len(ids)
         return row
 
+    def _draw_codes(
+        self, row: dict[str, np.ndarray], span: slice, example: int, epoch: int
+    ) -> None:
+        codes = self._examples.codes
+        assert codes is not None
+        n = codes.shape[1]
+        row["codes"][span][-n:] = codes[example]
+        if self._is_blank(example, epoch):
+            ids = row["tokens"][span]
+            ids[:-n] = blanked(self._form, ids[:-n].tolist())
+
+    def _draw_latents(
+        self, row: dict[str, np.ndarray], span: slice, example: int, epoch: int
+    ) -> None:
+        latents, number = self._examples.latents, row["segment_ids"][span.start] - 1
+        assert latents is not None
+        places = self._form.places(row["tokens"][span].tolist())  # the time's, then the latents'
+        row["features"][span][places] = number * len(places) + np.arange(len(places))
+        row["latents"][number] = latents[example]
+        row["seeds"][number] = self._random("noise", example, epoch) >> 32
+        row["starts"][number] = span.start + places[0]
+        if self._is_blank(example, epoch):
+            # As in guidance: all but the first token keep their places and are not seen.
+            row["segment_ids"][span][1 : places[0]] *= -1
+
+    def _show(self, row: dict[str, np.ndarray], span: slice, example: int, first: int) -> int:
+        """Puts a picture into a row, after its first squares; returns how many it takes."""
+        file = self._examples.pictures[example]
+        picture = self._form.decode(file.read(), str(file))
+        squares = slice(first, first + len(picture.squares))
+        views = pictures.views(picture.squares, self._form.rules)
+        for name, seen in zip(("pictures", "large"), views, strict=False):
+            row[name][squares] = seen
+        places = self._form.places(row["tokens"][span].tolist())
+        row["features"][span][places] = self._form.numbered(picture, first, len(row["pictures"]))
+        return len(picture.squares)
+
     def _is_blank(self, example: int, epoch: int) -> bool:
-        number = mix(stream_key("blank", self._seed, epoch), np.array([example], np.uint64))[0]
-        return int(number) < self._blank * 2**64
+        return self._random("blank", example, epoch) < self._blank * 2**64
+
+    def _random(self, what: str, example: int, epoch: int) -> int:
+        """Returns a number of 64 bits."""
+        key = stream_key(what, self._seed, epoch)
+        return int(mix(key, np.array([example], np.uint64))[0])
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all examples, pictures by name."""
+        """A hash of all examples, pictures by name, latents by the hash in their file's name."""
         digest = hashlib.blake2b(digest_size=16)
+        latents = self._examples.latents
+        if latents is not None:
+            assert isinstance(latents, np.memmap)
+            digest.update(Path(str(latents.filename)).name.encode())
         for number in self._numbers:
             for array in self._examples.tokens.one(int(number)):
                 digest.update(array.tobytes())
@@ -114,8 +163,8 @@ class ExampleRows:
 
 def empty_row(shape: Shape, pad: int) -> dict[str, np.ndarray]:
     """Returns a row without examples, filled with `pad`, which may be any id."""
-    T = shape.length
-    return {
+    T, n = shape.length, shape.n_drawings
+    row = {
         "tokens": np.full(T, pad, np.int32),
         "segment_ids": np.zeros(T, np.int32),
         "weights": np.zeros(T, np.float32),
@@ -123,6 +172,13 @@ def empty_row(shape: Shape, pad: int) -> dict[str, np.ndarray]:
         "features": np.full(T, -1, np.int32),
         "pictures": np.zeros((shape.n_pictures, shape.size, shape.size, 3), np.uint8),
     }
+    if shape.large:
+        row["large"] = np.zeros((shape.n_pictures, shape.large, shape.large, 3), np.uint8)
+    if shape.latents:
+        row["latents"] = np.zeros((n, 2, *shape.latents), np.float32)
+        row["seeds"] = np.zeros(n, np.uint32)
+        row["starts"] = np.full(n, -1, np.int32)
+    return row
 
 
 class MixedKinds:

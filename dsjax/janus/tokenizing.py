@@ -25,7 +25,7 @@ from rich.console import Console
 from dsjax.checkpoint import store
 from dsjax.config.janus import VqTraining
 from dsjax.data.shuffling import permute, shuffled, stream_key
-from dsjax.janus.codes import as_pixels, square_of
+from dsjax.janus.encodings import as_pixels, square_of
 from dsjax.janus.pairs import Picture
 from dsjax.model.parameters import initialize
 from dsjax.parallel.mesh import make_mesh

@@ -1,6 +1,7 @@
 """A stage of the training of a model that sees and draws.
 
-A stage begins with a published folder (Janus, Janus-Pro) and ends with another, `model/` in the
+A stage begins with a published folder (Janus, Janus-Pro, JanusFlow; DeepSeek-VL and VL2, which see
+and do not draw) and ends with another, `model/` in the
 run's folder, in the same layout: what the next stage begins with, and what tools/generate.py and
 tools/draw.py take.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -23,10 +24,12 @@ from dsjax.checkpoint.eyes import load_eyes
 from dsjax.checkpoint.importing import copy_side_files, side_files
 from dsjax.checkpoint.load import Checkpoint, open_checkpoint
 from dsjax.checkpoint.sighted import load_masters, write_sighted
+from dsjax.checkpoint.vae import WEIGHTS, load_vae
 from dsjax.config.janus import KINDS, Janus
-from dsjax.config.vision import VisionConfig
+from dsjax.config.vision import PATCH, VisionConfig
 from dsjax.data.packing import stack
 from dsjax.files import cache_folder, publish
+from dsjax.infer.drawing import vae_of
 from dsjax.infer.looking import open_format
 from dsjax.infer.pictured import PicturedFormat
 from dsjax.janus.examples import read_examples
@@ -55,12 +58,14 @@ from dsjax.train.step import (
 )
 from dsjax.vision import pictures
 from dsjax.vision.sighted import Sighted
+from dsjax.vision.vae import Vae
+from dsjax.vision.vq import Vq
 
 MODEL = "model"  # the folder of the result, in the run's
 _PARTS = {  # of `janus.trains`, by the names below `eyes`
-    "tower": ("tower",),
-    "aligner": ("aligner",),
-    "drawing": ("pencil",),
+    "tower": ("tower", "high"),
+    "aligner": ("aligner", "hybrid", "begin", "newline", "separator"),
+    "drawing": ("pencil", "brush"),
 }
 
 
@@ -109,25 +114,25 @@ def open_initial(config: Janus) -> tuple[Checkpoint, PicturedFormat]:
     form = open_format(checkpoint)
     if form is None:
         raise ValueError(
-            f"{config.init} is a language model alone; begin with a published folder of Janus or "
-            "Janus-Pro, or with model/ of an earlier stage"
+            f"{config.init} is a language model alone; begin with a published folder of Janus, "
+            "Janus-Pro, JanusFlow, DeepSeek-VL or VL2, or with model/ of an earlier stage"
         )
-    others = {
-        "two towers (DeepSeek-VL 7B)": form.vision.high,
-        "tiles (DeepSeek-VL2)": form.vision.tiles,
-        "a flow (JanusFlow)": form.vision.flow,
-    }
-    for what, has in others.items():
-        if has:
-            raise ValueError(
-                f"{config.init} is a model with {what}, which does not train here; begin with "
-                "Janus, Janus-Pro or DeepSeek-VL 1.3B"
-            )
-    draws = config.counts[KINDS.index("draw")] or "drawing" in config.janus.trains
-    if draws and form.vision.vq is None:
+    n_draw = config.counts[KINDS.index("draw")]
+    if (n_draw or "drawing" in config.janus.trains) and not form.vision.draws:
         raise ValueError(
             f"{config.init} sees and does not draw; set janus.ratio=1,0,0 or 1,1,0, and leave "
             "drawing out of janus.trains"
+        )
+    if n_draw and form.vision.flow and not config.janus.vae:
+        raise ValueError(
+            f"{config.init} draws latents, and the VAE that makes them of pictures is not in its "
+            f"folder; download config.json and {WEIGHTS} of stabilityai/sdxl-vae, and set "
+            "janus.vae=FOLDER"
+        )
+    if config.janus.vae and not form.vision.flow:
+        raise ValueError(
+            f"janus.vae={config.janus.vae} is for JanusFlow, and {config.init} is not one; leave "
+            "it out"
         )
     return checkpoint, form
 
@@ -147,7 +152,7 @@ def _knobs(config: Janus, step: int) -> dict[str, float]:
 def read_data(
     config: Janus, checkpoint: Checkpoint, form: PicturedFormat, say: Callable[[str], None]
 ) -> Data:
-    """Reads, encodes, divides and packs the examples of a run, and makes codes.
+    """Reads, encodes, divides and packs the examples of a run, and makes codes or latents.
 
     Raises:
       ValueError: see `examples.read_examples`.
@@ -157,10 +162,10 @@ def read_data(
     found = read_examples(
         config,
         form,
-        lambda: load_eyes(checkpoint, dtype=np.float32).pencil.vq,
+        functools.partial(_open_autoencoder, config, checkpoint, form.vision),
         cache,
         say,
-        progress=lambda done, total: say(f"codes: {done:,} of {total:,}") if not done else None,
+        progress=lambda done, total: say(f"encoding {total:,} pictures") if not done else None,
     )
     length = config.sequence_length + 1
     training: list[ExampleRows | None] = []
@@ -178,8 +183,7 @@ def read_data(
         n_rows = len(training[-1] or ())
         say(f"janus.{kind}: {len(kept):,} in {n_rows:,} rows, {len(held):,} held out")
     every = [part for part in (*training, *heldout) if part]
-    most = max(part.most_pictures for part in every)
-    shape = Shape(length, most, form.vision.tower.image_size)
+    shape = _shape(form, length, every)
     mixed = functools.partial(MixedKinds, counts=config.counts, shape=shape, seed=own.seed)
     whole = all(
         part is not None for part, count in zip(heldout, config.counts, strict=True) if count
@@ -192,6 +196,25 @@ def read_data(
     return Data(mixed(training, blank=own.blank), mixed(heldout, blank=0.0), needed)
 
 
+def _open_autoencoder(config: Janus, checkpoint: Checkpoint, vision: VisionConfig) -> Vq | Vae:
+    if vision.flow:
+        return load_vae(vae_of(Path(config.janus.vae), vision.flow))
+    return load_eyes(checkpoint, dtype=np.float32).pencil.vq
+
+
+def _shape(form: PicturedFormat, length: int, parts: Sequence[ExampleRows]) -> Shape:
+    vision, side = form.vision, PATCH * form.vision.code_grid
+    n_drawings = max(part.most_drawings for part in parts)
+    return Shape(
+        length,
+        n_pictures=max(part.most_pictures for part in parts),
+        size=vision.tower.image_size,
+        large=vision.high.image_size if vision.high else 0,
+        n_drawings=n_drawings,
+        latents=(side, side, vision.flow.latent_channels) if n_drawings and vision.flow else (),
+    )
+
+
 def trained_parts(parts: tuple[str, ...]) -> Trains:
     """Says which parameters `janus.trains` names, for `optimizer.adamw`. The VQ tokenizer, a
     tower's pooling head, which nothing reads, and MTP modules never train.
@@ -201,7 +224,7 @@ def trained_parts(parts: tuple[str, ...]) -> Trains:
     def trains(path: tuple[Any, ...]) -> bool:
         if path[0] != "eyes":
             return "language" in parts and path[0] != "mtp"
-        return path[1] in named and path[2] not in ("vq", "pool")
+        return path[1] in named and path[1:3] not in (("pencil", "vq"), ("tower", "pool"))
 
     return trains
 

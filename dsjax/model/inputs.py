@@ -49,14 +49,16 @@ def in_sequence(
     """Prepares token ids, int32 [..., B, T], and leaves them in the order of their sequences.
 
     Args:
-      segment_ids: int32 document of each token, 0 for padding; None: one document per row.
+      segment_ids: int32 document of each token, 0 for padding; None: one document per row. With
+        `isolate`, a token of -s has a place in document s, whose tokens do not see it.
       isolate: whether attention, positions and balance losses stay inside a document.
       n_mtp: how many MTP modules run.
     """
     if segment_ids is None:
         isolate, segment_ids = False, jnp.ones_like(tokens)
     if isolate:
-        positions, documents = rope.positions_in_segments(segment_ids), segment_ids
+        positions = rope.positions_in_segments(jnp.abs(segment_ids))
+        documents = jnp.maximum(segment_ids, 0)
     else:
         positions = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, tokens.ndim - 1)
         documents = (segment_ids > 0).astype(jnp.int32)

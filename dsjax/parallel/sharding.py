@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -133,6 +134,11 @@ def _split_further(
         if shape[dim] % math.prod(mesh.shape[name] for name in names) == 0:
             return PartitionSpec(*spec[:dim], names, *spec[dim + 1 :])
     return spec
+
+
+def divisible(x: jax.Array) -> jax.Array:
+    """Appends zeros to a batch, [B, ...], as many as it lacks to divide over the mesh."""
+    return jnp.pad(x, ((0, -len(x) % parts_here("batch")), *[(0, 0)] * (x.ndim - 1)))
 
 
 def split_over(entry: Any) -> tuple[str, ...]:

@@ -14,11 +14,12 @@ memory.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -97,6 +98,22 @@ def decode(data: bytes, place: str) -> Image:
     Raises:
       ValueError: see `open_picture`.
     """
+    with _opened(data, place) as picture:
+        try:
+            return picture.convert("RGB")
+        except Exception as error:
+            raise ValueError(_damaged(place, error)) from error
+
+
+def size_of(data: bytes, place: str) -> tuple[int, int]:
+    """Returns the width and height of a picture, which is not decoded; see `decode`."""
+    with _opened(data, place) as picture:
+        return picture.size
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, place: str) -> Iterator[Image]:
+    """Opens a picture of allowed size."""
     require_package()
     import PIL.Image
 
@@ -113,10 +130,7 @@ def decode(data: bytes, place: str) -> Image:
         except Exception as error:  # decoders raise whatever a damaged header makes them do
             raise ValueError(_damaged(place, error)) from error
         _check_size(picture.size, place)
-        try:
-            return picture.convert("RGB")
-        except Exception as error:
-            raise ValueError(_damaged(place, error)) from error
+        yield picture
 
 
 def _damaged(place: str, error: Exception) -> str:
@@ -186,14 +200,20 @@ def largest(picture: Image, rules: Rules) -> np.ndarray:
     return square(picture, rules.high or rules)
 
 
-def inputs(squares: np.ndarray, rules: Rules) -> tuple[np.ndarray, ...]:
-    """Returns the input of each tower, the second one's last, from the largest squares."""
+def views(squares: np.ndarray, rules: Rules) -> tuple[np.ndarray, ...]:
+    """Returns what each tower sees, the second one last, from the largest squares, uint8."""
     if rules.high is None:
-        return (normalized(squares, rules),)
+        return (squares,)
     import PIL.Image
 
     small = [square(PIL.Image.fromarray(each), rules) for each in squares]
-    return normalized(np.stack(small), rules), normalized(squares, rules.high)
+    return np.stack(small), squares
+
+
+def inputs(squares: np.ndarray, rules: Rules) -> tuple[np.ndarray, ...]:
+    """Returns the input of each tower, the second one's last, from the largest squares."""
+    own = [rules, *([rules.high] if rules.high else [])]
+    return tuple(map(normalized, views(squares, rules), own))
 
 
 def read_rules(folder: Path, *, tiles: bool = False) -> Rules:

@@ -62,21 +62,33 @@ def cut(picture: Image, rules: Rules, place: str) -> Picture:
     """
     import PIL.ImageOps
 
+    side, grid = rules.size, outline(picture.size, rules, place).grid
+    whole = PIL.ImageOps.pad(picture, (side, side), color=rules.border)
+    squares = [np.asarray(whole)]
+    if grid != (1, 1):
+        size = (grid[0] * side, grid[1] * side)
+        large = np.asarray(PIL.ImageOps.pad(picture, size, color=rules.border))
+        tiles = large.reshape(grid[1], side, grid[0], side, 3).swapaxes(1, 2)
+        squares += list(tiles.reshape(-1, side, side, 3))
+    return Picture(np.stack(squares), picture.size, grid)
+
+
+def outline(size: tuple[int, int], rules: Rules, place: str) -> Picture:
+    """Returns what `cut` makes of a picture of this width and height, without pixels.
+
+    Raises:
+      ValueError: see `cut`.
+    """
     side = rules.size
-    width, height = picture.size
+    width, height = size
     if not round(min(width, height) / max(width, height) * side):
         raise ValueError(
             f"{place} is a picture of {width:,} x {height:,} pixels, too thin to be shrunk to "
             f"{side} x {side}; cut it into pieces that are less long"
         )
-    wide, high = resolution(picture.size, rules.resolutions)
-    whole = PIL.ImageOps.pad(picture, (side, side), color=rules.border)
-    squares, grid = [np.asarray(whole)], (wide // side, high // side)
-    if grid != (1, 1):
-        large = np.asarray(PIL.ImageOps.pad(picture, (wide, high), color=rules.border))
-        tiles = large.reshape(grid[1], side, grid[0], side, 3).swapaxes(1, 2)
-        squares += list(tiles.reshape(-1, side, side, 3))
-    return Picture(np.stack(squares), picture.size, grid)
+    wide, high = (each // side for each in resolution(size, rules.resolutions))
+    n_squares = 1 if (wide, high) == (1, 1) else 1 + wide * high
+    return Picture(np.zeros((n_squares, 0, 0, 3), np.uint8), size, (wide, high))
 
 
 def uncut(pictures: Sequence[Picture]) -> list[Picture]:

@@ -58,7 +58,9 @@ class ResponseNorm(nnx.Module):
 
     def __call__(self, x_BYXC: jax.Array) -> jax.Array:
         x = x_BYXC.astype(jnp.float32)
-        size = jnp.linalg.norm(x, axis=(1, 2), keepdims=True)
+        squares = jnp.square(x).sum(axis=(1, 2), keepdims=True)
+        # A root has no slope at 0, which is what a channel has that GELU silences everywhere.
+        size = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
         response = size / (size.mean(axis=-1, keepdims=True) + 1e-6)
         weight, bias = (
             v[...].astype(jnp.float32)[None, None, None] for v in (self.weight, self.bias)

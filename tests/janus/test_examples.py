@@ -22,7 +22,8 @@ def test_answer_follows_the_prompt_that_a_model_is_given(opened):
     _, form = training.open_initial(opened)
     shown = Picture(np.zeros((1, 9, 9, 3), np.uint8), (9, 9))
     prompt = form.encode([Message("user", "What is it?", {PICTURES: [shown]})])
-    ids, n_read = examples.see_example(form, "What is it?", "a cat")
+    outline = form.outline(lambda: b"", "x")
+    ids, n_read = examples.see_example(form, "What is it?", "a cat", outline)
     assert ids[:n_read] == prompt and prompt.count(form.image_token) == 4
     coder = form.vocabulary.coder
     assert coder.decode(ids[n_read:-1]) == " a cat" and ids[-1] in form.vocabulary.stop_ids

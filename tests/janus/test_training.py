@@ -12,12 +12,15 @@ from rich.console import Console
 from dsjax.checkpoint.eyes import load_eyes
 from dsjax.checkpoint.hf_folder import open_hf
 from dsjax.checkpoint.load import load
+from dsjax.checkpoint.vae import load_vae, open_vae
 from dsjax.generate.codes import Drawer
+from dsjax.generate.flow import Painter
 from dsjax.generate.sampling import Sampling
 from dsjax.infer import drawing
 from dsjax.janus import training
 from dsjax.parallel.mesh import make_mesh
 from tests.janus import toy
+from tests.janus.toy import change
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,16 +33,6 @@ def one_device():
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     return toy.write(tmp_path_factory.mktemp("janus"))
-
-
-def change(config, **groups):
-    return dataclasses.replace(
-        config,
-        **{
-            name: dataclasses.replace(getattr(config, name), **keys)
-            for name, keys in groups.items()
-        },
-    )
 
 
 def run(config, folder):
@@ -70,35 +63,34 @@ OF_PART = {
     ),
     "nothing": ("model.vqmodel.",),
 }  # fmt: skip
+OF_FLOW = {
+    "language": ("language_model.",),
+    "tower": ("vision_und_enc_model.vision_tower.",),
+    "aligner": ("vision_und_enc_aligner.", "beg_of_und_embed"),
+    "drawing": ("vision_gen_enc", "vision_gen_dec"),
+    "nothing": ("vision_und_enc_model.vision_tower.attn_pool.",),
+}
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize(
-    "trains", [("aligner", "drawing"), ("language",), ("tower", "aligner", "drawing", "language")]
-)
-def test_what_is_frozen_keeps_its_bytes_and_what_trains_moves(trains, small, whole, tmp_path):
-    if len(trains) == 4:
-        folder = whole[1]
-    else:
-        folder = tmp_path / "run"
-        steps = {"steps": 1, "checkpoint_every": 0}
-        assert run(change(small, janus={"trains": trains}, train=steps), folder)[0] == 0
-    before, after = tensors(training.Path(small.init)), tensors(folder / "model")
+def check_moved(parts, trains, init, folder):
+    """Checks that what trains has moved, all of it, and that all else has kept its bytes."""
+    before, after = tensors(training.Path(init)), tensors(folder / "model")
     assert before.keys() == after.keys()
     moved = {name for name in before if before[name].tobytes() != after[name].tobytes()}
-    for part, prefixes in OF_PART.items():
-        own = {name for name in before if name.startswith(prefixes)}
+    left = set(before)
+    for part, prefixes in reversed(parts.items()):
+        own = {name for name in left if name.startswith(prefixes)}
+        left -= own
         assert own, part
         if part in trains:
             assert own <= moved, sorted(own - moved)
         else:
             assert not own & moved, sorted(own & moved)
+    assert not left, sorted(left)
 
 
-@pytest.mark.heavy
-def test_resumed_run_is_the_same_to_the_bit(whole, tmp_path):
-    config, folder = whole
-    stopped = tmp_path / "run"
+def check_resumed(config, folder, stopped):
+    """Checks that a run taken up after 2 of 4 steps ends as the one that was not stopped."""
     shutil.copytree(folder, stopped)
     for left in ("checkpoints/4", "model"):
         shutil.rmtree(stopped / left)
@@ -113,6 +105,25 @@ def test_resumed_run_is_the_same_to_the_bit(whole, tmp_path):
     ]
     losses = [[each["loss"] for each in some if "loss" in each] for some in lines]
     assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "trains", [("aligner", "drawing"), ("language",), ("tower", "aligner", "drawing", "language")]
+)
+def test_what_is_frozen_keeps_its_bytes_and_what_trains_moves(trains, small, whole, tmp_path):
+    if len(trains) == 4:
+        folder = whole[1]
+    else:
+        folder = tmp_path / "run"
+        steps = {"steps": 1, "checkpoint_every": 0}
+        assert run(change(small, janus={"trains": trains}, train=steps), folder)[0] == 0
+    check_moved(OF_PART, trains, small.init, folder)
+
+
+@pytest.mark.heavy
+def test_resumed_run_is_the_same_to_the_bit(whole, tmp_path):
+    check_resumed(*whole, tmp_path / "run")
 
 
 @pytest.mark.heavy
@@ -145,14 +156,56 @@ def test_wrong_data_is_refused_before_the_folder_is_touched(small, keys, message
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture(scope="module")
+def flowing(tmp_path_factory):
+    """A small JanusFlow, and a run of it in which everything trains."""
+    with pytest.MonkeyPatch.context() as patch:
+        config = toy.write_flow(tmp_path_factory.mktemp("flow"), patch)
+        everything = change(config, janus={"trains": ("language", "tower", "aligner", "drawing")})
+        folder = tmp_path_factory.mktemp("runs") / "flow"
+        assert run(everything, folder)[0] == 0
+        yield everything, folder
+
+
+@pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("part", "message"), [("high", "two towers"), ("tiles", "tiles"), ("flow", "a flow")]
+    "trains", [("aligner", "drawing"), ("tower", "aligner", "drawing", "language")]
 )
-def test_models_that_see_or_draw_in_another_way_are_refused(small, part, message, monkeypatch):
-    form = training.open_initial(small)[1]
-    vision = dataclasses.replace(form.vision)
-    object.__setattr__(vision, part, object())
-    other = dataclasses.replace(form, vision=vision)
-    monkeypatch.setattr(training, "open_format", lambda checkpoint: other)
-    with pytest.raises(ValueError, match=f"is a model with {message}"):
-        training.open_initial(small)
+def test_stages_of_a_flow_train_what_they_say(trains, flowing, tmp_path):
+    config, folder = flowing
+    if len(trains) == 2:
+        folder = tmp_path / "run"
+        steps = {"steps": 1, "checkpoint_every": 0}
+        assert run(change(config, janus={"trains": trains}, train=steps), folder)[0] == 0
+    check_moved(OF_FLOW, trains, config.init, folder)
+
+
+@pytest.mark.heavy
+def test_resumed_flow_is_the_same_to_the_bit(flowing, tmp_path):
+    """Noise, times and latents included."""
+    check_resumed(*flowing, tmp_path / "run")
+
+
+@pytest.mark.heavy
+def test_flow_learns_and_its_model_is_a_folder_to_draw_with(flowing):
+    config, folder = flowing
+    summary = json.loads((folder / "summary.json").read_text())
+    for kind in ("see", "text", "draw"):
+        assert 0 < summary[f"eval_{kind}_loss"] and 0 < summary[f"{kind}_loss"]
+    first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert summary["loss"] < first["loss"]
+    made = dataclasses.replace(config, init=str(folder / "model"))
+    checkpoint, form = training.open_initial(made)
+    vae = load_vae(open_vae(training.Path(config.janus.vae)))
+    painter = Painter(load(checkpoint), load_eyes(checkpoint).brush, vae, form.vision.code_grid)
+    prompt = drawing.encode(checkpoint, form, "noise")
+    latents = painter.latents(prompt, painter.noise([0]), guidance=2.0, steps=2)
+    assert painter.pixels(latents).shape == (1, 8, 8, 3)
+
+
+def test_a_flow_needs_a_vae_and_codes_need_none(small, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"janus.vae=vae is for JanusFlow, and .* is not one"):
+        training.open_initial(change(small, janus={"vae": "vae"}))
+    config = toy.write_flow(tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match=r"of stabilityai/sdxl-vae, and set janus.vae=FOLDER"):
+        training.open_initial(change(config, janus={"vae": ""}))

@@ -1,9 +1,11 @@
-"""Pairs and text for a small Janus, on disk."""
+"""Pairs and text for a small Janus or JanusFlow, on disk."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -11,6 +13,8 @@ import PIL.Image
 from dsjax.config import OptimConfig, PrecisionConfig
 from dsjax.config.janus import Janus, JanusConfig
 from dsjax.config.posttraining import TuningConfig
+from tests.checkpoint.test_vae import tensors as vae_tensors
+from tests.checkpoint.test_vae import write as write_vae
 from tests.vision import toy
 
 COUNT = 9
@@ -18,13 +22,7 @@ COUNT = 9
 
 def write(root: Path) -> Janus:
     """Writes a model, pairs and text; returns a config of a run of 4 steps, saved after 2 and 4."""
-    base, pairs = toy.write(root / "base"), root / "pairs"
-    pairs.mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(COUNT):
-        pixels = rng.integers(0, 256, (9 + number, 11, 3), dtype=np.uint8)
-        PIL.Image.fromarray(pixels).save(pairs / f"{number}.png")
-        (pairs / f"{number}.txt").write_text("noise " * (number % 3) + str(number))
+    base, pairs = toy.write(root / "base"), write_pairs(root / "pairs")
     lines = [json.dumps({"text": "to be read " * number}) for number in range(1, 9)]
     (root / "text.jsonl").write_text("\n".join(lines))
     return Janus(
@@ -44,3 +42,33 @@ def write(root: Path) -> Janus:
         ),
         precision=PrecisionConfig(compute="float32"),
     )  # fmt: skip
+
+
+def write_pairs(folder: Path) -> Path:
+    """Writes pictures of several shapes, each with a text."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(COUNT):
+        pixels = rng.integers(0, 256, (9 + number, 11, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("noise " * (number % 3) + str(number))
+    return folder
+
+
+def write_flow(root: Path, monkeypatch: Any) -> Janus:
+    """Writes the same for a model that draws by a flow, which is opened while the towers of its
+    layout are as small; see `toy.shrink_deepseeks`.
+    """
+    config = write(root)
+    toy.shrink_deepseeks(monkeypatch)
+    base = toy.write(root / "flow", "multi_modality", toy.flowing())
+    vae = write_vae(root / "vae", vae_tensors())
+    return change(dataclasses.replace(config, init=str(base)), janus={"vae": str(vae)})
+
+
+def change(config: Janus, **groups: dict[str, Any]) -> Janus:
+    """Returns a config with other keys in some groups."""
+    changed = {
+        name: dataclasses.replace(getattr(config, name), **keys) for name, keys in groups.items()
+    }
+    return dataclasses.replace(config, **changed)

@@ -1,0 +1,97 @@
+"""What a model that draws by a flow learns from a drawing (JanusFlow, arXiv:2411.07975, section 3).
+
+Between noise z0 and a picture's latents x lies z_t = t x + (1 - t) z0. The model is given z_t and
+the time t, of 0 to 1, and predicts the velocity x - z0; the loss is the squared error. Times are
+the logistic function of a standard normal number (logit-normal; the paper gives no parameters, and
+these are the defaults of arXiv:2403.03206, which it cites). Latents, noise and time of a drawing
+follow from one number, so that a run that was stopped goes on with the same ones.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsjax.config.vision import PATCH
+from dsjax.parallel.sharding import constrain, divisible
+from dsjax.vision.eyes import Brush
+
+
+class Drawings(NamedTuple):
+    """The drawings of rows, of which some may have fewer than N."""
+
+    latents: jax.Array  # float32 [..., B, N, 2, rows, columns, channels], means and deviations
+    seeds: jax.Array  # uint32 [..., B, N], what latents, noise and time are drawn with
+    starts: jax.Array  # int32 [..., B, N], the position of the time in the row; -1: no drawing
+
+    @property
+    def n_positions(self) -> int:
+        """Positions of the language model that the latents of a drawing take."""
+        rows, columns, _ = self.latents.shape[-3:]
+        return rows // PATCH * (columns // PATCH)
+
+    @property
+    def counted(self) -> jax.Array:
+        """Positions whose velocity is predicted, float32 [..., B]."""
+        return (self.starts >= 0).astype(jnp.float32).sum(axis=-1) * self.n_positions
+
+
+class Way(NamedTuple):
+    """Places on the way from noise to pictures."""
+
+    latents_BYXC: jax.Array
+    time_B: jax.Array
+    velocity_BYXC: jax.Array
+
+
+def way_of(drawings: Drawings) -> Way:
+    """Returns where the drawings of a micro-batch are: those of its first row, the second, ..., and
+    as many others as these lack to divide over the mesh.
+    """
+
+    def one(latents: jax.Array, seed: jax.Array) -> Way:
+        mean, deviation = latents
+        of_latents, of_noise, of_time = jax.random.split(jax.random.key(seed), 3)
+        picture = mean + deviation * jax.random.normal(of_latents, mean.shape)
+        noise = jax.random.normal(of_noise, mean.shape)
+        time = jax.nn.sigmoid(jax.random.normal(of_time))
+        return Way(time * picture + (1 - time) * noise, time, picture - noise)
+
+    latents = drawings.latents.reshape(-1, *drawings.latents.shape[2:])
+    way = jax.vmap(one)(divisible(latents), divisible(drawings.seeds.reshape(-1)))
+    spread = ("batch", "tokens", "tokens", "width")
+    return Way(constrain(way.latents_BYXC, *spread), way.time_B, way.velocity_BYXC)
+
+
+def inputs(brush: Brush, drawings: Drawings) -> jax.Array:
+    """Returns the language model's inputs: of each drawing its time, then its latents row by row.
+
+    Returns:
+      [B, N * (1 + positions), D].
+    """
+    way = way_of(drawings)
+    found_BTD = brush.read(way.latents_BYXC, way.time_B).inputs_BTD
+    B, N = drawings.starts.shape
+    return found_BTD[: B * N].reshape(B, -1, found_BTD.shape[-1])
+
+
+def squared_error(brush: Brush, hidden_BTD: jax.Array, drawings: Drawings) -> jax.Array:
+    """Sums the mean squared error of each position's velocity over all positions, float32.
+
+    The compiler finds what `inputs` has computed already, and does not compute it again.
+
+    Args:
+      hidden_BTD: the language model's final states of whole rows.
+    """
+    B, N = drawings.starts.shape
+    n, D = drawings.n_positions, hidden_BTD.shape[-1]
+    places = jnp.maximum(drawings.starts, 0)[..., None] + jnp.arange(1, n + 1)[None, None]
+    states = jnp.take_along_axis(hidden_BTD, places.reshape(B, N * n, 1), axis=1)
+    way = way_of(drawings)
+    noisy = brush.read(way.latents_BYXC, way.time_B)
+    velocity_BYXC = brush.velocity(divisible(states.reshape(B * N, n, D)), noisy)
+    error_B = jnp.square(velocity_BYXC - way.velocity_BYXC).mean(axis=(1, 2, 3))[: B * N]
+    # Selected, not multiplied: where nothing is drawn, an error may be infinite.
+    return n * jnp.where(drawings.starts.reshape(-1) >= 0, error_B, 0.0).sum()
