@@ -33,7 +33,7 @@ from dsjax.parallel.sharding import parts
 Progress = Callable[[int, int], None]
 
 _LOGITS = 1 << 25  # values at once: 128 MB
-_ROW_TOKENS = 4096  # of a micro-batch, where rows are shorter than that
+_ROW_TOKENS = 4096  # of a batch, where rows are shorter than that
 _FLOAT32 = np.dtype(np.float32)
 
 
@@ -194,7 +194,8 @@ def score_files(
     if text:
         length = windows.window_length(length, model.max_seq_len)
         given = windows.read_text(text, checkpoint.tokenizer_folder, model.vocab_size)
-        scorer = Scorer(load_weights(checkpoint, mesh, dtype), mesh)
+        rows = rows_together(given.tokens, length, parts("batch", mesh) if mesh else 1)
+        scorer = Scorer(load_weights(checkpoint, mesh, dtype), mesh, rows=rows)
         return score_text(scorer, given, length=length, progress=progress)
     assert tokens is not None
     ids = token_files.read_tokens(tokens, model.vocab_size, max_length=model.max_seq_len)
@@ -203,6 +204,13 @@ def score_files(
         check_mtp(model.n_mtp, ids.shape[1])
     scorer = Scorer(load_weights(checkpoint, mesh, dtype), mesh)
     return score_tokens(scorer, ids, outputs, progress=progress)
+
+
+def rows_together(n_tokens: int, length: int, n_parts: int = 1) -> int:
+    """Returns how many rows of a length to score at once on each of `n_parts` parts of a mesh:
+    several short ones, for a batch reads all weights; no more than so many tokens fill.
+    """
+    return max(min(_ROW_TOKENS, n_tokens) // (length * n_parts), 1)
 
 
 def score_text(

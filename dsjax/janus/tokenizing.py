@@ -95,13 +95,11 @@ def vq_step(
         pixels = as_pixels(batch["pictures"][0])
         (total, found), grads = jax.value_and_grad(loss, has_aux=True)(state.params, pixels)
         params, moments, grad_norm = optimizer.update(
-            grads, state.optimizer, state.params, knobs["learning_rate"]
+            grads, state.optimizer, state.params, knobs["learning_rate"], jnp.isfinite(total)
         )
         used = jnp.zeros(declared.config.n_codes).at[found.codes.reshape(-1)].set(1.0)
         fine = jnp.isfinite(total) & jnp.isfinite(grad_norm)
-        new = TrainState(params, state.router, moments)
-        state = jax.tree.map(lambda new, old: jnp.where(fine, new, old), new, state)
-        return state, {
+        return TrainState(params, state.router, moments), {
             "loss": total,
             "reconstruction_loss": found.reconstruction,
             "codebook_loss": found.codebook,

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 
 from dsjax.kernels.varying import vary_as
 
-# Small chunks stay in cache and skip more of the square; their loop is unrolled, so they are few.
-_MIN_CHUNK, _MAX_CHUNKS = 128, 16
+# Small chunks stay in cache and skip more of the square, large ones add up fewer gradients of keys;
+# their loop is unrolled, so they are few.
+_MIN_CHUNK, _MAX_CHUNKS = 256, 16
 _MASKED = -1e30
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -73,11 +74,15 @@ class _Softmax(NamedTuple):
 def _scores(q_BPGTH, k_BPSH, q_positions_T, k_positions_S, segments, scale) -> jax.Array:
     """Returns a tile's masked scores, float32; `segments` are those of its queries and keys."""
     scores = _product("BPGTH,BPSH->BPGTS", q_BPGTH, k_BPSH)
+    return _masked(scores, q_positions_T, k_positions_S, segments, scale)
+
+
+def _masked(scores_BPGTS, q_positions_T, k_positions_S, segments, scale) -> jax.Array:
     visible = (k_positions_S[None] <= q_positions_T[:, None])[None, None, None]
     if segments is not None:
         same_BTS = segments.q_BT[:, :, None] == segments.k_BS[:, None]
         visible = visible & same_BTS[:, None, None]
-    return jnp.where(visible, scores * scale, _MASKED)
+    return jnp.where(visible, scores_BPGTS * scale, _MASKED)
 
 
 def _gradients(q, k, v, dout, scores, log_sum, mean, scale):
@@ -126,14 +131,22 @@ def _chunks(length: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _chunk_scores(q_BPGTH, k_BPTH, segment_ids_BT, chunk: slice, scale) -> jax.Array:
+def _turned(*arrays: jax.Array) -> Any:
+    """Swaps the last two dims, and keeps XLA from doing it to each chunk: a CPU multiplies rows by
+    columns as they lie in memory, and copies what lies otherwise.
+    """
+    return jax.lax.optimization_barrier(tuple(x.swapaxes(-1, -2) for x in arrays))
+
+
+def _chunk_scores(q_BPGTH, k_BPHT, segment_ids_BT, chunk: slice, scale) -> jax.Array:
     """Scores of a chunk of queries against the keys up to its end."""
     position = jnp.arange(chunk.stop)
     segments = None
     if segment_ids_BT is not None:
         segments = Segments(segment_ids_BT[:, chunk], segment_ids_BT[:, : chunk.stop])
-    q, k = q_BPGTH[:, :, :, chunk], k_BPTH[:, :, : chunk.stop]
-    return _scores(q, k, position[chunk], position, segments, scale)
+    q, k = q_BPGTH[:, :, :, chunk], k_BPHT[..., : chunk.stop]
+    scores = _product("BPGTH,BPHS->BPGTS", q, k)
+    return _masked(scores, position[chunk], position, segments, scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -142,9 +155,10 @@ def _chunked(q_BPGTH, k_BPTH, v_BPTW, segment_ids_BT, scale):
 
 
 def _chunked_forward(q_BPGTH, k_BPTH, v_BPTW, segment_ids_BT, scale):
+    (k_BPHT,) = _turned(k_BPTH)
     results = []
     for chunk in _chunks(q_BPGTH.shape[3]):
-        scores = _chunk_scores(q_BPGTH, k_BPTH, segment_ids_BT, chunk, scale)
+        scores = _chunk_scores(q_BPGTH, k_BPHT, segment_ids_BT, chunk, scale)
         softmax = _Softmax.of(scores, v_BPTW[:, :, : chunk.stop])
         results.append(softmax.result(q_BPGTH.dtype))
     out, log_sum = (jnp.concatenate(parts, axis=3) for parts in zip(*results, strict=True))
@@ -152,19 +166,29 @@ def _chunked_forward(q_BPGTH, k_BPTH, v_BPTW, segment_ids_BT, scale):
 
 
 def _chunked_backward(scale, residuals, dout_BPGTW):
+    """Does what `_gradients` does, with the gradients of keys and values turned: then no array of
+    the size of the scores is.
+    """
     q_BPGTH, k_BPTH, v_BPTW, segment_ids_BT, out_BPGTW, log_sum = residuals
     mean = _product("BPGTW,BPGTW->BPGT", dout_BPGTW, out_BPGTW)[..., None]
+    k_BPHT, v_BPWT, q_BPGHT, dout_BPGWT = _turned(k_BPTH, v_BPTW, q_BPGTH, dout_BPGTW)
     dq = []
-    dk, dv = (jnp.zeros(x.shape, jnp.float32) for x in (k_BPTH, v_BPTW))
+    dk_BPHT, dv_BPWT = (jnp.zeros(x.shape, jnp.float32) for x in (k_BPHT, v_BPWT))
     for chunk in _chunks(q_BPGTH.shape[3]):
-        q, dout, log_sums, means = (x[:, :, :, chunk] for x in (q_BPGTH, dout_BPGTW, log_sum, mean))
-        k, v = (x[:, :, : chunk.stop] for x in (k_BPTH, v_BPTW))
-        scores = _chunk_scores(q_BPGTH, k_BPTH, segment_ids_BT, chunk, scale)
-        dq_part, dk_part, dv_part = _gradients(q, k, v, dout, scores, log_sums, means, scale)
-        dq.append(dq_part.astype(q.dtype))
-        dk = dk.at[:, :, : chunk.stop].add(dk_part)
-        dv = dv.at[:, :, : chunk.stop].add(dv_part)
-    return jnp.concatenate(dq, axis=3), dk.astype(k_BPTH.dtype), dv.astype(v_BPTW.dtype), None
+        dout, log_sums, means = (x[:, :, :, chunk] for x in (dout_BPGTW, log_sum, mean))
+        scores = _chunk_scores(q_BPGTH, k_BPHT, segment_ids_BT, chunk, scale)
+        probabilities = jnp.exp(scores - log_sums)
+        seen = _product("BPGTW,BPWS->BPGTS", dout, v_BPWT[..., : chunk.stop])
+        dscores = (probabilities * (seen - means) * scale).astype(q_BPGTH.dtype)
+        probabilities = probabilities.astype(q_BPGTH.dtype)
+        dq_chunk = _product("BPGTS,BPSH->BPGTH", dscores, k_BPTH[:, :, : chunk.stop])
+        dq.append(dq_chunk.astype(q_BPGTH.dtype))
+        dk_chunk = _product("BPGHT,BPGTS->BPHS", q_BPGHT[..., chunk], dscores)
+        dk_BPHT = dk_BPHT.at[..., : chunk.stop].add(dk_chunk)
+        dv_chunk = _product("BPGWT,BPGTS->BPWS", dout_BPGWT[..., chunk], probabilities)
+        dv_BPWT = dv_BPWT.at[..., : chunk.stop].add(dv_chunk)
+    dk, dv = (x.swapaxes(2, 3).astype(k_BPTH.dtype) for x in (dk_BPHT, dv_BPWT))
+    return jnp.concatenate(dq, axis=3), dk, dv, None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

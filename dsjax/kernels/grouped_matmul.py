@@ -125,11 +125,11 @@ def _for_each_block(size: jax.Array, body: Callable[[Any, jax.Array, int], Any],
     )
 
 
-def _with_overhang(x_AD: jax.Array) -> jax.Array:
-    """Adds the rows that the last group's last block may run into."""
+def _with_overhang(x_AD: jax.Array, block: int = _SMALL_BLOCK) -> jax.Array:
+    """Adds the rows that the last group's last block, of that many rows, may run into."""
     rows = x_AD.shape[0]
     # A large block must fit even where there are fewer rows: both loops are compiled.
-    return jnp.pad(x_AD, ((0, max(_SMALL_BLOCK, _LARGE_BLOCK - rows)), (0, 0)))
+    return jnp.pad(x_AD, ((0, max(block, _LARGE_BLOCK - rows)), (0, 0)))
 
 
 def _blocked_matmul(
@@ -155,23 +155,29 @@ def _blocked_matmul(
 
 
 def _blocked_outer(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    padded_x, padded_y = _with_overhang(x_AD), _with_overhang(y_AF)
+    # About a group's rows at once: each further block adds up whole matrices.
+    usual = max(x_AD.shape[0] // sizes_E.shape[0], 1)
+    first = min(max(1 << (usual.bit_length() - 1), _SMALL_BLOCK), _LARGE_BLOCK)
+    padded_x, padded_y = _with_overhang(x_AD, first), _with_overhang(y_AF, first)
     starts_E = jnp.cumsum(sizes_E) - sizes_E
 
     def group(_, group_inputs):
         start, size = group_inputs
 
-        def block(total, row, rows):
+        def product(row, rows, whole):
             x_block = lax.dynamic_slice_in_dim(padded_x, start + row, rows)
             y_block = lax.dynamic_slice_in_dim(padded_y, start + row, rows)
-            if rows == _SMALL_BLOCK:  # only small blocks run past their group
+            if not whole:
                 mine = (jnp.arange(rows, dtype=jnp.int32) + row < size)[:, None]
                 y_block = jnp.where(mine, y_block, jnp.zeros_like(y_block))
-            return total + jnp.matmul(x_block.T, y_block, preferred_element_type=jnp.float32)
+            return jnp.matmul(x_block.T, y_block, preferred_element_type=jnp.float32)
 
-        zeros = jnp.zeros((x_AD.shape[1], y_AF.shape[1]), jnp.float32)
-        zeros = vary_as(zeros, x_AD, y_AF, sizes_E)
-        return None, _for_each_block(size, block, zeros)
+        def block(total, row, rows):
+            # Only small blocks run past their group.
+            return total + product(first + row, rows, whole=rows == _LARGE_BLOCK)
+
+        rest = jnp.maximum(size - first, 0)
+        return None, _for_each_block(rest, block, product(0, first, whole=False))
 
     return lax.scan(group, None, (starts_E, sizes_E))[1]
 

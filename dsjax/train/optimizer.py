@@ -1,9 +1,9 @@
 """AdamW as DeepSeek uses it: global-norm clipping, float32 or bfloat16 moments, weight decay.
 
 Paper: DeepSeek-V3 (arXiv:2412.19437), sections 3.3.3 (moments in bfloat16) and 4.2. The parts are
-optax's. Added are the rounding of both moments when they are stored, the choice of what decays and
-of what trains, and a learning rate that is an argument of each update, so that a schedule never
-causes another compilation.
+optax's, put together such that a CPU passes over the state once. Added are the rounding of both
+moments when they are stored, the choice of what decays and of what trains, and a learning rate that
+is an argument of each update, so that a schedule never causes another compilation.
 
 Departure: the paper does not say what decays; here every matrix does, and no norm or bias.
 """
@@ -33,8 +33,8 @@ class Optimizer(NamedTuple):
     Attributes:
       split: all parameters -> those that train, those that are frozen.
       init: all parameters -> the optimizer state, which holds nothing for frozen ones.
-      update: (gradients of those that train, state, all parameters, learning rate) -> all
-        parameters, state, norm of the gradients.
+      update: (gradients of those that train, state, all parameters, learning rate, and whether to
+        update at all, True unless given) -> all parameters, state, norm of the gradients.
     """
 
     split: Callable[[nnx.State], tuple[nnx.State, nnx.State]]
@@ -46,10 +46,12 @@ def adamw(config: OptimConfig, trains: Trains = lambda path: True) -> Optimizer:
     """Builds the optimizer of a run.
 
     `update` takes float32 gradients and a float32 scalar learning rate, and returns the global norm
-    before clipping. What does not train is left out of that norm, does not decay and keeps its
-    bits. A parameter of which a part trains has moments for all of it.
+    before clipping. If that norm is not finite, nothing is updated: one NaN in a gradient would
+    reach every parameter through the moments, for good. What does not train is left out of the
+    norm, does not decay and keeps its bits. A parameter of which a part trains has moments for all
+    of it.
     """
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    clip = clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     chain = optax.named_chain(  # named, so that a checkpoint says optimizer.adam.mu.head.weight
         ("clip", clip),
         (
@@ -79,15 +81,20 @@ def adamw(config: OptimConfig, trains: Trains = lambda path: True) -> Optimizer:
 
     @jax.named_scope("optimizer")
     def update(
-        grads: nnx.State, state: optax.OptState, params: nnx.State, learning_rate: jax.Array
+        grads: nnx.State,
+        state: optax.OptState,
+        params: nnx.State,
+        learning_rate: jax.Array,
+        fine: jax.Array | bool = True,
     ) -> tuple[nnx.State, optax.OptState, jax.Array]:
         trained, frozen = split(params)
         grads = masked(grads)
         grad_norm = optax.tree.norm(grads)
-        changes, state = chain.update(grads, state, trained)
+        fine = jnp.isfinite(grad_norm) & fine
+        changes, state = chain.update(grads, state, trained, fine=fine)
         # Masked again: without a gradient a parameter would still decay.
         trained = jax.tree.map(
-            lambda param, change: param - learning_rate * change,
+            lambda param, change: jnp.where(fine, param - learning_rate * change, param),
             trained,
             masked(changes),  # type: ignore
         )
@@ -96,10 +103,24 @@ def adamw(config: OptimConfig, trains: Trains = lambda path: True) -> Optimizer:
     return Optimizer(split, lambda params: chain.init(split(params)[0]), update)
 
 
+def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
+    """Returns optax's, but with one factor for all elements. optax divides each by the norm, which
+    XLA does only once on a CPU: it then writes the gradients again, and each moment reads both.
+    """
+
+    def clip(updates: Any, params: Any = None) -> Any:
+        norm = optax.tree.norm(updates)
+        factor = jnp.where(norm < largest, jnp.float32(1), largest / norm)
+        return jax.tree.map(lambda update: update * factor, updates)
+
+    return optax.stateless(clip)
+
+
 def scale_by_adam(
     beta1: float, beta2: float, *, epsilon: float, moment_dtype: jnp.dtype
-) -> optax.GradientTransformation:
-    """Returns optax's Adam with both moments stored in `moment_dtype`.
+) -> optax.GradientTransformationExtraArgs:
+    """Returns optax's Adam with both moments stored in `moment_dtype`, and an argument `fine` of
+    its update: a bool scalar, whether the state changes.
 
     The arithmetic is float32. A moment is rounded (to nearest) only when it is stored; the update
     of the same step uses it unrounded. optax's own `mu_dtype` covers only the first moment.
@@ -115,13 +136,24 @@ def scale_by_adam(
         return cast_moments(adam.init(params), moment_dtype)
 
     def update(
-        updates: Any, state: optax.OptState, params: Any = None
+        updates: Any, state: Any, params: Any = None, *, fine: jax.Array | bool = True, **_: Any
     ) -> tuple[Any, optax.OptState]:
+        old = cast_moments(state, jnp.dtype("float32"))
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to its int32 count
-            updates, state = adam.update(updates, cast_moments(state, jnp.dtype("float32")), params)
-        return updates, cast_moments(state, moment_dtype)
+            mu = optax.tree.update_moment(updates, old.mu, beta1, 1)
+            nu = optax.tree.update_moment_per_elem_norm(updates, old.nu, beta2, 2)
+            new = old._replace(count=optax.safe_increment(old.count), mu=mu, nu=nu)
+            # Chosen before the update is computed from them: it then reads what is stored. Did it
+            # need the old moments too, XLA would copy those on a CPU, twice the state each step.
+            new = jax.tree.map(lambda new, old: jnp.where(fine, new, old), new, old)
+            mu_hat = optax.tree.bias_correction(new.mu, beta1, new.count)
+            nu_hat = optax.tree.bias_correction(new.nu, beta2, new.count)
+            updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + epsilon), mu_hat, nu_hat)
+        return updates, cast_moments(new, moment_dtype)
 
-    return optax.GradientTransformation(init, cast(optax.TransformUpdateFn, update))
+    return optax.GradientTransformationExtraArgs(
+        init, cast(optax.TransformUpdateExtraArgsFn, update)
+    )
 
 
 def decay_mask(params: Any) -> Any:

@@ -148,22 +148,20 @@ def train_step(
         grads, totals = (gradients if pipelined else _gradients)(
             declared, objective, trained, fixed, prepared, knobs
         )
+        metrics = objective.metrics(totals.sums)
+        fine = jnp.isfinite(metrics["loss"])
         params, optimizer_state, grad_norm = optimizer.update(
-            grads, state.optimizer, state.params, knobs["learning_rate"]
+            grads, state.optimizer, state.params, knobs["learning_rate"], fine
         )
+        fine &= jnp.isfinite(grad_norm)
+        metrics |= _metrics(totals, grad_norm) | {"skipped": ~fine}
         router = state.router
-        metrics = objective.metrics(totals.sums) | _metrics(totals, grad_norm)
         if totals.counts_LE is not None and declared.config.router_bias:
-            router = _update_router(
+            moved = _update_router(
                 router, totals.counts_LE, knobs["bias_update_speed"], declared.config.n_moe_layers
             )
-        updated = TrainState(params, router, optimizer_state)
-        # One NaN in a gradient would reach every parameter through the moments, for good.
-        fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-        metrics["skipped"] = ~fine
-        with jax.named_scope("optimizer"):
-            state = jax.tree.map(lambda new, old: jnp.where(fine, new, old), updated, state)
-        return state, metrics
+            router = jax.tree.map(lambda new, old: jnp.where(fine, new, old), moved, router)
+        return TrainState(params, router, optimizer_state), metrics
 
     return step
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,8 @@ PROMPT, NEW = 128, 128
 Generate = Callable[[np.ndarray, int], object]  # prompts [B, T], new tokens
 
 
-def dsjax_generate(config: Config) -> Generate:
+def dsjax_generate(config: Config, **options: Any) -> Generate:
+    """Generation by an engine with these options."""
     dtype = jnp.dtype(config.precision.compute)
     declared = Transformer(config.model, Policy(dtype))
 
@@ -45,7 +47,7 @@ def dsjax_generate(config: Config) -> Generate:
         graph, parameters, rest = nnx.split(initialize(declared, key), nnx.Param, ...)
         return nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), parameters), rest)
 
-    engine = Engine(jax.jit(make)(jax.random.key(0)))
+    engine = Engine(jax.jit(make)(jax.random.key(0)), **options)
 
     def generate(prompts_BT: np.ndarray, n_tokens: int) -> object:
         greedy = Sampling(temperature=0.0)
@@ -76,8 +78,8 @@ def transformers_generate(config: Config) -> Generate:
     return generate
 
 
-def limit_seconds(config: Config, batch: int, bytes_per_second: float) -> float:
-    """The time to read what a step of decoding reads, with experts evenly chosen."""
+def bytes_read(config: Config, batch: int, cached: float) -> float:
+    """What a step of decoding reads after so many tokens, with experts evenly chosen."""
     model, width = config.model, jnp.dtype(config.precision.compute).itemsize
     E, K = model.n_routed_experts, model.n_activated_experts
     chosen = E * (1 - (1 - K / E) ** batch)
@@ -86,8 +88,7 @@ def limit_seconds(config: Config, batch: int, bytes_per_second: float) -> float:
         if not parameter.path.startswith("embed."):
             share = chosen / E if ".experts." in parameter.path else 1.0
             read += width * share * parameter.count
-    read += batch * (PROMPT + NEW / 2) * cache_bytes_per_token(model, bytes_per_value=width)
-    return read / bytes_per_second
+    return read + batch * cached * cache_bytes_per_token(model, bytes_per_value=width)
 
 
 def measure_read_rate() -> float:
@@ -119,7 +120,7 @@ def compare(config: Config) -> None:
         prompts_BT = np.random.default_rng(0).integers(0, config.model.vocab_size, (batch, PROMPT))
         median = step_seconds(sides, prompts_BT)
         rate = measure_read_rate()
-        limit = limit_seconds(config, batch, rate)
+        limit = bytes_read(config, batch, PROMPT + NEW / 2) / rate
         print(f"{config.name}, {config.precision.compute}, batch {batch}, ", end="")
         print(f"reading at {rate / 1e9:.0f} GB/s:")
         for name, taken in [*median.items(), ("limit", limit)]:

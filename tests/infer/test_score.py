@@ -127,6 +127,13 @@ def test_tokens_are_scored_without_files(scorer, logits, tmp_path, monkeypatch):
     assert score.score_tokens(scorer, IDS[:, :1]).figures() == {"tokens": 0}
 
 
+def test_short_rows_are_scored_together_as_far_as_the_text_fills_them():
+    assert score.rows_together(100_000, 256) == 16
+    assert score.rows_together(700, 256) == 2
+    assert score.rows_together(10, 256) == score.rows_together(100_000, 8192) == 1
+    assert score.rows_together(100_000, 256, n_parts=4) == 4
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("others", [{"tensor": 2}, {"context": 4}], ids=str)
 def test_mesh_gives_the_same_scores(scorer, logits, tmp_path, others):

@@ -27,8 +27,9 @@ def _operands(sizes, dim=24, width=40, dtype=jnp.float32):
     return x_AD, w_EDF, y_AF, jnp.asarray(sizes, jnp.int32)
 
 
-# Groups that end inside a block, empty ones at either end and in the middle, all rows in one group.
-SIZES = [[5, 70, 33, 20], [0, 0, 128, 0], [64, 0, 1, 0, 63], [0, 3, 0]]
+# Groups that end inside a block, empty ones at either end and in the middle, all rows in one group;
+# a last one much smaller than the others, after whose rows its block would end.
+SIZES = [[5, 70, 33, 20], [0, 0, 128, 0], [64, 0, 1, 0, 63], [0, 3, 0], [600, 20]]
 
 
 @pytest.mark.parametrize("target", [Target("cpu"), Target("gpu")], ids=str)

@@ -97,6 +97,40 @@ def test_adamw_keeps_both_moments_in_bfloat16():
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
+def test_nothing_changes_where_the_gradient_is_not_finite_or_the_caller_says_so(moment_dtype):
+    optimizer = adamw(OptimConfig(moment_dtype=moment_dtype))
+    update = jax.jit(optimizer.update)
+    params, state, _ = update(tree(1), optimizer.init(tree(0)), tree(0), jnp.float32(0.1))
+    broken = jax.tree.map(lambda x: x.at[..., 0].set(jnp.nan), tree(2))
+    for grads, fine in ((broken, True), (tree(2), False)):
+        *after, norm = update(grads, state, params, jnp.float32(0.1), fine)
+        assert bool(jnp.isfinite(norm)) != fine
+        for got, want in zip(*map(jax.tree.leaves, (after, [params, state])), strict=True):
+            np.testing.assert_array_equal(got, want)
+    *after, _ = update(tree(2), state, params, jnp.float32(0.1), True)
+    assert all(
+        bool((got != want).any())
+        for got, want in zip(*map(jax.tree.leaves, (after, [params, state])), strict=True)
+    )
+
+
+def test_update_copies_nothing():
+    """Neither a gradient, to be clipped, nor a moment, to be read beside its new value."""
+    optimizer = adamw(OptimConfig())
+    params = nnx.State({"w": nnx.Param(jnp.ones((512, 512)), axes=("embed", "ffn"))})
+    rate = jnp.float32(0.1)
+
+    def step(state, grads):
+        params, moments, _ = optimizer.update(grads, state[1], state[0], rate)
+        return params, moments
+
+    options = {"xla_backend_optimization_level": 3}
+    jitted = jax.jit(step, donate_argnums=0, compiler_options=options)
+    program = jitted.lower((params, optimizer.init(params)), params).compile()
+    assert program.memory_analysis().temp_size_in_bytes < params["w"][...].nbytes
+
+
 def test_decay_mask_takes_matrices_and_leaves_norms_and_biases():
     mask = decay_mask(tree(0))
     assert {name for name in SHAPES if mask[name]} == DECAYED
