@@ -41,7 +41,8 @@ class Drawer:
     def __init__(
         self, language: Transformer, pencil: Pencil, grid: int, mesh: Mesh | None = None
     ) -> None:
-        self._language, self._pencil, self._grid, self._mesh = language, pencil, grid, mesh
+        self._language = language.for_decoding()
+        self._pencil, self._grid, self._mesh = pencil, grid, mesh
         self._n_parts = parts("batch", mesh) if mesh else 1
         self._start = jax.jit(functools.partial(_start, room=grid * grid))
         self._row = jax.jit(functools.partial(_row, n_codes=grid), donate_argnums=2)
@@ -109,12 +110,12 @@ def _start(
       rows_B: int32, the prompt of each row.
       room: tokens that will follow.
     """
-    config, dtype = language.config, language.policy.compute
+    config, dtype, separate = language.config, language.policy.compute, language.separate
     B, T = tokens_BT.shape
-    short = empty_cache(config, B, T, dtype).pinned()
+    short = empty_cache(config, B, T, dtype, separate=separate).pinned()
     extended = language.extend(tokens_BT, jnp.zeros(B, jnp.int32), short)
     last_BD = jax.lax.dynamic_index_in_dim(extended.main_BTD, length - 1, axis=1, keepdims=False)
-    cache = empty_cache(config, len(rows_B), T + room, dtype).pinned()
+    cache = empty_cache(config, len(rows_B), T + room, dtype, separate=separate).pinned()
     every_B = jnp.arange(len(rows_B), dtype=jnp.int32)
     cache = cache.insert(every_B, extended.cache, rows_B).pinned()
     return Drawn(cache, constrain(last_BD[rows_B], "batch", "width"), length.astype(jnp.int32))

@@ -76,7 +76,8 @@ def empty_carry(model: Transformer, *, batch: int, length: int, n_drafts: int) -
     """Allocates an empty carry for rows of up to `length` tokens."""
     config, dtype = model.config, model.policy.compute
     hidden_BWD = jnp.zeros((batch, n_drafts + 1, config.dim), dtype)
-    return _pinned(Carry(empty_cache(config, batch, length, dtype, mtp=n_drafts > 0), hidden_BWD))
+    cache = empty_cache(config, batch, length, dtype, mtp=n_drafts > 0, separate=model.separate)
+    return _pinned(Carry(cache, hidden_BWD))
 
 
 def prefill(

@@ -85,8 +85,9 @@ def empty_pool(model: Transformer, *, n_pages: int, page: int, n_drafts: int) ->
       ValueError: see `check`.
     """
     check(model.config, page, parts_here("length"))
-    dtype = model.policy.compute
-    return empty_cache(model.config, n_pages, page, dtype, mtp=n_drafts > 0).pinned()
+    dtype, separate = model.policy.compute, model.separate
+    cache = empty_cache(model.config, n_pages, page, dtype, mtp=n_drafts > 0, separate=separate)
+    return cache.pinned()
 
 
 def fill(

@@ -28,6 +28,7 @@ class Programs:
     def __init__(self, model: Transformer) -> None:
         """Raises ValueError if the mesh would split a cache that stays whole."""
         self.model = model
+        self._weights = model.for_decoding()  # as the programs take them
         self.mesh = _mesh(model)
         check_split(model.config, self.mesh)
         self._layout = _layout(model)
@@ -56,13 +57,13 @@ class Programs:
                 f"{len(wrong)} of the new weights differ from those that the engine's programs are "
                 f"compiled for, such as {wrong[0]}; cast and place them alike"
             )
-        self.model = model
+        self.model, self._weights = model, model.for_decoding()
 
     def release(self) -> None:
         """Lets go of the weights, whose memory is free once nobody else holds them. Nothing runs
         until others are loaded.
         """
-        self.model = self._layout
+        self.model = self._weights = self._layout
 
     def placed(self, tree: Any) -> Any:
         """Copies weights to where these programs have theirs."""
@@ -93,8 +94,8 @@ class Programs:
             )
             under_mesh = jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
             with under_mesh:
-                self._compiled[key] = jitted.lower(self.model, *arguments).compile()
-        return functools.partial(self._compiled[key], self.model, *arguments)
+                self._compiled[key] = jitted.lower(self._weights, *arguments).compile()
+        return functools.partial(self._compiled[key], self._weights, *arguments)
 
     def _placement(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         """Returns the shardings of a function's results; None leaves them to the compiler."""

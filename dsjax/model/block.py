@@ -1,7 +1,8 @@
 """One transformer layer, and scans over stacks of layers.
 
 A stack is one `Block` whose parameters have a leading layer dimension. `run_layers` scans over it
-with whole sequences, `extend_layers` with tokens that are added to a cache.
+with whole sequences, `extend_layers` with tokens that are added to a cache. Layers that are arrays
+of their own run one after the other (`dsjax.model.separate_layers`).
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from dsjax.model.attention import Attention
 from dsjax.model.balance import BalanceWeights
 from dsjax.model.compressed_attention import CompressedAttention
 from dsjax.model.gqa import GQA
-from dsjax.model.layer_cache import Entries, LayerCache
+from dsjax.model.layer_cache import Entries, LayerCache, StackEntries
 from dsjax.model.layers import FeedForward, RMSNorm
 from dsjax.model.mla import MLA
 from dsjax.model.moe import Experts, MoE, RoutingStatistics
 from dsjax.model.nsa import NSA
 from dsjax.model.parameters import pinned
+from dsjax.model.separate_layers import SeparateLayers
 from dsjax.model.sparse_mla import SparseMLA
 from dsjax.parallel.sharding import constrain
 from dsjax.precision.policy import Policy
@@ -194,18 +196,23 @@ def rematerialized(function: Callable[..., Any], remat: str) -> Callable[..., An
 
 
 def extend_layers(
-    layers: Block,
+    layers: Block | SeparateLayers[Block],
     x_BTD: jax.Array,
-    entries: Entries,
+    entries: StackEntries,
     extension: Extension,
     *,
     routing: bool = False,
-) -> tuple[jax.Array, Entries, jax.Array | None]:
+) -> tuple[jax.Array, StackEntries, jax.Array | None]:
     """Runs a stack of layers on tokens that it adds to the cache entries.
 
     Args:
+      entries: separate layers have separate ones.
       routing: whether to return the chosen experts, int32 [L, B, T, K].
     """
+    if isinstance(layers, SeparateLayers):
+        assert isinstance(entries, tuple)
+        return _extend_separate(layers, x_BTD, entries, extension, routing=routing)
+    assert isinstance(entries, dict)
 
     def layer(carry: tuple[jax.Array, Entries, jax.Array], block: Block):
         x_BTD, entries, index = carry
@@ -217,3 +224,25 @@ def extend_layers(
     start = (x_BTD, entries, jnp.int32(0))
     (x_BTD, entries, _), experts_LBTK = jax.lax.scan(layer, start, layers)
     return x_BTD, entries, experts_LBTK
+
+
+def _extend_separate(
+    layers: SeparateLayers[Block],
+    x_BTD: jax.Array,
+    entries: tuple[Entries, ...],
+    extension: Extension,
+    *,
+    routing: bool,
+) -> tuple[jax.Array, tuple[Entries, ...], jax.Array | None]:
+    """Runs layers that are arrays of their own, each as a stack of one."""
+    extended, experts = [], []
+    for block, own in zip(layers.layers, entries, strict=True):
+        x_BTD, cache, experts_BTK = block.extend(
+            x_BTD,
+            LayerCache(own, jnp.int32(0)),
+            extension,
+            jax.tree.map(lambda leaf: leaf[None], block.routed_experts),
+        )
+        extended.append(cache.entries)
+        experts.append(experts_BTK)
+    return x_BTD, tuple(extended), jnp.stack(experts) if routing else None

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from dsjax.config import ModelConfig
 from dsjax.model.block import attention_class
-from dsjax.model.layer_cache import Entries
+from dsjax.model.layer_cache import Entries, StackEntries
 from dsjax.parallel import split_cache
 from dsjax.parallel.sharding import constrain, parts, parts_here
 
@@ -30,8 +30,8 @@ from dsjax.parallel.sharding import constrain, parts, parts_here
 class Cache(NamedTuple):
     """The entries of each stack of layers; None for a stack that is absent or not cached."""
 
-    dense: Entries | None
-    moe: Entries | None
+    dense: StackEntries | None
+    moe: StackEntries | None
     mtp: Entries | None
 
     def pinned(self) -> Cache:
@@ -86,13 +86,21 @@ def check_split(config: ModelConfig, mesh: Mesh | AbstractMesh | None) -> None:
 
 
 def empty_cache(
-    config: ModelConfig, batch: int, length: int, dtype: DTypeLike, *, mtp: bool = False
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    dtype: DTypeLike,
+    *,
+    mtp: bool = False,
+    separate: bool = False,
 ) -> Cache:
     """Makes room for `length` tokens in each of `batch` rows, or for a few more where the current
     mesh splits them into equal parts.
 
     Args:
       mtp: whether to make room for the MTP modules too.
+      separate: whether the layers are (`dsjax.model.separate_layers`), and so their entries, which
+        would be copied out of a stack whenever a token attends to them.
     """
     length += -length % parts_here("length")
     shapes = attention_class(config).cached(config)
@@ -114,8 +122,13 @@ def empty_cache(
             for name, shape in shapes.items()
         }
 
+    def of_stack(layers: int) -> StackEntries | None:
+        if not (layers and separate):
+            return entries(layers)
+        return tuple(own for _ in range(layers) if (own := entries(1)))
+
     return Cache(
-        entries(config.n_dense_layers),
-        entries(config.n_moe_layers),
+        of_stack(config.n_dense_layers),
+        of_stack(config.n_moe_layers),
         entries(config.n_mtp if mtp else 0),
     )

@@ -22,6 +22,8 @@ from dsjax.kernels.cached_attention import Attended, Part
 from dsjax.parallel import split_cache
 
 Entries = dict[str, jax.Array]  # name -> [L, B, P, S, X]
+# Of a stack; of separate layers each has its own, with L = 1.
+StackEntries = Entries | tuple[Entries, ...]
 
 
 class EntryShape(NamedTuple):
@@ -80,7 +82,14 @@ class LayerCache(NamedTuple):
             new_BTPX = new_BTPX[:, :, None]
         if (part := split_cache.part()).n_parts > 1:
             starts_B, new_BTPX = self._own(stack_LBPSX, starts_B, new_BTPX, part)
+        new_BPTX = new_BTPX.swapaxes(1, 2).astype(stack_LBPSX.dtype)
         rows_B = jnp.arange(starts_B.shape[0], dtype=jnp.int32)
+        if one := stack_LBPSX.shape[:2] == (1, 1):
+            # One window of an array that is one layer's and one row's is written twice: otherwise
+            # XLA's CPU compiler (jax 0.10.2) selects between old and new, and copies the array.
+            rows_B, starts_B, new_BPTX = (
+                jnp.concatenate([each, each]) for each in (rows_B, starts_B, new_BPTX)
+            )
         layer_B = jnp.broadcast_to(self.layer, starts_B.shape)
         # One window [P, T, X] per row.
         numbers = lax.ScatterDimensionNumbers(
@@ -91,10 +100,10 @@ class LayerCache(NamedTuple):
         return lax.scatter(
             stack_LBPSX,
             jnp.stack([layer_B, rows_B, starts_B], axis=1),
-            new_BTPX.swapaxes(1, 2).astype(stack_LBPSX.dtype),
+            new_BPTX,
             numbers,
             indices_are_sorted=True,
-            unique_indices=True,
+            unique_indices=not one,
             mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
         )
 

@@ -28,6 +28,7 @@ from dsjax.model.mixed_layers import MixedLayers
 from dsjax.model.moe import RoutingStatistics
 from dsjax.model.mtp import MTP
 from dsjax.model.parameters import pinned
+from dsjax.model.separate_layers import SeparateLayers, separable
 from dsjax.parallel.context import restore
 from dsjax.parallel.sharding import constrain
 from dsjax.precision.matmul import vocabulary_logits
@@ -179,8 +180,29 @@ class Transformer(nnx.Module):
     @property
     def redundant(self) -> bool:
         """Tells whether experts have replicas; see `dsjax.model.redundant_experts`."""
-        experts = self.moe_layers.routed_experts if self.config.n_moe_layers else None
+        if self.separate or not self.config.n_moe_layers:
+            return False
+        experts = self.moe_layers.routed_experts
         return experts is not None and experts.slots is not None
+
+    def for_decoding(self) -> Transformer:
+        """Returns the model in the form that decodes fastest where it is: on a CPU its layers are
+        separate, views of this model's stacks, and only `extend` runs; elsewhere it is itself.
+        """
+        stacks = [name for name in ("dense_layers", "moe_layers") if hasattr(self, name)]
+        of_blocks = all(isinstance(getattr(self, name), Block) for name in stacks)
+        if not (of_blocks and separable(self)):
+            return self
+        leaves, structure = jax.tree.flatten(self)
+        model = structure.unflatten(leaves)
+        for name in stacks:
+            setattr(model, name, SeparateLayers(getattr(self, name)))
+        return model
+
+    @property
+    def separate(self) -> bool:
+        """Tells whether layers, and so a cache's entries, are arrays of their own."""
+        return isinstance(getattr(self, self.body), SeparateLayers)
 
     @property
     def body(self) -> str:
@@ -292,7 +314,7 @@ class Transformer(nnx.Module):
             x_BTD, dense, _ = extend_layers(self.dense_layers, x_BTD, dense, extension)
         body = getattr(self, self.body)
         if isinstance(body, MixedLayers):
-            assert moe is not None and skipped_B is None
+            assert isinstance(moe, dict) and skipped_B is None
             x_BTD, moe, experts_LBTK = body.extend(
                 x_BTD, tokens_BT, extension.positions_BT, moe, routing=routing
             )

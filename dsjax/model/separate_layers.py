@@ -1,0 +1,57 @@
+"""Layers as arrays of their own, which a CPU decodes from at the rate of its memory.
+
+XLA's CPU compiler copies a layer's matrices out of a stack before it multiplies them. A step of
+decoding, whose few tokens use each weight once, then takes longer over the copies than over the
+products. Matrices that are arguments of a program are read where they lie.
+
+On a CPU the arrays are views of the stack, which share its memory: they cost nothing to make, and
+the stack stays as it is for all else. A program's size and compile time grow with the layers.
+"""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+AnyModule = TypeVar("AnyModule", bound=nnx.Module)
+
+
+class SeparateLayers(nnx.Module, Generic[AnyModule]):
+    """The layers of a stack, one module each."""
+
+    def __init__(self, stack: AnyModule):
+        """
+        Args:
+          stack: its arrays must be `separable`.
+        """
+        leaves, structure = jax.tree.flatten(stack)
+        cut = zip(*map(_views, leaves), strict=True)
+        self.layers = nnx.List([structure.unflatten(list(layer)) for layer in cut])
+
+
+def separable(tree: nnx.Module) -> bool:
+    """Tells whether arrays can have views: those of one CPU device, of whole bytes."""
+    return all(
+        isinstance(leaf, jax.Array)
+        and isinstance(leaf.sharding, jax.sharding.SingleDeviceSharding)
+        and next(iter(leaf.devices())).platform == "cpu"
+        and jnp.dtype(leaf.dtype).itemsize * 8 == _bits(leaf)
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _bits(leaf: jax.Array) -> int:
+    kind = jnp.iinfo if jnp.issubdtype(leaf.dtype, jnp.integer) else jnp.finfo
+    return kind(leaf.dtype).bits
+
+
+def _views(stack: jax.Array) -> list[jax.Array]:
+    """Returns the arrays along the leading dimension, which share the stack's memory."""
+    # Of another array object with the same memory: the stack itself would keep NumPy's view for as
+    # long as it lives, and could not be donated any more.
+    whole = np.asarray(stack.addressable_data(0))
+    return jax.device_put(list(whole), stack.sharding)
