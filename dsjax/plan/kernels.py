@@ -6,14 +6,15 @@ all others only name what is there already. A loop of known length runs without 
 unknown length and a conditional wait for the host to read what decides.
 
 Bytes are those of operands and results. Of what a kernel reads or overwrites only a part of, such
-as a layer of a stack, the part counts.
+as a layer of a stack, the part counts. The text does not say so of the calls of kernels that are
+not the compiler's own: see `read`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -115,10 +116,15 @@ class _Instruction(NamedTuple):
 _Computations = dict[str, dict[str, _Instruction]]
 
 
-def read(text: str) -> Part:
-    """Reads a compiled program's text."""
+def read(text: str, portions: Mapping[int, int] | None = None) -> Part:
+    """Reads a compiled program's text.
+
+    Args:
+      portions: of arrays with so many matrices, how many a call of a kernel reads: those of one
+        layer. All, by default.
+    """
     computations, entry = _parse(text)
-    return _part(computations, [entry])
+    return _part(computations, [entry], portions or {})
 
 
 def _parse(text: str) -> tuple[_Computations, str]:
@@ -138,42 +144,60 @@ def _parse(text: str) -> tuple[_Computations, str]:
     return computations, entry
 
 
-def _part(computations: _Computations, names: list[str]) -> Part:
+def _part(computations: _Computations, names: list[str], portions: Mapping[int, int]) -> Part:
     """Returns what the named computations run, one after the other."""
     kernels: list[Kernel] = []
     loops: list[Loop] = []
     conditionals: list[tuple[Part, ...]] = []
+
+    def part_of(*names: str) -> Part:
+        return _part(computations, list(names), portions)
+
     for name in names:
         for each in computations[name].values():
             if each.operation == "while":
                 trips = _TRIPS.search(each.rest)
                 # The condition of a loop of known length is not run.
                 decides = [] if trips else [each.called("condition")]
-                body = _part(computations, [*decides, each.called("body")])
+                body = part_of(*decides, each.called("body"))
                 loops.append(Loop(int(trips[1]) if trips else None, body))
             elif each.operation == "conditional":
-                conditionals.append(tuple(_part(computations, [b]) for b in each.branches()))
+                conditionals.append(tuple(map(part_of, each.branches())))
             elif each.operation == "call":
-                part = _part(computations, [each.called("to_apply")])
+                part = part_of(each.called("to_apply"))
                 kernels.extend(part.kernels)
                 loops.extend(part.loops)
                 conditionals.extend(part.conditionals)
             elif each.operation not in _NAMES_ONLY and not each.operation.endswith("-done"):
-                kernels.append(_kernel(computations, computations[name], each))
+                kernels.append(_kernel(computations, computations[name], each, portions))
     return Part(tuple(kernels), tuple(loops), tuple(conditionals))
 
 
 def _kernel(
-    computations: _Computations, own: dict[str, _Instruction], each: _Instruction
+    computations: _Computations,
+    own: dict[str, _Instruction],
+    each: _Instruction,
+    portions: Mapping[int, int],
 ) -> Kernel:
     target, scope = _TARGET.search(each.rest), _SCOPE.search(each.rest)
     moved = _written(computations, own, each)
     for number, operand in enumerate(each.operands):
         if operand in own:
-            moved += _read_of_operand(computations, each, number, _bytes(own[operand].result))
+            whole = _bytes(own[operand].result)
+            if target:
+                moved += _portion(own[operand].result, whole, portions)
+            else:
+                moved += _read_of_operand(computations, each, number, whole)
     return Kernel(
         each.name, target[1] if target else each.operation, scope[1] if scope else "", moved
     )
+
+
+def _portion(result: str, whole: int, portions: Mapping[int, int]) -> int:
+    """Returns how many bytes of an operand a call reads."""
+    shape = _ARRAY.search(result)
+    count = int(shape[2].partition(",")[0]) if shape and shape[2] else 1
+    return whole * portions.get(count, count) // count
 
 
 def _read_of_operand(

@@ -41,7 +41,9 @@ def count(batch: int) -> Counted:
     mesh = hopper.mesh()
     declared = declared_model(config.model, config.precision, HOPPER)
     program = programs.decoding(declared, mesh, batch, PROMPT + NEW, "sequences")
-    (steps,) = kernels.read(hopper.compiled_text(program, mesh)).loops
+    E = MODEL_3B.n_routed_experts
+    portions = {MODEL_3B.n_moe_layers * E: E}
+    (steps,) = kernels.read(hopper.compiled_text(program, mesh), portions).loops
     (layers,) = (loop for loop in steps.body.loops if loop.trips == MODEL_3B.n_moe_layers)
     waits = steps.body.waits + (steps.trips is None)
     needed = int(limit_seconds(config, batch, bytes_per_second=1.0))

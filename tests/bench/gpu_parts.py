@@ -193,7 +193,7 @@ def decode(dry_run: bool) -> None:
         with watched() as compiled:
             taken = step_seconds({"": generate}, prompts_BT)[""]
         limit = limit_seconds(config, batch, rate)
-        steps = [found for each in compiled if (found := _step(str(each.as_text())))]
+        steps = [found for each in compiled if (found := _step(str(each.as_text()), config.model))]
         say(**{
             "batch": batch,
             "ms per step": taken * 1e3,
@@ -206,11 +206,12 @@ def decode(dry_run: bool) -> None:
         })  # fmt: skip
 
 
-def _step(text: str) -> kernels.Part | None:
+def _step(text: str, model: ModelConfig) -> kernels.Part | None:
     """Returns the body of the loop over steps of a program that decodes; None for others."""
     if "jit_decode" not in text.partition("\n")[0] or jax.default_backend() != "gpu":
         return None
-    loops = kernels.read(text).loops
+    E = model.n_routed_experts
+    loops = kernels.read(text, {model.n_moe_layers * E: E}).loops
     return loops[0].body if loops else None
 
 

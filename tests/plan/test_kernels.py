@@ -131,3 +131,10 @@ def test_operand_that_is_read_whole_and_in_part_counts_once():
     )
     reads = kernels.read(text).loops[0].body.loops[0].body.kernels[0]
     assert reads.bytes == 15 * 64 * ROW + ROW + 4
+
+
+def test_call_of_a_kernel_reads_the_portion_that_it_is_said_to():
+    text = TEXT.replace("custom-call(%row.2)", "custom-call(%row.2, %weights)")
+    for portions, layers in ((None, 15), ({15: 1}, 1)):
+        call = kernels.read(text, portions).loops[0].body.loops[0].body.kernels[2]
+        assert call.bytes == 2 * ROW + layers * 64 * ROW
