@@ -5,12 +5,15 @@ to a cache. Where many tokens keep a GPU or TPU busy, `grouped_matmul` is faster
   stack once, and multiplies its own tokens in small blocks, which stay in a core's cache with it.
 * On a GPU all choices of all tokens are computed at once, each reading its own matrices, by one
   kernel per product: there, launching kernels takes the time.
+* On a Hopper GPU, where tokens choose more matrices than there are, their rows are sorted, and the
+  grouped product reads each matrix once from the stack. A product that is given one layer's experts
+  has them copied out of the stack first.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from dsjax.kernels import hopper_grouped
 from dsjax.kernels.target import Target
 
 Stack = Any
@@ -54,18 +58,41 @@ def chosen_experts(
     Returns:
       [M, D] in x's dtype, summed in float32.
     """
-    one_by_one = functools.partial(_one_by_one, n_experts=n_experts)
-    compute = _at_once if target.kind == "gpu" else one_by_one
     stacks = w_gate_EDF, w_up_EDF, w_down_EFD
+    if target.kind != "gpu":
+        compute = functools.partial(_one_by_one, n_experts=n_experts)
+    elif experts_MK.size > n_experts and grouped_in_place(x_MD.dtype, stacks, target):
+        compute = functools.partial(_grouped, n_experts=n_experts, target=target)
+    else:
+        compute = _at_once
     y_MD = compute(x_MD, *stacks, experts_MK, weights_MK, lambda w: at_use(w, x_MD.dtype), swiglu)
     return y_MD.astype(x_MD.dtype)
 
 
-def is_faster(n_tokens: int, top_k: int, n_experts: int, target: Target) -> bool:
-    """Returns whether `chosen_experts` is faster than the grouped product."""
+def is_faster(
+    n_tokens: int, top_k: int, n_experts: int, target: Target, *, in_place: bool = False
+) -> bool:
+    """Returns whether `chosen_experts` is faster than the grouped product of one layer's experts.
+
+    Args:
+      in_place: what `grouped_in_place` says of the stacks.
+    """
     if target.kind == "gpu":
-        return n_tokens * top_k <= n_experts  # it reads no more matrices than there are
+        return in_place or n_tokens * top_k <= n_experts  # no more matrices than there are
     return target.kind == "cpu"
+
+
+def grouped_in_place(dtype: DTypeLike, stacks: Sequence[Stack], target: Target) -> bool:
+    """Returns whether a grouped product of rows of this dtype reads these stacks as they are."""
+
+    def fits(stack: Stack) -> bool:
+        if not isinstance(stack, jax.Array):
+            return False  # small weights
+        *_, depth, width = stack.shape
+        rows = jax.ShapeDtypeStruct((1, depth), dtype)
+        return hopper_grouped.fits(rows, jax.ShapeDtypeStruct((1, depth, width), stack.dtype))
+
+    return target.is_hopper and all(map(fits, stacks))
 
 
 def _at_once(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, at_use, swiglu):
@@ -78,6 +105,30 @@ def _at_once(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, at_
     x_M1D = x_MD[:, None]
     gate, up = (product(x_M1D, w).astype(x_MD.dtype) for w in (w_gate_EDF, w_up_EDF))
     out_MKD = product(swiglu(gate, up), w_down_EFD)
+    return (out_MKD * weights_MK[..., None]).sum(axis=1)
+
+
+def _grouped(
+    x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, at_use, swiglu, *,
+    n_experts, target,
+):  # fmt: skip
+    del at_use  # the stacks are of the tokens' dtype
+    M, K = experts_MK.shape
+    first_group = experts_MK[0, 0] // n_experts * n_experts
+    experts_A = experts_MK.reshape(-1) - first_group
+    order_A = jnp.argsort(experts_A, stable=True)
+    expert_E1 = jnp.arange(n_experts, dtype=experts_A.dtype)[:, None]
+    sizes_E = (experts_A[None] == expert_E1).sum(axis=1, dtype=jnp.int32)
+    multiply = functools.partial(
+        hopper_grouped.matmul,
+        sizes_E=sizes_E,
+        first_group=first_group,
+        multiprocessors=target.multiprocessors,
+    )
+    x_AD = x_MD[order_A // K]
+    gate, up = (multiply(x_AD, w, dtype=x_MD.dtype) for w in (w_gate_EDF, w_up_EDF))
+    out_AD = multiply(swiglu(gate, up), w_down_EFD, dtype=jnp.float32)
+    out_MKD = out_AD[jnp.argsort(order_A)].reshape(M, K, -1)
     return (out_MKD * weights_MK[..., None]).sum(axis=1)
 
 

@@ -36,7 +36,7 @@ _ALIGNMENT = 8
 _SWIZZLE = 128  # bytes
 
 
-def fits(x: jax.Array, y: jax.Array) -> bool:
+def fits(x: jax.Array | jax.ShapeDtypeStruct, y: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Returns whether the kernels take these operands: two-byte, widths in multiples of 64."""
     two_bytes = x.dtype == y.dtype and x.dtype in (jnp.bfloat16, jnp.float16)
     return two_bytes and all(width % 64 == 0 for width in (x.shape[1], *y.shape[1:]))
@@ -77,13 +77,20 @@ def matmul(
     dtype: DTypeLike,
     *,
     transpose_w: bool = False,
+    first_group: jax.Array | int = 0,
     multiprocessors: int,
 ) -> jax.Array:
-    """Multiplies each group's rows by its matrix, [D, F], or [F, D] with `transpose_w`: [A, F]."""
-    (A, D), E, F = x_AD.shape, len(w_EDF), w_EDF.shape[1 if transpose_w else 2]
-    tiles = Tiles.of(sizes_E, A)
+    """Multiplies each group's rows by its matrix, [D, F], or [F, D] with `transpose_w`: [A, F].
 
-    def tile(row_tile, column_tile, x, w, group, start, first, end, out, *, run):
+    Args:
+      first_group: number of the first group's matrix, where `w_EDF` holds those of others too.
+    """
+    (A, D), E, F = x_AD.shape, len(sizes_E), w_EDF.shape[1 if transpose_w else 2]
+    tiles = Tiles.of(sizes_E, A)
+    # Rows after the last group are not multiplied, by whichever matrix.
+    matrices = jnp.minimum(tiles.group, E - 1) + first_group
+
+    def tile(row_tile, column_tile, x, w, group, start, first, end, matrix, out, *, run):
         first_row, end_row, number = first[row_tile], end[row_tile], group[row_tile]
         begin = pl.multiple_of(start[row_tile], _ALIGNMENT)
 
@@ -103,7 +110,7 @@ def matmul(
                 multiply,
                 # Rows after the last group take no products, so zeros are written.
                 jnp.where(number == E, 0, pl.cdiv(D, _SLICE)),
-                (x.at[pl.ds(begin, _ROWS)], w.at[jnp.minimum(number, E - 1)]),
+                (x.at[pl.ds(begin, _ROWS)], w.at[matrix[row_tile]]),
                 (
                     lambda k: (0, k),
                     lambda k: (column_tile, k) if transpose_w else (k, column_tile),
@@ -117,7 +124,7 @@ def matmul(
         "grouped_matmul",
         tile,
         (len(tiles.group), pl.cdiv(F, _COLUMNS)),
-        (x_AD, w_EDF, *tiles),
+        (x_AD, w_EDF, *tiles, matrices),
         ((_ROWS, _SLICE), (_COLUMNS, _SLICE) if transpose_w else (_SLICE, _COLUMNS)),
         jax.ShapeDtypeStruct((A, F), dtype),
         multiprocessors,

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsjax.config import ModelConfig
-from dsjax.kernels.chosen_experts import chosen_experts, is_faster
+from dsjax.kernels.chosen_experts import chosen_experts, grouped_in_place, is_faster
 from dsjax.kernels.varying import agreed, varies_over, vary_as
 from dsjax.model.balance import BalanceWeights, balance_loss
 from dsjax.model.layers import FeedForward, Normal, declare
@@ -252,7 +252,9 @@ class MoE(nnx.Module):
         config, policy = self.config, stack.policy
         n_tokens = x_BTD.shape[0] * x_BTD.shape[1]
         E, K = config.n_routed_experts, config.n_activated_experts
-        in_place = is_faster(n_tokens, K, E, policy.target)
+        stacks = stack.w_gate[...], stack.w_up[...], stack.w_down[...]
+        reads = grouped_in_place(x_BTD.dtype, stacks, policy.target)
+        in_place = is_faster(n_tokens, K, E, policy.target, in_place=reads)
         one_device = parts_here("experts") == parts_here("expert_embed") == parts_here("ffn") == 1
         if not (in_place and one_device) or policy.fp8:
             documents_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)

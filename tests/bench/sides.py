@@ -121,8 +121,12 @@ def random_tokens(config: Config) -> np.ndarray:
     return np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
 
 
-def dsjax_step(config: Config) -> Step:
-    """A training step of a config, on one device and random tokens; returns the loss."""
+def dsjax_step(config: Config, segment_ids_BT: np.ndarray | None = None) -> Step:
+    """A training step of a config, on one device and random tokens; returns the loss.
+
+    Args:
+      segment_ids_BT: int32 [B, T + 1], the document of each token; None: each row is one.
+    """
     declared, optimizer = declared_model(config.model, config.precision), adamw(config.optim)
     mesh = make_mesh({"data": 1}, n_devices=1)
     state = initial_state(declared, optimizer, mesh, config.train.seed)
@@ -130,7 +134,8 @@ def dsjax_step(config: Config) -> Step:
     step = train_step(declared, optimizer, pretraining(config))
     step = jax.jit(step, donate_argnums=0, compiler_options=options)
     tokens = jnp.asarray(random_tokens(config))[None]
-    batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens)}
+    segments = jnp.ones_like(tokens) if segment_ids_BT is None else segment_ids_BT[None]
+    batch = {"tokens": tokens, "segment_ids": jnp.asarray(segments)}
     knobs = {"learning_rate": 1e-4, "mtp_weight": 0.3, "bias_update_speed": 1e-3}
     knobs = {name: jnp.float32(value) for name, value in knobs.items()}
 

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.kernels.chosen_experts import chosen_experts, is_faster
-from dsjax.kernels.target import Target
+from dsjax.kernels import hopper_grouped
+from dsjax.kernels.chosen_experts import chosen_experts, grouped_in_place, is_faster
+from dsjax.kernels.target import HOPPER, Target
 from dsjax.precision.activations import limited, swiglu
 from tests.closeness import BF16, F32, assert_close
+from tests.oracles.kernels import reference_matmul
 
 E, D, F, K = 12, 16, 24, 3
 
@@ -57,6 +59,31 @@ def test_chosen_experts_equal_the_definition(tokens, target):
     assert_close(got, _definition(*operands), F32, "experts")
 
 
+@pytest.fixture
+def no_kernel(monkeypatch):
+    """The definition in the place of Hopper's grouped product, whose own tests run it."""
+
+    def matmul(x_AD, w_EDF, sizes_E, dtype, *, first_group, multiprocessors):
+        assert multiprocessors == HOPPER.multiprocessors
+        w_EDF = jax.lax.dynamic_slice_in_dim(w_EDF, first_group, len(sizes_E))
+        return reference_matmul(x_AD, w_EDF, sizes_E).astype(dtype)
+
+    monkeypatch.setattr(hopper_grouped, "matmul", matmul)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_hopper_reads_a_layers_experts_from_the_stack_of_all(layer, no_kernel):
+    rng = np.random.default_rng(layer)
+    shapes = (3 * E, 64, 128), (3 * E, 64, 128), (3 * E, 128, 64)
+    stacks = [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes]
+    x = jnp.asarray(rng.normal(size=(9, 64)), jnp.bfloat16)
+    experts, weights = _operands(9)[4:]
+    assert grouped_in_place(x.dtype, stacks, HOPPER)
+    operands = x, *stacks, experts + layer * E, weights
+    got = compute(*operands, target=HOPPER)
+    assert_close(got, _definition(*operands), BF16, "experts")
+
+
 @pytest.mark.parametrize("experts", [[3, 4, 5], [11, 0, 6]])
 def test_experts_that_all_tokens_chose_take_several_blocks(experts):
     x, *stacks, _, weights = _operands(33)
@@ -97,5 +124,24 @@ def test_no_array_of_every_expert_is_made():
 def test_a_gpu_reads_in_place_no_more_matrices_than_there_are():
     assert is_faster(7, top_k=8, n_experts=56, target=Target("gpu"))
     assert not is_faster(8, top_k=8, n_experts=56, target=Target("gpu"))
+    assert is_faster(8, top_k=8, n_experts=56, target=HOPPER, in_place=True)
     assert is_faster(4096, top_k=8, n_experts=56, target=Target("cpu"))
     assert not is_faster(1, top_k=8, n_experts=256, target=Target("tpu"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "target"),
+    [
+        (jnp.bfloat16, 100, HOPPER),  # the kernel's tiles do not divide it
+        (jnp.float32, 128, HOPPER),  # weights would have to be cast, all of them
+        (jnp.bfloat16, 128, Target("gpu", (8, 0))),
+    ],
+)
+def test_stacks_that_no_grouped_product_reads_in_place(dtype, width, target):
+    stack = jnp.zeros((2, 64, width), dtype)
+    assert not grouped_in_place(jnp.bfloat16, [stack], target)
+
+
+def test_small_weights_are_not_read_in_place_by_the_grouped_product():
+    small = (jnp.zeros((2, 64, 128), jnp.int8), jnp.zeros((2, 1, 128), jnp.float32))
+    assert not grouped_in_place(jnp.bfloat16, [small], HOPPER)

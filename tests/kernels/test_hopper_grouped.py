@@ -79,6 +79,16 @@ def test_transposed_matmul_equals_definition(kernels):
     assert_close(got[:-ROWS_LEFT], reference_matmul(y, w, sizes_E), F32, "product")
 
 
+def test_matmul_reads_its_groups_matrices_from_among_others(kernels):
+    x, w, _, sizes_E = _operands(SIZES[0])
+    others = jnp.full((4, *w.shape[1:]), jnp.nan, w.dtype)
+    with kernels:
+        got = matmul(
+            x, jnp.concatenate([others, w, others]), sizes_E, jnp.float32, first_group=jnp.int32(4)
+        )
+        assert (got == matmul(x, w, sizes_E, jnp.float32)).all()
+
+
 @pytest.mark.parametrize("sizes", SIZES[:2], ids=str)
 def test_outer_equals_definition(sizes, kernels):
     x, _, y, sizes_E = _operands(sizes)

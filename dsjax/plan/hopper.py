@@ -1,0 +1,95 @@
+"""Compiles a program for an H100 that need not be here.
+
+The GPU compiler of `jax[cuda]` needs no GPU, only a description of one. What it would decide by
+running candidates on the GPU it then decides by its own tables: which kernel multiplies, and in
+which tiles. So kernels, copies and loops of the program are those of a GPU nearly always, their
+tiles not.
+
+`dsjax.plan.kernels` reads what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+
+from dsjax.parallel.mesh import make_mesh
+from dsjax.plan.programs import Program
+
+# Of an H100 SXM, from NVIDIA's data sheet and CUDA's table of compute capabilities; an H200 differs
+# in its memory. Versions are those that kernels are chosen for.
+_H100 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100"
+dnn_version_info { major: 9 minor: 10 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  memory_bandwidth: 3352320000000
+  device_memory_size: 84942979072
+  l2_cache_size: 52428800
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  driver_version: "13.0.0"
+  runtime_version: "12.9.0"
+  compile_time_toolkit_version: "12.9.0"
+  dnn_version: "9.10.0"
+}
+"""
+
+
+def is_installed() -> bool:
+    """Tells whether the compiler is here."""
+    return any(
+        find_spec("jax_plugins") and find_spec(f"jax_plugins.{plugin}")
+        for plugin in ("xla_cuda13", "xla_cuda12")
+    )
+
+
+def mesh() -> Any:
+    """Returns a mesh of the one GPU, as the compiler describes it.
+
+    Raises:
+      ValueError: the compiler is not installed.
+    """
+    if not is_installed():
+        raise ValueError(
+            "compiling for a GPU takes its compiler, which is not installed; install the extra "
+            "`plan_gpu` (pip install -e '.[plan_gpu]')"
+        )
+    from jax.experimental import topologies
+
+    described = topologies.get_topology_desc(platform="cuda", target_config=_H100, topology="1x1x1")
+    return make_mesh({"data": 1}, devices=list(described.devices))
+
+
+def compiled_text(program: Program, mesh: Any, options: Mapping[str, Any] | None = None) -> str:
+    """Compiles a program that was built for `mesh()` and `HOPPER`: the text of what runs.
+
+    Args:
+      options: for the compiler, by their names in XLA.
+    """
+    function = jax.jit(
+        program.function,
+        donate_argnums=program.donated,
+        out_shardings=program.results,
+        keep_unused=True,
+        compiler_options=dict(options or {}),
+    )
+    with jax.set_mesh(mesh):
+        traced = function.trace(*program.arguments)
+        return str(traced.lower(lowering_platforms=("cuda",)).compile().as_text())

@@ -1,0 +1,73 @@
+"""What decoding a token of the 3B shape starts and moves on an H100, counted in the compiled
+program: no GPU is needed, only its compiler (the extra `plan_gpu`).
+
+The model and the cache of bench_decode, batch 1, 8 and 32. Printed per token: kernels, and of them
+those of one MoE layer; how often the host must read a value before the GPU goes on; the bytes that
+kernels read and write, beside those that must be read, the activated parameters and the cache.
+
+Run: JAX_PLATFORMS=cpu python -m tests.bench.bench_kernels [--json] [batch sizes]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import NamedTuple
+
+import jax
+
+from dsjax.kernels.target import HOPPER
+from dsjax.plan import hopper, kernels, programs
+from dsjax.train.step import declared_model
+from tests.bench.bench_decode import NEW, PROMPT, limit_seconds
+from tests.bench.sides import MODEL_3B, case
+
+BATCHES = 1, 8, 32
+
+
+class Counted(NamedTuple):
+    """Of a program that decodes, per step."""
+
+    batch: int
+    kernels: int
+    per_layer: int  # of the MoE layers
+    waits: int  # for the host
+    moved: int  # bytes
+    needed: int  # bytes
+
+
+def count(batch: int) -> Counted:
+    config = case("3B", MODEL_3B, batch, PROMPT + NEW, "bfloat16")
+    mesh = hopper.mesh()
+    declared = declared_model(config.model, config.precision, HOPPER)
+    program = programs.decoding(declared, mesh, batch, PROMPT + NEW, "sequences")
+    E = MODEL_3B.n_routed_experts
+    portions = {MODEL_3B.n_moe_layers * E: E}
+    (steps,) = kernels.read(hopper.compiled_text(program, mesh), portions).loops
+    (layers,) = (loop for loop in steps.body.loops if loop.trips == MODEL_3B.n_moe_layers)
+    waits = steps.body.waits + (steps.trips is None)
+    needed = int(limit_seconds(config, batch, bytes_per_second=1.0))
+    starts = steps.body.starts
+    return Counted(batch, starts, layers.body.starts, waits, steps.body.bytes, needed)
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    batches = [int(text) for text in arguments if text != "--json"] or BATCHES
+    counted = [count(batch) for batch in batches]
+    if "--json" in arguments:
+        print(json.dumps([each._asdict() for each in counted]))
+        return
+    print(f"jax {jax.__version__}, compiled for an H100")
+    print(
+        "| batch | kernels | of a MoE layer | waits for the host | GB moved | GB needed | ratio |"
+    )
+    print("|---" * 7 + "|")
+    for each in counted:
+        print(f"| {each.batch} | {each.kernels} | {each.per_layer} | {each.waits} ", end="")
+        print(f"| {each.moved / 1e9:.2f} | {each.needed / 1e9:.2f} ", end="")
+        print(f"| {each.moved / each.needed:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

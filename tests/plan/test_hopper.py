@@ -1,0 +1,51 @@
+"""Programs compiled for an H100 that is not here, and what decoding starts on it (slow).
+
+The slow tests need the extra `plan_gpu`, 130 MB; without it they are skipped.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsjax.plan import hopper
+
+ROOT = Path(__file__).parents[2]
+
+compiles = pytest.mark.skipif(
+    not hopper.is_installed(), reason="the GPU's compiler is not here: pip install '.[plan_gpu]'"
+)
+
+
+def test_mesh_without_the_compiler_names_the_extra(monkeypatch):
+    monkeypatch.setattr(hopper, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"which is not installed; install the extra `plan_gpu`"):
+        hopper.mesh()
+
+
+def counted(batch):
+    """In a process of its own, without the flags that the tests set for a CPU."""
+    command = [sys.executable, "-m", "tests.bench.bench_kernels", "--json", str(batch)]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["JAX_PLATFORMS"] = "cpu"
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    (found,) = json.loads(done.stdout)
+    return found
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("batch", "per_layer", "moved"), [(1, 49, 1.6), (8, 53, 1.7), (32, 65, 1.4)]
+)
+def test_token_of_the_3b_shape_starts_and_moves_no_more_than_it_did(batch, per_layer, moved):
+    """The goal is 12 kernels per layer; these are the bounds that have been reached."""
+    found = counted(batch)
+    assert found["per_layer"] <= per_layer
+    assert found["waits"] <= 2  # whether rows go on, and whether any draws
+    assert found["needed"] < found["moved"] <= moved * found["needed"]
