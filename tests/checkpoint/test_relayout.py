@@ -90,6 +90,10 @@ def test_two_towers_are_written_in_the_other_layout_and_back(two_towers, tmp_pat
     assert len(lost) == 17 and set(again.tensors) == set(first.tensors) - lost
     for name in again.tensors:
         np.testing.assert_array_equal(again.read(name), first.read(name), err_msg=name)
+    assert all(
+        load.open_checkpoint(folder).hf.beside.vision.idle_norms == there
+        for folder, there in ((two_towers, True), (theirs, False), (tmp_path / "again", False))
+    )
     own, other, back = (
         read_rules(each, low=vl7b.LOW) for each in (two_towers, theirs, tmp_path / "again")
     )
