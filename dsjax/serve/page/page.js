@@ -185,7 +185,7 @@ function edit(turn, index, node) {
 // Pictures of the next message
 
 async function attach(files) {
-  if (!state.most || !files.length) return;
+  if (!files.length) return;
   const problems = [];
   for (const file of files) {
     try {
