@@ -70,16 +70,17 @@ def fullest(config: Janus) -> Shape:
     flow.
     """
     vision, length = seen_by(config), config.sequence_length
-    side = PATCH * vision.code_grid
-    # A token at least goes before a drawing, and one is its time.
-    n_drawings = length // (vision.code_grid**2 + 2) if vision.flow and config.counts[KINDS.index("draw")] else 0
+    flow, side, n_drawings = vision.flow, PATCH * vision.code_grid, 0
+    if flow and config.counts[KINDS.index("draw")]:
+        # A token at least goes before a drawing, and one is its time.
+        n_drawings = length // (vision.code_grid**2 + 2)
     return Shape(
         length + 1,
         n_pictures=_most_squares(vision, length),
         size=vision.tower.image_size,
         large=vision.high.image_size if vision.high else 0,
         n_drawings=n_drawings,
-        latents=(side, side, vision.flow.latent_channels) if n_drawings and vision.flow else (),
+        latents=(side, side, flow.latent_channels) if n_drawings and flow else (),
     )
 
 

@@ -15,9 +15,11 @@ from dsjax.files import read_json, write_json
 from dsjax.janus.rows import Shape, empty_row
 from dsjax.kernels.target import Target
 from dsjax.parallel.mesh import describe_mesh, make_mesh, resolve
-from dsjax.plan import figures, steps, topology
+from dsjax.plan import figures, janus, steps, topology
 from tests.checkpoint.families import test_multi_modality
 from tests.checkpoint.families.test_deepseek_towers import RELEASED as VL_7B
+from tests.checkpoint.families.test_deepseek_vl_v2 import BASE as VL2_BASE
+from tests.checkpoint.families.test_janusflow import RELEASED as JANUSFLOW
 from tests.checkpoint.families.test_multi_modality import VL_1B
 from tests.plan.test_steps import CONFIGS
 from tests.vision import toy
@@ -110,12 +112,21 @@ def test_an_estimate_leaves_out_gradients_of_what_is_frozen():
     assert gradients("janus.trains=aligner") == pytest.approx(8 * 20_979_712 / 4, rel=0.002)
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [(VL_7B, "two towers .* does not train here"), (VL_1B, "sees and does not draw; set janus.r")],
-)
-def test_models_that_do_not_train_so_are_refused(tmp_path, config, message):
-    write_json(tmp_path / "config.json", config)
-    config = stage(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        steps.build(config, "train", describe_mesh({"fsdp": 4}), Target("cpu"))
+def test_models_that_do_not_draw_are_refused(tmp_path):
+    write_json(tmp_path / "config.json", VL_1B)
+    with pytest.raises(ValueError, match="sees and does not draw; set janus"):
+        steps.build(stage(tmp_path), "train", describe_mesh({"fsdp": 4}), Target("cpu"))
+
+
+def test_rows_are_as_full_as_they_get(tmp_path):
+    def of(config, *overrides):
+        write_json(tmp_path / "config.json", config)
+        return janus.fullest(stage(tmp_path, *overrides))
+
+    sees = "janus.ratio=1,0,0", "janus.trains=language,aligner"
+    assert of(VL_7B, *sees) == Shape(4097, 7, 384, large=1024)
+    # Two pictures of nine tiles and their wholes take 4,034 tokens.
+    assert of(VL2_BASE, *sees) == Shape(4097, 20, 384)
+    flow = of(JANUSFLOW)
+    assert (flow.n_drawings, flow.latents) == (7, (48, 48, 4))
+    assert of(JANUSFLOW, "janus.ratio=1,1,0").latents == ()
