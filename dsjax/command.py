@@ -192,11 +192,13 @@ def _config(arguments: argparse.Namespace) -> str:
     return config
 
 
-def add_experiment(parser: Parser, *, optional: bool = False) -> None:
-    """Adds CONFIG, `--set` and `--init` for a command that reads every kind of experiment;
+def add_experiment(
+    parser: Parser, *, optional: bool = False, kinds: Sequence[type[Any]] = ROOTS
+) -> None:
+    """Adds CONFIG, `--set` and `--init` for a command that reads many kinds of experiments;
     `load_experiment` reads the first two.
     """
-    add_config(parser, optional=optional, kinds=ROOTS)
+    add_config(parser, optional=optional, kinds=kinds)
     parser.add_argument(
         "--init",
         metavar="CKPT",
@@ -205,9 +207,9 @@ def add_experiment(parser: Parser, *, optional: bool = False) -> None:
     )
 
 
-def load_experiment(arguments: argparse.Namespace) -> Experiment:
-    """Returns the config that CONFIG and `--set` describe, whatever its root."""
-    return settings.override(settings.load_any(_config(arguments), ROOTS), arguments.set)
+def load_experiment(arguments: argparse.Namespace, kinds: Sequence[type[Any]] = ROOTS) -> Any:
+    """Returns the config that CONFIG and `--set` describe, whatever its root among `kinds`."""
+    return settings.override(settings.load_any(_config(arguments), kinds), arguments.set)
 
 
 def add_initial(parser: argparse.ArgumentParser) -> None:

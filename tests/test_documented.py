@@ -20,7 +20,7 @@ from dsjax.config.finetuning import FineTuning
 from dsjax.config.janus import Janus
 from dsjax.config.preference import Preference
 from dsjax.config.reinforcement import Reinforcement
-from dsjax.config.roots import ROOTS
+from dsjax.config.roots import PLANNED, ROOTS
 from dsjax.curate import prepare
 from dsjax.janus import from_nothing
 from dsjax.posttrain import stages
@@ -35,7 +35,7 @@ KINDS = {
     "grpo": (Reinforcement,),
     "paint": (Janus,),
     "show": ROOTS,
-    "plan": ROOTS,
+    "plan": PLANNED,
 }
 EXAMPLE = {"grpo": "configs/grpo_countdown.py"}
 TOOLS = {*program.TOOLS, "NAME"}

@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 
 from dsjax import command
+from dsjax.config.roots import PLANNED
 
 STEP_ONLY = ("config", "set", "init", "topology", "step", "no_compile")
 SCHEDULE_ONLY = ("schedule", "stages", "microbatches", "out")
@@ -30,7 +31,7 @@ SCHEDULE_ONLY = ("schedule", "stages", "microbatches", "out")
 
 def parser() -> argparse.ArgumentParser:
     result = command.make_parser(__doc__)
-    command.add_experiment(result, optional=True)
+    command.add_experiment(result, optional=True, kinds=PLANNED)
     add = result.add_argument
     add("--topology", metavar="NAME", help="generation and shape in chips, such as v5p:8x8x8")
     text = "one program alone (default: all that a training step runs)"
@@ -55,13 +56,12 @@ def execute(arguments: argparse.Namespace) -> None:
         command.require(parser(), arguments, ("stages", "microbatches"), without=STEP_ONLY)
         from dsjax.plan import pipeline
 
-        summary = pipeline.plan(
-            arguments.schedule, arguments.stages, arguments.microbatches, arguments.out
-        )
+        asked = arguments.schedule, arguments.stages, arguments.microbatches, arguments.out
+        summary = pipeline.plan(*asked)
         show = pipeline.print_summary
     else:
         command.require(parser(), arguments, ("config", "topology"), without=SCHEDULE_ONLY)
-        config = command.load_experiment(arguments)
+        config = command.load_experiment(arguments, PLANNED)
         os.environ["JAX_PLATFORMS"] = "cpu"  # no device takes part, so that none is looked for
         from dsjax.checkpoint.shape import with_shape
 

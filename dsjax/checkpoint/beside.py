@@ -49,9 +49,11 @@ def beside(
     if vision is None or sight is None:
         return None
     unread = {part.path[-2:] for part in sight.parts(vision) if part.name in found}
-    # A folder may leave out what no model reads: a pooling head, counts of codes.
+    # A folder may leave out what no model reads: a pooling head, idle norms, counts of codes.
     if vision.tower.pool and not any("pool" in path for path in unread):
         vision = dataclasses.replace(vision, tower=dataclasses.replace(vision.tower, pool=False))
+    if vision.idle_norms and not any("high_norm" in path for path in unread):
+        vision = dataclasses.replace(vision, idle_norms=False)
     if vision.vq and vision.vq.usage and not any(path[-1] == "usage" for path in unread):
         vision = dataclasses.replace(vision, vq=dataclasses.replace(vision.vq, usage=0))
     result = Beside(vision, list(sight.parts(vision)), [], [])

@@ -2,11 +2,14 @@
 
 `export` calls it for a published folder of Janus, which is not imported before. The numbers do not
 change; names, orientation, and the tensors that hold queries, keys and values do. transformers'
-layout has no place for what no model reads, a pooling head and counts of codes: going there leaves
-them out, and coming back does not bring them back (DeepSeek's code warns, and computes the same).
+layout has no place for what no model reads, a pooling head, idle norms and counts of codes: going
+there leaves them out, and coming back does not bring them back (DeepSeek's code warns, and computes
+the same).
 
 config.json and preprocessor_config.json are written anew. In DeepSeek's preprocessing a fraction of
-a pixel is cut, in transformers' it is rounded, so a few pictures end up a row taller.
+a pixel is cut, in transformers' it is rounded, so a few pictures end up a row taller. The smaller
+picture of DeepSeek-VL 7B is made from the larger one's numbers in DeepSeek's, bicubically from the
+picture in transformers'.
 """
 
 from __future__ import annotations
@@ -110,10 +113,12 @@ def _other(family: str, vision: VisionConfig) -> str:
     Raises:
       ValueError: dsjax has but this one of the model.
     """
-    if vision.high or vision.flow or vision.tiles:
+    if vision.flow or vision.tiles:
         raise ValueError(f"family {family} is the only layout that dsjax has of this model")
     if family != DEEPSEEKS:
         return DEEPSEEKS
+    if vision.high:
+        return "deepseek_vl_hybrid"
     return "janus" if vision.vq else "deepseek_vl"
 
 
@@ -133,10 +138,13 @@ def _described(
     usage = multi_modality.VQ.usage if unread else 0
     vq = vision.vq and dataclasses.replace(vision.vq, usage=usage)
     tower = dataclasses.replace(vision.tower, pool=unread)
-    said = dataclasses.replace(vision, tower=tower, vq=vq, **({"image_token": None} | tokens))
+    idle = unread and vision.high is not None
+    said = dataclasses.replace(
+        vision, tower=tower, idle_norms=idle, vq=vq, **({"image_token": None} | tokens)
+    )
     config = to_hf(checkpoint.model, family, dtype=dtype.name, vision=said)
     tower, vq = dataclasses.replace(tower, pool=False), vq and dataclasses.replace(vq, usage=0)
-    return config, dataclasses.replace(said, tower=tower, vq=vq)
+    return config, dataclasses.replace(said, tower=tower, idle_norms=False, vq=vq)
 
 
 def _image_token(checkpoint: Checkpoint) -> int:
@@ -151,27 +159,72 @@ def _image_token(checkpoint: Checkpoint) -> int:
 
 
 def _rules(checkpoint: Checkpoint, family: str) -> dict[str, Any]:
-    """Returns the preprocessor_config.json."""
-    rules = pictures.read_rules(checkpoint.path)
-    size: dict[str, Any] = {
-        "image_size": rules.size,
-        "image_processor_type": "VLMImageProcessor",
-        "processor_class": "VLChatProcessor",
+    """Returns the preprocessor_config.json.
+
+    Raises:
+      ValueError: the layout cannot say how this model's pictures are read.
+    """
+    assert checkpoint.hf is not None and checkpoint.hf.beside is not None
+    vision = checkpoint.hf.beside.vision
+    low = vision.tower.image_size if vision.high else None
+    rules = pictures.read_rules(checkpoint.path, low=low)
+    if family == DEEPSEEKS:
+        return _deepseeks_rules(rules)
+    name = {
+        "janus": "Janus",
+        "deepseek_vl": "DeepseekVL",
+        "deepseek_vl_hybrid": "DeepseekVLHybrid",
+    }[family]
+    if rules.high and rules.high.fill not in (None, rules.high.mean):
+        raise ValueError(
+            f"{checkpoint.path}: image_mean={list(rules.high.fill)} in {pictures.RULES_FILE} is "
+            f"the colour of the border, which in this layout is {list(rules.high.mean)}"
+        )
+    high = rules.high and {
+        f"high_res_{key}": value for key, value in _said(rules.high, squares=True).items()
     }
-    if family != DEEPSEEKS:
-        name = {"janus": "Janus", "deepseek_vl": "DeepseekVL"}[family]
-        size = {
-            "size": {"height": rules.size, "width": rules.size},
-            "image_processor_type": f"{name}ImageProcessor",
-            "processor_class": f"{name}Processor",
-            "do_resize": True,
-            "do_rescale": True,
-            "do_pad": True,
-        }
-    return size | {
+    return {
+        **_said(rules, squares=True),
+        **(high or {}),
+        "image_processor_type": f"{name}ImageProcessor",
+        "processor_class": f"{name}Processor",
+        "do_resize": True,
+        "do_rescale": True,
+        "do_pad": True,
         "do_normalize": True,
         "rescale_factor": 1 / 255,
         "min_size": rules.least,
+    }
+
+
+def _deepseeks_rules(rules: pictures.Rules) -> dict[str, Any]:
+    """Returns the file that DeepSeek's code reads, whose two towers normalize themselves."""
+    if rules.high:
+        norms = (rules.high.mean, rules.high.std), (rules.mean, rules.std)
+        if norms != (pictures.SAM_NORM, pictures.SIGLIP_NORM):
+            raise ValueError(
+                f"means and deviations of {norms} are not the {pictures.SAM_NORM}, "
+                f"{pictures.SIGLIP_NORM} of DeepSeek-VL 7B, the only ones that its layout says"
+            )
+    return {
+        **_said(rules.high or rules, squares=False),
+        "image_processor_type": "VLMImageProcessor",
+        "processor_class": "VLChatProcessor",
+        "do_normalize": rules.high is None,
+        "rescale_factor": 1 / 255,
+        "min_size": rules.least,
+    }
+
+
+def _said(rules: pictures.Rules, *, squares: bool) -> dict[str, Any]:
+    """Returns size, mean, deviation and border of one picture.
+
+    Args:
+      squares: the size is written as height and width.
+    """
+    size = {"height": rules.size, "width": rules.size}
+    return {
+        **({"size": size} if squares else {"image_size": rules.size}),
         "image_mean": list(rules.mean),
         "image_std": list(rules.std),
         "background_color": list(rules.border),

@@ -10,12 +10,16 @@ from typing import TypeVar
 
 from dsjax import settings
 from dsjax.checkpoint import hub
+from dsjax.checkpoint.hf_config import vision_of
 from dsjax.checkpoint.hf_folder import check_kind
 from dsjax.checkpoint.inspection import implied_by
 from dsjax.config import Config, ModelConfig
-from dsjax.config.roots import ROOTS, Experiment
+from dsjax.config.janus import Janus
+from dsjax.config.roots import ROOTS, Planned
+from dsjax.config.vision import VisionConfig
+from dsjax.files import read_json
 
-AnyExperiment = TypeVar("AnyExperiment", bound=Experiment)
+AnyExperiment = TypeVar("AnyExperiment", bound=Planned)
 
 
 def with_shape(config: AnyExperiment, init: str | None) -> AnyExperiment:
@@ -35,15 +39,38 @@ def with_shape(config: AnyExperiment, init: str | None) -> AnyExperiment:
                 f"--init {init}: {config.name} pre-trains a model of its own; leave --init out"
             )
         return config
-    init = init or config.init
-    if config.model is not None and init == config.init:
+    init, known = init or config.init, config.model is not None
+    if isinstance(config, Janus):
+        known = known and config.vision is not None
+    if known and init == config.init:
         return config
     if not init:
         raise ValueError(
             f"{config.name} takes its model from the checkpoint that it begins with; name that, or "
             "a config of the same model: --init CKPT or, for example, --init configs/v3_671b.py"
         )
-    return dataclasses.replace(config, init=init, model=model_of(Path(init)))
+    filled = {"vision": sight_of(Path(init))} if isinstance(config, Janus) else {}
+    return dataclasses.replace(config, init=init, model=model_of(Path(init)), **filled)
+
+
+def sight_of(path: Path) -> VisionConfig:
+    """Reads what a published folder of a model that sees has beside its language model, of which
+    config.json is enough.
+
+    Raises:
+      ValueError: it is another kind of checkpoint, or not supported.
+      FileNotFoundError: there is no such folder.
+    """
+    path = hub.located(settings.find(path), weights=False)
+    file = path / "config.json" if path.is_dir() else path
+    values = read_json(file) if file.suffix == ".json" else {}
+    vision = vision_of(values) if "model_type" in values else None
+    if vision is None:
+        raise ValueError(
+            f"--init {path} is not the folder of a model that sees; name one of Janus or Janus-Pro "
+            "as published, of which config.json is enough"
+        )
+    return vision
 
 
 def model_of(path: Path) -> ModelConfig:

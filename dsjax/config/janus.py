@@ -9,7 +9,7 @@ from typing import Literal
 from dsjax.config.posttraining import PostTraining, TuningConfig
 from dsjax.config.rules import require, require_fraction, require_not_negative
 from dsjax.config.train import OptimConfig, PrecisionConfig
-from dsjax.config.vision import VqConfig
+from dsjax.config.vision import VisionConfig, VqConfig
 
 KINDS = ("see", "text", "draw")
 PARTS = ("language", "tower", "aligner", "drawing")
@@ -72,6 +72,8 @@ class Janus(PostTraining):
     """A stage of training, the root that `tools/paint.py` reads."""
 
     janus: JanusConfig = dataclasses.field(default_factory=JanusConfig)
+    # What the checkpoint sees and draws with, for a plan; a run looks at the checkpoint itself.
+    vision: VisionConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

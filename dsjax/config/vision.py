@@ -213,6 +213,7 @@ class VisionConfig:
       aligner_depth: linear layers from the tower's width to the language model's.
       aligner_activation: what is between them.
       high: a second tower that sees the picture larger (DeepSeek-VL 7B); None: there is none.
+      idle_norms: the weights of a norm per tower are there, which no model of ours reads.
       vq: what it draws codes with; None: it does not.
       flow: what it draws latents with; None: it does not.
       drawing_depth: linear layers from a code's embedding to the language model's width.
@@ -226,6 +227,7 @@ class VisionConfig:
     aligner_depth: int = 2
     aligner_activation: Literal["gelu", "gelu_tanh"] = "gelu"
     high: SamConfig | None = None
+    idle_norms: bool = False
     vq: VqConfig | None = None
     flow: FlowConfig | None = None
     drawing_depth: int = 2
@@ -239,6 +241,10 @@ class VisionConfig:
         require(
             self.high is None or self.dim % 2 == 0,
             f"vision.dim={self.dim} is odd, and each of two towers gives half of it",
+        )
+        require(
+            self.high is not None or not self.idle_norms,
+            "vision.idle_norms=True: only models with two towers (vision.high) have these norms",
         )
         require(
             not (self.vq and self.flow), "vision.vq and vision.flow: a model draws in one way only"

@@ -53,7 +53,8 @@ def open_format(checkpoint: Checkpoint) -> PicturedFormat | None:
             f"{folder}: the tokenizer has no {', '.join(missing)}, which stand for a picture; copy "
             "it again from the release"
         )
-    rules = pictures.read_rules(folder, tiles=vision.tiles is not None)
+    low = vision.tower.image_size if vision.high else None
+    rules = pictures.read_rules(folder, tiles=vision.tiles is not None, low=low)
     made = [rules.size, *([rules.high.size] if rules.high else [])]
     seen = [vision.tower.image_size, *([vision.high.image_size] if vision.high else [])]
     if made != seen:

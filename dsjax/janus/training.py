@@ -117,13 +117,8 @@ def open_initial(config: Janus) -> tuple[Checkpoint, PicturedFormat]:
             f"{config.init} is a language model alone; begin with a published folder of Janus, "
             "Janus-Pro, JanusFlow, DeepSeek-VL or VL2, or with model/ of an earlier stage"
         )
-    n_draw = config.counts[KINDS.index("draw")]
-    if (n_draw or "drawing" in config.janus.trains) and not form.vision.draws:
-        raise ValueError(
-            f"{config.init} sees and does not draw; set janus.ratio=1,0,0 or 1,1,0, and leave "
-            "drawing out of janus.trains"
-        )
-    if n_draw and form.vision.flow and not config.janus.vae:
+    check_sight(config, form.vision)
+    if config.counts[KINDS.index("draw")] and form.vision.flow and not config.janus.vae:
         raise ValueError(
             f"{config.init} draws latents, and the VAE that makes them of pictures is not in its "
             f"folder; download config.json and {WEIGHTS} of stabilityai/sdxl-vae, and set "
@@ -135,6 +130,18 @@ def open_initial(config: Janus) -> tuple[Checkpoint, PicturedFormat]:
             "it out"
         )
     return checkpoint, form
+
+
+def check_sight(config: Janus, vision: VisionConfig) -> None:
+    """Raises ValueError if a model cannot draw what `janus.ratio` asks for, or has no
+    `janus.trains`.
+    """
+    n_draw = config.counts[KINDS.index("draw")]
+    if (n_draw or "drawing" in config.janus.trains) and not vision.draws:
+        raise ValueError(
+            f"{config.init} sees and does not draw; set janus.ratio=1,0,0 or 1,1,0, and leave "
+            "drawing out of janus.trains"
+        )
 
 
 def _filled(config: Janus, checkpoint: Checkpoint) -> Janus:
@@ -339,9 +346,13 @@ class JanusRun:
             publish(partial, target)
 
 
-def declared_sighted(config: Janus, vision: VisionConfig) -> Sighted:
-    """Declares the model of a run, without values."""
-    policy = declared_model(config.shape, config.precision).policy
+def declared_sighted(config: Janus, vision: VisionConfig, target: Target | None = None) -> Sighted:
+    """Declares the model of a run, without values.
+
+    Args:
+      target: the machine to compile for; None: JAX's own devices.
+    """
+    policy = declared_model(config.shape, config.precision, target).policy
     return Sighted(config.shape, vision, policy)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dsjax.config.roots import Experiment
+from dsjax.config.roots import Planned
 from dsjax.parallel.compilation import compiler_options
 from dsjax.parallel.mesh import make_mesh
 from dsjax.plan import collectives, operations, steps
@@ -42,7 +42,7 @@ class CompilerFigures(NamedTuple):
     collectives_error: str | None = "the program does not fit"  # why there are none
 
 
-def compile_step(config: Experiment, topology: Topology, step: str) -> CompilerFigures:
+def compile_step(config: Planned, topology: Topology, step: str) -> CompilerFigures:
     """Compiles a program of `dsjax.plan.steps`.
 
     Raises:
@@ -53,7 +53,7 @@ def compile_step(config: Experiment, topology: Topology, step: str) -> CompilerF
         return _compile(config, topology, step, Path(folder))
 
 
-def _compile(config: Experiment, topology: Topology, step: str, folder: Path) -> CompilerFigures:
+def _compile(config: Planned, topology: Topology, step: str, folder: Path) -> CompilerFigures:
     """Does what `compile_step` does; the compiler dumps its programs into `folder`."""
     mesh = make_mesh(steps.mesh_sizes(config, step), devices=devices(topology))
     program = steps.build(config, step, mesh, topology.target)
@@ -103,7 +103,7 @@ def _compile(config: Experiment, topology: Topology, step: str, folder: Path) ->
     )
 
 
-def rows_per_expert(config: Experiment, program: Program) -> float:
+def rows_per_expert(config: Planned, program: Program) -> float:
     """Returns the assignments per expert in one pass under an even load."""
     model = config.shape
     if not model.n_routed_experts:

@@ -14,7 +14,9 @@ import jax
 from jax.sharding import AbstractMesh
 
 from dsjax.config import ModelConfig
-from dsjax.config.roots import Experiment
+from dsjax.config.janus import Janus
+from dsjax.config.roots import Planned
+from dsjax.janus.training import declared_sighted, trained_parts
 from dsjax.model import flops
 from dsjax.model.block import attention_class
 from dsjax.model.parameters import Declaration, declarations
@@ -22,7 +24,9 @@ from dsjax.parallel import schedules
 from dsjax.parallel.expert_parallel import SLACK
 from dsjax.parallel.lockstep import lock_step
 from dsjax.parallel.sharding import AXIS_TABLE, parts, split_over, stored_spec
+from dsjax.plan.janus import seen_by
 from dsjax.plan.programs import Program, shard_bytes
+from dsjax.train.optimizer import Trains
 from dsjax.train.step import declared_model
 
 BESIDE = "arrays beside the program"
@@ -51,12 +55,13 @@ class _Weights(NamedTuple):
 
     kept: float
     worked: float  # as kept, or a pipeline's copies: the layers of its stages and the ends
+    trained: float  # of these, those that have gradients
     gathered: float  # all layers that it works on
     largest_layer: float  # gathered
     head: float  # gathered
 
 
-def estimate(config: Experiment, mesh: AbstractMesh, program: Program, step: str) -> Estimate:
+def estimate(config: Planned, mesh: AbstractMesh, program: Program, step: str) -> Estimate:
     """Estimates a program of `dsjax.plan.steps`."""
     kinds = {"train": _train, "score": _score, "decode": _decode}
     found = kinds[step](config, mesh, program, _weights(config, mesh))
@@ -65,25 +70,36 @@ def estimate(config: Experiment, mesh: AbstractMesh, program: Program, step: str
     return found
 
 
-def _weights(config: Experiment, mesh: AbstractMesh) -> _Weights:
-    declared = declarations(declared_model(config.shape, config.precision))
+def _weights(config: Planned, mesh: AbstractMesh) -> _Weights:
+    declared, trains = _declared(config)
     layers: dict[str, float] = {}
-    kept = worked = gathered = head = 0.0
+    kept = worked = trained = gathered = head = 0.0
     for parameter in declared:
         stored, split, whole = _split(parameter, mesh)
-        in_body = parameter.axes[0] == "layers"
+        stack = parameter.path.partition(".")[0]
+        in_body = parameter.axes[0] == "layers" and stack != "eyes"
         share = _stage_layers(config, mesh) / parameter.shape[0] if in_body else 1.0
         kept, worked = kept + stored, worked + share * split
-        stack = parameter.path.partition(".")[0]
+        trained += share * split * bool(trains(tuple(parameter.path.split("."))))
         if in_body:
             layers[stack] = layers.get(stack, 0.0) + whole / parameter.shape[0]
             gathered += share * whole
         elif stack in ("head", "embed"):
             head = max(head, whole)
-    return _Weights(kept, worked, gathered, max(layers.values()), head)
+    return _Weights(kept, worked, trained, gathered, max(layers.values()), head)
 
 
-def _stage_layers(config: Experiment, mesh: AbstractMesh) -> int:
+def _declared(config: Planned) -> tuple[list[Declaration], Trains]:
+    """Returns the parameters of a model, and which of them have gradients, in a model that sees
+    only what `janus.trains` names.
+    """
+    if isinstance(config, Janus):
+        declared = declared_sighted(config, seen_by(config))
+        return declarations(declared), trained_parts(config.janus.trains)
+    return declarations(declared_model(config.shape, config.precision)), lambda path: True
+
+
+def _stage_layers(config: Planned, mesh: AbstractMesh) -> int:
     """Counts the layers that a device works on: all, or those of its stages in a pipeline."""
     name, ranks = config.mesh.schedule, mesh.shape["pipe"]
     per_rank = schedules.stages_per_rank(name)
@@ -108,7 +124,7 @@ def _split(parameter: Declaration, mesh: AbstractMesh) -> tuple[float, float, fl
     return parameter.count / math.prod(mesh.shape[name] for name in names), split, gathered
 
 
-def _train(config: Experiment, mesh: AbstractMesh, program: Program, weights: _Weights) -> Estimate:
+def _train(config: Planned, mesh: AbstractMesh, program: Program, weights: _Weights) -> Estimate:
     model, item = config.shape, _COMPUTE[config.precision.compute]
     tokens = program.tokens_per_pass // (parts("batch", mesh) * parts("length", mesh))
     passes = program.tokens // program.tokens_per_pass
@@ -119,7 +135,7 @@ def _train(config: Experiment, mesh: AbstractMesh, program: Program, weights: _W
     again = {"none": 0, "selective": 0.5, "full": 1}[config.train.remat]
     memory = {
         "arguments": program.argument_bytes,
-        "gradients": int(weights.worked * _FLOAT32) * (2 if accumulates and not pipelined else 1),
+        "gradients": int(weights.trained * _FLOAT32) * (2 if accumulates and not pipelined else 1),
         "kept between the layers": int(tokens * layers * _kept_values(config, mesh) * item),
     }
     if pipelined:
@@ -149,7 +165,7 @@ def _train(config: Experiment, mesh: AbstractMesh, program: Program, weights: _W
     return Estimate(memory, traffic, network, needed * (1 + again / 3), needed)
 
 
-def _waiting(config: Experiment, mesh: AbstractMesh, microbatches: int) -> int:
+def _waiting(config: Planned, mesh: AbstractMesh, microbatches: int) -> int:
     """Counts the activations that a device stores between the stages and at the ends."""
     ranks, name = mesh.shape["pipe"], config.mesh.schedule
     stages = ranks * schedules.stages_per_rank(name)
@@ -158,7 +174,7 @@ def _waiting(config: Experiment, mesh: AbstractMesh, microbatches: int) -> int:
     return table.stages.shape[1] * slots + 2 * -(-microbatches // ranks)
 
 
-def _score(config: Experiment, mesh: AbstractMesh, program: Program, weights: _Weights) -> Estimate:
+def _score(config: Planned, mesh: AbstractMesh, program: Program, weights: _Weights) -> Estimate:
     model, item = config.shape, _COMPUTE[config.precision.compute]
     tokens = program.tokens_per_pass // (parts("batch", mesh) * parts("length", mesh))
     passes = program.tokens // program.tokens_per_pass
@@ -178,9 +194,7 @@ def _score(config: Experiment, mesh: AbstractMesh, program: Program, weights: _W
     return Estimate(memory, traffic, passes * sent, needed, needed)
 
 
-def _decode(
-    config: Experiment, mesh: AbstractMesh, program: Program, weights: _Weights
-) -> Estimate:
+def _decode(config: Planned, mesh: AbstractMesh, program: Program, weights: _Weights) -> Estimate:
     model, item = config.shape, _COMPUTE[config.precision.compute]
     tokens = max(program.tokens // parts("batch", mesh), 1)
     work = tokens * (_routed_values(model, mesh) + 4 * model.vocab_size) * item
@@ -217,7 +231,7 @@ def _narrow_entries(program: Program) -> tuple[int, int]:
     return narrow, in_tiles
 
 
-def _kept_values(config: Experiment, mesh: AbstractMesh) -> float:
+def _kept_values(config: Planned, mesh: AbstractMesh) -> float:
     """Counts values per token and layer kept for the backward pass, on average over layers."""
     model, tensor = config.shape, parts("heads", mesh)
     # Of chosen keys: an index of four bytes, and whether it is valid.

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dsjax import tables
-from dsjax.config.roots import Experiment
+from dsjax.config.roots import Planned
 from dsjax.parallel.mesh import describe_mesh, resolve
 from dsjax.plan import aot, estimate, steps
 from dsjax.plan.roofline import roofline
@@ -17,7 +17,7 @@ from dsjax.plan.topology import Topology
 
 
 def of_step(
-    config: Experiment, topology: Topology, step: str | None, *, compiled: bool
+    config: Planned, topology: Topology, step: str | None, *, compiled: bool
 ) -> dict[str, Any]:
     """Returns the figures of one program, or of all that a training step runs: those of the program
     that updates, with those of the others in `others`.
@@ -31,7 +31,7 @@ def of_step(
     return plan
 
 
-def make(config: Experiment, topology: Topology, step: str, *, compiled: bool) -> dict[str, Any]:
+def make(config: Planned, topology: Topology, step: str, *, compiled: bool) -> dict[str, Any]:
     """Returns the figures of a step.
 
     Args:
@@ -74,7 +74,7 @@ def make(config: Experiment, topology: Topology, step: str, *, compiled: bool) -
     }
 
 
-def _compiled(config: Experiment, topology: Topology, step: str) -> dict[str, Any]:
+def _compiled(config: Planned, topology: Topology, step: str) -> dict[str, Any]:
     found = aot.compile_step(config, topology, step)._asdict()
     sent = found["collectives"]
     return found | {

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from dsjax.config import Config
-from dsjax.config.roots import Experiment
+from dsjax.config.roots import Planned
 from dsjax.generate import decoding as engine
 from dsjax.generate import sampling
 from dsjax.kernels.target import Target
@@ -93,7 +93,7 @@ def train(config: Config, mesh: Mesh | AbstractMesh, target: Target) -> Program:
     )
 
 
-def decode(config: Experiment, mesh: Mesh | AbstractMesh, target: Target) -> Program:
+def decode(config: Planned, mesh: Mesh | AbstractMesh, target: Target) -> Program:
     """Builds one call of the decoding program, as `dsjax.generate` runs it: one token for each of a
     micro-batch's sequences, with a cache as long as a training row and weights in the compute type.
 

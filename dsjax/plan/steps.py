@@ -8,17 +8,18 @@ from typing import Any
 from jax.sharding import AbstractMesh, Mesh
 
 from dsjax.config.finetuning import FineTuning
+from dsjax.config.janus import Janus
 from dsjax.config.preference import Preference
 from dsjax.config.pretraining import Config
 from dsjax.config.reinforcement import Reinforcement
-from dsjax.config.roots import Experiment
+from dsjax.config.roots import Planned
 from dsjax.kernels.target import Target
-from dsjax.plan import posttraining, programs
+from dsjax.plan import janus, posttraining, programs
 from dsjax.plan.programs import Program
 
 Build = Callable[[Any, Mesh | AbstractMesh, Target], Program]
 
-_STEPS: Mapping[type[Experiment], Mapping[str, Build]] = {
+_STEPS: Mapping[type[Planned], Mapping[str, Build]] = {
     Config: {"train": programs.train, "decode": programs.decode},
     FineTuning: {"train": posttraining.finetune, "decode": programs.decode},
     Preference: {"train": posttraining.prefer},
@@ -27,27 +28,28 @@ _STEPS: Mapping[type[Experiment], Mapping[str, Build]] = {
         "score": posttraining.score,
         "decode": posttraining.rollout,
     },
+    Janus: {"train": janus.paint},
 }
 
 
-def of_training(config: Experiment) -> list[str]:
+def of_training(config: Planned) -> list[str]:
     """Names the programs that a training step of an experiment runs, that which updates first."""
     return [step for step in _STEPS[type(config)] if step != "decode" or _answers(config)]
 
 
-def _answers(config: Experiment) -> bool:
+def _answers(config: Planned) -> bool:
     """Tells whether a training step lets the model answer."""
     return isinstance(config, Reinforcement)
 
 
-def mesh_sizes(config: Experiment, step: str) -> dict[str, int]:
+def mesh_sizes(config: Planned, step: str) -> dict[str, int]:
     """Returns the devices along each axis of the mesh that a program runs on."""
     if step == "decode" and isinstance(config, Reinforcement):
         return config.rollout_mesh.sizes or config.mesh.sizes
     return config.mesh.sizes
 
 
-def build(config: Experiment, step: str, mesh: Mesh | AbstractMesh, target: Target) -> Program:
+def build(config: Planned, step: str, mesh: Mesh | AbstractMesh, target: Target) -> Program:
     """Builds a program: train, score or decode.
 
     Raises:

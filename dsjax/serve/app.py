@@ -26,10 +26,12 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from dsjax import files
+from dsjax.infer.pictured import PicturedFormat
 from dsjax.serve.answering import ClientLeft
 from dsjax.serve.chat import complete_chat
 from dsjax.serve.completion import complete_text
 from dsjax.serve.errors import ApiError
+from dsjax.serve.picture_parts import MOST_PICTURES
 from dsjax.serve.record import Entry
 from dsjax.serve.service import Service
 
@@ -44,6 +46,7 @@ _PAGE_FILES = {
     "/page.js": ("page.js", "text/javascript"),
     "/markdown.js": ("markdown.js", "text/javascript"),
     "/conversations.js": ("conversations.js", "text/javascript"),
+    "/pictures.js": ("pictures.js", "text/javascript"),
 }
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -211,6 +214,9 @@ class Site:
             "status": state,
             "model": self._service.name,
             "chat": self._service.form is not None,
+            # How many a request may have; 0: the model does not see.
+            "pictures": MOST_PICTURES if isinstance(self._service.form, PicturedFormat) else 0,
+            "max_body": self._access.max_body,
             "key": bool(self._access.keys),
             "running": worker.n_running,
             "waiting": worker.n_waiting,

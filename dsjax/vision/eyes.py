@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.config.vision import VisionConfig
-from dsjax.model.layers import Normal, RMSNorm, declare
+from dsjax.model.layers import LayerNorm, Normal, RMSNorm, declare
 from dsjax.precision.policy import Policy
 from dsjax.vision.projector import STD, CodeHead, HybridProjector, Linear, Projector, unfold
 from dsjax.vision.sam import Sam
@@ -101,7 +101,10 @@ class Eyes(nnx.Module):
         width, depth = config.tower.dim, config.aligner_depth
         if config.high:
             self.high = Sam(config.high, config.tower.grid, policy)
-            self.hybrid = HybridProjector(width, 4 * config.high.out_channels, config.dim, policy)
+            width_high = 4 * config.high.out_channels
+            self.hybrid = HybridProjector(width, width_high, config.dim, policy)
+            if config.idle_norms:  # kept to be written, as the towers' pooling heads
+                self.high_norm, self.low_norm = LayerNorm(width_high), LayerNorm(width)
         else:
             width *= config.tiles.downsample**2 if config.tiles else 1
             self.aligner = Projector(width, config.dim, depth, policy, exact=exact)

@@ -8,6 +8,10 @@ DeepSeek's code (Janus, DeepSeek-VL) cuts the shorter side to whole pixels where
 it: 500 x 333 becomes 384 x 255 or 384 x 256. `Rules.cut` says which. A rotation that a camera only
 notes (EXIF) is not applied, nor do they; of an animation the first picture is read.
 
+Two towers (DeepSeek-VL 7B): the small picture is made from the large one, which has its border by
+then. transformers resizes it as a picture again; DeepSeek's code resizes its numbers, in float32,
+as torch does (`Rules.resampling`).
+
 A file says how large its picture is before any of it is decoded, so a small file cannot fill the
 memory.
 """
@@ -21,7 +25,7 @@ import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -35,6 +39,11 @@ MAX_PIXELS = 64_000_000  # a camera's largest pictures have 61 million; 4 bytes 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 RULES_FILE, TILES_FILE = "preprocessor_config.json", "processor_config.json"
 _SCALE = 1 / 255
+# Mean and deviation per channel by which DeepSeek-VL 7B's towers normalize, in their own code.
+SAM_NORM = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+SIGLIP_NORM = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+Resampling = Literal["bicubic", "bilinear", "numbers"]
+_RESAMPLING: dict[Any, Resampling] = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +54,9 @@ class Rules:
       size: side of the square, in pixels.
       least: the shorter side is at least this long before padding.
       mean, std: of each channel, on a scale from 0 to 1.
+      fill: the mean whose colour fills the square; None: `mean`.
+      resampling: how it is resized: by Pillow, or, "numbers", as the large picture's numbers are
+        from which it is made: bilinearly with antialiasing, in float32.
       cut: whether a fraction of a pixel is cut off the shorter side, not rounded.
       high: how the picture for a second tower is made; this one is then made from it.
       resolutions: widths and heights of whole squares that larger pictures are cut into, as
@@ -55,6 +67,8 @@ class Rules:
     least: int = 14
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    fill: tuple[float, float, float] | None = None
+    resampling: Resampling = "bicubic"
     cut: bool = True
     high: Rules | None = None
     resolutions: tuple[tuple[int, int], ...] = ()
@@ -62,7 +76,7 @@ class Rules:
     @property
     def border(self) -> tuple[int, ...]:
         """The colour that fills the square: the mean, cut to 8 bits."""
-        return tuple(int(value * 255) for value in self.mean)
+        return tuple(int(value * 255) for value in self.fill or self.mean)
 
 
 class Picture(NamedTuple):
@@ -153,7 +167,8 @@ def square(picture: Image, rules: Rules) -> np.ndarray:
     import PIL.Image
 
     width, height = (_side(side, max(picture.size), rules) for side in picture.size)
-    resized = picture.resize((width, height), PIL.Image.Resampling.BICUBIC)
+    kernel = PIL.Image.Resampling[rules.resampling.upper()]
+    resized = picture.resize((width, height), kernel)
     side = max(width, height)
     framed = PIL.Image.new("RGB", (side, side), rules.border)
     framed.paste(resized, ((side - width) // 2, (side - height) // 2))
@@ -186,7 +201,14 @@ def normalized(squares: np.ndarray, rules: Rules) -> np.ndarray:
     """Scales uint8 [..., 3] to the tower's numbers, float32: float64 up to 1, float32 from there,
     as the references.
     """
-    scaled = (squares * _SCALE).astype(np.float32)
+    return _standardized(_scaled(squares), rules)
+
+
+def _scaled(squares: np.ndarray) -> np.ndarray:
+    return (squares * _SCALE).astype(np.float32)
+
+
+def _standardized(scaled: np.ndarray, rules: Rules) -> np.ndarray:
     return (scaled - np.asarray(rules.mean, np.float32)) / np.asarray(rules.std, np.float32)
 
 
@@ -201,9 +223,14 @@ def largest(picture: Image, rules: Rules) -> np.ndarray:
 
 
 def views(squares: np.ndarray, rules: Rules) -> tuple[np.ndarray, ...]:
-    """Returns what each tower sees, the second one last, from the largest squares, uint8."""
+    """Returns what each tower sees, the second one last, from the largest squares, uint8: for
+    training, where numbers that have been resized are rounded to 8 bits.
+    """
     if rules.high is None:
         return (squares,)
+    if rules.resampling == "numbers":
+        small = np.rint(_resized(_scaled(squares), rules.size) / _SCALE)
+        return small.astype(np.uint8), squares
     import PIL.Image
 
     small = [square(PIL.Image.fromarray(each), rules) for each in squares]
@@ -212,15 +239,34 @@ def views(squares: np.ndarray, rules: Rules) -> tuple[np.ndarray, ...]:
 
 def inputs(squares: np.ndarray, rules: Rules) -> tuple[np.ndarray, ...]:
     """Returns the input of each tower, the second one's last, from the largest squares."""
+    if rules.high and rules.resampling == "numbers":
+        scaled = _scaled(squares)
+        small = _standardized(_resized(scaled, rules.size), rules)
+        return small, _standardized(scaled, rules.high)
     own = [rules, *([rules.high] if rules.high else [])]
     return tuple(map(normalized, views(squares, rules), own))
 
 
-def read_rules(folder: Path, *, tiles: bool = False) -> Rules:
+def _resized(scaled: np.ndarray, size: int) -> np.ndarray:
+    """Resizes squares, float32 [n, side, side, 3], bilinearly with antialiasing: each new number is
+    the mean of those less than a new pixel's width away, weighted by their nearness.
+    """
+    side = scaled.shape[1]
+    centres = (np.arange(size) + 0.5) * side / size
+    away = abs(np.arange(side)[None] + 0.5 - centres[:, None]) / max(side / size, 1)
+    weights = np.maximum(1 - away, 0)
+    weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    across = np.einsum("xw,nhwc->nhxc", weights, scaled, optimize=True)
+    return np.einsum("yh,nhxc->nyxc", weights, across, optimize=True)
+
+
+def read_rules(folder: Path, *, tiles: bool = False, low: int | None = None) -> Rules:
     """Reads a checkpoint's preprocessor_config.json, as DeepSeek or transformers writes it.
 
     Args:
       tiles: the model sees tiles, whose rules are in processor_config.json.
+      low: of a model with two towers, the size of the smaller picture, which DeepSeek's file does
+        not give; None: the model has one tower.
 
     Raises:
       ValueError: it is missing, or asks for what is not done here.
@@ -228,7 +274,25 @@ def read_rules(folder: Path, *, tiles: bool = False) -> Rules:
     path = folder / (TILES_FILE if tiles else RULES_FILE)
     if not path.is_file():
         raise ValueError(f"{folder} has no {path.name}, which says how pictures are read")
-    return (tile_rules_of if tiles else rules_of)(read_json(path), str(path))
+    values = read_json(path)
+    if tiles:
+        return tile_rules_of(values, str(path))
+    if low is not None and values.get("image_size") is not None:
+        return two_rules_of(values, str(path), low)
+    return rules_of(values, str(path))
+
+
+def two_rules_of(values: Mapping[str, Any], place: str, low: int) -> Rules:
+    """Reads the contents of DeepSeek-VL 7B's preprocessor_config.json; see `read_rules`."""
+    if values.get("do_normalize") is not False:
+        raise ValueError(
+            f"{place}: do_normalize={values.get('do_normalize')!r}, and this model's towers "
+            "normalize themselves; copy the file again from the release, which has false"
+        )
+    large = rules_of({**values, "do_normalize": True}, place)
+    high = dataclasses.replace(large, mean=SAM_NORM[0], std=SAM_NORM[1], fill=large.mean)
+    mean, std = SIGLIP_NORM
+    return Rules(size=low, least=large.least, mean=mean, std=std, resampling="numbers", high=high)
 
 
 def tile_rules_of(values: Mapping[str, Any], place: str) -> Rules:
@@ -275,8 +339,10 @@ def rules_of(values: Mapping[str, Any], place: str) -> Rules:
     for name in ("do_resize", "do_rescale", "do_normalize", "do_pad"):
         if values.get(name) is False:
             raise ValueError(f"{place}: {name}=false, and pictures are always prepared here")
-    if values.get("resample", 3) != 3:
-        raise ValueError(f"{place}: resample={values['resample']!r} is not 3, bicubic")
+    resample = values.get("resample", 3)
+    resampling = _RESAMPLING.get(resample) if isinstance(resample, int) else None
+    if resampling is None:
+        raise ValueError(f"{place}: resample={resample!r} is neither 2, bilinear, nor 3, bicubic")
     factor = values.get("rescale_factor", _SCALE)
     if factor != _SCALE:
         raise ValueError(f"{place}: rescale_factor={factor!r} is not 1/255")
@@ -288,7 +354,9 @@ def rules_of(values: Mapping[str, Any], place: str) -> Rules:
         found = {key.removeprefix("high_res_"): value for key, value in values.items()
                  if key.startswith("high_res_")}  # fmt: skip
         high = rules_of({**values, **found, "high_res_size": None}, place)
-    return Rules(size=size, least=least, mean=mean, std=std, cut=cut, high=high)
+    return Rules(
+        size=size, least=least, mean=mean, std=std, resampling=resampling, cut=cut, high=high
+    )
 
 
 def _channels(values: Mapping[str, Any], name: str, place: str) -> tuple[float, float, float]:

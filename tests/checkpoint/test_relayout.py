@@ -13,10 +13,11 @@ from dsjax.checkpoint.eyes import load_eyes
 from dsjax.checkpoint.importing import import_checkpoint
 from dsjax.checkpoint.tensor_files import open_folder
 from dsjax.display import Transfer
-from dsjax.files import read_json
+from dsjax.files import read_json, write_json
 from dsjax.infer.looking import open_format
 from dsjax.text.chat import Message
-from dsjax.vision.pictures import read_rules
+from dsjax.vision.pictures import RULES_FILE, read_rules
+from tests.golden import vl7b
 from tests.vision import toy
 
 
@@ -73,6 +74,50 @@ def test_files_beside_the_weights_come_along(deepseeks, tmp_path):
     old, new = (open_format(load.open_checkpoint(each)) for each in (deepseeks, janus))
     assert old and new and old.encode(turn) == new.encode(turn)
     assert old.image_token == new.image_token == toy.PLACEHOLDER
+
+
+@pytest.fixture
+def two_towers(tmp_path, monkeypatch):
+    vl7b.shrink(monkeypatch)
+    return vl7b.write(tmp_path / "vl7b")
+
+
+def test_two_towers_are_written_in_the_other_layout_and_back(two_towers, tmp_path):
+    theirs = export(two_towers, tmp_path / "transformers")
+    assert read_json(theirs / "config.json")["model_type"] == "deepseek_vl_hybrid"
+    first, again = open_folder(two_towers), open_folder(export(theirs, tmp_path / "again"))
+    lost = {name for name in first.tensors if "attn_pool" in name or "_layer_norm" in name}
+    assert len(lost) == 17 and set(again.tensors) == set(first.tensors) - lost
+    for name in again.tensors:
+        np.testing.assert_array_equal(again.read(name), first.read(name), err_msg=name)
+    assert all(
+        load.open_checkpoint(folder).hf.beside.vision.idle_norms == there
+        for folder, there in ((two_towers, True), (theirs, False), (tmp_path / "again", False))
+    )
+    own, other, back = (
+        read_rules(each, low=vl7b.LOW) for each in (two_towers, theirs, tmp_path / "again")
+    )
+    assert own == back and own.high and other.high
+    assert other == dataclasses.replace(
+        own,
+        cut=False,
+        resampling="bicubic",
+        high=dataclasses.replace(own.high, cut=False, fill=None),
+    )
+    image_token = read_json(theirs / "config.json")["image_token_id"]
+    assert image_token == vl7b.CONTROL["<image_placeholder>"]
+
+
+def test_rules_that_the_other_layout_cannot_say_are_refused(two_towers, tmp_path):
+    file = two_towers / RULES_FILE
+    write_json(file, vl7b.PROCESSOR | {"image_mean": [0.5] * 3})
+    with pytest.raises(ValueError, match="is the colour of the border"):
+        export(two_towers, tmp_path / "transformers")
+    write_json(file, vl7b.PROCESSOR)
+    theirs = export(two_towers, tmp_path / "transformers")
+    write_json(theirs / RULES_FILE, read_json(theirs / RULES_FILE) | {"image_mean": [0.25] * 3})
+    with pytest.raises(ValueError, match="the only ones that its layout says"):
+        export(theirs, tmp_path / "again")
 
 
 def test_a_shape_that_deepseeks_code_has_not_is_refused(tmp_path):

@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 
 from dsjax import settings
-from dsjax.checkpoint.hf_config import to_hf
+from dsjax.checkpoint.hf_config import to_hf, vision_of
 from dsjax.checkpoint.shape import model_of, with_shape
 from dsjax.config.finetuning import FineTuning
+from dsjax.config.janus import Janus
+from dsjax.config.posttraining import TuningConfig
 from dsjax.config.shapes import V2_LITE, V3
 from dsjax.files import write_json
+from tests.checkpoint.families.test_multi_modality import JANUS_1B
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 BARE = FineTuning(name="tuned")
@@ -36,6 +39,19 @@ def test_what_pre_trains_has_a_model_already():
     assert with_shape(config, None) is config
     with pytest.raises(ValueError, match="tiny pre-trains a model of its own; leave --init out"):
         with_shape(config, "base")
+
+
+def test_a_model_that_sees_tells_what_it_sees_with(tmp_path):
+    write_json(tmp_path / "config.json", JANUS_1B)
+    filled = with_shape(Janus(name="x", train=TuningConfig(batch_size=4)), str(tmp_path))
+    assert filled.vision == vision_of(JANUS_1B) and filled.shape.dim == 2048
+    assert with_shape(filled, None) is filled
+    for init in (tmp_path / "plain", CONFIGS / "v3_671b.py"):
+        if not init.suffix:
+            init.mkdir()
+            write_json(init / "config.json", to_hf(V3, "deepseek_v3"))
+        with pytest.raises(ValueError, match="is not the folder of a model that sees; name one of"):
+            with_shape(filled, str(init))
 
 
 @pytest.mark.parametrize(

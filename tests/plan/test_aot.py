@@ -11,7 +11,7 @@ import pytest
 
 from dsjax import settings
 from dsjax.checkpoint.shape import with_shape
-from dsjax.config.roots import ROOTS
+from dsjax.config.roots import PLANNED
 from dsjax.plan import aot, figures, topology
 
 ROOT = Path(__file__).parents[2]
@@ -29,11 +29,9 @@ def tpu_compiler(monkeypatch):
 
 
 def load(case, *overrides):
-    config = settings.load_any(ROOT / "configs" / f"{case['config']}.py", ROOTS)
+    config = settings.load_any(ROOT / "configs" / f"{case['config']}.py", PLANNED)
     config = settings.override(config, [*case["set"], *overrides])
-    return with_shape(
-        config, str(ROOT / "configs" / f"{case['init']}.py") if "init" in case else None
-    )
+    return with_shape(config, str(ROOT / case["init"]) if "init" in case else None)
 
 
 @pytest.mark.parametrize(

@@ -323,11 +323,12 @@ def test_deepseek_vl_hybrid_equals_transformers(tmp_path):
     assert_close(language.logits(hidden), want, LOGITS)
 
 
-def test_both_pictures_equal_transformers_to_the_bit():
+@pytest.mark.parametrize("resample", [2, 3])  # bilinear, which their conversion asks for
+def test_both_pictures_equal_transformers_to_the_bit(resample):
     from transformers.models.deepseek_vl_hybrid import image_processing_pil_deepseek_vl_hybrid
 
     kind = image_processing_pil_deepseek_vl_hybrid.DeepseekVLHybridImageProcessorPil
-    processor = kind(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor = kind(image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=resample)
     rules = pictures.rules_of(json.loads(processor.to_json_string()), "x")
     for picture in awkward()[:4]:
         want = processor(picture)

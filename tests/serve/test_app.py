@@ -119,6 +119,7 @@ def test_server_that_is_not_ready_says_so(start):
     site.state = "ready"
     health = ask(site, "GET", "/health").json()
     assert health["status"] == "ready" and health["model"] == "tiny" and health["chat"]
+    assert (health["pictures"], health["max_body"]) == (0, 8 << 20)
 
 
 def test_dead_worker_is_seen(start):
@@ -152,7 +153,7 @@ def test_page_is_whole_and_strict(start):
     assert script.headers["content-type"].startswith("text/javascript")
     for name in re.findall(r'from "\./([\w.]+)"', script.text):
         assert ask(site, "GET", f"/{name}").status_code == 200, name
-    for path in ("/page.js", "/markdown.js", "/conversations.js"):
+    for path in ("/page.js", "/markdown.js", "/conversations.js", "/pictures.js"):
         text = ask(site, "GET", path).text
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
 

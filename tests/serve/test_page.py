@@ -1,5 +1,6 @@
 """The page: its Markdown in node, and all of it in a real browser."""
 
+import base64
 import contextlib
 import json
 import shutil
@@ -11,8 +12,14 @@ from pathlib import Path
 import pytest
 import uvicorn
 
+from dsjax.checkpoint import load
+from dsjax.infer.looking import look_by, open_format
+from dsjax.infer.pictured import PICTURES
+from dsjax.text.chat import Message
 from tests.serve.scripted import make_service, make_site, running
 from tests.serve.test_chat import STOP, spell
+from tests.serve.test_picture_parts import png
+from tests.vision import toy
 
 PAGE = Path(__file__).parents[2] / "dsjax/serve/page"
 CHROMIUM = (
@@ -70,10 +77,45 @@ def parse(text):
         "let text = ''; for await (const part of process.stdin) text += part;"
         "console.log(JSON.stringify(parse(text)));"
     )
+    return json.loads(node(code, text))
+
+
+def node(code, text=""):
+    """Runs a module, which reads `text`; returns what it prints."""
     command = ["node", "--input-type=module", "-e", code]
     done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return done.stdout
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs node")
+def test_pictures_of_a_turn_go_before_its_text():
+    turns = [
+        {"role": "user", "content": "What?", "pictures": [{"id": "a", "name": "a.png"}]},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": "", "pictures": [{"id": "b"}, {"id": "a"}]},
+        {"role": "user", "content": "Plain"},
+    ]
+    code = (
+        f"import * as store from {json.dumps(str(PAGE / 'conversations.js'))};"
+        f"const turns = {json.dumps(turns)};"
+        "const urls = new Map([['a', 'data:A'], ['b', 'data:B']]);"
+        "const asked = store.body(turns, store.DEFAULTS, 'm', true, urls);"
+        "const title = [store.title(turns), store.title(turns.slice(2, 3))];"
+        "console.log(JSON.stringify([asked.messages, store.pictureIds(turns), title]));"
+    )
+    messages, ids, titles = json.loads(node(code))
+
+    def shown(letter):
+        return {"type": "image_url", "image_url": {"url": f"data:{letter}"}}
+
+    assert [each["content"] for each in messages] == [
+        [shown("A"), {"type": "text", "text": "What?"}],
+        "A cat.",
+        [shown("B"), shown("A")],
+        "Plain",
+    ]
+    assert ids == ["a", "b", "a"] and titles == ["What?", "Picture"]
 
 
 def reply(request, coder):
@@ -88,9 +130,8 @@ def reply(request, coder):
 
 
 @contextlib.contextmanager
-def served(folder):
+def served(service):
     """Context of a scripted server at a port of its own; yields its address and engine."""
-    service = make_service(folder, context=4000)
     coder = service.vocabulary.coder
     with running(service, lambda request: spell(coder, reply(request, coder))) as engine:
         site = make_site(service)
@@ -121,14 +162,14 @@ def browser():
 
 @pytest.fixture
 def opened(browser, folders):
-    with page_of(browser, folders["R1"]) as found:
+    with page_of(browser, make_service(folders["R1"], context=4000)) as found:
         yield found
 
 
 @contextlib.contextmanager
-def page_of(browser, folder):
+def page_of(browser, service):
     """Context of the page, whose complaints are gathered, and the engine behind it."""
-    with served(folder) as (url, engine):
+    with served(service) as (url, engine):
         context = browser.new_context(viewport={"width": 1100, "height": 800})
         page = context.new_page()
         page.set_default_timeout(20_000)
@@ -241,10 +282,112 @@ def test_reply_is_stopped_by_the_reader(opened):
 
 @pytest.mark.slow
 def test_base_model_continues_what_is_written(browser, folders):
-    with page_of(browser, folders["base"]) as (page, engine):
+    with page_of(browser, make_service(folders["base"], context=4000)) as (page, engine):
         until(lambda: "base model" in page.inner_text("#status"))
         say(page, "long <b>")
         finished(page, 1)
         assert page.locator(".assistant pre").inner_text().startswith("word word")
         (request,) = engine.requests
         assert request.max_new_tokens == 256
+
+
+@pytest.fixture
+def sighted(browser, tmp_path):
+    """The page of a model that sees, the engine behind it, and its format."""
+    checkpoint = load.open_checkpoint(toy.write(tmp_path / "janus"))
+    form = open_format(checkpoint)
+    service = make_service(checkpoint.path, form=form, context=512)
+    service.looking = look_by(form, checkpoint, None, "float32")
+    with page_of(browser, service) as (page, engine):
+        until(lambda: page.locator("#attach").is_visible())
+        yield page, engine, form
+
+
+def give(page, event, selector, name, data):
+    """Pastes or drops a file, as a browser does it."""
+    code = (
+        "([event, selector, name, data]) => {"
+        "  const bytes = Uint8Array.from(atob(data), (each) => each.charCodeAt(0));"
+        "  const files = new DataTransfer();"
+        "  files.items.add(new File([bytes], name, { type: 'image/png' }));"
+        "  const Kind = event === 'paste' ? ClipboardEvent : DragEvent;"
+        "  const held = event === 'paste' ? 'clipboardData' : 'dataTransfer';"
+        "  const given = { [held]: files, bubbles: true, cancelable: true };"
+        "  document.querySelector(selector).dispatchEvent(new Kind(event, given));"
+        "}"
+    )
+    page.evaluate(code, [event, selector, name, base64.b64encode(data).decode()])
+
+
+@pytest.mark.slow
+def test_pictures_in_a_browser(sighted, tmp_path):
+    """By the button, pasted and dropped; shown, sent, kept, edited and removed."""
+    page, engine, form = sighted
+    seeds = {name: png(seed) for seed, name in enumerate(("one.png", "two.png", "three.png"))}
+    (tmp_path / "one.png").write_bytes(seeds["one.png"])
+    page.set_input_files("#files", tmp_path / "one.png")
+    until(lambda: page.locator("#attached img").count() == 1)
+    give(page, "paste", "#ask", "two.png", seeds["two.png"])
+    until(lambda: page.locator("#attached img").count() == 2)
+    give(page, "drop", "main", "three.png", seeds["three.png"])
+    until(lambda: page.locator("#attached img").count() == 3)
+    assert page.inner_text("#status") == "3 pictures are attached."
+    page.get_by_role("button", name="Remove two.png").click()
+    assert page.inner_text("#status") == "2 pictures are attached."
+    page.screenshot(path=tmp_path / "attached.png")
+    say(page, "What is this?")
+    finished(page, 1)
+    assert page.locator("#attached li").count() == 0
+
+    def asked(text):
+        shown = [form.decode(seeds[name], "") for name in ("one.png", "three.png")]
+        return tuple(form.encode([Message("user", text, {PICTURES: shown})]))
+
+    assert tuple(engine.requests[0].prompt) == asked("What is this?")
+    assert len(engine.requests[0].given.values) == 2 * form.vision.tower.n_tokens
+    names = [each.get_attribute("alt") for each in page.locator(".user img").all()]
+    assert names == ["one.png", "three.png"]
+    page.reload()
+    page.get_by_role("button", name="What is this?", exact=True).click()
+    until(lambda: page.locator(".user img").count() == 2)
+    until(lambda: page.locator("#attach").is_visible())
+    page.get_by_role("button", name="Edit").click()
+    page.get_by_role("textbox", name="Message").first.fill("And now?")
+    page.locator(".edit + .actions button").first.click()
+    finished(page, 1)
+    assert tuple(engine.requests[1].prompt) == asked("And now?")
+    assert page.locator(".user img").count() == 2
+    page.set_viewport_size({"width": 380, "height": 700})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 380
+    page.screenshot(path=tmp_path / "phone.png")
+
+
+@pytest.mark.slow
+def test_pictures_that_cannot_be_sent_are_named(sighted, tmp_path):
+    page, engine, _ = sighted
+    for name, data in (("a.txt", b"text"), ("broken.png", b"no picture"), ("good.png", png(1))):
+        (tmp_path / name).write_bytes(data)
+    page.set_input_files(
+        "#files", [tmp_path / name for name in ("a.txt", "broken.png", "good.png")]
+    )
+    until(lambda: page.locator("#attached img").count() == 1)
+    said = page.inner_text("#status")
+    assert "a.txt is no PNG, JPEG, WebP, GIF or BMP picture." in said
+    assert "broken.png is damaged, or no picture." in said and "1 picture is attached." in said
+    (tmp_path / "large.png").write_bytes(png(2, (1500, 1500)))
+    page.set_input_files("#files", tmp_path / "large.png")
+    until(lambda: "With large.png the request has" in page.inner_text("#status"))
+    assert "and the server takes 8.4; make the picture smaller." in page.inner_text("#status")
+    page.set_input_files("#files", [tmp_path / "good.png"] * 64)
+    until(lambda: "at most 64 pictures" in page.inner_text("#status"))
+    assert page.locator("#attached img").count() == 64 and not engine.requests
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_see_is_offered_no_pictures(opened):
+    page, _ = opened
+    assert not page.locator("#attach").is_visible()
+    give(page, "paste", "#ask", "one.png", png(0))
+    give(page, "drop", "main", "one.png", png(0))
+    page.wait_for_timeout(200)
+    assert page.locator("#attached li").count() == 0

@@ -55,6 +55,11 @@ def served(checkpoint):
         yield make_site(service), engine, form
 
 
+def test_the_page_is_told_how_many_it_may_send(served):
+    health = ask(served[0], "GET", "/health").json()
+    assert (health["pictures"], health["max_body"]) == (64, 8 << 20)
+
+
 def test_pictures_reach_the_engine_as_embeddings_before_their_text(served, checkpoint):
     site, engine, form = served
     body = post(site, CHAT, n=2, messages=[

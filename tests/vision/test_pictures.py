@@ -219,6 +219,53 @@ def test_a_second_tower_has_rules_of_its_own():
     np.testing.assert_array_equal(alone, normalized(largest[None], Rules()))
 
 
+def test_deepseeks_two_towers_have_one_file():
+    """Its mean is the border's alone: the towers normalize."""
+    said = DEEPSEEK | {"image_size": 1024, "image_mean": [0.25] * 3, "do_normalize": False}
+    rules = pictures.two_rules_of(said, "x", 384)
+    assert rules.high and (rules.size, rules.high.size) == (384, 1024)
+    assert rules.mean == (0.5,) * 3 and rules.high.mean[0] == 0.48145466
+    assert rules.high.std[0] == 0.26862954 and rules.high.border == (63,) * 3
+    with pytest.raises(ValueError, match="do_normalize=True, and this model's towers normalize"):
+        pictures.two_rules_of(DEEPSEEK, "x", 384)
+
+
+def test_the_files_layout_says_how_the_smaller_picture_is_made(tmp_path):
+    large = {"high_res_size": {"height": 1024, "width": 1024}}
+    file = tmp_path / pictures.RULES_FILE
+    for said, how in (
+        (DEEPSEEK | {"image_size": 1024, "do_normalize": False}, "numbers"),
+        (TRANSFORMERS | large, "bicubic"),
+        (TRANSFORMERS | large | {"resample": 2, "high_res_resample": 3}, "bilinear"),
+    ):
+        file.write_text(json.dumps(said))
+        rules = pictures.read_rules(tmp_path, low=384)
+        assert rules.resampling == how and rules.high and rules.high.resampling == "bicubic"
+
+
+@pytest.mark.parametrize(("side", "size"), [(16, 6), (9, 9), (5, 8)])
+def test_numbers_are_resized_by_the_kernels_definition(side, size):
+    numbers = np.random.default_rng(0).uniform(size=(2, side, side, 3)).astype(np.float32)
+    wanted = np.zeros((2, size, size, 3))
+    scale = side / size
+    for y in range(size):
+        for x in range(size):
+            total = 0.0
+            for row in range(side):
+                for column in range(side):
+                    near = [
+                        1 - abs(there + 0.5 - (here + 0.5) * scale) / max(scale, 1)
+                        for here, there in ((y, row), (x, column))
+                    ]
+                    if min(near) > 0:
+                        total += near[0] * near[1]
+                        wanted[:, y, x] += near[0] * near[1] * numbers[:, row, column]
+            wanted[:, y, x] /= total
+    got = pictures._resized(numbers, size)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, wanted, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -228,7 +275,7 @@ def test_a_second_tower_has_rules_of_its_own():
         ({"image_std": [0, 0.5, 0.5]}, "divides by 0"),
         ({"do_normalize": False}, "do_normalize=false"),
         ({"rescale_factor": 1.0}, "rescale_factor=1.0 is not 1/255"),
-        ({"resample": 2}, "resample=2 is not 3, bicubic"),
+        ({"resample": 1}, "resample=1 is neither 2, bilinear, nor 3, bicubic"),
         ({"image_size": None, "size": {"height": 3, "width": 4}}, "is not a square"),
     ],
 )

@@ -6,9 +6,8 @@ janus.py, deepseek_vl.py and deepseek_vl_hybrid.py (the same as transformers con
 deepseek_vl_v2.py declares one `Family`: the rows of its config.json and the names of its tensors,
 both two-way.
 family.py defines `Family` and the parts that families share; table.py defines rows, rope.py the row
-for rope settings, sight.py what is beside a language model; deepseek_tower.py and janusflow.py are
-parts of multi_modality.py. To add a family, add a file and an
-entry in `_ALL`.
+for rope settings, sight.py what is beside a language model; deepseek_tower.py, deepseek_towers.py
+and janusflow.py are parts of multi_modality.py. To add a family, add a file and an entry in `_ALL`.
 """
 
 from dsjax.checkpoint.families.deepseek import DEEPSEEK

@@ -35,6 +35,13 @@ def section(config: Mapping[str, Any], name: str, problems: list[str], *classes:
 def read_tower(config: Mapping[str, Any], name: str, problems: list[str]) -> SiglipConfig:
     """Reads the section of a tower."""
     vision = section(config, name, problems, "CLIPVisionTower")
+    tower = siglip(vision)
+    vision.refuse_rest(frozenset({"image_mean", "image_std", "pixel_mean", "pixel_std"}))
+    return tower
+
+
+def siglip(vision: Fields) -> SiglipConfig:
+    """Reads the fields of a SigLIP."""
     image_size = vision.read("image_size", "int", TOWER.image_size)
     vision.fixed("model_name", _NAME)
     vision.fixed("select_feature", "same")
@@ -44,25 +51,26 @@ def read_tower(config: Mapping[str, Any], name: str, problems: list[str]) -> Sig
     if type(chosen) is int and chosen and -most <= chosen <= most:
         n_layers = chosen if chosen > 0 else most + chosen + 1
     else:
-        problems.append(f"{vision.place}.select_layer={chosen!r} names none of {most} layers")
-    vision.refuse_rest(frozenset({"image_mean", "image_std", "pixel_mean", "pixel_std"}))
-    if problems:
+        vision.problems.append(
+            f"{vision.place}.select_layer={chosen!r} names none of {most} layers"
+        )
+    if vision.problems:
         return TOWER
     return dataclasses.replace(TOWER, image_size=image_size, n_layers=n_layers)
 
 
 def written_tower(tower: SiglipConfig, kind: str) -> dict[str, Any]:
     """Writes the section of a tower."""
-    layers = -1 if tower.n_layers == TOWER.n_layers else tower.n_layers
+    return {"cls": "CLIPVisionTower", "model_type": kind, "params": written_siglip(tower)}
+
+
+def written_siglip(tower: SiglipConfig) -> dict[str, Any]:
+    """Writes the fields of a SigLIP."""
     return {
-        "cls": "CLIPVisionTower",
-        "model_type": kind,
-        "params": {
-            "image_size": tower.image_size,
-            "model_name": _NAME,
-            "select_feature": "same",
-            "select_layer": layers,
-        },
+        "image_size": tower.image_size,
+        "model_name": _NAME,
+        "select_feature": "same",
+        "select_layer": -1 if tower.n_layers == TOWER.n_layers else tower.n_layers,
     }
 
 

@@ -1,11 +1,9 @@
-"""DeepSeek's own layout of models that see: Janus, Janus-Pro, JanusFlow and DeepSeek-VL 1.3B.
+"""DeepSeek's own layout of models that see: Janus, Janus-Pro, JanusFlow and DeepSeek-VL.
 
 One `model_type` for all of them: what there is follows from the sections of config.json
-(janusflow.py has those of JanusFlow). Their language model's section leaves out what is Llama's
-default. The towers carry a pooling head that nothing reads, and the VQ tokenizer a count of each
-code's uses.
-
-DeepSeek-VL 7B (two towers) has sections that are refused by name.
+(janusflow.py has those of JanusFlow, deepseek_towers.py those of DeepSeek-VL 7B). Their language
+model's section leaves out what is Llama's default. The towers carry a pooling head that nothing
+reads, and the VQ tokenizer a count of each code's uses.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dsjax.checkpoint.families import janusflow
+from dsjax.checkpoint.families import deepseek_towers, janusflow
 from dsjax.checkpoint.families.deepseek_tower import (
     read_tower,
     section,
@@ -68,14 +66,18 @@ def _aligner(
 
 
 def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
-    """Reads the sections of tower, aligners, head and VQ tokenizer, or of JanusFlow's parts; None
-    if there were problems.
+    """Reads the sections of tower, aligners, head and VQ tokenizer, or of JanusFlow's parts, or of
+    two towers; None if there were problems.
     """
     if janusflow.draws_by_flow(config):
         if others := [name for name in _SECTIONS if name in config]:
             problems.append(f"config.json has {', '.join(others)} beside sections of JanusFlow")
         return janusflow.read(config, text(config), problems)
     dim = text(config)["hidden_size"]
+    if deepseek_towers.sees_with_two(config):
+        if others := [name for name in _DRAWING if name in config]:
+            problems.append(f"config.json has {', '.join(others)} beside two towers")
+        return deepseek_towers.read(config, dim, problems)
     tower = read_tower(config, "vision_config", problems)
     depth = _aligner(config, "aligner_config", tower.dim, dim, problems)
     vq, head_dim, drawing_depth = None, 0, 2
@@ -111,6 +113,8 @@ def write(vision: VisionConfig, text: Mapping[str, Any]) -> dict[str, Any]:
     sections: dict[str, Any] = {"language_config": {"model_type": "llama", **text}}
     if vision.flow:
         return sections | janusflow.write(vision)
+    if vision.high:
+        return sections | deepseek_towers.write(vision)
     sections |= {
         "vision_config": written_tower(tower, "vision"),
         "aligner_config": _written("aligner", tower.dim, vision.dim, vision.aligner_depth),
@@ -155,6 +159,9 @@ def parts(vision: VisionConfig) -> Iterator[Part]:
     """Yields every tensor."""
     if vision.flow:
         yield from janusflow.parts(vision)
+        return
+    if vision.high:
+        yield from deepseek_towers.parts(vision)
         return
     tower, vq = vision.tower, vision.vq
     yield from tower_parts("vision_model.vision_tower.", tower)

@@ -1,7 +1,7 @@
 // Conversations, kept in this browser alone.
 //
-// A conversation: {id, title, turns}. A turn: {role, content, thought?, seconds?, fault?}, where
-// seconds is how long the thought took.
+// A conversation: {id, title, turns}. A turn: {role, content, pictures?, thought?, seconds?, fault?},
+// where pictures are as in pictures.js, and seconds is how long the thought took.
 
 const KEY = "dsjax.conversations";
 const SETTINGS = "dsjax.settings";
@@ -55,11 +55,13 @@ export function create(random) {
 export function title(turns) {
   const first = turns.find((turn) => turn.role === "user");
   const text = first ? first.content.trim().replace(/\s+/g, " ") : "";
-  return text.length > 60 ? `${text.slice(0, 57)}...` : text || "New conversation";
+  const blank = first?.pictures?.length ? "Picture" : "New conversation";
+  return text.length > 60 ? `${text.slice(0, 57)}...` : text || blank;
 }
 
 // The body of the request that asks for the next turn. A base model continues the last text.
-export function body(turns, settings, model, chats) {
+// `urls` has the pictures by id.
+export function body(turns, settings, model, chats, urls = new Map()) {
   const asked = { model, stream: true, stream_options: { include_usage: true } };
   if (settings.temperature !== "") asked.temperature = Number(settings.temperature);
   if (settings.seed !== "") asked.seed = Math.trunc(Number(settings.seed));
@@ -68,9 +70,20 @@ export function body(turns, settings, model, chats) {
   if (settings.thinking) asked.thinking = { type: settings.thinking };
   const messages = turns
     .filter((turn) => turn.content || turn.role === "user")
-    .map(({ role, content }) => ({ role, content }));
+    .map((turn) => ({ role: turn.role, content: parts(turn, urls) }));
   if (settings.system.trim()) messages.unshift({ role: "system", content: settings.system });
   return { ...asked, messages };
+}
+
+function parts({ content, pictures }, urls) {
+  if (!pictures?.length) return content;
+  const shown = pictures.map(({ id }) => ({ type: "image_url", image_url: { url: urls.get(id) } }));
+  return content ? [...shown, { type: "text", text: content }] : shown;
+}
+
+// The ids of all pictures of some turns.
+export function pictureIds(turns) {
+  return turns.flatMap((turn) => (turn.pictures || []).map(({ id }) => id));
 }
 
 // Splits a stream of text into the data of server-sent events.

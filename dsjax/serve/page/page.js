@@ -2,6 +2,7 @@
 
 import * as store from "./conversations.js";
 import { parse, render } from "./markdown.js";
+import * as pictures from "./pictures.js";
 
 const $ = (id) => document.getElementById(id);
 const BETWEEN_RENDERS = 100; // milliseconds
@@ -12,6 +13,10 @@ const state = {
   current: null,
   model: "",
   chats: true, // false: a base model, which continues texts
+  most: 0, // pictures of a conversation; 0: the model does not see
+  maxBody: 0, // bytes of a request
+  attached: [], // pictures of the next message
+  urls: new Map(), // of the pictures of this conversation, by id
   controller: null, // of the running request
 };
 
@@ -54,14 +59,20 @@ function keep() {
 
 // The list of conversations
 
-function open(conversation) {
+async function open(conversation) {
   state.controller?.abort();
   state.current = conversation;
+  state.attached = [];
+  showAttached();
   $("side").classList.remove("open");
   $("menu").setAttribute("aria-expanded", "false");
   showList();
   showTurns();
   $("ask").focus();
+  const ids = store.pictureIds(conversation.turns).filter((id) => !state.urls.has(id));
+  if (!ids.length) return;
+  for (const [id, url] of await pictures.load(ids)) state.urls.set(id, url);
+  if (state.current === conversation && !state.controller) showTurns();
 }
 
 function begin() {
@@ -103,6 +114,7 @@ function turnNode(turn, index) {
   node.append(make("h2", "", turn.role === "user" ? "You" : state.model || "Model"));
   if (turn.thought) node.append(thoughtNode(turn, false));
   const body = make("div", "body");
+  if (turn.pictures?.length) node.append(picturesNode(turn.pictures));
   if (turn.role === "user") body.textContent = turn.content;
   else body.append(replyNode(turn));
   node.append(body);
@@ -113,6 +125,18 @@ function turnNode(turn, index) {
   }
   node.append(turn.role === "user" ? userActions(turn, index, node) : replyActions(turn, index));
   return node;
+}
+
+function picturesNode(shown) {
+  return make("ul", "pictures", ...shown.map((each) => make("li", "", pictureNode(each))));
+}
+
+function pictureNode({ id, name }) {
+  if (!state.urls.has(id)) return make("span", "fault", `${name} is not in this browser any more.`);
+  const image = make("img", "");
+  image.alt = name;
+  image.src = state.urls.get(id);
+  return image;
 }
 
 // What a base model writes is text as it stands, often code.
@@ -148,20 +172,110 @@ function edit(turn, index, node) {
   field.rows = Math.min(turn.content.split("\n").length + 1, 12);
   field.setAttribute("aria-label", "Message");
   const save = button("Send", () => {
-    if (!field.value.trim()) return;
+    if (!field.value.trim() && !turn.pictures?.length) return;
     state.current.turns.length = index;
-    ask(field.value);
+    ask(field.value, turn.pictures);
   });
   const actions = make("div", "actions", save, button("Cancel", showTurns));
-  node.replaceChildren(make("h2", "", "You"), field, actions);
+  const shown = turn.pictures?.length ? [picturesNode(turn.pictures)] : [];
+  node.replaceChildren(make("h2", "", "You"), ...shown, field, actions);
   field.focus();
+}
+
+// Pictures of the next message
+
+async function attach(files) {
+  if (!files.length) return;
+  const problems = [];
+  for (const file of files) {
+    try {
+      const picture = await pictures.read(file, random);
+      checkRoom(picture);
+      state.urls.set(picture.id, picture.url);
+      state.attached.push(picture);
+    } catch (error) {
+      problems.push(error.message);
+    }
+  }
+  showAttached();
+  sayAttached(problems);
+}
+
+function sayAttached(problems = []) {
+  const count = state.attached.length;
+  const attached = count === 1 ? "1 picture is attached." : `${count || "No"} pictures are attached.`;
+  say([...problems, attached].join(" "));
+  $("ask").focus();
+}
+
+// Throws if the request would have too many pictures, or more bytes than the server takes.
+function checkRoom(picture) {
+  const { turns } = state.current;
+  const some = [...state.attached, picture];
+  if (store.pictureIds(turns).length + some.length > state.most) {
+    throw new Error(`${picture.name} is one too many; a conversation has at most ${state.most} pictures.`);
+  }
+  const next = { role: "user", content: $("ask").value, pictures: some };
+  const urls = new Map([...state.urls, [picture.id, picture.url]]);
+  const asked = store.body([...turns, next], state.settings, state.model, true, urls);
+  const bytes = new Blob([JSON.stringify(asked)]).size;
+  if (bytes > state.maxBody) {
+    const [size, most] = [bytes, state.maxBody].map((each) => (each / 1e6).toFixed(1));
+    throw new Error(`With ${picture.name} the request has ${size} MB, and the server takes ${most}; make the picture smaller.`);
+  }
+}
+
+function showAttached() {
+  const items = state.attached.map((each) => {
+    const gone = button("\u00d7", () => {
+      state.attached = state.attached.filter((other) => other !== each);
+      showAttached();
+      sayAttached();
+    }, `Remove ${each.name}`);
+    return make("li", "", pictureNode(each), gone);
+  });
+  $("attached").replaceChildren(...items);
+}
+
+function setUpPictures() {
+  const field = $("files");
+  field.accept = pictures.KINDS.join(",");
+  $("attach").addEventListener("click", () => field.click());
+  field.addEventListener("change", async () => {
+    await attach([...field.files]);
+    field.value = "";
+  });
+  $("ask").addEventListener("paste", (event) => {
+    const found = pictures.files(event.clipboardData);
+    if (!state.most || !found.length) return;
+    event.preventDefault();
+    attach(found);
+  });
+  const target = document.querySelector("main");
+  const over = (is) => target.classList.toggle("over", is);
+  target.addEventListener("dragover", (event) => {
+    if (!state.most || !event.dataTransfer?.types.includes("Files")) return;
+    event.preventDefault();
+    over(true);
+  });
+  target.addEventListener("dragleave", () => over(false));
+  target.addEventListener("drop", (event) => {
+    over(false);
+    if (!state.most || !event.dataTransfer?.files.length) return;
+    event.preventDefault();
+    attach([...event.dataTransfer.files]);
+  });
+  const known = new Set(state.conversations.flatMap((each) => store.pictureIds(each.turns)));
+  pictures.forgetAllBut(known);
 }
 
 // Asking
 
-function ask(text) {
+function ask(text, shown = []) {
   const { current } = state;
-  current.turns.push({ role: "user", content: text });
+  const turn = { role: "user", content: text };
+  if (shown.length) turn.pictures = shown.map(({ id, name }) => ({ id, name }));
+  current.turns.push(turn);
   current.title = store.title(current.turns);
   state.conversations = [current, ...state.conversations.filter((each) => each !== current)];
   keep();
@@ -171,7 +285,8 @@ function ask(text) {
 
 async function answer() {
   const { current } = state;
-  const asked = store.body(current.turns, state.settings, state.model, state.chats);
+  const lost = store.pictureIds(current.turns).some((id) => !state.urls.has(id));
+  const asked = store.body(current.turns, state.settings, state.model, state.chats, state.urls);
   const turn = { role: "assistant", content: "" };
   current.turns.push(turn);
   showTurns();
@@ -179,6 +294,7 @@ async function answer() {
   state.controller = new AbortController();
   running(true);
   try {
+    if (lost) throw new Error("A picture of this conversation is not in this browser any more.");
     await receive(asked, turn, view, state.controller.signal);
   } catch (error) {
     if (error.name !== "AbortError") turn.fault = error.message;
@@ -307,10 +423,14 @@ function setUp() {
   $("form").addEventListener("submit", (event) => {
     event.preventDefault();
     const text = $("ask").value;
-    if (!text.trim() || state.controller) return;
+    const shown = state.attached;
+    if ((!text.trim() && !shown.length) || state.controller) return;
     $("ask").value = "";
+    state.attached = [];
+    showAttached();
     grow();
-    ask(text);
+    pictures.keep(shown);
+    ask(text, shown);
   });
   $("ask").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
@@ -349,6 +469,9 @@ async function connect() {
     const health = await (await fetch("health")).json();
     state.model = health.model;
     state.chats = health.chat;
+    state.most = health.pictures;
+    state.maxBody = health.max_body;
+    $("attach").hidden = !health.pictures;
     $("model").textContent = health.model;
     document.title = `${health.model} - dsjax`;
     $("key-label").hidden = !health.key;
@@ -365,6 +488,7 @@ async function connect() {
 }
 
 setUp();
+setUpPictures();
 showTheme();
 begin();
 connect();

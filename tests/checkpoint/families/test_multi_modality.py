@@ -154,7 +154,8 @@ def test_a_tower_of_another_shape_cannot_be_written():
 @pytest.mark.parametrize(
     ("place", "value", "said"),
     [
-        (("vision_config", "cls"), "HybridVisionTower", "is not supported, only 'CLIPVisionTower'"),
+        (("vision_config", "cls"), "Tower", "is not supported, only 'CLIPVisionTower'"),
+        (("vision_config", "cls"), "HybridVisionTower", "gen_head_config beside two towers"),
         (("vision_config", "params", "select_layer"), 25, "names none of 24 layers"),
         (("vision_config", "params", "model_name"), "sam_b", "model_name='sam_b'"),
         (("aligner_config", "params", "n_embed"), 7, "n_embed=7 is not supported, only 2048"),
