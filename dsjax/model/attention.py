@@ -85,6 +85,9 @@ class Attention(nnx.Module):
         """
         raise NotImplementedError
 
+    def lay_out_for_decoding(self) -> None:
+        """Lays the layer's weights out as `extend` multiplies few tokens fastest."""
+
     @jax.named_scope("attention")
     def __call__(
         self, x_BTD: jax.Array, angles: Angles, segment_ids_BT: jax.Array | None = None

@@ -113,6 +113,11 @@ class MLA(Attention):
     def expansion(self) -> jax.Array:
         return self.wkv_b[...]
 
+    def lay_out_for_decoding(self) -> None:
+        # Absorbed attention would copy it to this order in every step.
+        wkv_b = self.wkv_b[...]
+        self.wkv_b = self.wkv_b.copy(self._per_head_weights(wkv_b, wkv_b))
+
     def expand(self, c_BSC, k_rope_BSR, wkv_b) -> tuple[jax.Array, jax.Array]:  # type: ignore
         """Returns keys [B, S, N, H + R], each head's ending with the shared rotated key, and values
         [B, S, N, W].
@@ -124,6 +129,8 @@ class MLA(Attention):
     def _up(self, c_BSC: jax.Array, wkv_b: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Projects latents up to keys without position, [B, S, N, H], and values [B, S, N, W]."""
         H, W = self.config.qk_nope_head_dim, self.config.v_head_dim
+        if wkv_b.ndim == 3:  # laid out for decoding
+            wkv_b = wkv_b.swapaxes(0, 1).reshape(self.config.kv_lora_rank, -1)
         expanded = linear(c_BSC, wkv_b, self.policy).reshape(*c_BSC.shape[:2], -1, H + W)
         return expanded[..., :H], expanded[..., H:]
 
@@ -169,6 +176,8 @@ class MLA(Attention):
 
     def _per_head_weights(self, wkv_b: Any, like: jax.Array) -> jax.Array:
         """Returns `wkv_b` as a matrix per head, [N, C, H + W]."""
+        if wkv_b.ndim == 3:  # laid out so already
+            return wkv_b.astype(like.dtype)
         config = self.config
         # Whole heads on each device first. If `tensor` gives a device several heads, of which other
         # axes hold parts, XLA (jax 0.10.2) returns zeros as the gradient of all but the first.

@@ -186,8 +186,9 @@ class Transformer(nnx.Module):
         return experts is not None and experts.slots is not None
 
     def for_decoding(self) -> Transformer:
-        """Returns the model in the form that decodes fastest where it is: on a CPU its layers are
-        separate, views of this model's stacks, and only `extend` runs; elsewhere it is itself.
+        """Returns the model in the form that decodes fastest where it is. On a CPU its layers are
+        separate, almost all of their weights views of this model's, and only `extend` runs;
+        elsewhere it is itself.
         """
         stacks = [name for name in ("dense_layers", "moe_layers") if hasattr(self, name)]
         of_blocks = all(isinstance(getattr(self, name), Block) for name in stacks)
@@ -196,7 +197,10 @@ class Transformer(nnx.Module):
         leaves, structure = jax.tree.flatten(self)
         model = structure.unflatten(leaves)
         for name in stacks:
-            setattr(model, name, SeparateLayers(getattr(self, name)))
+            layers = SeparateLayers(getattr(self, name))
+            for block in layers.layers:
+                block.attn.lay_out_for_decoding()
+            setattr(model, name, layers)
         return model
 
     @property
