@@ -6,6 +6,7 @@ configs, models or meshes; `Target` says which machine a program is compiled for
   flash_attention.py    the same in plain XLA, chunk by chunk or by a list of tiles
   cudnn_attention.py    the same through cuDNN, for Hopper GPUs
   cached_attention.py   attention of new tokens to a decoding cache
+  latent_attention.py   the same to a cache of latents, one token per row, for Hopper GPUs
   sparse_attention.py   attention to the keys that an index chooses (V3.2): masked, and gathered
   native_sparse.py      attention in three branches that read few keys (NSA)
   compressed_attention.py  attention to recent tokens and compressed entries (V4)
@@ -17,6 +18,7 @@ configs, models or meshes; `Target` says which machine a program is compiled for
   grouped_matmul.py     rows sorted by group times one matrix per group: the experts' products
   hopper_grouped.py     the same as Mosaic GPU kernels, for Hopper
   chosen_experts.py     the experts that tokens chose, read in place: decoding, prompts on a CPU
+  expert_choice.py      the router's choice for few tokens, for Hopper GPUs
   small_matmul.py       grouped products with weights of eight or four bits, for TPUs
   fp8_gemm.py           block-scaled FP8 products, slice by slice
   varying.py            types of values that differ between devices inside `shard_map`

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsjax.config import ModelConfig
+from dsjax.kernels import latent_attention
 from dsjax.kernels.cached_attention import Attended, Block, cached_attention
 from dsjax.model import rope
 from dsjax.model.attention import Angles, Attention
@@ -158,7 +159,21 @@ class MLA(Attention):
             queries = q_nope, q_rope
             return cached_attention(queries, expanded_block, cache.length, positions_BT, **options)
         queries = self.absorbed(q_nope, weights), q_rope
-        attended = cached_attention(queries, latent_block, cache.length, positions_BT, **options)
+        stacks = cache.entries["latent"], cache.entries["rope_key"]
+        target = self.policy.target
+        if options["part"].n_parts == 1 and latent_attention.fits(queries[0], *stacks, target):
+            attended = latent_attention.latent_attention(
+                *queries,
+                *stacks,
+                cache.layer,
+                positions_BT,
+                scale=options["scale"],
+                multiprocessors=target.multiprocessors,
+            )
+        else:
+            attended = cached_attention(
+                queries, latent_block, cache.length, positions_BT, **options
+            )
         return attended._replace(out_BTNW=self.projected(attended.out_BTNW, weights))
 
     def absorbed(self, q_BTNH: jax.Array, weights: Any) -> jax.Array:

@@ -262,7 +262,8 @@ class MoE(nnx.Module):
             return y_BTD, experts_BTK
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
         made = experts_BTK is not None
-        routing = self.gate(x_MD, experts_BTK.reshape(len(x_MD), -1) if made else None)
+        replayed_MK = experts_BTK.reshape(len(x_MD), -1) if made else None
+        routing = self.gate.extend(x_MD, policy.target, replayed_MK)
         y_BTD = stack.chosen(x_MD, routing, layer).reshape(x_BTD.shape)
         if config.n_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)

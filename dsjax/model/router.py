@@ -26,6 +26,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dsjax.config import ModelConfig
+from dsjax.kernels.expert_choice import Rule, expert_choice, fits
+from dsjax.kernels.target import Target
 from dsjax.model.layers import Constant, Normal, RouterState, declare
 from dsjax.precision.matmul import float32_matmul
 
@@ -102,6 +104,18 @@ def route(
     return Routing(experts_MK, weigh(scores_ME, experts_MK, config), scores_ME, overruled_M)
 
 
+def rule_of(config: ModelConfig) -> Rule:
+    """Returns how experts are chosen from sigmoid scores, for the kernel that does it."""
+    return Rule(
+        config.n_activated_experts,
+        config.n_expert_groups,
+        config.n_limited_groups,
+        by_best_two=config.group_score == "top2",
+        normalised=config.norm_topk,
+        scale=config.route_scale,
+    )
+
+
 class Router(nnx.Module):
     def __init__(self, config: ModelConfig):
         self.weight = declare(
@@ -113,6 +127,23 @@ class Router(nnx.Module):
 
     @jax.named_scope("router")
     def __call__(self, x_MD: jax.Array, experts_MK: jax.Array | None = None) -> Routing:
-        bias_E = self.bias[...] if self.config.router_bias else None
         logits_ME = checkpoint_name(float32_matmul(x_MD, self.weight[...]), "routing")
-        return route(logits_ME, bias_E, self.config, experts_MK)
+        return route(logits_ME, self._bias, self.config, experts_MK)
+
+    @jax.named_scope("router")
+    def extend(
+        self, x_MD: jax.Array, target: Target, experts_MK: jax.Array | None = None
+    ) -> Routing:
+        """Routes tokens that are added to a cache, where the machine has one by a kernel."""
+        config = self.config
+        by_kernel = config.score_func == "sigmoid" and fits(config.n_routed_experts, target)
+        if experts_MK is not None or not by_kernel:
+            return self(x_MD, experts_MK)
+        logits_ME = float32_matmul(x_MD, self.weight[...])
+        chosen = expert_choice(logits_ME, self._bias, rule_of(config))
+        overruled_M = jnp.zeros(len(x_MD), bool)
+        return Routing(*chosen, scores(logits_ME, config.score_func), overruled_M)
+
+    @property
+    def _bias(self) -> jax.Array | None:
+        return self.bias[...] if self.config.router_bias else None

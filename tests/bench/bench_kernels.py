@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 
+from dsjax.config import ModelConfig
 from dsjax.kernels.target import HOPPER
 from dsjax.plan import hopper, kernels, programs
 from dsjax.train.step import declared_model
@@ -36,14 +37,18 @@ class Counted(NamedTuple):
     needed: int  # bytes
 
 
+def portions(model: ModelConfig) -> dict[int, int]:
+    """Says how many matrices of a stack a call of a kernel reads: a layer's experts or cache."""
+    E = model.n_routed_experts
+    return {model.n_moe_layers * E: E, model.n_moe_layers: 1}
+
+
 def count(batch: int) -> Counted:
     config = case("3B", MODEL_3B, batch, PROMPT + NEW, "bfloat16")
     mesh = hopper.mesh()
     declared = declared_model(config.model, config.precision, HOPPER)
     program = programs.decoding(declared, mesh, batch, PROMPT + NEW, "sequences")
-    E = MODEL_3B.n_routed_experts
-    portions = {MODEL_3B.n_moe_layers * E: E}
-    (steps,) = kernels.read(hopper.compiled_text(program, mesh), portions).loops
+    (steps,) = kernels.read(hopper.compiled_text(program, mesh), portions(MODEL_3B)).loops
     (layers,) = (loop for loop in steps.body.loops if loop.trips == MODEL_3B.n_moe_layers)
     waits = steps.body.waits + (steps.trips is None)
     needed = int(limit_seconds(config, batch, bytes_per_second=1.0))

@@ -42,6 +42,7 @@ from tests.bench.bench_decode import (
     measure_read_rate,
     step_seconds,
 )
+from tests.bench.bench_kernels import portions
 from tests.bench.sides import (
     MODEL_3B,
     V3_ROUTING,
@@ -210,8 +211,7 @@ def _step(text: str, model: ModelConfig) -> kernels.Part | None:
     """Returns the body of the loop over steps of a program that decodes; None for others."""
     if "jit_decode" not in text.partition("\n")[0] or jax.default_backend() != "gpu":
         return None
-    E = model.n_routed_experts
-    loops = kernels.read(text, {model.n_moe_layers * E: E}).loops
+    loops = kernels.read(text, portions(model)).loops
     return loops[0].body if loops else None
 
 
