@@ -1,7 +1,8 @@
-"""Greedy generation by llama.cpp with our GGUF files, and by dsjax, on this machine in one run.
+"""Greedy generation by dsjax with weights of every type, and by llama.cpp with our GGUF files if it
+is installed, on this machine in one run.
 
     pip install llama-cpp-python    # builds llama.cpp: minutes
-    python -m tests.bench.bench_gguf [TYPE ...]     # by default F32 F16 Q8_0 Q4_0
+    python -m tests.bench.bench_gguf [TYPE ...]     # of llama.cpp; by default F32 F16 Q8_0 Q4_0
 
 The 80M model of the other benchmarks with random weights, exported as each type; batch 1, a prompt
 of 128 tokens, 128 new ones. llama.cpp has one thread fewer than there are cores, for its threads
@@ -18,6 +19,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -33,7 +35,7 @@ from tests.golden.cases import CASES, Case
 from tests.reference import llama_cpp_reference
 
 PROMPT, NEW, ROUNDS = 128, 128, 5
-SMALL = ("int8", "int4")
+OURS = ("float32", "bfloat16", "fp8", "int8", "int4")
 
 Generate = Callable[[list[int], int], list[int]]
 
@@ -77,13 +79,14 @@ def step_seconds(sides: dict[str, Generate], prompt: list[int]) -> dict[str, flo
 
 def main() -> None:
     threads = max((os.cpu_count() or 2) - 1, 1)
-    print(f"{machine()}; llama.cpp with {threads} thread(s)")
-    kinds = sys.argv[1:] or ["F32", "F16", "Q8_0", "Q4_0"]
+    theirs = ["F32", "F16", "Q8_0", "Q4_0"] if find_spec("llama_cpp") else []
+    kinds = sys.argv[1:] or theirs
+    print(machine() + (f"; llama.cpp with {threads} thread(s)" if kinds else ""))
     case = Case(config_80m(), 1)
     prompt = np.random.default_rng(0).integers(0, MODEL_80M.vocab_size, PROMPT).tolist()
     with tempfile.TemporaryDirectory() as root, contextlib.ExitStack() as open_files:
         folder = write(Path(root) / "hf", case.config, plain(case))
-        sides = {f"dsjax {dtype}": dsjax_side(folder, dtype) for dtype in ("float32", *SMALL)}
+        sides = {f"dsjax {dtype}": dsjax_side(folder, dtype) for dtype in OURS}
         for kind in kinds:
             file = Path(root) / f"{kind}.gguf"
             exported(folder, file, kind)
