@@ -1,6 +1,7 @@
 """A folder that was read and written again is the same, and the same on a mesh."""
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -13,6 +14,7 @@ from dsjax.files import read_json
 from dsjax.parallel.mesh import make_mesh
 from dsjax.train.step import declared_model, split
 from dsjax.vision.sighted import Sighted
+from tests.golden import vl2
 from tests.vision import toy
 
 
@@ -53,3 +55,22 @@ def test_process_that_does_not_write_gathers_all_the_same(tmp_path):
         tmp_path, model, "janus", [], {}, np.dtype(np.float32), gathered.append, writes=False
     )
     assert [len(array) for array in gathered] == [2, 3] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_biases_of_experts_are_written_and_stay_float32(dtype, tmp_path):
+    """DeepSeek-VL2 Base's."""
+    checkpoint = open_checkpoint(vl2.write(tmp_path / "one", vl2.CASES["latent"]))
+    hf, mesh = checkpoint.hf, make_mesh({"data": 1}, n_devices=1)
+    params, router = load_masters(checkpoint, mesh)
+    policy = declared_model(checkpoint.model, PrecisionConfig(compute="float32")).policy
+    structure, *_ = split(Sighted(checkpoint.model, hf.beside.vision, policy))
+    (tmp_path / "two").mkdir()
+    model = nnx.merge(structure, params, router)
+    write_sighted(tmp_path / "two", model, hf.family, hf.beside.parts, hf.config, np.dtype(dtype))
+    again = open_checkpoint(tmp_path / "two").hf
+    assert again.files.tensors.keys() == hf.files.tensors.keys()
+    for name in hf.files.tensors:
+        kept = np.float32 if name.endswith("e_score_correction_bias") else dtype
+        want = hf.files.read(name).astype(kept)
+        assert again.files.read(name).tobytes() == want.tobytes(), name

@@ -45,3 +45,11 @@ def test_micro_batches_are_read_at_once():
     np.testing.assert_array_equal(got.positions[1], want.positions)
     np.testing.assert_array_equal(got.ahead.tokens[1], want.ahead.tokens)
     np.testing.assert_array_equal(got.ahead.documents[1], want.ahead.documents)
+
+
+def test_a_masked_token_keeps_its_place_and_is_of_no_document():
+    segments = jnp.asarray([[1, -1, -1, 1, 2, 0]], jnp.int32)
+    got = read_tokens(TOKENS, segments, isolate=True, n_mtp=0)
+    np.testing.assert_array_equal(got.positions, [[0, 1, 2, 3, 0, 0]])
+    np.testing.assert_array_equal(got.segment_ids, segments)
+    np.testing.assert_array_equal(got.documents, [[1, 0, 0, 1, 2, 0]])

@@ -9,6 +9,7 @@ from dsjax.parallel.mesh import make_mesh
 from dsjax.parallel.sharding import (
     AXIS_TABLE,
     constrain,
+    divisible,
     gather_for_use,
     optimizer_spec,
     partition_spec,
@@ -147,3 +148,13 @@ def test_a_weight_that_one_axis_splits_keeps_its_type():
             np.testing.assert_array_equal(
                 jax.jit(lambda w, a=axes: gather_for_use(w, a, jnp.bfloat16))(w), w
             )
+
+
+def test_a_batch_is_filled_up_until_it_divides():
+    x = jnp.arange(15, dtype=jnp.float32).reshape(5, 3) + 1
+    assert divisible(x).shape == (5, 3)
+    with jax.set_mesh(make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
+        filled = jax.jit(divisible)(x)
+        assert jax.jit(divisible)(x[:4]).shape == (4, 3)
+    assert filled.shape == (8, 3)
+    np.testing.assert_array_equal(filled, np.pad(np.asarray(x), ((0, 3), (0, 0))))

@@ -270,3 +270,14 @@ def test_rules_for_tiles_that_are_not_followed_are_refused(changes, said):
     with pytest.raises(ValueError) as caught:
         pictures.tile_rules_of(TILED | changes, "x")
     assert str(caught.value).startswith("x: ") and said in str(caught.value)
+
+
+def test_size_is_known_without_decoding():
+    data = io.BytesIO()
+    PIL.Image.new("RGB", (300, 7)).save(data, "PNG")
+    cut = data.getvalue()[:60]  # the header
+    assert pictures.size_of(cut, "x") == (300, 7)
+    with pytest.raises(ValueError, match="x is damaged"):
+        decode(cut, "x")
+    with pytest.raises(ValueError, match="x is not a picture in PNG"):
+        pictures.size_of(b"no", "x")

@@ -90,3 +90,12 @@ def test_embeddings_are_lines_across_tiles(grid):
     got = tiles.arranged(list(features), grid, newline, separator)
     np.testing.assert_array_equal(got, np.stack(want))
     assert len(got) == tiles.n_embeddings(grid, side)
+
+
+@pytest.mark.parametrize("size", [(30, 75), (44, 20), (67, 66), (22, 22), (5, 4)])
+def test_outline_is_what_is_cut_without_pixels(size):
+    rules = Rules(size=vl2.SIDE, resolutions=tuple(map(tuple, vl2.resolutions(vl2.SIDE))))
+    whole = tiles.cut(vl2.picture(size), rules, "x")
+    outline = tiles.outline(size, rules, "x")
+    assert outline.grid == whole.grid and outline.size == whole.size
+    assert len(outline.squares) == len(whole.squares) and not outline.squares.size

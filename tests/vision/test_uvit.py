@@ -129,3 +129,13 @@ def test_decoder_equals_oracle(time):
 def test_channels_unfold_as_rows_and_columns():
     x = np.arange(2 * 12, dtype=np.float32).reshape(1, 1, 2, 12)
     np.testing.assert_array_equal(unfold(jnp.asarray(x)), oracle_unfold(x))
+
+
+def test_a_channel_that_is_silent_everywhere_has_a_gradient():
+    """As torch's: a norm of zeros has no slope."""
+    norm, x = random_values(ResponseNorm(3)), noise(2, 4, 4, 3)
+    x[0, :, :, 1] = 0
+    found = jax.grad(lambda x: norm(x).sum())(float32(x))
+    assert np.isfinite(found).all() and np.ptp(np.asarray(found[0, :, :, 1])) == 0
+    got = np.asarray(norm(float32(x)))
+    assert_close(got, oracle_response(norm, x), F32)
