@@ -243,6 +243,17 @@ def test_the_files_layout_says_how_the_smaller_picture_is_made(tmp_path):
         assert rules.resampling == how and rules.high and rules.high.resampling == "bicubic"
 
 
+def test_what_training_sees_of_resized_numbers_is_rounded():
+    said = DEEPSEEK | {"image_size": 64, "do_normalize": False}
+    rules = pictures.two_rules_of(said, "x", 24)
+    squares = pictures.largest(noise(64, 40), rules)[None]
+    views, exact = pictures.views(squares, rules), pictures.inputs(squares, rules)
+    assert rules.high and [view.dtype for view in views] == [np.uint8] * 2
+    np.testing.assert_array_equal(normalized(views[1], rules.high), exact[1])
+    away = abs(normalized(views[0], rules) - exact[0])
+    assert 0 < away.max() <= 0.5 / 255 / 0.5 + 1e-6
+
+
 @pytest.mark.parametrize(("side", "size"), [(16, 6), (9, 9), (5, 8)])
 def test_numbers_are_resized_by_the_kernels_definition(side, size):
     numbers = np.random.default_rng(0).uniform(size=(2, side, side, 3)).astype(np.float32)

@@ -1,9 +1,9 @@
 r"""Fine-tuning of DeepSeek-VL2 Base on questions about pictures: the tower, the projector and the
-language model train together, as in the last stage of the paper (arXiv:2412.10302, section 3.2).
+language model train together, as in the last stage of the paper (arXiv:2412.10302).
 
-Command: python tools/paint.py configs/vl2_base.py \
+Command: python tools/paint.py configs/vl2_questions.py \
     --init deepseek-vl2 --workdir runs/asked --set janus.see=asked.jsonl
-Hardware: compiled for v5p:2x2x2, never run.
+Hardware: never run; on v5p:2x2x2 a step takes 60 GB per chip by arithmetic (docs/plan.md).
 Cost: not measured.
 Expected: not measured here; tests/janus/test_seeing.py trains such models in small.
 """
@@ -13,7 +13,7 @@ from dsjax.config.janus import Janus, JanusConfig
 from dsjax.config.posttraining import TuningConfig
 
 config = Janus(
-    name="vl2_base",
+    name="vl2_questions",
     janus=JanusConfig(ratio=(1, 0, 0), trains=("language", "tower", "aligner")),
     train=TuningConfig(steps=1000, batch_size=64, micro_batch_size=8, remat="full"),
     optim=OptimConfig(
