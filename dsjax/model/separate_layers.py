@@ -51,7 +51,5 @@ def _bits(leaf: jax.Array) -> int:
 
 def _views(stack: jax.Array) -> list[jax.Array]:
     """Returns the arrays along the leading dimension, which share the stack's memory."""
-    # Of another array object with the same memory: the stack itself would keep NumPy's view for as
-    # long as it lives, and could not be donated any more.
-    whole = np.asarray(stack.addressable_data(0))
-    return jax.device_put(list(whole), stack.sharding)
+    # NumPy's views are of the same memory, and JAX takes them as they are.
+    return jax.device_put(list(np.asarray(stack)), stack.sharding)
