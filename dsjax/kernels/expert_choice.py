@@ -98,8 +98,8 @@ def _kernel(logits, bias, experts_out, weights_out, *, n_experts: int, rule: Rul
         best = biased_GX.max(axis=1).max(axis=0)
         first = jnp.where(biased_GX == best, expert_GX, n_experts).min(axis=1).min(axis=0)
         is_first_GX = expert_GX == first
-        # Padding may bear an expert's number.
-        score = jnp.where(is_first_GX & is_one_GX, scores_GX, 0.0).sum(axis=1).sum(axis=0)
+        # Padding may bear an expert's number; its score is 0.
+        score = jnp.where(is_first_GX, scores_GX, 0.0).sum(axis=1).sum(axis=0)
         experts_K = jnp.where(choice_K == number, first, experts_K)
         weights_K = jnp.where(choice_K == number, score, weights_K)
         biased_GX = jnp.where(is_first_GX, -jnp.inf, biased_GX)

@@ -87,11 +87,12 @@ def matmul(
     """
     (A, D), E, F = x_AD.shape, len(sizes_E), w_EDF.shape[1 if transpose_w else 2]
     tiles = Tiles.of(sizes_E, A)
-    # Rows after the last group are not multiplied, by whichever matrix.
-    matrices = jnp.minimum(tiles.group, E - 1) + first_group
+    # Rows after the last group have no matrix.
+    matrices = jnp.where(tiles.group == E, -1, tiles.group + first_group)
+    tiles = tiles._replace(group=matrices)
 
-    def tile(row_tile, column_tile, x, w, group, start, first, end, matrix, out, *, run):
-        first_row, end_row, number = first[row_tile], end[row_tile], group[row_tile]
+    def tile(row_tile, column_tile, x, w, matrix, start, first, end, out, *, run):
+        first_row, end_row, number = first[row_tile], end[row_tile], matrix[row_tile]
         begin = pl.multiple_of(start[row_tile], _ALIGNMENT)
 
         def multiply(_, x_smem, w_smem, acc):
@@ -109,8 +110,8 @@ def matmul(
             run(
                 multiply,
                 # Rows after the last group take no products, so zeros are written.
-                jnp.where(number == E, 0, pl.cdiv(D, _SLICE)),
-                (x.at[pl.ds(begin, _ROWS)], w.at[matrix[row_tile]]),
+                jnp.where(number < 0, 0, pl.cdiv(D, _SLICE)),
+                (x.at[pl.ds(begin, _ROWS)], w.at[jnp.maximum(number, 0)]),
                 (
                     lambda k: (0, k),
                     lambda k: (column_tile, k) if transpose_w else (k, column_tile),
@@ -124,7 +125,7 @@ def matmul(
         "grouped_matmul",
         tile,
         (len(tiles.group), pl.cdiv(F, _COLUMNS)),
-        (x_AD, w_EDF, *tiles, matrices),
+        (x_AD, w_EDF, *tiles),
         ((_ROWS, _SLICE), (_COLUMNS, _SLICE) if transpose_w else (_SLICE, _COLUMNS)),
         jax.ShapeDtypeStruct((A, F), dtype),
         multiprocessors,

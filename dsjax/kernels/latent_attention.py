@@ -112,8 +112,7 @@ def latent_attention(
 
 
 def _kernel(
-    q_latent, q_rope, latents, keys, layer, position, out, highest_out, total_out, *,
-    scale: float, n_splits: int,
+    q_latent, q_rope, latents, keys, layer, position, *results, scale: float, n_splits: int
 ):  # fmt: skip
     row, split = pl.program_id(0), pl.program_id(2)
     own = position[0]
@@ -142,7 +141,9 @@ def _kernel(
         jnp.zeros((_HEADS,), jnp.float32),
         jnp.zeros(q_NC.shape, jnp.float32),
     )
-    highest_out[...], total_out[...], out[...] = lax.fori_loop(0, n_turns, attend, start)
+    highest_N, total_N, sums_NC = lax.fori_loop(0, n_turns, attend, start)
+    for result, found in zip(results, (sums_NC, highest_N, total_N), strict=True):
+        result[...] = found
 
 
 def _scores(q_NX, k_SX):

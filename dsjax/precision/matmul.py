@@ -29,6 +29,8 @@ There are two ways to multiply them:
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -40,6 +42,7 @@ from dsjax.kernels.fp8_gemm import (
     scaled_matmul,
 )
 from dsjax.kernels.grouped_matmul import align_groups, grouped_matmul, grouped_outer
+from dsjax.kernels.varying import by_hand
 from dsjax.precision import small_weights
 from dsjax.precision.fp8 import (
     CHANNEL_TILE,
@@ -55,6 +58,7 @@ from dsjax.precision.small_weights import Weight
 # Block of the activation gradient in the input gradient. `docs/fp8_training.py` shows the effect of
 # larger blocks.
 GRADIENT_TILE = CHANNEL_TILE
+_PARTS = 16  # of a sum, where a GPU multiplies a single row
 
 
 def _operand(x: jax.Array, block: tuple[int, int], policy: Policy) -> jax.Array | BlockScaled:
@@ -83,6 +87,23 @@ def _native_matmul(x: BlockScaled, y: BlockScaled) -> jax.Array:
     return out_MN.reshape(*x.values.shape[:-1], -1)
 
 
+def _one_row(x: jax.Array, w_DF: jax.Array, policy: Policy) -> jax.Array:
+    """Multiplies the only row of x[..., D] by w[D, F], in float32.
+
+    XLA's GPU compiler has no matrix product of one row: it writes the products of all elements to
+    memory, in the operands' type, and sums those. Here it reads the matrix once, in place even from
+    a stack of layers, in parts whose sums are added afterwards: columns alone would keep few
+    multiprocessors busy.
+    """
+    P = math.gcd(_PARTS, w_DF.shape[0])
+    # Without these barriers it fuses what comes before and after, and is back at its own way.
+    x = jax.lax.optimization_barrier(x.astype(policy.compute))
+    w_PXF = w_DF.astype(policy.compute).reshape(P, -1, w_DF.shape[1])
+    products_PXF = x.reshape(P, -1, 1).astype(jnp.float32) * w_PXF.astype(jnp.float32)
+    sums_PF = jax.lax.optimization_barrier(products_PXF.sum(axis=1))
+    return sums_PF.sum(axis=0).reshape(*x.shape[:-1], -1)
+
+
 def linear_forward(x: jax.Array, w_DF: Weight, policy: Policy) -> jax.Array:
     """Multiplies x[..., D] by the float32 master w[D, F]: [..., F] in the compute type.
 
@@ -90,6 +111,8 @@ def linear_forward(x: jax.Array, w_DF: Weight, policy: Policy) -> jax.Array:
     """
     if isinstance(w_DF, BlockScaled):
         return small_weights.matmul(x, w_DF, policy, policy.compute)
+    if policy.target.is_hopper and not policy.fp8 and x.size == x.shape[-1] and by_hand():
+        return _one_row(x, w_DF, policy).astype(policy.compute)
     weight = _operand(w_DF, WEIGHT_BLOCK, policy)
     return _matmul(_operand(x, CHANNEL_TILE, policy), weight, policy.compute)
 

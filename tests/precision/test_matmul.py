@@ -47,6 +47,25 @@ def test_linear_products_equal_float64(compute, level):
     assert_close(dw, x.T @ dy, level, "weight gradient")
 
 
+@pytest.mark.parametrize("shape", [(1, 24), (1, 1, 24)])
+@pytest.mark.parametrize(("compute", "level"), [(jnp.float32, F32), (jnp.bfloat16, BF16)])
+def test_single_row_on_hopper_equals_float64(compute, level, shape):
+    x, w, _ = _operands()
+    policy = Policy(compute, HOPPER)
+    y = jax.jit(lambda x, w: linear(x, w, policy))(x[0].reshape(shape), w[0])
+    assert y.dtype == compute and y.shape == (*shape[:-1], 16)
+    assert_close(y.reshape(-1), x[0].astype(np.float64) @ w[0], level, "forward")
+
+
+def test_single_row_on_hopper_is_no_matrix_product_and_several_are():
+    policy, w = Policy(jnp.bfloat16, HOPPER), jnp.zeros((24, 16), jnp.bfloat16)
+    one, two = (
+        str(jax.make_jaxpr(lambda x: linear(x, w, policy))(jnp.zeros((rows, 24), jnp.bfloat16)))
+        for rows in (1, 2)
+    )
+    assert "dot_general" not in one and "dot_general" in two
+
+
 @pytest.mark.parametrize(("compute", "level"), [(jnp.float32, F32), (jnp.bfloat16, BF16)])
 def test_grouped_linear_products_equal_float64(compute, level):
     x, w, dy = _operands()
