@@ -20,7 +20,7 @@ from dsjax.config import ModelConfig
 from dsjax.kernels.target import HOPPER
 from dsjax.plan import hopper, kernels, programs
 from dsjax.train.step import declared_model
-from tests.bench.bench_decode import NEW, PROMPT, limit_seconds
+from tests.bench.bench_decode import NEW, PROMPT, bytes_read
 from tests.bench.sides import MODEL_3B, case
 
 BATCHES = 1, 8, 32
@@ -51,7 +51,7 @@ def count(batch: int) -> Counted:
     (steps,) = kernels.read(hopper.compiled_text(program, mesh), portions(MODEL_3B)).loops
     (layers,) = (loop for loop in steps.body.loops if loop.trips == MODEL_3B.n_moe_layers)
     waits = steps.body.waits + (steps.trips is None)
-    needed = int(limit_seconds(config, batch, bytes_per_second=1.0))
+    needed = int(bytes_read(config, batch, PROMPT + NEW / 2))
     starts = steps.body.starts
     return Counted(batch, starts, layers.body.starts, waits, steps.body.bytes, needed)
 

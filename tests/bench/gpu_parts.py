@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +37,10 @@ from dsjax.precision.fp8 import CHANNEL_TILE, WEIGHT_BLOCK, quantize_block
 from dsjax.train.throughput import measure_matmul_flops
 from tests.bench import bench_fp8_gemm
 from tests.bench.bench_decode import (
+    NEW,
     PROMPT,
+    bytes_read,
     dsjax_generate,
-    limit_seconds,
     measure_read_rate,
     step_seconds,
 )
@@ -175,11 +177,8 @@ def watched() -> Iterator[list[Any]]:
         compiled.append(original(lowered, *arguments, **options))
         return compiled[-1]
 
-    jax.stages.Lowered.compile = compile_
-    try:
+    with mock.patch.object(jax.stages.Lowered, "compile", compile_):
         yield compiled
-    finally:
-        jax.stages.Lowered.compile = original
 
 
 def decode(dry_run: bool) -> None:
@@ -193,7 +192,7 @@ def decode(dry_run: bool) -> None:
         prompts_BT = np.random.default_rng(0).integers(0, vocabulary, (batch, PROMPT))
         with watched() as compiled:
             taken = step_seconds({"": generate}, prompts_BT)[""]
-        limit = limit_seconds(config, batch, rate)
+        limit = bytes_read(config, batch, PROMPT + NEW / 2) / rate
         steps = [found for each in compiled if (found := _step(str(each.as_text()), config.model))]
         say(**{
             "batch": batch,
