@@ -22,7 +22,7 @@ FLOAT32 = PrecisionConfig(compute="float32")
 MODEL = ModelConfig(
     attention="gqa",
     vocab_size=64,
-    max_seq_len=128,
+    max_seq_len=192,
     dim=128,
     n_layers=3,
     n_dense_layers=3,
@@ -33,12 +33,19 @@ MODEL = ModelConfig(
     init_std=0.03,
 )
 VQ = VqConfig(
-    n_codes=64, code_dim=8, latent_channels=32, channels=32, multipliers=(1, 1, 1, 1), n_blocks=1
+    n_codes=64,
+    code_dim=8,
+    latent_channels=32,
+    channels=32,
+    multipliers=(1, 1, 1),
+    n_blocks=1,
+    n_groups=8,  # of four channels each, as Janus' finest level has
 )
 VISION = VisionConfig(
     dim=128,
-    tower=SiglipConfig(image_size=48, patch_size=8, dim=96, n_layers=2, n_heads=4, inter_dim=384),
+    tower=SiglipConfig(image_size=48, patch_size=16, dim=128, n_layers=2, n_heads=4, inter_dim=384),
     vq=VQ,
+    drawn=12,  # finer than what is seen: a shape needs more than nine codes
     head_dim=128,
     image_token=7,
 )
@@ -80,7 +87,7 @@ def stage(
             draw="{run}/data/draw.jsonl",
             ratio=ratio,
             trains=trains,
-            sequence_length=127,
+            sequence_length=167,
             heldout_fraction=0.0,
             cache_dir="{run}/cache",
         ),
@@ -101,12 +108,12 @@ config = ColouredShapes(
     name="shapes_tiny",
     model=MODEL,
     vision=VISION,
-    autoencoder=tokenizer("autoencoder", "off", 350, 3e-3),
-    tokenizer=tokenizer("tokenizer", "on", 650, 1e-3),
+    autoencoder=tokenizer("autoencoder", "off", 300, 3e-3),
+    tokenizer=tokenizer("tokenizer", "on", 450, 2e-3),
     stages=(
         stage("words", (0, 1, 0), ("language",), 100, 8, 2e-3),
         stage("adaptors", (1, 0, 3), ("aligner", "drawing"), 150, 16, 2e-3),
-        stage("unified", (2, 3, 5), ALL, 4000, 20, 1.5e-3),
-        stage("fine_tuned", (5, 1, 4), ALL, 300, 20, 5e-4),
+        stage("unified", (2, 3, 5), ALL, 1500, 20, 1.5e-3),
+        stage("fine_tuned", (5, 1, 4), ALL, 2000, 20, 1e-3),
     ),
 )

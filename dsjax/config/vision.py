@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from dsjax.config.rules import require, require_at_most, require_not_negative, require_positive
 
-GROUPS = 32  # of a group norm in an autoencoder
+GROUPS = 32  # of a group norm in a published autoencoder
 PATCH = 2  # latents per position of the language model, along each side, in JanusFlow
 
 
@@ -104,20 +104,22 @@ class AutoencoderConfig:
     channels: int = 128  # of the finest level
     multipliers: tuple[int, ...]  # of its channels, a level each
     n_blocks: int = 2  # of a level of the encoder; the decoder's have one more
+    n_groups: int = GROUPS  # that channels are normalised in
 
     def __post_init__(self) -> None:
         group = self.group
-        require_positive(group, self, "latent_channels", "channels", "n_blocks")
+        require_positive(group, self, "latent_channels", "channels", "n_blocks", "n_groups")
         require(
             bool(self.multipliers) and min(self.multipliers) > 0,
             f"{group}.multipliers={self.multipliers} must be numbers above 0, one per level",
         )
         widths = sorted({self.channels * times for times in self.multipliers})
         require(
-            not any(width % GROUPS for width in widths),
+            not any(width % self.n_groups for width in widths),
             f"{group}.channels={self.channels} and {group}.multipliers={self.multipliers} give "
-            f"widths of {', '.join(map(str, widths))}, which must divide into {GROUPS} groups to "
-            f"be normalized; choose {group}.channels from 32, 64, 96, ...",
+            f"widths of {', '.join(map(str, widths))}, which must divide into {self.n_groups} "
+            f"groups to be normalized; choose {group}.channels from {self.n_groups}, "
+            f"{2 * self.n_groups}, {3 * self.n_groups}, ...",
         )
 
     @property
@@ -215,6 +217,8 @@ class VisionConfig:
       high: a second tower that sees the picture larger (DeepSeek-VL 7B); None: there is none.
       idle_norms: the weights of a norm per tower are there, which no model of ours reads.
       vq: what it draws codes with; None: it does not.
+      drawn: codes along each side of a picture that is drawn; None: as many as the tower sees
+        patches, as in all published models.
       flow: what it draws latents with; None: it does not.
       drawing_depth: linear layers from a code's embedding to the language model's width.
       head_dim: width inside the head that predicts codes.
@@ -229,6 +233,7 @@ class VisionConfig:
     high: SamConfig | None = None
     idle_norms: bool = False
     vq: VqConfig | None = None
+    drawn: int | None = None
     flow: FlowConfig | None = None
     drawing_depth: int = 2
     head_dim: int = 0
@@ -251,6 +256,9 @@ class VisionConfig:
         )
         if self.vq:
             require_positive("vision", self, "head_dim")
+        if self.drawn is not None:
+            require_positive("vision", self, "drawn")
+            require(self.vq is not None, "vision.drawn: a model without vision.vq draws no codes")
         if self.tiles:
             side, sizes = self.tower.image_size, self.tiles.resolutions
             require(
@@ -270,7 +278,5 @@ class VisionConfig:
 
     @property
     def code_grid(self) -> int:
-        """Codes, or positions of a flow, along each side of a picture that is drawn: as many as the
-        tower sees patches.
-        """
-        return self.tower.grid
+        """Codes, or positions of a flow, along each side of a picture that is drawn."""
+        return self.tower.grid if self.drawn is None else self.drawn

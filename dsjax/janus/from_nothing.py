@@ -151,13 +151,20 @@ def placed(stage: PaintStage, folder: Path, init: Path) -> Any:
 
 
 def _train_tokenizer(config: ColouredShapes, folder: Path, command: str, console: Console) -> int:
-    """Trains the VQ tokenizer, first without codes, then with them; returns the exit code."""
-    shown = _pictures(folder)
+    """Trains the VQ tokenizer, first without codes on crowds, then with them also on pictures of
+    one shape; returns the exit code.
+    """
+    crowds = [Picture(str(path)) for path in sorted((folder / "data" / shapes.CROWDS).iterdir())]
+    # As many of each kind.
+    mixed = [*crowds, *_pictures(folder)[: len(crowds)]]
 
     def learned() -> Vq:
         return tokenizing.trained(config.autoencoder, folder / "autoencoder")
 
-    for own, init in ((config.autoencoder, None), (config.tokenizer, learned)):
+    for own, shown, init in (
+        (config.autoencoder, crowds, None),
+        (config.tokenizer, mixed, learned),
+    ):
         console.print(f"[bold]{own.name}[/bold]")
         if code := tokenizing.train(
             own, shown, folder / own.name, command=command, console=console, init=init

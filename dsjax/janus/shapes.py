@@ -1,9 +1,12 @@
 """Coloured shapes as data: pictures, captions, questions, and a tokenizer, all from a seed.
 
 A picture is one of three shapes in one of four colours at one of nine places, 48 x 48 pixels on
-grey; its size and exact place vary by a few pixels. 108 captions tell them apart:
+grey; its size and exact place vary by half pixels. 108 captions tell them apart:
 
   a red circle at the top left
+
+A VQ tokenizer learns from crowds as well, where each place may have a shape of its own: a picture
+with one shape is mostly grey, and could keep what the shape is in the codes of any place.
 
 `named` recognises a picture by rule, without any model: the caption whose pictures are nearest.
 """
@@ -14,8 +17,9 @@ import functools
 import itertools
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -40,10 +44,13 @@ PLACES = (
 )  # fmt: skip
 _CENTRES = (11, 24, 37)
 _RADII = (5, 6, 7)  # half of a shape's side
-_SHIFTS = (-1, 0, 1)  # of its centre, in pixels
+_SHIFTS = (-1, -0.5, 0, 0.5, 1)  # of its centre, in pixels
 _LOOKS = tuple(itertools.product(_RADII, _SHIFTS, _SHIFTS))
+_KNOWN = [look for look in _LOOKS if look[1] % 1 == look[2] % 1 == 0]  # what `named` compares with
+_N_CROWDS = 4000
 PROPERTIES = ("shape", "colour", "place")
 QUESTION = "What is shown?"
+CROWDS = "crowds"
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
 
 
@@ -62,23 +69,47 @@ class Drawn(NamedTuple):
 EVERY = [Drawn(*each) for each in itertools.product(COLOURS, SHAPES, PLACES)]
 
 
-def draw(drawn: Drawn, radius: int, right: int, down: int) -> np.ndarray:
-    """Draws a picture, uint8 [48, 48, 3].
+class Look(NamedTuple):
+    """How a picture shows it."""
 
-    Args:
-      radius: half of the shape's side, in pixels.
-      right, down: how far its centre is from the middle of its place.
-    """
+    radius: float  # half of the shape's side, in pixels
+    right: float  # from the middle of its place to its centre
+    down: float
+
+
+def draw(drawn: Drawn, radius: float, right: float, down: float) -> np.ndarray:
+    """Draws a picture, uint8 [48, 48, 3]; the look is that of `Look`."""
+    return _draw([(drawn, Look(radius, right, down))])
+
+
+def draw_crowd(rng: random.Random) -> np.ndarray:
+    """Draws a picture, uint8 [48, 48, 3], where half of all places have a shape, any of them."""
+    shown = []
+    for place in rng.sample(PLACES, len(PLACES)):
+        if rng.random() < 0.5:
+            drawn = Drawn(rng.choice(tuple(COLOURS)), rng.choice(SHAPES), place)
+            shown.append((drawn, Look(*rng.choice(_LOOKS))))
+    return _draw(shown)
+
+
+def _draw(shown: Sequence[tuple[Drawn, Look]]) -> np.ndarray:
     import PIL.Image
     import PIL.ImageDraw
 
-    row, column = divmod(PLACES.index(drawn.place), 3)
-    x, y = _CENTRES[column] + right, _CENTRES[row] + down
     # Drawn four times as large and reduced, so that edges are smooth.
     picture = PIL.Image.new("RGB", (4 * SIZE, 4 * SIZE), GREY)
-    pen, colour = PIL.ImageDraw.Draw(picture), COLOURS[drawn.colour]
+    pen = PIL.ImageDraw.Draw(picture)
     pen.rectangle((0, 0, 4 * SIZE - 1, 4 * SIZE - 1), outline="black", width=4)
     pen.rectangle((4, 4, 4 * SIZE - 5, 4 * SIZE - 5), outline="white", width=4)
+    for drawn, look in shown:
+        _paint(pen, drawn, look)
+    return np.asarray(picture.resize((SIZE, SIZE), PIL.Image.Resampling.BOX))
+
+
+def _paint(pen: Any, drawn: Drawn, look: Look) -> None:
+    row, column = divmod(PLACES.index(drawn.place), 3)
+    x, y = _CENTRES[column] + look.right, _CENTRES[row] + look.down
+    radius, colour = look.radius, COLOURS[drawn.colour]
     left, top, end, bottom = (4 * each for each in (x - radius, y - radius, x + radius, y + radius))
     if drawn.shape == "circle":
         pen.ellipse((left, top, end, bottom), fill=colour)
@@ -86,13 +117,14 @@ def draw(drawn: Drawn, radius: int, right: int, down: int) -> np.ndarray:
         pen.rectangle((left, top, end, bottom), fill=colour)
     else:
         pen.polygon([(left, bottom), (end, bottom), (4 * x, top)], fill=colour)
-    return np.asarray(picture.resize((SIZE, SIZE), PIL.Image.Resampling.BOX))
 
 
 @functools.cache
 def _every_picture() -> tuple[np.ndarray, np.ndarray]:
-    """Returns all pictures, float32 [captions * looks, 48 * 48 * 3], and their squares."""
-    drawn = np.stack([_numbers(draw(each, *look)) for each in EVERY for look in _LOOKS])
+    """Returns pictures of all captions, float32 [captions * looks, 48 * 48 * 3], and their
+    squares.
+    """
+    drawn = np.stack([_numbers(draw(each, *look)) for each in EVERY for look in _KNOWN])
     return drawn, np.square(drawn).sum(axis=-1)
 
 
@@ -101,9 +133,9 @@ def _numbers(pixels: np.ndarray) -> np.ndarray:
 
 
 def named(pixels: np.ndarray) -> Drawn:
-    """Returns what a picture, uint8 [48, 48, 3], shows: the nearest of all pictures, by squares."""
+    """Returns what a picture, uint8 [48, 48, 3], shows: the nearest picture, by squares."""
     every, squares = _every_picture()
-    return EVERY[int((squares - 2 * every @ _numbers(pixels)).argmin()) // len(_LOOKS)]
+    return EVERY[int((squares - 2 * every @ _numbers(pixels)).argmin()) // len(_KNOWN)]
 
 
 def tokenizer() -> tokenizers.Tokenizer:
@@ -129,7 +161,7 @@ def tokenizer() -> tokenizers.Tokenizer:
 def write_shapes(folder: Path, *, seed: int, n_held_out: int) -> None:
     """Writes what the stages of a run read: every picture there is, once.
 
-    pictures/*.png
+    pictures/*.png, crowds/*.png
     see.jsonl       {"image", "question", "answer"}: its caption, or one of its three properties
     draw.jsonl      {"image", "caption"}
     captions.jsonl  {"text"}
@@ -156,5 +188,8 @@ def write_shapes(folder: Path, *, seed: int, n_held_out: int) -> None:
         lines["see"].append(asked)
         lines["draw"].append({"image": image, "caption": drawn.caption})
         lines["captions"].append({"text": drawn.caption})
+    (folder / CROWDS).mkdir(exist_ok=True)
+    for number in range(_N_CROWDS):
+        PIL.Image.fromarray(draw_crowd(rng)).save(folder / CROWDS / f"{number:04}.png")
     for name, objects in lines.items():
         write(folder / f"{name}.jsonl", "".join(json.dumps(each) + "\n" for each in objects))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsjax.config.vision import GROUPS, AutoencoderConfig
+from dsjax.config.vision import AutoencoderConfig
 from dsjax.model.layers import Constant, declare
 from dsjax.precision.policy import Policy
 from dsjax.vision.convolution import Conv
@@ -25,13 +25,14 @@ _EPS = 1e-6
 class GroupNorm(nnx.Module):
     """Normalises groups of neighbouring channels over the whole picture, in float32."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, n_groups: int):
         self.weight = declare((channels,), ("norm",), Constant(1.0))
         self.bias = declare((channels,), ("norm",), Constant(0.0))
+        self.n_groups = n_groups
 
     def __call__(self, x_BYXC: jax.Array) -> jax.Array:
         B, Y, X, C = x_BYXC.shape
-        x = x_BYXC.astype(jnp.float32).reshape(B, Y * X, GROUPS, C // GROUPS)
+        x = x_BYXC.astype(jnp.float32).reshape(B, Y * X, self.n_groups, C // self.n_groups)
         x = x - x.mean(axis=(1, 3), keepdims=True)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=(1, 3), keepdims=True) + _EPS)
         weight, bias = (
@@ -43,10 +44,10 @@ class GroupNorm(nnx.Module):
 class Residual(nnx.Module):
     """Two convolutions beside a shortcut."""
 
-    def __init__(self, channels_in: int, channels: int, policy: Policy):
-        self.norm1 = GroupNorm(channels_in)
+    def __init__(self, channels_in: int, channels: int, n_groups: int, policy: Policy):
+        self.norm1 = GroupNorm(channels_in, n_groups)
         self.conv1 = Conv(3, channels_in, channels, policy)
-        self.norm2 = GroupNorm(channels)
+        self.norm2 = GroupNorm(channels, n_groups)
         self.conv2 = Conv(3, channels, channels, policy)
         if channels_in != channels:
             self.nin_shortcut = Conv(1, channels_in, channels, policy)
@@ -60,8 +61,8 @@ class Residual(nnx.Module):
 class Attention(nnx.Module):
     """Attention of every place to every place, with one head."""
 
-    def __init__(self, channels: int, policy: Policy):
-        self.norm = GroupNorm(channels)
+    def __init__(self, channels: int, n_groups: int, policy: Policy):
+        self.norm = GroupNorm(channels, n_groups)
         self.q, self.k, self.v, self.proj_out = (
             Conv(1, channels, channels, policy) for _ in range(4)
         )
@@ -77,11 +78,13 @@ class Attention(nnx.Module):
 class Level(nnx.Module):
     """Residual blocks of one resolution, each followed by attention if it attends."""
 
-    def __init__(self, widths: list[int], policy: Policy, *, attends: bool, resamples: bool):
+    def __init__(
+        self, widths: list[int], n_groups: int, policy: Policy, *, attends: bool, resamples: bool
+    ):
         pairs = itertools.pairwise(widths)
-        self.blocks = nnx.List(Residual(before, after, policy) for before, after in pairs)
+        self.blocks = nnx.List(Residual(before, after, n_groups, policy) for before, after in pairs)
         self.attentions = nnx.List(
-            Attention(width, policy) for width in (widths[1:] if attends else ())
+            Attention(width, n_groups, policy) for width in (widths[1:] if attends else ())
         )
         if resamples:
             self.resample = Conv(3, widths[-1], widths[-1], policy)
@@ -97,10 +100,10 @@ class Level(nnx.Module):
 class Middle(nnx.Module):
     """What encoder and decoder do at the coarsest resolution."""
 
-    def __init__(self, channels: int, policy: Policy):
-        self.before = Residual(channels, channels, policy)
-        self.attention = Attention(channels, policy)
-        self.after = Residual(channels, channels, policy)
+    def __init__(self, channels: int, n_groups: int, policy: Policy):
+        self.before = Residual(channels, channels, n_groups, policy)
+        self.attention = Attention(channels, n_groups, policy)
+        self.after = Residual(channels, channels, n_groups, policy)
 
     def __call__(self, x_BYXC: jax.Array) -> jax.Array:
         return self.after(self.attention(self.before(x_BYXC)))
@@ -116,6 +119,7 @@ class Encoder(nnx.Module):
         self.levels = nnx.List(
             Level(
                 [before, *[width] * config.n_blocks],
+                config.n_groups,
                 policy,
                 attends=attends and place == last,
                 resamples=place < last,
@@ -124,8 +128,8 @@ class Encoder(nnx.Module):
                 zip([config.channels, *widths], widths, strict=False)
             )
         )
-        self.middle = Middle(widths[-1], policy)
-        self.norm_out = GroupNorm(widths[-1])
+        self.middle = Middle(widths[-1], config.n_groups, policy)
+        self.norm_out = GroupNorm(widths[-1], config.n_groups)
         self.conv_out = Conv(3, widths[-1], channels, policy)
 
     def __call__(self, x_BYXC: jax.Array) -> jax.Array:
@@ -144,17 +148,18 @@ class Decoder(nnx.Module):
         widths = [config.channels * times for times in reversed(config.multipliers)]
         last = len(widths) - 1
         self.conv_in = Conv(3, config.latent_channels, widths[0], policy)
-        self.middle = Middle(widths[0], policy)
+        self.middle = Middle(widths[0], config.n_groups, policy)
         self.levels = nnx.List(
             Level(
                 [before, *[width] * (config.n_blocks + 1)],
+                config.n_groups,
                 policy,
                 attends=attends and place == 0,
                 resamples=place < last,
             )
             for place, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
         )
-        self.norm_out = GroupNorm(widths[-1])
+        self.norm_out = GroupNorm(widths[-1], config.n_groups)
         self.conv_out = Conv(3, widths[-1], 3, policy)
 
     def __call__(self, x_BYXC: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ def test_defaults_are_those_of_janus():
     assert (tower.grid, tower.n_tokens, vq.scale) == (24, 576, 16)
     assert VaeConfig().scale == 8
     assert VisionConfig(dim=8, tower=tower, vq=vq, head_dim=8).code_grid == 24
+    assert VisionConfig(dim=8, tower=tower, vq=vq, head_dim=8, drawn=6).code_grid == 6
 
 
 def test_pixels_that_fill_no_patch_are_not_counted():
@@ -38,6 +39,7 @@ def test_pixels_that_fill_no_patch_are_not_counted():
         (VqConfig, {"channels": 48}, "widths of 48, 96, 192, which must divide into 32 groups"),
         (VqConfig, {"multipliers": ()}, "vq.multipliers=() must be numbers above 0"),
         (VqConfig, {"n_codes": 0}, "vq.n_codes=0 must be greater than 0"),
+        (VqConfig, {"channels": 12, "n_groups": 8}, "choose vq.channels from 8, 16, 24, ..."),
         (VaeConfig, {"channels": 48}, "vae.multipliers=(1, 2, 4, 4) give widths of 48, 96, 192"),
         (VaeConfig, {"scaling": 0.0}, "vae.scaling=0.0 must be greater than 0"),
         (FlowConfig, {"encoder_blocks": 0}, "flow.encoder_blocks=0 must be greater than 0"),
@@ -54,6 +56,11 @@ def test_a_model_that_draws_needs_a_head():
     seeing = VisionConfig(dim=8, tower=SiglipConfig())
     with pytest.raises(ValueError, match=r"vision\.head_dim=0"):
         dataclasses.replace(seeing, vq=VqConfig())
+
+
+def test_a_model_without_a_tokenizer_draws_no_codes():
+    with pytest.raises(ValueError, match=r"vision\.drawn: a model without vision\.vq"):
+        VisionConfig(dim=8, tower=SiglipConfig(), drawn=6)
 
 
 def test_a_model_draws_in_one_way():

@@ -34,7 +34,7 @@ def short():
         autoencoder=cut(config.autoencoder, 1),
         tokenizer=cut(config.tokenizer, 2),
         stages=(dataclasses.replace(stage, config=cut(stage.config, 2)),),
-        n_held_out=2900,
+        n_held_out=8000,
         n_drawings=3,
         guidances=(2.0,),
     )
@@ -51,10 +51,10 @@ def test_random_weights_are_as_wide_as_their_inputs_ask(short):
     eyes = initialize(Eyes(short.vision, Policy(jnp.dtype("float32"))), jax.random.key(0))
     found = from_nothing.widened(eyes)
     for weight, n_inputs in (
-        (found.tower.patch, 8 * 8 * 3),
-        (found.tower.layers.attn.wqkv, 96),
+        (found.tower.patch, 16 * 16 * 3),
+        (found.tower.layers.attn.wqkv, 128),
         (found.tower.layers.fc2.weight, 384),
-        (found.aligner.layers[0].weight, 96),
+        (found.aligner.layers[0].weight, 128),
         (found.pencil.head.project.weight, 128),
     ):
         assert float(weight[...].std()) == pytest.approx(n_inputs**-0.5, rel=0.1)
@@ -68,6 +68,7 @@ def test_random_weights_are_as_wide_as_their_inputs_ask(short):
 def test_toy_is_made_and_made_once(short, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "make_mesh", functools.partial(make_mesh, n_devices=1))
     monkeypatch.setattr(shapes, "EVERY", shapes.EVERY[:4])
+    monkeypatch.setattr(shapes, "_N_CROWDS", 8)
     short = dataclasses.replace(short, n_held_out=8)
 
     def run():

@@ -44,7 +44,10 @@ def test_a_word_is_a_token(tmp_path):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
-    shapes.write_shapes(folder, seed=1, n_held_out=300)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "EVERY", shapes.EVERY[::9])  # a place alone
+        patch.setattr(shapes, "_N_CROWDS", 20)
+        shapes.write_shapes(folder, seed=1, n_held_out=300)
     names = ("see", "draw", "captions", "held_out")
     return folder, {
         name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
@@ -56,10 +59,19 @@ def written(tmp_path_factory):
 def test_held_out_pictures_are_like_no_other(written):
     folder, lines = written
     content = {path.name: path.read_bytes() for path in (folder / "pictures").iterdir()}
-    assert len(content) == len(set(content.values())) == 2916
+    assert len(content) == len(set(content.values())) == 900
     held, seen = ({line["image"] for line in lines[name]} for name in ("held_out", "see"))
-    assert len(held) == 300 and len(seen) == 2616 and not held & seen
+    assert len(held) == 300 and len(seen) == 600 and not held & seen
     assert {line["image"] for line in lines["draw"]} == seen
+
+
+def test_crowds_differ_and_half_of_their_places_have_a_shape(written):
+    folder, _ = written
+    crowds = [np.asarray(PIL.Image.open(path)) for path in (folder / shapes.CROWDS).iterdir()]
+    assert len({crowd.tobytes() for crowd in crowds}) == 20
+    middles = [crowd[y, x] for crowd in crowds for y in (11, 24, 37) for x in (11, 24, 37)]
+    shown = np.mean([tuple(pixel) != shapes.GREY for pixel in middles])
+    assert 0.4 < shown < 0.6
 
 
 @pytest.mark.heavy

@@ -17,7 +17,7 @@ CONFIG = VqConfig(latent_channels=8, channels=32, multipliers=(1, 2), n_blocks=1
 
 def oracle_norm(norm, x):
     B, Y, X, C = x.shape
-    groups = x.reshape(B, Y, X, 32, C // 32)
+    groups = x.reshape(B, Y, X, norm.n_groups, C // norm.n_groups)
     mean = groups.mean(axis=(1, 2, 4), keepdims=True)
     std = np.sqrt(groups.var(axis=(1, 2, 4), keepdims=True) + 1e-6)
     normed = ((groups - mean) / std).reshape(x.shape)
@@ -28,8 +28,10 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-def test_groups_are_neighbouring_channels():
-    norm, x = random_values(GroupNorm(64)), noise(2, 3, 3, 64) + np.arange(64)
+@pytest.mark.parametrize("n_groups", [32, 8])
+def test_groups_are_neighbouring_channels(n_groups):
+    norm, x = random_values(GroupNorm(64, n_groups)), noise(2, 3, 3, 64) + np.arange(64)
+    assert norm.n_groups == n_groups
     assert_close(norm(jnp.asarray(x, jnp.float32)), oracle_norm(norm, x), LOGITS)
 
 
@@ -51,13 +53,13 @@ def oracle_attention(block, x):
 
 @pytest.mark.parametrize("width", [32, 64])
 def test_residual_equals_oracle(width):
-    block, x = random_values(Residual(32, width, POLICY)), noise(1, 4, 4, 32)
+    block, x = random_values(Residual(32, width, 32, POLICY)), noise(1, 4, 4, 32)
     assert hasattr(block, "nin_shortcut") == (width != 32)
     assert_close(block(jnp.asarray(x, jnp.float32)), oracle_residual(block, x), LOGITS)
 
 
 def test_attention_equals_oracle():
-    block, x = random_values(Attention(32, POLICY)), noise(2, 3, 3, 32)
+    block, x = random_values(Attention(32, 32, POLICY)), noise(2, 3, 3, 32)
     assert_close(block(jnp.asarray(x, jnp.float32)), oracle_attention(block, x), LOGITS)
 
 

@@ -19,7 +19,7 @@ from dsjax.checkpoint.families.sight import (
     vq_parts,
 )
 from dsjax.checkpoint.families.table import Fields
-from dsjax.config.vision import SiglipConfig, VisionConfig, VqConfig
+from dsjax.config.vision import GROUPS, SiglipConfig, VisionConfig, VqConfig
 
 _NAMES = VqNames("down.{level}", "up.{level}", "block", ("block_1", "attn_1", "block_2"))
 BOOKKEEPING = frozenset(
@@ -100,19 +100,23 @@ def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
         "channels": vq.read("base_channels", "int", 128),
         "multipliers": tuple(multipliers),
         "n_blocks": vq.read("num_res_blocks", "int", 2),
+        "n_groups": vq.read("norm_num_groups", "int", GROUPS),
     }
+    drawn = vq.read("num_patches", "int", 0)
     drawing_depth = vq.read("num_hidden_layers", "int", 2)
     token = fields(config, problems).read("image_token_id", "int", IMAGE_TOKEN)
     for each in (vision, vq):
         each.refuse_rest(BOOKKEEPING)
     if problems:
         return None
+    tower = SiglipConfig(**values)
     return VisionConfig(
         dim=dim,
-        tower=SiglipConfig(**values),
+        tower=tower,
         aligner_depth=aligner_depth,
         aligner_activation=values["activation"],
         vq=VqConfig(**codes),
+        drawn=None if drawn in (0, tower.grid) else drawn,
         drawing_depth=drawing_depth,
         head_dim=dim,
         image_token=token,
@@ -153,7 +157,9 @@ def write(vision: VisionConfig, text: Mapping[str, Any]) -> dict[str, Any]:
             "num_hidden_layers": vision.drawing_depth,
             "projection_dim": vision.dim,
             "image_token_embed_dim": vision.dim,
-            "num_patches": tower.grid,
+            "num_patches": vision.code_grid,
+            # transformers has no field for what all releases share; diffusers calls it so.
+            **({} if vq.n_groups == GROUPS else {"norm_num_groups": vq.n_groups}),
         },
     }
 

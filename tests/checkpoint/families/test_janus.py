@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 
@@ -13,6 +14,15 @@ def test_config_is_written_and_read_again():
     assert from_hf(CONFIG) == toy.LANGUAGE and vision_of(CONFIG) == toy.VISION
     assert CONFIG["text_config"]["model_type"] == "llama"
     assert "tie_word_embeddings" not in CONFIG["text_config"]
+
+
+def test_what_no_release_has_is_written_and_read_again():
+    vq = dataclasses.replace(toy.VISION.vq, n_groups=8)
+    vision = dataclasses.replace(toy.VISION, vq=vq, drawn=7)
+    written = to_hf(toy.LANGUAGE, "janus", dtype="float32", vision=vision)
+    assert vision_of(written) == vision
+    assert written["vq_config"]["num_patches"] == 7
+    assert "norm_num_groups" not in CONFIG["vq_config"]
 
 
 def test_absent_fields_have_transformers_defaults():
