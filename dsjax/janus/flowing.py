@@ -80,7 +80,8 @@ def inputs(brush: Brush, drawings: Drawings) -> jax.Array:
 def squared_error(brush: Brush, hidden_BTD: jax.Array, drawings: Drawings) -> jax.Array:
     """Sums the mean squared error of each position's velocity over all positions, float32.
 
-    The compiler finds what `inputs` has computed already, and does not compute it again.
+    The compiler finds what `inputs` has computed already, and does not compute it again, only its
+    gradient.
 
     Args:
       hidden_BTD: the language model's final states of whole rows.

@@ -158,19 +158,20 @@ def test_noise_is_new_in_every_epoch_and_the_same_when_it_is_read_again(opened):
     assert len(set.union(*epochs)) == 3 * kept
 
 
-@pytest.mark.parametrize("spare", [0, -1])
-def test_all_latents_of_the_longest_drawing_are_run(opened, spare):
+@pytest.mark.parametrize(
+    ("drawings", "spare"), [(1, 0), (1, -1), (2, -1)], ids=["fits", "too long", "two in a row"]
+)
+def test_all_latents_of_the_longest_drawings_are_run(opened, drawings, spare):
     """A row runs T of its T + 1 tokens, and latents are all inputs."""
     config, checkpoint, form, _ = opened
-    longest = max(
-        len(examples.draw_example(form, text).ids)
-        for text in ("noise " * (number % 3) + str(number) for number in range(toy.COUNT))
-    )
-    short = toy.change(config, janus={"ratio": DRAWS, "sequence_length": longest + spare})
+    texts = ["noise " * (number % 3) + str(number) for number in range(toy.COUNT)]
+    lengths = sorted(len(examples.draw_example(form, text).ids) for text in texts)
+    length = sum(lengths[-drawings:]) + spare
+    short = toy.change(config, janus={"ratio": DRAWS, "sequence_length": length})
     said = []
     data = training.read_data(short, checkpoint, form, said.append)
-    assert ("dropped" in said[0]) == (spare < 0)
+    assert ("dropped" in said[0]) == (lengths[-1] > length)
     rows = [data.training[number] for number in range(len(data.training._parts[2]))]
     for row in rows:
         starts = row["starts"][row["starts"] >= 0]
-        assert len(starts) and starts.max() + 4 < short.sequence_length
+        assert len(starts) and starts.max() + 4 < length

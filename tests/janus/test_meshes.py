@@ -1,5 +1,7 @@
 """A training step on eight devices is that of one: what a model sees, reads and draws is laid out
-over `data`, `fsdp` and `tensor`, and the sums of a micro-batch are over all of them.
+over `data`, `fsdp` and `tensor`, and the sums of a micro-batch are over all of them. Kinds have
+fewer rows here than there are parts of a batch. (The compiler's own gradient of a depthwise kernel,
+twice too large, showed only in such a step.)
 """
 
 import dataclasses
@@ -28,7 +30,8 @@ def descent(trains):
     """An optimizer whose steps are the gradients, so that a step shows them."""
     split = adamw(toy.OptimConfig(), trains).split
 
-    def update(grads, state, params, learning_rate):
+    def update(grads, state, params, learning_rate, fine=True):
+        del fine
         trained, frozen = split(params)
         moved = jax.tree.map(lambda one, grad: one - learning_rate * grad, trained, grads)
         return nnx.merge_state(moved, frozen), state, jax.numpy.float32(1)

@@ -1,10 +1,7 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.parallel.mesh import make_mesh
-from dsjax.parallel.sharding import constrain
 from dsjax.precision.policy import Policy
 from dsjax.vision.convolution import Conv, Depthwise
 from tests.closeness import F32, assert_close
@@ -61,24 +58,3 @@ def oracle_depthwise(conv, x):
 def test_depthwise_convolution_equals_oracle():
     conv, x = random_values(Depthwise(7, 5, POLICY)), noise(2, 4, 6, 5)
     assert_close(conv(jnp.asarray(x, jnp.float32)), oracle_depthwise(conv, x), F32)
-
-
-def test_depthwise_kernel_has_its_gradient_where_devices_share_pictures():
-    """The compiler's own would be twice as large."""
-    conv = random_values(Depthwise(3, 8, POLICY))
-    x, weight = noise(4, 5, 5, 8), noise(4, 5, 5, 8, seed=2)
-
-    def loss(conv, x):
-        # Channels split over `tensor` before and after, as in a block of a U-ViT.
-        x = constrain(x, "batch", "tokens", "tokens", "ffn")
-        y = constrain(conv(x), "batch", "tokens", "tokens", "ffn")
-        return (y * jnp.asarray(weight, jnp.float32)).sum()
-
-    with jax.set_mesh(make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
-        found = jax.jit(jax.grad(loss))(conv, jnp.asarray(x, jnp.float32))
-    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    want = [
-        [(padded[:, i : i + 5, j : j + 5] * weight).sum((0, 1, 2)) for j in range(3)]
-        for i in range(3)
-    ]
-    assert_close(found.weight[...][:, :, 0], np.array(want), F32)
