@@ -391,3 +391,4 @@ def test_a_model_that_does_not_see_is_offered_no_pictures(opened):
     give(page, "drop", "main", "one.png", png(0))
     page.wait_for_timeout(200)
     assert page.locator("#attached li").count() == 0
+    assert "picture" not in page.inner_text("#status")
