@@ -3,6 +3,7 @@
 transformer.py   the whole model: training's forward pass, and steps on a decoding cache
 inputs.py        what the model reads of tokens, computed and laid out over the devices once
 block.py         one layer; scans over stacks of layers; rematerialisation
+separate_layers.py  a stack's layers as arrays of their own, which a CPU decodes from
 attention.py     what every kind of attention declares and shares
 mla.py, gqa.py   the kinds: multi-head latent and grouped-query attention
 compressed_attention.py  the kind of V4, and compressor.py, which makes its entries

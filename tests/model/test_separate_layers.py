@@ -21,7 +21,8 @@ from tests.closeness import F32, assert_close
 from tests.golden.ours import QUICK
 from tests.model.tiny import TINY, tiny_model, tokens
 
-V3 = dataclasses.replace(TINY, n_mtp=0)
+# A latent so wide that a chunk expands it and a step absorbs its projection.
+V3 = dataclasses.replace(TINY, n_mtp=0, kv_lora_rank=32)
 # Two layers without experts compile fast.
 PLAIN = dataclasses.replace(
     V3, n_layers=2, n_dense_layers=2, n_routed_experts=0, n_shared_experts=0, router_bias=False
