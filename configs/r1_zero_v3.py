@@ -51,5 +51,5 @@ config = Reinforcement(
         moment_dtype="bfloat16",
     ),
     mesh=MeshConfig(data=1, fsdp=2, expert=64, context=4),
-    rollout_mesh=RolloutMeshConfig(data=8, expert=16, tensor=4),
+    rollout_mesh=RolloutMeshConfig(data=2, expert=64, tensor=4),
 )

@@ -40,6 +40,7 @@ from dsjax.kernels.target import Target
 from dsjax.model.layers import RouterState, stays_float32
 from dsjax.model.parameters import shardings
 from dsjax.model.transformer import Transformer
+from dsjax.parallel.sharding import LookUp, stored_spec
 from dsjax.precision.policy import Policy
 
 FLOAT32 = np.dtype(np.float32)
@@ -130,6 +131,7 @@ def load(
     *,
     mesh: Mesh | None = None,
     dtype: DTypeLike | None = None,
+    look_up: LookUp = stored_spec,
 ) -> Transformer:
     """Loads a model.
 
@@ -144,6 +146,7 @@ def load(
       dtype: of weights and activations, bfloat16 or float32; None: the checkpoint's. "fp8", "int8"
         and "int4" are of the matrices alone (`checkpoint.small_weights`), for inference; all else
         is bfloat16, on a CPU float32.
+      look_up: how the mesh splits a weight: as training does, or `sharding.generation_spec`.
 
     Raises:
       ValueError: the folder has no complete checkpoint, its config and its arrays disagree, the
@@ -156,7 +159,7 @@ def load(
     else:
         wanted = checkpoint.dtype if dtype is None else _weight_dtype(dtype)
     model = checkpoint.kind(checkpoint.model, Policy(wanted))
-    placement = model if mesh is None else shardings(model, mesh)
+    placement = model if mesh is None else shardings(model, mesh, look_up)
     has_fp8 = checkpoint.has_fp8
 
     def fill(keys: tuple[Any, ...], variable: nnx.Variable, placed: nnx.Variable) -> nnx.Variable:

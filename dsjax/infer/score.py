@@ -28,7 +28,7 @@ from dsjax.model.head import predict, token_scores
 from dsjax.model.mixed_layers import check_parts
 from dsjax.model.transformer import Transformer
 from dsjax.parallel.context import arrange, fitting, restore
-from dsjax.parallel.sharding import parts
+from dsjax.parallel.sharding import parts, stored_spec
 
 Progress = Callable[[int, int], None]
 
@@ -195,14 +195,14 @@ def score_files(
         length = windows.window_length(length, model.max_seq_len)
         given = windows.read_text(text, checkpoint.tokenizer_folder, model.vocab_size)
         rows = rows_together(given.tokens, length, parts("batch", mesh) if mesh else 1)
-        scorer = Scorer(load_weights(checkpoint, mesh, dtype), mesh, rows=rows)
+        scorer = Scorer(load_weights(checkpoint, mesh, dtype, stored_spec), mesh, rows=rows)
         return score_text(scorer, given, length=length, progress=progress)
     assert tokens is not None
     ids = token_files.read_tokens(tokens, model.vocab_size, max_length=model.max_seq_len)
     token_files.check_outputs(outputs, tokens)
     if outputs.mtp_logits:
         check_mtp(model.n_mtp, ids.shape[1])
-    scorer = Scorer(load_weights(checkpoint, mesh, dtype), mesh)
+    scorer = Scorer(load_weights(checkpoint, mesh, dtype, stored_spec), mesh)
     return score_tokens(scorer, ids, outputs, progress=progress)
 
 

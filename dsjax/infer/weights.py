@@ -16,15 +16,23 @@ from dsjax.checkpoint.load import Checkpoint, load
 from dsjax.checkpoint.small_weights import SMALL, stored_bytes
 from dsjax.model.parameters import declarations
 from dsjax.model.transformer import Transformer
+from dsjax.parallel.sharding import LookUp, generation_spec
 from dsjax.precision.policy import Policy
 
 _GGUF_TYPES = {"fp8": "Q8_0", "int8": "Q8_0", "int4": "Q4_0"}  # of about the same size
 CONTAINER = "/sys/fs/cgroup"  # where Linux keeps a container's own limits
 
 
-def load_weights(checkpoint: Checkpoint, mesh: Mesh | None, dtype: str | None) -> Transformer:
-    """Loads a model in the element type chosen by `choose_dtype`."""
-    return load(checkpoint, mesh=mesh, dtype=choose_dtype(checkpoint, dtype))
+def load_weights(
+    checkpoint: Checkpoint,
+    mesh: Mesh | None,
+    dtype: str | None,
+    look_up: LookUp = generation_spec,
+) -> Transformer:
+    """Loads a model in the element type chosen by `choose_dtype`, split over the mesh as generation
+    wants it or as `look_up` says.
+    """
+    return load(checkpoint, mesh=mesh, dtype=choose_dtype(checkpoint, dtype), look_up=look_up)
 
 
 def choose_dtype(checkpoint: Checkpoint, asked: str | None) -> str | None:

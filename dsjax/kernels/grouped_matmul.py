@@ -46,6 +46,7 @@ def grouped_matmul(
     *,
     transpose_w: bool = False,
     dtype: DTypeLike | None = None,
+    first: jax.Array | None = None,
 ) -> jax.Array:
     """Multiplies each group's rows by its matrix.
 
@@ -54,10 +55,17 @@ def grouped_matmul(
       w_EDF: one matrix per group, of x's dtype; [E, F, D] with `transpose_w`.
       sizes_E: int32, the number of rows in each group; they sum to A.
       dtype: of the result; x's by default.
+      first: int32, which of w's matrices is the first group's, if w holds more of them, such as
+        those of all layers. On a TPU the kernel then reads those it needs where they lie; to take
+        them out would copy them.
 
     Returns:
       [A, F], accumulated in float32.
     """
+    if first is not None:
+        if target.kind == "tpu":
+            return _megablox_matmul(x_AD, w_EDF, sizes_E, transpose_w, dtype or x_AD.dtype, first)
+        w_EDF = lax.dynamic_slice_in_dim(w_EDF, first, len(sizes_E))
     gpu = functools.partial(_gpu_matmul, target)
     matmul = {"cpu": _blocked_matmul, "gpu": gpu, "tpu": _megablox_matmul}[target.kind]
     return matmul(x_AD, w_EDF, sizes_E, transpose_w, dtype or x_AD.dtype)
@@ -233,22 +241,32 @@ def _ragged_dot(
 
 
 def _megablox_matmul(
-    x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, transpose_w: bool, dtype: DTypeLike
+    x_AD: jax.Array,
+    w_EDF: jax.Array,
+    sizes_E: jax.Array,
+    transpose_w: bool,
+    dtype: DTypeLike,
+    first: jax.Array | int = 0,
 ) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
     dim, width = w_EDF.shape[1:][::-1] if transpose_w else w_EDF.shape[1:]
-    out = call_shipped(
-        functools.partial(
-            gmm,
-            preferred_element_type=jnp.dtype(dtype),
-            tiling=_tiling(dim, width),
+
+    def multiply(
+        x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, first: jax.Array
+    ) -> jax.Array:
+        # The kernel's offset is the group of the first matrix: here before the first group.
+        return gmm(
+            x_AD,
+            w_EDF,
+            sizes_E,
+            jnp.dtype(dtype),
+            _tiling(dim, width),
+            -first,
             transpose_rhs=transpose_w,
-        ),
-        _fill_tiles(x_AD),
-        w_EDF,
-        sizes_E,
-    )
+        )
+
+    out = call_shipped(multiply, _fill_tiles(x_AD), w_EDF, sizes_E, jnp.int32(first))
     return out[: x_AD.shape[0]]
 
 

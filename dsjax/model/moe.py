@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsjax.config import ModelConfig
 from dsjax.kernels.chosen_experts import chosen_experts, grouped_in_place, is_faster
+from dsjax.kernels.grouped_matmul import grouped_matmul
 from dsjax.kernels.varying import agreed, varies_over, vary_as
 from dsjax.model.balance import BalanceWeights, balance_loss
 from dsjax.model.layers import FeedForward, Normal, declare
@@ -28,7 +29,7 @@ from dsjax.parallel.expert_slots import replicas
 from dsjax.parallel.routing_plan import count
 from dsjax.parallel.sharding import partition_spec, parts_here, split_axes
 from dsjax.parallel.shards import Specs, on_shards
-from dsjax.precision.activations import limited, swiglu, swiglu_grouped_linear
+from dsjax.precision.activations import limited, swiglu, swiglu_grouped_linear, weighted_swiglu
 from dsjax.precision.matmul import grouped_linear
 from dsjax.precision.policy import Policy
 from dsjax.precision.small_weights import Weight, at_use
@@ -98,6 +99,32 @@ class Experts(nnx.Module):
 
         return experts
 
+    @property
+    def stays_stacked(self) -> bool:
+        """Tells whether `in_stack` suits these weights, the current mesh and the target."""
+        plain = isinstance(self.w_gate[...], jax.Array) and not self.policy.fp8
+        whole = parts_here("expert_embed") == 1 and self.slots is None
+        return plain and whole and self.policy.target.kind == "tpu"
+
+    def in_stack(self, layer: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+        """Returns what `at_use` returns for one layer of the stack of all layers, without taking
+        its weights out of the stack; no width of them may be split. Has no gradient.
+        """
+        policy = self.policy
+
+        def product(x_AX: jax.Array, variable: nnx.Variable, sizes_E: jax.Array) -> jax.Array:
+            n_layers, E, *widths = variable.shape
+            w = vary_as(variable[...].reshape(n_layers * E, *widths), x_AX)
+            x_AX = vary_as(x_AX, w)
+            return grouped_matmul(x_AX, w, sizes_E, policy.target, first=layer * E)
+
+        def experts(x_AD: jax.Array, sizes_E: jax.Array, weights_A: jax.Array) -> jax.Array:
+            gate, up = (product(x_AD, w, sizes_E) for w in (self.w_gate, self.w_up))
+            hidden_AF = weighted_swiglu(*limited(gate, up, self.limit), weights_A)
+            return product(hidden_AF, self.w_down, sizes_E)
+
+        return experts
+
     def chosen(self, x_MD: jax.Array, routing: Routing, layer: jax.Array) -> jax.Array:
         """Runs the chosen experts of one layer: [M, D] -> [M, D].
 
@@ -145,21 +172,24 @@ class MoE(nnx.Module):
         experts_BTK: jax.Array | None = None,
         *,
         length: str = "length",
+        stack: tuple[Experts, jax.Array] | None = None,
     ) -> tuple[jax.Array, RoutingStatistics, jax.Array]:
         """Routes whole sequences.
 
         Args:
           experts_BTK: int32, choices to replay; None: the router chooses.
           length: logical name of the tokens' dimension; "tokens" if sequences must stay whole.
+          stack: the experts of all layers, and which of them these are, to use them where they lie.
 
         Returns:
           the output, the statistics, and the chosen experts, int32 [B, T, K].
         """
         config = self.config
+        experts, layer = stack or (self.experts, None)
         y_BTD, routing, counts_E, dropped_tokens = on_shards(
             partial(self._routed, length=length),
-            (self.gate, self.experts, x_BTD, documents_BT, experts_BTK),
-            self._specs(x_BTD, length),
+            (self.gate, experts, layer, x_BTD, documents_BT, experts_BTK),
+            self._specs(experts, x_BTD, length),
         )
         if config.n_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
@@ -168,13 +198,15 @@ class MoE(nnx.Module):
         statistics = RoutingStatistics(counts_E, loss, dropped_tokens, overruled_BT)
         return y_BTD, statistics, routing.experts_MK.reshape(*x_BTD.shape[:2], -1)
 
-    def _specs(self, x_BTD: jax.Array, length: str) -> Callable[[AbstractMesh], Specs]:
+    def _specs(
+        self, experts: Experts, x_BTD: jax.Array, length: str
+    ) -> Callable[[AbstractMesh], Specs]:
         def specs(mesh: AbstractMesh) -> Specs:
             tokens = partition_spec(("batch", length, "width"), x_BTD.shape, mesh, "tokens")
             rows = partition_spec(("batch", length), x_BTD.shape[:2], mesh, "tokens")
             everywhere = PartitionSpec()
             return (
-                (everywhere, partition_specs(self.experts, mesh), tokens, rows, tokens),
+                (everywhere, partition_specs(experts, mesh), everywhere, tokens, rows, tokens),
                 (tokens, tokens, everywhere, everywhere),
             )
 
@@ -184,6 +216,7 @@ class MoE(nnx.Module):
         self,
         gate: Router,
         experts: Experts,
+        layer: jax.Array | None,
         x_btD: jax.Array,
         documents_bt: jax.Array,
         experts_btK: jax.Array | None,
@@ -209,7 +242,7 @@ class MoE(nnx.Module):
             slots_mK = replicas(routing.experts_MK, experts.slots[...], n_ranks)
             n_slots, max_ranks = experts.w_gate.shape[0] * n_ranks, min(K, n_ranks)
         y_mD, computed = expert_parallel.mixture(
-            experts.at_use(x_mD),
+            experts.at_use(x_mD) if layer is None else experts.in_stack(layer),
             x_mD,
             slots_mK,
             routing.weights_MK,
@@ -258,7 +291,14 @@ class MoE(nnx.Module):
         one_device = parts_here("experts") == parts_here("expert_embed") == parts_here("ffn") == 1
         if not (in_place and one_device) or policy.fp8:
             documents_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
-            y_BTD, _, experts_BTK = self(x_BTD, documents_BT, None, experts_BTK, length="tokens")
+            y_BTD, _, experts_BTK = self(
+                x_BTD,
+                documents_BT,
+                None,
+                experts_BTK,
+                length="tokens",
+                stack=(stack, layer) if stack.stays_stacked else None,
+            )
             return y_BTD, experts_BTK
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
         made = experts_BTK is not None

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from dsjax.parallel.sharding import gather_for_use, optimizer_spec, partition_spec, stored_spec
+from dsjax.parallel.sharding import LookUp, gather_for_use, partition_spec, stored_spec
 from dsjax.precision.policy import Policy
 
 AnyModule = TypeVar("AnyModule", bound=nnx.Module)
@@ -106,19 +106,18 @@ def pinned(module: AnyModule, policy: Policy) -> AnyModule:
     return jax.tree.map(pin, module, is_leaf=_is_variable)
 
 
-def shardings(tree: Any, mesh: Mesh | AbstractMesh, *, optimizer_state: bool = False) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, look_up: LookUp = stored_spec) -> Any:
     """Gives each array its NamedSharding: declared variables by their axes, others replicated.
 
     Args:
       tree: a model, or a pytree that holds declared variables, such as an optimizer's moments.
-      optimizer_state: whether the tree is optimizer state, which is split further
-        (`optimizer_spec`).
+      look_up: `stored_spec` for what training holds, but `optimizer_spec` for the moments;
+        `generation_spec` for a model that only generates.
 
     Raises:
       ValueError: some dimensions do not divide over the mesh; all of them are listed.
     """
     problems: list[str] = []
-    look_up = optimizer_spec if optimizer_state else stored_spec
 
     def place(keys: tuple[Any, ...], leaf: Any) -> Any:
         if not _is_variable(leaf):

@@ -10,7 +10,7 @@ The compiler splits the rest of the program accordingly. Where collectives are w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,6 +49,10 @@ AXIS_TABLE: dict[str, tuple[str, ...]] = {
     "length_shards": ("context", "data", "fsdp", "expert"),  # rows of `context.split_length`
     "width": (),
 }
+
+
+# (logical axes, shape, mesh, name for messages) -> how a parameter is split.
+LookUp = Callable[[Sequence[str], Sequence[int], Mesh | AbstractMesh, str], PartitionSpec]
 
 
 def partition_spec(
@@ -117,6 +121,28 @@ def optimizer_spec(
     spec = stored_spec(axes, shape, mesh, path)
     dims = [dim for dim, axis in enumerate(axes) if "fsdp" in AXIS_TABLE[axis]]
     return _split_further(spec, dims, shape, mesh, "data")
+
+
+def generation_spec(
+    axes: Sequence[str], shape: Sequence[int], mesh: Mesh | AbstractMesh, path: str
+) -> PartitionSpec:
+    """Looks up how generation splits a parameter: as declared, but along expert and context nothing
+    except the routed experts.
+
+    Training splits the other weights there too, and gathers them at use. A decoding step would send
+    them all again for every token, which takes longer than the step; whole, they take memory. That
+    is attention as DeepSeek serves it (V3, arXiv:2412.19437, section 3.4): split over a few devices
+    by heads, and copied for each part of the rows. The experts are too large to be copied.
+    """
+    spec = partition_spec(axes, shape, mesh, path)
+    if "experts" in axes:
+        return spec
+    return PartitionSpec(
+        *(
+            tuple(name for name in split_over(entry) if name not in ("context", "expert")) or None
+            for entry in spec
+        )
+    )
 
 
 def _split_further(

@@ -101,10 +101,12 @@ def _kernel(equation: Any, rows: float) -> float:
         return float(math.prod(heads)) * length**2 * products
     if any(known in name for known in _SPARSE_KERNELS):
         return float(equation.params["cost_estimate"].flops)
-    # A grouped product: rows of all groups [A, D], and a matrix per group among the operands or as
-    # the result.
+    # A grouped product: where each group's rows begin and the last one's end, rows of all groups
+    # [A, D], and matrices among the operands or as the result, a layer's or those of all layers.
     out = equation.outvars[0].aval.shape
-    groups, dim, width = out if len(out) == 3 else next(s for s in shapes if len(s) == 3)
+    ints = (variable.aval.shape for variable in equation.invars if not _is_float(variable.aval))
+    groups = next(shape[0] for shape in ints if shape) - 1
+    _, dim, width = out if len(out) == 3 else next(s for s in shapes if len(s) == 3)
     return 2.0 * min(groups * rows, shapes[0][0]) * dim * width
 
 

@@ -21,6 +21,7 @@ from dsjax.kernels.target import Target
 from dsjax.model import token_sets
 from dsjax.parallel.context import check_length
 from dsjax.parallel.mesh import describe_mesh, resolve
+from dsjax.parallel.sharding import generation_spec, stored_spec
 from dsjax.plan.programs import Program, decoding, number, shard_bytes
 from dsjax.posttrain.initial import all_but_mtp
 from dsjax.posttrain.policy import log_probabilities, policy_objective
@@ -151,10 +152,10 @@ def rollout(config: Reinforcement, mesh: AnyMesh, target: Target) -> Program:
     declared, state = _policy(config, training, target)
     rows = min(rl.max_batch, answers) if rl.max_batch else answers
     what = f"answers at the same time (rl.max_batch={rl.max_batch})"
-    program = decoding(declared, mesh, rows, config.sequence_length, what)
-    beside = _bytes(state)
+    beside, look_up = _bytes(state), stored_spec
     if config.rollout_mesh.sizes:
-        beside += _cast_bytes(state, declared)
+        beside, look_up = beside + _cast_bytes(state, declared), generation_spec
+    program = decoding(declared, mesh, rows, config.sequence_length, what, look_up)
     return program._replace(beside=beside)
 
 

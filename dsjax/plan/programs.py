@@ -20,7 +20,7 @@ from dsjax.model.cache import check_split, entry_axes
 from dsjax.model.layers import stays_float32
 from dsjax.model.parameters import shardings
 from dsjax.model.transformer import Transformer
-from dsjax.parallel.sharding import partition_spec
+from dsjax.parallel.sharding import LookUp, generation_spec, partition_spec
 from dsjax.train import hyperparameters, pipelined_step
 from dsjax.train.batches import batch_sharding
 from dsjax.train.loss import pretraining
@@ -41,6 +41,7 @@ class Program(NamedTuple):
     updates: int = 1  # of the optimizer
     mtp: bool = True  # whether the MTP modules run
     beside: int = 0  # bytes of one device's other arrays that stay where they are meanwhile
+    look_up: LookUp = partition_spec  # how weights are split where the layers find them
 
     @property
     def argument_bytes(self) -> int:
@@ -106,13 +107,19 @@ def decode(config: Planned, mesh: Mesh | AbstractMesh, target: Target) -> Progra
 
 
 def decoding(
-    declared: Transformer, mesh: Mesh | AbstractMesh, rows: int, length: int, what: str
+    declared: Transformer,
+    mesh: Mesh | AbstractMesh,
+    rows: int,
+    length: int,
+    what: str,
+    look_up: LookUp = generation_spec,
 ) -> Program:
     """Builds what `decode` does, for any number of rows.
 
     Args:
       length: positions of the cache.
       what: the rows, for messages.
+      look_up: how weights are split.
     """
 
     check_split(declared.config, mesh)
@@ -126,7 +133,7 @@ def decoding(
     model = jax.tree.map(
         weights,
         declared,
-        shardings(declared, mesh),
+        shardings(declared, mesh, look_up),
         is_leaf=lambda leaf: hasattr(leaf, "get_value"),
     )
 
@@ -155,4 +162,4 @@ def decoding(
     )
     count = number(mesh, jnp.int32)
     arguments = model, carry, *arguments, count, count
-    return Program(engine.decode, arguments, (1,), None, rows, rows, mtp=False)
+    return Program(engine.decode, arguments, (1,), None, rows, rows, mtp=False, look_up=look_up)

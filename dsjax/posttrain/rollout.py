@@ -22,6 +22,7 @@ from dsjax.generate.sampling import Sampling
 from dsjax.model.layers import LAYER_AXES
 from dsjax.model.parameters import shardings
 from dsjax.model.transformer import Transformer
+from dsjax.parallel.sharding import generation_spec
 from dsjax.train.step import split
 
 
@@ -197,7 +198,7 @@ def moving(
     """
     _, params, router = split(declared)
     cast = jax.eval_shape(lambda params: generating(declared, params), params)
-    placement = shardings(cast, mesh), shardings(router, mesh)
+    placement = tuple(shardings(part, mesh, generation_spec) for part in (cast, router))
     return jax.jit(lambda weights: weights, out_shardings=placement)
 
 

@@ -25,7 +25,7 @@ from dsjax.model.parameters import initialize, shardings
 from dsjax.model.transformer import Transformer
 from dsjax.parallel.compilation import Compiled, compiler_options
 from dsjax.parallel.pipeline import PIPE
-from dsjax.parallel.sharding import constrain
+from dsjax.parallel.sharding import constrain, optimizer_spec
 from dsjax.precision.policy import Policy
 from dsjax.train import pipelined_step
 from dsjax.train.objective import (
@@ -91,7 +91,7 @@ def abstract_state(
     placement = TrainState(
         shardings(shapes.params, mesh),
         shardings(shapes.router, mesh),
-        shardings(shapes.optimizer, mesh, optimizer_state=True),
+        shardings(shapes.optimizer, mesh, optimizer_spec),
     )
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

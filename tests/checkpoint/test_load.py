@@ -27,6 +27,7 @@ from dsjax.checkpoint.load import open_checkpoint
 from dsjax.checkpoint.tensor_files import TensorFolder
 from dsjax.display import Transfer
 from dsjax.parallel.mesh import make_mesh
+from dsjax.parallel.sharding import generation_spec
 from tests.checkpoint import hf_files
 from tests.checkpoint.conversions import quiet, seal
 from tests.checkpoint.runs import write_run
@@ -121,6 +122,20 @@ def test_load_gives_each_device_its_slice(folders, model, kind, sizes):
     w_up = loaded.moe_layers.ffn.experts.w_up[...]
     split = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
     assert w_up.addressable_shards[0].data.size * split == w_up.size
+
+
+def test_load_leaves_weights_whole_where_generation_wants_them(folders, model):
+    mesh = make_mesh({"expert": 4, "tensor": 2})
+    loaded = load.load(folders["hf"], mesh=mesh, look_up=generation_spec)
+    assert_same_model(loaded, model)
+    layers = loaded.moe_layers
+    for variable, parts in (
+        (layers.attn.wkv_a, 1),
+        (layers.attn.wo, 2),
+        (layers.ffn.experts.w_up, 8),
+    ):
+        array = variable[...]
+        assert array.addressable_shards[0].data.size * parts == array.size
 
 
 def test_load_gives_each_device_its_slice_of_an_array_too_large_for_the_host(

@@ -69,6 +69,17 @@ def test_megablox_equals_definition_under_the_interpreter():
     assert_close(outer, reference_outer(x_AD, y_AF, sizes_E), F32, "outer product")
 
 
+@pytest.mark.parametrize("target", [Target("cpu"), Target("gpu"), Target("tpu")], ids=str)
+@pytest.mark.parametrize("first", [0, 3, 7])
+def test_groups_find_their_matrices_among_those_of_all_layers(target, first):
+    x_AD, w_EDF, _, sizes_E = _operands([130, 0, 200, 54], dim=128, width=128)
+    others = jnp.asarray(np.random.default_rng(9).normal(size=(7, *w_EDF.shape[1:])), jnp.float32)
+    stack = jnp.concatenate([others[:first], w_EDF, others[first:]])
+    with pltpu.force_tpu_interpret_mode():
+        got = grouped_matmul(x_AD, stack, sizes_E, target, first=jnp.int32(first))
+    assert_close(got, reference_matmul(x_AD, w_EDF, sizes_E), F32, "product")
+
+
 def test_bfloat16_rows_accumulate_in_float32():
     x_AD, w_EDF, y_AF, sizes_E = _operands([700, 900], dtype=jnp.bfloat16)
     exact = [jnp.asarray(a, jnp.float32) for a in (x_AD, w_EDF, y_AF)]

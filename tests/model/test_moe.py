@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from dsjax.kernels.target import Target
 from dsjax.model.layers import stack
@@ -74,6 +75,20 @@ def test_tokens_added_to_a_cache_pass_through_their_own_layers_experts(tokens):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, tokens, TINY.dim)), jnp.float32)
     got, chosen = jax.jit(lambda module, x: module.extend(x, both, jnp.int32(1)))(module, x)
     want, _, experts = apply(module, x, jnp.ones((1, tokens), jnp.int32), None)
+    assert_close(got, want, F32, "mixture")
+    np.testing.assert_array_equal(chosen, experts)
+
+
+def test_a_tpu_uses_a_layers_experts_where_they_lie_in_the_stack():
+    tpu = Policy(jnp.float32, Target("tpu", (5,)))
+    layers = [initialize(MoE(TINY, tpu), jax.random.key(number)) for number in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(each.experts for each in layers))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 40, TINY.dim)), jnp.float32)
+    assert stacked.stays_stacked
+    with pltpu.force_tpu_interpret_mode():
+        got, chosen = jax.jit(lambda moe: moe.extend(x, stacked, jnp.int32(1)))(layers[1])
+    own = initialize(MoE(TINY, Policy(jnp.float32)), jax.random.key(1))
+    want, _, experts = apply(own, x, jnp.ones((1, 40), jnp.int32), None)
     assert_close(got, want, F32, "mixture")
     np.testing.assert_array_equal(chosen, experts)
 

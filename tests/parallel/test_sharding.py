@@ -11,6 +11,7 @@ from dsjax.parallel.sharding import (
     constrain,
     divisible,
     gather_for_use,
+    generation_spec,
     optimizer_spec,
     partition_spec,
     parts,
@@ -73,6 +74,23 @@ def test_optimizer_state_is_split_over_copies_where_the_width_divides():
         assert optimizer_spec(axes, shape, mesh, "wq") == PartitionSpec(*want)
     alone = optimizer_spec(("embed", "heads"), (8, 6), make_mesh({"fsdp": 8}), "wq")
     assert alone == PartitionSpec(("fsdp",), None)
+
+
+def test_generation_keeps_all_but_the_experts_whole_along_expert_and_context():
+    mesh = make_mesh({"fsdp": 2, "context": 2, "expert": 2})
+    for axes, want in (
+        (("embed", "latent"), (("fsdp",), None)),
+        (("router_embed", "norm"), (("fsdp",), None)),
+        (("experts", "expert_embed"), (("expert",), ("fsdp", "context"))),
+    ):
+        assert generation_spec(axes, (16, 16), mesh, "w") == PartitionSpec(*want)
+    mesh = make_mesh({"tensor": 2, "expert": 4})
+    for axes, want in (
+        (("latent", "latent_heads"), (None, ("tensor",))),
+        (("embed", "latent"), (None, None)),
+        (("experts", "expert_embed", "ffn"), (("expert",), None, ("tensor",))),
+    ):
+        assert generation_spec(axes, (16,) * len(axes), mesh, "w") == PartitionSpec(*want)
 
 
 def test_stored_parameters_are_split_over_ranks_of_a_pipeline_but_not_by_layer():

@@ -17,17 +17,13 @@ def estimated(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
-def test_memory_is_within_15_percent_of_the_compiler(case):
+def test_memory_is_within_10_percent_of_the_compiler(case):
     plan = estimated(case)
     assert plan["argument_bytes"] == pytest.approx(case["argument_bytes"], rel=0.01)
-    estimated_peak, peak = plan["peak_bytes_per_device"], case["peak_bytes_per_device"]
-    if "allocated_bytes_per_device" in case:  # the parts of 16 updates do not peak together
-        assert estimated_peak == pytest.approx(case["allocated_bytes_per_device"], rel=0.15)
-    elif plan["mesh"]["pipe"] > 1:  # an upper bound: the parts of a pipeline do not peak together
-        assert peak <= estimated_peak <= 1.3 * peak
-    else:  # a decoding step is little but its arguments
-        rel = 0.03 if case["step"] == "decode" else 0.15
-        assert estimated_peak == pytest.approx(peak, rel=rel)
+    # A decoding step is little but its arguments.
+    rel = 0.03 if case["step"] == "decode" else 0.1
+    peak = case["peak_bytes_per_device"]
+    assert plan["peak_bytes_per_device"] == pytest.approx(peak, rel=rel)
     assert plan["peak_bytes_per_device"] == sum(plan["estimated_parts"].values())
 
 

@@ -111,6 +111,9 @@ def test_grouped_product_counts_the_rows_of_an_even_load(rows):
     outer = lambda x, y, sizes: grouped_outer(x, y, sizes, Target("tpu"))  # noqa: E731
     assert count(forward, x, w, sizes, rows=rows) == want
     assert count(outer, x, y, sizes, rows=rows) == want
+    layers = shape(12, 256, 128)
+    second = lambda x, w, sizes: grouped_matmul(x, w, sizes, Target("tpu"), first=jnp.int32(4))  # noqa: E731
+    assert count(second, x, layers, sizes, rows=rows) == want
 
 
 def test_kernels_of_sparse_attention_count_what_they_multiply():

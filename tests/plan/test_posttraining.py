@@ -54,13 +54,16 @@ def test_671b_scores_beside_the_state_that_trains():
 
 def test_671b_answers_with_a_cache_as_long_as_a_row():
     cache = 2048 // 128 * 36864 * 61 * 576 * 2
-    for changes, parts, context in ((), 64, 1), (ONE_MESH, 512, 4):
+    experts = (58 + 1) * 256 * 3 * 7168 * 2048
+    narrow = 62 * 7168 * (1536 + 512 + 64) + 59 * 7168 * 256 + 2 * 7168 * 7168  # without heads
+    own = experts / 256 + (PARAMETERS - experts - narrow) / 4 + narrow
+    for changes, weights, context in ((), own, 1), (ONE_MESH, PARAMETERS / 512, 4):
         _, program = make("r1_zero_v3", "decode", "v3_671b", 512, *changes)
-        held = 2 * PARAMETERS / parts + cache / context
+        held = 2 * weights + cache / context
         assert program.argument_bytes == pytest.approx(held, rel=0.02)
         assert program.tokens == 2048
         state = (6 * PARAMETERS + 4 * MAIN) / 512
-        cast = 2 * PARAMETERS / 512 if parts == 64 else 0
+        cast = 0 if changes else 2 * PARAMETERS / 512
         assert program.beside == pytest.approx(state + cast, rel=0.01)
 
 

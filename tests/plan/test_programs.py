@@ -1,13 +1,20 @@
-"""What a step is given: shapes, places, bytes. Nothing is compiled."""
+"""What a step is given: shapes, places, bytes; and that a decoding step sends no weights."""
 
+import dataclasses
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from dsjax import settings
 from dsjax.kernels.target import Target
-from dsjax.parallel.mesh import describe_mesh, resolve
-from dsjax.plan import programs
+from dsjax.model.transformer import Transformer
+from dsjax.parallel.mesh import describe_mesh, make_mesh, resolve
+from dsjax.plan import collectives, programs
+from dsjax.precision.policy import Policy
+from tests.golden.ours import QUICK
+from tests.model.tiny import TINY
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,6 +45,19 @@ def test_decoding_holds_weights_in_bfloat16_and_the_cache():
     weights, cache = 2 * 15_706_484_224 / 16, 64 // 16 * 4096 * 27 * 576 * 2
     assert program.argument_bytes == pytest.approx(weights + cache, rel=0.02)
     assert program.tokens == 64
+
+
+def test_decoding_over_experts_and_heads_gathers_no_weights():
+    config, mesh = dataclasses.replace(TINY, dim=256), make_mesh({"expert": 4, "tensor": 2})
+    declared = Transformer(config, Policy(jnp.float32, Target("cpu")))
+    program = programs.decoding(declared, mesh, 4, 16, "rows")
+    with jax.set_mesh(mesh):
+        step = jax.jit(program.function, compiler_options=QUICK)
+        text = step.lower(*program.arguments).compile().as_text()
+    assert text
+    (gathered,) = (item for item in collectives.parse(text) if item.kind == "all-gather")
+    smallest = 4 * config.dim * (config.kv_lora_rank + config.qk_rope_head_dim)
+    assert gathered.bytes < smallest / 10
 
 
 @pytest.mark.parametrize("step", ["train", "decode"])
