@@ -283,9 +283,10 @@ def table(name: str, costs: dict[int, Cost], rate: dict[str, float]) -> str:
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or (unknown := set(sys.argv[2:]) - set(AXES)):
-        sys.exit(f"{__doc__}\nAxes: {', '.join(AXES)}" if len(sys.argv) < 2 else
-                 f"no axis {', '.join(sorted(unknown))}; there are {', '.join(AXES)}")  # fmt: skip
+    if len(sys.argv) < 2:
+        sys.exit(f"{__doc__}\nAxes: {', '.join(AXES)}")
+    if unknown := set(sys.argv[2:]) - set(AXES):
+        sys.exit(f"no axis {', '.join(sorted(unknown))}; there are {', '.join(AXES)}")
     file, names = Path(sys.argv[1]), sys.argv[2:] or list(AXES)
     found: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
     wanted = [("rates", 0), *((name, size) for name in names for size in AXES[name].sizes)]
