@@ -188,33 +188,33 @@ LENGTHS = (512, 1024, 2048, 4096, 8192)
 DOCUMENTS = (10, 100, 1000, 10_000, 100_000, 1_000_000)
 AXES = {
     "experts": Axis(
-        "training, 4 x 512 tokens: experts, 4 of them activated",
+        "Training, 4 x 512 tokens: experts, 4 of them activated",
         (8, 32, 128),
         lambda size: training(of_shape(4, 512, n_routed_experts=size)),
     ),
     "layers": Axis(
-        "training, 4 x 512 tokens: layers",
+        "Training, 4 x 512 tokens: layers",
         (3, 6, 12),
         lambda size: training(of_shape(4, 512, n_layers=size)),
     ),
     "sequence": Axis(
-        "training, one sequence: tokens", LENGTHS, lambda size: training(of_shape(1, size))
+        "Training, one sequence: tokens", LENGTHS, lambda size: training(of_shape(1, size))
     ),
-    "prompt": Axis("a prompt: tokens", LENGTHS, prefill),
+    "prompt": Axis("A prompt: tokens", LENGTHS, prefill),
     "rows": Axis(
-        "a decoding step after 192 tokens: rows",
+        "A decoding step after 192 tokens: rows",
         (1, 4, 16, 32, 64),
         lambda size: decoding(size, 256),
     ),
     "cache": Axis(
-        "a decoding step of one row: tokens of the cache",
+        "A decoding step of one row: tokens of the cache",
         (256, 1024, 4096, 8192),
         lambda size: decoding(1, size),
     ),
-    "layout": Axis("an epoch laid out: documents", DOCUMENTS, laying_out),
+    "layout": Axis("An epoch laid out: documents", DOCUMENTS, laying_out),
     "reading": Axis("1,000 rows of an epoch: documents", DOCUMENTS, reading),
     "copies": Axis(
-        "near copies found, a tenth being some: documents", DOCUMENTS, near_copies
+        "Near copies found, a tenth being some: documents", DOCUMENTS, near_copies
     ),
 }  # fmt: skip
 
@@ -283,9 +283,10 @@ def table(name: str, costs: dict[int, Cost], rate: dict[str, float]) -> str:
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or (unknown := set(sys.argv[2:]) - set(AXES)):
-        sys.exit(f"{__doc__}\nAxes: {', '.join(AXES)}" if len(sys.argv) < 2 else
-                 f"no axis {', '.join(sorted(unknown))}; there are {', '.join(AXES)}")  # fmt: skip
+    if len(sys.argv) < 2:
+        sys.exit(f"{__doc__}\nAxes: {', '.join(AXES)}")
+    if unknown := set(sys.argv[2:]) - set(AXES):
+        sys.exit(f"no axis {', '.join(sorted(unknown))}; there are {', '.join(AXES)}")
     file, names = Path(sys.argv[1]), sys.argv[2:] or list(AXES)
     found: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
     wanted = [("rates", 0), *((name, size) for name in names for size in AXES[name].sizes)]

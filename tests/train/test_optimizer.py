@@ -128,7 +128,8 @@ def test_update_copies_nothing():
     options = {"xla_backend_optimization_level": 3}
     jitted = jax.jit(step, donate_argnums=0, compiler_options=options)
     program = jitted.lower((params, optimizer.init(params)), params).compile()
-    assert program.memory_analysis().temp_size_in_bytes < params["w"][...].nbytes
+    memory = program.memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < params["w"][...].nbytes
 
 
 def test_decay_mask_takes_matrices_and_leaves_norms_and_biases():
