@@ -104,5 +104,8 @@ class Siglip(nnx.Module):
         x_BTD = linear(patches_BTX.astype(self.policy.compute), weight, self.policy)
         added_TD = self.patch_bias[...][None] + self.positions[...]
         x_BTD = x_BTD + added_TD.astype(x_BTD.dtype)[None]
-        x_BTD, _ = jax.lax.scan(lambda x, layer: (layer(x), None), x_BTD, self.layers)
+        # In training the backward pass computes a layer again: scores of all patches with all, of
+        # every layer and of twenty tiles at once, would be more than a device holds.
+        body = jax.checkpoint(lambda x, layer: (layer(x), None), prevent_cse=False)
+        x_BTD, _ = jax.lax.scan(body, x_BTD, self.layers)
         return self.norm(x_BTD)
