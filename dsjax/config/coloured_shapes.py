@@ -32,7 +32,7 @@ class ColouredShapes:
     stages: tuple[PaintStage, ...]
     n_held_out: int = 216  # pictures, of 2,916, that nothing trains on
     n_drawings: int = 216  # by which drawing is judged, with each guidance
-    guidances: tuple[float, ...] = (1.0, 5.0)
+    guidances: tuple[float, ...] = (1.0, 1.5, 5.0)
     seed: int = 0
 
     def __post_init__(self) -> None:
