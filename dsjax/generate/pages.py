@@ -6,8 +6,9 @@ request comes and once when it goes. One call copies a few pages of one row, and
 these between the devices of a mesh: nothing along `context`, whose devices hold the same share of
 every page as of every row (`dsjax.parallel.split_cache`).
 
-Pages are also what travels between devices that run prompts and devices that decode. On the way a
-page's tokens are in order, because the two meshes may split them into other numbers of parts.
+Pages are also what travels between devices that run prompts and devices that decode, and to disk.
+On the way between devices a page's tokens are in order, because the two meshes may split them into
+other numbers of parts; on both ways layers are stacked, because one of the two may hold them apart.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def padded(numbers: Sequence[int]) -> np.ndarray:
 class Sent(NamedTuple):
     """Pages of one row on their way to other devices, whole on each."""
 
-    cache: Cache  # entries [L, X, P, U, .]
+    cache: Cache  # stacked entries [L, X, P, U, .]
     hidden_1WD: jax.Array  # the row's, see `decoding.Carry`
 
 
@@ -166,16 +167,18 @@ def save(
 
 
 def take(model: Transformer, pool: Cache, pages_X: jax.Array) -> tuple[Cache, Cache]:
-    """Returns the pool and a copy of some of its pages, which is not the pool's when it changes."""
+    """Returns the pool and a copy of some of its pages, which is not the pool's when it changes;
+    the copy's entries are stacked.
+    """
     del model
-    return pool, jax.tree.map(lambda pool_LZPUX: pool_LZPUX[:, pages_X], pool)
+    return pool, jax.tree.map(lambda pool_LZPUX: pool_LZPUX[:, pages_X], pool).stacked()
 
 
 def put(model: Transformer, pool: Cache, new: Cache, pages_X: jax.Array) -> Cache:
     """Replaces pages of the pool by others.
 
     Args:
-      new: the pages, entries [L, X, P, U, .].
+      new: the pages, stacked entries [L, X, P, U, .].
       pages_X: int32, which ones they replace, all different; one outside the pool drops its page.
     """
     del model
@@ -184,7 +187,7 @@ def put(model: Transformer, pool: Cache, new: Cache, pages_X: jax.Array) -> Cach
         pages = pool_LZPUX.at[:, pages_X]
         return pages.set(new_LXPUX, mode="drop", unique_indices=True)
 
-    return jax.tree.map(write, pool, new).pinned()
+    return jax.tree.map(write, pool, new.as_in(pool)).pinned()
 
 
 def send(
@@ -211,7 +214,7 @@ def send(
 
     cache = split_cache.update(read, carry.cache, (row, places_X))
     hidden_1WD = jax.lax.dynamic_slice_in_dim(carry.hidden_BWD, row, 1)
-    return carry, Sent(jax.tree.map(split_cache.in_order, cache), hidden_1WD)
+    return carry, Sent(jax.tree.map(split_cache.in_order, cache).stacked(), hidden_1WD)
 
 
 def receive(
@@ -222,7 +225,7 @@ def receive(
     Args:
       row, places_X: see `fill`.
     """
-    cache = jax.tree.map(split_cache.in_parts, sent.cache)
+    cache = jax.tree.map(split_cache.in_parts, sent.cache).as_in(carry.cache)
     pages_X = jnp.arange(len(places_X), dtype=jnp.int32)
     filled = fill(model, carry, cache, row, places_X, pages_X)
     return filled._replace(hidden_BWD=carry.hidden_BWD.at[row].set(sent.hidden_1WD[0]))

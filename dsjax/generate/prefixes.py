@@ -172,8 +172,10 @@ class Prefixes:
         self._files = files
         # A page's tokens lie in the order of the cache's parts (`dsjax.parallel.split_cache`).
         self._n_parts = parts("length", programs.mesh) if programs.mesh else 1
-        # Of a page, per entry: shape [L, P, U, .] and type.
-        self._forms = [((x.shape[0], *x.shape[2:]), x.dtype) for x in jax.tree.leaves(self._pool)]
+        # Of a page outside the pool, per entry: shape [L, P, U, .] and type.
+        stacked = jax.eval_shape(Cache.stacked, self._pool)
+        self._forms = [((x.shape[0], *x.shape[2:]), x.dtype) for x in jax.tree.leaves(stacked)]
+        self._structure = jax.tree.structure(stacked)
 
     def fetch(self, prompt: Sequence[int], owner: str) -> Fetched | None:
         """Begins to read what of a prompt the disk has and memory has not; None: nothing."""
@@ -280,7 +282,7 @@ class Prefixes:
                 part = np.frombuffer(page, dtype, array[:, place].size, start)
                 array[:, place] = part.reshape(form)
                 start += part.nbytes
-        tree = jax.tree.unflatten(jax.tree.structure(self._pool), new)
+        tree = jax.tree.unflatten(self._structure, new)
         return self._programs.compiled(pages.put, self._pool, tree, pages.padded(numbers))
 
     @property

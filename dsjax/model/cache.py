@@ -34,6 +34,16 @@ class Cache(NamedTuple):
     moe: StackEntries | None
     mtp: Entries | None
 
+    def stacked(self) -> Cache:
+        """Returns the entries of separate layers in stacks: the form that all caches can be read
+        from, whatever mesh or machine they are of.
+        """
+        return Cache(*map(_stacked, self))
+
+    def as_in(self, other: Cache) -> Cache:
+        """Returns stacked entries in the form of another cache: separate where its are."""
+        return Cache(*map(_as_in, self, other))
+
     def pinned(self) -> Cache:
         """Lays the entries out over the current mesh as `entry_axes` says."""
         mesh = jax.sharding.get_abstract_mesh()
@@ -72,6 +82,22 @@ def entry_axes(shape: Sequence[int], mesh: Mesh | AbstractMesh) -> tuple[str, ..
     """
     heads = "heads" if shape[2] % parts("heads", mesh) == 0 else "width"
     return "end_layers", "batch", heads, "length", "width"
+
+
+def _stacked(entries: StackEntries | None) -> Entries | None:
+    if not isinstance(entries, tuple):
+        return entries
+    return {name: jnp.concatenate([own[name] for own in entries]) for name in entries[0]}
+
+
+def _as_in(entries: StackEntries | None, other: StackEntries | None) -> StackEntries | None:
+    if not isinstance(other, tuple):
+        return entries
+    assert isinstance(entries, dict)
+    return tuple(
+        {name: stack[layer : layer + 1] for name, stack in entries.items()}
+        for layer in range(len(other))
+    )
 
 
 def check_split(config: ModelConfig, mesh: Mesh | AbstractMesh | None) -> None:

@@ -134,3 +134,19 @@ def test_insertion_changes_the_donated_cache_in_place(n_devices):
     memory, bytes_ = program.memory_analysis(), sum(4 * x.size for x in jax.tree.leaves(big))
     assert memory.alias_size_in_bytes == bytes_ // n_devices
     assert memory.temp_size_in_bytes < bytes_ / n_devices / 8
+
+
+def test_entries_of_separate_layers_are_those_of_a_stack():
+    """The form in which pages go to disk and to other devices."""
+    config = dataclasses.replace(TINY, n_mtp=0)
+    apart, whole = (
+        empty_cache(config, 2, 8, jnp.float32, separate=separate) for separate in (True, False)
+    )
+    leaves, structure = jax.tree.flatten(apart)
+    apart = structure.unflatten([leaf + n for n, leaf in enumerate(leaves)])
+    stacked = apart.stacked()
+    assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(jnp.shape, whole)
+    marks = {float(layer.max()) for stack in jax.tree.leaves(stacked) for layer in stack}
+    assert len(marks) == len(leaves)
+    jax.tree.map(np.testing.assert_array_equal, stacked.as_in(apart), apart)
+    jax.tree.map(np.testing.assert_array_equal, stacked.as_in(whole), stacked)
