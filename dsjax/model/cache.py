@@ -38,11 +38,11 @@ class Cache(NamedTuple):
         """Returns the entries of separate layers in stacks: the form that all caches can be read
         from, whatever mesh or machine they are of.
         """
-        return Cache(*map(_stacked, self))
+        return Cache(_stacked(self.dense), _stacked(self.moe), self.mtp)
 
     def as_in(self, other: Cache) -> Cache:
         """Returns stacked entries in the form of another cache: separate where its are."""
-        return Cache(*map(_as_in, self, other))
+        return Cache(_as_in(self.dense, other.dense), _as_in(self.moe, other.moe), self.mtp)
 
     def pinned(self) -> Cache:
         """Lays the entries out over the current mesh as `entry_axes` says."""
