@@ -67,8 +67,8 @@ def sight_of(path: Path) -> VisionConfig:
     vision = vision_of(values) if "model_type" in values else None
     if vision is None:
         raise ValueError(
-            f"--init {path} is not the folder of a model that sees; name one of Janus or Janus-Pro "
-            "as published, of which config.json is enough"
+            f"--init {path} is not the folder of a model that sees; name one of Janus, Janus-Pro, "
+            "JanusFlow, DeepSeek-VL or VL2 as published, of which config.json is enough"
         )
     return vision
 

@@ -30,7 +30,7 @@ class ColouredShapes:
     autoencoder: VqTraining  # what the tokenizer begins with
     tokenizer: VqTraining
     stages: tuple[PaintStage, ...]
-    n_held_out: int = 216  # pictures, of 2,916, that nothing trains on
+    n_held_out: int = 216  # pictures, of 8,100, that nothing trains on
     n_drawings: int = 216  # by which drawing is judged, with each guidance
     guidances: tuple[float, ...] = (1.0, 1.5, 5.0)
     seed: int = 0

@@ -2,9 +2,10 @@
 
 Between noise z0 and a picture's latents x lies z_t = t x + (1 - t) z0. The model is given z_t and
 the time t, of 0 to 1, and predicts the velocity x - z0; the loss is the squared error. Times are
-the logistic function of a standard normal number (logit-normal; the paper gives no parameters, and
-these are the defaults of arXiv:2403.03206, which it cites). Latents, noise and time of a drawing
-follow from one number, so that a run that was stopped goes on with the same ones.
+the logistic function of a standard normal number: logit-normal. What we read of the paper, which
+was not all of it, gives no parameters; these are the defaults of arXiv:2403.03206, which it cites.
+Latents, noise and time of a drawing follow from one number, so that a run that was stopped goes on
+with the same ones.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@ where a noisy picture moves.
 
 The loss is one mean over everything that is predicted, without weights between the kinds (Janus,
 arXiv:2410.13848, section 3.3): tokens and codes in nats; where a model draws by a flow, the squared
-error of each position (`dsjax.janus.flowing`), as much as a token. The paper of JanusFlow does not
-say how it adds up the two. A micro-batch holds, in this order and in fixed numbers, rows that see,
-rows of text and rows that draw. Beside `tokens` and `segment_ids` it has
+error of each position (`dsjax.janus.flowing`), as much as a token. What we read of JanusFlow's
+paper, which was not all of it, does not say how it adds up the two. A micro-batch holds, in this
+order and in fixed numbers, rows that see, rows of text and rows that draw. Beside `tokens` and
+`segment_ids` it has
 
   weights   float32 [..., T + 1], 1 for the tokens of text to predict
   codes     int32 [..., T + 1], the code that stands at a position; -1 where none does

@@ -1,9 +1,8 @@
 """A stage of the training of a model that sees and draws.
 
 A stage begins with a published folder (Janus, Janus-Pro, JanusFlow; DeepSeek-VL and VL2, which see
-and do not draw) and ends with another, `model/` in the
-run's folder, in the same layout: what the next stage begins with, and what tools/generate.py and
-tools/draw.py take.
+and do not draw) and ends with another, `model/` in the run's folder, in the same layout: what the
+next stage begins with, and what tools/generate.py and tools/draw.py take.
 """
 
 from __future__ import annotations
