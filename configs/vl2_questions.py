@@ -3,7 +3,8 @@ language model train together, as in the last stage of the paper (arXiv:2412.103
 
 Command: python tools/paint.py configs/vl2_questions.py \
     --init deepseek-vl2 --workdir runs/asked --set janus.see=asked.jsonl
-Hardware: never run; whether a step fits v5p:2x2x2 is open (docs/records/tpu_compilation_202611.md).
+Hardware: never run; a step compiled for v5p:2x2x2 takes 66.0 of 102.8 GB per chip
+(docs/records/tpu_compilation_202611.md).
 Cost: not measured.
 Expected: not measured here; tests/janus/test_seeing.py trains such models in small.
 """
