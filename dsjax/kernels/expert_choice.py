@@ -21,6 +21,7 @@ from dsjax.kernels.target import Target
 from dsjax.kernels.varying import by_hand
 
 _MOST_EXPERTS = 1024  # scores that a program holds in registers
+_OF_A_WARP = 1024  # parts of scores that a warp's registers hold
 
 
 class Rule(NamedTuple):
@@ -40,40 +41,48 @@ def fits(n_experts: int, target: Target) -> bool:
 
 
 def expert_choice(
-    logits_ME: jax.Array, bias_E: jax.Array | None, rule: Rule, *, interpret: bool = False
+    logits_XME: jax.Array,
+    bias_LE: jax.Array | None,
+    layer: jax.Array,
+    rule: Rule,
+    *,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Chooses experts by sigmoid(logit) + bias and weighs them without the bias.
 
     Args:
-      logits_ME, bias_E: float32.
+      logits_XME: float32, parts of the logits, to be summed.
+      bias_LE: float32, of all layers.
+      layer: int32 scalar.
       interpret: whether to interpret the kernel, on any machine.
 
     Returns:
       experts, int32 [M, K], and weights, float32 [M, K].
     """
-    M, E = logits_ME.shape
-    if bias_E is None:
-        bias_E = jnp.zeros(E, jnp.float32)
+    n_parts, M, E = logits_XME.shape
+    if bias_LE is None:
+        bias_LE, layer = jnp.zeros((1, E), jnp.float32), jnp.int32(0)
     shape = (M, rule.top_k)
-    whole = pl.BlockSpec((M, E), lambda m: (0, 0)), pl.BlockSpec((E,), lambda m: (0,))
+    operands = logits_XME, bias_LE, layer[None]
     chosen = pl.BlockSpec(shape, lambda m: (0, 0))
     return pl.pallas_call(
-        functools.partial(_kernel, n_experts=E, rule=rule),
+        functools.partial(_kernel, rule=rule),
         out_shape=(
             jax.ShapeDtypeStruct(shape, jnp.int32),
             jax.ShapeDtypeStruct(shape, jnp.float32),
         ),
         grid=(M,),
-        in_specs=whole,
+        in_specs=[pl.BlockSpec(x.shape, lambda m, n=x.ndim: (0,) * n) for x in operands],
         out_specs=(chosen, chosen),
-        compiler_params=triton.CompilerParams(num_warps=1),
+        compiler_params=triton.CompilerParams(num_warps=1 if n_parts * E <= _OF_A_WARP else 4),
         name="expert_choice",
         interpret=interpret,
-    )(logits_ME, bias_E)
+    )(*operands)
 
 
-def _kernel(logits, bias, experts_out, weights_out, *, n_experts: int, rule: Rule) -> None:
+def _kernel(logits, bias, layer, experts_out, weights_out, *, rule: Rule) -> None:
     token = pl.program_id(0)
+    n_parts, _, n_experts = logits.shape
     size = n_experts // rule.n_groups
     # Triton's arrays are powers of two; what is too much holds no expert.
     shape = _power_of_two(rule.n_groups), _power_of_two(size)
@@ -81,10 +90,15 @@ def _kernel(logits, bias, experts_out, weights_out, *, n_experts: int, rule: Rul
     place_GX = lax.broadcasted_iota(jnp.int32, shape, 1)
     expert_GX = group_GX * size + place_GX
     is_one_GX = (group_GX < rule.n_groups) & (place_GX < size)
-    scores_GX = jax.nn.sigmoid(
-        triton.load(logits.at[token, expert_GX], mask=is_one_GX, other=-jnp.inf)
+    part_P11 = lax.broadcasted_iota(jnp.int32, (_power_of_two(n_parts), 1, 1), 0)
+    parts_PGX = triton.load(
+        logits.at[part_P11, token, expert_GX[None]],
+        mask=(part_P11 < n_parts) & is_one_GX[None],
+        other=0.0,
     )
-    biased_GX = scores_GX + triton.load(bias.at[expert_GX], mask=is_one_GX, other=0.0)
+    scores_GX = jnp.where(is_one_GX, jax.nn.sigmoid(parts_PGX.sum(axis=0)), 0.0)
+    of_layer_GX = bias.at[layer[0], expert_GX]
+    biased_GX = scores_GX + triton.load(of_layer_GX, mask=is_one_GX, other=0.0)
     biased_GX = jnp.where(is_one_GX, biased_GX, -jnp.inf)
     if rule.n_limited_groups < rule.n_groups:
         worth_G = _worth(biased_GX, place_GX, by_best_two=rule.by_best_two)

@@ -133,13 +133,12 @@ class Block(nnx.Module):
         x_BTD: jax.Array,
         cache: LayerCache,
         extension: Extension,
-        experts: Experts | None,
+        stack: Block,
     ) -> tuple[jax.Array, LayerCache, jax.Array | None]:
         """Adds tokens to the layer's cache.
 
         Args:
-          experts: the experts of the whole stack, in which this is layer `cache.layer`; None if
-            dense.
+          stack: the whole stack, in which this is layer `cache.layer`.
 
         Returns:
           the hidden states, the cache, and the chosen experts, int32 [B, T, K]; None if dense.
@@ -149,11 +148,14 @@ class Block(nnx.Module):
             self.attn_norm(x_BTD), extension.angles, cache, extension.positions_BT
         )
         x_BTD = x_BTD + y_BTD
-        normed_BTD = self.ffn_norm(x_BTD)
         if isinstance(self.ffn, FeedForward):
-            return x_BTD + self.ffn(normed_BTD), cache, None
-        assert experts is not None
-        y_BTD, experts_BTK = self.ffn.extend(normed_BTD, experts, cache.layer)
+            return x_BTD + self.ffn(self.ffn_norm(x_BTD)), cache, None
+        assert isinstance(stack.ffn, MoE)
+        if stack.ffn.steps(x_BTD):
+            x_BTD, experts_BTK = stack.ffn.step(x_BTD, stack.ffn_norm, cache.layer)
+            return x_BTD, cache, experts_BTK
+        normed_BTD = self.ffn_norm(x_BTD)
+        y_BTD, experts_BTK = self.ffn.extend(normed_BTD, stack.ffn.experts, cache.layer)
         return x_BTD + y_BTD, cache, experts_BTK
 
 
@@ -217,7 +219,7 @@ def extend_layers(
     def layer(carry: tuple[jax.Array, Entries, jax.Array], block: Block):
         x_BTD, entries, index = carry
         own = LayerCache(entries, index)
-        x_BTD, own, experts_BTK = block.extend(x_BTD, own, extension, layers.routed_experts)
+        x_BTD, own, experts_BTK = block.extend(x_BTD, own, extension, layers)
         return (x_BTD, own.entries, index + 1), experts_BTK if routing else None
 
     # The entries are carried whole; scanned over, each layer's would be copied out and back in.
@@ -241,7 +243,7 @@ def _extend_separate(
             x_BTD,
             LayerCache(own, jnp.int32(0)),
             extension,
-            jax.tree.map(lambda leaf: leaf[None], block.routed_experts),
+            jax.tree.map(lambda leaf: leaf[None], block),
         )
         extended.append(cache.entries)
         experts.append(experts_BTK)

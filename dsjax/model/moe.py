@@ -16,11 +16,13 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsjax.config import ModelConfig
+from dsjax.kernels import mixture_step
 from dsjax.kernels.chosen_experts import chosen_experts, grouped_in_place, is_faster
 from dsjax.kernels.grouped_matmul import grouped_matmul
+from dsjax.kernels.mixture_step import Matrices
 from dsjax.kernels.varying import agreed, varies_over, vary_as
 from dsjax.model.balance import BalanceWeights, balance_loss
-from dsjax.model.layers import FeedForward, Normal, declare
+from dsjax.model.layers import FeedForward, Normal, RMSNorm, declare
 from dsjax.model.parameters import partition_specs
 from dsjax.model.router import Router, Routing
 from dsjax.parallel import expert_parallel
@@ -266,6 +268,62 @@ class MoE(nnx.Module):
             jax.lax.psum(missing, everywhere),
         )
 
+    def steps(self, x_BTD: jax.Array) -> bool:
+        """Tells whether `step` takes these tokens, here.
+
+        Must be called on the stack of all layers.
+        """
+        experts, config = self.experts, self.config
+        M = x_BTD.shape[0] * x_BTD.shape[1]
+        matrices = [*_matrices(experts), *(self._shared_matrices or ())]
+        return (
+            experts.policy.fp8 is None
+            and experts.slots is None
+            and M * config.n_activated_experts <= config.n_routed_experts
+            and mixture_step.fits(
+                jax.ShapeDtypeStruct((M, config.dim), x_BTD.dtype),
+                self.gate.weight[...],
+                matrices,
+                experts.policy.target,
+            )
+        )
+
+    def step(
+        self, x_BTD: jax.Array, norm: RMSNorm, layer: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Does what is left of a layer after its attention, in a few kernels that read the layer's
+        weights where they lie.
+
+        Must be called on the stack of all layers.
+
+        Args:
+          x_BTD: the residual after attention.
+          norm: the layers' norms before their experts.
+
+        Returns:
+          the residual, and the chosen experts, int32 [B, T, K].
+        """
+        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        experts = self.experts
+        normed_MD, logits_XME = mixture_step.normed_logits(
+            x_MD, norm.weight[...], self.gate.weight[...], layer, eps=norm.eps
+        )
+        chosen = self.gate.choose(logits_XME, layer, experts.policy.target)
+        y_MD = mixture_step.mixture(
+            x_MD,
+            normed_MD,
+            _matrices(experts),
+            self._shared_matrices,
+            *chosen,
+            layer,
+            lambda gate, up: swiglu(*limited(gate, up, experts.limit)),
+        )
+        return y_MD.reshape(x_BTD.shape), chosen[0].reshape(*x_BTD.shape[:2], -1)
+
+    @property
+    def _shared_matrices(self) -> Matrices | None:
+        return _matrices(self.shared) if self.config.n_shared_experts else None
+
     def extend(
         self,
         x_BTD: jax.Array,
@@ -308,3 +366,7 @@ class MoE(nnx.Module):
         if config.n_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
         return y_BTD, routing.experts_MK.reshape(*x_BTD.shape[:2], -1)
+
+
+def _matrices(module: Experts | FeedForward) -> Matrices:
+    return Matrices(module.w_gate[...], module.w_up[...], module.w_down[...])

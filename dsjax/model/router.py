@@ -136,13 +136,35 @@ class Router(nnx.Module):
     ) -> Routing:
         """Routes tokens that are added to a cache, where the machine has one by a kernel."""
         config = self.config
-        by_kernel = config.score_func == "sigmoid" and fits(config.n_routed_experts, target)
-        if experts_MK is not None or not by_kernel:
+        if experts_MK is not None or not self._by_kernel(target):
             return self(x_MD, experts_MK)
         logits_ME = float32_matmul(x_MD, self.weight[...])
-        chosen = expert_choice(logits_ME, self._bias, rule_of(config))
+        bias_1E = None if self._bias is None else self._bias[None]
+        chosen = expert_choice(logits_ME[None], bias_1E, jnp.int32(0), rule_of(config))
         overruled_M = jnp.zeros(len(x_MD), bool)
         return Routing(*chosen, scores(logits_ME, config.score_func), overruled_M)
+
+    @jax.named_scope("router")
+    def choose(
+        self, logits_XME: jax.Array, layer: jax.Array, target: Target
+    ) -> tuple[jax.Array, jax.Array]:
+        """Chooses by the router of one layer, in few kernels: int32 and float32 [M, K].
+
+        Must be called on the stack of all layers.
+
+        Args:
+          logits_XME: float32, parts of the logits, to be summed.
+        """
+        config = self.config
+        if self._by_kernel(target):
+            return expert_choice(logits_XME, self._bias, layer, rule_of(config))
+        bias_E = None if self._bias is None else self._bias[layer]
+        routing = route(logits_XME.sum(axis=0), bias_E, config)
+        return routing.experts_MK, routing.weights_MK
+
+    def _by_kernel(self, target: Target) -> bool:
+        config = self.config
+        return config.score_func == "sigmoid" and fits(config.n_routed_experts, target)
 
     @property
     def _bias(self) -> jax.Array | None:

@@ -357,7 +357,7 @@ class Transformer(nnx.Module):
             pair_BTD,
             LayerCache(cache.mtp, jnp.int32(depth)),
             extension,
-            self.mtp.layer.routed_experts,
+            self.mtp.layer,
         )
         return hidden_BTD, module.norm(hidden_BTD), cache._replace(mtp=layer_cache.entries)
 

@@ -37,10 +37,13 @@ class Counted(NamedTuple):
     needed: int  # bytes
 
 
-def portions(model: ModelConfig) -> dict[int, int]:
-    """Says how many matrices of a stack a call of a kernel reads: a layer's experts or cache."""
+def portions(model: ModelConfig, batch: int) -> dict[int, int]:
+    """Says how many matrices of a stack a call of a kernel reads: of experts those that tokens
+    choose, at most all of a layer; of anything else a layer's.
+    """
     E = model.n_routed_experts
-    return {model.n_moe_layers * E: E, model.n_moe_layers: 1}
+    chosen = min(batch * model.n_activated_experts, E)
+    return {model.n_moe_layers * E: chosen, model.n_moe_layers: 1}
 
 
 def count(batch: int) -> Counted:
@@ -48,7 +51,7 @@ def count(batch: int) -> Counted:
     mesh = hopper.mesh()
     declared = declared_model(config.model, config.precision, HOPPER)
     program = programs.decoding(declared, mesh, batch, PROMPT + NEW, "sequences")
-    (steps,) = kernels.read(hopper.compiled_text(program, mesh), portions(MODEL_3B)).loops
+    (steps,) = kernels.read(hopper.compiled_text(program, mesh), portions(MODEL_3B, batch)).loops
     (layers,) = (loop for loop in steps.body.loops if loop.trips == MODEL_3B.n_moe_layers)
     waits = steps.body.waits + (steps.trips is None)
     needed = int(bytes_read(config, batch, PROMPT + NEW / 2))

@@ -34,7 +34,9 @@ def config_of(sizes, **fields):
 
 def chosen(logits, bias, config):
     """The experts of each token in the order of their numbers, and their weights."""
-    experts, weights = interpreted(logits, bias, rule_of(config))
+    parts = jnp.stack([logits - 3.0, jnp.ones_like(logits), jnp.full_like(logits, 2.0)])
+    biases = None if bias is None else jnp.stack([-bias, bias])
+    experts, weights = interpreted(parts, biases, jnp.int32(1), rule_of(config))
     order = np.argsort(experts, axis=1)
     return np.take_along_axis(np.asarray(experts), order, 1), np.take_along_axis(
         np.asarray(weights), order, 1

@@ -75,10 +75,10 @@ def test_extended_stack_runs_its_layers_in_order_each_on_its_own_entries():
         start_BTD = model.embed(row)
         stacked = block.extend_layers(model.moe_layers, start_BTD, entries, extension, routing=True)
         chosen = []
-        x_BTD, experts = start_BTD, model.moe_layers.routed_experts
+        x_BTD = start_BTD
         for index, layer in enumerate(one_by_one(model.moe_layers)):
             cache = LayerCache(entries, jnp.int32(index))
-            x_BTD, cache, experts_BTK = layer.extend(x_BTD, cache, extension, experts)
+            x_BTD, cache, experts_BTK = layer.extend(x_BTD, cache, extension, model.moe_layers)
             entries = cache.entries
             chosen.append(experts_BTK)
         return stacked, (x_BTD, entries, jnp.stack(chosen))
