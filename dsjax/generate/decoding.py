@@ -7,6 +7,7 @@ drawn, which no layer has processed yet.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from dsjax.generate import speculative
 from dsjax.generate.record import NOTHING, Record, Wanted, record
-from dsjax.generate.sampling import Knobs, sample
+from dsjax.generate.sampling import Knobs, biased, greedy, sample
 from dsjax.generate.speculative import State, Step
 from dsjax.model import token_sets
 from dsjax.model.cache import Cache, empty_cache
@@ -174,6 +175,7 @@ def decode(
     enough: jax.Array,
     *,
     wanted: Wanted = NOTHING,
+    likeliest: bool = False,
 ) -> tuple[Carry, Decoded]:
     """Runs up to `most_steps` decoding steps, fewer if all rows finish earlier.
 
@@ -182,9 +184,11 @@ def decode(
       stop_ids_BX: int32; a row finishes when it draws one of its stop ids. Padded with -1.
       enough: int32 scalar; returns as soon as no more than this many rows are unfinished, such as
         one less than now because a request waits for a row.
+      likeliest: says in advance what `knobs` say, that every row takes its most likely token. A GPU
+        then need not wait in every step for the host to read whether any row draws.
     """
     W = recent_BW.shape[1]
-    advance = speculative.step if W > 1 else _step
+    advance = speculative.step if W > 1 else functools.partial(_step, likeliest=likeliest)
 
     def body(loop: tuple[Carry, Decoded]) -> tuple[Carry, Decoded]:
         carry, past = loop
@@ -233,13 +237,23 @@ def decode(
 
 
 def _step(
-    model: Transformer, state: State, knobs: Knobs, most_B: jax.Array, wanted: Wanted
+    model: Transformer,
+    state: State,
+    knobs: Knobs,
+    most_B: jax.Array,
+    wanted: Wanted,
+    *,
+    likeliest: bool,
 ) -> Step:
     """Runs each row's newest token and draws the next; the counterpart of `speculative.step`."""
     routing = wanted.experts or model.redundant
     extended = model.extend(state.tokens_BW, state.position_B, state.cache, routing=routing)
     logits_B1V = model.logits(extended.main_BTD)
-    drawn_B = sample(logits_B1V[:, 0], knobs, state.position_B + 1)
+    drawn_B = (
+        greedy(biased(logits_B1V[:, 0], knobs))
+        if likeliest
+        else sample(logits_B1V[:, 0], knobs, state.position_B + 1)
+    )
     n_new_B = jnp.minimum(most_B, 1)
     tokens_B1 = jnp.where(n_new_B[:, None] > 0, drawn_B[:, None], state.tokens_BW)
     state = State(extended.cache, state.position_B + n_new_B, tokens_B1, state.hidden_BWD)

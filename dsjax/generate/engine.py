@@ -494,7 +494,7 @@ class Engine:
         run = self._programs.compiled(
             decoding.decode, rows.carry, rows.position_B, rows.recent_BW, most_B.astype(np.int32),
             rows.stop_ids_BX, self._knobs(rows), np.int32(n_steps), np.int32(self._enough(rows)),
-            wanted=rows.wanted,
+            wanted=rows.wanted, likeliest=rows.likeliest and self._programs.on_gpu,
         )  # fmt: skip
         began = time.perf_counter()
         rows.carry, decoded = run()

@@ -35,6 +35,10 @@ class Programs:
         self._compiled: dict[Any, Any] = {}
 
     @property
+    def on_gpu(self) -> bool:
+        return self.model.policy.target.kind == "gpu"
+
+    @property
     def batch_parts(self) -> int:
         """Returns the number of parts that the rows of a batch are split into."""
         return parts("batch", self.mesh) if self.mesh else 1

@@ -12,7 +12,7 @@ from dsjax.generate.decoding import Carry
 from dsjax.generate.page_files import Fetched
 from dsjax.generate.record import NOTHING, Wanted
 from dsjax.generate.request import Request
-from dsjax.generate.sampling import Knobs, knobs
+from dsjax.generate.sampling import Knobs, Sampling, knobs
 from dsjax.generate.shapes import power_of_two
 
 ROWS_AT_A_TIME = 32  # that one call copies to another cache
@@ -50,7 +50,8 @@ class Open:
         self.left = 0 if stopped else self.left - len(tokens)
 
 
-FREE = Open(0, Request((0,), 0))  # placeholder for a row without a request
+# Placeholder for a row without a request, which draws nothing.
+FREE = Open(0, Request((0,), 0, sampling=Sampling(temperature=0)))
 
 
 class Rows:
@@ -65,9 +66,10 @@ class Rows:
       left_B: int32, how many tokens each row may still add.
       stop_ids_BX: int32, padded with -1.
       knobs: sampling settings.
+      likeliest: whether they make every row take its most likely token.
       wanted: the reports that any of the rows asks for.
-      steered: whether any of them has a steering. Like `wanted`, it stays until the rows change, so
-        that the program does.
+      steered: whether any of them has a steering. Like `wanted` and `likeliest`, it stays until the
+        rows change, so that the program does.
     """
 
     def __init__(self, slots: Sequence[Open | None], carry: Carry, length: int) -> None:
@@ -117,6 +119,7 @@ class Rows:
         ]
         self.stop_ids_BX = np.array(stop_ids, np.int32)
         self.knobs = knobs([request.sampling for request in requests])
+        self.likeliest = not np.any(self.knobs.temperature_B)
         self.wanted = wanted(requests)
         self.steered = any(request.steering for request in requests)
 

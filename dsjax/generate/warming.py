@@ -86,6 +86,7 @@ class Warming:
         self._programs.compiled(
             decoding.decode, carry, rows.position_B, rows.recent_BW, rows.left_B,
             rows.stop_ids_BX, self._knobs(rows), np.int32(1), np.int32(0), wanted=rows.wanted,
+            likeliest=rows.likeliest and self._programs.on_gpu,
         )  # fmt: skip
 
     def _moves(self, batch: int, length: int, source: tuple[int, int]) -> None:

@@ -10,7 +10,7 @@ Triton kernels: starting kernels takes the time, and XLA starts fourteen.
 
 A row reads its experts' matrices by itself, in place from the stack of all layers. What several
 rows read they share in the cache of the GPU at best, so this is for steps in which rows choose no
-more matrices than there are; beyond, `dsjax.kernels.chosen_experts` groups them.
+more matrices than there are; `dsjax.kernels.grouped_mixture` is for more.
 
 A matrix unit takes 16 rows at least: fifteen of them are zeros. Reading takes the time, and it is
 for products of matrix units that Triton loads what comes next ahead of time.
@@ -31,8 +31,8 @@ from jax.experimental.pallas import triton
 from dsjax.kernels.target import Target
 from dsjax.kernels.varying import by_hand
 
-_ROWS = 16  # of the matrix unit
-_DEPTH, _WIDTH = 64, 32  # of the part of a matrix that is read at once
+ROWS = 16  # of the matrix unit
+DEPTH, _WIDTH = 64, 32  # of the part of a matrix that is read at once
 _STAGES = 6  # parts that are on their way
 _PART = 256  # of the width, of a program of the router's product
 _MOST_ROWS = 64
@@ -67,7 +67,7 @@ def fits(
         and x_MD.dtype in (jnp.bfloat16, jnp.float16)
         # Small weights are no arrays.
         and all(isinstance(w, jax.Array) and w.dtype == x_MD.dtype for w in (router, *matrices))
-        and all(width % _DEPTH == 0 for w in matrices for width in w.shape[-2:])
+        and all(width % DEPTH == 0 for w in matrices for width in w.shape[-2:])
     )
 
 
@@ -90,7 +90,7 @@ def normed_logits(
       the normed tokens [M, D] in x's dtype, and the logits' parts, float32 [X, M, E], to be summed.
     """
     (M, D), E = x_MD.shape, router_LDE.shape[2]
-    part = next(part for part in (_PART, _PART // 2, _DEPTH) if D % part == 0)
+    part = next(part for part in (_PART, _PART // 2, DEPTH) if D % part == 0)
     n_parts = D // part
     return pl.pallas_call(
         functools.partial(_normed_logits, eps=eps, part=part),
@@ -99,12 +99,12 @@ def normed_logits(
             jax.ShapeDtypeStruct((n_parts, M, E), jnp.float32),
         ),
         grid=(n_parts,),
-        in_specs=[_whole(x) for x in (x_MD, norm_LD, router_LDE, layer[None])],
+        in_specs=[whole(x) for x in (x_MD, norm_LD, router_LDE, layer[None])],
         out_specs=(
             pl.BlockSpec((M, D), lambda x: (0, 0)),
             pl.BlockSpec((n_parts, M, E), lambda x: (0, 0, 0)),
         ),
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=4 if M <= ROWS else 8, num_stages=2),
         name="normed_logits",
         interpret=interpret,
     )(x_MD, norm_LD, router_LDE, layer[None])
@@ -113,7 +113,7 @@ def normed_logits(
 def _normed_logits(x, norm, router, layer, normed_out, logits_out, *, eps: float, part: int):
     (M, D), E = x.shape, router.shape[2]
     mine = pl.program_id(0)
-    shape = _power_of_two(max(M, _ROWS)), part
+    shape = power_of_two(max(M, ROWS)), part
     row_RX, column_RX = (lax.broadcasted_iota(jnp.int32, shape, dim) for dim in (0, 1))
     is_row_RX = row_RX < M
 
@@ -130,7 +130,7 @@ def _normed_logits(x, norm, router, layer, normed_out, logits_out, *, eps: float
     normed_RX = (read(mine * part) * scale_R1 * weight_1X).astype(x.dtype)
     triton.store(normed_out.at[row_RX, mine * part + column_RX], normed_RX, mask=is_row_RX)
 
-    wide = _power_of_two(max(E, _ROWS))
+    wide = power_of_two(max(E, ROWS))
     expert_XE = lax.broadcasted_iota(jnp.int32, (part, wide), 1)
     depth_XE = mine * part + lax.broadcasted_iota(jnp.int32, (part, wide), 0)
     matrix = router.at[layer[0], depth_XE, expert_XE]
@@ -139,39 +139,6 @@ def _normed_logits(x, norm, router, layer, normed_out, logits_out, *, eps: float
     row_RE, expert_RE = (lax.broadcasted_iota(jnp.int32, logits_RE.shape, dim) for dim in (0, 1))
     is_logit_RE = (row_RE < M) & (expert_RE < E)
     triton.store(logits_out.at[mine, row_RE, expert_RE], logits_RE, mask=is_logit_RE)
-
-
-def mixture(
-    x_MD: jax.Array,
-    normed_MD: jax.Array,
-    experts: Matrices,
-    shared: Matrices | None,
-    experts_MK: jax.Array,
-    weights_MK: jax.Array,
-    layer: jax.Array,
-    swiglu: SwiGLU,
-    *,
-    interpret: bool = False,
-) -> jax.Array:
-    """Adds each row's experts, by weight, and the shared ones to the residual.
-
-    Args:
-      x_MD: the residual.
-      experts_MK: int32.
-      weights_MK: float32.
-      layer: int32 scalar.
-      swiglu: of two float32 arrays.
-      interpret: whether to interpret the kernels, on any machine.
-
-    Returns:
-      [M, D] in x's dtype, summed in float32 and rounded once.
-    """
-    hidden_MX = hidden_states(
-        normed_MD, experts, shared, experts_MK, layer, swiglu, interpret=interpret
-    )
-    return mixed(
-        x_MD, hidden_MX, experts, shared, experts_MK, weights_MK, layer, interpret=interpret
-    )
 
 
 def hidden_states(
@@ -199,13 +166,13 @@ def hidden_states(
     M, K = experts_MK.shape
     E, F = experts.gate.shape[1], experts.gate.shape[3]
     width = K * F + (shared.gate.shape[2] if shared else 0)
-    matrices = [*map(_one_after_another, experts[:2]), *(shared[:2] if shared else ())]
+    matrices = [*map(one_after_another, experts[:2]), *(shared[:2] if shared else ())]
     operands = x_MD, experts_MK, layer[None], *matrices
     return pl.pallas_call(
         functools.partial(_hidden_states, n_experts=E, swiglu=swiglu),
         out_shape=jax.ShapeDtypeStruct((M, width), x_MD.dtype),
         grid=(M, width // _WIDTH),
-        in_specs=[_whole(x) for x in operands],
+        in_specs=[whole(x) for x in operands],
         out_specs=pl.BlockSpec((None, _WIDTH), lambda m, x: (m, x)),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=_STAGES),
         name="hidden_states",
@@ -213,24 +180,22 @@ def hidden_states(
     )(*operands)
 
 
-def _hidden_states(
-    x, experts, layer, w_gate, w_up, *rest, n_experts: int, swiglu: SwiGLU
-) -> None:
+def _hidden_states(x, experts, layer, w_gate, w_up, *rest, n_experts: int, swiglu: SwiGLU) -> None:
     *shared, out = rest
     K, F = experts.shape[1], w_gate.shape[2]
     m, block = pl.program_id(0), pl.program_id(1)
 
     def compute(read) -> None:
         def add(number, sums):
-            depth = pl.ds(number * _DEPTH, _DEPTH)
-            x_RX = _one_row(x, m, number * _DEPTH)
+            depth = pl.ds(number * DEPTH, DEPTH)
+            x_RX = _one_row(x, m, number * DEPTH)
             return tuple(
                 total + jnp.dot(x_RX, matrix, preferred_element_type=jnp.float32)
                 for total, matrix in zip(sums, read(depth), strict=True)
             )
 
-        nothing = jnp.zeros((_ROWS, _WIDTH), jnp.float32)
-        sums = lax.fori_loop(0, x.shape[1] // _DEPTH, add, (nothing, nothing))
+        nothing = jnp.zeros((ROWS, _WIDTH), jnp.float32)
+        sums = lax.fori_loop(0, x.shape[1] // DEPTH, add, (nothing, nothing))
         # The other rows are zeros. Rounded, as the products of a matrix's rows are elsewhere.
         gate, up = (total.sum(axis=0).astype(x.dtype).astype(jnp.float32) for total in sums)
         out[...] = swiglu(gate, up).astype(out.dtype)
@@ -274,14 +239,14 @@ def mixed(
       [M, D] in x's dtype, summed in float32 and rounded once.
     """
     M, D = x_MD.shape
-    downs = (_one_after_another(experts.down), *((shared.down,) if shared else ()))
+    downs = (one_after_another(experts.down), *((shared.down,) if shared else ()))
     operands = x_MD, hidden_MX, experts_MK, weights_MK, layer[None], *downs
     block = pl.BlockSpec((None, _WIDTH), lambda m, x: (m, x))
     return pl.pallas_call(
         functools.partial(_mixed, n_experts=experts.down.shape[1]),
         out_shape=jax.ShapeDtypeStruct((M, D), x_MD.dtype),
         grid=(M, D // _WIDTH),
-        in_specs=[block, *(_whole(x) for x in operands[1:])],
+        in_specs=[block, *(whole(x) for x in operands[1:])],
         out_specs=block,
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=_STAGES),
         name="mixed",
@@ -294,44 +259,44 @@ def _mixed(x, hidden, experts, weights, layer, w_down, *rest, n_experts: int) ->
     K, F = experts.shape[1], w_down.shape[1]
     m = pl.program_id(0)
     columns = pl.ds(pl.program_id(1) * _WIDTH, _WIDTH)
-    per_expert = F // _DEPTH
+    per_expert = F // DEPTH
 
     def product(start, matrix):
         return jnp.dot(_one_row(hidden, m, start), matrix, preferred_element_type=jnp.float32)
 
     def add_chosen(number, total_RW):
         k = lax.div(number, per_expert)
-        depth = pl.ds(lax.rem(number, per_expert) * _DEPTH, _DEPTH)
+        depth = pl.ds(lax.rem(number, per_expert) * DEPTH, DEPTH)
         matrix = w_down[layer[0] * n_experts + experts[m, k], depth, columns]
-        return total_RW + weights[m, k] * product(number * _DEPTH, matrix)
+        return total_RW + weights[m, k] * product(number * DEPTH, matrix)
 
-    total_RW = jnp.zeros((_ROWS, _WIDTH), jnp.float32)
+    total_RW = jnp.zeros((ROWS, _WIDTH), jnp.float32)
     total_RW = lax.fori_loop(0, K * per_expert, add_chosen, total_RW)
     for w in shared:
 
         def add_shared(number, total_RW, w=w):
-            matrix = w[layer[0], pl.ds(number * _DEPTH, _DEPTH), columns]
-            return total_RW + product(K * F + number * _DEPTH, matrix)
+            matrix = w[layer[0], pl.ds(number * DEPTH, DEPTH), columns]
+            return total_RW + product(K * F + number * DEPTH, matrix)
 
-        total_RW = lax.fori_loop(0, w.shape[1] // _DEPTH, add_shared, total_RW)
+        total_RW = lax.fori_loop(0, w.shape[1] // DEPTH, add_shared, total_RW)
     # The other rows are zeros.
     out[...] = (x[...].astype(jnp.float32) + total_RW.sum(axis=0)).astype(out.dtype)
 
 
-def _one_after_another(stack_LEXY: jax.Array) -> jax.Array:
+def one_after_another(stack_LEXY: jax.Array) -> jax.Array:
     return stack_LEXY.reshape(-1, *stack_LEXY.shape[2:])
 
 
 def _one_row(array, m, start):
-    """Reads a part of row m as the first of a matrix unit's rows, [16, 64]; the others are zeros."""
-    row_RX, column_RX = (lax.broadcasted_iota(jnp.int32, (_ROWS, _DEPTH), dim) for dim in (0, 1))
+    """Reads a part of row m as the first of a matrix unit's rows, [16, 64], the others zeros."""
+    row_RX, column_RX = (lax.broadcasted_iota(jnp.int32, (ROWS, DEPTH), dim) for dim in (0, 1))
     return triton.load(array.at[m, start + column_RX], mask=row_RX == 0, other=0.0)
 
 
-def _whole(array: jax.Array) -> pl.BlockSpec:
+def whole(array: jax.Array) -> pl.BlockSpec:
     """Gives a program all of an array: which part it reads depends on what is in others."""
     return pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
 
 
-def _power_of_two(count: int) -> int:
+def power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()

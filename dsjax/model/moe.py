@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsjax.config import ModelConfig
-from dsjax.kernels import mixture_step
+from dsjax.kernels import grouped_mixture, mixture_step
 from dsjax.kernels.chosen_experts import chosen_experts, grouped_in_place, is_faster
 from dsjax.kernels.grouped_matmul import grouped_matmul
 from dsjax.kernels.mixture_step import Matrices
@@ -279,7 +279,6 @@ class MoE(nnx.Module):
         return (
             experts.policy.fp8 is None
             and experts.slots is None
-            and M * config.n_activated_experts <= config.n_routed_experts
             and mixture_step.fits(
                 jax.ShapeDtypeStruct((M, config.dim), x_BTD.dtype),
                 self.gate.weight[...],
@@ -304,21 +303,20 @@ class MoE(nnx.Module):
           the residual, and the chosen experts, int32 [B, T, K].
         """
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        experts = self.experts
+        policy, limit = self.experts.policy, self.experts.limit
+        matrices = _matrices(self.experts), self._shared_matrices
         normed_MD, logits_XME = mixture_step.normed_logits(
             x_MD, norm.weight[...], self.gate.weight[...], layer, eps=norm.eps
         )
-        chosen = self.gate.choose(logits_XME, layer, experts.policy.target)
-        y_MD = mixture_step.mixture(
-            x_MD,
-            normed_MD,
-            _matrices(experts),
-            self._shared_matrices,
-            *chosen,
-            layer,
-            lambda gate, up: swiglu(*limited(gate, up, experts.limit)),
+        experts_MK, weights_MK = self.gate.choose(logits_XME, layer, policy.target)
+        # Beyond as many choices as there are experts, each is read once for all rows.
+        many = experts_MK.size > self.config.n_routed_experts
+        kernels = grouped_mixture if many else mixture_step
+        hidden_MX = kernels.hidden_states(
+            normed_MD, *matrices, experts_MK, layer, lambda *pair: swiglu(*limited(*pair, limit))
         )
-        return y_MD.reshape(x_BTD.shape), chosen[0].reshape(*x_BTD.shape[:2], -1)
+        y_MD = kernels.mixed(x_MD, hidden_MX, *matrices, experts_MK, weights_MK, layer)
+        return y_MD.reshape(x_BTD.shape), experts_MK.reshape(*x_BTD.shape[:2], -1)
 
     @property
     def _shared_matrices(self) -> Matrices | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -162,4 +163,6 @@ def decoding(
     )
     count = number(mesh, jnp.int32)
     arguments = model, carry, *arguments, count, count
-    return Program(engine.decode, arguments, (1,), None, rows, rows, mtp=False, look_up=look_up)
+    # Of a GPU's two programs the one that draws nothing.
+    decode = functools.partial(engine.decode, likeliest=declared.policy.target.kind == "gpu")
+    return Program(decode, arguments, (1,), None, rows, rows, mtp=False, look_up=look_up)

@@ -1,5 +1,7 @@
 """What one decoding program does: steps, limits, stop ids and early return."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,10 +28,10 @@ def prefilled():
 decode = jax.jit(decoding.decode)
 
 
-def decoded(left, steps, stop_ids=(-1, -1), enough=0):
+def decoded(left, steps, stop_ids=(-1, -1), enough=0, run=decode):
     carry, first = prefilled()
     stops = np.array(stop_ids, np.int32)[:, None]
-    carry, out = decode(
+    carry, out = run(
         tiny_model(), carry, LENGTHS, first[:, None], np.array(left, np.int32), stops,
         knobs([Sampling(0.0)] * 2), np.int32(steps), np.int32(enough),
     )  # fmt: skip
@@ -66,6 +68,22 @@ def test_calls_with_fewer_steps_go_on_where_the_last_one_stopped():
     rest = decoding.Decoded(*jax.device_get(rest))
     joined = [a + b for a, b in zip(tokens(out), tokens(rest), strict=True)]
     assert joined == tokens(whole)
+
+
+def test_program_of_likeliest_tokens_finds_them_without_a_branch():
+    branches = []
+
+    def counting(*arguments, run):
+        branches.append(run.lower(*arguments).as_text().count("stablehlo.case"))
+        return run(*arguments)
+
+    likeliest = jax.jit(functools.partial(decoding.decode, likeliest=True))
+    found, wanted = (
+        tokens(decoded([4, 2], steps=4, run=functools.partial(counting, run=run))[2])
+        for run in (likeliest, decode)
+    )
+    assert found == wanted
+    assert branches[0] == 0 < branches[1]
 
 
 def test_finished_rows_stay_where_they_are():

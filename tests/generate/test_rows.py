@@ -27,7 +27,7 @@ def test_rows_stand_at_their_newest_tokens():
     assert found.recent_BW.tolist() == [[5, 6], [0, 0], [0, 3]]
     assert sorted(found.stop_ids_BX[0].tolist()) == [-1, 7, 8, 9]
     assert (found.stop_ids_BX[1:] == -1).all()
-    assert found.knobs.temperature_B.tolist() == [1.0, 1.0, 0.5]
+    assert found.knobs.temperature_B.tolist() == [1.0, 0.0, 0.5]
     assert found.wanted.logprobs and not found.wanted.experts
     assert found.open() == [0, 2] and found.free() == [1]
 
@@ -49,4 +49,14 @@ def test_requests_take_their_numbers_along():
     assert ours.slots == [None, None, going] and theirs.open() == [0]
     assert ours.position_B.tolist() == [0, 0, 1] and ours.left_B.tolist() == [0, 0, 1]
     assert ours.recent_BW[2].tolist() == [3, 11] and theirs.left_B.tolist() == [3, 0]
-    assert ours.knobs.temperature_B.tolist() == [1.0, 1.0, 0.5] and ours.wanted.logprobs
+    assert ours.knobs.temperature_B.tolist() == [0.0, 0.0, 0.5] and ours.wanted.logprobs
+
+
+def test_rows_take_their_likeliest_tokens_unless_a_request_draws():
+    greedy = Open(3, Request((3,), 2, Sampling(0.0)))
+    found = rows(None, greedy)
+    assert found.likeliest  # a free row draws nothing
+    found.put({0: second()})
+    assert not found.likeliest
+    found.release(0)
+    assert not found.likeliest  # the program stays

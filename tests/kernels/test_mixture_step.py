@@ -1,4 +1,6 @@
-"""A MoE layer's step in four kernels, interpreted, against its definition."""
+"""A MoE layer's step in four kernels, interpreted, against its definition: rows that read their
+experts by themselves, and experts that are read once for all rows.
+"""
 
 import functools
 
@@ -7,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.kernels import mixture_step
+from dsjax.kernels import grouped_mixture, mixture_step
 from dsjax.kernels.mixture_step import Matrices
 from dsjax.kernels.target import HOPPER, Target
 from dsjax.precision.activations import limited, swiglu
 from tests.closeness import BF16, F32, assert_close
 
 L, E, D, F, K = 3, 6, 192, 128, 2
+KINDS = [mixture_step, grouped_mixture]
 EPS = 1e-2  # so that a lost one shows
 LEVELS = {jnp.float32: F32, jnp.bfloat16: BF16}
 
@@ -39,20 +42,16 @@ def operands(rows, dtype, n_shared):
     )
 
 
-@functools.partial(jax.jit, static_argnames="limit")
-def computed(layer, x, norm, router, experts, shared, experts_MK, weights_MK, *, limit=0.0):
+@functools.partial(jax.jit, static_argnames=("kernels", "limit"))
+def computed(
+    layer, x, norm, router, experts, shared, experts_MK, weights_MK, *, kernels, limit=0.0
+):
     normed, parts = mixture_step.normed_logits(x, norm, router, layer, eps=EPS, interpret=True)
-    y = mixture_step.mixture(
-        x,
-        normed,
-        experts,
-        shared,
-        experts_MK,
-        weights_MK,
-        layer,
-        lambda gate, up: swiglu(*limited(gate, up, limit)),
-        interpret=True,
-    )
+    hidden = kernels.hidden_states(
+        normed, experts, shared, experts_MK, layer,
+        lambda gate, up: swiglu(*limited(gate, up, limit)), interpret=True,
+    )  # fmt: skip
+    y = kernels.mixed(x, hidden, experts, shared, experts_MK, weights_MK, layer, interpret=True)
     return normed, parts.sum(axis=0), y
 
 
@@ -78,19 +77,30 @@ def defined(layer, x, norm, router, experts, shared, experts_MK, weights_MK, lim
 
 
 @pytest.mark.parametrize("dtype", LEVELS, ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(("rows", "layer", "n_shared"), [(1, 0, 1), (3, 2, 2), (3, 1, 0)])
-def test_step_equals_the_definition(rows, layer, n_shared, dtype):
+@pytest.mark.parametrize(
+    ("rows", "layer", "n_shared", "kernels"),
+    [
+        (1, 0, 1, mixture_step),
+        (3, 2, 2, mixture_step),
+        (3, 1, 0, mixture_step),
+        (17, 1, 2, grouped_mixture),
+        (2, 2, 0, grouped_mixture),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)).rpartition(".")[2],
+)
+def test_step_equals_the_definition(rows, layer, n_shared, kernels, dtype):
     arrays = operands(rows, dtype, n_shared)
-    got = computed(jnp.int32(layer), *arrays)
+    got = computed(jnp.int32(layer), *arrays, kernels=kernels)
     assert got[0].dtype == got[2].dtype == dtype
     names = "normed", "logits", "output"
     for name, ours, wanted in zip(names, got, defined(layer, *arrays), strict=True):
         assert_close(ours.astype(jnp.float32), wanted, LEVELS[dtype], name)
 
 
-def test_limit_clamps_what_swiglu_reads():
+@pytest.mark.parametrize("kernels", KINDS)
+def test_limit_clamps_what_swiglu_reads(kernels):
     arrays = operands(2, jnp.float32, 1)
-    got = computed(jnp.int32(1), *arrays, limit=0.3)
+    got = computed(jnp.int32(1), *arrays, kernels=kernels, limit=0.3)
     assert_close(got[2], defined(1, *arrays, limit=0.3)[2], F32, "output")
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +7,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from dsjax.kernels.target import Target
-from dsjax.model.layers import stack
+from dsjax.kernels import grouped_mixture, mixture_step
+from dsjax.kernels.target import HOPPER, Target
+from dsjax.model import router
+from dsjax.model.layers import RMSNorm, rms_norm, stack
 from dsjax.model.moe import MoE
 from dsjax.model.parameters import initialize
 from dsjax.precision.policy import Policy
@@ -91,6 +94,56 @@ def test_a_tpu_uses_a_layers_experts_where_they_lie_in_the_stack():
     want, _, experts = apply(own, x, jnp.ones((1, 40), jnp.int32), None)
     assert_close(got, want, F32, "mixture")
     np.testing.assert_array_equal(chosen, experts)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Hopper's kernels of a decoding step, on any machine."""
+    kernels = [(mixture_step, "normed_logits"), (router, "expert_choice")]
+    for module in (mixture_step, grouped_mixture):
+        kernels += [(module, "hidden_states"), (module, "mixed")]
+    for module, name in kernels:
+        run = functools.partial(getattr(module, name), interpret=True)
+        monkeypatch.setattr(module, name, run)
+
+
+@pytest.mark.parametrize("score_func", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("tokens", [3, 5])
+def test_step_on_a_hopper_equals_norm_experts_and_residual(tokens, score_func, interpreted):
+    """Rows choose fewer matrices than there are, or more."""
+    config = dataclasses.replace(TINY, dim=64, moe_inter_dim=64, score_func=score_func)
+    layers = stack(MoE(config, Policy(jnp.bfloat16, HOPPER)), 2), stack(RMSNorm(64, 1e-2), 2)
+    moe, norm = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16), initialize(layers, jax.random.key(0))
+    )
+    moe.gate.bias.set_value(jnp.linspace(-2.0, 2.0, 16).reshape(2, 8))
+    norm.weight.set_value(jnp.linspace(0.5, 1.5, 128, dtype=jnp.bfloat16).reshape(2, 64))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(tokens, 1, 64)), jnp.bfloat16)
+    assert moe.steps(x)
+    got, chosen = jax.jit(moe.step)(x, norm, jnp.int32(1))
+    own = jax.tree.structure(MoE(config, Policy(jnp.float32)))
+    one = own.unflatten([leaf[1].astype(jnp.float32) for leaf in jax.tree.leaves(moe)])
+    normed = rms_norm(x, norm.weight[1], 1e-2).astype(jnp.float32)
+    want, _, experts = apply(one, normed, jnp.ones((tokens, 1), jnp.int32), None)
+    assert_close((got - x).astype(jnp.float32), want, BF16, "mixture")
+    np.testing.assert_array_equal(np.sort(chosen), np.sort(experts))
+
+
+def test_step_is_for_few_tokens_in_bfloat16_on_a_hopper():
+    config = dataclasses.replace(TINY, dim=64, moe_inter_dim=64)
+
+    def steps(tokens=1, compute=jnp.bfloat16, **policy):
+        chosen = Policy(compute, **{"target": HOPPER} | policy)
+        moe = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, compute), stack(MoE(config, chosen), 2)
+        )
+        return moe.steps(jnp.zeros((tokens, 1, 64), compute))
+
+    assert steps() and steps(tokens=64)
+    assert not steps(tokens=65)
+    assert not steps(compute=jnp.float32)
+    assert not steps(fp8="fp32")
+    assert not steps(target=Target("gpu", (8, 0)))
 
 
 def test_few_tokens_leave_the_other_experts_unread():
