@@ -175,7 +175,7 @@ def decode(
     enough: jax.Array,
     *,
     wanted: Wanted = NOTHING,
-    likeliest: bool = False,
+    unattended: bool = False,
 ) -> tuple[Carry, Decoded]:
     """Runs up to `most_steps` decoding steps, fewer if all rows finish earlier.
 
@@ -184,11 +184,13 @@ def decode(
       stop_ids_BX: int32; a row finishes when it draws one of its stop ids. Padded with -1.
       enough: int32 scalar; returns as soon as no more than this many rows are unfinished, such as
         one less than now because a request waits for a row.
-      likeliest: says in advance what `knobs` say, that every row takes its most likely token. A GPU
-        then need not wait in every step for the host to read whether any row draws.
+      unattended: runs MAX_STEPS, whatever `most_steps` and `enough` say and although all rows may
+        finish earlier, and takes every row's most likely token, which must be what `knobs` say. A
+        GPU would wait in every step for the host to read whether there is another one, and whether
+        any row draws.
     """
     W = recent_BW.shape[1]
-    advance = speculative.step if W > 1 else functools.partial(_step, likeliest=likeliest)
+    advance = speculative.step if W > 1 else functools.partial(_step, likeliest=unattended)
 
     def body(loop: tuple[Carry, Decoded]) -> tuple[Carry, Decoded]:
         carry, past = loop
@@ -233,6 +235,8 @@ def decode(
         if model.redundant
         else None,
     )
+    if unattended:
+        return jax.lax.fori_loop(0, MAX_STEPS, lambda _, loop: body(loop), (carry, nothing))
     return jax.lax.while_loop(goes_on, body, (carry, nothing))
 
 

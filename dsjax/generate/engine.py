@@ -494,7 +494,7 @@ class Engine:
         run = self._programs.compiled(
             decoding.decode, rows.carry, rows.position_B, rows.recent_BW, most_B.astype(np.int32),
             rows.stop_ids_BX, self._knobs(rows), np.int32(n_steps), np.int32(self._enough(rows)),
-            wanted=rows.wanted, likeliest=rows.likeliest and self._programs.on_gpu,
+            wanted=rows.wanted, unattended=self._runs_unattended(rows, n_steps),
         )  # fmt: skip
         began = time.perf_counter()
         rows.carry, decoded = run()
@@ -525,6 +525,17 @@ class Engine:
         self.statistics.new_tokens += sum(len(part.tokens) for part in new.values())
         self._drop_empty()
         return new
+
+    def _runs_unattended(self, rows: Rows, n_steps: int) -> bool:
+        """Tells whether to run steps that need no host: on a GPU, while nobody waits for a row."""
+        tokens = decoding.MAX_STEPS * rows.recent_BW.shape[1]
+        return (
+            self._programs.on_gpu
+            and rows.likeliest
+            and n_steps == decoding.MAX_STEPS
+            and not self._waiting
+            and int(rows.left_B.max()) >= tokens
+        )
 
     def _enough(self, rows: Rows) -> int:
         """Returns at how many unfinished rows a call of the decoding program returns."""

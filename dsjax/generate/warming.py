@@ -83,11 +83,12 @@ class Warming:
     def _decodes(self, batch: int, length: int, example: Request) -> None:
         carry = self._allocates(batch, length)
         rows = Rows(self._slots(example, batch), carry, length)
-        self._programs.compiled(
-            decoding.decode, carry, rows.position_B, rows.recent_BW, rows.left_B,
-            rows.stop_ids_BX, self._knobs(rows), np.int32(1), np.int32(0), wanted=rows.wanted,
-            likeliest=rows.likeliest and self._programs.on_gpu,
-        )  # fmt: skip
+        for unattended in {False, self._programs.on_gpu}:
+            self._programs.compiled(
+                decoding.decode, carry, rows.position_B, rows.recent_BW, rows.left_B,
+                rows.stop_ids_BX, self._knobs(rows), np.int32(1), np.int32(0), wanted=rows.wanted,
+                unattended=unattended,
+            )  # fmt: skip
 
     def _moves(self, batch: int, length: int, source: tuple[int, int]) -> None:
         places_X = np.zeros(min(batch, source[0], ROWS_AT_A_TIME), np.int32)

@@ -19,6 +19,8 @@ configs, models or meshes; `Target` says which machine a program is compiled for
   hopper_grouped.py     the same as Mosaic GPU kernels, for Hopper
   chosen_experts.py     the experts that tokens chose, read in place: decoding, prompts on a CPU
   expert_choice.py      the router's choice for few tokens, for Hopper GPUs
+  mixture_step.py       a MoE layer after its attention, for few tokens, for Hopper GPUs
+  grouped_mixture.py    the same where tokens choose more matrices than there are
   small_matmul.py       grouped products with weights of eight or four bits, for TPUs
   fp8_gemm.py           block-scaled FP8 products, slice by slice
   varying.py            types of values that differ between devices inside `shard_map`

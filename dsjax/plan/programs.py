@@ -163,6 +163,7 @@ def decoding(
     )
     count = number(mesh, jnp.int32)
     arguments = model, carry, *arguments, count, count
-    # Of a GPU's two programs the one that draws nothing.
-    decode = functools.partial(engine.decode, likeliest=declared.policy.target.kind == "gpu")
+    # Of a GPU's programs the one that never waits for the host.
+    on_gpu = declared.policy.target.kind == "gpu"
+    decode = functools.partial(engine.decode, unattended=on_gpu)
     return Program(decode, arguments, (1,), None, rows, rows, mtp=False, look_up=look_up)

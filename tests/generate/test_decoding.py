@@ -70,20 +70,26 @@ def test_calls_with_fewer_steps_go_on_where_the_last_one_stopped():
     assert joined == tokens(whole)
 
 
-def test_program_of_likeliest_tokens_finds_them_without_a_branch():
-    branches = []
+def test_unattended_steps_add_what_rows_had_left():
+    run = jax.jit(functools.partial(decoding.decode, unattended=True))
+    asked = [5, decoding.MAX_STEPS]
+    _, _, out = decoded(asked, steps=1, enough=1, run=run)
+    assert int(out.n_steps) == decoding.MAX_STEPS and out.left_B.tolist() == [0, 0]
+    assert tokens(out) == tokens(decoded(asked, steps=decoding.MAX_STEPS)[2])
 
-    def counting(*arguments, run):
-        branches.append(run.lower(*arguments).as_text().count("stablehlo.case"))
-        return run(*arguments)
 
-    likeliest = jax.jit(functools.partial(decoding.decode, likeliest=True))
-    found, wanted = (
-        tokens(decoded([4, 2], steps=4, run=functools.partial(counting, run=run))[2])
-        for run in (likeliest, decode)
+def test_unattended_steps_ask_nothing_of_the_host():
+    def text(run):
+        carry, first = prefilled()
+        return run.lower(
+            tiny_model(), carry, LENGTHS, first[:, None], LENGTHS, np.full((2, 1), -1, np.int32),
+            knobs([Sampling(0.0)] * 2), np.int32(1), np.int32(0),
+        ).as_text()  # fmt: skip
+
+    attended, unattended = (
+        text(jax.jit(functools.partial(decoding.decode, unattended=each))) for each in (False, True)
     )
-    assert found == wanted
-    assert branches[0] == 0 < branches[1]
+    assert "stablehlo.case" in attended and "stablehlo.case" not in unattended
 
 
 def test_finished_rows_stay_where_they_are():

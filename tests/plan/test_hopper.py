@@ -41,11 +41,11 @@ def counted(batch):
 @compiles
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("batch", "per_layer", "moved"), [(1, 36, 1.1), (8, 42, 1.65), (32, 54, 1.35)]
+    ("batch", "per_layer", "moved"), [(1, 27, 1.1), (8, 29, 1.6), (32, 30, 1.3)]
 )
 def test_token_of_the_3b_shape_starts_and_moves_no_more_than_it_did(batch, per_layer, moved):
     """The goal is 12 kernels per layer; these are the bounds that have been reached."""
     found = counted(batch)
     assert found["per_layer"] <= per_layer
-    assert found["waits"] <= 2  # whether rows go on, and whether any draws
+    assert found["waits"] <= 1  # whether rows go on
     assert found["needed"] < found["moved"] <= moved * found["needed"]
