@@ -58,6 +58,8 @@ class Warming:
                 yield lambda size=size: self._prefills(batch, length, size)
         for example in self._examples:
             yield lambda example=example: self._decodes(batch, length, example)
+            if self._programs.on_gpu and not example.steering:
+                yield lambda example=example: self._decodes(batch, length, example, unattended=True)
         for source in self._shapes.sources(batch, length):
             yield lambda source=source: self._moves(batch, length, source)
         if self._prompting.apart:
@@ -80,15 +82,16 @@ class Warming:
         chunk = Chunk(tokens_BX, zeros_B, zeros_B, newcomers.embeddings(zeros_B, size))
         self._prompting.compiled(newcomers, chunk, self._knobs(newcomers))
 
-    def _decodes(self, batch: int, length: int, example: Request) -> None:
+    def _decodes(
+        self, batch: int, length: int, example: Request, *, unattended: bool = False
+    ) -> None:
         carry = self._allocates(batch, length)
         rows = Rows(self._slots(example, batch), carry, length)
-        for unattended in {False, self._programs.on_gpu}:
-            self._programs.compiled(
-                decoding.decode, carry, rows.position_B, rows.recent_BW, rows.left_B,
-                rows.stop_ids_BX, self._knobs(rows), np.int32(1), np.int32(0), wanted=rows.wanted,
-                unattended=unattended,
-            )  # fmt: skip
+        self._programs.compiled(
+            decoding.decode, carry, rows.position_B, rows.recent_BW, rows.left_B,
+            rows.stop_ids_BX, self._knobs(rows), np.int32(1), np.int32(0), wanted=rows.wanted,
+            unattended=unattended,
+        )  # fmt: skip
 
     def _moves(self, batch: int, length: int, source: tuple[int, int]) -> None:
         places_X = np.zeros(min(batch, source[0], ROWS_AT_A_TIME), np.int32)

@@ -279,6 +279,7 @@ class MoE(nnx.Module):
         return (
             experts.policy.fp8 is None
             and experts.slots is None
+            and _on_one_device()
             and mixture_step.fits(
                 jax.ShapeDtypeStruct((M, config.dim), x_BTD.dtype),
                 self.gate.weight[...],
@@ -344,8 +345,7 @@ class MoE(nnx.Module):
         stacks = stack.w_gate[...], stack.w_up[...], stack.w_down[...]
         reads = grouped_in_place(x_BTD.dtype, stacks, policy.target)
         in_place = is_faster(n_tokens, K, E, policy.target, in_place=reads)
-        one_device = parts_here("experts") == parts_here("expert_embed") == parts_here("ffn") == 1
-        if not (in_place and one_device) or policy.fp8:
+        if not (in_place and _on_one_device()) or policy.fp8:
             documents_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
             y_BTD, _, experts_BTK = self(
                 x_BTD,
@@ -364,6 +364,10 @@ class MoE(nnx.Module):
         if config.n_shared_experts:
             y_BTD = y_BTD + self.shared(x_BTD)
         return y_BTD, routing.experts_MK.reshape(*x_BTD.shape[:2], -1)
+
+
+def _on_one_device() -> bool:
+    return parts_here("experts") == parts_here("expert_embed") == parts_here("ffn") == 1
 
 
 def _matrices(module: Experts | FeedForward) -> Matrices:

@@ -385,26 +385,6 @@ def test_without_readers_the_same_tokens_take_fewer_calls():
     assert found[0] == found[1] and calls[1] < calls[0]
 
 
-def test_a_gpu_takes_steps_unattended_while_all_rows_are_greedy_and_go_on(monkeypatch):
-    asked = [Request(PROMPTS[1], 40, GREEDY, frozenset({1})), Request(PROMPTS[2], 20, GREEDY)]
-    wanted = [output.tokens for output in engine().complete(asked)]
-    monkeypatch.setattr(Programs, "on_gpu", True)
-    own = Engine(tiny_model(), prefill_chunk=16)
-    unattended, compiled = [], own._programs.compiled
-
-    def counted(function, *arguments, **static):
-        if function is decoding.decode:
-            unattended.append(static["unattended"])
-        return compiled(function, *arguments, **static)
-
-    monkeypatch.setattr(own._programs, "compiled", counted)
-    found = [output.tokens for output in own.complete(asked)]
-    assert found == wanted and unattended == [True, True, False]
-    unattended.clear()
-    own.complete([*asked, Request(PROMPTS[1], 30)])
-    assert not any(unattended)  # one of them draws
-
-
 # Two prompts, one in chunks, of several requests each: their own seeds, settings and limits.
 SHARING = [
     Request(PROMPTS[place], most, sampling, stop_ids, logprobs=True, experts=True)
@@ -474,6 +454,27 @@ def decoded_rows(monkeypatch):
         decoding.Decoded, "rows", lambda self: rows.append(len(self.left_B)) or decode(self)
     )
     return rows
+
+
+@pytest.mark.heavy
+def test_a_gpu_takes_steps_unattended_while_all_rows_are_greedy_and_go_on(monkeypatch):
+    asked = [Request(PROMPTS[1], 40, GREEDY, frozenset({1})), Request(PROMPTS[2], 20, GREEDY)]
+    wanted = [output.tokens for output in Engine(tiny_model(DENSE)).complete(asked)]
+    monkeypatch.setattr(Programs, "on_gpu", True)
+    own = Engine(tiny_model(DENSE), streaming=False)
+    unattended, compiled = [], own._programs.compiled
+
+    def counted(function, *arguments, **static):
+        if function is decoding.decode:
+            unattended.append(static["unattended"])
+        return compiled(function, *arguments, **static)
+
+    monkeypatch.setattr(own._programs, "compiled", counted)
+    found = [output.tokens for output in own.complete(asked)]
+    assert found == wanted and unattended == [True, True, False]
+    unattended.clear()
+    own.complete([*asked, Request(PROMPTS[1], 30)])
+    assert not any(unattended)  # one of them draws
 
 
 def test_a_batch_that_nobody_joins_goes_on_in_fewer_rows(monkeypatch):

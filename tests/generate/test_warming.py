@@ -86,7 +86,9 @@ class Sometimes(np.ndarray):
 
 
 class Traced:
-    """Programs that compute nothing, and what is asked of them."""
+    """Programs that compute nothing, and what is asked of them, on a GPU, which has the most."""
+
+    on_gpu = True
 
     def __init__(self, model):
         self.model, self.batch_parts, self.asked = model, model.parts, set()
@@ -125,7 +127,21 @@ class Traced:
         drawn_X = np.ones(len(rows_X), np.int32).view(Sometimes)
         return carry, Drawn(drawn_X, self.record(wanted, (len(rows_X), 1)))
 
-    def decode(self, carry, position_B, recent_BW, left_B, stops, knobs, steps, enough, *, wanted):
+    def decode(
+        self,
+        carry,
+        position_B,
+        recent_BW,
+        left_B,
+        stops,
+        knobs,
+        steps,
+        enough,
+        *,
+        wanted,
+        unattended,
+    ):
+        assert not unattended or not np.any(knobs.temperature_B)
         shape = (MAX_STEPS, *recent_BW.shape)
         tokens_NBW = np.full(shape, -1, np.int32)
         tokens_NBW[:steps, :, 0] = np.arange(steps)[:, None] < left_B
@@ -187,7 +203,8 @@ def test_whatever_comes_asks_for_no_other_program(
             n_prompt = min(max(n_prompt, 1), length - 1)
             most = min(int(rng.paretovariate(0.5)), length - n_prompt)
             request = dataclasses.replace(rng.choice(kinds), prompt=(rng.randrange(2),) * n_prompt,
-                                          max_new_tokens=most, owner=rng.choice("ab"))  # fmt: skip
+                                          max_new_tokens=most, owner=rng.choice("ab"),
+                                          sampling=Sampling(most % 2))  # fmt: skip
             ids.append(engine.add(request))
         if ids and rng.random() < 0.1:
             engine.cancel(rng.choice(ids))

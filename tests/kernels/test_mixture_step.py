@@ -15,7 +15,7 @@ from dsjax.kernels.target import HOPPER, Target
 from dsjax.precision.activations import limited, swiglu
 from tests.closeness import BF16, F32, assert_close
 
-L, E, D, F, K = 3, 6, 192, 128, 2
+L, E, D, F, K = 3, 6, 192, 128, 3
 KINDS = [mixture_step, grouped_mixture]
 EPS = 1e-2  # so that a lost one shows
 LEVELS = {jnp.float32: F32, jnp.bfloat16: BF16}
@@ -37,7 +37,8 @@ def operands(rows, dtype, n_shared):
         matrices(L, D, E),
         experts(L, E, width=F),
         experts(L, width=n_shared * 64) if n_shared else None,
-        jnp.asarray([rng.permutation(E)[:K] for _ in range(rows)], jnp.int32),
+        # Nobody chooses expert 0, whose place among the hidden states holds anything.
+        jnp.asarray([1 + rng.permutation(E - 1)[:K] for _ in range(rows)], jnp.int32),
         jnp.asarray(rng.uniform(0.2, 2.0, (rows, K)), jnp.float32),
     )
 
