@@ -21,7 +21,7 @@ from dsjax.kernels.target import Target
 from dsjax.kernels.varying import by_hand
 
 _MOST_EXPERTS = 1024  # scores that a program holds in registers
-_OF_A_WARP = 1024  # parts of scores that a warp's registers hold
+_OF_A_WARP, _OF_FOUR = 1024, 4096  # parts of logits that their registers hold
 
 
 class Rule(NamedTuple):
@@ -59,6 +59,8 @@ def expert_choice(
     Returns:
       experts, int32 [M, K], and weights, float32 [M, K].
     """
+    if logits_XME.shape[0] * logits_XME.shape[2] > _OF_FOUR:
+        logits_XME = logits_XME.sum(axis=0, keepdims=True)
     n_parts, M, E = logits_XME.shape
     if bias_LE is None:
         bias_LE, layer = jnp.zeros((1, E), jnp.float32), jnp.int32(0)

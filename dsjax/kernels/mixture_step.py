@@ -1,5 +1,5 @@
 """A MoE layer after its attention, for the few tokens of a decoding step on a Hopper GPU, in four
-Triton kernels: starting kernels takes the time, and XLA starts fourteen.
+Triton kernels: starting kernels takes the time, and XLA starts thirteen.
 
 1. `normed_logits`: the norm and the router's product. A program sums over a part of the width.
 2. `dsjax.kernels.expert_choice` adds up the parts and chooses.
@@ -34,8 +34,8 @@ from dsjax.kernels.varying import by_hand
 ROWS = 16  # of the matrix unit
 DEPTH, _WIDTH = 64, 32  # of the part of a matrix that is read at once
 _STAGES = 6  # parts that are on their way
-_PART = 256  # of the width, of a program of the router's product
-_MOST_ROWS = 64
+_ROUTER_PART = 1 << 14  # elements of the router's matrix that a program holds in registers
+_MOST_ROWS, _MOST_EXPERTS = 64, 256
 
 SwiGLU = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -65,6 +65,7 @@ def fits(
         and by_hand()
         and x_MD.shape[0] <= _MOST_ROWS
         and x_MD.dtype in (jnp.bfloat16, jnp.float16)
+        and router.shape[-1] <= _MOST_EXPERTS
         # Small weights are no arrays.
         and all(isinstance(w, jax.Array) and w.dtype == x_MD.dtype for w in (router, *matrices))
         and all(width % DEPTH == 0 for w in matrices for width in w.shape[-2:])
@@ -90,7 +91,8 @@ def normed_logits(
       the normed tokens [M, D] in x's dtype, and the logits' parts, float32 [X, M, E], to be summed.
     """
     (M, D), E = x_MD.shape, router_LDE.shape[2]
-    part = next(part for part in (_PART, _PART // 2, DEPTH) if D % part == 0)
+    most = _ROUTER_PART // power_of_two(max(E, ROWS))
+    part = next(part for part in (4 * DEPTH, 2 * DEPTH, DEPTH) if part <= most and D % part == 0)
     n_parts = D // part
     return pl.pallas_call(
         functools.partial(_normed_logits, eps=eps, part=part),

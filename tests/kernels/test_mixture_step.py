@@ -105,15 +105,16 @@ def test_limit_clamps_what_swiglu_reads(kernels):
     assert_close(got[2], defined(1, *arrays, limit=0.3)[2], F32, "output")
 
 
-def fits(rows=8, width=128, dtype=jnp.bfloat16, target=HOPPER, router=jnp.bfloat16):
+def fits(rows=8, width=128, dtype=jnp.bfloat16, target=HOPPER, router=jnp.bfloat16, n_experts=6):
     matrix = jnp.zeros((1, 64, width), dtype)
     x = jax.ShapeDtypeStruct((rows, 64), jnp.bfloat16)
-    return mixture_step.fits(x, jnp.zeros((1, 64, 6), router), [matrix], target)
+    return mixture_step.fits(x, jnp.zeros((1, 64, n_experts), router), [matrix], target)
 
 
 def test_kernels_are_for_hopper_and_for_operands_of_two_bytes_in_whole_blocks():
     assert fits()
     assert not fits(rows=65)
+    assert not fits(n_experts=257)
     assert not fits(width=96)
     assert not fits(dtype=jnp.float32)  # weights would have to be cast
     assert not fits(router=jnp.float32)
