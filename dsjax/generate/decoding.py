@@ -171,26 +171,25 @@ def decode(
     left_B: jax.Array,
     stop_ids_BX: jax.Array,
     knobs: Knobs,
-    most_steps: jax.Array,
+    most_steps: jax.Array | None,
     enough: jax.Array,
     *,
     wanted: Wanted = NOTHING,
-    unattended: bool = False,
 ) -> tuple[Carry, Decoded]:
     """Runs up to `most_steps` decoding steps, fewer if all rows finish earlier.
 
     Args:
       left_B: int32, how many tokens each row may still add; a row with 0 does not advance.
+      most_steps: int32 scalar. None runs MAX_STEPS, whatever `enough` says and although all rows
+        may finish earlier, and takes every row's most likely token, which must be what `knobs` say.
+        A GPU would otherwise wait in every step for the host to read whether there is another one,
+        and whether any row draws.
       stop_ids_BX: int32; a row finishes when it draws one of its stop ids. Padded with -1.
       enough: int32 scalar; returns as soon as no more than this many rows are unfinished, such as
         one less than now because a request waits for a row.
-      unattended: runs MAX_STEPS, whatever `most_steps` and `enough` say and although all rows may
-        finish earlier, and takes every row's most likely token, which must be what `knobs` say. A
-        GPU would wait in every step for the host to read whether there is another one, and whether
-        any row draws.
     """
     W = recent_BW.shape[1]
-    advance = speculative.step if W > 1 else functools.partial(_step, likeliest=unattended)
+    advance = speculative.step if W > 1 else functools.partial(_step, likeliest=most_steps is None)
 
     def body(loop: tuple[Carry, Decoded]) -> tuple[Carry, Decoded]:
         carry, past = loop
@@ -235,7 +234,7 @@ def decode(
         if model.redundant
         else None,
     )
-    if unattended:
+    if most_steps is None:
         return jax.lax.fori_loop(0, MAX_STEPS, lambda _, loop: body(loop), (carry, nothing))
     return jax.lax.while_loop(goes_on, body, (carry, nothing))
 

@@ -491,10 +491,11 @@ class Engine:
         n_steps = 1 if steered_B.any() else self._n_steps
         if self._shapes and self._incoming:
             n_steps = -(-n_steps // _FEWER_STEPS)
+        most_steps = None if self._runs_unattended(rows, n_steps) else np.int32(n_steps)
         run = self._programs.compiled(
             decoding.decode, rows.carry, rows.position_B, rows.recent_BW, most_B.astype(np.int32),
-            rows.stop_ids_BX, self._knobs(rows), np.int32(n_steps), np.int32(self._enough(rows)),
-            wanted=rows.wanted, unattended=self._runs_unattended(rows, n_steps),
+            rows.stop_ids_BX, self._knobs(rows), most_steps, np.int32(self._enough(rows)),
+            wanted=rows.wanted,
         )  # fmt: skip
         began = time.perf_counter()
         rows.carry, decoded = run()

@@ -89,8 +89,8 @@ class Warming:
         rows = Rows(self._slots(example, batch), carry, length)
         self._programs.compiled(
             decoding.decode, carry, rows.position_B, rows.recent_BW, rows.left_B,
-            rows.stop_ids_BX, self._knobs(rows), np.int32(1), np.int32(0), wanted=rows.wanted,
-            unattended=unattended,
+            rows.stop_ids_BX, self._knobs(rows), None if unattended else np.int32(1), np.int32(0),
+            wanted=rows.wanted,
         )  # fmt: skip
 
     def _moves(self, batch: int, length: int, source: tuple[int, int]) -> None:

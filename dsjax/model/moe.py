@@ -314,7 +314,11 @@ class MoE(nnx.Module):
         many = experts_MK.size > self.config.n_routed_experts
         kernels = grouped_mixture if many else mixture_step
         hidden_MX = kernels.hidden_states(
-            normed_MD, *matrices, experts_MK, layer, lambda *pair: swiglu(*limited(*pair, limit))
+            normed_MD,
+            *matrices,
+            experts_MK,
+            layer,
+            lambda gate, up: swiglu(*limited(gate, up, limit)),
         )
         y_MD = kernels.mixed(x_MD, hidden_MX, *matrices, experts_MK, weights_MK, layer)
         return y_MD.reshape(x_BTD.shape), experts_MK.reshape(*x_BTD.shape[:2], -1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -162,8 +161,7 @@ def decoding(
         jax.eval_shape(per_row),
     )
     count = number(mesh, jnp.int32)
-    arguments = model, carry, *arguments, count, count
     # Of a GPU's programs the one that never waits for the host.
-    on_gpu = declared.policy.target.kind == "gpu"
-    decode = functools.partial(engine.decode, unattended=on_gpu)
-    return Program(decode, arguments, (1,), None, rows, rows, mtp=False, look_up=look_up)
+    most_steps = None if declared.policy.target.kind == "gpu" else count
+    arguments = model, carry, *arguments, most_steps, count
+    return Program(engine.decode, arguments, (1,), None, rows, rows, mtp=False, look_up=look_up)

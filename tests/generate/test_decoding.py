@@ -1,7 +1,5 @@
 """What one decoding program does: steps, limits, stop ids and early return."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,12 +26,12 @@ def prefilled():
 decode = jax.jit(decoding.decode)
 
 
-def decoded(left, steps, stop_ids=(-1, -1), enough=0, run=decode):
+def decoded(left, steps, stop_ids=(-1, -1), enough=0):
     carry, first = prefilled()
     stops = np.array(stop_ids, np.int32)[:, None]
-    carry, out = run(
+    carry, out = decode(
         tiny_model(), carry, LENGTHS, first[:, None], np.array(left, np.int32), stops,
-        knobs([Sampling(0.0)] * 2), np.int32(steps), np.int32(enough),
+        knobs([Sampling(0.0)] * 2), steps and np.int32(steps), np.int32(enough),
     )  # fmt: skip
     return carry, first, decoding.Decoded(*jax.device_get(out))
 
@@ -71,25 +69,23 @@ def test_calls_with_fewer_steps_go_on_where_the_last_one_stopped():
 
 
 def test_unattended_steps_add_what_rows_had_left():
-    run = jax.jit(functools.partial(decoding.decode, unattended=True))
     asked = [5, decoding.MAX_STEPS]
-    _, _, out = decoded(asked, steps=1, enough=1, run=run)
+    _, _, out = decoded(asked, steps=None, enough=1)
     assert int(out.n_steps) == decoding.MAX_STEPS and out.left_B.tolist() == [0, 0]
     assert tokens(out) == tokens(decoded(asked, steps=decoding.MAX_STEPS)[2])
 
 
 def test_unattended_steps_ask_nothing_of_the_host():
-    def text(run):
-        carry, first = prefilled()
-        return run.lower(
+    carry, first = prefilled()
+
+    def text(steps):
+        return decode.lower(
             tiny_model(), carry, LENGTHS, first[:, None], LENGTHS, np.full((2, 1), -1, np.int32),
-            knobs([Sampling(0.0)] * 2), np.int32(1), np.int32(0),
+            knobs([Sampling(0.0)] * 2), steps, np.int32(0),
         ).as_text()  # fmt: skip
 
-    attended, unattended = (
-        text(jax.jit(functools.partial(decoding.decode, unattended=each))) for each in (False, True)
-    )
-    assert "stablehlo.case" in attended and "stablehlo.case" not in unattended
+    assert "stablehlo.case" in text(np.int32(9))
+    assert "stablehlo.case" not in text(None)
 
 
 def test_finished_rows_stay_where_they_are():

@@ -127,21 +127,10 @@ class Traced:
         drawn_X = np.ones(len(rows_X), np.int32).view(Sometimes)
         return carry, Drawn(drawn_X, self.record(wanted, (len(rows_X), 1)))
 
-    def decode(
-        self,
-        carry,
-        position_B,
-        recent_BW,
-        left_B,
-        stops,
-        knobs,
-        steps,
-        enough,
-        *,
-        wanted,
-        unattended,
-    ):
-        assert not unattended or not np.any(knobs.temperature_B)
+    def decode(self, carry, position_B, recent_BW, left_B, stops, knobs, steps, enough, *, wanted):
+        if steps is None:
+            assert not np.any(knobs.temperature_B)
+            steps = MAX_STEPS
         shape = (MAX_STEPS, *recent_BW.shape)
         tokens_NBW = np.full(shape, -1, np.int32)
         tokens_NBW[:steps, :, 0] = np.arange(steps)[:, None] < left_B

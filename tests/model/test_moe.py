@@ -112,10 +112,9 @@ def interpreted(monkeypatch):
 def test_step_on_a_hopper_equals_norm_experts_and_residual(tokens, score_func, interpreted):
     """Rows choose fewer matrices than there are, or more."""
     config = dataclasses.replace(TINY, dim=64, moe_inter_dim=64, score_func=score_func)
-    layers = stack(MoE(config, Policy(jnp.bfloat16, HOPPER)), 2), stack(RMSNorm(64, 1e-2), 2)
-    moe, norm = jax.tree.map(
-        lambda leaf: leaf.astype(jnp.bfloat16), initialize(layers, jax.random.key(0))
-    )
+    norm = stack(RMSNorm(64, 1e-2), 2)
+    moe = initialize(stack(MoE(config, Policy(jnp.bfloat16, HOPPER)), 2), jax.random.key(0))
+    moe = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), moe)
     moe.gate.bias.set_value(jnp.linspace(-2.0, 2.0, 16).reshape(2, 8))
     norm.weight.set_value(jnp.linspace(0.5, 1.5, 128, dtype=jnp.bfloat16).reshape(2, 64))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(tokens, 1, 64)), jnp.bfloat16)
@@ -132,11 +131,9 @@ def test_step_on_a_hopper_equals_norm_experts_and_residual(tokens, score_func, i
 def test_step_is_for_few_tokens_in_bfloat16_on_a_hopper():
     config = dataclasses.replace(TINY, dim=64, moe_inter_dim=64)
 
-    def steps(tokens=1, compute=jnp.bfloat16, **policy):
-        chosen = Policy(compute, **{"target": HOPPER} | policy)
-        moe = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, compute), stack(MoE(config, chosen), 2)
-        )
+    def steps(tokens=1, compute=jnp.bfloat16, target=HOPPER, fp8=None):
+        declared = stack(MoE(config, Policy(compute, target, fp8)), 2)
+        moe = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, compute), declared)
         return moe.steps(jnp.zeros((tokens, 1, 64), compute))
 
     assert steps() and steps(tokens=64)
