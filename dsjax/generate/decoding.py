@@ -216,10 +216,6 @@ def decode(
         )
         return _pinned(Carry(step.state.cache, step.state.hidden_BWD)), decoded
 
-    def goes_on(loop: tuple[Carry, Decoded]) -> jax.Array:
-        n_unfinished = (loop[1].left_B > 0).sum(dtype=jnp.int32)
-        return (loop[1].n_steps < most_steps) & (n_unfinished > enough)
-
     B = position_B.shape[0]
     nothing = Decoded(
         position_B,
@@ -236,6 +232,11 @@ def decode(
     )
     if most_steps is None:
         return jax.lax.fori_loop(0, MAX_STEPS, lambda _, loop: body(loop), (carry, nothing))
+
+    def goes_on(loop: tuple[Carry, Decoded]) -> jax.Array:
+        n_unfinished = (loop[1].left_B > 0).sum(dtype=jnp.int32)
+        return (loop[1].n_steps < most_steps) & (n_unfinished > enough)
+
     return jax.lax.while_loop(goes_on, body, (carry, nothing))
 
 
