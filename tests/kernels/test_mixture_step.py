@@ -1,6 +1,4 @@
-"""A MoE layer's step in four kernels, interpreted, against its definition: rows that read their
-experts by themselves, and experts that are read once for all rows.
-"""
+"""A MoE layer's step in four kernels, interpreted, against its definition."""
 
 import functools
 
@@ -9,14 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.kernels import grouped_mixture, mixture_step
+from dsjax.kernels import mixture_step
 from dsjax.kernels.mixture_step import Matrices
 from dsjax.kernels.target import HOPPER, Target
 from dsjax.precision.activations import limited, swiglu
 from tests.closeness import BF16, F32, assert_close
 
 L, E, D, F, K = 3, 6, 192, 128, 3
-KINDS = [mixture_step, grouped_mixture]
 EPS = 1e-2  # so that a lost one shows
 LEVELS = {jnp.float32: F32, jnp.bfloat16: BF16}
 
@@ -77,19 +74,7 @@ def defined(layer, x, norm, router, experts, shared, experts_MK, weights_MK, lim
     return normed, normed @ router[layer], y
 
 
-@pytest.mark.parametrize("dtype", LEVELS, ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    ("rows", "layer", "n_shared", "kernels"),
-    [
-        (1, 0, 1, mixture_step),
-        (3, 2, 2, mixture_step),
-        (3, 1, 0, mixture_step),
-        (17, 1, 2, grouped_mixture),
-        (2, 2, 0, grouped_mixture),
-    ],
-    ids=lambda value: getattr(value, "__name__", str(value)).rpartition(".")[2],
-)
-def test_step_equals_the_definition(rows, layer, n_shared, kernels, dtype):
+def assert_equals_the_definition(kernels, rows, layer, n_shared, dtype):
     arrays = operands(rows, dtype, n_shared)
     got = computed(jnp.int32(layer), *arrays, kernels=kernels)
     assert got[0].dtype == got[2].dtype == dtype
@@ -98,11 +83,20 @@ def test_step_equals_the_definition(rows, layer, n_shared, kernels, dtype):
         assert_close(ours.astype(jnp.float32), wanted, LEVELS[dtype], name)
 
 
-@pytest.mark.parametrize("kernels", KINDS)
-def test_limit_clamps_what_swiglu_reads(kernels):
+def assert_limit_clamps_what_swiglu_reads(kernels):
     arrays = operands(2, jnp.float32, 1)
     got = computed(jnp.int32(1), *arrays, kernels=kernels, limit=0.3)
     assert_close(got[2], defined(1, *arrays, limit=0.3)[2], F32, "output")
+
+
+@pytest.mark.parametrize("dtype", LEVELS, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "layer", "n_shared"), [(1, 0, 1), (3, 2, 2), (3, 1, 0)])
+def test_step_equals_the_definition(rows, layer, n_shared, dtype):
+    assert_equals_the_definition(mixture_step, rows, layer, n_shared, dtype)
+
+
+def test_limit_clamps_what_swiglu_reads():
+    assert_limit_clamps_what_swiglu_reads(mixture_step)
 
 
 def fits(rows=8, width=128, dtype=jnp.bfloat16, target=HOPPER, router=jnp.bfloat16, n_experts=6):
