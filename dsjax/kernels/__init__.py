@@ -7,6 +7,8 @@ configs, models or meshes; `Target` says which machine a program is compiled for
   cudnn_attention.py    the same through cuDNN, for Hopper GPUs
   cached_attention.py   attention of new tokens to a decoding cache
   latent_attention.py   the same to a cache of latents, one token per row, for Hopper GPUs
+  latent_queries.py     what a decoding step does around that: queries, entries, heads' values
+  few_rows.py           products of a decoding step's few rows, read in place, for Hopper GPUs
   sparse_attention.py   attention to the keys that an index chooses (V3.2): masked, and gathered
   native_sparse.py      attention in three branches that read few keys (NSA)
   compressed_attention.py  attention to recent tokens and compressed entries (V4)

@@ -30,7 +30,12 @@ _WIDEST = 512, 64  # latent and rotated key, which registers and shared memory h
 _MASKED = -1e30
 
 
-def fits(q_BTNX: jax.Array, latent_LB1SC: jax.Array, key_LB1SR: jax.Array, target: Target) -> bool:
+def fits(
+    q_BTNX: jax.Array | jax.ShapeDtypeStruct,
+    latent_LB1SC: jax.Array,
+    key_LB1SR: jax.Array,
+    target: Target,
+) -> bool:
     """Returns whether the kernel takes these operands here: one token per row, two-byte types,
     widths that are powers of two, and no mesh axis left to the compiler.
     """

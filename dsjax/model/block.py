@@ -144,10 +144,12 @@ class Block(nnx.Module):
           the hidden states, the cache, and the chosen experts, int32 [B, T, K]; None if dense.
         """
         x_BTD = constrain(x_BTD, "batch", "tokens", "width")
-        y_BTD, cache = self.attn.extend(
-            self.attn_norm(x_BTD), extension.angles, cache, extension.positions_BT
-        )
-        x_BTD = x_BTD + y_BTD
+        angles, positions_BT = extension.angles, extension.positions_BT
+        if isinstance(stack.attn, MLA) and stack.attn.steps(x_BTD, cache):
+            x_BTD, cache = stack.attn.step(x_BTD, stack.attn_norm, angles, cache, positions_BT)
+        else:
+            y_BTD, cache = self.attn.extend(self.attn_norm(x_BTD), angles, cache, positions_BT)
+            x_BTD = x_BTD + y_BTD
         if isinstance(self.ffn, FeedForward):
             return x_BTD + self.ffn(self.ffn_norm(x_BTD)), cache, None
         assert isinstance(stack.ffn, MoE)

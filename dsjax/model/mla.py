@@ -15,6 +15,7 @@ Paper: DeepSeek-V2 (arXiv:2405.04434) section 2.1, equations 9 to 19; V3 (arXiv:
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsjax.config import ModelConfig
-from dsjax.kernels import latent_attention
+from dsjax.kernels import few_rows, latent_attention, latent_queries
 from dsjax.kernels.cached_attention import Attended, Block, cached_attention
 from dsjax.model import rope
 from dsjax.model.attention import Angles, Attention
@@ -119,6 +120,92 @@ class MLA(Attention):
         wkv_b = self.wkv_b[...]
         self.wkv_b = self.wkv_b.copy(self._per_head_weights(wkv_b, wkv_b))
 
+    def steps(self, x_BTD: jax.Array, cache: LayerCache) -> bool:
+        """Tells whether `step` takes these tokens, here.
+
+        Must be called on the stack of all layers.
+        """
+        config, policy = self.config, self.policy
+        B, T, _ = x_BTD.shape
+        H, W = config.qk_nope_head_dim, config.v_head_dim
+        C, R = config.kv_lora_rank, config.qk_rope_head_dim
+        query = jax.ShapeDtypeStruct((B, T, config.n_heads, C), x_BTD.dtype)
+        stacks = cache.entries["latent"], cache.entries["rope_key"]
+        return (
+            type(self) is MLA  # with an index there is more to do
+            and policy.fp8 is None
+            and split_cache.part().n_parts == 1
+            and self.absorbs(config, T)
+            and few_rows.fits(B, self._matrices, x_BTD.dtype, policy.target)
+            and latent_queries.fits(H, W, C, R)
+            and latent_attention.fits(query, *stacks, policy.target)
+        )
+
+    @property
+    def _matrices(self) -> list[Any]:
+        queries = [self.wq_a, self.wq_b] if self.config.q_lora_rank else [self.wq]
+        return [each[...] for each in (*queries, self.wkv_a, self.wkv_b, self.wo)]
+
+    @jax.named_scope("attention")
+    def step(
+        self,
+        x_BTD: jax.Array,
+        norm: RMSNorm,
+        angles: Angles,
+        cache: LayerCache,
+        positions_BT: jax.Array,
+    ) -> tuple[jax.Array, LayerCache]:
+        """Does what a layer does up to its feed-forward half, for one token per row, in a few
+        kernels that read the layer's weights where they lie.
+
+        Must be called on the stack of all layers.
+
+        Args:
+          x_BTD: the residual.
+          norm: the layers' norms before their attention.
+
+        Returns:
+          the residual, and the cache with the tokens' entries.
+        """
+        config, target = self.config, self.policy.target
+        products = functools.partial(
+            few_rows.few_row_products, layer=cache.layer, multiprocessors=target.multiprocessors
+        )
+        x_MD, positions_M = x_BTD[:, 0], positions_BT[:, 0]
+        cos_BTR, sin_BTR = angles
+        first = self.wq_a if config.q_lora_rank else self.wq
+        q_MX, kv_MX = products(x_MD, [first[...], self.wkv_a[...]], norm=_norm(norm))
+        if config.q_lora_rank:
+            (q_MX,) = products(q_MX, [self.wq_b[...]], norm=_norm(self.q_norm))
+        q_MNC, q_MNR, latents, keys = latent_queries.latent_queries(
+            q_MX,
+            kv_MX,
+            cos_BTR[:, 0],
+            sin_BTR[:, 0],
+            positions_M,
+            self.wkv_b[...],
+            _norm(self.kv_norm),
+            cache.entries["latent"],
+            cache.entries["rope_key"],
+            cache.layer,
+            n_heads=config.n_heads,
+        )
+        attended = latent_attention.latent_attention(
+            q_MNC[:, None],
+            q_MNR[:, None],
+            latents,
+            keys,
+            cache.layer,
+            positions_BT,
+            scale=rope.attention_scale(config),
+            multiprocessors=target.multiprocessors,
+        )
+        out_MX = latent_queries.head_values(
+            attended.out_BTNW[:, 0], self.wkv_b[...], cache.layer, value_width=config.v_head_dim
+        )
+        (x_MD,) = products(out_MX, [self.wo[...]], residual_MF=x_MD)
+        return x_MD[:, None], cache._replace(entries={"latent": latents, "rope_key": keys})
+
     def expand(self, c_BSC, k_rope_BSR, wkv_b) -> tuple[jax.Array, jax.Array]:  # type: ignore
         """Returns keys [B, S, N, H + R], each head's ending with the shared rotated key, and values
         [B, S, N, W].
@@ -198,6 +285,10 @@ class MLA(Attention):
         # axes hold parts, XLA (jax 0.10.2) returns zeros as the gradient of all but the first.
         wkv_b = constrain(wkv_b.astype(like.dtype), "latent", "heads")
         return jnp.reshape(wkv_b, (config.kv_lora_rank, config.n_heads, -1)).swapaxes(0, 1)
+
+
+def _norm(norm: RMSNorm) -> few_rows.Norm:
+    return few_rows.Norm(norm.weight[...], norm.eps)
 
 
 def _per_head(x_BTNY: jax.Array, w_NXY: jax.Array, contracted: int) -> jax.Array:

@@ -7,7 +7,7 @@ unknown length and a conditional wait for the host to read what decides.
 
 Bytes are those of operands and results. Of what a kernel reads or overwrites only a part of, such
 as a layer of a stack, the part counts. The text does not say so of the calls of kernels that are
-not the compiler's own: see `read`.
+not the compiler's own: see `read`; what they change in place does not count.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _ARRAY = re.compile(r"\b(pred|bf16|f8\w+|c\d+|[suf]\d+)\[([\d,]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_IN_PLACE = re.compile(r"\{\d*\}: \((\d+), \{\}")  # the operand that a result lies in
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 
 _NAMES_ONLY = {
@@ -181,10 +182,13 @@ def _kernel(
 ) -> Kernel:
     target, scope = _TARGET.search(each.rest), _SCOPE.search(each.rest)
     moved = _written(computations, own, each)
+    changed = set(map(int, _IN_PLACE.findall(each.rest))) if target else ()
     for number, operand in enumerate(each.operands):
         if operand in own:
             whole = _bytes(own[operand].result)
-            if target:
+            if number in changed:
+                moved -= whole
+            elif target:
                 moved += _portion(own[operand].result, whole, portions)
             else:
                 moved += _read_of_operand(computations, each, number, whole)

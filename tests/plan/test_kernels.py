@@ -138,3 +138,13 @@ def test_call_of_a_kernel_reads_the_portion_that_it_is_said_to():
     for portions, layers in ((None, 15), ({15: 1}, 1)):
         call = kernels.read(text, portions).loops[0].body.loops[0].body.kernels[2]
         assert call.bytes == 2 * ROW + layers * 64 * ROW
+
+
+def test_what_a_call_changes_in_place_is_left_out():
+    in_place = (
+        "%out = (bf16[1,32]{1,0}, bf16[256,32]{1,0}) custom-call(%row.2, %entries), "
+        'custom_call_target="t", output_to_operand_aliasing={{1}: (1, {})}'
+    )
+    line = next(line for line in TEXT.splitlines() if "custom-call" in line)
+    call = kernels.read(TEXT.replace(line, f"  {in_place}")).loops[0].body.loops[0].body.kernels[2]
+    assert call.bytes == 2 * ROW
