@@ -52,7 +52,7 @@ def with_one(config: ColouredShapes) -> ColouredShapes:
         vision.tower, dim=joined * vision.vq.code_dim, n_layers=1, n_heads=1, inter_dim=1
     )
     vision = dataclasses.replace(vision, tower=tower)
-    return dataclasses.replace(config, name="shapes_one_encoder", vision=vision)
+    return dataclasses.replace(config, name="shapes_one_encoder", vision=vision, tower=None)
 
 
 def main() -> None:

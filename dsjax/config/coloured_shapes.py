@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from dsjax.config.janus import Janus, VqTraining
+from dsjax.config.janus import Janus, TowerTraining, VqTraining
 from dsjax.config.model import ModelConfig
 from dsjax.config.rules import require, require_not_negative, require_positive
 from dsjax.config.vision import VisionConfig
 
-_FOLDERS = ("data", "autoencoder", "tokenizer", "start")
+_FOLDERS = ("data", "autoencoder", "tokenizer", "tower", "start")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,13 +22,14 @@ class PaintStage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ColouredShapes:
-    """The root that `tools/shapes.py` reads: data, tokenizer, model and stages."""
+    """The root that `tools/shapes.py` reads: data, tokenizer, tower, model and stages."""
 
     name: str
     model: ModelConfig
     vision: VisionConfig
     autoencoder: VqTraining  # what the tokenizer begins with
     tokenizer: VqTraining
+    tower: TowerTraining | None  # None: the tower of the first stage has random weights
     stages: tuple[PaintStage, ...]
     n_held_out: int = 216  # pictures, of 8,100, that nothing trains on
     n_drawings: int = 216  # by which drawing is judged, with each guidance
@@ -52,4 +53,8 @@ class ColouredShapes:
         require(
             self.vision.vq == self.tokenizer.vq == self.autoencoder.vq,
             f"{self.name}: vision.vq, tokenizer.vq and autoencoder.vq differ; give all the same",
+        )
+        require(
+            self.tower is None or self.tower.tower == self.vision.tower,
+            f"{self.name}: vision.tower and tower.tower differ; give both the same",
         )

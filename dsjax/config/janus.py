@@ -7,9 +7,14 @@ import math
 from typing import Literal
 
 from dsjax.config.posttraining import PostTraining, TuningConfig
-from dsjax.config.rules import require, require_fraction, require_not_negative
+from dsjax.config.rules import (
+    require,
+    require_fraction,
+    require_not_negative,
+    require_positive,
+)
 from dsjax.config.train import OptimConfig, PrecisionConfig
-from dsjax.config.vision import VisionConfig, VqConfig
+from dsjax.config.vision import SiglipConfig, VisionConfig, VqConfig
 
 KINDS = ("see", "text", "draw")
 PARTS = ("language", "tower", "aligner", "drawing")
@@ -136,3 +141,19 @@ class VqTraining:
             self.size > 0 and self.size % self.vq.scale == 0,
             f"tokenizer.size={self.size} does not divide by the {self.vq.scale} pixels of a code",
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TowerTraining:
+    """The training of a SigLIP tower on pictures and captions, by the sigmoid loss."""
+
+    name: str
+    tower: SiglipConfig
+    vocab_size: int  # ids of the words that captions have
+    # batch_size: pictures that are compared with as many captions
+    train: TuningConfig = dataclasses.field(default_factory=TuningConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    precision: PrecisionConfig = dataclasses.field(default_factory=PrecisionConfig)
+
+    def __post_init__(self) -> None:
+        require_positive("tower", self, "vocab_size")

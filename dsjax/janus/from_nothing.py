@@ -2,7 +2,8 @@
 
     data/        pictures, questions, captions (`dsjax.janus.shapes`)
     autoencoder/, tokenizer/   the runs of the VQ tokenizer, first without codes, then with them
-    start/       a folder of Janus with that tokenizer and random weights else
+    tower/       the run of the tower, on pictures and captions, as SigLIP
+    start/       a folder of Janus with that tokenizer, that tower and random weights else
     STAGE/       a run each, beginning where the last one ended; STAGE/model its result
     shapes.json  how many pictures are named and drawn rightly; drawn.png some drawings
 
@@ -37,16 +38,15 @@ from dsjax.files import publish, read_json, write_json
 from dsjax.generate.codes import Drawer
 from dsjax.generate.sampling import Sampling
 from dsjax.infer.drawing import blanked, drawing_format, encode, write_picture, write_sheet
-from dsjax.janus import shapes, tokenizing, training
+from dsjax.janus import contrasting, shapes, tokenizing, training
 from dsjax.janus.examination import Examinee
 from dsjax.janus.pairs import Picture
 from dsjax.janus.questions import Asked
-from dsjax.model.parameters import initialize
+from dsjax.model.parameters import AnyModule, initialize
 from dsjax.posttrain.evaluation import measure
 from dsjax.precision.policy import Policy
 from dsjax.text.tokenizer import BOS, EOS, PAD
 from dsjax.train import workdir
-from dsjax.vision.eyes import Eyes
 from dsjax.vision.projector import STD
 from dsjax.vision.sighted import Sighted
 from dsjax.vision.vq import Vq
@@ -87,6 +87,7 @@ def load_config(path: str | Path, *, seed: int | None = None) -> ColouredShapes:
         seed=seed,
         autoencoder=seeded(config.autoencoder),
         tokenizer=seeded(config.tokenizer),
+        tower=seeded(config.tower) if config.tower else None,
         stages=tuple(map(seeded_stage, config.stages)),
     )
 
@@ -106,6 +107,8 @@ def run(config: ColouredShapes, folder: Path, *, command: str, console: Console)
         _prepare(config, folder, console)
         if code := _train_tokenizer(config, folder, command, console):
             return code
+        if code := _train_tower(config, folder, command, console):
+            return code
         if not (folder / "start").is_dir():
             write_start(config, folder)
         init = folder / "start"
@@ -118,7 +121,8 @@ def run(config: ColouredShapes, folder: Path, *, command: str, console: Console)
         if not (folder / REPORT).is_file():
             began = time.monotonic()
             report = judge(config, folder, init, console)
-            runs = [config.autoencoder, config.tokenizer, *config.stages]
+            towers = [config.tower] if config.tower else []
+            runs = [config.autoencoder, config.tokenizer, *towers, *config.stages]
             summaries = [read_json(folder / each.name / "summary.json") for each in runs]
             trained = sum(summary["wall_seconds"] for summary in summaries)
             seconds = trained + time.monotonic() - began
@@ -156,7 +160,7 @@ def _train_tokenizer(config: ColouredShapes, folder: Path, command: str, console
     """
     crowds = [Picture(str(path)) for path in sorted((folder / "data" / shapes.CROWDS).iterdir())]
     # As many of each kind.
-    mixed = [*crowds, *_pictures(folder)[: len(crowds)]]
+    mixed = [*crowds, *(picture for _, picture in _captioned(folder)[: len(crowds)])]
 
     def learned() -> Vq:
         return tokenizing.trained(config.autoencoder, folder / "autoencoder")
@@ -173,20 +177,40 @@ def _train_tokenizer(config: ColouredShapes, folder: Path, command: str, console
     return 0
 
 
-def _pictures(folder: Path) -> list[Picture]:
-    """Returns the pictures to train on."""
-    lines = (folder / "data" / "draw.jsonl").read_text().splitlines()
-    return [Picture(str(folder / "data" / json.loads(line)["image"])) for line in lines]
+def _train_tower(config: ColouredShapes, folder: Path, command: str, console: Console) -> int:
+    """Trains the tower on pictures and captions, if it is to be; returns the exit code."""
+    if config.tower is None:
+        return 0
+    console.print(f"[bold]{config.tower.name}[/bold]")
+    tokenizer, by_caption = shapes.tokenizer(), dict[str, list[Picture]]()
+    for caption, picture in _captioned(folder):
+        by_caption.setdefault(caption, []).append(picture)
+    return contrasting.train(
+        config.tower,
+        {tuple(tokenizer.encode(each).ids): shown for each, shown in by_caption.items()},
+        folder / config.tower.name,
+        command=command,
+        console=console,
+        init=widened,
+    )
+
+
+def _captioned(folder: Path) -> list[tuple[str, Picture]]:
+    """Returns the captions and the pictures to train on."""
+    lines = map(json.loads, (folder / "data" / "draw.jsonl").read_text().splitlines())
+    return [(each["caption"], Picture(str(folder / "data" / each["image"]))) for each in lines]
 
 
 def write_start(config: ColouredShapes, folder: Path) -> None:
-    """Writes the folder that the first stage begins with: the trained tokenizer, random weights
-    else.
+    """Writes the folder that the first stage begins with: the trained tokenizer and tower, random
+    weights else.
     """
     declared = Sighted(config.model, config.vision, Policy(jnp.dtype(jnp.float32)))
     model = initialize(declared, jax.random.key(config.seed))
     model.eyes = widened(model.eyes)
     model.eyes.pencil.vq = tokenizing.trained(config.tokenizer, folder / "tokenizer")
+    if config.tower:
+        model.eyes.tower = contrasting.trained(config.tower, folder / config.tower.name)
     sight = families.find(FAMILY).sight
     assert sight is not None
     partial = folder / "start.partial"
@@ -212,7 +236,7 @@ def write_start(config: ColouredShapes, folder: Path) -> None:
     publish(partial, folder / "start")
 
 
-def widened(eyes: Eyes) -> Eyes:
+def widened(eyes: AnyModule) -> AnyModule:
     """Scales random weights to a standard deviation of 1 / sqrt(inputs). The published one, 0.02,
     suits widths of a thousand; a small tower that begins with it learns to see very slowly.
     """

@@ -22,7 +22,15 @@ def test_janus_pros_ratios_in_its_order(config):
     ]
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "tokenizer"])
+def test_stages_train_what_they_train_in_janus_pro(config):
+    assert {stage.name: {*stage.config.janus.trains} for stage in config.stages[1:]} == {
+        "adaptors": {"aligner", "drawing"},
+        "unified": {"language", "aligner", "drawing"},
+        "fine_tuned": {"language", "tower", "aligner", "drawing"},
+    }
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "tokenizer", "tower"])
 def test_a_runs_config_is_read_back(config, name):
     own = getattr(config, name)
     assert settings.from_dict(settings.to_dict(own), kind=type(own)) == own
@@ -30,6 +38,10 @@ def test_a_runs_config_is_read_back(config, name):
 
 def other(vq):
     return dataclasses.replace(vq, n_codes=9)
+
+
+def larger(tower):
+    return dataclasses.replace(tower, image_size=96)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +56,18 @@ def other(vq):
         (
             lambda c: {"vision": dataclasses.replace(c.vision, vq=other(c.vision.vq))},
             r"vision.vq, tokenizer.vq and autoencoder.vq differ",
+        ),
+        (
+            lambda c: {"stages": (dataclasses.replace(c.stages[0], name="tower"),)},
+            r"the stages tower are folders beside data, autoencoder, tokenizer, tower, start",
+        ),
+        (
+            lambda c: {"tower": dataclasses.replace(c.tower, tower=larger(c.vision.tower))},
+            r"vision.tower and tower.tower differ",
+        ),
+        (
+            lambda c: {"tower": dataclasses.replace(c.tower, vocab_size=0)},
+            r"tower.vocab_size=0 must be greater than 0",
         ),
     ],
 )

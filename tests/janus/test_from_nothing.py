@@ -7,13 +7,15 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import PIL.Image
 import pytest
 from rich.console import Console
 
+from dsjax.checkpoint.eyes import load_eyes
 from dsjax.checkpoint.load import open_checkpoint
 from dsjax.infer.looking import open_format
-from dsjax.janus import from_nothing, shapes, training
+from dsjax.janus import contrasting, from_nothing, shapes, training
 from dsjax.model.parameters import initialize
 from dsjax.parallel.mesh import make_mesh
 from dsjax.precision.policy import Policy
@@ -33,6 +35,7 @@ def short():
         config,
         autoencoder=cut(config.autoencoder, 1),
         tokenizer=cut(config.tokenizer, 2),
+        tower=cut(config.tower, 1),
         stages=(dataclasses.replace(stage, config=cut(stage.config, 2)),),
         n_held_out=8000,
         n_drawings=3,
@@ -41,7 +44,7 @@ def short():
 
 
 def test_seed_is_that_of_data_and_of_every_run(short):
-    seeds = {own.train.seed for own in (short.autoencoder, short.tokenizer)}
+    seeds = {own.train.seed for own in (short.autoencoder, short.tokenizer, short.tower)}
     seeds |= {stage.config.train.seed for stage in short.stages}
     seeds |= {stage.config.janus.seed for stage in short.stages}
     assert seeds | {short.seed} == {5}
@@ -84,6 +87,10 @@ def test_toy_is_made_and_made_once(short, tmp_path, monkeypatch):
     assert all(0 <= share["value"] <= 1 for share in report["drawings"]["2"].values())
     with PIL.Image.open(tmp_path / "toy" / "drawn.png") as sheet:
         assert sheet.size == (2 * 56 - 8, 2 * 56 - 8)  # of three pictures
+    start = load_eyes(open_checkpoint(tmp_path / "toy" / "start"), dtype=np.float32)
+    learned = contrasting.trained(short.tower, tmp_path / "toy" / "tower")
+    same = jax.tree.map(lambda one, other: bool((one == other).all()), start.tower, learned)
+    assert all(jax.tree.leaves(same))
     form = open_format(open_checkpoint(tmp_path / "toy" / "unified" / "model"))
     assert form is not None and form.vision == short.vision
     code, said = run()
