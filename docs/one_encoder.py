@@ -1,10 +1,10 @@
 """Two encoders against one, as Janus' ablation (arXiv:2410.13848, section 4.4) in small.
 
 Trains the toy of `make draw` twice at equal steps: once as it is, where a tower sees and a VQ
-tokenizer draws, and once with the VQ tokenizer for both. Then the model sees a picture as the
-entries of its codes, 2 x 2 of them joined to as many features as the tower gives, through an
-aligner of the same depth. Data and tokenizer are the same files. What is finished in RUNS is
-skipped.
+tokenizer draws, and once with the VQ tokenizer for both. Either encoder has learned from pictures
+before the stages begin. With one encoder the model sees a picture as the entries of its codes, 2 x
+2 of them joined to as many features as the tower gives, through an aligner of the same depth. Data
+and tokenizer are the same files. What is finished in RUNS is skipped.
 
 Command: python docs/one_encoder.py RUNS
 """
