@@ -72,7 +72,9 @@ def test_toy_is_made_and_made_once(short, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "make_mesh", functools.partial(make_mesh, n_devices=1))
     monkeypatch.setattr(shapes, "EVERY", shapes.EVERY[:4])
     monkeypatch.setattr(shapes, "_N_CROWDS", 8)
-    short = dataclasses.replace(short, n_held_out=8)
+    train = dataclasses.replace(short.tower.train, batch_size=4)  # as many as captions
+    tower = dataclasses.replace(short.tower, train=train)
+    short = dataclasses.replace(short, n_held_out=8, tower=tower)
 
     def run():
         out = io.StringIO()
