@@ -1,8 +1,11 @@
 """The experts that tokens chose, each read in place from a stack of all, for tokens that are added
 to a cache. Where many tokens keep a GPU or TPU busy, `grouped_matmul` is faster.
 
-* On a CPU the chosen experts run one after another. Each has its three matrices read from the
+* On a CPU the chosen experts run one after another. Each has its three matrices copied out of the
   stack once, and multiplies its own tokens in small blocks, which stay in a core's cache with it.
+* On a CPU, in float32, where tokens choose no more matrices than there are, the choices of all
+  tokens are the rows of a sparse matrix, which multiplies the stack where it lies: copies would
+  take longer than the products.
 * On a GPU all choices of all tokens are computed at once, each reading its own matrices, by one
   kernel per product: there, launching kernels takes the time.
 * On a Hopper GPU, where tokens choose more matrices than there are, their rows are sorted, and the
@@ -59,9 +62,12 @@ def chosen_experts(
       [M, D] in x's dtype, summed in float32.
     """
     stacks = w_gate_EDF, w_up_EDF, w_down_EFD
-    if target.kind != "gpu":
+    few = experts_MK.size <= n_experts
+    if target.kind == "cpu" and few and _all_float32(x_MD, *stacks):
+        compute = _as_sparse_rows
+    elif target.kind != "gpu":
         compute = functools.partial(_one_by_one, n_experts=n_experts)
-    elif experts_MK.size > n_experts and grouped_in_place(x_MD.dtype, stacks, target):
+    elif not few and grouped_in_place(x_MD.dtype, stacks, target):
         compute = functools.partial(_grouped, n_experts=n_experts, target=target)
     else:
         compute = _at_once
@@ -93,6 +99,10 @@ def grouped_in_place(dtype: DTypeLike, stacks: Sequence[Stack], target: Target) 
         return hopper_grouped.fits(rows, jax.ShapeDtypeStruct((1, depth, width), stack.dtype))
 
     return target.is_hopper and all(map(fits, stacks))
+
+
+def _all_float32(*operands: Stack) -> bool:
+    return all(isinstance(array, jax.Array) and array.dtype == jnp.float32 for array in operands)
 
 
 def _at_once(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, at_use, swiglu):
@@ -128,6 +138,31 @@ def _grouped(
     x_AD = x_MD[order_A // K]
     gate, up = (multiply(x_AD, w, dtype=x_MD.dtype) for w in (w_gate_EDF, w_up_EDF))
     out_AD = multiply(swiglu(gate, up), w_down_EFD, dtype=jnp.float32)
+    out_MKD = out_AD[jnp.argsort(order_A)].reshape(M, K, -1)
+    return (out_MKD * weights_MK[..., None]).sum(axis=1)
+
+
+def _as_sparse_rows(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, at_use, swiglu):
+    # Here, for it imports SciPy, which nothing else in a program needs.
+    from jax.experimental import sparse
+
+    del at_use  # all is float32
+    M, K = experts_MK.shape
+    # Rows of one expert follow each other, so that all but the first find it in a core's cache.
+    order_A = jnp.argsort(experts_MK.reshape(-1), stable=True)
+    experts_A1 = experts_MK.reshape(-1)[order_A][:, None]
+
+    def product(x_AX: jax.Array, stack_EXY: jax.Array) -> jax.Array:
+        (A, X), (E, _, Y) = x_AX.shape, stack_EXY.shape
+        # Row a has its values in the columns of its expert's rows in the stack.
+        columns_AX = experts_A1 * X + jnp.arange(X, dtype=jnp.int32)[None]
+        begins = jnp.arange(A + 1, dtype=jnp.int32) * X
+        rows = x_AX.reshape(-1), columns_AX.reshape(-1), begins
+        return sparse.BCSR(rows, shape=(A, E * X)) @ stack_EXY.reshape(E * X, Y)
+
+    x_AD = x_MD[order_A // K]
+    gate, up = (product(x_AD, w) for w in (w_gate_EDF, w_up_EDF))
+    out_AD = product(swiglu(gate, up), w_down_EFD)
     out_MKD = out_AD[jnp.argsort(order_A)].reshape(M, K, -1)
     return (out_MKD * weights_MK[..., None]).sum(axis=1)
 

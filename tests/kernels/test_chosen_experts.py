@@ -52,7 +52,7 @@ def _definition(x_MD, w_gate, w_up, w_down, experts_MK, weights_MK, limit=np.inf
 
 
 @pytest.mark.parametrize("target", [Target("cpu"), Target("gpu")], ids=str)
-@pytest.mark.parametrize("tokens", [1, 9, 33])
+@pytest.mark.parametrize("tokens", [1, 4, 9, 33])
 def test_chosen_experts_equal_the_definition(tokens, target):
     operands = _operands(tokens)
     got = compute(*operands, target=target)
@@ -93,6 +93,17 @@ def test_experts_that_all_tokens_chose_take_several_blocks(experts):
     assert_close(got, _definition(*operands), F32, "experts")
 
 
+def test_few_tokens_choose_the_same_experts_of_a_later_layer():
+    rng = np.random.default_rng(0)
+    shapes = (3 * E, D, F), (3 * E, D, F), (3 * E, F, D)
+    stacks = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    x, *_, weights = _operands(4)
+    experts_MK = jnp.asarray([[3, 4, 5], [5, 3, 4], [3, 11, 5], [0, 5, 3]], jnp.int32) + 2 * E
+    operands = x, *stacks, experts_MK, weights
+    got = compute(*operands, target=Target("cpu"))
+    assert_close(got, _definition(*operands), F32, "experts")
+
+
 @pytest.mark.parametrize("target", [Target("cpu"), Target("gpu")], ids=str)
 def test_limit_clamps_gates_from_above_and_the_other_on_both_sides(target):
     operands = _operands(2)
@@ -108,17 +119,24 @@ def test_float32_stacks_serve_bfloat16_tokens(target):
     assert_close(got, _definition(x, *stacks, experts, weights), BF16, "experts")
 
 
-def test_no_array_of_every_expert_is_made():
-    """What lies between reading the stacks and the result is a few matrices, not all of them."""
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((512, 64, 64),) * 3]
+def _temporary_bytes(tokens, n_stacked, width):
     compiled = compute.lower(
-        jax.ShapeDtypeStruct((4, 64), jnp.float32),
-        *shapes,
-        jax.ShapeDtypeStruct((4, K), jnp.int32),
-        jax.ShapeDtypeStruct((4, K), jnp.float32),
+        jax.ShapeDtypeStruct((tokens, width), jnp.float32),
+        *(jax.ShapeDtypeStruct((n_stacked, width, width), jnp.float32),) * 3,
+        jax.ShapeDtypeStruct((tokens, K), jnp.int32),
+        jax.ShapeDtypeStruct((tokens, K), jnp.float32),
         target=Target("cpu"),
     ).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 8 * 4 * 64 * 64
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_no_array_of_every_expert_is_made():
+    """What lies between reading the stacks and the result is a few matrices, not all of them."""
+    assert _temporary_bytes(tokens=5, n_stacked=512, width=64) < 8 * 4 * 64 * 64
+
+
+def test_few_float32_tokens_copy_no_matrix():
+    assert _temporary_bytes(tokens=4, n_stacked=24, width=256) < 4 * 256 * 256
 
 
 def test_a_gpu_reads_in_place_no_more_matrices_than_there_are():
