@@ -61,7 +61,7 @@ def _state(config, mesh):
     )
 
 
-def _prepared(sizes, micro_batch=BATCH, **train):
+def _prepared(sizes, micro_batch=BATCH, objective=pretraining, **train):
     """A mesh, a step, a state and a batch."""
     config, mesh = _config(**train), make_mesh(sizes, math.prod(sizes.values()))
     rows = tokens(BATCH, LENGTH + 1)
@@ -74,7 +74,7 @@ def _prepared(sizes, micro_batch=BATCH, **train):
         spec = jax.sharding.PartitionSpec(None, AXIS_TABLE["batch"], None)
         batch = jax.device_put(batch, jax.sharding.NamedSharding(mesh, spec))
         placement = jax.tree.map(lambda leaf: leaf.sharding, state)
-        step = train_step(_declared(config), adamw(config.optim), pretraining(config))
+        step = train_step(_declared(config), adamw(config.optim), objective(config))
         step = jax.jit(step, donate_argnums=0, out_shardings=(placement, None))
     return mesh, step, state, batch
 
@@ -155,23 +155,41 @@ def test_accumulated_micro_batches_on_one_device_equal_one_batch_on_eight(eight_
     _assert_same_run(_run({"data": 1}, micro_batch=8, **WHOLE), eight_devices)
 
 
+def _reporting(config):
+    """Pre-training whose reported loss is `reported` higher than the one differentiated."""
+    objective = pretraining(config)
+
+    def sums(model, hidden, targets, knobs):
+        return objective.sums(model, hidden, targets, knobs) | {"reported": knobs["reported"]}
+
+    def metrics(sums):
+        found = objective.metrics(sums)
+        return found | {"loss": found["loss"] + sums["reported"]}
+
+    return objective._replace(sums=sums, metrics=metrics)
+
+
 def test_step_that_is_not_finite_changes_nothing():
-    """A gradient of NaN beside a finite loss: parameters, moments, count and bias stay."""
+    """A gradient of NaN beside a finite loss, or a loss of NaN or infinity beside a finite
+    gradient: parameters, moments, count and bias stay.
+    """
     model = dataclasses.replace(TINY, n_layers=1, n_dense_layers=0, n_mtp=1)
-    mesh, step, state, batch = _prepared({"data": 1}, model=model, **WHOLE)
+    mesh, step, state, batch = _prepared({"data": 1}, objective=_reporting, model=model, **WHOLE)
     before = jax.tree.map(np.array, state)
-    knobs = {name: jnp.float32(value) for name, value in KNOBS.items()}
+    knobs = {name: jnp.float32(value) for name, value in (KNOBS | {"reported": 0.0}).items()}
     with jax.set_mesh(mesh):
-        state, metrics = step(state, batch, knobs | {"mtp_weight": jnp.float32(np.nan)})
-        assert metrics["skipped"] and jnp.isfinite(metrics["loss"])
-        assert not jnp.isfinite(metrics["grad_norm"])
-        for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True):
-            np.testing.assert_array_equal(got, want)
+        for name, value in (("mtp_weight", np.nan), ("reported", np.nan), ("reported", np.inf)):
+            state, metrics = step(state, batch, knobs | {name: jnp.float32(value)})
+            assert metrics["skipped"]
+            assert jnp.isfinite(metrics["loss"]) == (name == "mtp_weight")
+            assert jnp.isfinite(metrics["grad_norm"]) == (name == "reported")
+            for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True):
+                np.testing.assert_array_equal(got, want)
         state, metrics = step(state, batch, knobs)
     assert not metrics["skipped"]
     assert all(
         (np.asarray(got) != want).any()
-        for got, want in zip(*map(jax.tree.leaves, (state.router, before.router)), strict=True)
+        for got, want in zip(*map(jax.tree.leaves, (state, before)), strict=True)
     )
 
 
