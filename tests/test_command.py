@@ -72,6 +72,20 @@ def test_remedies_name_tools_as_they_are_called(capsys, monkeypatch, program, na
     assert capsys.readouterr().err.count(f" {named} import") == 2
 
 
+def test_a_process_that_is_a_command_collects_garbage_seldom(monkeypatch):
+    found = []
+    monkeypatch.setattr("sys.argv", ["tools/train.py"])
+    for what in (
+        (command.signal, "signal"),
+        (command.atexit, "register"),
+        (command.gc, "set_threshold"),
+    ):
+        monkeypatch.setattr(*what, lambda *arguments: found.append(arguments))
+    assert command.run(parser(), lambda arguments: None, []) == 0 and not found
+    assert command.run(parser(), lambda arguments: None) == 0
+    assert max(found[0]) >= 50_000
+
+
 def test_run_with_debug_prints_traceback(capsys):
     assert command.run(parser(), raiser(ValueError("bad")), ["--debug"]) == 1
     printed = capsys.readouterr().err

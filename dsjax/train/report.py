@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +111,29 @@ def _group(key: str) -> str:
 
 
 def _open_tensorboard(workdir: Path, first_step: int) -> Any:
-    from tensorboardX import SummaryWriter
+    with _without("torch"):
+        from tensorboardX import SummaryWriter
 
     return SummaryWriter(
         str(workdir / "tensorboard"), purge_step=first_step + 1 if first_step else None
     )
+
+
+@contextlib.contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Lets what is imported inside not find a module, unless that is imported already.
+
+    tensorboardX would import PyTorch wherever it is installed, which takes two seconds, to accept
+    its tensors.
+    """
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def _open_wandb(workdir: Path, config: RunConfig) -> Any:

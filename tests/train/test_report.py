@@ -1,7 +1,10 @@
 """The files and the lines of a run's report."""
 
 import dataclasses
+import importlib
 import json
+import sys
+import types
 
 import pytest
 
@@ -61,6 +64,25 @@ def test_metrics_writes_tensorboard(tmp_path):
     metrics.close()
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"train/loss" in events.read_bytes() and b"speed/mfu" in events.read_bytes()
+
+
+def test_tensorboard_does_not_import_pytorch(tmp_path, monkeypatch):
+    """tensorboardX does where it can, and no tensor of PyTorch is ever logged."""
+    asked = []
+
+    def imported(name):
+        with pytest.raises(ModuleNotFoundError, match="torch"):
+            importlib.import_module("torch")
+        asked.append(name)
+        return lambda *_, **__: types.SimpleNamespace(close=lambda: None)
+
+    fake = types.ModuleType("tensorboardX")
+    monkeypatch.setattr(fake, "__getattr__", imported, raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboardX", fake)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    config = dataclasses.replace(CONFIG, train=TrainConfig(steps=8))
+    report.Metrics(tmp_path, config, first_step=0).close()
+    assert "SummaryWriter" in asked and "torch" not in sys.modules
 
 
 def test_line_is_described_in_short_and_in_full():
