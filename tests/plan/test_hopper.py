@@ -41,7 +41,7 @@ def counted(batch):
 @compiles
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("batch", "per_layer", "moved"), [(1, 12, 1.1), (8, 29, 1.6), (32, 30, 1.3)]
+    ("batch", "per_layer", "moved"), [(1, 12, 1.1), (8, 12, 1.45), (32, 13, 1.15)]
 )
 def test_token_of_the_3b_shape_starts_and_moves_no_more_than_it_did(batch, per_layer, moved):
     """The goal is 12 kernels per layer; these are the bounds that have been reached."""
