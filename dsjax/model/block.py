@@ -48,6 +48,7 @@ class Context(NamedTuple):
     angles: tuple[jax.Array, jax.Array]  # rope cosine and sine, float32 [B, T, R/2]
     segment_ids_BT: jax.Array | None  # attention stays within a segment; None: within the row
     documents_BT: jax.Array  # int32, sequences of the balance losses; 0 is padding
+    recomputed: bool = False  # whether the backward pass computes layers again, from their inputs
 
 
 class Statistics(NamedTuple):
@@ -107,7 +108,13 @@ class Block(nnx.Module):
         normed_BTD = self.ffn_norm(x_BTD)
         if isinstance(self.ffn, FeedForward):
             return x_BTD + self.ffn(normed_BTD), Statistics(None, index_loss)
-        y_BTD, routing, _ = self.ffn(normed_BTD, context.documents_BT, balance, experts_BTK)
+        y_BTD, routing, _ = self.ffn(
+            normed_BTD,
+            context.documents_BT,
+            balance,
+            experts_BTK,
+            recomputed=context.recomputed,
+        )
         return x_BTD + y_BTD, Statistics(routing, index_loss)
 
     def _attend(
@@ -178,6 +185,8 @@ def run_layers(
       lesson: what indexers learn from; None: nothing.
       present_L: bool; an absent layer runs, but changes and counts nothing. None: all are present.
     """
+
+    context = context._replace(recomputed=remat == "full")
 
     def layer(x_BTD: jax.Array, row: tuple[Block, jax.Array | None, jax.Array | None]):
         block, experts_BTK, present = row

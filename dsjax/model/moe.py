@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
+from jax.tree_util import Partial
 
 from dsjax.config import ModelConfig
 from dsjax.kernels import grouped_mixture, mixture_step
@@ -69,7 +70,7 @@ class Experts(nnx.Module):
         self.policy = policy
         self.limit = config.swiglu_limit
 
-    def at_use(self, like: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    def at_use(self, like: jax.Array) -> Partial:
         """Returns the experts as a function of rows sorted by expert, [A, D], of the number of rows
         of each expert, and of the weight of each row's output, float32 [A].
 
@@ -87,19 +88,24 @@ class Experts(nnx.Module):
 
             return jax.tree.map(gather, variable[...])
 
-        w_gate, w_up = gathered(self.w_gate, 1), gathered(self.w_up, 1)
-        w_down = gathered(self.w_down, 2)
-        split = jax.tree.leaves(w_gate)[0]
-
-        def experts(x_AD: jax.Array, sizes_E: jax.Array, weights_A: jax.Array) -> jax.Array:
+        def experts(
+            w_gate: Weight,
+            w_up: Weight,
+            w_down: Weight,
+            x_AD: jax.Array,
+            sizes_E: jax.Array,
+            weights_A: jax.Array,
+        ) -> jax.Array:
             # With tensor parallelism outputs are partial sums, and so are the inputs' gradients:
             # marked as varying, they are summed over the devices.
+            split = jax.tree.leaves(w_gate)[0]
             x_AD, weights_A = vary_as(x_AD, split), vary_as(weights_A, split)
             gate, up = (grouped_linear(x_AD, w, sizes_E, policy) for w in (w_gate, w_up))
             gate, up = limited(gate, up, limit)
             return swiglu_grouped_linear(gate, up, weights_A, w_down, sizes_E, policy)
 
-        return experts
+        w_gate, w_up = gathered(self.w_gate, 1), gathered(self.w_up, 1)
+        return Partial(experts, w_gate, w_up, gathered(self.w_down, 2))
 
     @property
     def stays_stacked(self) -> bool:
@@ -108,24 +114,31 @@ class Experts(nnx.Module):
         whole = parts_here("expert_embed") == 1 and self.slots is None
         return plain and whole and self.policy.target.kind == "tpu"
 
-    def in_stack(self, layer: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    def in_stack(self, layer: jax.Array) -> Partial:
         """Returns what `at_use` returns for one layer of the stack of all layers, without taking
         its weights out of the stack; no width of them may be split. Has no gradient.
         """
-        policy = self.policy
+        policy, limit = self.policy, self.limit
 
-        def product(x_AX: jax.Array, variable: nnx.Variable, sizes_E: jax.Array) -> jax.Array:
-            n_layers, E, *widths = variable.shape
-            w = vary_as(variable[...].reshape(n_layers * E, *widths), x_AX)
-            x_AX = vary_as(x_AX, w)
-            return grouped_matmul(x_AX, w, sizes_E, policy.target, first=layer * E)
+        def experts(
+            layer: jax.Array,
+            w_gate: jax.Array,
+            w_up: jax.Array,
+            w_down: jax.Array,
+            x_AD: jax.Array,
+            sizes_E: jax.Array,
+            weights_A: jax.Array,
+        ) -> jax.Array:
+            def product(x_AX: jax.Array, w_LEXX: jax.Array) -> jax.Array:
+                n_layers, E, *widths = w_LEXX.shape
+                w = vary_as(w_LEXX.reshape(n_layers * E, *widths), x_AX)
+                x_AX = vary_as(x_AX, w)
+                return grouped_matmul(x_AX, w, sizes_E, policy.target, first=layer * E)
 
-        def experts(x_AD: jax.Array, sizes_E: jax.Array, weights_A: jax.Array) -> jax.Array:
-            gate, up = (product(x_AD, w, sizes_E) for w in (self.w_gate, self.w_up))
-            hidden_AF = weighted_swiglu(*limited(gate, up, self.limit), weights_A)
-            return product(hidden_AF, self.w_down, sizes_E)
+            gate, up = product(x_AD, w_gate), product(x_AD, w_up)
+            return product(weighted_swiglu(*limited(gate, up, limit), weights_A), w_down)
 
-        return experts
+        return Partial(experts, layer, self.w_gate[...], self.w_up[...], self.w_down[...])
 
     def chosen(self, x_MD: jax.Array, routing: Routing, layer: jax.Array) -> jax.Array:
         """Runs the chosen experts of one layer: [M, D] -> [M, D].
@@ -175,6 +188,7 @@ class MoE(nnx.Module):
         *,
         length: str = "length",
         stack: tuple[Experts, jax.Array] | None = None,
+        recomputed: bool = False,
     ) -> tuple[jax.Array, RoutingStatistics, jax.Array]:
         """Routes whole sequences.
 
@@ -182,6 +196,7 @@ class MoE(nnx.Module):
           experts_BTK: int32, choices to replay; None: the router chooses.
           length: logical name of the tokens' dimension; "tokens" if sequences must stay whole.
           stack: the experts of all layers, and which of them these are, to use them where they lie.
+          recomputed: whether the backward pass computes the layer again and keeps nothing of it.
 
         Returns:
           the output, the statistics, and the chosen experts, int32 [B, T, K].
@@ -189,7 +204,7 @@ class MoE(nnx.Module):
         config = self.config
         experts, layer = stack or (self.experts, None)
         y_BTD, routing, counts_E, dropped_tokens = on_shards(
-            partial(self._routed, length=length),
+            partial(self._routed, length=length, recomputed=recomputed),
             (self.gate, experts, layer, x_BTD, documents_BT, experts_BTK),
             self._specs(experts, x_BTD, length),
         )
@@ -224,6 +239,7 @@ class MoE(nnx.Module):
         experts_btK: jax.Array | None,
         *,
         length: str,
+        recomputed: bool,
     ) -> tuple[jax.Array, Routing, jax.Array, jax.Array]:
         """Routes a device's tokens and runs the routed experts on them.
 
@@ -253,6 +269,7 @@ class MoE(nnx.Module):
             transport=expert_parallel.choose_transport(n_ranks, max_ranks, policy.target),
             max_ranks=max_ranks,
             fp8=policy.fp8 is not None,
+            recomputed=recomputed,
         )
         y_mD = jax.lax.psum(y_mD, split_axes("ffn"))
         # Where sequences stay whole, devices along `context` have the same tokens and sums.

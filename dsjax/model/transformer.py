@@ -273,7 +273,7 @@ class Transformer(nnx.Module):
             hidden_BTD, statistics = module(
                 embedding_BTD,
                 hidden_BTD,
-                context._replace(documents_BT=ahead.documents),
+                context._replace(documents_BT=ahead.documents, recomputed=remat == "full"),
                 balance,
                 experts_BTK,
                 lesson,

@@ -19,9 +19,11 @@ is not (section 3.3.3).
 
 No token is dropped. Shapes are static, so a rank computes a bounded number of rows at once: `slack`
 times those of an even load. Overflow rows are processed in further rounds of dispatch, experts and
-combine. The loop has enough rounds for the worst case (all tokens to one expert); unused ones are
-skipped at run time. Memory is thus bounded by `slack`, whatever the router does. For the backward
-pass the first round keeps what the model's rematerialisation says; later ones recompute everything.
+combine, a loop that runs as often as the batch at hand needs: in the worst case all tokens go to
+one expert. Memory is thus bounded by `slack`, whatever the router does. The backward pass of that
+loop is a loop too, which computes each round again. The first round stands before the loop, so that
+it keeps for the backward pass what the model's rematerialisation says; if that keeps nothing, it is
+part of the loop, and the program half as long.
 """
 
 from __future__ import annotations
@@ -29,11 +31,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.tree_util import Partial
 from jax.typing import DTypeLike
 
 from dsjax.kernels.target import Target
@@ -50,6 +53,9 @@ from dsjax.parallel.routing_plan import (
 from dsjax.precision.fp8 import CHANNEL_TILE, BlockScaled, quantize_block
 
 Transport = Literal["local", "all_gather", "all_to_all", "ragged"]
+# What a rank receives in a round: tokens [R, D], their experts [R, K] (this rank's from 0 on, e for
+# other ranks'), weights [R, K], and a function that returns the sums [R, D] -> float32 [m, D].
+Sent = tuple[jax.Array, jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]
 
 _AXIS = "expert"
 SLACK = 1.5  # rows that a rank computes at once, relative to an even load
@@ -80,7 +86,7 @@ def max_ranks_per_token(
 
 
 def mixture(
-    experts: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    experts: Partial,
     x_mD: jax.Array,
     experts_mK: jax.Array,
     weights_mK: jax.Array,
@@ -91,146 +97,229 @@ def mixture(
     max_ranks: int,
     fp8: bool = False,
     slack: float = SLACK,
+    recomputed: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Sends tokens to their experts and sums the results.
 
     Args:
       experts: this rank's: (rows [A, D] sorted by expert, int32 [e] rows per expert, float32 [A]
-        weight of each row in its token's sum) -> weighted rows [A, D].
+        weight of each row in its token's sum) -> weighted rows [A, D]. Arrays that it needs are
+        its leaves.
       experts_mK: int32, below `n_experts`, distinct for each token.
       weights_mK: float32.
       max_ranks: `max_ranks_per_token`.
       slack: rows computed at once, relative to an even load.
+      recomputed: whether the backward pass computes all of this again, the first round too.
 
     Returns:
       [m, D] in x's dtype, and the number of assignments that this rank's experts computed, int32.
     """
-
-    def compute(x_RD: jax.Array, weights_RK: jax.Array, here: Plan) -> jax.Array:
-        weights_A = dispatch_choices(weights_RK.T, here)
-        return combine(experts(dispatch(x_RD, here), here.sizes_E, weights_A), here)
-
     if transport == "local":
         local = sort_by_expert(experts_mK, n_experts)
-        return compute(x_mD, weights_mK, local), local.sizes_E.sum()
+        return _compute(experts, x_mD, weights_mK, local), local.sizes_E.sum()
 
     per_rank = n_experts // n_ranks
-    tokens = x_mD, experts_mK, weights_mK
     if transport == "all_gather":
-        exchange = _exchange_all(*tokens, per_rank, n_ranks, slack, fp8)
+        exchange = _ExchangeAll.of(x_mD, experts_mK, per_rank, n_ranks, slack, fp8)
     else:
-        exchange = _exchange_some(transport, *tokens, per_rank, n_ranks, max_ranks, slack, fp8)
-
-    def make_round(index: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        x_RD, experts_RK, weights_RK, return_sums = exchange.send_tokens(index)
-        here = sort_by_expert(experts_RK, per_rank, min(exchange.rows, experts_RK.size))
-        return return_sums(compute(x_RD, weights_RK, here)), here.sizes_E.sum()
-
-    y_mD, computed = make_round(0)
-    if exchange.most_rounds > 1:
-
-        def later_round(carry, index):
-            more = lax.cond(
-                index < exchange.n_rounds,
-                lambda: make_round(index),
-                lambda: tuple(vary_as(jnp.zeros_like(x), x) for x in (y_mD, computed)),
-            )
-            return jax.tree.map(jnp.add, carry, more), None
-
-        (y_mD, computed), _ = lax.scan(
-            jax.checkpoint(later_round),
-            (y_mD, computed),
-            jnp.arange(1, exchange.most_rounds, dtype=jnp.int32),
+        exchange = _ExchangeSome.of(
+            transport, x_mD, experts_mK, per_rank, n_ranks, max_ranks, slack, fp8
         )
+    given = experts, x_mD, weights_mK
+    if recomputed and exchange.most_rounds > 1:
+        y_mD, computed = _rounds_from(0, given, exchange)
+        return y_mD.astype(x_mD.dtype), computed
+    y_mD, computed = _round(0, *given, exchange)
+    if exchange.most_rounds > 1:
+        later_mD, later = _rounds_from(1, given, exchange)
+        y_mD, computed = y_mD + later_mD, computed + later
     return y_mD.astype(x_mD.dtype), computed
 
 
-class _Exchange(NamedTuple):
-    """Rounds in which tokens travel to the ranks of their experts, and sums back."""
+def _compute(experts: Partial, x_RD: jax.Array, weights_RK: jax.Array, here: Plan) -> jax.Array:
+    weights_A = dispatch_choices(weights_RK.T, here)
+    return combine(experts(dispatch(x_RD, here), here.sizes_E, weights_A), here)
 
-    # Index of a round -> what this rank receives: tokens [R, D], their experts [R, K] (this rank's
-    # from 0 on, e for other ranks'), weights [R, K], and a function that returns the sums
-    # [R, D] -> float32 [m, D].
-    send_tokens: Callable[[Any], tuple[jax.Array, jax.Array, jax.Array, Callable[..., jax.Array]]]
+
+def _round(
+    index: jax.Array | int,
+    experts: Partial,
+    x_mD: jax.Array,
+    weights_mK: jax.Array,
+    exchange: _ExchangeAll | _ExchangeSome,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns a round's part of what `mixture` does, the sums as float32."""
+    x_RD, experts_RK, weights_RK, return_sums = exchange.send_tokens(index, x_mD, weights_mK)
+    here = sort_by_expert(experts_RK, exchange.per_rank, min(exchange.rows, experts_RK.size))
+    return return_sums(_compute(experts, x_RD, weights_RK, here)), here.sizes_E.sum()
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rounds_from(
+    first: int,
+    given: tuple[Partial, jax.Array, jax.Array],
+    exchange: _ExchangeAll | _ExchangeSome,
+) -> tuple[jax.Array, jax.Array]:
+    """Adds up the rounds that the batch needs, from `first` on."""
+    _, x_mD, _ = given
+    zeros_mD = vary_as(jnp.zeros(x_mD.shape, jnp.float32), *jax.tree.leaves(given))
+    start = zeros_mD, vary_as(jnp.int32(0), x_mD)
+    return _add_up(lambda index: _round(index, *given, exchange), start, first, exchange.n_rounds)
+
+
+def _rounds_backward(first: int, residuals: Any, cotangents: Any) -> tuple[Any, None]:
+    given, exchange = residuals
+    dy_mD, _ = cotangents
+
+    def gradients(index: jax.Array) -> Any:
+        _, pull = jax.vjp(lambda given: _round(index, *given, exchange)[0], given)
+        return pull(dy_mD)[0]
+
+    start = jax.tree.map(lambda x: vary_as(jnp.zeros_like(x), x), given)
+    return _add_up(gradients, start, first, exchange.n_rounds), None
+
+
+_rounds_from.defvjp(
+    lambda first, given, exchange: (_rounds_from(first, given, exchange), (given, exchange)),
+    _rounds_backward,
+)
+
+
+def _add_up(
+    function: Callable[[jax.Array], Any], start: Any, first: int, n_rounds: jax.Array
+) -> Any:
+    """Adds function(index) to `start` for all indices from `first` to `n_rounds`."""
+
+    def add(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        index, total = state
+        return index + 1, jax.tree.map(jnp.add, total, function(index))
+
+    def loop(start: Any) -> Any:
+        return lax.while_loop(lambda state: state[0] < n_rounds, add, (jnp.int32(first), start))[1]
+
+    # Later rounds are for uneven loads: whoever counts operations takes a loop as one round, and of
+    # a conditional the cheapest branch (`dsjax.plan`).
+    return loop(start) if first == 0 else lax.cond(n_rounds > first, loop, lambda x: x, start)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["experts_RK", "turn_R", "n_rounds"],
+    meta_fields=["most_rounds", "rows", "per_rank", "fp8"],
+)
+@dataclasses.dataclass(frozen=True)
+class _ExchangeAll:
+    """In each round every rank sees all tokens and computes those whose turn it is there."""
+
+    experts_RK: jax.Array  # int32, this rank's from 0 on, `per_rank` for other ranks'
+    turn_R: jax.Array  # int32, the round of each token here
     n_rounds: jax.Array  # int32, rounds that this batch needs
     most_rounds: int  # rounds that the worst imbalance needs
     rows: int  # assignments that a rank computes at most in a round
+    per_rank: int
+    fp8: bool
 
+    @classmethod
+    def of(
+        cls,
+        x_mD: jax.Array,
+        experts_mK: jax.Array,
+        per_rank: int,
+        n_ranks: int,
+        slack: float,
+        fp8: bool,
+    ) -> _ExchangeAll:
+        most_each = min(experts_mK.shape[1], per_rank)
+        at_once, most_rounds = _divide(experts_mK.size, slack, n_ranks * len(x_mD) * most_each)
+        experts_RK = _here(_move("all_gather", True, experts_mK, None), per_rank)
+        n_R = (experts_RK < per_rank).sum(axis=1, dtype=jnp.int32)
+        turn_R = (jnp.cumsum(n_R) - n_R) // at_once
+        n_rounds = _rounds(jnp.where(n_R > 0, turn_R, 0).max() + 1, x_mD)
+        rows = at_once + most_each - 1
+        return cls(experts_RK, turn_R, n_rounds, most_rounds, rows, per_rank, fp8)
 
-def _exchange_all(
-    x_mD: jax.Array,
-    experts_mK: jax.Array,
-    weights_mK: jax.Array,
-    per_rank: int,
-    n_ranks: int,
-    slack: float,
-    fp8: bool,
-) -> _Exchange:
-    """In each round every rank sees all tokens and computes those whose turn it is there."""
-    most_each = min(experts_mK.shape[1], per_rank)
-    at_once, most_rounds = _divide(experts_mK.size, slack, n_ranks * len(x_mD) * most_each)
-    experts_RK = _here(_move("all_gather", True, experts_mK, None), per_rank)
-    n_R = (experts_RK < per_rank).sum(axis=1, dtype=jnp.int32)
-    turn_R = (jnp.cumsum(n_R) - n_R) // at_once
-
-    def send_tokens(index: jax.Array | int):
+    def send_tokens(self, index: jax.Array | int, x_mD: jax.Array, weights_mK: jax.Array) -> Sent:
         # x[m, D] -> all_gather(expert) -> x[R, D]
-        x_RD = send("all_gather", True, fp8, x_mD, None)
+        x_RD = send("all_gather", True, self.fp8, x_mD, None)
         weights_RK = send("all_gather", True, False, weights_mK, None)
-        due_RK = jnp.where((turn_R == index)[:, None], experts_RK, per_rank)
+        due_RK = jnp.where((self.turn_R == index)[:, None], self.experts_RK, self.per_rank)
+
+        def return_sums(y_RD: jax.Array) -> jax.Array:
+            # y[R, D] -> psum_scatter(expert) -> y[m, D]
+            return send("all_gather", False, self.fp8, y_RD, None).astype(jnp.float32)
+
         return x_RD, due_RK, weights_RK, return_sums
 
-    def return_sums(y_RD: jax.Array) -> jax.Array:
-        # y[R, D] -> psum_scatter(expert) -> y[m, D]
-        return send("all_gather", False, fp8, y_RD, None).astype(jnp.float32)
 
-    n_rounds = _rounds(jnp.where(n_R > 0, turn_R, 0).max() + 1, x_mD)
-    return _Exchange(send_tokens, n_rounds, most_rounds, at_once + most_each - 1)
-
-
-def _exchange_some(
-    transport: Transport,
-    x_mD: jax.Array,
-    experts_mK: jax.Array,
-    weights_mK: jax.Array,
-    per_rank: int,
-    n_ranks: int,
-    max_ranks: int,
-    slack: float,
-    fp8: bool,
-) -> _Exchange:
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["experts_mK", "all_ranks_mN", "turn_mN", "n_rounds"],
+    meta_fields=["transport", "most_rounds", "at_once", "rows", "per_rank", "n_ranks", "fp8"],
+)
+@dataclasses.dataclass(frozen=True)
+class _ExchangeSome:
     """In each round every rank sends the tokens whose turn it is at their destination."""
-    most_each = min(experts_mK.shape[1], per_rank)
-    rank_mK = experts_mK // per_rank
-    n_mE = jax.nn.one_hot(rank_mK, n_ranks, dtype=jnp.int32).sum(axis=1)
-    start_mE = jnp.cumsum(n_mE, axis=0) - n_mE
-    if transport == "ragged":
-        # The rows of all ranks lie one after the other, so each rank must know where its own start.
-        n_EE = lax.all_gather(n_mE.sum(axis=0), _AXIS)
-        before_EE = jnp.cumsum(n_EE, axis=0) - n_EE
-        start_mE = start_mE + before_EE[lax.axis_index(_AXIS)][None]
-        buckets, sources, average = 1, n_ranks, experts_mK.size
-    else:
-        buckets, sources, average = n_ranks, 1, experts_mK.size / n_ranks
-    # Rows of a round at a rank (ragged), or from one rank to another (all_to_all).
-    at_once, most_rounds = _divide(average, slack, sources * len(x_mD) * most_each)
-    all_ranks_mN = _destinations(rank_mK, n_ranks)[:, :max_ranks]
-    start_mN = jnp.take_along_axis(start_mE, jnp.minimum(all_ranks_mN, n_ranks - 1), axis=1)
-    turn_mN = jnp.where(all_ranks_mN < n_ranks, start_mN // at_once, 0)
 
-    def send_tokens(index: jax.Array | int):
-        ranks_mN = jnp.where(turn_mN == index, all_ranks_mN, n_ranks)
+    experts_mK: jax.Array  # int32
+    all_ranks_mN: jax.Array  # int32, each token's destinations, then `n_ranks`
+    turn_mN: jax.Array  # int32, its round at each
+    n_rounds: jax.Array  # int32, rounds that this batch needs
+    transport: Transport
+    most_rounds: int  # rounds that the worst imbalance needs
+    at_once: int  # rows of a round at a rank (ragged), or from one rank to another (all_to_all)
+    rows: int  # assignments that a rank computes at most in a round
+    per_rank: int
+    n_ranks: int
+    fp8: bool
+
+    @classmethod
+    def of(
+        cls,
+        transport: Transport,
+        x_mD: jax.Array,
+        experts_mK: jax.Array,
+        per_rank: int,
+        n_ranks: int,
+        max_ranks: int,
+        slack: float,
+        fp8: bool,
+    ) -> _ExchangeSome:
+        most_each = min(experts_mK.shape[1], per_rank)
+        rank_mK = experts_mK // per_rank
+        n_mE = jax.nn.one_hot(rank_mK, n_ranks, dtype=jnp.int32).sum(axis=1)
+        start_mE = jnp.cumsum(n_mE, axis=0) - n_mE
         if transport == "ragged":
-            out = sort_by_expert(ranks_mN, n_ranks)
-            route = _Route.of(out.sizes_E, ranks_mN.size, at_once)
+            # The rows of all ranks lie one after the other, so each rank must know where its own
+            # start.
+            n_EE = lax.all_gather(n_mE.sum(axis=0), _AXIS)
+            before_EE = jnp.cumsum(n_EE, axis=0) - n_EE
+            start_mE = start_mE + before_EE[lax.axis_index(_AXIS)][None]
+            buckets, sources, average = 1, n_ranks, experts_mK.size
         else:
-            out, route = bucket_by_expert(ranks_mN, n_ranks, at_once), None
+            buckets, sources, average = n_ranks, 1, experts_mK.size / n_ranks
+        at_once, most_rounds = _divide(average, slack, sources * len(x_mD) * most_each)
+        all_ranks_mN = _destinations(rank_mK, n_ranks)[:, :max_ranks]
+        start_mN = jnp.take_along_axis(start_mE, jnp.minimum(all_ranks_mN, n_ranks - 1), axis=1)
+        turn_mN = jnp.where(all_ranks_mN < n_ranks, start_mN // at_once, 0)
+        n_rounds = _rounds(turn_mN.max() + 1, x_mD)
+        rows = buckets * (at_once + most_each - 1)
+        arrays = experts_mK, all_ranks_mN, turn_mN, n_rounds
+        return cls(*arrays, transport, most_rounds, at_once, rows, per_rank, n_ranks, fp8)
+
+    def send_tokens(self, index: jax.Array | int, x_mD: jax.Array, weights_mK: jax.Array) -> Sent:
+        transport, fp8 = self.transport, self.fp8
+        ranks_mN = jnp.where(self.turn_mN == index, self.all_ranks_mN, self.n_ranks)
+        if transport == "ragged":
+            out = sort_by_expert(ranks_mN, self.n_ranks)
+            route = _Route.of(out.sizes_E, ranks_mN.size, self.at_once)
+        else:
+            out, route = bucket_by_expert(ranks_mN, self.n_ranks, self.at_once), None
         # x[m, D] -> dispatch -> x[S, D] -> all_to_all(expert) -> x[R, D]
         x_RD = send(transport, True, fp8, dispatch(x_mD, out), route)
         weights_RK = send(transport, True, False, dispatch(weights_mK, out), route)
         # Rows that no rank fills arrive as 0, which must not be an expert.
-        sent_SK = jnp.take(experts_mK + 1, out.tokens_A, axis=0, mode="fill", fill_value=0)
-        experts_RK = _here(_move(transport, True, sent_SK, route) - 1, per_rank)
+        sent_SK = jnp.take(self.experts_mK + 1, out.tokens_A, axis=0, mode="fill", fill_value=0)
+        experts_RK = _here(_move(transport, True, sent_SK, route) - 1, self.per_rank)
 
         def return_sums(y_RD: jax.Array) -> jax.Array:
             # y[R, D] -> all_to_all(expert) -> y[S, D] -> undispatch, sum -> y[m, D]
@@ -238,9 +327,6 @@ def _exchange_some(
             return undispatch(y_SD, out).astype(jnp.float32).sum(axis=0)
 
         return x_RD, experts_RK, weights_RK, return_sums
-
-    n_rounds = _rounds(turn_mN.max() + 1, x_mD)
-    return _Exchange(send_tokens, n_rounds, most_rounds, buckets * (at_once + most_each - 1))
 
 
 def _divide(average: float, slack: float, worst: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from jax.tree_util import Partial
 
 from dsjax.kernels.target import Target
 from dsjax.parallel import expert_parallel
@@ -38,10 +39,10 @@ def _choices(kind):
     return np.asarray(chosen, np.int32)
 
 
-def _experts(first, x_AD, sizes_E, weights_A):
+def _experts(gains_E, x_AD, sizes_E, weights_A):
     """Multiplies each expert's rows by its gain and weight; rows of no expert become NaN."""
     group_A = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(len(x_AD)), side="right")
-    gain_A = jnp.take(GAINS, first + group_A, mode="clip")
+    gain_A = jnp.take(gains_E, group_A, mode="clip")
     return x_AD * jnp.where(group_A < len(sizes_E), gain_A * weights_A, jnp.nan)[:, None]
 
 
@@ -65,22 +66,26 @@ def _emulated_ragged_all_to_all(
 
 
 @functools.cache
-def _program(transport, slack, fp8):
+def _program(transport, slack, fp8, recomputed=False):
     """The mixture and its gradients on eight devices, jitted; local: on one."""
     options = dict(
-        n_experts=EXPERTS, transport=transport, max_ranks=MAX_RANKS, slack=slack, fp8=fp8
+        n_experts=EXPERTS,
+        transport=transport,
+        max_ranks=MAX_RANKS,
+        slack=slack,
+        fp8=fp8,
+        recomputed=recomputed,
     )
 
-    def local(x, experts, weights):
-        rank = jax.lax.axis_index("expert")
-        compute = functools.partial(_experts, rank * (EXPERTS // RANKS))
+    def local(x, experts, weights, gains):
+        compute = Partial(_experts, gains)
         y, computed = expert_parallel.mixture(
             compute, x, experts, weights, n_ranks=RANKS, **options
         )
         return y, jax.lax.psum(computed, ("data", "expert"))
 
-    def whole(x, experts, weights):
-        compute = functools.partial(_experts, 0)
+    def whole(x, experts, weights, gains):
+        compute = Partial(_experts, gains)
         return expert_parallel.mixture(compute, x, experts, weights, n_ranks=1, **options)
 
     if transport != "local":
@@ -88,12 +93,15 @@ def _program(transport, slack, fp8):
         whole = jax.shard_map(
             local,
             mesh=make_mesh({"data": 2, "expert": RANKS}),
-            in_specs=(tokens, tokens, tokens),
+            in_specs=(tokens, tokens, tokens, PartitionSpec("expert")),
             out_specs=(tokens, PartitionSpec()),
         )
 
     def with_gradients(x, experts, weights, cotangent):
-        y, pull, computed = jax.vjp(lambda x, w: whole(x, experts, w), x, weights, has_aux=True)
+        def of_real(x, weights, gains):
+            return whole(x, experts, weights, gains)
+
+        y, pull, computed = jax.vjp(of_real, x, weights, GAINS, has_aux=True)
         return y, *pull(cotangent), computed
 
     return jax.jit(with_gradients)
@@ -105,15 +113,16 @@ def _inputs(kind, D=D):
     return x, _choices(kind), rng.integers(1, 9, (TOKENS, K)).astype(np.float32), cotangent
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("transport", ["all_gather", "all_to_all", "ragged"])
-def test_every_transport_equals_local_to_the_bit(transport, monkeypatch):
+def test_every_transport_equals_local_to_the_bit(transport, recomputed, monkeypatch):
     """Evenly, in one round; all tokens to three experts of one rank, in many."""
     monkeypatch.setattr(expert_parallel.lax, "ragged_all_to_all", _emulated_ragged_all_to_all)
     for kind in ("even", "crowd"):
         *want, _ = _program("local", 2.0, False)(*_inputs(kind))
-        *got, computed = _program(transport, 1.5, False)(*_inputs(kind))
+        *got, computed = _program(transport, 1.5, False, recomputed)(*_inputs(kind))
         assert int(computed) == TOKENS * K
-        for name, g, w in zip(("y", "dx", "dweights"), got, want, strict=True):
+        for name, g, w in zip(("y", "dx", "dweights", "dgains"), got, want, strict=True):
             np.testing.assert_array_equal(g, w, f"{kind}: {name}")
 
 
