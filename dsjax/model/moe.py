@@ -203,6 +203,8 @@ class MoE(nnx.Module):
         """
         config = self.config
         experts, layer = stack or (self.experts, None)
+        # Inside a pipeline `on_shards` computes the layer again already.
+        recomputed &= not jax.sharding.get_abstract_mesh().manual_axes
         y_BTD, routing, counts_E, dropped_tokens = on_shards(
             partial(self._routed, length=length, recomputed=recomputed),
             (self.gate, experts, layer, x_BTD, documents_BT, experts_BTK),

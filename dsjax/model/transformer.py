@@ -278,8 +278,7 @@ class Transformer(nnx.Module):
                 experts_BTK,
                 lesson,
             )
-            normed_BTD = constrain(module.norm(hidden_BTD), "batch", "length", "width")
-            return hidden_BTD, (normed_BTD, statistics)
+            return hidden_BTD, (hidden_BTD, statistics)
 
         main_BTD = self.norm(x_BTD)
         if inputs.ahead is None:
@@ -288,6 +287,9 @@ class Transformer(nnx.Module):
         _, (mtp_DBTD, statistics) = jax.lax.scan(
             rematerialized(mtp_module, remat), first, (self.mtp, inputs.ahead, experts)
         )
+        # Here, or the backward pass would compute the modules' outputs again, for the norms alone.
+        mtp_DBTD = jax.vmap(RMSNorm.__call__)(self.mtp.norm, mtp_DBTD)
+        mtp_DBTD = constrain(mtp_DBTD, "end_layers", "batch", "length", "width")
         return Hidden(main_BTD, mtp_DBTD, statistics.routing, statistics.index_loss)
 
     def extend(

@@ -21,6 +21,14 @@ from dsjax.plan import collectives, operations, steps
 from dsjax.plan.programs import Program
 from dsjax.plan.topology import Topology, devices
 
+# The program is not run, so the machine code of its operations may be slow. Writing it well takes
+# most of the compiler's time, and begins when buffers and collectives are settled.
+_SLOW_CODE: dict[str, bool | str] = {
+    "xla_jf_convolution_performance_target": "0",  # a product's code: short, not unrolled
+    "xla_jf_critical_path_scheduler": False,
+    "xla_jf_vliw_scheduler": False,
+}
+
 
 class CompilerFigures(NamedTuple):
     """What the compiler says; bytes are per device. The peak is that of the program together with
@@ -37,7 +45,7 @@ class CompilerFigures(NamedTuple):
     # None where the program does not fit.
     temporary_bytes: int | None = None
     output_bytes: int | None = None  # results that do not take the memory of arguments
-    code_bytes: int | None = None
+    code_bytes: int | None = None  # of slow code, which is shorter than what would be run
     collectives: list[collectives.Collective] | None = None
     collectives_error: str | None = "the program does not fit"  # why there are none
 
@@ -65,6 +73,7 @@ def _compile(config: Planned, topology: Topology, step: str, folder: Path) -> Co
         keep_unused=True,
         compiler_options={
             **compiler_options(topology.target, mesh.size),
+            **_SLOW_CODE,
             "xla_dump_to": str(folder),
             "xla_dump_hlo_as_text": True,
         },

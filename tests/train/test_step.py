@@ -151,6 +151,12 @@ def test_step_is_the_same_on_every_mesh(sizes, eight_devices):
     _assert_same_run(_run(sizes), eight_devices)
 
 
+@pytest.mark.slow
+def test_rounds_of_dispatch_that_are_all_computed_again_change_nothing(eight_devices):
+    got = _run({"fsdp": 2, "expert": 2, "tensor": 2}, remat="full")
+    _assert_same_run(got, eight_devices)
+
+
 def test_accumulated_micro_batches_on_one_device_equal_one_batch_on_eight(eight_devices):
     _assert_same_run(_run({"data": 1}, micro_batch=8, **WHOLE), eight_devices)
 
