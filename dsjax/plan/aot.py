@@ -45,7 +45,7 @@ class CompilerFigures(NamedTuple):
     # None where the program does not fit.
     temporary_bytes: int | None = None
     output_bytes: int | None = None  # results that do not take the memory of arguments
-    code_bytes: int | None = None  # of slow code, which is shorter than what would be run
+    code_bytes: int | None = None  # of slow code, not of what a run would have
     collectives: list[collectives.Collective] | None = None
     collectives_error: str | None = "the program does not fit"  # why there are none
 

@@ -3,20 +3,23 @@
 The compiler's own count omits kernels and counts a loop's body once. Here a scan counts its trips
 and a kernel its own work. Whatever depends on data is counted as under an even load of the experts:
 a conditional takes its cheapest branch (later rounds of dispatch are for uneven loads), a grouped
-product has as many rows as its experts then get, and a loop of unknown length counts once.
+product has as many rows as its experts then get, and a loop of unknown length counts once. What
+nobody reads is not counted.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 # These say what they multiply; a grouped product says what it would if all rows were full.
 _SPARSE_KERNELS = ("index_scores", "chosen_blocks")
+# Equations that return what the program inside them returns.
+_CALLS = ("jit", "pjit", "closed_call", "checkpoint", "shard_map")
 
 
 def count(program: ClosedJaxpr, rows_per_expert: float) -> float:
@@ -28,15 +31,24 @@ def count(program: ClosedJaxpr, rows_per_expert: float) -> float:
     return _count(program.jaxpr, 1, rows_per_expert)
 
 
-def _count(jaxpr: Any, devices: int, rows: float) -> float:
+def _count(jaxpr: Any, devices: int, rows: float, wanted: Sequence[bool] | None = None) -> float:
     """
     Args:
       devices: how many run this part of the program, each on a shard of its own.
+      wanted: which results are read; None: all. XLA leaves out what nobody reads.
     """
-    return sum(_equation(equation, devices, rows) for equation in jaxpr.eqns)
+    wanted = wanted or [True] * len(jaxpr.outvars)
+    read = {id(result) for result, is_read in zip(jaxpr.outvars, wanted, strict=True) if is_read}
+    total = 0.0
+    for equation in reversed(jaxpr.eqns):
+        wanted = [id(result) in read for result in equation.outvars]
+        if any(wanted) or equation.effects:
+            read.update(map(id, equation.invars))
+            total += _equation(equation, devices, rows, wanted)
+    return total
 
 
-def _equation(equation: Any, devices: int, rows: float) -> float:
+def _equation(equation: Any, devices: int, rows: float, wanted: Sequence[bool]) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return devices * _dot(equation)
@@ -59,7 +71,9 @@ def _equation(equation: Any, devices: int, rows: float) -> float:
         others = [axis for axis in manual if axis not in ("expert", "pipe")]
         rows /= math.prod(mesh.shape[axis] for axis in others)
     trips = params["length"] if name == "scan" else 1
-    return trips * sum(_count(inner, devices, rows) for inner in _inner(params))
+    # What a call returns is what its program returns; what a loop returns, it may read itself.
+    results = wanted if name in _CALLS else None
+    return trips * sum(_count(inner, devices, rows, results) for inner in _inner(params))
 
 
 def _share(branch: Any) -> float:

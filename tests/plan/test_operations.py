@@ -48,6 +48,21 @@ def test_scan_counts_its_trips_and_a_checkpoint_its_recomputation():
     assert count(gradient, ws, x) == 4 * once
 
 
+def test_product_that_nobody_reads_does_not_count():
+    @jax.jit
+    def both(x):
+        return x @ x, x + x
+
+    def loop(x):
+        return jax.lax.fori_loop(0, 3, lambda _, y: y @ x, x)
+
+    x = shape(4, 4)
+    assert count(lambda x: both(x)[1], x) == 0
+    assert count(lambda x: both(x)[0], x) == 2 * 4**3
+    assert count(lambda x: (loop(x), x)[1], x) == 0
+    assert count(loop, x) == 3 * 2 * 4**3
+
+
 def test_conditional_counts_its_cheapest_branch():
     def maybe(go, x):
         return jax.lax.cond(go, lambda: x @ x, lambda: x)
