@@ -17,10 +17,10 @@ arXiv:2412.19437, section 2.1.2). With `fp8`, what is sent forward (activations 
 gradients in the backward pass) is E4M3 in 1 x 128 tiles with power-of-two scales; what is returned
 is not (section 3.3.3).
 
-No token is dropped. Shapes are static, so a rank computes a bounded number of rows at once: `slack`
+No token is dropped. Shapes are static, so a rank computes a bounded number of rows at once: `SLACK`
 times those of an even load. Overflow rows are processed in further rounds of dispatch, experts and
 combine, a loop that runs as often as the batch at hand needs: in the worst case all tokens go to
-one expert. Memory is thus bounded by `slack`, whatever the router does. The backward pass of that
+one expert. Memory is thus bounded by `SLACK`, whatever the router does. The backward pass of that
 loop is a loop too, which computes each round again. The first round stands before the loop, so that
 it keeps for the backward pass what the model's rematerialisation says; if that keeps nothing, it is
 part of the loop, and the program half as long.
@@ -96,7 +96,6 @@ def mixture(
     transport: Transport,
     max_ranks: int,
     fp8: bool = False,
-    slack: float = SLACK,
     recomputed: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Sends tokens to their experts and sums the results.
@@ -108,7 +107,6 @@ def mixture(
       experts_mK: int32, below `n_experts`, distinct for each token.
       weights_mK: float32.
       max_ranks: `max_ranks_per_token`.
-      slack: rows computed at once, relative to an even load.
       recomputed: whether the backward pass computes all of this again, the first round too.
 
     Returns:
@@ -120,11 +118,9 @@ def mixture(
 
     per_rank = n_experts // n_ranks
     if transport == "all_gather":
-        exchange = _ExchangeAll.of(x_mD, experts_mK, per_rank, n_ranks, slack, fp8)
+        exchange = _ExchangeAll.of(x_mD, experts_mK, per_rank, n_ranks, fp8)
     else:
-        exchange = _ExchangeSome.of(
-            transport, x_mD, experts_mK, per_rank, n_ranks, max_ranks, slack, fp8
-        )
+        exchange = _ExchangeSome.of(transport, x_mD, experts_mK, per_rank, n_ranks, max_ranks, fp8)
     given = experts, x_mD, weights_mK
     if recomputed and exchange.most_rounds > 1:
         y_mD, computed = _rounds_from(0, given, exchange)
@@ -226,11 +222,10 @@ class _ExchangeAll:
         experts_mK: jax.Array,
         per_rank: int,
         n_ranks: int,
-        slack: float,
         fp8: bool,
     ) -> _ExchangeAll:
         most_each = min(experts_mK.shape[1], per_rank)
-        at_once, most_rounds = _divide(experts_mK.size, slack, n_ranks * len(x_mD) * most_each)
+        at_once, most_rounds = _divide(experts_mK.size, n_ranks * len(x_mD) * most_each)
         experts_RK = _here(_move("all_gather", True, experts_mK, None), per_rank)
         n_R = (experts_RK < per_rank).sum(axis=1, dtype=jnp.int32)
         turn_R = (jnp.cumsum(n_R) - n_R) // at_once
@@ -281,7 +276,6 @@ class _ExchangeSome:
         per_rank: int,
         n_ranks: int,
         max_ranks: int,
-        slack: float,
         fp8: bool,
     ) -> _ExchangeSome:
         most_each = min(experts_mK.shape[1], per_rank)
@@ -297,7 +291,7 @@ class _ExchangeSome:
             buckets, sources, average = 1, n_ranks, experts_mK.size
         else:
             buckets, sources, average = n_ranks, 1, experts_mK.size / n_ranks
-        at_once, most_rounds = _divide(average, slack, sources * len(x_mD) * most_each)
+        at_once, most_rounds = _divide(average, sources * len(x_mD) * most_each)
         all_ranks_mN = _destinations(rank_mK, n_ranks)[:, :max_ranks]
         start_mN = jnp.take_along_axis(start_mE, jnp.minimum(all_ranks_mN, n_ranks - 1), axis=1)
         turn_mN = jnp.where(all_ranks_mN < n_ranks, start_mN // at_once, 0)
@@ -329,9 +323,9 @@ class _ExchangeSome:
         return x_RD, experts_RK, weights_RK, return_sums
 
 
-def _divide(average: float, slack: float, worst: int) -> tuple[int, int]:
+def _divide(average: float, worst: int) -> tuple[int, int]:
     """Returns the rows per round, and the rounds that the worst imbalance needs."""
-    at_once = min(max(int(-(-slack * average // 1)), _FEW_ROWS), worst)
+    at_once = min(max(int(-(-SLACK * average // 1)), _FEW_ROWS), worst)
     return at_once, -(-worst // at_once)
 
 

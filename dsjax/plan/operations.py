@@ -42,7 +42,7 @@ def _count(jaxpr: Any, devices: int, rows: float, wanted: Sequence[bool] | None 
     total = 0.0
     for equation in reversed(jaxpr.eqns):
         wanted = [id(result) in read for result in equation.outvars]
-        if any(wanted) or equation.effects:
+        if any(wanted):
             read.update(map(id, equation.invars))
             total += _equation(equation, devices, rows, wanted)
     return total
