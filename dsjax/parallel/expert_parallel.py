@@ -123,12 +123,12 @@ def mixture(
         exchange = _ExchangeSome.of(transport, x_mD, experts_mK, per_rank, n_ranks, max_ranks, fp8)
     given = experts, x_mD, weights_mK
     if recomputed and exchange.most_rounds > 1:
-        y_mD, computed = _rounds_from(0, given, exchange)
-        return y_mD.astype(x_mD.dtype), computed
+        summed: Any = _rounds_from(0, given, exchange)
+        return summed[0].astype(x_mD.dtype), summed[1]
     y_mD, computed = _round(0, *given, exchange)
     if exchange.most_rounds > 1:
-        later_mD, later = _rounds_from(1, given, exchange)
-        y_mD, computed = y_mD + later_mD, computed + later
+        later: Any = _rounds_from(1, given, exchange)
+        y_mD, computed = y_mD + later[0], computed + later[1]
     return y_mD.astype(x_mD.dtype), computed
 
 
@@ -168,8 +168,10 @@ def _rounds_backward(first: int, residuals: Any, cotangents: Any) -> tuple[Any, 
     dy_mD, _ = cotangents
 
     def gradients(index: jax.Array) -> Any:
-        _, pull = jax.vjp(lambda given: _round(index, *given, exchange)[0], given)
-        return pull(dy_mD)[0]
+        def sums(experts: Partial, x_mD: jax.Array, weights_mK: jax.Array) -> jax.Array:
+            return _round(index, experts, x_mD, weights_mK, exchange)[0]
+
+        return jax.vjp(sums, *given)[1](dy_mD)
 
     start = jax.tree.map(lambda x: vary_as(jnp.zeros_like(x), x), given)
     return _add_up(gradients, start, first, exchange.n_rounds), None
