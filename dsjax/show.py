@@ -108,11 +108,12 @@ def _step(config: Experiment) -> dict[str, int]:
 
 
 def _placed(declared: list[Declaration], config: Experiment) -> dict[str, Any]:
-    """Returns what one device holds of the parameters, the optimizer's two moments and, where a
-    policy is compared with one, the reference, in bytes.
+    """Returns what one device holds of the parameters, the optimizer's two moments and average, if
+    any, and, where a policy is compared with one, the reference, in bytes.
     """
     mesh = describe_mesh(config.mesh.sizes)
     moment = jnp.dtype(config.optim.moment_dtype)
+    average = jnp.dtype(jnp.float32).itemsize if config.optim.ema else 0
     compared = isinstance(config, Reinforcement) and config.rl.beta > 0
     reference = jnp.dtype(config.precision.compute).itemsize if compared else 0
     shards, problems = {}, []
@@ -130,7 +131,8 @@ def _placed(declared: list[Declaration], config: Experiment) -> dict[str, Any]:
         shards[parameter.path] = {
             "shape": list(local),
             "bytes": math.prod(local) * jnp.dtype(parameter.dtype).itemsize,
-            "optimizer_bytes": 2 * math.prod(moments) * moment.itemsize * trained,
+            "optimizer_bytes": trained
+            * (2 * math.prod(moments) * moment.itemsize + average * math.prod(local)),
             **({"reference_bytes": math.prod(local) * reference * trained} if compared else {}),
         }
     if problems:

@@ -45,6 +45,7 @@ from dsjax.precision.policy import Policy
 
 FLOAT32 = np.dtype(np.float32)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_AVERAGES = ("optimizer", "ema")  # where `dsjax.train.optimizer` keeps averages of weights
 # Up to this size, everything that the devices of a process need of a leaf is read at once, so that
 # devices whose slices share a tensor do not each read it.
 HOST_BYTES = 4 << 30
@@ -386,11 +387,15 @@ def _with_weights(
     tokenizer_folder: Path,
     kind: type[Transformer] = Transformer,
 ) -> Checkpoint:
-    """Checks arrays stored as leaves against the model's declarations."""
+    """Checks arrays stored as leaves against the model's declarations. Where a run's checkpoint
+    holds an average of a weight, the model has that.
+    """
     tensors, problems, cast = {}, [], set[np.dtype]()
     declared = jax.tree_util.tree_leaves_with_path(kind(model, Policy()), is_leaf=_is_variable)
     for keys, variable in declared:
         name = ("router" if isinstance(variable, RouterState) else "params", *_path(keys))
+        average = (*_AVERAGES, *_path(keys))
+        name = average if average in weights.leaves else name
         shape = variable.get_value().shape
         if name not in weights.leaves:
             problems.append(f"missing {'.'.join(name)} {list(shape)}")
@@ -398,7 +403,7 @@ def _with_weights(
             found = list(weights.leaves[name].shape)
             problems.append(f"{'.'.join(name)} is {found}, the config gives {list(shape)}")
         else:
-            tensors[name[1:]] = weights.tensors(name)
+            tensors[_path(keys)] = weights.tensors(name)
             if not stays_float32(variable):
                 cast.add(weights.leaves[name].dtype)
     left = {name[1:] for name in weights.leaves if name[0] in ("params", "router")}

@@ -100,6 +100,9 @@ class OptimConfig:
     epsilon: float = 1e-8
     clip_norm: float = 1.0  # 0: no clipping
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    # Share of the old value in a step of the weights' exponential moving average, which is then
+    # what is scored and written; 0: no average
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         require_positive("optim", self, "learning_rate", "epsilon")
@@ -107,6 +110,10 @@ class OptimConfig:
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optim.{name}={value} must lie in [0, 1)")
+        require(
+            0 <= self.ema < 1,
+            f"optim.ema={self.ema} must lie in [0, 1): 0.99 averages about 100 steps, 0 none",
+        )
         require_fraction("optim", self, "final_ratio")
         if self.schedule in ("cosine", "constant"):
             return

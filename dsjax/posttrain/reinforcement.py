@@ -32,7 +32,7 @@ from dsjax.train import header, hyperparameters, loop, pipelined_step, session
 from dsjax.train.batches import batch_sharding
 from dsjax.train.optimizer import adamw
 from dsjax.train.session import Session
-from dsjax.train.step import abstract_state, compile_step, declared_model, train_step
+from dsjax.train.step import abstract_state, compile_step, declared_model, scored_params, train_step
 
 
 def learn(
@@ -194,7 +194,7 @@ class Learning:
         assert isinstance(state, PolicyState)
         each = [number for number in numbers for _ in range(n)]
         answers = self.rollouts.answer(
-            self._cast(state.params),
+            self._cast(scored_params(state)),
             state.router,
             [heldout.prompts[number] for number in each],
             Sampling(temperature, self.config.rl.top_k, self.config.rl.top_p),

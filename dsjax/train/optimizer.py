@@ -2,8 +2,9 @@
 
 Paper: DeepSeek-V3 (arXiv:2412.19437), sections 3.3.3 (moments in bfloat16) and 4.2. The parts are
 optax's, put together such that a CPU passes over the state once. Added are the rounding of both
-moments when they are stored, the choice of what decays and of what trains, and a learning rate that
-is an argument of each update, so that a schedule never causes another compilation.
+moments when they are stored, the choice of what decays and of what trains, a learning rate that is
+an argument of each update, so that a schedule never causes another compilation, and the average of
+the weights that DeepSeek-V3 (section 3.2.3) and JanusFlow (arXiv:2411.07975, section 4.1) keep.
 
 Departure: the paper does not say what decays; here every matrix does, and no norm or bias.
 """
@@ -20,6 +21,8 @@ from flax import nnx
 
 from dsjax.config import OptimConfig
 from dsjax.model.layers import LAYER_AXES
+
+EMA = "ema"  # names the averages in the optimizer's state: optimizer.ema.head.weight, ...
 
 # Says whether a parameter trains, given its path, such as ("moe_layers", "ffn", "experts", "w_up"):
 # True, False, or, where a part of it trains, a float32 array of 0 and 1 that broadcasts over it.
@@ -49,7 +52,8 @@ def adamw(config: OptimConfig, trains: Trains = lambda path: True) -> Optimizer:
     before clipping. If that norm is not finite, nothing is updated: one NaN in a gradient would
     reach every parameter through the moments, for good. What does not train is left out of the
     norm, does not decay and keeps its bits. A parameter of which a part trains has moments for all
-    of it.
+    of it. With `optim.ema` the state holds, as EMA, the average of what trains, which begins with
+    the weights of the run's beginning.
     """
     clip = clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     chain = optax.named_chain(  # named, so that a checkpoint says optimizer.adam.mu.head.weight
@@ -88,7 +92,7 @@ def adamw(config: OptimConfig, trains: Trains = lambda path: True) -> Optimizer:
         fine: jax.Array | bool = True,
     ) -> tuple[nnx.State, optax.OptState, jax.Array]:
         trained, frozen = split(params)
-        grads = masked(grads)
+        grads, average = masked(grads), average_of(state)
         grad_norm = optax.tree.norm(grads)
         fine = jnp.isfinite(grad_norm) & fine
         changes, state = chain.update(grads, state, trained, fine=fine)
@@ -98,9 +102,30 @@ def adamw(config: OptimConfig, trains: Trains = lambda path: True) -> Optimizer:
             trained,
             masked(changes),  # type: ignore
         )
+        if average is not None:
+            average = jax.tree.map(
+                # In this form the average of what does not move keeps its bits.
+                lambda mean, new: jnp.where(fine, mean + (1 - config.ema) * (new - mean), mean),
+                average,
+                trained,
+            )
+            state = {**cast(dict[str, Any], state), EMA: average}
         return nnx.merge_state(trained, frozen), state, grad_norm
 
-    return Optimizer(split, lambda params: chain.init(split(params)[0]), update)
+    def init(params: nnx.State) -> optax.OptState:
+        trained, _ = split(params)
+        state = chain.init(trained)
+        if not config.ema:
+            return state
+        # Copied: a step is donated both, which must not be one buffer.
+        return {**cast(dict[str, Any], state), EMA: jax.tree.map(jnp.copy, trained)}
+
+    return Optimizer(split, init, update)
+
+
+def average_of(state: Any) -> nnx.State | None:
+    """Returns the averages that an optimizer's state holds of the parameters that train, if any."""
+    return state.get(EMA) if isinstance(state, dict) else None
 
 
 def clip_by_global_norm(largest: float) -> optax.GradientTransformation:

@@ -42,7 +42,7 @@ from dsjax.train.objective import (
     sum_over_micro_batches,
     weigh,
 )
-from dsjax.train.optimizer import Optimizer
+from dsjax.train.optimizer import EMA, Optimizer, average_of
 
 
 @jax.tree_util.register_dataclass
@@ -93,6 +93,8 @@ def abstract_state(
         shardings(shapes.router, mesh),
         shardings(shapes.optimizer, mesh, optimizer_spec),
     )
+    if (average := average_of(shapes.optimizer)) is not None:
+        placement.optimizer[EMA] = shardings(average, mesh)  # as the weights that it stands for
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -117,10 +119,21 @@ def initial_state(declared: Transformer, optimizer: Optimizer, mesh: Mesh, seed:
     return make(jax.random.key(seed))
 
 
+def scored_params(state: Any) -> nnx.State:
+    """Returns the weights that are scored and written: their averages, if the run keeps any
+    (`optim.ema`), and where none is kept, because nothing moves, the weights.
+
+    Args:
+      state: of a run, a `TrainState` or what has its attributes.
+    """
+    average = average_of(state.optimizer)
+    return state.params if average is None else nnx.merge_state(state.params, average)
+
+
 def restored_model(declared: Transformer, state: TrainState) -> Transformer:
-    """Returns the declared model with the values of a state."""
+    """Returns the declared model with the values of a state that are scored and written."""
     structure, *_ = split(declared)
-    return nnx.merge(structure, state.params, state.router)
+    return nnx.merge(structure, scored_params(state), state.router)
 
 
 def train_step(

@@ -15,13 +15,21 @@ from tests.golden import checkpoint
 from tests.golden.cases import Case
 
 
-def write_run(folder: Path, case: Case, *steps: int) -> None:
-    """Writes checkpoints of the case's model; an earlier step differs in its embedding."""
+def write_run(folder: Path, case: Case, *steps: int, average: float | None = None) -> None:
+    """Writes checkpoints of the case's model; an earlier step differs in its embedding.
+
+    Args:
+      average: what the average of the embedding's weights, as a run with `optim.ema` keeps it, is
+        more than they; None: the run keeps none.
+    """
     model, tree = checkpoint.parameters(case)
     checkpoints = store.Store(folder / "checkpoints", keep=len(steps))
     for step in steps:
         state = _state(tree)
         state["params"]["embed"]["weight"] += max(steps) - step
+        if average is not None:
+            embedding = state["params"]["embed"]["weight"] + average
+            state["optimizer"]["ema"] = {"embed": {"weight": embedding}}
         checkpoints.save(step, state, {"step": step})
     checkpoints.close()
     config = Config(name="run", model=model, data=DataConfig(sequence_length=64))

@@ -262,6 +262,15 @@ def test_checkpoint_of_a_run_is_the_newest_whole_one_or_the_one_named(tmp_path, 
         open_checkpoint(tmp_path)
 
 
+def test_of_a_run_that_averages_its_weights_the_averages_are_read(tmp_path, model):
+    """And what has none, since it does not train, as it is."""
+    write_run(tmp_path, MTP, 3, average=0.5)
+    found, want = leaves(dsjax.load(tmp_path)), leaves(model)
+    apart = [name for name in want if not np.array_equal(found[name], want[name])]
+    assert apart == [".embed.weight"] and found.keys() == want.keys()
+    assert_close(found[".embed.weight"], want[".embed.weight"] + 0.5, EXACT)
+
+
 def test_converted_checkpoint_that_is_not_whole_is_refused(folders, tmp_path):
     shutil.copytree(folders["converted"], tmp_path / "copy")
     (tmp_path / "copy" / "weights" / "_METADATA").unlink()

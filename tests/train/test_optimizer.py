@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from dsjax.config import OptimConfig
-from dsjax.train.optimizer import adamw, decay_mask
+from dsjax.train.optimizer import adamw, average_of, decay_mask
 
 AXES = {
     "w_up": ("layers", "embed", "ffn"),
@@ -99,7 +99,7 @@ def test_adamw_keeps_both_moments_in_bfloat16():
 
 @pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
 def test_nothing_changes_where_the_gradient_is_not_finite_or_the_caller_says_so(moment_dtype):
-    optimizer = adamw(OptimConfig(moment_dtype=moment_dtype))
+    optimizer = adamw(OptimConfig(moment_dtype=moment_dtype, ema=0.9))
     update = jax.jit(optimizer.update)
     params, state, _ = update(tree(1), optimizer.init(tree(0)), tree(0), jnp.float32(0.1))
     broken = jax.tree.map(lambda x: x.at[..., 0].set(jnp.nan), tree(2))
@@ -113,6 +113,42 @@ def test_nothing_changes_where_the_gradient_is_not_finite_or_the_caller_says_so(
         bool((got != want).any())
         for got, want in zip(*map(jax.tree.leaves, (after, [params, state])), strict=True)
     )
+
+
+def test_average_is_the_sum_of_all_weights_times_powers_of_its_ratio():
+    """Those of the beginning included, in float32, of what trains alone; and it changes nothing of
+    the weights.
+    """
+    ratio, steps = 0.9, 7
+
+    def trains(path):
+        if path[0] == "experts":  # one of them, as ESFT
+            return jnp.array([1.0, 0.0, 0.0]).reshape(1, 3, 1, 1)
+        return path[0] != "norm"
+
+    plain, averaging = (adamw(OptimConfig(ema=ema), trains) for ema in (0.0, ratio))
+    params = others = tree(0)
+    state, other_state = averaging.init(params), plain.init(params)
+    assert average_of(other_state) is None
+    update, other_update = jax.jit(averaging.update), jax.jit(plain.update)
+    seen = [arrays(params)]
+    for seed in range(1, steps + 1):
+        grads, _ = plain.split(tree(seed))
+        params, state, _ = update(grads, state, params, jnp.float32(0.1))
+        others, other_state, _ = other_update(grads, other_state, others, jnp.float32(0.1))
+        seen.append(arrays(params))
+    for one, other in zip(*map(jax.tree.leaves, (params, others)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    average = average_of(state)
+    assert average is not None and set(average) == set(SHAPES) - {"norm"}
+    for name, variable in average.items():
+        weights = [ratio**steps, *((1 - ratio) * ratio ** (steps - n) for n in range(1, steps + 1))]
+        want = sum(weight * each[name] for weight, each in zip(weights, seen, strict=True))
+        assert variable.get_value().dtype == jnp.float32
+        np.testing.assert_allclose(variable.get_value(), want, rtol=0, atol=1e-6, err_msg=name)
+        assert np.abs(want - seen[-1][name]).max() > 0.01
+    frozen = average["experts"].get_value()[:, 1:]
+    np.testing.assert_array_equal(frozen, tree(0)["experts"].get_value()[:, 1:])
 
 
 def test_update_copies_nothing():

@@ -83,7 +83,12 @@ def config_of(model, mesh, root):
             sample_tokens=0,
             tensorboard=False,
         ),
-        optim=OptimConfig(learning_rate=1e-2, warmup_steps=2, moment_dtype="bfloat16"),
+        optim=OptimConfig(
+            learning_rate=1e-2,
+            warmup_steps=2,
+            moment_dtype="bfloat16",
+            ema=0.9 if mesh == "fsdp" else 0.0,
+        ),
         precision=PrecisionConfig(compute="float32", fp8="on" if model == "fp8" else "off"),
         mesh=MeshConfig(**{"data": 1} | MESHES[mesh]),
     )

@@ -16,7 +16,7 @@ from dsjax.model.parameters import declarations
 from dsjax.parallel.mesh import make_mesh
 from dsjax.parallel.sharding import AXIS_TABLE
 from dsjax.train.loss import pretraining
-from dsjax.train.optimizer import adamw
+from dsjax.train.optimizer import EMA, adamw
 from dsjax.train.step import (
     TrainState,
     abstract_state,
@@ -225,13 +225,29 @@ def test_metrics_say_what_routing_did(eight_devices):
 
 def test_abstract_state_is_the_initial_state_without_memory():
     config, mesh = _config(), make_mesh({"fsdp": 4, "tensor": 2})
-    config = dataclasses.replace(config, optim=OptimConfig(moment_dtype="bfloat16"))
+    config = dataclasses.replace(config, optim=OptimConfig(moment_dtype="bfloat16", ema=0.9))
     declared, optimizer = _declared(config), adamw(config.optim)
     abstract = abstract_state(declared, optimizer, mesh)
     state = initial_state(declared, optimizer, mesh, seed=0)
     assert jax.tree.structure(abstract) == jax.tree.structure(state)
     for a, b in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
         assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
+
+
+def test_what_is_restored_of_a_run_that_averages_is_the_average():
+    """It lies where the weights lie, and only the step reads those."""
+    config, mesh = _config(), make_mesh({"data": 2, "fsdp": 4})
+    config = dataclasses.replace(config, optim=OptimConfig(ema=0.9))
+    declared, optimizer = _declared(config), adamw(config.optim)
+    state = initial_state(declared, optimizer, mesh, seed=0)
+    average = state.optimizer[EMA]
+    for mean, weight in zip(*map(jax.tree.leaves, (average, state.params)), strict=True):
+        assert mean.sharding == weight.sharding
+        np.testing.assert_array_equal(mean, weight)
+    moved = {**state.optimizer, EMA: jax.tree.map(lambda x: x + 1, average)}
+    model = restored_model(declared, dataclasses.replace(state, optimizer=moved))
+    for got, weight in ((model.embed, "embed"), (model.head, "head")):
+        np.testing.assert_array_equal(got.weight[...], state.params[weight]["weight"][...] + 1)
 
 
 def test_restored_model_has_the_state_s_values(eight_devices):
