@@ -92,10 +92,10 @@ def _assembled(
     return leaf
 
 
-def published(eyes: Eyes, parts: list[Part]) -> dict[str, np.ndarray]:
+def published(module: nnx.Module, parts: list[Part]) -> dict[str, np.ndarray]:
     """Returns the tensors as published, in the dtype that each leaf has."""
-    names = [each.path for each in declarations(eyes)]
-    leaves = dict(zip(names, jax.tree.leaves(eyes), strict=True))
+    names = [each.path for each in declarations(module)]
+    leaves = dict(zip(names, jax.tree.leaves(module), strict=True))
     return {
         part.name: part.published(np.asarray(leaves[".".join(part.path)])[part.slot])
         for part in parts

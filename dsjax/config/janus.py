@@ -40,14 +40,26 @@ class JanusConfig:
     blank: float = 0.1  # share of drawings whose prompt is blanked out, for guidance
     sequence_length: int = 4096  # tokens per row, into which examples are packed
     vae: str = ""  # the folder of the VAE, stabilityai/sdxl-vae, where JanusFlow is to draw
+    # weight of the loss that aligns what an inner layer makes of a drawing with what the tower sees
+    # of the picture (JanusFlow, section 3.4); 0: none. JanusFlow's is 1
+    align: float = 0.0
+    align_layer: int = 6  # the layer of the language model, counted from 1
+    # what projects its states, alignment.safetensors of an earlier stage; empty: begins anew
+    alignment: str = ""
     question: str = "Describe the picture."  # asked where a pair has a text and no question
     heldout_fraction: float = 0.02  # of the examples of each kind; 0: none, and no held-out loss
     cache_dir: str = ""  # of codes, latents, and pictures in tables; empty: see data.cache_dir
     seed: int = 0  # of the order, and of which prompts are blanked out
 
     def __post_init__(self) -> None:
-        require_not_negative("janus", self, "seed")
+        require_not_negative("janus", self, "seed", "align")
+        require_positive("janus", self, "align_layer")
         require_fraction("janus", self, "blank")
+        require(
+            not self.alignment or self.align > 0,
+            f"janus.alignment={self.alignment} is read where janus.align is above 0; set "
+            "janus.align=1 or leave janus.alignment out",
+        )
         require(
             self.sequence_length >= 2,
             f"janus.sequence_length={self.sequence_length} must be at least 2",
@@ -60,6 +72,11 @@ class JanusConfig:
             len(self.ratio) == len(KINDS) and min(self.ratio) >= 0 and max(self.ratio) > 0,
             f"janus.ratio={self.ratio} must be three whole numbers, not all 0: the rows of see, "
             "text and draw",
+        )
+        require(
+            not self.align or self.ratio[-1] > 0,
+            f"janus.align={self.align} aligns drawings, and janus.ratio={self.ratio} has none; "
+            "set janus.align=0",
         )
         unknown = [part for part in self.trains if part not in PARTS]
         require(
@@ -97,6 +114,12 @@ class Janus(PostTraining):
             )
         if self.model is None:
             return
+        layers = self.model.n_layers
+        require(
+            not self.janus.align or self.janus.align_layer <= layers,
+            f"janus.align_layer={self.janus.align_layer} is not one of the language model's "
+            f"{layers} layers; choose 1 to {layers}",
+        )
         length, limit = self.sequence_length, self.model.max_seq_len
         require(
             length <= limit,

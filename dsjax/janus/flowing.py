@@ -2,10 +2,9 @@
 
 Between noise z0 and a picture's latents x lies z_t = t x + (1 - t) z0. The model is given z_t and
 the time t, of 0 to 1, and predicts the velocity x - z0; the loss is the squared error. Times are
-the logistic function of a standard normal number: logit-normal. What we read of the paper, which
-was not all of it, gives no parameters; these are the defaults of arXiv:2403.03206, which it cites.
-Latents, noise and time of a drawing follow from one number, so that a run that was stopped goes on
-with the same ones.
+the logistic function of a standard normal number: logit-normal. The paper gives no parameters;
+these are the defaults of arXiv:2403.03206, which it cites. Latents, noise and time of a drawing
+follow from one number, so that a run that was stopped goes on with the same ones.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 
 from dsjax.config.vision import PATCH
 from dsjax.parallel.sharding import constrain, divisible
+from dsjax.vision.alignment import Alignment, cosine
 from dsjax.vision.eyes import Brush
 
 
@@ -87,13 +87,39 @@ def squared_error(brush: Brush, hidden_BTD: jax.Array, drawings: Drawings) -> ja
     Args:
       hidden_BTD: the language model's final states of whole rows.
     """
+    way = way_of(drawings)
+    noisy = brush.read(way.latents_BYXC, way.time_B)
+    velocity_BYXC = brush.velocity(_states(hidden_BTD, drawings), noisy)
+    error_B = jnp.square(velocity_BYXC - way.velocity_BYXC).mean(axis=(1, 2, 3))
+    return drawings.n_positions * _sum(error_B, drawings)
+
+
+def misalignment(
+    alignment: Alignment, inner_BTD: jax.Array, seen_BTD: jax.Array, drawings: Drawings
+) -> jax.Array:
+    """Sums, over all positions, the negative cosine of what is projected of a position's state and
+    of what the tower sees there, float32 (section 3.4, equation 8).
+
+    Args:
+      inner_BTD: the states of whole rows after an inner layer.
+      seen_BTD: the tower's features of the pictures that are drawn, those of the first row, the
+        second, ..., and as many others as these lack to divide over the mesh.
+    """
+    found_BT = cosine(alignment(_states(inner_BTD, drawings)), seen_BTD)
+    return -_sum(found_BT.sum(axis=-1), drawings)
+
+
+def _states(hidden_BTD: jax.Array, drawings: Drawings) -> jax.Array:
+    """Returns the states of each drawing's latents, in the order of `way_of`, [drawings, T, D]."""
     B, N = drawings.starts.shape
     n, D = drawings.n_positions, hidden_BTD.shape[-1]
     places = jnp.maximum(drawings.starts, 0)[..., None] + jnp.arange(1, n + 1)[None, None]
     states = jnp.take_along_axis(hidden_BTD, places.reshape(B, N * n, 1), axis=1)
-    way = way_of(drawings)
-    noisy = brush.read(way.latents_BYXC, way.time_B)
-    velocity_BYXC = brush.velocity(divisible(states.reshape(B * N, n, D)), noisy)
-    error_B = jnp.square(velocity_BYXC - way.velocity_BYXC).mean(axis=(1, 2, 3))[: B * N]
-    # Selected, not multiplied: where nothing is drawn, an error may be infinite.
-    return n * jnp.where(drawings.starts.reshape(-1) >= 0, error_B, 0.0).sum()
+    return divisible(states.reshape(B * N, n, D))
+
+
+def _sum(of_each: jax.Array, drawings: Drawings) -> jax.Array:
+    """Sums what each drawing has, in the order of `way_of`."""
+    starts = drawings.starts.reshape(-1)
+    # Selected, not multiplied: where nothing is drawn, a loss may be infinite.
+    return jnp.where(starts >= 0, of_each[: len(starts)], 0.0).sum()

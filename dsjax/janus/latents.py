@@ -2,8 +2,7 @@
 
 What is stored of a picture are the means and the standard deviations that its latents are drawn
 from, in the units of `dsjax.vision.vae`: float32, 74 kB for 384 x 384 pixels. Latents are drawn
-from them anew in every epoch, as diffusers' trainers do; what we read of JanusFlow's paper, which
-was not all of it, does not say.
+from them anew in every epoch, as diffusers' trainers do; JanusFlow's paper does not say.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@ where a noisy picture moves.
 
 The loss is one mean over everything that is predicted, without weights between the kinds (Janus,
 arXiv:2410.13848, section 3.3): tokens and codes in nats; where a model draws by a flow, the squared
-error of each position (`dsjax.janus.flowing`), as much as a token. What we read of JanusFlow's
-paper, which was not all of it, does not say how it adds up the two. A micro-batch holds, in this
-order and in fixed numbers, rows that see, rows of text and rows that draw. Beside `tokens` and
-`segment_ids` it has
+error of each position (`dsjax.janus.flowing`), as much as a token, and with `janus.align` its
+negative cosine. JanusFlow's paper adds these two (arXiv:2411.07975v2, section 3.4) and does not say
+how much a position counts beside a token. A micro-batch holds, in this order and in fixed numbers,
+rows that see, rows of text and rows that draw. Beside `tokens` and `segment_ids` it has
 
   weights   float32 [..., T + 1], 1 for the tokens of text to predict
   codes     int32 [..., T + 1], the code that stands at a position; -1 where none does
@@ -15,6 +15,7 @@ order and in fixed numbers, rows that see, rows of text and rows that draw. Besi
   pictures  uint8 [..., P, size, size, 3], the squares of a row's pictures
   large     the same for a second tower, if there is one
   latents, seeds, starts   of the drawings of a row, if they are drawn by a flow: `Drawings`
+  drawn     uint8 [..., N, size, size, 3], the squares that they draw, if `janus.align` wants them
 
 An input is replaced where a feature or a code stands. A code is predicted from the position before
 it, the first one from the token that begins a picture; a velocity from the position itself.
@@ -64,6 +65,8 @@ class Targets(NamedTuple):
     # uint8 [..., rows that see, P, size, size, 3], as the first tower sees them, and the second
     pictures: tuple[jax.Array, ...]
     drawings: Drawings | None  # of the rows that draw
+    # uint8 [..., rows that draw, N, size, size, 3], what they draw as the first tower sees it
+    drawn: jax.Array | None
 
 
 class Counts(NamedTuple):
@@ -88,12 +91,12 @@ def seeing_and_drawing(config: Janus, rules: pictures.Rules) -> Objective:
     """Returns the objective of a run. It asks for no knobs.
 
     Its sums are, of each kind in `janus.ratio`, the nats of what its rows predict and their number,
-    such as `draw` and `draw_targets`.
+    such as `draw` and `draw_targets`; and with `janus.align` those of `flowing.misalignment`.
 
     Args:
       rules: how a picture's bytes become the tower's numbers.
     """
-    train, counts = config.train, Counts(*config.counts)
+    train, counts, align = config.train, Counts(*config.counts), config.janus.align
     balance = BalanceWeights.of(train, config.shape, isolated=True)
     balanced = any((balance.sequence, balance.expert, balance.device, balance.communication))
 
@@ -104,18 +107,30 @@ def seeing_and_drawing(config: Janus, rules: pictures.Rules) -> Objective:
             found = found + targets.drawings.counted.sum(axis=1)
         n_targets = jnp.maximum(found.sum(), 1.0)
         each = jnp.broadcast_to(1.0 / n_targets, found.shape)
-        return Weights({kind: each for kind in counts.kinds}, found / n_targets)
+        factors = {kind: each for kind in counts.kinds}
+        if align:
+            factors["align"] = align * each
+        return Weights(factors, found / n_targets)
 
     def sums(model: Any, hidden: Hidden, targets: Targets, knobs: Knobs) -> Sums:
         del knobs
-        return _sums(model, hidden, targets, counts, train.loss_chunk)
+        found = _sums(model, hidden, targets, counts, train.loss_chunk)
+        if align:
+            found["align"] = _misalignment(model, hidden, targets, counts, rules)
+        return found
 
     return Objective(
-        ForwardPass(True, False, balance if balanced else None, train.remat),
+        ForwardPass(
+            True,
+            False,
+            balance if balanced else None,
+            train.remat,
+            inner=config.janus.align_layer if align else None,
+        ),
         functools.partial(_targets, counts=counts),
         weights,
         sums,
-        functools.partial(_metrics, kinds=counts.kinds),
+        functools.partial(_metrics, kinds=counts.kinds, align=align),
         functools.partial(_embeddings, counts=counts, rules=rules),
     )
 
@@ -135,6 +150,7 @@ def _targets(batch: Batch, counts: Counts) -> Targets:
             batch[name][:, : counts.see] for name in ("pictures", "large") if name in batch
         ),
         drawings=_drawings(batch, counts),
+        drawn=batch["drawn"][:, -counts.draw :] if "drawn" in batch else None,
     )
 
 
@@ -192,10 +208,26 @@ def _sums(model: Any, hidden: Hidden, targets: Targets, counts: Counts, chunk: i
     return found
 
 
-def _metrics(sums: Sums, kinds: list[str]) -> Metrics:
+def _misalignment(
+    model: Any, hidden: Hidden, targets: Targets, counts: Counts, rules: pictures.Rules
+) -> jax.Array:
+    """Looks at what is drawn, without a gradient for the tower, and compares; see
+    `flowing.misalignment`.
+    """
+    assert hidden.inner_BTD is not None and targets.drawn is not None and targets.drawings
+    tower = jax.lax.stop_gradient(model.eyes.tower)
+    seen_BTD = tower(divisible(_normalized(targets.drawn, rules)))
+    inner_BTD = hidden.inner_BTD[counts.rows("draw")]
+    return flowing.misalignment(model.alignment, inner_BTD, seen_BTD, targets.drawings)
+
+
+def _metrics(sums: Sums, kinds: list[str], align: float) -> Metrics:
     counts = {kind: sums[f"{kind}_targets"] for kind in kinds}
     each = {f"{kind}_loss": sums[kind] / jnp.maximum(counts[kind], 1.0) for kind in kinds}
     nats = jnp.asarray(sum(sums[kind] for kind in kinds))
+    if align:
+        each["align_loss"] = sums["align"] / jnp.maximum(counts["draw"], 1.0)
+        nats += align * sums["align"]
     return {"loss": nats / jnp.maximum(jnp.asarray(sum(counts.values())), 1.0), **each}
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from dsjax.data.shuffling import mix, permute, stream_key
 from dsjax.infer.drawing import blanked
 from dsjax.infer.pictured import PicturedFormat
+from dsjax.janus.encodings import square_of
 from dsjax.janus.examples import Examples
 from dsjax.posttrain.rows import pack
 from dsjax.vision import pictures
@@ -35,6 +36,7 @@ class Shape:
       large: sides of what a second tower sees of it; 0: there is none.
       n_drawings: by a flow, for which there is room.
       latents: of such a drawing, rows, columns and channels; (): the model does not draw by a flow.
+      drawn: sides of what a tower sees of such a drawing; 0: nothing.
     """
 
     length: int
@@ -43,6 +45,7 @@ class Shape:
     large: int = 0
     n_drawings: int = 0
     latents: tuple[int, ...] = ()
+    drawn: int = 0
 
 
 class ExampleRows:
@@ -92,6 +95,9 @@ class ExampleRows:
                 self._draw_codes(row, span, example, epoch)
             elif self._examples.latents is not None:
                 self._draw_latents(row, span, example, epoch)
+                if shape.drawn:
+                    picture = self._examples.pictures[example]
+                    row["drawn"][segment - 1] = square_of(picture, shape.drawn)
             elif self._examples.pictures:
                 n_shown += self._show(row, span, example, n_shown)
             end += len(ids)
@@ -178,6 +184,8 @@ def empty_row(shape: Shape, pad: int) -> dict[str, np.ndarray]:
         row["latents"] = np.zeros((n, 2, *shape.latents), np.float32)
         row["seeds"] = np.zeros(n, np.uint32)
         row["starts"] = np.full(n, -1, np.int32)
+    if shape.drawn:
+        row["drawn"] = np.zeros((n, shape.drawn, shape.drawn, 3), np.uint8)
     return row
 
 

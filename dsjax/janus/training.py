@@ -16,9 +16,11 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
+from dsjax.checkpoint import alignment
 from dsjax.checkpoint.eyes import load_eyes
 from dsjax.checkpoint.importing import copy_side_files, side_files
 from dsjax.checkpoint.load import Checkpoint, open_checkpoint
@@ -44,6 +46,7 @@ from dsjax.precision.policy import advice
 from dsjax.train import header, hyperparameters, loop, session
 from dsjax.train.batches import batch_sharding, place_all
 from dsjax.train.evaluate import batch_sums
+from dsjax.train.initial import new_values
 from dsjax.train.optimizer import Optimizer, Trains, adamw
 from dsjax.train.session import Session
 from dsjax.train.source import RowSource
@@ -117,6 +120,11 @@ def open_initial(config: Janus) -> tuple[Checkpoint, PicturedFormat]:
             "Janus-Pro, JanusFlow, DeepSeek-VL or VL2, or with model/ of an earlier stage"
         )
     check_sight(config, form.vision)
+    if config.janus.alignment and not Path(config.janus.alignment).is_file():
+        raise ValueError(
+            f"janus.alignment={config.janus.alignment} is not a file; name {alignment.FILE} in the "
+            "folder of the run of an earlier stage, or leave it out to begin anew"
+        )
     if config.counts[KINDS.index("draw")] and form.vision.flow and not config.janus.vae:
         raise ValueError(
             f"{config.init} draws latents, and the VAE that makes them of pictures is not in its "
@@ -132,14 +140,19 @@ def open_initial(config: Janus) -> tuple[Checkpoint, PicturedFormat]:
 
 
 def check_sight(config: Janus, vision: VisionConfig) -> None:
-    """Raises ValueError if a model cannot draw what `janus.ratio` asks for, or has no
-    `janus.trains`.
+    """Raises ValueError if a model cannot draw what `janus.ratio` asks for, has no `janus.trains`,
+    or nothing that `janus.align` aligns.
     """
     n_draw = config.counts[KINDS.index("draw")]
     if (n_draw or "drawing" in config.janus.trains) and not vision.draws:
         raise ValueError(
             f"{config.init} sees and does not draw; set janus.ratio=1,0,0 or 1,1,0, and leave "
             "drawing out of janus.trains"
+        )
+    if config.janus.align and not vision.flow:
+        raise ValueError(
+            f"janus.align={config.janus.align} is for JanusFlow, and {config.init} is not one; set "
+            "janus.align=0"
         )
 
 
@@ -189,7 +202,7 @@ def read_data(
         n_rows = len(training[-1] or ())
         say(f"janus.{kind}: {len(kept):,} in {n_rows:,} rows, {len(held):,} held out")
     every = [part for part in (*training, *heldout) if part]
-    shape = _shape(form, length, every)
+    shape = _shape(config, form, every)
     mixed = functools.partial(MixedKinds, counts=config.counts, shape=shape, seed=own.seed)
     whole = all(
         part is not None for part, count in zip(heldout, config.counts, strict=True) if count
@@ -208,26 +221,30 @@ def _open_autoencoder(config: Janus, checkpoint: Checkpoint, vision: VisionConfi
     return load_eyes(checkpoint, dtype=np.float32).pencil.vq
 
 
-def _shape(form: PicturedFormat, length: int, parts: Sequence[ExampleRows]) -> Shape:
+def _shape(config: Janus, form: PicturedFormat, parts: Sequence[ExampleRows]) -> Shape:
     vision, side = form.vision, PATCH * form.vision.code_grid
     n_drawings = max(part.most_drawings for part in parts)
     return Shape(
-        length,
+        config.sequence_length + 1,
         n_pictures=max(part.most_pictures for part in parts),
         size=vision.tower.image_size,
         large=vision.high.image_size if vision.high else 0,
         n_drawings=n_drawings,
         latents=(side, side, vision.flow.latent_channels) if n_drawings and vision.flow else (),
+        drawn=vision.tower.image_size if config.janus.align else 0,
     )
 
 
 def trained_parts(parts: tuple[str, ...]) -> Trains:
-    """Says which parameters `janus.trains` names, for `optimizer.adamw`. The VQ tokenizer, a
-    tower's pooling head, which nothing reads, and MTP modules never train.
+    """Says which parameters `janus.trains` names, for `optimizer.adamw`. What aligns drawings
+    always trains. The VQ tokenizer, a tower's pooling head, which nothing reads, and MTP modules
+    never do.
     """
     named = {name for part in parts for name in _PARTS.get(part, ())}
 
     def trains(path: tuple[Any, ...]) -> bool:
+        if path[0] == "alignment":
+            return True
         if path[0] != "eyes":
             return "language" in parts and path[0] != "mtp"
         return path[1] in named and path[1:3] not in (("pencil", "vq"), ("tower", "pool"))
@@ -272,7 +289,7 @@ class JanusRun:
         run.begin(
             RowSource(data.training, mesh, micro_batch_size=size, length=length + 1),
             abstract,
-            lambda: first_state(checkpoint, optimizer, abstract, mesh),
+            lambda: first_state(config, checkpoint, self.declared, optimizer, abstract, mesh),
             mesh=mesh,
             flops_per_token=flops,
         )
@@ -330,16 +347,25 @@ class JanusRun:
             text = self.checkpoint.tokenizer_folder
             copy_side_files([f for f in side_files(text) if f.name != "config.json"], partial)
         whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+        def gather(array: jax.Array) -> np.ndarray:
+            return np.asarray(whole(array))
+
+        model = cast(Sighted, restored_model(self.declared, self.session.state))
         write_sighted(
             partial,
-            cast(Sighted, restored_model(self.declared, self.session.state)),
+            model,
             hf.family,
             hf.beside.parts,
             hf.config,
             np.dtype(self.checkpoint.dtype),
-            lambda array: np.asarray(whole(array)),
+            gather,
             writes=first,
         )
+        if self.config.janus.align:
+            projects = jax.tree.map(gather, model.alignment)
+            if first:
+                alignment.write_alignment(target.parent, projects)
         if first:
             shutil.rmtree(target, ignore_errors=True)
             publish(partial, target)
@@ -352,14 +378,32 @@ def declared_sighted(config: Janus, vision: VisionConfig, target: Target | None 
       target: the machine to compile for; None: JAX's own devices.
     """
     policy = declared_model(config.shape, config.precision, target).policy
-    return Sighted(config.shape, vision, policy)
+    return Sighted(config.shape, vision, policy, aligns=config.janus.align > 0)
 
 
 def first_state(
-    checkpoint: Checkpoint, optimizer: Optimizer, abstract: TrainState, mesh: Mesh
+    config: Janus,
+    checkpoint: Checkpoint,
+    declared: Sighted,
+    optimizer: Optimizer,
+    abstract: TrainState,
+    mesh: Mesh,
 ) -> TrainState:
-    """Returns the state before the first step: the checkpoint's weights, and new moments."""
+    """Returns the state before the first step: the checkpoint's weights, new moments and, with
+    `janus.align`, the projection of `janus.alignment` or a new one.
+
+    Raises:
+      ValueError: files are damaged, or they do not fit the model or the mesh.
+    """
     params, router = load_masters(checkpoint, mesh)
+    if config.janus.alignment:
+        found = alignment.load_alignment(Path(config.janus.alignment), declared.alignment, mesh)
+        _, own, _ = nnx.split(found, nnx.Param, ...)
+        params = nnx.merge_state(params, nnx.State({"alignment": own}))
+    elif config.janus.align:
+        paths = [path for path, _ in nnx.to_flat_state(abstract.params) if path[0] == "alignment"]
+        new = new_values(declared, abstract, paths, config.janus.seed)
+        params = nnx.merge_state(params, nnx.from_flat_state(new))
     placement = jax.tree.map(lambda leaf: leaf.sharding, abstract.optimizer)
     moments = jax.jit(optimizer.init, out_shardings=placement)(params)
     return TrainState(params, router, moments)

@@ -177,13 +177,18 @@ def run_layers(
     experts_LBTK: jax.Array | None = None,
     present_L: jax.Array | None = None,
     lesson: Lesson | None = None,
-) -> tuple[jax.Array, Statistics]:
+    inner: int | None = None,
+) -> tuple[jax.Array, Statistics, jax.Array | None]:
     """Runs a stack of layers on whole sequences.
 
     Args:
       experts_LBTK: int32, the layers' choices to replay; None: their routers choose.
       lesson: what indexers learn from; None: nothing.
       present_L: bool; an absent layer runs, but changes and counts nothing. None: all are present.
+      inner: the layer, counted from 1, whose output is wanted too; None: none is.
+
+    Returns:
+      the last layer's output, the layers' statistics, and the inner layer's output.
     """
 
     context = context._replace(recomputed=remat == "full")
@@ -197,8 +202,20 @@ def run_layers(
         statistics = jax.tree.map(lambda x: jnp.where(present, x, jnp.zeros_like(x)), statistics)
         return jnp.where(present, y_BTD, x_BTD), statistics
 
-    rows = (layers, experts_LBTK, present_L)
-    return jax.lax.scan(rematerialized(layer, remat), x_BTD, rows)
+    rows, run = (layers, experts_LBTK, present_L), rematerialized(layer, remat)
+    if inner is None:
+        x_BTD, statistics = jax.lax.scan(run, x_BTD, rows)
+        return x_BTD, statistics, None
+
+    # Carried, since outputs of a scan would be kept of every layer.
+    def noting(carry: tuple[jax.Array, jax.Array, jax.Array], row: Any):
+        x_BTD, noted_BTD, number = carry
+        x_BTD, statistics = run(x_BTD, row)
+        return (x_BTD, jnp.where(number == inner, x_BTD, noted_BTD), number + 1), statistics
+
+    start = (x_BTD, jnp.zeros_like(x_BTD), jnp.int32(1))
+    (x_BTD, noted_BTD, _), statistics = jax.lax.scan(noting, start, rows)
+    return x_BTD, statistics, noted_BTD
 
 
 def rematerialized(function: Callable[..., Any], remat: str) -> Callable[..., Any]:

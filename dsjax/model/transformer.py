@@ -43,6 +43,7 @@ class Hidden(NamedTuple):
     routing: RoutingStatistics | None  # stacked over MoE layers, then MTP modules
     # float32, of the layers with an indexer, then of the MTP modules; see `Statistics`
     index_loss: jax.Array | None = None
+    inner_BTD: jax.Array | None = None  # after an inner layer, without a norm; on request
 
 
 class Extended(NamedTuple):
@@ -145,6 +146,7 @@ class Transformer(nnx.Module):
         embeddings: Embeddings | None = None,
         experts_LBTK: jax.Array | None = None,
         lesson: Lesson | None = None,
+        inner: int | None = None,
     ) -> Hidden:
         """Runs the model on prepared tokens, in their order.
 
@@ -156,6 +158,7 @@ class Transformer(nnx.Module):
             followed by those of the MTP modules. Weights still come from the routers, with
             gradients. None: the routers choose.
           lesson: what the layers' indexers learn from; None: nothing.
+          inner: the layer of the body, counted from 1, whose output is wanted too.
         """
         context = self.context(inputs)
         x_BTD, prefix = self.enter(inputs, context, remat, embeddings, lesson)
@@ -164,10 +167,12 @@ class Transformer(nnx.Module):
         if experts_LBTK is not None:
             own, ahead = jnp.split(experts_LBTK, [self.config.n_moe_layers])
         if isinstance(body, MixedLayers):
-            assert experts_LBTK is None and balance is None and lesson is None
+            assert experts_LBTK is None and balance is None and lesson is None and inner is None
             x_BTD = body(x_BTD, inputs.tokens, inputs.segment_ids)
             return self.leave(x_BTD, inputs, context, balance=balance, remat=remat)
-        x_BTD, found = run_layers(body, x_BTD, context, balance, remat, own, lesson=lesson)
+        x_BTD, found, inner_BTD = run_layers(
+            body, x_BTD, context, balance, remat, own, lesson=lesson, inner=inner
+        )
         hidden = self.leave(
             x_BTD, inputs, context, balance=balance, remat=remat, experts=ahead, lesson=lesson
         )
@@ -175,6 +180,7 @@ class Transformer(nnx.Module):
         return hidden._replace(
             routing=_joined(found.routing, hidden.routing),
             index_loss=jnp.concatenate(losses) if losses else None,
+            inner_BTD=inner_BTD,
         )
 
     @property
@@ -229,7 +235,7 @@ class Transformer(nnx.Module):
         x_BTD = self._embed(inputs.tokens, embeddings)
         if not (self.config.n_moe_layers and self.config.n_dense_layers):
             return x_BTD, None
-        x_BTD, statistics = run_layers(
+        x_BTD, statistics, _ = run_layers(
             self.dense_layers, x_BTD, context, None, remat, lesson=lesson
         )
         return x_BTD, statistics.index_loss

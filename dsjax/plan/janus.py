@@ -81,6 +81,7 @@ def fullest(config: Janus) -> Shape:
         large=vision.high.image_size if vision.high else 0,
         n_drawings=n_drawings,
         latents=(side, side, flow.latent_channels) if n_drawings and flow else (),
+        drawn=vision.tower.image_size if config.janus.align else 0,
     )
 
 

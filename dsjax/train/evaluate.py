@@ -94,7 +94,7 @@ def batch_sums(
     def sums(state: TrainState, batch: dict[str, jax.Array], knobs: Knobs) -> Sums:
         model, inputs, targets = _read(declared, objective, state, batch)
         embeddings = replacing(objective, model, targets)
-        hidden = model.forward(inputs, embeddings=embeddings)
+        hidden = model.forward(inputs, embeddings=embeddings, inner=objective.forward.inner)
         return objective.sums(model, hidden, targets, knobs)
 
     return sums

@@ -12,6 +12,7 @@ experts per token) is the config's own.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -75,22 +76,30 @@ def state_of(
     abstract = abstract_state(declared, optimizer, mesh)
     _, loaded, router = split(load(checkpoint, mesh=mesh, dtype=np.float32))
     known = dict(nnx.to_flat_state(loaded))
-    lacking = {
+    lacking = [path for path, _ in nnx.to_flat_state(abstract.params) if path not in known]
+    params = nnx.from_flat_state(known | new_values(declared, abstract, lacking, seed))
+    placement = jax.tree.map(lambda leaf: leaf.sharding, abstract.optimizer)
+    moments = jax.jit(optimizer.init, out_shardings=placement)(params)
+    return TrainState(params, router, moments)
+
+
+def new_values(
+    declared: Transformer, abstract: TrainState, paths: Collection[Any], seed: int
+) -> dict[Any, Any]:
+    """Returns random values of some parameters by their paths, each device its own part."""
+    placement = {
         path: jax.tree.map(lambda leaf: leaf.sharding, variable)
         for path, variable in nnx.to_flat_state(abstract.params)
-        if path not in known
+        if path in paths
     }
 
     def new(key: jax.Array) -> dict[Any, Any]:
         values = dict(nnx.to_flat_state(split(initialize(declared, key))[1]))
-        return {path: values[path] for path in lacking}
+        return {path: values[path] for path in placement}
 
-    if lacking:
-        known |= jax.jit(new, out_shardings=lacking)(jax.random.key(seed))
-    params = nnx.from_flat_state(known)
-    placement = jax.tree.map(lambda leaf: leaf.sharding, abstract.optimizer)
-    moments = jax.jit(optimizer.init, out_shardings=placement)(params)
-    return TrainState(params, router, moments)
+    if not placement:
+        return {}
+    return jax.jit(new, out_shardings=placement)(jax.random.key(seed))
 
 
 def _may_be_new(path: str) -> bool:

@@ -50,6 +50,7 @@ class ForwardPass(NamedTuple):
     balance: BalanceWeights | None
     remat: str
     lesson: Lesson | None = "sparse"  # without effect on a model without an indexer
+    inner: int | None = None
 
 
 class Weights(NamedTuple):

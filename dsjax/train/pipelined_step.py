@@ -160,7 +160,7 @@ def _pieces(declared: Transformer, objective: Objective, knobs: Knobs) -> pipeli
         model = _merge(structure, body, [_cut(state, declared.body)[1] for state in whole])
         layers = getattr(model, declared.body)
         context = model.context(batch.inputs)
-        x_BTD, (routing, index_loss_L) = run_layers(
+        x_BTD, (routing, index_loss_L), _ = run_layers(
             layers, x_BTD, context, balance, remat, present_L=present_L, lesson=forward.lesson
         )
         weighted, report = jnp.float32(0), {}

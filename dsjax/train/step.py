@@ -201,6 +201,7 @@ def _gradients(
             embeddings=replacing(objective, model, micro_batch.targets),
             experts_LBTK=replayed(micro_batch.experts),
             lesson=forward.lesson,
+            inner=forward.inner,
         )
         return weigh(objective, model, hidden, micro_batch, knobs)
 

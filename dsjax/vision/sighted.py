@@ -6,12 +6,21 @@ from dsjax.config import ModelConfig
 from dsjax.config.vision import VisionConfig
 from dsjax.model.transformer import Transformer
 from dsjax.precision.policy import Policy
+from dsjax.vision.alignment import Alignment
 from dsjax.vision.eyes import Eyes
 
 
 class Sighted(Transformer):
-    """A language model whose parameters include what it sees and draws with, under `eyes`."""
+    """A language model whose parameters include what it sees and draws with, under `eyes`.
 
-    def __init__(self, config: ModelConfig, vision: VisionConfig, policy: Policy):
+    Args:
+      aligns: whether there is, as `alignment`, what only training has.
+    """
+
+    def __init__(
+        self, config: ModelConfig, vision: VisionConfig, policy: Policy, *, aligns: bool = False
+    ):
         super().__init__(config, policy)
         self.eyes = Eyes(vision, policy)
+        if aligns:
+            self.alignment = Alignment(config.dim, vision.tower.dim, policy)

@@ -9,10 +9,13 @@ import shutil
 import pytest
 from rich.console import Console
 
+from dsjax.checkpoint.alignment import FILE
 from dsjax.checkpoint.eyes import load_eyes
 from dsjax.checkpoint.hf_folder import open_hf
 from dsjax.checkpoint.load import load
+from dsjax.checkpoint.slices import read_slice
 from dsjax.checkpoint.vae import load_vae, open_vae
+from dsjax.checkpoint.weights import Weights
 from dsjax.generate.codes import Drawer
 from dsjax.generate.flow import Painter
 from dsjax.generate.sampling import Sampling
@@ -158,10 +161,13 @@ def test_wrong_data_is_refused_before_the_folder_is_touched(small, keys, message
 
 @pytest.fixture(scope="module")
 def flowing(tmp_path_factory):
-    """A small JanusFlow, and a run of it in which everything trains."""
+    """A small JanusFlow, and a run of it as the paper's: everything trains, drawings are aligned,
+    weights are averaged.
+    """
     with pytest.MonkeyPatch.context() as patch:
         config = toy.write_flow(tmp_path_factory.mktemp("flow"), patch)
-        everything = change(config, janus={"trains": ("language", "tower", "aligner", "drawing")})
+        own = {"trains": ("language", "tower", "aligner", "drawing"), "align": 1.0}
+        everything = change(config, janus=own | {"align_layer": 1}, optim={"ema": 0.5})
         folder = tmp_path_factory.mktemp("runs") / "flow"
         assert run(everything, folder)[0] == 0
         yield everything, folder
@@ -176,14 +182,44 @@ def test_stages_of_a_flow_train_what_they_say(trains, flowing, tmp_path):
     if len(trains) == 2:
         folder = tmp_path / "run"
         steps = {"steps": 1, "checkpoint_every": 0}
-        assert run(change(config, janus={"trains": trains}, train=steps), folder)[0] == 0
+        plain = change(config, janus={"trains": trains, "align": 0.0}, optim={"ema": 0.0})
+        assert run(change(plain, train=steps), folder)[0] == 0
+        assert not (folder / FILE).exists()
     check_moved(OF_FLOW, trains, config.init, folder)
 
 
 @pytest.mark.heavy
 def test_resumed_flow_is_the_same_to_the_bit(flowing, tmp_path):
-    """Noise, times and latents included."""
+    """Noise, times and latents included, and what is written are averages."""
     check_resumed(*flowing, tmp_path / "run")
+    files = [(folder / FILE).read_bytes() for folder in (flowing[1], tmp_path / "run")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.heavy
+def test_what_is_written_of_a_flow_is_the_average_and_the_next_stage_goes_on_with_it(
+    flowing, tmp_path
+):
+    config, folder = flowing
+    state = Weights(folder / "checkpoints" / "4" / "state")
+    written = tensors(folder / "model")["language_model.lm_head.weight"]
+    weights, average = (
+        read_slice(state.tensors((*root, "head", "weight")), (slice(None),) * 2, written.dtype)
+        for root in (("params",), ("optimizer", "ema"))
+    )
+    assert written.T.tobytes() == average.tobytes() != weights.tobytes()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["align_loss"] for line in lines if "align_loss" in line]
+    assert losses[-1] < losses[0] and "eval_align_loss" in lines[-1]
+    # A stage that hardly moves anything writes what it began with.
+    own = {"alignment": str(folder / FILE)}
+    still = change(config, janus=own, train={"steps": 1}, optim={"learning_rate": 1e-30})
+    still = dataclasses.replace(still, init=str(folder / "model"))
+    assert run(still, tmp_path / "next")[0] == 0
+    assert (tmp_path / "next" / FILE).read_bytes() == (folder / FILE).read_bytes()
+    assert tensors(tmp_path / "next" / "model")["language_model.lm_head.weight"].tobytes() == (
+        written.tobytes()
+    )
 
 
 @pytest.mark.heavy

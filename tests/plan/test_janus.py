@@ -1,5 +1,6 @@
 """What the planned training of a model that sees and draws is given. Nothing is compiled."""
 
+import math
 from pathlib import Path
 
 import jax
@@ -101,6 +102,38 @@ def test_the_planned_step_is_one_that_runs(small):
     assert {"see_loss", "draw_loss", "loss", "skipped"} <= set(metrics)
     for new, old in zip(jax.tree.leaves(state), jax.tree.leaves(program.arguments[0]), strict=True):
         assert (new.shape, new.dtype) == (old.shape, old.dtype)
+
+
+def test_alignment_and_average_of_a_flow_are_planned(tmp_path):
+    """An average lies as the weights that train, what projects among them, and rows have the
+    pictures that they draw.
+    """
+    write_json(tmp_path / "config.json", JANUSFLOW)
+    config = settings.load_any(CONFIGS / "janusflow_1b_stage2.py", PLANNED)
+    mesh = describe_mesh(resolve(steps.mesh_sizes(config, "train"), 4))
+
+    def built(*overrides):
+        planned = with_shape(settings.override(config, list(overrides)), str(tmp_path))
+        return steps.build(planned, "train", mesh, Target("tpu", (5,)))
+
+    whole, bare = built(), built("janus.align=0")
+    state, batch, _ = whole.arguments
+    assert batch["drawn"].shape == (10, 50, 7, 384, 384, 3)
+    assert "drawn" not in bare.arguments[1] and "alignment" not in bare.arguments[0].params
+    average, projects = state.optimizer["ema"], state.params["alignment"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(projects)) == (
+        2 * (2048 * 2048 + 2048) + 1024 * (2048 + 1)
+    )
+    assert set(average) == {"alignment", "dense_layers", "embed", "eyes", "head", "norm"}
+    assert "tower" not in average["eyes"]
+    for mean, weight in zip(
+        *map(jax.tree.leaves, (average["head"], state.params["head"])), strict=True
+    ):
+        assert mean.sharding == weight.sharding
+    held = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in jax.tree.leaves(average)
+    )
+    assert whole.argument_bytes - built("optim.ema=0").argument_bytes == held
 
 
 def test_an_estimate_leaves_out_gradients_of_what_is_frozen():
