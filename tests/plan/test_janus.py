@@ -110,7 +110,7 @@ def test_alignment_and_average_of_a_flow_are_planned(tmp_path):
     """
     write_json(tmp_path / "config.json", JANUSFLOW)
     config = settings.load_any(CONFIGS / "janusflow_1b_stage2.py", PLANNED)
-    mesh = describe_mesh(resolve(steps.mesh_sizes(config, "train"), 4))
+    mesh = describe_mesh(resolve(steps.mesh_sizes(config, "train"), 2))
 
     def built(*overrides):
         planned = with_shape(settings.override(config, list(overrides)), str(tmp_path))

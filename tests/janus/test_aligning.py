@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dsjax.checkpoint.alignment import FILE, load_alignment, write_alignment
 from dsjax.config.janus import JanusConfig
 from dsjax.data.packing import stack
 from dsjax.janus import training
@@ -133,26 +132,6 @@ def test_gradient_reaches_what_is_below_the_layer_and_not_the_tower(opened):
             gradient = gradient[0]
         below = name.startswith(("alignment.", "eyes.brush.encoder", "embed.")) or inner
         assert (gradient.max() > 0) == below, name
-
-
-def test_what_projects_is_read_as_it_was_written(opened, tmp_path):
-    _, _, _, declared, state = opened
-    mesh = make_mesh({"data": 2, "fsdp": 2}, n_devices=4)
-    structure, _ = nnx.split(declared.alignment)
-    whole = nnx.merge(structure, jax.tree.map(np.asarray, state.params["alignment"]))
-    write_alignment(tmp_path, whole)
-    read = load_alignment(tmp_path / FILE, declared.alignment, mesh)
-    for one, other in zip(*map(jax.tree.leaves, (read, whole)), strict=True):
-        np.testing.assert_array_equal(one, other)
-        assert len(one.sharding.device_set) == 4
-    wider = training.Sighted(
-        dataclasses.replace(toy.toy.LANGUAGE, dim=64, head_dim=32),
-        dataclasses.replace(toy.toy.flowing(), dim=64),
-        declared.policy,
-        aligns=True,
-    )
-    with pytest.raises(ValueError, match=r"does not fit the model .*layers.0.bias \[32\]"):
-        load_alignment(tmp_path / FILE, wider.alignment, mesh)
 
 
 @pytest.mark.parametrize(
