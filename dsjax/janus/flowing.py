@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from dsjax.config.vision import PATCH
 from dsjax.parallel.sharding import constrain, divisible
 from dsjax.vision.alignment import Alignment, cosine
-from dsjax.vision.eyes import Brush
+from dsjax.vision.eyes import Brush, Noisy
 
 
 class Drawings(NamedTuple):
@@ -66,31 +66,37 @@ def way_of(drawings: Drawings) -> Way:
     return Way(constrain(way.latents_BYXC, *spread), way.time_B, way.velocity_BYXC)
 
 
-def inputs(brush: Brush, drawings: Drawings) -> jax.Array:
-    """Returns the language model's inputs: of each drawing its time, then its latents row by row.
+class Begun(NamedTuple):
+    """Drawings before the language model has seen them."""
+
+    noisy: Noisy
+    velocity_BYXC: jax.Array  # to predict
+
+
+def begin(brush: Brush, drawings: Drawings) -> tuple[jax.Array, Begun]:
+    """Returns the language model's inputs: of each drawing its time, then its latents row by row;
+    and what `squared_error` needs, so that the first U-ViT has one backward pass.
 
     Returns:
       [B, N * (1 + positions), D].
     """
     way = way_of(drawings)
-    found_BTD = brush.read(way.latents_BYXC, way.time_B).inputs_BTD
+    noisy = brush.read(way.latents_BYXC, way.time_B)
     B, N = drawings.starts.shape
-    return found_BTD[: B * N].reshape(B, -1, found_BTD.shape[-1])
+    inputs_BXD = noisy.inputs_BTD[: B * N].reshape(B, -1, noisy.inputs_BTD.shape[-1])
+    return inputs_BXD, Begun(noisy, way.velocity_BYXC)
 
 
-def squared_error(brush: Brush, hidden_BTD: jax.Array, drawings: Drawings) -> jax.Array:
+def squared_error(
+    brush: Brush, hidden_BTD: jax.Array, drawings: Drawings, begun: Begun
+) -> jax.Array:
     """Sums the mean squared error of each position's velocity over all positions, float32.
-
-    The compiler finds what `inputs` has computed already, and does not compute it again, only its
-    gradient.
 
     Args:
       hidden_BTD: the language model's final states of whole rows.
     """
-    way = way_of(drawings)
-    noisy = brush.read(way.latents_BYXC, way.time_B)
-    velocity_BYXC = brush.velocity(_states(hidden_BTD, drawings), noisy)
-    error_B = jnp.square(velocity_BYXC - way.velocity_BYXC).mean(axis=(1, 2, 3))
+    velocity_BYXC = brush.velocity(_states(hidden_BTD, drawings), begun.noisy)
+    error_B = jnp.square(velocity_BYXC - begun.velocity_BYXC).mean(axis=(1, 2, 3))
     return drawings.n_positions * _sum(error_B, drawings)
 
 

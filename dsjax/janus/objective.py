@@ -163,21 +163,21 @@ def _drawings(batch: Batch, counts: Counts) -> Drawings | None:
 def _embeddings(model: Any, targets: Targets, counts: Counts, rules: pictures.Rules) -> Embeddings:
     """Returns what stands in rows instead of tokens, in the order of their kinds."""
     T, D, dtype = targets.ids.shape[1], model.config.dim, model.policy.compute
-    pieces_BTD = []
+    pieces_BTD, begun = [], None
     if counts.see:
         features_BXD = see(model.eyes, targets.pictures, rules)
         pieces_BTD.append(_placed(features_BXD, targets.features[counts.rows("see")]))
     if counts.text:
         pieces_BTD.append(jnp.zeros((counts.text, T, D), dtype))
     if targets.drawings is not None:
-        inputs_BXD = flowing.inputs(model.eyes.brush, targets.drawings)
+        inputs_BXD, begun = flowing.begin(model.eyes.brush, targets.drawings)
         pieces_BTD.append(_placed(inputs_BXD, targets.features[counts.rows("draw")]))
     elif counts.draw:
         codes_BT = jnp.maximum(targets.codes[counts.rows("draw")], 0)
         pieces_BTD.append(model.eyes.pencil.embeddings(codes_BT))
     values_BTD = jnp.concatenate([each.astype(dtype) for each in pieces_BTD])
     given_BT = (targets.features >= 0) | (targets.codes >= 0)
-    return Embeddings(given_BT, constrain(values_BTD, "batch", "tokens", "width"))
+    return Embeddings(given_BT, constrain(values_BTD, "batch", "tokens", "width"), begun)
 
 
 def _placed(features_BXD: jax.Array, places_BT: jax.Array) -> jax.Array:
@@ -191,7 +191,9 @@ def _sums(model: Any, hidden: Hidden, targets: Targets, counts: Counts, chunk: i
         rows = counts.rows(kind)
         hidden_BTD = hidden.main_BTD[rows]
         if kind == "draw" and targets.drawings is not None:
-            found[kind] = flowing.squared_error(model.eyes.brush, hidden_BTD, targets.drawings)
+            found[kind] = flowing.squared_error(
+                model.eyes.brush, hidden_BTD, targets.drawings, hidden.beside
+            )
             counted_BT = targets.drawings.counted
         elif kind == "draw":
             counted_BT = targets.next_counted[rows]

@@ -44,6 +44,7 @@ class Hidden(NamedTuple):
     # float32, of the layers with an indexer, then of the MTP modules; see `Statistics`
     index_loss: jax.Array | None = None
     inner_BTD: jax.Array | None = None  # after an inner layer, without a norm; on request
+    beside: Any = None  # of the embeddings, as given
 
 
 class Extended(NamedTuple):
@@ -60,6 +61,7 @@ class Embeddings(NamedTuple):
 
     given_BT: jax.Array  # bool, the positions to replace
     values_BTD: jax.Array  # ignored at other positions
+    beside: Any = None  # what else was computed with them, for an objective's sums
 
 
 class Transformer(nnx.Module):
@@ -181,6 +183,7 @@ class Transformer(nnx.Module):
             routing=_joined(found.routing, hidden.routing),
             index_loss=jnp.concatenate(losses) if losses else None,
             inner_BTD=inner_BTD,
+            beside=embeddings.beside if embeddings else None,
         )
 
     @property
