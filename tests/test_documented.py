@@ -45,7 +45,6 @@ NEEDS = {
     "a TPU slice",
     "the TPU compiler",
     "several hosts",
-    "several accelerators",
     "Slurm",
     "Ray",
     "half an hour",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import ml_dtypes
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsjax.generate import decoding, pages
@@ -98,8 +99,28 @@ class Programs:
             )
             under_mesh = jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
             with under_mesh:
-                self._compiled[key] = jitted.lower(self._weights, *arguments).compile()
+                program = jitted.lower(self._weights, *arguments).compile()
+            self._compiled[key] = self._under_mesh(jitted) if self._in_half_bytes else program
         return functools.partial(self._compiled[key], self._weights, *arguments)
+
+    def _under_mesh(self, jitted: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a function that has been compiled as jit calls it, which compiles no more."""
+
+        def run(*arguments: Any) -> Any:
+            with jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext():
+                return jitted(*arguments)
+
+        return run
+
+    @property
+    def _in_half_bytes(self) -> bool:
+        """Tells whether weights are int4 on a CPU. Of such arrays jax (0.10.2) says that they take
+        whole bytes, and a program that is called as compiled ahead of time refuses them.
+        """
+        return any(
+            leaf.dtype == ml_dtypes.int4 and next(iter(leaf.sharding.device_set)).platform == "cpu"
+            for leaf in jax.tree.leaves(self._layout)
+        )
 
     def _placement(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         """Returns the shardings of a function's results; None leaves them to the compiler."""

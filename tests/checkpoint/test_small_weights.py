@@ -128,6 +128,28 @@ def test_generation_is_that_of_the_widened_weights(folder, dtype, speculative):
     assert tokens[0] == tokens[1] and len(tokens[0][0]) == 8
 
 
+@pytest.mark.heavy
+def test_four_bits_on_several_devices_of_a_cpu_generate(folder):
+    """Of arrays in less than a byte jax does not tell the layout that its programs ask for."""
+    mesh = make_mesh({"expert": 2, "tensor": 2}, n_devices=4)
+    model = dsjax.load(folder, mesh=mesh, dtype="int4")
+    requests = [Request((5, 7, 9), 8, Sampling(temperature=0.0)) for _ in range(2)]
+    engine = Engine(model, streaming=False)
+    tokens = [part.tokens for part in engine.complete(requests)]
+    alone = Engine(jax.device_put(jax.device_get(widened(model))), streaming=False)
+    assert tokens == [part.tokens for part in alone.complete(requests)]
+    compiled = []
+
+    def listen(event, _, **details):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    again = [part.tokens for part in engine.complete(requests)]
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert again == tokens and compiled == []
+
+
 @pytest.mark.parametrize("dtype", [INT8, INT4, FP8], ids=SMALL_NAMES.get)
 def test_bytes_are_counted_before_anything_is_loaded(folder, dtype):
     model = dsjax.load(folder, dtype=SMALL_NAMES[dtype])
