@@ -2,10 +2,11 @@
 one run.
 
 The models and types of bench_train_step, random weights and prompts: 128 new tokens after a prompt
-of 128, batch 1, 8 and 64. A decoding step's time is the difference between generating 128 tokens
-and one, divided by 127. The sides take turns; the ratio of medians is printed. The limit is the
-time to read what a step reads, the activated parameters and the cache, at the rate at which this
-machine adds up a large array, or an accelerator copies one.
+of 128, batch 1, 8, 32 and 64. A decoding step's time is the difference between generating 128
+tokens and one, divided by 127, of the processor if there is one core (`taskset`). The sides take
+turns; the ratio of medians is printed. The limit is the time to read what a step reads, the
+activated parameters and the cache, at the rate at which this machine adds up a large array, or an
+accelerator copies one.
 
 Run: python -m tests.bench.bench_decode [names of models], after `pip install -e '.[reference]'` for
 the Hugging Face side.
@@ -30,7 +31,14 @@ from dsjax.model.flops import cache_bytes_per_token
 from dsjax.model.parameters import declarations, initialize
 from dsjax.model.transformer import Transformer
 from dsjax.precision.policy import Policy
-from tests.bench.sides import cases, machine, seconds, transformers_model, transformers_runs_here
+from tests.bench.sides import (
+    cases,
+    fitting_clock,
+    machine,
+    seconds,
+    transformers_model,
+    transformers_runs_here,
+)
 
 PROMPT, NEW = 128, 128
 
@@ -97,16 +105,18 @@ def measure_read_rate() -> float:
     array = jnp.ones((2**27 if on_cpu else 2**29,), jnp.float32)
     touch = jax.jit(jnp.sum if on_cpu else lambda array: array + 1)
     touch(array).block_until_ready()
-    taken = min(seconds(lambda: touch(array).block_until_ready()) for _ in range(10))
+    clock = fitting_clock()
+    taken = min(seconds(lambda: touch(array).block_until_ready(), clock=clock) for _ in range(10))
     return array.nbytes * (1 if on_cpu else 2) / taken
 
 
 def step_seconds(sides: dict[str, Generate], prompts_BT: np.ndarray) -> dict[str, float]:
     """The median time of a decoding step of each side."""
     times: dict[str, list[float]] = {name: [] for name in sides}
+    clock = fitting_clock()
     for round_ in range(6 if jax.default_backend() == "cpu" else 4):
         for name, generate in sides.items():
-            one, many = (seconds(generate, prompts_BT, n) for n in (1, NEW))
+            one, many = (seconds(generate, prompts_BT, n, clock=clock) for n in (1, NEW))
             if round_:  # the first compiles
                 times[name].append((many - one) / (NEW - 1))
     return {name: statistics.median(taken) for name, taken in times.items()}
@@ -116,7 +126,7 @@ def compare(config: Config) -> None:
     sides = {"dsjax": dsjax_generate(config)}
     if transformers_runs_here():
         sides["transformers"] = transformers_generate(config)
-    for batch in (1, 8, 64):
+    for batch in (1, 8, 32, 64):
         prompts_BT = np.random.default_rng(0).integers(0, config.model.vocab_size, (batch, PROMPT))
         median = step_seconds(sides, prompts_BT)
         rate = measure_read_rate()

@@ -7,8 +7,8 @@ is installed, on this machine in one run.
 The 80M model of the other benchmarks with random weights, exported as each type; batch 1, a prompt
 of 128 tokens, 128 new ones. llama.cpp has one thread fewer than there are cores, for its threads
 wait in loops and two jobs on a core make it many times slower; its cache is float32, as ours. A
-step's time is the difference between 128 new tokens and one, divided by 127. The sides take turns,
-and medians of five rounds are printed.
+step's time is the difference between 128 new tokens and one, divided by 127, of the processor if
+there is one core (`taskset`). The sides take turns, and medians of five rounds are printed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 import dsjax
 from dsjax.generate.engine import Engine, Request
 from dsjax.generate.sampling import Sampling
-from tests.bench.sides import MODEL_80M, machine, seconds
+from tests.bench.sides import MODEL_80M, fitting_clock, machine, seconds
 from tests.checkpoint.gguf.files import exported
 from tests.checkpoint.hf_files import plain, write
 from tests.golden.cases import CASES, Case
@@ -69,9 +69,10 @@ def dsjax_side(folder: Path, dtype: str) -> Generate:
 
 def step_seconds(sides: dict[str, Generate], prompt: list[int]) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in sides}
+    clock = fitting_clock()
     for round_ in range(ROUNDS + 1):
         for name, generate in sides.items():
-            one, many = (seconds(generate, prompt, count) for count in (1, NEW))
+            one, many = (seconds(generate, prompt, count, clock=clock) for count in (1, NEW))
             if round_:  # the first compiles
                 times[name].append((many - one) / (NEW - 1))
     return {name: statistics.median(taken) for name, taken in times.items()}

@@ -235,6 +235,14 @@ def seconds(
     return clock() - start
 
 
+def fitting_clock() -> Callable[[], float]:
+    """The processor's time on a single core of a CPU (`taskset`), which other work there disturbs
+    less; elsewhere the clock's.
+    """
+    alone = jax.default_backend() == "cpu" and len(os.sched_getaffinity(0)) == 1
+    return time.process_time if alone else time.perf_counter
+
+
 def median_seconds(
     sides: dict[str, Step], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
