@@ -32,7 +32,6 @@ from tests.bench.sides import MODEL_80M, fitting_clock, machine, seconds
 from tests.checkpoint.gguf.files import exported
 from tests.checkpoint.hf_files import plain, write
 from tests.golden.cases import CASES, Case
-from tests.reference import llama_cpp_reference
 
 PROMPT, NEW, ROUNDS = 128, 128, 5
 OURS = ("float32", "bfloat16", "fp8", "int8", "int4")
@@ -89,6 +88,8 @@ def main() -> None:
         folder = write(Path(root) / "hf", case.config, plain(case))
         sides = {f"dsjax {dtype}": dsjax_side(folder, dtype) for dtype in OURS}
         for kind in kinds:
+            from tests.reference import llama_cpp_reference
+
             file = Path(root) / f"{kind}.gguf"
             exported(folder, file, kind)
             model = open_files.enter_context(
