@@ -258,6 +258,7 @@ class _Server:
         if prompt_mesh:
             self._say("loading the weights again, for the prompts")
             prompt_model = load_weights(self._checkpoint, prompt_mesh, arguments.dtype)
+        page_files = self._open_files(model)  # whose weights are those of any placement of experts
         balancer = None
         if redundant and mesh:
             every = arguments.eplb_every
@@ -270,7 +271,7 @@ class _Server:
             prefix_tokens=arguments.prefix_tokens,
             examples=service.examples(),
             balancer=balancer,
-            page_files=self._open_files(model),
+            page_files=page_files,
             prompt_model=prompt_model,
         )
         assert engine.shapes is not None

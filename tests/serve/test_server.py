@@ -303,21 +303,25 @@ def test_prompts_on_devices_of_their_own_change_nothing(checkpoint, url):
 
 @pytest.mark.heavy
 def test_redundant_experts_change_nothing(tmp_path):
+    """Nor what the other server has kept on disk of a prompt."""
     few = {"num_hidden_layers": 2, "max_position_embeddings": 512, "rope_scaling": None}
     config = V3 | few | {"vocab_size": VOCAB_SIZE}
     tensors = hf_files.plain(Case(config, seed=5))
     # Every token chooses these, of which one device holds all until experts move.
     tensors["model.layers.1.mlp.gate.e_score_correction_bias"][[4, 6, 8, 10, 12, 14]] += 10
     folder = write_tokenizer(hf_files.write(tmp_path, config, tensors), V3_1)
-    found = []
+    found, known = [], []
+    cache = ("--context-cache", tmp_path / "cache")
     for more in ((), ("--mesh", "expert=2", "--redundant-experts", "2", "--eplb-every", "1")):
-        with serving.serve(folder, "--no-warm", *more) as (url, process):
-            for prompt in ("Some text", "0123 " * 9):  # before and after the move
+        with serving.serve(folder, "--no-warm", *cache, *more) as (url, process):
+            for prompt in ("Some text", "0123 " * 30):  # before and after the move
                 body = {"prompt": prompt, "max_tokens": 20, "temperature": 0}
                 reply = httpx.post(f"{url}/v1/completions", json=body, timeout=300).json()
                 found.append(reply["choices"])
+                known.append(reply["usage"]["prompt_cache_hit_tokens"])
             metrics = httpx.get(f"{url}/metrics").text
             log = process.read_log()
+    assert known == [0, 0, 0, 128]
     assert found[:2] == found[2:]
     assert 'dsjax_expert_imbalance{experts="before"}' in metrics
     assert "1 of 1 layers: the heaviest device has 1.00 times the mean load, before 2.00" in log
