@@ -104,7 +104,7 @@ class Programs:
         return functools.partial(self._compiled[key], self._weights, *arguments)
 
     def _under_mesh(self, jitted: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns a function that has been compiled as jit calls it, which compiles no more."""
+        """Returns a call of what is compiled already, in which jit finds its own program again."""
 
         def run(*arguments: Any) -> Any:
             with jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext():
