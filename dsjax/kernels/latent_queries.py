@@ -41,13 +41,11 @@ def fits(key_width: int, value_width: int, latent_width: int, rope_width: int) -
 def latent_queries(
     q_MX: jax.Array,
     kv_MX: jax.Array,
-    cos_MR: jax.Array,
-    sin_MR: jax.Array,
+    angles: tuple[jax.Array, jax.Array],
     positions_M: jax.Array,
     wkv_b_LCX: jax.Array,
     norm: Norm,
-    latent_LM1SC: jax.Array,
-    key_LM1SR: jax.Array,
+    cached: tuple[jax.Array, jax.Array],
     layer: jax.Array,
     *,
     n_heads: int,
@@ -58,10 +56,10 @@ def latent_queries(
     Args:
       q_MX: queries, [M, N * (H + R)].
       kv_MX: latents before their norm, and keys before their rotation, [M, C + R].
-      cos_MR, sin_MR: of the pairs' angles, float32 [M, R / 2].
+      angles: the pairs' cosine and sine, float32 [M, R / 2].
       positions_M: int32.
       wkv_b_LCX: [L, C, N * (H + W)].
-      latent_LM1SC, key_LM1SR: the cache's stacks.
+      cached: the cache's stacks of latents [L, M, 1, S, C] and keys [L, M, 1, S, R].
       layer: int32 scalar.
       interpret: whether to interpret the kernel, on any machine.
 
@@ -69,16 +67,14 @@ def latent_queries(
       queries of latents [M, N, C] and rotated ones [M, N, R], in the queries' dtype, and the cache.
     """
     M, N = q_MX.shape[0], n_heads
-    C, R = latent_LM1SC.shape[-1], key_LM1SR.shape[-1]
+    C, R = (each.shape[-1] for each in cached)
     operands = (
-        layer[None], positions_M, q_MX, kv_MX, cos_MR, sin_MR, wkv_b_LCX, norm.weight_LD,
-        latent_LM1SC, key_LM1SR,
+        layer[None], positions_M, q_MX, kv_MX, *angles, wkv_b_LCX, norm.weight_LD, *cached,
     )  # fmt: skip
     results = (
         jax.ShapeDtypeStruct((M, N, C), q_MX.dtype),
         jax.ShapeDtypeStruct((M, N, R), q_MX.dtype),
-        jax.ShapeDtypeStruct(latent_LM1SC.shape, latent_LM1SC.dtype),
-        jax.ShapeDtypeStruct(key_LM1SR.shape, key_LM1SR.dtype),
+        *(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in cached),
     )
     channels = min(_CHANNELS, C)
     return pl.pallas_call(
@@ -95,11 +91,9 @@ def latent_queries(
     )(*operands)
 
 
-def _kernel(
-    layer, positions, q, kv, cos, sin, wkv_b, norm, latents_in, keys_in,
-    q_latent, q_rope, latents, keys, *, n_heads: int, channels: int, eps: float,
-):  # fmt: skip
-    del latents_in, keys_in  # the same memory as the results
+def _kernel(*arrays, n_heads: int, channels: int, eps: float):
+    layer, positions, q, kv, cos, sin, wkv_b, norm = arrays[:8]
+    q_latent, q_rope, latents, keys = arrays[-4:]  # the cache's are the same memory as before
     (M, N, C), R = q_latent.shape, q_rope.shape[2]
     H = q.shape[1] // N - R
     head, block = pl.program_id(0), pl.program_id(1)

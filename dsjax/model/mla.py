@@ -180,13 +180,11 @@ class MLA(Attention):
         q_MNC, q_MNR, latents, keys = latent_queries.latent_queries(
             q_MX,
             kv_MX,
-            cos_BTR[:, 0],
-            sin_BTR[:, 0],
+            (cos_BTR[:, 0], sin_BTR[:, 0]),
             positions_M,
             self.wkv_b[...],
             _norm(self.kv_norm),
-            cache.entries["latent"],
-            cache.entries["rope_key"],
+            (cache.entries["latent"], cache.entries["rope_key"]),
             cache.layer,
             n_heads=config.n_heads,
         )

@@ -38,12 +38,11 @@ def test_queries_and_entries(n_rows, dtype):
     positions = jnp.asarray([5, 0, 7, 3, 1, 6][:n_rows], jnp.int32)
 
     @functools.partial(jax.jit, compiler_options=QUICK)
-    def interpreted(layer, weight, latents, keys):
-        norm = Norm(weight, EPS)
+    def interpreted(layer, weight, *cached):
+        norm, turned = Norm(weight, EPS), (cos[:, 0], sin[:, 0])
         return latent_queries(
-            q, kv, cos[:, 0], sin[:, 0], positions, w, norm, latents, keys, layer,
-            n_heads=N, interpret=True,
-        )  # fmt: skip
+            q, kv, turned, positions, w, norm, cached, layer, n_heads=N, interpret=True
+        )
 
     got = interpreted(jnp.int32(1), weight, latents, keys)
     q32, kv32, w32 = (each.astype(jnp.float32) for each in (q, kv, w[1]))

@@ -29,15 +29,17 @@ def test_stack_runs_its_layers_in_order():
     def both(model):
         context = model.context(read_tokens(row, None, isolate=False, n_mtp=0))
         start_BTD = model.embed(row)
-        stacked = block.run_layers(model.moe_layers, start_BTD, context, None, "none")
-        x_BTD, counts = start_BTD, []
+        stacked = block.run_layers(model.moe_layers, start_BTD, context, None, "none", inner=1)
+        x_BTD, outputs, counts = start_BTD, [], []
         for layer in one_by_one(model.moe_layers):
             x_BTD, statistics = layer(x_BTD, context, None)
+            outputs.append(x_BTD)
             counts.append(statistics.routing.counts_E)
-        return stacked, x_BTD, jnp.stack(counts)
+        return stacked, outputs, jnp.stack(counts)
 
-    (got_BTD, statistics), want_BTD, counts_LE = both(model)
-    assert_close(got_BTD, want_BTD, F32, "hidden")
+    (got_BTD, statistics, inner_BTD), outputs, counts_LE = both(model)
+    assert_close(got_BTD, outputs[-1], F32, "hidden")
+    assert_close(inner_BTD, outputs[0], F32, "inner")
     np.testing.assert_array_equal(statistics.routing.counts_E, counts_LE)
 
 
@@ -55,7 +57,7 @@ def test_layer_that_is_not_present_changes_and_counts_nothing():
         first = one_by_one(model.moe_layers)[0](start_BTD, context, None)[0]
         return run(model.moe_layers), first, jax.grad(loss)(model.moe_layers)
 
-    (got_BTD, statistics), want_BTD, gradients = both(model, jnp.asarray([True, False]))
+    (got_BTD, statistics, _), want_BTD, gradients = both(model, jnp.asarray([True, False]))
     assert_close(got_BTD, want_BTD, F32, "hidden")
     assert (np.asarray(statistics.routing.counts_E).sum(axis=1) > 0).tolist() == [True, False]
     for gradient in jax.tree.leaves(gradients):
