@@ -72,7 +72,7 @@ def test_what_is_given_follows_the_chunks():
     found = pictured((SHORT, None), (LONG, GIVEN))
     first = found.chunk(16)
     assert first.embeddings is not None
-    given_BT, values_BTD = first.embeddings
+    given_BT, values_BTD, _ = first.embeddings
     assert given_BT.shape == (3, 16) and np.argwhere(given_BT).tolist() == [[1, 14], [1, 15]]
     np.testing.assert_array_equal(values_BTD[1, 14:], GIVEN.values[:2])
     found.advance(first)
