@@ -30,7 +30,7 @@ from dsjax.model.attention import Angles, Attention
 from dsjax.model.layer_cache import EntryShape, LayerCache
 from dsjax.model.layers import Normal, RMSNorm, declare
 from dsjax.parallel import split_cache
-from dsjax.parallel.sharding import constrain
+from dsjax.parallel.sharding import constrain, parts_here
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
 
@@ -134,7 +134,7 @@ class MLA(Attention):
         return (
             type(self) is MLA  # with an index there is more to do
             and policy.fp8 is None
-            and split_cache.part().n_parts == 1
+            and parts_here("length") == 1  # the cache is whole
             and self.absorbs(config, T)
             and few_rows.fits(B, self._matrices, x_BTD.dtype, policy.target)
             and latent_queries.fits(H, W, C, R)
