@@ -55,6 +55,7 @@ from dsjax.vision.vq import Vq
 FAMILY = "janus"
 REPORT, SHEET = "shapes.json", "drawn.png"
 _SHOWN = 16  # drawings of the sheet
+_STRIDE = 61  # captions from one to the next: prime, so that all shapes, colours and places come
 
 
 def load_config(path: str | Path, *, seed: int | None = None) -> ColouredShapes:
@@ -329,10 +330,10 @@ def _share(right: Sequence[bool]) -> dict[str, float]:
 def _write_some(
     folder: Path, wanted: Sequence[shapes.Drawn], drawn: Sequence[np.ndarray], guidance: float
 ) -> list[Path]:
-    """Writes some drawings, evenly spread over the captions; returns their files."""
+    """Writes some drawings of every shape, colour and place; returns their files."""
     (folder / "drawn").mkdir(exist_ok=True)
     paths = []
-    for number in sorted({index * len(wanted) // _SHOWN for index in range(_SHOWN)}):
+    for number in sorted({index * _STRIDE % len(wanted) for index in range(_SHOWN)}):
         paths.append(folder / "drawn" / f"{number}_guidance_{guidance:g}.png")
         said = {"prompt": wanted[number].caption, "guidance": f"{guidance:g}"}
         write_picture(paths[-1], drawn[number], said)
