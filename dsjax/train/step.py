@@ -108,9 +108,8 @@ def initial_state(declared: Transformer, optimizer: Optimizer, mesh: Mesh, seed:
     """
     placement = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(declared, optimizer, mesh))
     # This program runs once; on a CPU, optimising a random generator per parameter takes longer
-    # than it saves, and so does its fusions' compiler.
-    quick = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    options = quick if Target.here().kind == "cpu" else None
+    # than it saves.
+    options = {"xla_backend_optimization_level": 0} if Target.here().kind == "cpu" else None
     make = jax.jit(
         lambda key: _make_state(declared, optimizer, key),
         out_shardings=placement,
