@@ -11,9 +11,9 @@ of a batch are distinct, so that no picture is told that its own caption is anot
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +21,17 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from dsjax.checkpoint import store
 from dsjax.config.janus import TowerTraining
 from dsjax.data.shuffling import permute, stream_key
+from dsjax.janus import part_training
 from dsjax.janus.encodings import as_pixels, square_of
 from dsjax.janus.pairs import Picture
 from dsjax.model.layers import Constant, Normal, declare
 from dsjax.model.parameters import initialize
-from dsjax.parallel.mesh import make_mesh
 from dsjax.precision.policy import Policy
-from dsjax.train import hyperparameters, loop, session
 from dsjax.train.objective import Batch, Knobs, Metrics
-from dsjax.train.optimizer import Optimizer, adamw
-from dsjax.train.session import Session
-from dsjax.train.source import RowSource
-from dsjax.train.step import TrainState, abstract_state, compile_step, restored_model, split
+from dsjax.train.optimizer import Optimizer
+from dsjax.train.step import TrainState
 from dsjax.vision.projector import Linear, Projector
 from dsjax.vision.siglip import Siglip
 from dsjax.vision.sigmoid_loss import FIRST_BIAS, FIRST_LOG_SCALE, SigmoidLoss, sigmoid_loss
@@ -181,48 +177,21 @@ def train(
     Raises:
       ValueError: a batch has more pictures than there are captions.
     """
-    mesh, declared = make_mesh({"data": 1}, n_devices=1), declared_contrast(config)
-    optimizer, n, seed = adamw(config.optim), config.train.batch_size, config.train.seed
-    abstract = abstract_state(cast(Any, declared), optimizer, mesh)
-    rows = CaptionedRows(shown, config.tower.image_size, batch_size=n, seed=seed)
-
-    def first_state() -> TrainState:
-        contrast = init(initialize(declared, jax.random.key(seed)))
-        _, params, rest = split(cast(Any, contrast))
-        return TrainState(params, rest, optimizer.init(params))
-
-    def recipe(under_way: Session) -> None:
-        source = RowSource(rows, mesh, micro_batch_size=n, length=2)
-        under_way.begin(source, abstract, first_state, mesh=mesh, flops_per_token=1.0)
-        step = contrast_step(declared, optimizer)
-        compiled = compile_step(step, abstract, mesh, display=under_way.display)
-        loop.run_steps(
-            under_way,
-            compiled,
-            batch_size=lambda step: n,
-            knobs=lambda step: {"learning_rate": _learning_rate(config, step)},
-            evaluate=dict,
-        )
-        if not under_way.exit_code and under_way.metrics is not None:
-            under_way.settle()
-            last = under_way.metrics.lines()[-1]
-            found = {name: last[name] for name in ("loss", "matched")}
-            under_way.finish(found, compile_seconds=compiled.seconds)
-
-    return session.run(config, folder, recipe, command=command, console=console)
-
-
-def _learning_rate(config: TowerTraining, step: int) -> float:
-    share = hyperparameters.progress(config.train, step)
-    return hyperparameters.learning_rate(config.optim, step, share)
+    declared, own = declared_contrast(config), config.train
+    rows = CaptionedRows(shown, config.tower.image_size, batch_size=own.batch_size, seed=own.seed)
+    return part_training.train(
+        config,
+        declared,
+        rows,
+        folder,
+        step=functools.partial(contrast_step, declared),
+        begin=lambda: init(initialize(declared, jax.random.key(own.seed))),
+        reports=lambda last: {name: last[name] for name in ("loss", "matched")},
+        command=command,
+        console=console,
+    )
 
 
 def trained(config: TowerTraining, folder: Path) -> Siglip:
     """Reads the tower that a run has trained."""
-    mesh, declared = make_mesh({"data": 1}, n_devices=1), declared_contrast(config)
-    abstract = abstract_state(cast(Any, declared), adamw(config.optim), mesh)
-    directory = folder / "checkpoints"
-    step = store.latest(directory)
-    assert step is not None, "the run has finished"
-    state = store.restore(directory, step, abstract)
-    return cast(Contrast, restored_model(cast(Any, declared), state)).tower
+    return part_training.trained(config, declared_contrast(config), folder).tower

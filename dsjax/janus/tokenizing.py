@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +22,16 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from dsjax.checkpoint import store
 from dsjax.config.janus import VqTraining
 from dsjax.data.shuffling import permute, shuffled, stream_key
+from dsjax.janus import part_training
 from dsjax.janus.encodings import as_pixels, square_of
 from dsjax.janus.pairs import Picture
 from dsjax.model.parameters import initialize
-from dsjax.parallel.mesh import make_mesh
 from dsjax.precision.policy import Policy
-from dsjax.train import hyperparameters, loop, session
 from dsjax.train.objective import Batch, Knobs, Metrics
-from dsjax.train.optimizer import Optimizer, adamw
-from dsjax.train.session import Session
-from dsjax.train.source import RowSource
-from dsjax.train.step import TrainState, abstract_state, compile_step, restored_model, split
+from dsjax.train.optimizer import Optimizer
+from dsjax.train.step import TrainState
 from dsjax.vision.vq import Vq, unit
 
 _SAMPLE = 128  # pictures whose encodings become entries
@@ -182,50 +178,27 @@ def train(
     Args:
       init: returns what it begins with, but for its entries; None: random weights.
     """
-    mesh, declared, size = make_mesh({"data": 1}, n_devices=1), declared_vq(config), config.size
-    optimizer, n = adamw(config.optim), config.train.batch_size
-    abstract = abstract_state(cast(Any, declared), optimizer, mesh)
+    declared, size, seed = declared_vq(config), config.size, config.train.seed
 
-    def first_state() -> TrainState:
-        seed = config.train.seed
+    def begin() -> Vq:
         vq = init() if init else initialize(declared, jax.random.key(seed))
-        _, params, rest = split(cast(Any, with_entries(vq, shown, size, seed)))
-        return TrainState(params, rest, optimizer.init(params))
+        return with_entries(vq, shown, size, seed)
 
-    def recipe(under_way: Session) -> None:
-        rows = PictureRows(shown, size, seed=config.train.seed)
-        source = RowSource(rows, mesh, micro_batch_size=n, length=2)
-        under_way.begin(source, abstract, first_state, mesh=mesh, flops_per_token=1.0)
-        chooses = config.codes == "on"
-        step = vq_step(declared, optimizer, config.commitment, chooses=chooses)
-        compiled = compile_step(step, abstract, mesh, display=under_way.display)
-        loop.run_steps(
-            under_way,
-            compiled,
-            batch_size=lambda step: n,
-            knobs=lambda step: {"learning_rate": _learning_rate(config, step)},
-            evaluate=dict,
-        )
-        if not under_way.exit_code and under_way.metrics is not None:
-            under_way.settle()
-            last = under_way.metrics.lines()[-1]
-            losses = {name: value for name, value in last.items() if name.endswith("loss")}
-            under_way.finish(losses, compile_seconds=compiled.seconds)
-
-    return session.run(config, folder, recipe, command=command, console=console)
-
-
-def _learning_rate(config: VqTraining, step: int) -> float:
-    share = hyperparameters.progress(config.train, step)
-    return hyperparameters.learning_rate(config.optim, step, share)
+    return part_training.train(
+        config,
+        declared,
+        PictureRows(shown, size, seed=seed),
+        folder,
+        step=lambda optimizer: vq_step(
+            declared, optimizer, config.commitment, chooses=config.codes == "on"
+        ),
+        begin=begin,
+        reports=lambda last: {name: each for name, each in last.items() if name.endswith("loss")},
+        command=command,
+        console=console,
+    )
 
 
 def trained(config: VqTraining, folder: Path) -> Vq:
     """Reads the tokenizer that a run has trained."""
-    mesh, declared = make_mesh({"data": 1}, n_devices=1), declared_vq(config)
-    abstract = abstract_state(cast(Any, declared), adamw(config.optim), mesh)
-    directory = folder / "checkpoints"
-    step = store.latest(directory)
-    assert step is not None, "the run has finished"
-    state = store.restore(directory, step, abstract)
-    return cast(Vq, restored_model(cast(Any, declared), state))
+    return part_training.trained(config, declared_vq(config), folder)

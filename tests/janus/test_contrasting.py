@@ -1,6 +1,5 @@
 """Rows of captions are distinct and cover all pictures, and what a tower learns is kept."""
 
-import dataclasses
 import io
 import json
 
@@ -130,18 +129,3 @@ def test_what_a_run_learns_is_read_back(shown, tmp_path):
     first = initialize(contrasting.declared_contrast(CONFIG), jax.random.key(0)).tower
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), tower, first)
     assert all(jax.tree.leaves(moved))
-
-
-@pytest.mark.slow
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(shown, tmp_path):
-    out = Console(file=io.StringIO())
-
-    def run(name, steps):
-        own = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=steps))
-        assert not contrasting.train(own, shown, tmp_path / name, command="x", console=out)
-        return contrasting.trained(own, tmp_path / name)
-
-    run("stopped", 2)
-    at_once, on = run("at_once", 4), run("stopped", 4)
-    same = jax.tree.map(lambda a, b: bool((a == b).all()), at_once, on)
-    assert all(jax.tree.leaves(same))
