@@ -50,7 +50,7 @@ class Open:
         self.left = 0 if stopped else self.left - len(tokens)
 
 
-# Placeholder for a row without a request, which draws nothing.
+# Stands for a row without a request; it draws nothing.
 FREE = Open(0, Request((0,), 0, sampling=Sampling(temperature=0)))
 
 

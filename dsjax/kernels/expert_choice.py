@@ -87,12 +87,12 @@ def _kernel(logits, bias, layer, experts_out, weights_out, *, rule: Rule) -> Non
     n_parts, _, n_experts = logits.shape
     size = n_experts // rule.n_groups
     # Triton's arrays are powers of two; what is too much holds no expert.
-    shape = _power_of_two(rule.n_groups), _power_of_two(size)
+    shape = power_of_two(rule.n_groups), power_of_two(size)
     group_GX = lax.broadcasted_iota(jnp.int32, shape, 0)
     place_GX = lax.broadcasted_iota(jnp.int32, shape, 1)
     expert_GX = group_GX * size + place_GX
     is_one_GX = (group_GX < rule.n_groups) & (place_GX < size)
-    part_P11 = lax.broadcasted_iota(jnp.int32, (_power_of_two(n_parts), 1, 1), 0)
+    part_P11 = lax.broadcasted_iota(jnp.int32, (power_of_two(n_parts), 1, 1), 0)
     parts_PGX = triton.load(
         logits.at[part_P11, token, expert_GX[None]],
         mask=(part_P11 < n_parts) & is_one_GX[None],
@@ -107,7 +107,7 @@ def _kernel(logits, bias, layer, experts_out, weights_out, *, rule: Rule) -> Non
         kept_G = _best(worth_G, rule.n_limited_groups)
         biased_GX = jnp.where(kept_G[:, None], biased_GX, -jnp.inf)
 
-    choice_K = lax.broadcasted_iota(jnp.int32, (_power_of_two(rule.top_k),), 0)
+    choice_K = lax.broadcasted_iota(jnp.int32, (power_of_two(rule.top_k),), 0)
     experts_K = jnp.zeros(choice_K.shape, jnp.int32)
     weights_K = jnp.zeros(choice_K.shape, jnp.float32)
     for number in range(rule.top_k):
@@ -149,5 +149,5 @@ def _best(worth_G, count: int):
     return kept_G
 
 
-def _power_of_two(count: int) -> int:
+def power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()

@@ -27,7 +27,7 @@ from dsjax.kernels.target import Target
 from dsjax.kernels.varying import by_hand
 
 MOST_ROWS = 64
-_FEWEST_ROWS = 16  # of a matrix unit
+FEWEST_ROWS = 16  # of a matrix unit
 _DEPTH = 64  # of what is read at once
 _SUMS = 4
 _WIDTHS = 64, 32, 16  # columns of a program
@@ -62,7 +62,7 @@ def fits(n_rows: int, matrices: Sequence[Any], dtype: Any, target: Target) -> bo
 
 def padded(n_rows: int) -> int:
     """Returns how many rows a matrix unit is given for so many."""
-    return max(1 << (n_rows - 1).bit_length(), _FEWEST_ROWS)
+    return max(1 << (n_rows - 1).bit_length(), FEWEST_ROWS)
 
 
 def few_row_products(

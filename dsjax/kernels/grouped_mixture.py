@@ -16,15 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from dsjax.kernels.mixture_step import (
-    DEPTH,
-    ROWS,
-    Matrices,
-    SwiGLU,
-    one_after_another,
-    power_of_two,
-    whole,
-)
+from dsjax.kernels.expert_choice import power_of_two
+from dsjax.kernels.few_rows import padded, whole
+from dsjax.kernels.mixture_step import DEPTH, Matrices, SwiGLU, one_after_another
 
 _WIDTH = 64  # columns of a program
 _STAGES = 4  # parts of a matrix that are on their way
@@ -83,7 +77,7 @@ def _hidden_states(x, experts, layer, w_gate, w_up, *rest, n_experts: int, swigl
                 for total, matrix in zip(sums, read(depth), strict=True)
             )
 
-        nothing = jnp.zeros((_padded(x), _WIDTH), jnp.float32)
+        nothing = jnp.zeros((padded(x.shape[0]), _WIDTH), jnp.float32)
         sums = lax.fori_loop(0, x.shape[1] // DEPTH, add, (nothing, nothing))
         gate, up = (total.astype(x.dtype).astype(jnp.float32) for total in sums)
         row_RW, column_RW = (lax.broadcasted_iota(jnp.int32, gate.shape, dim) for dim in (0, 1))
@@ -154,7 +148,7 @@ def _mixed(hidden, experts, weights, layer, w_down, *rest, n_experts: int) -> No
     F = w_down.shape[1]
     part, start = pl.program_id(0), pl.program_id(1) * _WIDTH
     columns = pl.ds(start, _WIDTH)
-    nothing = jnp.zeros((_padded(hidden), _WIDTH), jnp.float32)
+    nothing = jnp.zeros((padded(hidden.shape[0]), _WIDTH), jnp.float32)
 
     def product(n_turns, first, read):
         def add(number, total_RW):
@@ -197,7 +191,7 @@ def _mixed(hidden, experts, weights, layer, w_down, *rest, n_experts: int) -> No
 
 def _rows(array, start):
     """Reads a part of every row, [R, 64]; rows that are not there are zeros."""
-    shape = _padded(array), DEPTH
+    shape = padded(array.shape[0]), DEPTH
     row_RX, column_RX = (lax.broadcasted_iota(jnp.int32, shape, dim) for dim in (0, 1))
     return triton.load(array.at[row_RX, start + column_RX], mask=row_RX < array.shape[0], other=0.0)
 
@@ -205,11 +199,7 @@ def _rows(array, start):
 def _choices(array_MK, other):
     """Reads one number for each choice, [R, power of two]; `other` for those that are not there."""
     M, K = array_MK.shape
-    shape = _padded(array_MK), power_of_two(K)
+    shape = padded(array_MK.shape[0]), power_of_two(K)
     row_RK, choice_RK = (lax.broadcasted_iota(jnp.int32, shape, dim) for dim in (0, 1))
     is_choice_RK = (row_RK < M) & (choice_RK < K)
     return triton.load(array_MK.at[row_RK, choice_RK], mask=is_choice_RK, other=other)
-
-
-def _padded(array_MX) -> int:
-    return power_of_two(max(array_MX.shape[0], ROWS))

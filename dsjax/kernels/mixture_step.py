@@ -28,14 +28,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from dsjax.kernels.expert_choice import power_of_two
+from dsjax.kernels.few_rows import FEWEST_ROWS, MOST_ROWS, padded, whole
 from dsjax.kernels.target import Target
 from dsjax.kernels.varying import by_hand
 
-ROWS = 16  # of the matrix unit
 DEPTH, _WIDTH = 64, 32  # of the part of a matrix that is read at once
 _STAGES = 6  # parts that are on their way
 _ROUTER_PART = 1 << 14  # elements of the router's matrix that a program holds in registers
-_MOST_ROWS, _MOST_EXPERTS = 64, 256
+_MOST_EXPERTS = 256
 
 SwiGLU = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -63,7 +64,7 @@ def fits(
     return (
         target.is_hopper
         and by_hand()
-        and x_MD.shape[0] <= _MOST_ROWS
+        and x_MD.shape[0] <= MOST_ROWS
         and x_MD.dtype in (jnp.bfloat16, jnp.float16)
         and router.shape[-1] <= _MOST_EXPERTS
         # Small weights are no arrays.
@@ -91,7 +92,7 @@ def normed_logits(
       the normed tokens [M, D] in x's dtype, and the logits' parts, float32 [X, M, E], to be summed.
     """
     (M, D), E = x_MD.shape, router_LDE.shape[2]
-    most = _ROUTER_PART // power_of_two(max(E, ROWS))
+    most = _ROUTER_PART // power_of_two(max(E, FEWEST_ROWS))
     part = next(part for part in (4 * DEPTH, 2 * DEPTH, DEPTH) if part <= most and D % part == 0)
     n_parts = D // part
     return pl.pallas_call(
@@ -106,7 +107,7 @@ def normed_logits(
             pl.BlockSpec((M, D), lambda x: (0, 0)),
             pl.BlockSpec((n_parts, M, E), lambda x: (0, 0, 0)),
         ),
-        compiler_params=triton.CompilerParams(num_warps=4 if M <= ROWS else 8, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=4 if M <= FEWEST_ROWS else 8, num_stages=2),
         name="normed_logits",
         interpret=interpret,
     )(x_MD, norm_LD, router_LDE, layer[None])
@@ -115,7 +116,7 @@ def normed_logits(
 def _normed_logits(x, norm, router, layer, normed_out, logits_out, *, eps: float, part: int):
     (M, D), E = x.shape, router.shape[2]
     mine = pl.program_id(0)
-    shape = power_of_two(max(M, ROWS)), part
+    shape = padded(M), part
     row_RX, column_RX = (lax.broadcasted_iota(jnp.int32, shape, dim) for dim in (0, 1))
     is_row_RX = row_RX < M
 
@@ -132,7 +133,7 @@ def _normed_logits(x, norm, router, layer, normed_out, logits_out, *, eps: float
     normed_RX = (read(mine * part) * scale_R1 * weight_1X).astype(x.dtype)
     triton.store(normed_out.at[row_RX, mine * part + column_RX], normed_RX, mask=is_row_RX)
 
-    wide = power_of_two(max(E, ROWS))
+    wide = power_of_two(max(E, FEWEST_ROWS))
     expert_XE = lax.broadcasted_iota(jnp.int32, (part, wide), 1)
     depth_XE = mine * part + lax.broadcasted_iota(jnp.int32, (part, wide), 0)
     matrix = router.at[layer[0], depth_XE, expert_XE]
@@ -196,7 +197,7 @@ def _hidden_states(x, experts, layer, w_gate, w_up, *rest, n_experts: int, swigl
                 for total, matrix in zip(sums, read(depth), strict=True)
             )
 
-        nothing = jnp.zeros((ROWS, _WIDTH), jnp.float32)
+        nothing = jnp.zeros((FEWEST_ROWS, _WIDTH), jnp.float32)
         sums = lax.fori_loop(0, x.shape[1] // DEPTH, add, (nothing, nothing))
         # The other rows are zeros. Rounded, as the products of a matrix's rows are elsewhere.
         gate, up = (total.sum(axis=0).astype(x.dtype).astype(jnp.float32) for total in sums)
@@ -272,7 +273,7 @@ def _mixed(x, hidden, experts, weights, layer, w_down, *rest, n_experts: int) ->
         matrix = w_down[layer[0] * n_experts + experts[m, k], depth, columns]
         return total_RW + weights[m, k] * product(number * DEPTH, matrix)
 
-    total_RW = jnp.zeros((ROWS, _WIDTH), jnp.float32)
+    total_RW = jnp.zeros((FEWEST_ROWS, _WIDTH), jnp.float32)
     total_RW = lax.fori_loop(0, K * per_expert, add_chosen, total_RW)
     for w in shared:
 
@@ -291,14 +292,6 @@ def one_after_another(stack_LEXY: jax.Array) -> jax.Array:
 
 def _one_row(array, m, start):
     """Reads a part of row m as the first of a matrix unit's rows, [16, 64], the others zeros."""
-    row_RX, column_RX = (lax.broadcasted_iota(jnp.int32, (ROWS, DEPTH), dim) for dim in (0, 1))
+    shape = FEWEST_ROWS, DEPTH
+    row_RX, column_RX = (lax.broadcasted_iota(jnp.int32, shape, dim) for dim in (0, 1))
     return triton.load(array.at[m, start + column_RX], mask=row_RX == 0, other=0.0)
-
-
-def whole(array: jax.Array) -> pl.BlockSpec:
-    """Gives a program all of an array: which part it reads depends on what is in others."""
-    return pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
-
-
-def power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()

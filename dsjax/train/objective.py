@@ -50,7 +50,7 @@ class ForwardPass(NamedTuple):
     balance: BalanceWeights | None
     remat: str
     lesson: Lesson | None = "sparse"  # without effect on a model without an indexer
-    inner: int | None = None
+    inner: int | None = None  # the layer, counted from 1, whose output the sums read
 
 
 class Weights(NamedTuple):
