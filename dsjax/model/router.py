@@ -76,7 +76,10 @@ def select(scores_ME: jax.Array, bias_E: jax.Array | None, config: ModelConfig) 
 
 def weigh(scores_ME: jax.Array, experts_MK: jax.Array, config: ModelConfig) -> jax.Array:
     """Computes the chosen experts' weights from unbiased scores: float32 [M, K]."""
-    weights_MK = jnp.take_along_axis(scores_ME, experts_MK, axis=-1)
+    # A token's experts differ. Said so, a TPU adds up the gradients without sorting them first.
+    weights_MK = jax.vmap(
+        lambda scores_E, chosen_K: scores_E.at[chosen_K].get(unique_indices=True)
+    )(scores_ME, experts_MK)
     if config.norm_topk:
         weights_MK = weights_MK / (weights_MK.sum(axis=-1, keepdims=True) + 1e-20)
     return weights_MK * config.route_scale

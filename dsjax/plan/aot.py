@@ -27,6 +27,9 @@ _SLOW_CODE: dict[str, bool | str] = {
     "xla_jf_convolution_performance_target": "0",  # a product's code: short, not unrolled
     "xla_jf_critical_path_scheduler": False,
     "xla_jf_vliw_scheduler": False,
+    # Loops where the code of element-wise operations and of sorts would be unrolled.
+    "xla_tpu_enable_emitter_rolling": True,
+    "xla_tpu_roll_intra_lane_for_bitonic_sort": True,
 }
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.model.router import route, select
+from dsjax.model.router import route, select, weigh
 from tests.closeness import F32, assert_close
 from tests.model.tiny import TINY
 from tests.oracles.experts import route as oracle_route
@@ -110,3 +110,22 @@ def test_replayed_experts_keep_gradients_through_the_weights():
     np.testing.assert_array_equal(got.experts_MK, choice)
     gradient = jax.grad(lambda x: route(x, jnp.zeros(8), V3, choice).weights_MK[0, 0])(logits)
     assert set(np.flatnonzero(np.asarray(gradient[0]))) == {1, 3, 7}
+
+
+def test_gradients_of_the_weights_need_no_sort():
+    """The scatter says that a token's experts differ."""
+    scores, cotangent = (jax.random.uniform(jax.random.key(seed), (9, 8)) for seed in (5, 6))
+    experts = jax.lax.top_k(scores, 3)[1]
+
+    def total(scores, weights):
+        return (weights(scores, experts, V3) * cotangent[:, :3]).sum()
+
+    def by_comparison(scores, experts, config):
+        hot = jax.nn.one_hot(experts, 8)
+        weights = (hot * scores[:, None]).sum(axis=-1)
+        return config.route_scale * weights / weights.sum(axis=-1, keepdims=True)
+
+    gradient = jax.grad(total)
+    assert_close(gradient(scores, weigh), gradient(scores, by_comparison), F32, "gradient")
+    program = str(jax.make_jaxpr(gradient, static_argnums=1)(scores, weigh))
+    assert "scatter-add" in program and "unique_indices=False" not in program

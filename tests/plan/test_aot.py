@@ -75,6 +75,29 @@ def test_shipped_config_compiles_and_fits(case, tpu_compiler):
 
 
 @pytest.mark.slow
+def test_slow_code_takes_the_same_memory_and_sends_the_same(tpu_compiler, monkeypatch):
+    config = settings.override(
+        settings.load_config(ROOT / "configs/r1_distill_qwen_1p5b.py"),
+        [
+            "model.n_layers=2",
+            "model.n_dense_layers=2",
+            "model.vocab_size=4096",
+            "data.sequence_length=2048",
+            "train.batch_size=4",
+            "train.micro_batch_size=4",
+            "train.remat=full",
+        ],
+    )
+    slow = aot.compile_step(config, topology.parse("v5e:2x2"), "train")
+    monkeypatch.setattr(aot, "_SLOW_CODE", {})
+    fast = aot.compile_step(config, topology.parse("v5e:2x2"), "train")
+    assert slow.collectives and slow.collectives == fast.collectives
+    for figure in ("peak_bytes_per_device", "argument_bytes", "temporary_bytes", "output_bytes"):
+        assert getattr(slow, figure) == getattr(fast, figure), figure
+    assert slow.code_bytes < fast.code_bytes
+
+
+@pytest.mark.slow
 def test_program_does_not_grow_with_layers(tpu_compiler):
     """Twice the layers: the same program before the compiler, and nearly the same time in it."""
     plans = [
