@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +32,8 @@ _DEPTH = 64  # of what is read at once
 _SUMS = 4
 _WIDTHS = 64, 32, 16  # columns of a program
 _STAGES = 3  # reads that are under way
+
+SwiGLU = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Norm(NamedTuple):
@@ -87,7 +89,7 @@ def few_row_products(
       [M, F] for each stack, summed in float32, in the rows' dtype.
     """
     M = x_MD.shape[0]
-    width = _width([w.shape[2] for w in matrices], multiprocessors)
+    width = columns_of_program([w.shape[2] for w in matrices], multiprocessors)
     counts = [w.shape[2] // width for w in matrices]
     beside = ([norm.weight_LD] if norm else []) + ([] if residual_MF is None else [residual_MF])
     operands = [layer[None], x_MD, *matrices, *beside]
@@ -107,12 +109,49 @@ def few_row_products(
     )(*operands)  # fmt: skip
 
 
+def few_row_swiglu(
+    x_MD: jax.Array,
+    gate_LDF: jax.Array,
+    up_LDF: jax.Array,
+    layer: jax.Array,
+    norm: Norm,
+    swiglu: SwiGLU,
+    *,
+    multiprocessors: int,
+    interpret: bool = False,
+) -> jax.Array:
+    """Multiplies normed rows by one matrix of each of two stacks, and combines both products.
+
+    Args:
+      layer: int32 scalar.
+      swiglu: of two float32 arrays.
+      interpret: whether to interpret the kernel, on any machine.
+
+    Returns:
+      [M, F] in the rows' dtype.
+    """
+    M, F = x_MD.shape[0], gate_LDF.shape[2]
+    width = columns_of_program([F], multiprocessors)
+    operands = layer[None], x_MD, gate_LDF, up_LDF, norm.weight_LD
+    result = jax.ShapeDtypeStruct((M, F), x_MD.dtype)
+    return pl.pallas_call(
+        functools.partial(_swiglu_kernel, width=width, eps=norm.eps, swiglu=swiglu),
+        out_shape=result,
+        grid=(F // width,),
+        in_specs=[whole(each) for each in operands],
+        out_specs=whole(result),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=_STAGES),
+        name="few_row_swiglu",
+        interpret=interpret,
+    )(*operands)
+
+
 def whole(array: Any) -> pl.BlockSpec:
     """Says that every program sees all of an array."""
     return pl.BlockSpec(array.shape, lambda *program: (0,) * len(array.shape))
 
 
-def _width(widths: Sequence[int], multiprocessors: int) -> int:
+def columns_of_program(widths: Sequence[int], multiprocessors: int) -> int:
     """Returns the most columns of a program with which all multiprocessors have one, if any."""
     fitting = [width for width in _WIDTHS if all(each % width == 0 for each in widths)]
     busy = [width for width in fitting if sum(widths) // width >= multiprocessors]
@@ -128,8 +167,8 @@ def _kernel(layer, x, *refs, counts, width: int, eps: float | None, adds: bool):
         columns = (block - first) * width
 
         def compute(w=w, out=out, columns=columns):
-            y_RF = _product(x, w, norm, layer[0], columns, width, eps).astype(out.dtype)
-            places, is_row = _places(y_RF.shape, x.shape[0], columns)
+            y_RF = product(x, w, norm, layer[0], columns, width, eps).astype(out.dtype)
+            places, is_row = places_of(y_RF.shape, x.shape[0], columns)
             if residual is not None:
                 y_RF = triton.load(residual.at[places], mask=is_row, other=0.0) + y_RF
             triton.store(out.at[places], y_RF, mask=is_row)
@@ -141,7 +180,18 @@ def _kernel(layer, x, *refs, counts, width: int, eps: float | None, adds: bool):
         first += count
 
 
-def _product(x, w, norm, layer, columns, width: int, eps: float | None):
+def _swiglu_kernel(layer, x, w_gate, w_up, norm, out, *, width: int, eps: float, swiglu: SwiGLU):
+    columns = pl.program_id(0) * width
+    # Rounded, as products are elsewhere.
+    gate_RF, up_RF = (
+        product(x, w, norm, layer[0], columns, width, eps).astype(out.dtype).astype(jnp.float32)
+        for w in (w_gate, w_up)
+    )
+    places, is_row = places_of(gate_RF.shape, x.shape[0], columns)
+    triton.store(out.at[places], swiglu(gate_RF, up_RF).astype(out.dtype), mask=is_row)
+
+
+def product(x, w, norm, layer, columns, width: int, eps: float | None):
     """Returns the rows' products with some columns of a layer's matrix, float32 [R, F]."""
     M, D = x.shape
     n_sums = math.gcd(_SUMS, D // _DEPTH)
@@ -149,7 +199,7 @@ def _product(x, w, norm, layer, columns, width: int, eps: float | None):
     rows = padded(M)
 
     def read(start):
-        places, is_row = _places((rows, _DEPTH), M, start)
+        places, is_row = places_of((rows, _DEPTH), M, start)
         return triton.load(x.at[places], mask=is_row, other=0.0)
 
     def turn(step, found):
@@ -179,7 +229,7 @@ def _product(x, w, norm, layer, columns, width: int, eps: float | None):
     return y_RF * lax.rsqrt(squares_RD.sum(axis=1) / D + eps)[:, None]
 
 
-def _places(shape: Sequence[int], n_rows: int, start: Any):
+def places_of(shape: Sequence[int], n_rows: int, start: Any):
     """Returns the indices of a block of columns of all rows, and which are of a row that is one."""
     row_RX, column_RX = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
     return (row_RX, column_RX + start), row_RX < n_rows

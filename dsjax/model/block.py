@@ -158,6 +158,9 @@ class Block(nnx.Module):
             y_BTD, cache = self.attn.extend(self.attn_norm(x_BTD), angles, cache, positions_BT)
             x_BTD = x_BTD + y_BTD
         if isinstance(self.ffn, FeedForward):
+            assert isinstance(stack.ffn, FeedForward)
+            if stack.ffn.steps(x_BTD):
+                return stack.ffn.step(x_BTD, stack.ffn_norm, cache.layer), cache, None
             return x_BTD + self.ffn(self.ffn_norm(x_BTD)), cache, None
         assert isinstance(stack.ffn, MoE)
         if stack.ffn.steps(x_BTD):

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dsjax.kernels import few_rows
 from dsjax.parallel.vocabulary_parallel import lookup
-from dsjax.precision.activations import limited, swiglu_linear
+from dsjax.precision.activations import limited, swiglu, swiglu_linear
 from dsjax.precision.matmul import linear
 from dsjax.precision.policy import Policy
 
@@ -143,6 +144,44 @@ class FeedForward(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = (linear(x, w[...], self.policy) for w in (self.w_gate, self.w_up))
         return swiglu_linear(*limited(gate, up, self.limit), self.w_down[...], self.policy)
+
+    def steps(self, x_BTD: jax.Array) -> bool:
+        """Tells whether `step` takes these tokens, here.
+
+        Must be called on the stack of all layers.
+        """
+        matrices = [w[...] for w in (self.w_gate, self.w_up, self.w_down)]
+        n_tokens = x_BTD.shape[0] * x_BTD.shape[1]
+        return self.policy.fp8 is None and few_rows.fits(
+            n_tokens, matrices, x_BTD.dtype, self.policy.target
+        )
+
+    @jax.named_scope("feed-forward")
+    def step(self, x_BTD: jax.Array, norm: RMSNorm, layer: jax.Array) -> jax.Array:
+        """Does what is left of a layer after its attention, in two kernels that read the layer's
+        weights where they lie. Returns the residual.
+
+        Must be called on the stack of all layers.
+
+        Args:
+          x_BTD: the residual after attention.
+          norm: the layers' norms before this.
+        """
+        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        multiprocessors = self.policy.target.multiprocessors
+        hidden_MF = few_rows.few_row_swiglu(
+            x_MD,
+            self.w_gate[...],
+            self.w_up[...],
+            layer,
+            few_rows.Norm(norm.weight[...], norm.eps),
+            lambda gate, up: swiglu(*limited(gate, up, self.limit)),
+            multiprocessors=multiprocessors,
+        )
+        (y_MD,) = few_rows.few_row_products(
+            hidden_MF, [self.w_down[...]], layer, residual_MF=x_MD, multiprocessors=multiprocessors
+        )
+        return y_MD.reshape(x_BTD.shape)
 
 
 class Embedding(nnx.Module):

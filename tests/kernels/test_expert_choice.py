@@ -12,9 +12,12 @@ from dsjax.kernels.expert_choice import Rule, expert_choice, fits
 from dsjax.kernels.target import HOPPER, Target
 from dsjax.model.router import route, rule_of
 from tests.closeness import F32, assert_close
+from tests.kernels.hopper import INTERPRETED
 from tests.model.tiny import TINY
 
-interpreted = jax.jit(functools.partial(expert_choice, interpret=True), static_argnames="rule")
+interpreted = jax.jit(
+    functools.partial(expert_choice, interpret=INTERPRETED), static_argnames="rule"
+)
 
 # Experts, groups, groups that stay, experts of a token.
 SIZES = [(56, 8, 4, 6), (64, 8, 3, 8), (12, 1, 1, 5), (24, 4, 4, 1)]

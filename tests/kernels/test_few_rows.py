@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.kernels.few_rows import Norm, few_row_products, fits
+from dsjax.kernels.few_rows import Norm, few_row_products, few_row_swiglu, fits
 from dsjax.kernels.target import HOPPER, Target
 from dsjax.model.layers import rms_norm
+from dsjax.precision.activations import limited, swiglu
 from tests.closeness import BF16, F32, assert_close
 from tests.golden.ours import QUICK
+from tests.kernels.hopper import INTERPRETED
 
 L, D = 3, 192
 LEVELS = {jnp.float32: F32, jnp.bfloat16: BF16}
@@ -27,7 +29,7 @@ def interpreted(x, matrices, layer, weight=None, residual=None, multiprocessors=
         norm=None if weight is None else Norm(weight, EPS),
         residual_MF=residual,
         multiprocessors=multiprocessors,
-        interpret=True,
+        interpret=INTERPRETED,
     )
 
 
@@ -63,6 +65,23 @@ def test_product_with_the_residual(depth, multiprocessors):
     residual = jnp.asarray(np.random.default_rng(1).normal(size=(3, 128)), jnp.float32)
     (got,) = interpreted(x, [w], jnp.int32(2), residual=residual, multiprocessors=multiprocessors)
     assert_close(got, np.asarray(residual) + np.asarray(x) @ np.asarray(w[2]), F32, "sum")
+
+
+@pytest.mark.parametrize("dtype", LEVELS, ids=lambda dtype: dtype.__name__)
+def test_normed_rows_times_two_matrices_in_swiglu(dtype):
+    x, weight, (gate, up) = arrays(17, (48, 48), dtype)
+    run = functools.partial(
+        few_row_swiglu,
+        norm=Norm(weight, EPS),
+        swiglu=lambda gate, up: swiglu(*limited(gate, up, 9.0)),
+        multiprocessors=132,
+        interpret=INTERPRETED,
+    )
+    got = jax.jit(run, compiler_options=QUICK)(x, gate, up, jnp.int32(1))
+    products = defined(x, (gate, up), 1, weight)
+    assert np.abs(products).max() > 9  # some are limited
+    assert got.dtype == dtype
+    assert_close(got, swiglu(*limited(*products, 9.0)), LEVELS[dtype], "hidden")
 
 
 def test_only_one_layer_is_read():

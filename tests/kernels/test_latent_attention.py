@@ -11,12 +11,13 @@ from dsjax.kernels.cached_attention import Block, cached_attention
 from dsjax.kernels.latent_attention import fits, latent_attention
 from dsjax.kernels.target import HOPPER, Target
 from tests.closeness import BF16, F32, assert_close
+from tests.kernels.hopper import INTERPRETED
 
 L, B, N, C, R, S = 3, 3, 32, 32, 16, 256
 POSITIONS = [[200], [5], [255]]  # inside a block, in the first one, the last of all
 
 interpreted = jax.jit(
-    functools.partial(latent_attention, scale=0.2, interpret=True),
+    functools.partial(latent_attention, scale=0.2, interpret=INTERPRETED),
     static_argnames="multiprocessors",
 )
 

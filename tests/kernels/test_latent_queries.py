@@ -13,6 +13,7 @@ from dsjax.model import rope
 from dsjax.model.layers import rms_norm
 from tests.closeness import BF16, EXACT, F32, assert_close
 from tests.golden.ours import QUICK
+from tests.kernels.hopper import INTERPRETED
 
 L, N, H, W, C, R, S = 3, 4, 16, 32, 128, 16, 8
 LEVELS = {jnp.float32: F32, jnp.bfloat16: BF16}
@@ -41,7 +42,7 @@ def test_queries_and_entries(n_rows, dtype):
     def interpreted(layer, weight, *cached):
         norm, turned = Norm(weight, EPS), (cos[:, 0], sin[:, 0])
         return latent_queries(
-            q, kv, turned, positions, w, norm, cached, layer, n_heads=N, interpret=True
+            q, kv, turned, positions, w, norm, cached, layer, n_heads=N, interpret=INTERPRETED
         )
 
     got = interpreted(jnp.int32(1), weight, latents, keys)
@@ -66,7 +67,7 @@ def test_queries_and_entries(n_rows, dtype):
 @both_types
 def test_values_of_heads(n_rows, dtype):
     latents, w = arrays(n_rows, dtype, (n_rows, N, C), (L, C, N * (H + 2 * W)))
-    function = functools.partial(head_values, value_width=2 * W, interpret=True)
+    function = functools.partial(head_values, value_width=2 * W, interpret=INTERPRETED)
     got = jax.jit(function, compiler_options=QUICK)(latents, w, jnp.int32(2))
     values_of = w[2].astype(jnp.float32).reshape(C, N, H + 2 * W)[..., H:]
     wanted = np.einsum("mnc,cnw->mnw", latents.astype(jnp.float32), values_of)

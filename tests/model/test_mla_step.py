@@ -1,4 +1,4 @@
-"""A decoding step's attention in a few kernels, interpreted, against the operations of any step."""
+"""A dense layer's decoding step in a few kernels, interpreted, against what any machine runs."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from dsjax.kernels.target import HOPPER, Target
 from dsjax.model.block import Block, Extension
 from dsjax.model.cache import empty_cache
 from dsjax.model.layer_cache import LayerCache
-from dsjax.model.layers import stack
+from dsjax.model.layers import FeedForward, stack
 from dsjax.model.mla import MLA
 from dsjax.model.parameters import initialize
 from dsjax.model.rope import angles
@@ -35,6 +35,7 @@ POSITIONS_B1 = np.asarray([[40], [0], [63]], np.int32)
 def interpreted(monkeypatch):
     for module, name in [
         (few_rows, "few_row_products"),
+        (few_rows, "few_row_swiglu"),
         (latent_queries, "latent_queries"),
         (latent_queries, "head_values"),
         (latent_attention, "latent_attention"),
@@ -52,7 +53,8 @@ def layers(config, dtype, target):
     model = initialize(declared(config, Policy(dtype, target)), jax.random.key(0))
     assert isinstance(model.attn, MLA)
     rng = np.random.default_rng(0)
-    for norm in (model.attn_norm, model.attn.kv_norm, getattr(model.attn, "q_norm", None)):
+    own = model.attn.kv_norm, getattr(model.attn, "q_norm", None)
+    for norm in (model.attn_norm, *own, model.ffn_norm):
         if norm is not None:
             norm.weight.set_value(jnp.asarray(rng.uniform(0.5, 1.5, norm.weight.shape)))
     return jax.tree.map(lambda leaf: leaf.astype(dtype), model)
@@ -70,7 +72,8 @@ def inputs(config, dtype):
     rng = np.random.default_rng(1)
     entries = empty_cache(config, B, S, dtype).dense
     entries = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), dtype), entries)
-    return jnp.asarray(rng.normal(size=(B, 1, config.dim)), dtype), entries
+    # A residual as small as what layers add to it, or that would not be seen.
+    return jnp.asarray(0.1 * rng.normal(size=(B, 1, config.dim)), dtype), entries
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
@@ -89,8 +92,10 @@ def test_step_equals_what_any_machine_runs(q_lora_rank, dtype, level, interprete
     config = dataclasses.replace(CONFIG, q_lora_rank=q_lora_rank)
     model, given = layers(config, dtype, HOPPER), inputs(config, dtype)
     assert model.attn.steps(given[0], LayerCache(given[1], jnp.int32(0))) == (dtype == jnp.bfloat16)
+    assert model.ffn.steps(given[0]) == (dtype == jnp.bfloat16)
     # Float32 is not for a GPU, but shows more digits.
-    monkeypatch.setattr(MLA, "steps", lambda *given: True)
+    for half in (MLA, FeedForward):
+        monkeypatch.setattr(half, "steps", lambda *given: True)
     got = extended(model, *given)
     monkeypatch.undo()
     want = extended(widened(model), *jax.tree.map(lambda x: x.astype(jnp.float32), given))
