@@ -17,8 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from dsjax.kernels.expert_choice import power_of_two
-from dsjax.kernels.few_rows import padded, whole
-from dsjax.kernels.mixture_step import DEPTH, Matrices, SwiGLU, one_after_another
+from dsjax.kernels.few_rows import SwiGLU, padded, whole
+from dsjax.kernels.mixture_step import DEPTH, Chosen
 
 _WIDTH = 64  # columns of a program
 _STAGES = 4  # parts of a matrix that are on their way
@@ -26,31 +26,14 @@ _EXPERTS = 4  # whose outputs a program adds up
 
 
 def hidden_states(
-    x_MD: jax.Array,
-    experts: Matrices,
-    shared: Matrices | None,
-    experts_MK: jax.Array,
-    layer: jax.Array,
-    swiglu: SwiGLU,
-    *,
-    interpret: bool = False,
+    x_MD: jax.Array, chosen: Chosen, swiglu: SwiGLU, *, interpret: bool = False
 ) -> jax.Array:
-    """Computes SwiGLU of every expert that a row chose, then of the shared ones, side by side.
-
-    Args:
-      x_MD: normed tokens.
-      experts_MK: int32.
-      layer: int32 scalar.
-      swiglu: of two float32 arrays.
-      interpret: whether to interpret the kernel, on any machine.
-
-    Returns:
-      [M, E * F + X] in x's dtype; of experts that no row chose, anything.
+    """Computes what `mixture_step.hidden_states` does of every expert that a row chose: [M, E * F +
+    X]; of experts that no row chose, anything.
     """
-    _, E, _, F = experts.gate.shape
-    width = E * F + (shared.gate.shape[2] if shared else 0)
-    matrices = [*map(one_after_another, experts[:2]), *(shared[:2] if shared else ())]
-    operands = x_MD, experts_MK, layer[None], *matrices
+    _, E, _, F = chosen.experts.gate.shape
+    width = E * F + chosen.shared_width
+    operands = x_MD, chosen.experts_MK, chosen.layer[None], *chosen.into
     return pl.pallas_call(
         functools.partial(_hidden_states, n_experts=E, swiglu=swiglu),
         out_shape=jax.ShapeDtypeStruct((len(x_MD), width), x_MD.dtype),
@@ -103,33 +86,13 @@ def _hidden_states(x, experts, layer, w_gate, w_up, *rest, n_experts: int, swigl
 
 
 def mixed(
-    x_MD: jax.Array,
-    hidden_MX: jax.Array,
-    experts: Matrices,
-    shared: Matrices | None,
-    experts_MK: jax.Array,
-    weights_MK: jax.Array,
-    layer: jax.Array,
-    *,
-    interpret: bool = False,
+    x_MD: jax.Array, hidden_MX: jax.Array, chosen: Chosen, *, interpret: bool = False
 ) -> jax.Array:
-    """Adds each row's experts, by weight, and the shared ones to the residual.
-
-    Args:
-      x_MD: the residual.
-      hidden_MX: what `hidden_states` returns.
-      experts_MK: int32.
-      weights_MK: float32.
-      layer: int32 scalar.
-      interpret: whether to interpret the kernel, on any machine.
-
-    Returns:
-      [M, D] in x's dtype, summed in float32 and rounded once.
-    """
-    (M, D), E = x_MD.shape, experts.down.shape[1]
-    downs = (one_after_another(experts.down), *((shared.down,) if shared else ()))
-    operands = hidden_MX, experts_MK, weights_MK, layer[None], *downs
-    shape = (pl.cdiv(E, _EXPERTS) + len(downs) - 1, M, D)
+    """Computes what `mixture_step.mixed` does of what `hidden_states` returns here."""
+    (M, D), E = x_MD.shape, chosen.experts.down.shape[1]
+    choices = chosen.experts_MK, chosen.weights_MK, chosen.layer[None]
+    operands = hidden_MX, *choices, *chosen.out
+    shape = (pl.cdiv(E, _EXPERTS) + len(chosen.out) - 1, M, D)
     parts_XMD = pl.pallas_call(
         functools.partial(_mixed, n_experts=E),
         out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),

@@ -19,7 +19,7 @@ for products of matrix units that Triton loads what comes next ahead of time.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from dsjax.kernels.expert_choice import power_of_two
-from dsjax.kernels.few_rows import FEWEST_ROWS, MOST_ROWS, padded, whole
+from dsjax.kernels.few_rows import FEWEST_ROWS, MOST_ROWS, SwiGLU, padded, whole
 from dsjax.kernels.target import Target
 from dsjax.kernels.varying import by_hand
 
@@ -37,8 +37,6 @@ DEPTH, _WIDTH = 64, 32  # of the part of a matrix that is read at once
 _STAGES = 6  # parts that are on their way
 _ROUTER_PART = 1 << 14  # elements of the router's matrix that a program holds in registers
 _MOST_EXPERTS = 256
-
-SwiGLU = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Matrices(NamedTuple):
@@ -49,6 +47,38 @@ class Matrices(NamedTuple):
     gate: Any
     up: Any
     down: Any
+
+
+class Chosen(NamedTuple):
+    """Experts that rows chose, and where their matrices lie."""
+
+    experts: Matrices
+    shared: Matrices | None
+    experts_MK: jax.Array  # int32
+    weights_MK: jax.Array  # float32
+    layer: jax.Array  # int32 scalar
+
+    @property
+    def into(self) -> list[jax.Array]:
+        """Returns the stacks of gate and up, with the experts of all layers one after the other,
+        then those of the shared ones.
+        """
+        shared = self.shared[:2] if self.shared else ()
+        return [*map(_one_after_another, self.experts[:2]), *shared]
+
+    @property
+    def out(self) -> list[jax.Array]:
+        """Returns the stacks of the down-projections, likewise."""
+        shared = [self.shared.down] if self.shared else []
+        return [_one_after_another(self.experts.down), *shared]
+
+    @property
+    def shared_width(self) -> int:
+        return self.shared.gate.shape[2] if self.shared else 0
+
+
+def _one_after_another(stack_LEXY: jax.Array) -> jax.Array:
+    return stack_LEXY.reshape(-1, *stack_LEXY.shape[2:])
 
 
 def fits(
@@ -145,32 +175,21 @@ def _normed_logits(x, norm, router, layer, normed_out, logits_out, *, eps: float
 
 
 def hidden_states(
-    x_MD: jax.Array,
-    experts: Matrices,
-    shared: Matrices | None,
-    experts_MK: jax.Array,
-    layer: jax.Array,
-    swiglu: SwiGLU,
-    *,
-    interpret: bool = False,
+    x_MD: jax.Array, chosen: Chosen, swiglu: SwiGLU, *, interpret: bool = False
 ) -> jax.Array:
     """Computes SwiGLU of each row's chosen experts, then of the shared ones, side by side.
 
     Args:
       x_MD: normed tokens.
-      experts_MK: int32.
-      layer: int32 scalar.
       swiglu: of two float32 arrays.
       interpret: whether to interpret the kernel, on any machine.
 
     Returns:
       [M, K * F + X] in x's dtype.
     """
-    M, K = experts_MK.shape
-    E, F = experts.gate.shape[1], experts.gate.shape[3]
-    width = K * F + (shared.gate.shape[2] if shared else 0)
-    matrices = [*map(one_after_another, experts[:2]), *(shared[:2] if shared else ())]
-    operands = x_MD, experts_MK, layer[None], *matrices
+    (M, K), (_, E, _, F) = chosen.experts_MK.shape, chosen.experts.gate.shape
+    width = K * F + chosen.shared_width
+    operands = x_MD, chosen.experts_MK, chosen.layer[None], *chosen.into
     return pl.pallas_call(
         functools.partial(_hidden_states, n_experts=E, swiglu=swiglu),
         out_shape=jax.ShapeDtypeStruct((M, width), x_MD.dtype),
@@ -218,35 +237,24 @@ def _hidden_states(x, experts, layer, w_gate, w_up, *rest, n_experts: int, swigl
 
 
 def mixed(
-    x_MD: jax.Array,
-    hidden_MX: jax.Array,
-    experts: Matrices,
-    shared: Matrices | None,
-    experts_MK: jax.Array,
-    weights_MK: jax.Array,
-    layer: jax.Array,
-    *,
-    interpret: bool = False,
+    x_MD: jax.Array, hidden_MX: jax.Array, chosen: Chosen, *, interpret: bool = False
 ) -> jax.Array:
     """Adds each row's experts, by weight, and the shared ones to the residual.
 
     Args:
       x_MD: the residual.
       hidden_MX: what `hidden_states` returns.
-      experts_MK: int32.
-      weights_MK: float32.
-      layer: int32 scalar.
       interpret: whether to interpret the kernel, on any machine.
 
     Returns:
       [M, D] in x's dtype, summed in float32 and rounded once.
     """
     M, D = x_MD.shape
-    downs = (one_after_another(experts.down), *((shared.down,) if shared else ()))
-    operands = x_MD, hidden_MX, experts_MK, weights_MK, layer[None], *downs
+    choices = chosen.experts_MK, chosen.weights_MK, chosen.layer[None]
+    operands = x_MD, hidden_MX, *choices, *chosen.out
     block = pl.BlockSpec((None, _WIDTH), lambda m, x: (m, x))
     return pl.pallas_call(
-        functools.partial(_mixed, n_experts=experts.down.shape[1]),
+        functools.partial(_mixed, n_experts=chosen.experts.down.shape[1]),
         out_shape=jax.ShapeDtypeStruct((M, D), x_MD.dtype),
         grid=(M, D // _WIDTH),
         in_specs=[block, *(whole(x) for x in operands[1:])],
@@ -284,10 +292,6 @@ def _mixed(x, hidden, experts, weights, layer, w_down, *rest, n_experts: int) ->
         total_RW = lax.fori_loop(0, w.shape[1] // DEPTH, add_shared, total_RW)
     # The other rows are zeros.
     out[...] = (x[...].astype(jnp.float32) + total_RW.sum(axis=0)).astype(out.dtype)
-
-
-def one_after_another(stack_LEXY: jax.Array) -> jax.Array:
-    return stack_LEXY.reshape(-1, *stack_LEXY.shape[2:])
 
 
 def _one_row(array, m, start):

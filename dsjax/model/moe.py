@@ -324,22 +324,19 @@ class MoE(nnx.Module):
         """
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
         policy, limit = self.experts.policy, self.experts.limit
-        matrices = _matrices(self.experts), self._shared_matrices
         normed_MD, logits_XME = mixture_step.normed_logits(
             x_MD, norm.weight[...], self.gate.weight[...], layer, eps=norm.eps
         )
         experts_MK, weights_MK = self.gate.choose(logits_XME, layer, policy.target)
+        matrices = _matrices(self.experts), self._shared_matrices
+        chosen = mixture_step.Chosen(*matrices, experts_MK, weights_MK, layer)
         # Beyond as many choices as there are experts, each is read once for all rows.
         many = experts_MK.size > self.config.n_routed_experts
         kernels = grouped_mixture if many else mixture_step
         hidden_MX = kernels.hidden_states(
-            normed_MD,
-            *matrices,
-            experts_MK,
-            layer,
-            lambda gate, up: swiglu(*limited(gate, up, limit)),
+            normed_MD, chosen, lambda gate, up: swiglu(*limited(gate, up, limit))
         )
-        y_MD = kernels.mixed(x_MD, hidden_MX, *matrices, experts_MK, weights_MK, layer)
+        y_MD = kernels.mixed(x_MD, hidden_MX, chosen)
         return y_MD.reshape(x_BTD.shape), experts_MK.reshape(*x_BTD.shape[:2], -1)
 
     @property

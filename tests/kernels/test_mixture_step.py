@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from dsjax.kernels import mixture_step
-from dsjax.kernels.mixture_step import Matrices
+from dsjax.kernels.mixture_step import Chosen, Matrices
 from dsjax.kernels.target import HOPPER, Target
 from dsjax.precision.activations import limited, swiglu
 from tests.closeness import BF16, F32, assert_close
+from tests.kernels.hopper import INTERPRETED
 
 L, E, D, F, K = 3, 6, 192, 128, 3
 EPS = 1e-2  # so that a lost one shows
@@ -44,12 +45,14 @@ def operands(rows, dtype, n_shared):
 def computed(
     layer, x, norm, router, experts, shared, experts_MK, weights_MK, *, kernels, limit=0.0
 ):
-    normed, parts = mixture_step.normed_logits(x, norm, router, layer, eps=EPS, interpret=True)
+    normed, parts = mixture_step.normed_logits(
+        x, norm, router, layer, eps=EPS, interpret=INTERPRETED
+    )
+    chosen = Chosen(experts, shared, experts_MK, weights_MK, layer)
     hidden = kernels.hidden_states(
-        normed, experts, shared, experts_MK, layer,
-        lambda gate, up: swiglu(*limited(gate, up, limit)), interpret=True,
-    )  # fmt: skip
-    y = kernels.mixed(x, hidden, experts, shared, experts_MK, weights_MK, layer, interpret=True)
+        normed, chosen, lambda gate, up: swiglu(*limited(gate, up, limit)), interpret=INTERPRETED
+    )
+    y = kernels.mixed(x, hidden, chosen, interpret=INTERPRETED)
     return normed, parts.sum(axis=0), y
 
 
