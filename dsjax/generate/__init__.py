@@ -9,6 +9,7 @@ pages        copies of cache entries from pages to rows and back
 page_files   the same on disk, for longer than memory and a restart
 programs     the compiled functions of an engine, and the weights they run with
 decoding     those functions: a chunk of prompts, some steps of decoding, rows put into a cache
+unattended   steps of decoding that ask nothing of the host: on a GPU, while all rows are greedy
 speculative  decoding with drafts by the model's own MTP modules
 sampling     from logits to a token: temperature, top-k, top-p, min-p
 balancing    redundant experts: loads counted while requests run, and experts moved to even them

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsjax.generate import speculative
+from dsjax.generate import speculative, unattended
 from dsjax.generate.record import NOTHING, Record, Wanted, record
 from dsjax.generate.sampling import Knobs, biased, greedy, sample
 from dsjax.generate.speculative import State, Step
@@ -230,6 +230,8 @@ def decode(
         if model.redundant
         else None,
     )
+    if most_steps is None and W == 1 and unattended.reports_enough(model, knobs, wanted):
+        return _unattended(model, carry, nothing, stop_ids_BX)
     if most_steps is None:
         return jax.lax.fori_loop(0, MAX_STEPS, lambda _, loop: body(loop), (carry, nothing))
 
@@ -238,6 +240,23 @@ def decode(
         return (loop[1].n_steps < most_steps) & (n_unfinished > enough)
 
     return jax.lax.while_loop(goes_on, body, (carry, nothing))
+
+
+def _unattended(
+    model: Transformer, carry: Carry, start: Decoded, stop_ids_BX: jax.Array
+) -> tuple[Carry, Decoded]:
+    """Runs MAX_STEPS steps, of which all that is reported follows from their tokens."""
+    rows = unattended.Rows(start.position_B, start.recent_BW[:, 0], start.left_B)
+    cache, rows, tokens_NB = unattended.run(model, carry.cache, rows, stop_ids_BX, MAX_STEPS)
+    decoded = start._replace(
+        position_B=rows.position_B,
+        recent_BW=rows.token_B[:, None],
+        left_B=rows.left_B,
+        n_steps=jnp.int32(MAX_STEPS),
+        tokens_NBW=tokens_NB[:, :, None],
+        ran_NB=tokens_NB >= 0,
+    )
+    return _pinned(Carry(cache, carry.hidden_BWD)), decoded
 
 
 def _step(

@@ -9,6 +9,7 @@ configs, models or meshes; `Target` says which machine a program is compiled for
   latent_attention.py   the same to a cache of latents, one token per row, for Hopper GPUs
   latent_queries.py     what a decoding step does around that: queries, entries, heads' values
   few_rows.py           products of a decoding step's few rows, read in place, for Hopper GPUs
+  likeliest_token.py    the head of a decoding step that draws nothing, for Hopper GPUs
   sparse_attention.py   attention to the keys that an index chooses (V3.2): masked, and gathered
   native_sparse.py      attention in three branches that read few keys (NSA)
   compressed_attention.py  attention to recent tokens and compressed entries (V4)

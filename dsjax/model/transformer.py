@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.config import ModelConfig
+from dsjax.kernels import likeliest_token
 from dsjax.kernels.sparse_attention import Lesson
 from dsjax.model import rope
 from dsjax.model.balance import BalanceWeights
@@ -54,6 +55,7 @@ class Extended(NamedTuple):
     mtp_input_BTD: jax.Array  # what the first MTP module reads
     cache: Cache
     experts_LBTK: jax.Array | None = None  # int32, chosen by the MoE layers; on request
+    residual_BTD: jax.Array | None = None  # before the final norm
 
 
 class Embeddings(NamedTuple):
@@ -109,6 +111,29 @@ class Transformer(nnx.Module):
         module.
         """
         return vocabulary_logits(hidden_BTD, self.head_weight(), self.policy)
+
+    def likeliest(self, residual_BTD: jax.Array) -> jax.Array:
+        """Returns the most likely token after each of some tokens, int32 [B, T]; of equally likely
+        ones the lowest id.
+
+        Args:
+          residual_BTD: after the last layer, before the final norm.
+        """
+        norm, target = self.norm, self.policy.target
+        x_MD = residual_BTD.reshape(-1, residual_BTD.shape[-1])
+        # A tied head would be transposed first.
+        head = None if self.config.tie_embed else self.head.weight[...]
+        if not likeliest_token.fits(len(x_MD), head, x_MD.dtype, target):
+            return jnp.argmax(self.logits(norm(residual_BTD)), axis=-1).astype(jnp.int32)
+        assert head is not None
+        ids_M = likeliest_token.likeliest_token(
+            x_MD,
+            norm.weight[...],
+            head,
+            eps=norm.eps,
+            multiprocessors=target.multiprocessors,
+        )
+        return ids_M.reshape(residual_BTD.shape[:2])
 
     def hidden(
         self,
@@ -338,7 +363,7 @@ class Transformer(nnx.Module):
         main_BTD = self.norm(x_BTD)
         mtp_input_BTD = main_BTD if self.config.mtp_after_final_norm else x_BTD
         cache = cache._replace(dense=dense, moe=moe)
-        return Extended(main_BTD, mtp_input_BTD, cache, experts_LBTK)
+        return Extended(main_BTD, mtp_input_BTD, cache, experts_LBTK, x_BTD)
 
     def extend_mtp(
         self,

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsjax.kernels import likeliest_token
+from dsjax.kernels.target import HOPPER
 from dsjax.model.cache import empty_cache
 from dsjax.model.inputs import read_tokens
 from dsjax.model.mla import MLA
@@ -348,3 +350,20 @@ def test_skipped_tokens_count_for_rope_alone():
     assert_close(got, want, LOGITS)
     near = hidden(row[:, 4:], one, first.cache, skipped_B=0 * one).main_BTD
     assert np.abs(near - want).max() > 1e-3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_likeliest_token_on_a_hopper(tied, monkeypatch):
+    """Hidden states that are columns of the head are followed by the tokens of those columns."""
+    run = functools.partial(likeliest_token.likeliest_token, interpret=True)
+    monkeypatch.setattr(likeliest_token, "likeliest_token", run)
+    config = dataclasses.replace(TINY, dim=64, vocab_size=96, tie_embed=tied)
+    model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_model(config))
+    model.policy = Policy(jnp.bfloat16, HOPPER)
+    weight_D = jnp.linspace(0.5, 1.5, 64, dtype=jnp.bfloat16)
+    model.norm.weight.set_value(weight_D)
+    ids = np.asarray([[5], [90], [0]])
+    x_BTD = (model.head_weight() / weight_D[:, None]).T[ids]
+    found = jax.jit(lambda model, x_BTD: model.likeliest(x_BTD))(model, 100 * x_BTD)
+    np.testing.assert_array_equal(found, ids)
+    assert found.dtype == jnp.int32
