@@ -5,14 +5,16 @@ running candidates on the GPU it then decides by its own tables: which kernel mu
 which tiles. So kernels, copies and loops of the program are those of a GPU nearly always, their
 tiles not.
 
-`dsjax.plan.kernels` reads what comes out.
+`dsjax.plan.kernels` and `dsjax.plan.launches` read what comes out.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 
@@ -93,3 +95,20 @@ def compiled_text(program: Program, mesh: Any, options: Mapping[str, Any] | None
     with jax.set_mesh(mesh):
         traced = function.trace(*program.arguments)
         return str(traced.lower(lowering_platforms=("cuda",)).compile().as_text())
+
+
+class Compiled(NamedTuple):
+    """What runs, and what the host starts of it."""
+
+    text: str  # for `dsjax.plan.kernels`
+    thunks: str  # for `dsjax.plan.launches`
+
+
+def compiled(program: Program, mesh: Any, options: Mapping[str, Any] | None = None) -> Compiled:
+    """Does what `compiled_text` does, and has XLA write down its sequence of thunks."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = compiled_text(program, mesh, {**(options or {}), "xla_dump_to": folder})
+        # Of two, before and after thunks were put into command buffers, the latter; if none were,
+        # the first is all there is.
+        *_, last = sorted(Path(folder).glob("*thunk_sequence*.txt"))
+        return Compiled(text, last.read_text())

@@ -3,7 +3,8 @@ program: no GPU is needed, only its compiler (the extra `plan_gpu`).
 
 The model and the cache of bench_decode, batch 1, 8 and 32. Printed per token: kernels, and of them
 those of one MoE layer; how often the host must read a value before the GPU goes on; the bytes that
-kernels read and write, beside those that must be read, the activated parameters and the cache.
+kernels read and write, beside those that must be read, the activated parameters and the cache. Of a
+call of 16 steps: what the host starts, by default, and with loops in command buffers.
 
 Run: JAX_PLATFORMS=cpu python -m tests.bench.bench_kernels [--json] [batch sizes]
 """
@@ -17,13 +18,16 @@ from typing import NamedTuple
 import jax
 
 from dsjax.config import ModelConfig
+from dsjax.generate.decoding import MAX_STEPS
 from dsjax.kernels.target import HOPPER
-from dsjax.plan import hopper, kernels, programs
+from dsjax.plan import hopper, kernels, launches, programs
 from dsjax.train.step import declared_model
 from tests.bench.bench_decode import NEW, PROMPT, bytes_read
 from tests.bench.sides import MODEL_3B, case
 
 BATCHES = 1, 8, 32
+# What XLA puts into command buffers by default, as far as it matters here, and loops.
+LOOPS_TOO = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,WHILE"}
 
 
 class Counted(NamedTuple):
@@ -35,6 +39,8 @@ class Counted(NamedTuple):
     waits: int  # for the host
     moved: int  # bytes
     needed: int  # bytes
+    launches: int  # of a call of MAX_STEPS steps
+    captured: int  # the same with loops in command buffers
 
 
 def portions(model: ModelConfig, batch: int) -> dict[int, int]:
@@ -51,12 +57,19 @@ def count(batch: int) -> Counted:
     mesh = hopper.mesh()
     declared = declared_model(config.model, config.precision, HOPPER)
     program = programs.decoding(declared, mesh, batch, PROMPT + NEW, "sequences")
-    (steps,) = kernels.read(hopper.compiled_text(program, mesh), portions(MODEL_3B, batch)).loops
+    compiled = hopper.compiled(program, mesh)
+    (steps,) = kernels.read(compiled.text, portions(MODEL_3B, batch)).loops
     (layers,) = (loop for loop in steps.body.loops if loop.trips == MODEL_3B.n_moe_layers)
     waits = steps.body.waits + (steps.trips is None)
     needed = int(bytes_read(config, batch, PROMPT + NEW / 2))
     starts = steps.body.starts
-    return Counted(batch, starts, layers.body.starts, waits, steps.body.bytes, needed)
+    launched, captured = (
+        launches.read(each.thunks).starts(MAX_STEPS, MODEL_3B.n_moe_layers)
+        for each in (compiled, hopper.compiled(program, mesh, LOOPS_TOO))
+    )
+    return Counted(
+        batch, starts, layers.body.starts, waits, steps.body.bytes, needed, launched, captured
+    )
 
 
 def main() -> None:
@@ -67,14 +80,13 @@ def main() -> None:
         print(json.dumps([each._asdict() for each in counted]))
         return
     print(f"jax {jax.__version__}, compiled for an H100")
-    print(
-        "| batch | kernels | of a MoE layer | waits for the host | GB moved | GB needed | ratio |"
-    )
-    print("|---" * 7 + "|")
+    print("| batch | kernels | of a MoE layer | waits for the host ", end="")
+    print("| GB moved | GB needed | ratio | starts of 16 steps | with loops captured |")
+    print("|---" * 9 + "|")
     for each in counted:
         print(f"| {each.batch} | {each.kernels} | {each.per_layer} | {each.waits} ", end="")
         print(f"| {each.moved / 1e9:.2f} | {each.needed / 1e9:.2f} ", end="")
-        print(f"| {each.moved / each.needed:.2f} |")
+        print(f"| {each.moved / each.needed:.2f} | {each.launches} | {each.captured} |")
 
 
 if __name__ == "__main__":
