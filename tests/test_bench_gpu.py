@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import bench_gpu
+from tests.bench import bench_gpu, gpu_parts
 from tests.bench.bench_gpu import Part
+from tests.plan.test_kernels import TEXT
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,11 +60,29 @@ def test_parts_that_find_no_time_are_named(tmp_path):
 
 def test_limits_of_the_important_parts_fit_into_the_time():
     parts = bench_gpu.parts(dry_run=False, flags=["--xla"])
-    assert list(parts)[:3] == ["train-3B", "decode", "train-small"]
+    assert list(parts)[:3] == ["kernels", "decode", "train-3B"]
     first = sum(part.limit for part in list(parts.values())[:6])
     assert first < bench_gpu.BUDGET
     assert dict(parts["buffers"].environment)["XLA_FLAGS"].endswith("--xla")
     assert "buffers" not in bench_gpu.parts(dry_run=False, flags=[])
+
+
+def test_without_a_gpu_it_says_what_to_install(monkeypatch):
+    ended = subprocess.CompletedProcess([], bench_gpu.NO_GPU, "", "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
+    with pytest.raises(SystemExit, match="JAX finds no GPU here: install the extra `cuda`"):
+        bench_gpu.heading(dry_run=False, flags=[])
+
+
+def test_kernels_of_a_program_that_decodes_on_a_gpu_are_read(monkeypatch):
+    """Which a dry run, on a CPU, does not do."""
+    monkeypatch.setattr(gpu_parts.jax, "default_backend", lambda: "gpu")
+    steps = gpu_parts.steps_of(TEXT, gpu_parts.MODEL_TINY, 8)
+    assert steps and steps.body.starts
+    assert (
+        gpu_parts.steps_of(TEXT.replace("jit_decode", "jit_prefill"), gpu_parts.MODEL_TINY, 8)
+        is None
+    )
 
 
 @pytest.mark.slow
@@ -75,7 +94,7 @@ def test_dry_run_takes_every_part_to_its_end(tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     found = figures(tmp_path)
     assert all(each["figures"] and not each["problem"] for each in found.values())
-    assert len(found) >= 8
+    assert len(found) >= 10
     assert "Not a measurement: a dry run on a CPU" in (tmp_path / "record.md").read_text()
 
 

@@ -110,15 +110,17 @@ def measure_read_rate() -> float:
     return array.nbytes * (1 if on_cpu else 2) / taken
 
 
-def step_seconds(sides: dict[str, Generate], prompts_BT: np.ndarray) -> dict[str, float]:
-    """The median time of a decoding step of each side."""
+def step_seconds(
+    sides: dict[str, Generate], prompts_BT: np.ndarray, new: int = NEW
+) -> dict[str, float]:
+    """The median time of a decoding step of each side, of those that `new` tokens take."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     clock = fitting_clock()
     for round_ in range(6 if jax.default_backend() == "cpu" else 4):
         for name, generate in sides.items():
-            one, many = (seconds(generate, prompts_BT, n, clock=clock) for n in (1, NEW))
+            one, many = (seconds(generate, prompts_BT, n, clock=clock) for n in (1, new))
             if round_:  # the first compiles
-                times[name].append((many - one) / (NEW - 1))
+                times[name].append((many - one) / (new - 1))
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 

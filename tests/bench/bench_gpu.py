@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
+NO_GPU = 3  # how the part `machine` ends where JAX finds none
 BUDGET = 12 * 60.0  # seconds
 _TOO_SHORT = 10.0  # seconds, in which no part gets anywhere
 _KEPT = 12  # last lines of a part that failed
@@ -72,13 +73,15 @@ def parts(dry_run: bool, flags: Sequence[str]) -> dict[str, Part]:
         return Part(title, limit, command, (("XLA_FLAGS", xla),))
 
     listed = {
+        "kernels": part("Tests of the kernels that decode", 90, "decoding_kernels"),
+        "decode": part("Decoding, 3B", 150, "decode"),
         "train-3B": part("Training step, 3B", 100, "train", "3B"),
-        "decode": part("Decoding, 3B", 110, "decode"),
+        "plain": part("Decoding, 3B, without kernels of ours", 130, "decode", "plain"),
         "train-small": part("Training step, `small`", 80, "train", "small"),
-        "fp8": part("FP8 products in training, `small`, loss beside bfloat16", 120, "fp8"),
         "buffers": part(
-            "Decoding, 3B, with command buffers around loops", 100, "decode", flags=flags
+            "Decoding, 3B, with command buffers around loops", 120, "decode", flags=flags
         ),
+        "fp8": part("FP8 products in training, `small`, loss beside bfloat16", 120, "fp8"),
         "products": part("Grouped and FP8 products at DeepGEMM's shapes", 80, "products"),
         "documents": part("Isolated documents, `small`", 80, "documents"),
         "tests": part("Tests that need a GPU", 90, "tests"),
@@ -193,9 +196,14 @@ def heading(dry_run: bool, flags: Sequence[str]) -> str:
     )
     revision = described.stdout.strip() or "unknown"
     asked = subprocess.run(
-        [sys.executable, "-m", "tests.bench.gpu_parts", "machine"],
+        [sys.executable, "-m", "tests.bench.gpu_parts", "machine", *["--dry-run"] * dry_run],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
+    if asked.returncode == NO_GPU:
+        sys.exit(
+            "JAX finds no GPU here: install the extra `cuda` (pip install -e '.[cuda]'), or take "
+            "the parts through a CPU with --dry-run"
+        )
     machine = asked.stdout.strip().splitlines()[-1] if asked.returncode == 0 else "unknown"
     return (
         f"# One GPU, {time.strftime('%d %B %Y', time.gmtime())}\n\n"

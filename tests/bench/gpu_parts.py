@@ -1,8 +1,8 @@
 """The parts of `tests.bench.bench_gpu`, each to be run in a process of its own. A figure is a JSON
 object on a line of its own, printed as soon as it is known.
 
-Run: python -m tests.bench.gpu_parts NAME [--dry-run], where NAME is machine, train CASE, decode,
-fp8, products, documents, tests or command
+Run: python -m tests.bench.gpu_parts NAME [--dry-run], where NAME is machine,
+decoding_kernels, train CASE, decode, decode plain, fp8, products, documents, tests or command
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,6 +45,7 @@ from tests.bench.bench_decode import (
     measure_read_rate,
     step_seconds,
 )
+from tests.bench.bench_gpu import NO_GPU
 from tests.bench.bench_kernels import portions
 from tests.bench.sides import (
     MODEL_3B,
@@ -59,6 +61,9 @@ ROOT = Path(__file__).parents[2]
 ROUNDS, LEARNED = 10, 30  # timed steps; steps on one batch after which losses are compared
 BATCHES = 1, 8, 32
 DOCUMENT = 256  # tokens
+# Of what a decoding step starts.
+KERNELS = ("few_rows", "latent_queries", "latent_attention", "expert_choice", "mixture_step",
+           "grouped_mixture", "likeliest_token")  # fmt: skip
 # Of no size, for a dry run.
 MODEL_TINY = ModelConfig(
     vocab_size=256,
@@ -113,6 +118,8 @@ def product_rate(config: Config, dry_run: bool) -> float:
 def machine(dry_run: bool) -> None:
     from importlib.metadata import version
 
+    if not dry_run and jax.default_backend() != "gpu":
+        sys.exit(NO_GPU)
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"],
         capture_output=True, text=True,
@@ -181,37 +188,84 @@ def watched() -> Iterator[list[Any]]:
         yield compiled
 
 
-def decode(dry_run: bool) -> None:
-    """A step of decoding: milliseconds, kernels, and the share of the bandwidth limit."""
+def decoding_kernels(dry_run: bool) -> None:
+    """The tests of each Triton kernel, on the GPU as they are: which fail, and how. Each in a
+    process of its own, for one that reads what it may not read ends all after it.
+    """
+    environment = {"JAX_PLATFORMS": "cpu" if dry_run else "cuda,cpu"}
+    # They run side by side, so none may take all memory.
+    environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    names, said = ("expert_choice",) if dry_run else KERNELS, ""
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(_pytest, [f"tests/kernels/test_{name}.py"], environment)
+                for name in names]  # fmt: skip
+        for name, run in zip(names, runs, strict=True):
+            done = run.result()
+            lines = done.stdout.strip().splitlines() or [""]
+            failed = [line.replace("|", "/") for line in lines if line.startswith("FAILED")]
+            ended = done.returncode in (0, 1)  # all tests ran
+            say(**{"kernels": name, "result": lines[-1] if ended else f"ended: {done.returncode}",
+                   "failed": "; ".join(failed)})  # fmt: skip
+            if done.returncode:
+                said += done.stdout[-2000:] + done.stderr[-1000:]
+    if said:
+        sys.exit(said)
+
+
+def _pytest(arguments: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *arguments],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def decode(dry_run: bool, kind: str = "") -> None:
+    """A step of decoding: milliseconds and the share of the bandwidth limit, then its kernels.
+
+    Args:
+      kind: "plain" for what XLA makes without our kernels, as on any GPU.
+    """
+    if kind == "plain":
+        with mock.patch.object(Target, "is_hopper", False):
+            decode(dry_run)
+        return
     config = config_of("3B", dry_run)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=1))
     generate, rate = dsjax_generate(config), measure_read_rate()
     say(**{"copies at, GB/s": rate / 1e9})
+    programs = {}
     for batch in BATCHES:
         vocabulary = config.model.vocab_size
         prompts_BT = np.random.default_rng(0).integers(0, vocabulary, (batch, PROMPT))
-        with watched() as compiled:
-            taken = step_seconds({"": generate}, prompts_BT)[""]
+        with watched() as programs[batch]:
+            # One comes of the prompt, the others of steps that need no host, 16 at a time.
+            taken = step_seconds({"": generate}, prompts_BT, NEW + 1)[""]
         limit = bytes_read(config, batch, PROMPT + NEW / 2) / rate
-        steps = [found for each in compiled if (found := _step(str(each.as_text()), config.model))]
         say(**{
             "batch": batch,
             "ms per step": taken * 1e3,
             "tokens/s": batch / taken,
             "limit, ms": limit * 1e3,
             "share of the limit, %": 100 * limit / taken,
-            "kernels": steps[-1].starts if steps else 0,
-            "waits for the host": steps[-1].waits + 1 if steps else 0,
-            "GB moved": steps[-1].bytes / 1e9 if steps else 0.0,
         })  # fmt: skip
+    for batch, compiled in programs.items():
+        loops = (steps_of(str(each.as_text()), config.model, batch) for each in compiled)
+        for loop in filter(None, loops):
+            say(**{
+                "batch": batch,
+                "steps of a call": loop.trips or "as many as there are",
+                "kernels of a step": loop.body.starts,
+                "waits for the host": loop.body.waits + (loop.trips is None),
+                "GB moved": loop.body.bytes / 1e9,
+            })  # fmt: skip
 
 
-def _step(text: str, model: ModelConfig) -> kernels.Part | None:
-    """Returns the body of the loop over steps of a program that decodes; None for others."""
+def steps_of(text: str, model: ModelConfig, batch: int) -> kernels.Loop | None:
+    """Returns the loop over steps of a program that decodes; None for others."""
     if "jit_decode" not in text.partition("\n")[0] or jax.default_backend() != "gpu":
         return None
-    loops = kernels.read(text, portions(model)).loops
-    return loops[0].body if loops else None
+    loops = kernels.read(text, portions(model, batch)).loops
+    return loops[0] if loops else None
 
 
 def products(dry_run: bool) -> None:
@@ -280,16 +334,15 @@ def tests(dry_run: bool) -> None:
          "tests/kernels/test_hopper_grouped.py"],
         ["-m", "gpu", "tests/precision/test_matmul.py"],
     )  # fmt: skip
-    platforms = "cpu" if dry_run else "cuda,cpu"
+    environment = {"JAX_PLATFORMS": "cpu" if dry_run else "cuda,cpu"}
+    said = ""
     for arguments in (["tests/kernels/test_target.py"],) if dry_run else on_gpu:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", *arguments],
-            cwd=ROOT, capture_output=True, text=True,
-            env={**os.environ, "JAX_PLATFORMS": platforms},
-        )  # fmt: skip
+        done = _pytest(arguments, environment)
         say(tests=" ".join(arguments), result=(done.stdout.strip().splitlines() or [""])[-1])
         if done.returncode:
-            sys.exit(done.stdout[-2000:] + done.stderr[-2000:])
+            said += done.stdout[-2000:] + done.stderr[-2000:]
+    if said:
+        sys.exit(said)
 
 
 def command(dry_run: bool) -> None:
@@ -312,8 +365,10 @@ def command(dry_run: bool) -> None:
 
 PARTS: dict[str, Callable[..., None]] = {
     function.__name__: function
-    for function in (machine, train, decode, fp8, products, documents, tests, command)
-}
+    for function in (
+        machine, decoding_kernels, train, decode, fp8, products, documents, tests, command,
+    )
+}  # fmt: skip
 
 
 def main() -> None:
