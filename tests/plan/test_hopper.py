@@ -41,15 +41,18 @@ def counted(batch):
 @compiles
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("batch", "per_layer", "moved"), [(1, 12, 1.1), (8, 12, 1.45), (32, 13, 1.15)]
+    ("batch", "kernels", "per_layer", "moved"),
+    [(1, 200, 12, 1.1), (8, 197, 12, 1.45), (32, 212, 13, 1.15)],
 )
-def test_token_of_the_3b_shape_starts_and_moves_no_more_than_it_did(batch, per_layer, moved):
+def test_token_of_the_3b_shape_starts_and_moves_no_more_than_it_did(
+    batch, kernels, per_layer, moved
+):
     """The goal is 12 kernels per layer; these are the bounds that have been reached."""
     found = counted(batch)
-    assert found["per_layer"] <= per_layer
+    assert found["kernels"] <= kernels and found["per_layer"] <= per_layer
     assert found["waits"] == 0  # for the host
     assert found["needed"] < found["moved"] <= moved * found["needed"]
-    # Before the loop over steps and after it; of each step a graph before the MoE layers, one of
-    # each, and one after them. With loops in command buffers all 16 steps are one graph.
-    assert found["launches"] <= 2 + 16 * 17
+    # One before the loop over steps and two after it; of each step a graph before the MoE layers,
+    # one of each, and one after them. With loops in command buffers all 16 steps are one graph.
+    assert found["launches"] <= 3 + 16 * 17
     assert found["captured"] == 1
