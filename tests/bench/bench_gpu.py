@@ -59,6 +59,11 @@ COMMAND_BUFFERS = (
 )
 
 
+def patience(dry_run: bool) -> float:
+    """Says how many times its time a part may take: a dry run may be beside other work."""
+    return 5.0 if dry_run else 1.0
+
+
 def parts(dry_run: bool, flags: Sequence[str]) -> dict[str, Part]:
     """Lists the parts by name, the most important first.
 
@@ -70,7 +75,7 @@ def parts(dry_run: bool, flags: Sequence[str]) -> dict[str, Part]:
         small = ("--dry-run",) if dry_run else ()
         command = (sys.executable, "-m", "tests.bench.gpu_parts", name, *arguments, *small)
         xla = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
-        return Part(title, limit, command, (("XLA_FLAGS", xla),))
+        return Part(title, limit * patience(dry_run), command, (("XLA_FLAGS", xla),))
 
     listed = {
         "kernels": part("Tests of the kernels that decode", 90, "decoding_kernels"),
@@ -231,7 +236,7 @@ def main() -> None:
         parser.error(f"there is no part {unknown[0]}; the parts are {', '.join(known)}")
     folder = arguments.out or Path(tempfile.mkdtemp(prefix="bench-gpu-"))
     text = heading(arguments.dry_run, flags)
-    left = BUDGET - (time.monotonic() - start)
+    left = BUDGET * patience(arguments.dry_run) - (time.monotonic() - start)
     outcomes = run_all({name: known[name] for name in chosen}, folder, text, left)
     print(f"{folder / 'record.md'}; {time.monotonic() - start:.0f} s")
     sys.exit(any(outcome.problem for outcome in outcomes))
