@@ -8,10 +8,10 @@ browser sends from another site, or to another name of this machine, is refused.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import hashlib
 import hmac
+import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -175,9 +175,16 @@ class Site:
         except TimeoutError:
             raise ApiError(400, f"the body took longer than {BODY_SECONDS:g} seconds") from None
         try:
-            return files.parse(bytes(data), "body")
+            values = files.parse(bytes(data), "body")
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            # An escape alone can spell it. Neither a tokenizer nor an answer in UTF-8 can hold it.
+            raise ApiError(
+                400, "body has half a surrogate pair (\\ud800 to \\udfff), which is no character"
+            ) from None
         except ValueError as error:
             raise ApiError(400, str(error)) from error
+        return values
 
     def _check_key(self, headers: Mapping[str, str]) -> None:
         if not self._access.keys:
@@ -193,12 +200,14 @@ class Site:
 
     def _check_site(self, headers: Mapping[str, str]) -> None:
         host = headers.get("host", "")
-        with contextlib.suppress(ValueError):
+        try:
             name = urlsplit(f"//{host}").hostname or ""
-            if self._access.loopback and name not in _LOOPBACK:
-                raise ApiError(403, f"this server is not {files.shown(name)}; use localhost")
+        except ValueError:  # brackets without an address in them
+            name = host
+        if self._access.loopback and name not in _LOOPBACK:
+            raise ApiError(403, f"this server is not {files.shown(name)}; use localhost")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             raise ApiError(403, "a page of another site may not use this server")
 
     async def _file(self, request: Request) -> Response:

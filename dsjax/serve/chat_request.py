@@ -85,7 +85,7 @@ def read_chat(values: Any, service: Service, *, user: str) -> ChatRequest:
 
 
 def _messages(fields: Fields, *, sees: bool) -> tuple[tuple[Message, ...], Message | None]:
-    """Returns the messages, successive ones of a user or system joined, and the prefix."""
+    """Returns the messages, successive ones of a user joined, and the prefix."""
     items = fields.items("messages", most=MOST_MESSAGES)
     messages: list[Message] = []
     prefix = None

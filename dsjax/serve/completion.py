@@ -194,7 +194,6 @@ class _Text:
         self._service, self._top, self._prompt = service, asked.top, prompt
         self.text = ""
         self._reports: list[TokenReport] = []
-        self._echoed = False
         self._sent_text, self._sent_reports, self._offset = 0, 0, 0
         self._finish: str | None = None
         self._first: TokenReport | None = None

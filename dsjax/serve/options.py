@@ -111,7 +111,8 @@ def _biases(fields: Fields, vocab_size: int) -> dict[int, float]:
         raise invalid(path, f"must be an object of at most {MOST_BIASED} token ids and biases")
     inner, found = Fields(given, path), {}
     for key in given:
-        if not key.isdecimal() or int(key) >= vocab_size:
+        # Python refuses to convert thousands of digits, and no vocabulary has as many.
+        if not key.isdecimal() or len(key) > 20 or int(key) >= vocab_size:
             raise invalid(path, f"has the key {key[:20]!r}, not an id from 0 to {vocab_size - 1}")
         found[int(key)] = inner.number(key, 0.0, -100.0, 100.0)
     return found

@@ -64,6 +64,9 @@ def test_routes_are_the_same_below_each_base(start):
         (b'{"temperature": NaN}', 400, "which is not finite"),
         (b"\xff\xfe", 400, "not UTF-8"),
         (b'{"a": ' + b"9" * 10_000 + b"}", 400, "a number that cannot be read"),
+        (rb'{"messages": [{"role": "user", "content": "\ud83d"}]}', 400, "half a surrogate pair"),
+        (rb'{"\ud83d": 1}', 400, "half a surrogate pair"),
+        (rb'{"\ud83d\ude00": 1}', 422, "messages is missing"),
         (b"[]", 422, "body must be an object, not a list"),
         (b" " * 2_000_000, 413, "the body has more than"),
     ],
@@ -88,7 +91,9 @@ def test_pages_of_other_sites_are_refused(start):
         {"Origin": "https://evil.example"},
         {"Origin": "null"},
         {"Origin": "http://localhost:81"},
+        {"Origin": "http://["},
         {"Host": "evil.example"},
+        {"Host": "["},
     ):
         response = ask(site, "POST", CHAT, json=HELLO, headers=headers)
         assert response.status_code == 403

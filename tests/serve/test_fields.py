@@ -24,6 +24,8 @@ from dsjax.serve.fields import Fields
         (lambda f: f.integer("a", 1, 0, 5), {"a": 1.5}, "not 1.5"),
         (lambda f: f.number("a", 1, 0, 2), {"a": 2.5}, "a must be a number between 0 and 2"),
         (lambda f: f.number("a", 1, 0, 2), {"a": "1"}, "not '1'"),
+        (lambda f: f.number("a", 1, 0, 2), {"a": 10**400}, "a must be a number between 0 and 2"),
+        (lambda f: f.number("a", 1, 0, 2), {"a": float("nan")}, "not nan"),
         (lambda f: f.number("a", 1, 0, 2), {"a": {}}, "not an object"),
         (lambda f: f.items("a", most=1), {"a": [1, 2]}, "a has 2 items; at most 1 may be"),
         (lambda f: f.items("a", most=1), {"a": {}}, "a must be a list, not an object"),

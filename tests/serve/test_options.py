@@ -54,6 +54,7 @@ def test_choices_of_a_request_are_read():
         ({"stream_options": {}}, "stream_options is for streams"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x is not a field"),
         ({"logit_bias": {"50": 1}}, "logit_bias has the key '50', not an id from 0 to 49"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias has the key '99999"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5 must be a number between -100 and 100"),
         ({"frequency_penalty": 3}, "frequency_penalty must be a number between -2 and 2"),
         ({"user_id": "a b"}, "user_id must be 1 to 512 letters"),
