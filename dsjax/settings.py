@@ -100,11 +100,24 @@ def load_any(path: str | Path, kinds: Sequence[type[Root]]) -> Root:
         return checked(read_python(path, *kinds), str(path))
     if path.suffix == ".json":
         values = read_json(path)
+        if is_checkpoint(values):
+            raise ValueError(
+                f"{path} describes a checkpoint, not a run; name a config such as configs/tiny.py, "
+                "and the checkpoint as --init CKPT, where the config begins with one "
+                "(tools/convert.py inspect CKPT says what it is)"
+            )
         fitting = (kind for kind in kinds if set(values) <= set(typing.get_type_hints(kind)))
         return from_dict(values, str(path), next(fitting, kinds[0]))
     raise ValueError(
         f"{path} is not a config: name a .py file, a config.json or the folder of a run"
     )
+
+
+def is_checkpoint(values: Mapping[str, Any]) -> bool:
+    """Tells whether the values of a config.json are a checkpoint's, as published or converted, and
+    not a run's.
+    """
+    return "model_type" in values or "family" in values
 
 
 def override(config: Root, assignments: Sequence[str]) -> Root:

@@ -94,6 +94,8 @@ def test_load_config_names_file_and_line(tmp_path, source, message):
         ("[1]", r"config\.json holds a JSON list, not an object"),
         ('"\xff"', r"config\.json is not UTF-8 text"),
         ('{"name": "a", "name": "b"}', r"config\.json has the key 'name' twice"),
+        ('{"model_type": "llama", "hidden_size": 8}', r"config\.json describes a checkpoint, not"),
+        ('{"family": "llama", "model": {}}', r"config\.json describes a checkpoint, not a run"),
     ],
 )
 def test_load_config_refuses_broken_json(tmp_path, text, message):

@@ -18,7 +18,7 @@ import jax
 
 from dsjax import settings
 from dsjax.config import TrainConfig
-from dsjax.files import write_json
+from dsjax.files import read_json, write_json
 
 # Keys that a resumed run may change: they do not alter what has been trained so far. (Epochs do
 # so only by way of train.steps.)
@@ -47,9 +47,15 @@ def locked(workdir: Path) -> Iterator[None]:
     The lock is the kernel's, so it ends with the process, even if that is killed.
 
     Raises:
-      ValueError: another process holds the lock; names process and host.
+      ValueError: another process holds the lock; names process and host. Or the folder is that of a
+        checkpoint, as published or converted, whose files a run would replace.
       OSError: the folder cannot be created or written.
     """
+    if (workdir / "config.json").is_file() and _is_of_checkpoint(workdir / "config.json"):
+        raise ValueError(
+            f"{workdir} holds a checkpoint, whose config.json and tokenizer a run would replace; "
+            "use another --workdir"
+        )
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / "lock").open("a+", encoding="utf-8") as file:
         try:
@@ -105,6 +111,13 @@ def check_shared(workdir: Path) -> None:
             "has just written; --workdir must be a folder that all processes see, on a network "
             "file system where they run on several machines"
         )
+
+
+def _is_of_checkpoint(path: Path) -> bool:
+    try:
+        return settings.is_checkpoint(read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{error}; use another --workdir") from error
 
 
 def _check_same_run(path: Path, config: Any) -> None:

@@ -163,6 +163,22 @@ def test_folder_is_for_one_process_at_a_time(tmp_path):
         pass
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model_type": "deepseek_v3"}', "holds a checkpoint, whose config"),
+        ('{"family": "x", "model": {}}', "holds a checkpoint, whose config"),
+        ("{", r"config\.json is not JSON.*; use another --workdir"),
+    ],
+)
+def test_folder_of_a_checkpoint_is_left_alone(text, message, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message), workdir.locked(tmp_path):
+        raise AssertionError
+    assert (tmp_path / "config.json").read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_lock_ends_with_a_process_that_is_killed(tmp_path):
     code = "import sys, time, pathlib; from dsjax.train import workdir\n"
     code += "with workdir.locked(pathlib.Path(sys.argv[1])): print(flush=True); time.sleep(60)"
