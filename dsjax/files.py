@@ -98,6 +98,20 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
 
 
+def check_writable(path: Path) -> None:
+    """Raises ValueError if a file cannot be written: better before hours of work than after."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file to write")
+    if path.exists() and not path.is_file():
+        return  # a device or a pipe
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} cannot be written: there is no folder {path.parent}; make it")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(
+            f"{path} cannot be written: {path.parent} is read-only; choose another folder"
+        )
+
+
 def write(path: Path, content: bytes | str) -> None:
     """Replaces `path` by a file with this content (text as UTF-8), see `replacing`."""
     with replacing(path) as file:

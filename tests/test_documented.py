@@ -49,6 +49,7 @@ NEEDS = {
     "Ray",
     "half an hour",
     "an hour",
+    "token ids",
     "llama.cpp",
     "ollama",
 }

@@ -3,6 +3,7 @@ import os
 import resource
 import signal
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +72,18 @@ def test_file_is_on_the_disk_before_it_takes_its_name_and_the_name_after(tmp_pat
     monkeypatch.setattr(os, "fsync", seen)
     write(path, b"new")
     assert calls == [("a.partial", "old"), (tmp_path.name, "new")]
+
+
+def test_a_file_that_cannot_be_written_is_refused_beforehand(tmp_path, monkeypatch):
+    files.check_writable(tmp_path / "new.json")
+    files.check_writable(Path("/dev/null"))
+    with pytest.raises(ValueError, match="is a folder; name a file to write"):
+        files.check_writable(tmp_path)
+    with pytest.raises(ValueError, match=r"there is no folder .*absent; make it"):
+        files.check_writable(tmp_path / "absent" / "new.json")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="is read-only; choose another folder"):
+        files.check_writable(tmp_path / "new.json")
 
 
 def test_device_is_written_and_not_replaced(tmp_path):

@@ -8,6 +8,8 @@ VAE besides, the folder of stabilityai/sdxl-vae.
   # one picture, the likeliest codes, following the prompt more loosely
   python tools/draw.py Janus-Pro-7B --prompt 'a red circle' --out one --n 1 --temperature 0 \\
     --guidance 2
+  # prompt ids [batch, length] in; float32 [batch, H, W, 3], -1 to 1, and codes out
+  python tools/draw.py Janus-Pro-1B --tokens T.npy --out O.npy --codes C.npy --temperature 0
   # by a rectified flow
   python tools/draw.py JanusFlow-1.3B --vae sdxl-vae --prompt 'a lighthouse at dusk' --out flow
 
@@ -28,9 +30,12 @@ def parser() -> argparse.ArgumentParser:
     result = command.make_parser(__doc__)
     command.add_checkpoint(result)
     add = result.add_argument
-    add("--prompt", metavar="TEXT", required=True, help="what to draw")
-    add("--out", metavar="DIR", type=Path, required=True, help="folder of the pictures")
-    add("--n", metavar="N", type=int, default=4, help="how many (default: %(default)s)")
+    what = result.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", metavar="TEXT", help="what to draw")
+    what.add_argument("--tokens", metavar="T.npy", type=Path, help="draw for these prompt ids")
+    add("--out", metavar="DIR", type=Path, required=True, help="folder of the pictures, or O.npy")
+    add("--codes", metavar="C.npy", type=Path, help="with --tokens: int32 [batch, codes]")
+    add("--n", metavar="N", type=int, help="how many of --prompt (default: 4)")
     guidance = "how much to exaggerate what the prompt changes; 1: not (default: 5; of a flow: 2)"
     add("--guidance", metavar="W", type=float, help=guidance)
     temperature = "of drawing codes; 0 takes the likeliest (default: 1)"
@@ -38,17 +43,21 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", metavar="N", type=int, help="of a flow (default: 30)")
     add("--vae", metavar="FOLDER", type=Path, help="what makes pixels of a flow's latents")
     add("--seed", metavar="S", type=int, default=0, help="of the first picture (default: 0)")
-    add("--max-batch", metavar="N", type=int, default=16, help="pictures at a time (default: 16)")
+    add("--max-batch", metavar="N", type=int, default=16, help="of --prompt at once (default: 16)")
     return result
 
 
 def execute(arguments: argparse.Namespace) -> None:
+    if arguments.prompt is not None and arguments.codes:
+        parser().error("--codes goes with --tokens")
+    if arguments.tokens and arguments.n is not None:
+        parser().error("--n goes with --prompt; of --tokens each row is one picture")
     # Imported here, so that --help and wrong usage need not wait for jax.
-    from dsjax.infer import drawing
+    from dsjax.infer import drawing, drawn_tokens
     from dsjax.parallel import compilation
 
     compilation.use_persistent_cache("")
-    drawing.run(arguments)
+    (drawn_tokens if arguments.tokens else drawing).run(arguments)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ CKPT is a Hugging Face folder, a folder imported by tools/convert.py, or the fol
   python tools/score.py runs/tiny --text notes.txt 'books/*.jsonl.gz'
   # raw logits of given token ids [batch, length], for comparisons with other programs
   python tools/score.py DeepSeek-V2-Lite --tokens T.npy --logits L.npy --dtype float32
+  # logits after pictures, which fill the placeholders in T.npy in order
+  python tools/score.py Janus-Pro-1B --tokens T.npy --image cat.png --logits L.npy
   # the logits of V3's multi-token prediction module too, on eight devices
   python tools/score.py DeepSeek-V3 --tokens T.npy --logits L.npy --mtp-logits M.npy --mesh tensor=8
 
@@ -16,7 +18,6 @@ tokenizer_config.json says "add_bos_token": false. Without --dtype a CPU compute
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -31,6 +32,11 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--tokens", metavar="T.npy", type=Path, help="token ids [batch, length]")
     add = result.add_argument
     add("--logits", metavar="L.npy", type=Path, help="write float32 [batch, length, vocab] here")
+    what = result.add_mutually_exclusive_group()
+    what.add_argument("--image", metavar="FILE", type=Path, nargs="+", help="pictures of T.npy")
+    help_pixels = "the same, pre-processed: float32 [n, 3, S, S]"
+    what.add_argument("--pixels", metavar="P.npy", type=Path, help=help_pixels)
+    add("--high-pixels", metavar="H.npy", type=Path, help="the same for a model's second tower")
     help_mtp = "write float32 [batch, length-1, vocab] here; entry i predicts token i+2"
     add("--mtp-logits", metavar="M.npy", type=Path, help=help_mtp)
     help_length = "tokens per window of text (default: 4096, or the model's limit if lower)"
@@ -44,36 +50,18 @@ def parser() -> argparse.ArgumentParser:
 def execute(arguments: argparse.Namespace) -> None:
     if arguments.text and (arguments.logits or arguments.mtp_logits):
         parser().error("--logits and --mtp-logits go with --tokens")
+    if arguments.text and (arguments.image or arguments.pixels or arguments.high_pixels):
+        parser().error("--image, --pixels and --high-pixels go with --tokens")
+    if arguments.high_pixels and not arguments.pixels:
+        parser().error("--high-pixels goes with --pixels")
     if arguments.tokens and (arguments.text_field or arguments.no_bos):
         parser().error("--text-field and --no-bos go with --text")
     # --help and wrong usage need not wait for jax.
-    from rich.console import Console
-
-    from dsjax.checkpoint.load import open_checkpoint
-    from dsjax.display import Display
     from dsjax.infer import score
-    from dsjax.infer.windows import TextFiles
     from dsjax.parallel import compilation
-    from dsjax.parallel.mesh import submesh
 
     compilation.use_persistent_cache("")
-    field, no_bos = arguments.text_field or "text", arguments.no_bos
-    result = score.score_files(
-        open_checkpoint(arguments.checkpoint, dict(arguments.override)),
-        text=arguments.text and TextFiles(arguments.text, field, not no_bos),
-        tokens=arguments.tokens,
-        outputs=score.Outputs(arguments.logits, arguments.mtp_logits),
-        length=arguments.sequence_length,
-        dtype=arguments.dtype,
-        mesh=submesh(arguments.mesh),
-        progress=Display(Console(stderr=True)).counting("scoring"),
-    )
-    figures = result.figures()
-    if arguments.json:
-        print(json.dumps(figures, indent=2))
-        return
-    for name, value in figures.items():
-        print(f"{name.replace('_', ' '):<14}{value:{',' if isinstance(value, int) else ',.4f'}}")
+    score.run(arguments)
 
 
 if __name__ == "__main__":

@@ -92,11 +92,14 @@ class Drawer:
         """Decodes codes, int32 [n, grid, grid]: uint8 [n, size, size, 3], cut to whole numbers as
         in Janus' code.
         """
+        return np.clip((self.decoded(codes_BYX) + 1) / 2 * 255, 0, 255).astype(np.uint8)
+
+    def decoded(self, codes_BYX: np.ndarray) -> np.ndarray:
+        """Decodes codes, int32 [n, grid, grid]: float32 [n, size, size, 3], about -1 to 1."""
         n = len(codes_BYX)
         padded = np.concatenate([codes_BYX, np.repeat(codes_BYX[:1], -n % self._n_parts, axis=0)])
         with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
-            found = np.asarray(self._decode(self._pencil, padded)[:n])
-        return np.clip((found + 1) / 2 * 255, 0, 255).astype(np.uint8)
+            return np.asarray(self._decode(self._pencil, padded)[:n])
 
 
 def _start(

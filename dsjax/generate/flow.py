@@ -107,8 +107,12 @@ class Painter:
         return found
 
     def pixels(self, latents_XYXC: np.ndarray) -> np.ndarray:
-        """Decodes latents: uint8 [n, size, size, 3], cut to whole numbers as in DeepSeek's code.
-        The VAE's activations are large, so it decodes one picture per device at a time.
+        """Decodes latents: uint8 [n, size, size, 3], cut to whole numbers as in DeepSeek's code."""
+        return ((self.decoded(latents_XYXC).clip(-1, 1) + 1) / 2 * 255).astype(np.uint8)
+
+    def decoded(self, latents_XYXC: np.ndarray) -> np.ndarray:
+        """Decodes latents: float32 [n, size, size, 3], about -1 to 1. The VAE's activations are
+        large, so it decodes one picture per device at a time.
         """
         decoded = []
         with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
@@ -117,7 +121,7 @@ class Painter:
                 lacking = np.repeat(some[:1], self._n_parts - len(some), axis=0)
                 found = self._decode(self._vae, np.concatenate([some, lacking]))
                 decoded.append(np.asarray(found)[: len(some)])
-        return ((np.concatenate(decoded).clip(-1, 1) + 1) / 2 * 255).astype(np.uint8)
+        return np.concatenate(decoded)
 
 
 def _start(language: Transformer, tokens_BT: jax.Array, starts_B: jax.Array, *, room: int) -> Cache:

@@ -36,6 +36,7 @@ SHEET = "sheet.png"
 # What a kind of model is told, and what its authors choose.
 CODES: dict[str, Any] = {"guidance": 5.0, "temperature": 1.0}
 FLOW: dict[str, Any] = {"guidance": 2.0, "steps": 30, "vae": None}
+DEFAULT_N = 4  # pictures
 _GAP = 8  # pixels between the pictures of a sheet
 
 
@@ -60,7 +61,7 @@ class Order:
     """
 
     prompt: str
-    n: int = 4
+    n: int = DEFAULT_N
     guidance: float = 5.0
     temperature: float | None = None
     steps: int | None = None
@@ -116,7 +117,8 @@ def run(arguments: argparse.Namespace) -> None:
     pictures.require_package()
     checkpoint = load.open_checkpoint(arguments.checkpoint, dict(arguments.override))
     form = drawing_format(checkpoint)
-    order = read_order(arguments, form.vision)
+    n = DEFAULT_N if arguments.n is None else arguments.n
+    order = read_order(arguments, form.vision, prompt=arguments.prompt, n=n)
     vae = vae_of(arguments.vae, form.vision.flow) if form.vision.flow else None
     mesh = submesh(arguments.mesh)
     check_split(checkpoint.model, mesh)
@@ -148,8 +150,10 @@ def drawing_format(checkpoint: load.Checkpoint) -> PicturedFormat:
     return form
 
 
-def read_order(arguments: argparse.Namespace, vision: VisionConfig) -> Order:
-    """Reads what to draw, of what is not said as the model's authors do.
+def read_order(
+    arguments: argparse.Namespace, vision: VisionConfig, *, prompt: str, n: int
+) -> Order:
+    """Reads how to draw n pictures, of what is not said as the model's authors do.
 
     Raises:
       ValueError: a setting is out of range or of the other kind of model, or a flow has no VAE.
@@ -168,8 +172,8 @@ def read_order(arguments: argparse.Namespace, vision: VisionConfig) -> Order:
     given = {name: getattr(arguments, name) for name in own if name != "vae"}
     chosen = {name: own[name] if value is None else value for name, value in given.items()}
     return Order(
-        arguments.prompt,
-        n=arguments.n,
+        prompt,
+        n=n,
         seed=arguments.seed,
         at_once=arguments.max_batch,
         **chosen,
@@ -198,13 +202,18 @@ def encode(checkpoint: load.Checkpoint, form: PicturedFormat, text: str) -> list
       ValueError: the prompt leaves no room for a picture.
     """
     prompt = prompt_of(form, text)
+    check_room(checkpoint, form, len(prompt))
+    return prompt
+
+
+def check_room(checkpoint: load.Checkpoint, form: PicturedFormat, length: int) -> None:
+    """Raises ValueError if a prompt of this length leaves no room for a picture."""
     size, most = form.vision.code_grid**2, checkpoint.model.max_seq_len
-    if len(prompt) + size > most:
+    if length + size > most:
         raise ValueError(
-            f"a prompt of {len(prompt)} tokens and a picture of {size} exceed "
+            f"a prompt of {length} tokens and a picture of {size} exceed "
             f"model.max_seq_len={most}; shorten the prompt"
         )
-    return prompt
 
 
 def prompt_of(form: PicturedFormat, text: str) -> list[int]:
@@ -238,15 +247,11 @@ def _open_artist(
     dtype: str | None,
     vae: VaeFolder | None,
 ) -> Artist:
-    blank = None if vae else blanked(form, prompt)  # raises before the weights are read
-    chosen = choose_dtype(checkpoint, dtype)
-    language = load.load(checkpoint, mesh=mesh, dtype=chosen)
-    eyes = load_eyes(checkpoint, mesh=mesh, dtype=language.policy.compute)
-    grid, guidance = form.vision.code_grid, order.guidance
-    if vae:
-        steps = order.steps
+    blank = [] if vae else blanked(form, prompt)  # raises before the weights are read
+    model, guidance = open_model(checkpoint, form, mesh, dtype, vae), order.guidance
+    if isinstance(model, Painter):
+        painter, steps = model, order.steps
         assert steps is not None
-        painter = Painter(language, eyes.brush, load_vae(vae, mesh=mesh), grid, mesh)
 
         def paint(seeds: Sequence[int], progress: Callable[[int, int], None]) -> np.ndarray:
             noise = painter.noise(seeds)
@@ -255,8 +260,7 @@ def _open_artist(
             )
 
         return paint
-    assert blank is not None
-    drawer = Drawer(language, eyes.pencil, grid, mesh)
+    drawer = model
 
     def draw(seeds: Sequence[int], progress: Callable[[int, int], None]) -> np.ndarray:
         samplings = [order.sampling(seed) for seed in seeds]
@@ -265,6 +269,23 @@ def _open_artist(
         )
 
     return draw
+
+
+def open_model(
+    checkpoint: load.Checkpoint,
+    form: PicturedFormat,
+    mesh: Mesh | None,
+    dtype: str | None,
+    vae: VaeFolder | None,
+) -> Drawer | Painter:
+    """Reads the weights of what draws: with a VAE, by a flow."""
+    chosen = choose_dtype(checkpoint, dtype)
+    language = load.load(checkpoint, mesh=mesh, dtype=chosen)
+    eyes = load_eyes(checkpoint, mesh=mesh, dtype=language.policy.compute)
+    grid = form.vision.code_grid
+    if vae:
+        return Painter(language, eyes.brush, load_vae(vae, mesh=mesh), grid, mesh)
+    return Drawer(language, eyes.pencil, grid, mesh)
 
 
 def _draw(

@@ -144,12 +144,28 @@ class Looking:
         """Batches are a multiple of it, so that they divide over the mesh."""
         return 1 if self._mesh is None else parts("batch", self._mesh)
 
+    def see(self, *pixels: np.ndarray) -> np.ndarray:
+        """Looks at pictures as pre-processing leaves them: float32 [n, tokens, D].
+
+        Args:
+          pixels: float32 [n, size, size, 3], for each tower.
+        """
+        seen, first = [], 0
+        for size in batches(len(pixels[0]), self._unit):
+            seen.append(self._features(*(each[first : first + size] for each in pixels)))
+            first += size
+        return np.concatenate(seen)
+
     def _run(self, squares: np.ndarray) -> np.ndarray:
         """Looks at squares, uint8 [n, size, size, 3]: float32 [n, tokens, D]."""
-        n = len(squares)
-        padded = np.concatenate([squares, np.repeat(squares[:1], -n % self._unit, axis=0)])
+        return self._features(*pictures.inputs(squares, self._form.rules))
+
+    def _features(self, *pixels: np.ndarray) -> np.ndarray:
+        n = len(pixels[0])
+        lacking = -n % self._unit
+        padded = [np.concatenate([each, np.repeat(each[:1], lacking, axis=0)]) for each in pixels]
         with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
-            features = self._look(self._eyes, *pictures.inputs(padded, self._form.rules))
+            features = self._look(self._eyes, *padded)
         return np.asarray(features[:n], np.float32)
 
 

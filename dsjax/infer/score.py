@@ -7,27 +7,35 @@ computed in chunks; those of a whole row never exist at once.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import functools
+import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from rich.console import Console
 
-from dsjax.checkpoint.load import Checkpoint
+from dsjax.checkpoint.load import Checkpoint, open_checkpoint
+from dsjax.display import Display
+from dsjax.generate.request import Given
 from dsjax.infer import token_files, windows
+from dsjax.infer.filled import NO_PICTURES, PictureFiles, fill
 from dsjax.infer.token_files import ArrayWriter
 from dsjax.infer.weights import load_weights
 from dsjax.infer.windows import Text, TextFiles, Window
 from dsjax.model.head import predict, token_scores
 from dsjax.model.mixed_layers import check_parts
-from dsjax.model.transformer import Transformer
+from dsjax.model.transformer import Embeddings, Transformer
 from dsjax.parallel.context import arrange, fitting, restore
+from dsjax.parallel.mesh import submesh
 from dsjax.parallel.sharding import parts, stored_spec
 
 Progress = Callable[[int, int], None]
@@ -125,9 +133,14 @@ class Scorer:
                 bool(greedy[scored].all()),
             )
 
-    def hidden(self, tokens: np.ndarray, *, mtp: bool) -> Iterator[tuple[jax.Array, ...]]:
+    def hidden(
+        self, tokens: np.ndarray, given: Sequence[Given | None] = (), *, mtp: bool
+    ) -> Iterator[tuple[jax.Array, ...]]:
         """Yields the hidden states of each row of an int32 [batch, length], as the output head
         reads them: [length, D] of the main model and, with `mtp`, of the first MTP module.
+
+        Args:
+          given: for each row, embeddings that replace those of some of its tokens.
         """
         batch, length = tokens.shape
         n_rows = self.rows * max(_ROW_TOKENS // (length * self.rows), 1)
@@ -137,9 +150,23 @@ class Scorer:
             with self._on_mesh():
                 # The last batch is padded with rows that are not read, to keep one shape.
                 filled = self._padded(np.resize(rows, (n_rows, length)))
-                states = _hidden(self.model, filled, mtp=mtp)
+                embeddings = self._embeddings(given[start : start + n_rows], filled.shape)
+                states = _hidden(self.model, filled, embeddings, mtp=mtp)
             for number in range(len(rows)):
                 yield tuple(state[number, :length] for state in states)
+
+    def _embeddings(
+        self, given: Sequence[Given | None], shape: tuple[int, ...]
+    ) -> Embeddings | None:
+        if not any(given):
+            return None
+        given_BT = np.zeros(shape, bool)
+        values_BTD = np.zeros((*shape, self.model.config.dim), np.float32)
+        for row, some in enumerate(given):
+            if some:
+                given_BT[row, some.places] = True
+                values_BTD[row, some.places] = some.values
+        return Embeddings(given_BT, values_BTD)  # pyright: ignore[reportArgumentType]
 
     def logits(
         self, hidden_TD: jax.Array, targets: np.ndarray
@@ -167,11 +194,41 @@ class Scorer:
         return jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
 
 
+def run(arguments: argparse.Namespace) -> None:
+    """Runs tools/score.py with its parsed arguments.
+
+    Raises:
+      ValueError: see `score_files`.
+    """
+    text = None
+    if arguments.text:
+        field = arguments.text_field or "text"
+        text = TextFiles(arguments.text, field, not arguments.no_bos)
+    result = score_files(
+        open_checkpoint(arguments.checkpoint, dict(arguments.override)),
+        text=text,
+        tokens=arguments.tokens,
+        pictures=PictureFiles(arguments.image or (), arguments.pixels, arguments.high_pixels),
+        outputs=Outputs(arguments.logits, arguments.mtp_logits),
+        length=arguments.sequence_length,
+        dtype=arguments.dtype,
+        mesh=submesh(arguments.mesh),
+        progress=Display(Console(stderr=True)).counting("scoring"),
+    )
+    figures = result.figures()
+    if arguments.json:
+        print(json.dumps(figures, indent=2))
+        return
+    for name, value in figures.items():
+        print(f"{name.replace('_', ' '):<14}{value:{',' if isinstance(value, int) else ',.4f'}}")
+
+
 def score_files(
     checkpoint: Checkpoint,
     *,
     text: TextFiles | None = None,
     tokens: Path | None = None,
+    pictures: PictureFiles = NO_PICTURES,
     outputs: Outputs = NO_OUTPUTS,
     length: int = 0,
     dtype: str | None = None,
@@ -182,7 +239,8 @@ def score_files(
 
     Args:
       text: files of text; `length` is that of a window, 0 for the default.
-      tokens: ids [batch, length], if there is no text; `outputs` applies to these.
+      tokens: ids [batch, length], if there is no text; `outputs` and `pictures` apply to these.
+      pictures: what fills the placeholders among them.
       dtype: of weights and computation; None: see `weights.choose_dtype`.
 
     Raises:
@@ -202,8 +260,9 @@ def score_files(
     token_files.check_outputs(outputs, tokens)
     if outputs.mtp_logits:
         check_mtp(model.n_mtp, ids.shape[1])
+    given = fill(checkpoint, ids, pictures, mesh, dtype) if any(pictures) else ()
     scorer = Scorer(load_weights(checkpoint, mesh, dtype, stored_spec), mesh)
-    return score_tokens(scorer, ids, outputs, progress=progress)
+    return score_tokens(scorer, ids, outputs, given, progress=progress)
 
 
 def rows_together(n_tokens: int, length: int, n_parts: int = 1) -> int:
@@ -241,14 +300,16 @@ def score_tokens(
     scorer: Scorer,
     tokens: np.ndarray,
     outputs: Outputs = NO_OUTPUTS,
+    given: Sequence[Given | None] = (),
     *,
     progress: Progress = _no_progress,
 ) -> Score:
     """Scores the rows of an int32 [batch, length], each as a whole, and writes their raw logits.
 
-    The first token of a row is not predicted.
+    The first token of a row is not predicted, nor are those in whose place a picture stands.
 
     Args:
+      given: for each row, what pictures put in the place of some tokens.
       progress: called with the number of rows done and in total.
 
     Raises:
@@ -258,7 +319,10 @@ def score_tokens(
     (batch, length), vocab = tokens.shape, scorer.model.config.vocab_size
     if outputs.mtp_logits:
         check_mtp(scorer.model.config.n_mtp, length)
-    nats = 0.0
+    nats, predicted_BT = 0.0, np.ones((batch, length - 1), bool)
+    for row, some in enumerate(given):
+        if some:
+            predicted_BT[row, some.places[some.places > 0] - 1] = False
     with contextlib.ExitStack() as files:
 
         def open_file(path: Path, positions: int) -> ArrayWriter:
@@ -266,16 +330,18 @@ def score_tokens(
 
         main = open_file(outputs.logits, length) if outputs.logits else None
         mtp = open_file(outputs.mtp_logits, length - 1) if outputs.mtp_logits else None
-        for row, states in enumerate(scorer.hidden(tokens, mtp=mtp is not None)):
+        for row, states in enumerate(scorer.hidden(tokens, given, mtp=mtp is not None)):
+            done = 0
             for logits, piece_nats in scorer.logits(states[0], tokens[row, 1:]):
-                nats += float(piece_nats.sum())
+                nats += float(piece_nats[predicted_BT[row, done : done + len(piece_nats)]].sum())
+                done += len(piece_nats)
                 if main:
                     main.write(np.asarray(logits))
             if mtp:
                 for logits, _ in scorer.logits(states[1][: length - 1], tokens[row, 2:]):
                     mtp.write(np.asarray(logits))
             progress(row + 1, batch)
-    return _checked(Score(nats, batch * (length - 1)))
+    return _checked(Score(nats, int(predicted_BT.sum())))
 
 
 def check_mtp(n_mtp: int, length: int) -> None:
@@ -321,8 +387,13 @@ def _token_scores(
 
 
 @functools.partial(jax.jit, static_argnames="mtp")
-def _hidden(model: Transformer, tokens_BT: jax.Array, *, mtp: bool) -> tuple[jax.Array, ...]:
-    hidden = model.hidden(tokens_BT, mtp=mtp)
+def _hidden(
+    model: Transformer, tokens_BT: jax.Array, embeddings: Embeddings | None, *, mtp: bool
+) -> tuple[jax.Array, ...]:
+    if embeddings is not None:
+        values_DBT = arrange(jnp.moveaxis(embeddings.values_BTD, -1, 0))
+        embeddings = Embeddings(arrange(embeddings.given_BT), jnp.moveaxis(values_DBT, 0, -1))
+    hidden = model.hidden(tokens_BT, mtp=mtp, embeddings=embeddings)
     states = (
         (hidden.main_BTD,) if hidden.mtp_DBTD is None else (hidden.main_BTD, hidden.mtp_DBTD[0])
     )

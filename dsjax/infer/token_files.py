@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -27,17 +26,7 @@ def read_tokens(path: Path, vocab_size: int, *, max_length: int) -> np.ndarray:
         too long or ids that the model lacks, or holds Python objects, which could execute code.
       OSError: the file cannot be read.
     """
-    with open(path, "rb") as file:
-        try:
-            # Read whole rather than memory-mapped: a truncated file must fail now.
-            tokens = np.lib.format.read_array(file, allow_pickle=False)
-        except (
-            Exception
-        ) as error:  # the header is Python text, and NumPy evaluates and tokenizes it
-            raise ValueError(
-                f"{path} is not a .npy file of token ids ({error}); write it with "
-                "numpy.save(path, ids), ids an integer array [batch, length]"
-            ) from error
+    tokens = read_array(path, "token ids", "an integer array [batch, length]")
     if tokens.dtype.kind not in "iu" or tokens.ndim != 2 or not tokens.size:
         raise ValueError(
             f"{path} holds {tokens.dtype} of shape {tokens.shape}; token ids are integers of shape "
@@ -57,6 +46,29 @@ def read_tokens(path: Path, vocab_size: int, *, max_length: int) -> np.ndarray:
             "with the checkpoint's own tokenizer"
         )
     return tokens.astype(np.int32)
+
+
+def read_array(path: Path, what: str, form: str) -> np.ndarray:
+    """Reads a .npy file.
+
+    Args:
+      what, form: what it should hold, and as what array, for messages.
+
+    Raises:
+      ValueError: it is no .npy file, or holds Python objects.
+      OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        try:
+            # Read whole rather than memory-mapped: a truncated file must fail now.
+            return np.lib.format.read_array(file, allow_pickle=False)
+        except (
+            Exception
+        ) as error:  # the header is Python text, and NumPy evaluates and tokenizes it
+            raise ValueError(
+                f"{path} is not a .npy file of {what} ({error}); write it with "
+                f"numpy.save(path, array), array {form}"
+            ) from error
 
 
 class ArrayWriter:
@@ -100,19 +112,12 @@ class ArrayWriter:
 
 
 def check_outputs(outputs: Iterable[Path | None], source: Path) -> None:
-    """Raises ValueError if a file cannot be written, or if one name is meant for two: better before
-    hours of work than after.
+    """Raises ValueError if a file cannot be written (see files.check_writable), or if one name is
+    meant for two.
     """
     taken = {source.resolve()}
     for path in filter(None, outputs):
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder; name a file to write")
-        if not path.parent.is_dir():
-            raise ValueError(f"{path} cannot be written: there is no folder {path.parent}; make it")
-        if not os.access(path.parent, os.W_OK):
-            raise ValueError(
-                f"{path} cannot be written: {path.parent} is read-only; choose another folder"
-            )
+        files.check_writable(path)
         if path.resolve() in taken:
             raise ValueError(
                 f"{path} is named twice, among {source} and the files to write; name each once"
