@@ -49,14 +49,35 @@ SUCCESS, FAILURE, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 _COLLECT_AFTER = (50_000, 20, 100)
 
 
+class _Store(argparse._StoreAction):
+    """Stores values; of a list that is given twice, those of both."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        before = getattr(namespace, self.dest, None)
+        if self.nargs == "+" and before is not self.default:
+            values = [*before, *values]  # pyright: ignore[reportOptionalIterable]
+        super().__call__(parser, namespace, values, option_string)
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser that answers an argument of another project's form with the right one.
+    """A parser that answers an argument of another project's form with the right one, and loses
+    nothing of a list that is given twice.
 
     Attributes:
       keys: what `--set` takes, empty without a config.
     """
 
     keys: Mapping[str, object] = {}
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("action", None, _Store)
 
     def parse_args(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, args: Iterable[str] | None = None, namespace: Any = None

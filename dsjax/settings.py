@@ -134,7 +134,7 @@ def override(config: Root, assignments: Sequence[str]) -> Root:
     problems = []
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
-        if not equals:
+        if not equals or not key:
             problems.append(f"--set takes KEY=VALUE, not {assignment!r}")
         elif _whole_group(kinds.get(key.partition(".")[0])) is not None:
             problems.append(

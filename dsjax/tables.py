@@ -13,9 +13,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dsjax.files import write_json
+from dsjax.files import check_writable, write_json
 
 _PIPE_WIDTH = 180  # columns; a file or a pipe has no width of its own, and rich would take 80
+
+
+def check(destination: str | None) -> None:
+    """Raises ValueError if the file of `show` cannot be written; for before the work."""
+    if destination not in (None, "-"):
+        check_writable(Path(destination))
 
 
 def show(

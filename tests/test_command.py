@@ -276,6 +276,18 @@ def test_checkpoint_mesh_is_checked(mesh, message, capsys):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_list_given_twice_is_both():
+    made = parser()
+    made.add_argument("--image", nargs="+")
+    made.add_argument("--lengths", nargs="+", type=int, default=[3])
+    made.add_argument("--seed", type=int)
+    found = made.parse_args(
+        "--image a --lengths 4 --image b c --lengths 5 --seed 1 --seed 2".split()
+    )
+    assert (found.image, found.lengths, found.seed) == (["a", "b", "c"], [4, 5], 2)
+    assert made.parse_args([]).lengths == [3]
+
+
 def test_commands_take_debug_before_and_after(capsys):
     example = parser()
     commands = command.add_commands(example, {"list": "all of them", "show": "one of them"})

@@ -163,6 +163,7 @@ def test_override_reads_value_of_the_keys_type(assignment, value):
         ("model=3", r"model is not a config key but a group of keys such as model\.vocab_size"),
         ("zzz.qqq=3", r"zzz\.qqq is not a config key; tools/show\.py prints all keys"),
         ("train.steps", r"--set takes KEY=VALUE, not 'train\.steps'"),
+        ("=3", r"--set takes KEY=VALUE, not '=3'"),
         ("train.steps=many", r"train\.steps='many' must be a whole number"),
         ("train.steps=1.5", r"train\.steps='1\.5' must be a whole number"),
         ("train.steps=on", r"train\.steps='on' must be a whole number"),

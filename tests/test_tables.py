@@ -69,6 +69,13 @@ def test_summary_goes_where_its_flag_says(tmp_path, capsys):
         tables.show({}, print_summary, str(tmp_path / "none/F"))
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    for destination in (None, "-", str(tmp_path / "a.json")):
+        tables.check(destination)
+    with pytest.raises(ValueError, match="there is no folder"):
+        tables.check(str(tmp_path / "absent" / "a.json"))
+
+
 def test_long_value_leaves_the_labels_of_figures_whole():
     found = printed(tables.figures("", [("tokens per second", "278"), ("MFU", "word " * 30)]), 60)
     assert "tokens per second" in found and found.count("word") == 30

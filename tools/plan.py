@@ -52,13 +52,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def execute(arguments: argparse.Namespace) -> None:
+    from dsjax import tables
+
+    tables.check(arguments.json)
     if arguments.schedule:
         command.require(parser(), arguments, ("stages", "microbatches"), without=STEP_ONLY)
         from dsjax.plan import pipeline
 
         asked = arguments.schedule, arguments.stages, arguments.microbatches, arguments.out
-        summary = pipeline.plan(*asked)
-        show = pipeline.print_summary
+        summary, show = pipeline.plan(*asked), pipeline.print_summary
     else:
         command.require(parser(), arguments, ("config", "topology"), without=SCHEDULE_ONLY)
         config = command.load_experiment(arguments, PLANNED)
@@ -71,8 +73,6 @@ def execute(arguments: argparse.Namespace) -> None:
         slice_, compiled = topology.parse(arguments.topology), not arguments.no_compile
         summary = figures.of_step(config, slice_, arguments.step, compiled=compiled)
         show = figures.print_step
-    from dsjax import tables
-
     tables.show(summary, show, arguments.json)
 
 

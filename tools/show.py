@@ -1,9 +1,9 @@
 """Prints a config's keys, what a step takes, parameters, counts, FLOPs, cache size and sharding,
 and, if no mesh axis is open, what one device holds.
 
-CONFIG is an experiment of any kind. One that begins with a checkpoint takes its model from there:
---init names it, or a config of the same model. No device is used; 671B parameters take seconds on
-any machine.
+CONFIG is an experiment of any kind, but for those of models that see (tools/plan.py). One that
+begins with a checkpoint takes its model from there: --init names it, or a config of the same model.
+No device is used; 671B parameters take seconds on any machine.
 
 examples:
   python tools/show.py configs/tiny.py

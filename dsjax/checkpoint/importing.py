@@ -137,6 +137,11 @@ def import_checkpoint(
 
 def _open(source: Path, overrides: Mapping[str, Any] | None) -> HfFolder:
     if not is_gguf(source):
+        if (source / "weights").is_dir() or (source / "checkpoints").is_dir():
+            raise ValueError(
+                f"{source} is a converted folder or a run already, which every command reads as it "
+                "is; tools/convert.py export writes it for other programs"
+            )
         folder = open_hf(source, overrides)
         if folder.beside:
             raise ValueError(

@@ -211,7 +211,7 @@ def open_checkpoint(
         disagree, or it is of another kind; or overrides are given for a folder of our own.
     """
     path = hub.located(path)
-    begun = path.with_name(path.name + ".partial")
+    begun = path.parent / f"{path.name}.partial"  # of `.`, which has no name, there is none
     if not path.exists() and begun.is_dir():
         raise ValueError(f"{path} does not exist. {begun} is an unfinished conversion to it")
     if is_gguf(path):

@@ -45,8 +45,7 @@ def decode(data: bytes, path: str, offset: int = 0, line: int = 0) -> str:
         known = " -f UTF-16" if not offset and data.startswith(_UTF16) else ""
         raise ValueError(
             f"{path} is not UTF-8: byte {offset + error.start}{place} is "
-            f"0x{data[error.start]:02x}; convert it (iconv{known} -t UTF-8), or leave it out of "
-            "data.files"
+            f"0x{data[error.start]:02x}; convert it (iconv{known} -t UTF-8), or leave it out"
         ) from error
 
 

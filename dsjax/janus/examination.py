@@ -12,6 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 from rich.console import Console
 
+from dsjax import tables
 from dsjax.checkpoint import load
 from dsjax.display import Display
 from dsjax.files import write_json
@@ -95,6 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
       ValueError: the checkpoint does not see, or a question or a picture cannot be read.
     """
     pictures.require_package()
+    tables.check(arguments.json)
     questions = read_questions(arguments.questions, arguments.images)
     checkpoint = load.open_checkpoint(arguments.checkpoint, dict(arguments.override))
     mesh = submesh(arguments.mesh)

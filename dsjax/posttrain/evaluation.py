@@ -211,6 +211,7 @@ def run(asked: Examination) -> None:
     ks = asked.k or ([asked.n] if asked.n > 1 else [])
     if ks and max(ks) > asked.n:
         raise ValueError(f"--k {max(ks)} needs as many samples: raise --n {asked.n}")
+    tables.check(asked.json)
     problems = read_problems(asked.problems)
     screen = display.Display(Console(stderr=True))
     with Grader([asked.reward]) as grader, screen:

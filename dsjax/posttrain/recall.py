@@ -18,6 +18,7 @@ from rich.console import Console
 from dsjax import display, tables
 from dsjax.checkpoint.load import Checkpoint, open_checkpoint
 from dsjax.data import documents
+from dsjax.files import check_writable
 from dsjax.generate.engine import Engine
 from dsjax.generate.prefixes import PAGE
 from dsjax.generate.request import Request
@@ -93,6 +94,9 @@ def run(asked: Search) -> None:
       ValueError: the checkpoint, a length or the text cannot be used; all of this is checked before
         the weights are read.
     """
+    tables.check(asked.json)
+    if asked.png:
+        check_writable(asked.png)
     checkpoint = open_checkpoint(asked.checkpoint, dict(asked.override))
     vocabulary = _vocabulary(checkpoint, asked)
     check(asked, checkpoint.model.max_seq_len)

@@ -181,6 +181,7 @@ def run(asked: Order) -> None:
         settings = _settings(asked, respondent)
         report = _report_path(asked.out)
         if (found := _finished(asked.out, settings)) is None:
+            files.check_writable(asked.out)
             parts_path = asked.out.with_name(asked.out.name + ".parts")
             with contextlib.closing(Parts(parts_path, settings)) as parts:
                 collect(respondent, grader, parts, asked.n, screen)

@@ -109,6 +109,8 @@ def test_import_leaves_a_checkpoint_that_opens(published, tmp_path):
     index = (0, 3, slice(8, 40), slice(3, 30))
     for path in (("mtp", "layer", "ffn", "experts", "w_up"),):
         np.testing.assert_array_equal(ours.read(path, index), theirs.read(path, index))
+    with pytest.raises(ValueError, match="is a converted folder or a run already"):
+        bring_in(tmp_path / "out", tmp_path / "again")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -286,6 +286,12 @@ def test_checkpoint_that_is_still_converted_is_refused(tmp_path):
         open_checkpoint(tmp_path / "new")
 
 
+def test_a_checkpoint_is_opened_from_inside_its_folder(folders, monkeypatch):
+    for place in ("hf", "converted"):
+        monkeypatch.chdir(folders[place])
+        assert open_checkpoint(".").model == open_checkpoint(folders[place]).model
+
+
 def test_overrides_stand_in_for_fields_of_config_json(folders, tmp_path):
     overrides = {"rope_theta": 5e4, "num_nextn_predict_layers": None}
     opened = open_checkpoint(folders["hf"], {"rope_theta": 5e4})

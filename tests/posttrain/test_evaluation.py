@@ -114,6 +114,7 @@ def test_programs_have_no_majority():
         ({"reward": "format"}, "gone"),
         ({"n": 2, "k": [4]}, "--k 4 needs as many samples: raise --n 2"),
         ({"problems": "gone.jsonl"}, "--problems='gone.jsonl' matches no file"),
+        ({"json": "gone/e.json"}, "e.json cannot be written: there is no folder gone; make it"),
     ],
 )
 def test_bad_input_is_refused_before_the_weights_are_read(tmp_path, changes, message):
