@@ -3,10 +3,13 @@ sampler itself is compared with DeepSeek's code in tests/test_janusflow.py.
 """
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dsjax.checkpoint.eyes import load_eyes
 from dsjax.checkpoint.load import load
@@ -19,6 +22,7 @@ from dsjax.janus.objective import seeing_and_drawing
 from dsjax.parallel.mesh import make_mesh
 from dsjax.train.evaluate import batch_sums
 from dsjax.train.step import TrainState
+from tests.closeness import LOGITS, assert_close
 from tests.janus import toy
 
 DRAWS = (0, 0, 1)
@@ -34,48 +38,42 @@ def opened(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def velocity(opened):
-    """(prompt, latents, time, whether it sees the prompt) -> the sampler's velocity."""
+def loaded(opened):
+    """The language model and the brush as the sampler has them."""
     _, checkpoint, _, _ = opened
-    language, eyes = load(checkpoint, dtype=np.float32), load_eyes(checkpoint, dtype=np.float32)
-
-    @jax.jit
-    def run(tokens_BT, starts_B, length, latents_XYXC, time):
-        cache = flow._start(language, tokens_BT, starts_B, room=5)
-        painted = flow.Painted(cache, latents_XYXC)
-        one = np.float32(1)
-        moved = flow._step(language, eyes.brush, painted, starts_B, length, time, one, one)
-        return moved.latents_XYXC - latents_XYXC
-
-    def alone(prompt, latents, time, sees):
-        length = len(prompt) - 1
-        tokens = np.zeros((1, 64), np.int32)
-        tokens[0, :length] = prompt[:-1]
-        starts = np.array([length if sees else 1], np.int32)
-        return np.asarray(run(tokens, starts, np.int32(length), latents[None], time))[0]
-
-    return alone
+    eyes = load_eyes(checkpoint, dtype=np.float32)
+    return load(checkpoint, dtype=np.float32), eyes.brush
 
 
-def drawings_of(row):
-    return Drawings(*(row[name][None] for name in Drawings._fields))
+def moved(language, brush, drawing):
+    """The velocity of the sampler, which runs one drawing alone."""
+    tokens_BT, starts_B, length, latents_XYXC, time = drawing
+    cache = flow._start(language, tokens_BT, starts_B, room=5)
+    painted = flow.Painted(cache, latents_XYXC)
+    one = np.float32(1)
+    painted = flow._step(language, brush, painted, starts_B, length, time, one, one)
+    return (painted.latents_XYXC - latents_XYXC)[0]
 
 
-def errors(row, form, velocity):
-    """The squared error of each drawing of a row, and whether it saw its prompt."""
+def each_drawing(row):
+    """Yields the sampler's input, the velocity to predict, and whether the prompt is seen."""
     way = jax.tree.map(np.asarray, way_of(drawings_of(row)))
-    found = []
     for number, start in enumerate(row["starts"]):
         if start < 0:
             continue
         segment = number + 1
         here = np.flatnonzero(abs(row["segment_ids"]) == segment)
-        prompt = row["tokens"][here[0] : start + 1].tolist()
-        sees = (row["segment_ids"][here] == segment).all()
-        got = velocity(prompt, way.latents_BYXC[number], way.time_B[number], sees)
-        want = way.velocity_BYXC[number]
-        found.append((np.square(got - want, dtype=np.float64).mean(), bool(sees)))
-    return found
+        length = start - here[0]  # the token that begins the picture gives way to the time
+        sees = bool((row["segment_ids"][here] == segment).all())
+        tokens_BT = np.zeros((1, 64), np.int32)
+        tokens_BT[0, :length] = row["tokens"][here[0] : start]
+        starts_B = np.array([length if sees else 1], np.int32)
+        noisy = way.latents_BYXC[number][None], way.time_B[number]
+        yield (tokens_BT, starts_B, np.int32(length), *noisy), way.velocity_BYXC[number], sees
+
+
+def drawings_of(row):
+    return Drawings(*(row[name][None] for name in Drawings._fields))
 
 
 def state_of(config, checkpoint, form):
@@ -84,28 +82,71 @@ def state_of(config, checkpoint, form):
     return declared, TrainState(params, router, None)
 
 
-def test_loss_is_the_squared_error_of_the_samplers_velocity(opened, velocity):
+def test_loss_is_the_squared_error_of_the_samplers_velocity(opened, loaded):
     """Of rows that see their prompts as of those whose prompts are blanked out, which are the
     sampler's second row.
     """
     config, checkpoint, form, data = opened
     declared, state = state_of(config, checkpoint, form)
     objective = seeing_and_drawing(config, form.rules)
-    score = jax.jit(batch_sums(declared, objective))
+    score, velocity = jax.jit(batch_sums(declared, objective)), jax.jit(moved)
     seen = set()
     for first in (0, 4, 8):
         rows = [data.training[first + place] for place in range(4)]
         found = score(state, stack(rows), {})
-        want = errors(rows[3], form, velocity)
-        assert len(want) > 2 and found["draw_targets"] == 4 * len(want)
-        seen |= {sees for _, sees in want}
-        total = 4 * sum(error for error, _ in want)
+        errors = []
+        for drawing, want, sees in each_drawing(rows[3]):
+            difference = velocity(*loaded, drawing) - want
+            errors.append(np.square(difference, dtype=np.float64).mean())
+            seen.add(sees)
+        assert len(errors) > 2 and found["draw_targets"] == 4 * len(errors)
+        total = 4 * sum(errors)
         np.testing.assert_allclose(found["draw"], total, rtol=1e-4)
         metrics = objective.metrics(found)
         nats = float(found["see"] + found["text"])
         n = sum(float(found[f"{kind}_targets"]) for kind in ("see", "text", "draw"))
         np.testing.assert_allclose(metrics["loss"], (nats + total) / n, rtol=1e-4)
     assert seen == {True, False}
+
+
+@pytest.mark.heavy
+def test_gradient_is_that_of_the_samplers_squared_error(opened, loaded):
+    """Of the first U-ViT too, whose output both the language model and the second one read: rows
+    run it once for the two, and so does the sampler, but one drawing at a time and from a cache.
+    """
+    config, checkpoint, form, data = opened
+    declared, state = state_of(config, checkpoint, form)
+    sums = batch_sums(declared, seeing_and_drawing(config, form.rules))
+    batch = stack([data.training[place] for place in range(4)])
+
+    @jax.jit
+    @jax.grad
+    def of_rows(params):
+        return sums(dataclasses.replace(state, params=params), batch, {})["draw"]
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def of_one(language, brush, drawing, want):
+        return 4 * jnp.square(moved(language, brush, drawing) - want).mean()
+
+    each = [of_one(*loaded, *one[:2]) for one in each_drawing(data.training[3])]
+    language, brush = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *each)
+    got = flat(of_rows(state.params))
+    wanted = flat(language) | {f"eyes.brush.{name}": x for name, x in flat(brush).items()}
+    assert got.keys() >= wanted.keys()
+    for name, gradient in got.items():
+        if name in wanted:
+            assert_close(gradient, wanted[name], LOGITS, name)
+        else:
+            assert not gradient.any(), name
+
+
+def flat(tree):
+    """Arrays by name."""
+    return {
+        ".".join(map(str, path)): np.asarray(variable.get_value())
+        for path, variable in nnx.to_flat_state(nnx.state(tree))
+    }
 
 
 def test_a_prompt_that_is_blanked_out_changes_nothing_and_another_does(opened):
