@@ -48,7 +48,7 @@ class Context(NamedTuple):
     angles: tuple[jax.Array, jax.Array]  # rope cosine and sine, float32 [B, T, R/2]
     segment_ids_BT: jax.Array | None  # attention stays within a segment; None: within the row
     documents_BT: jax.Array  # int32, sequences of the balance losses; 0 is padding
-    recomputed: bool = False  # whether the backward pass computes layers again, from their inputs
+    remat: str = "none"  # what a layer's backward pass recomputes: "none", "selective" or "full"
 
 
 class Statistics(NamedTuple):
@@ -113,7 +113,7 @@ class Block(nnx.Module):
             context.documents_BT,
             balance,
             experts_BTK,
-            recomputed=context.recomputed,
+            recomputed=context.remat == "full",
         )
         return x_BTD + y_BTD, Statistics(routing, index_loss)
 
@@ -176,7 +176,6 @@ def run_layers(
     x_BTD: jax.Array,
     context: Context,
     balance: BalanceWeights | None,
-    remat: str,
     experts_LBTK: jax.Array | None = None,
     present_L: jax.Array | None = None,
     lesson: Lesson | None = None,
@@ -194,8 +193,6 @@ def run_layers(
       the last layer's output, the layers' statistics, and the inner layer's output.
     """
 
-    context = context._replace(recomputed=remat == "full")
-
     def layer(x_BTD: jax.Array, row: tuple[Block, jax.Array | None, jax.Array | None]):
         block, experts_BTK, present = row
         run = pinned(block, block.attn.policy)
@@ -205,7 +202,7 @@ def run_layers(
         statistics = jax.tree.map(lambda x: jnp.where(present, x, jnp.zeros_like(x)), statistics)
         return jnp.where(present, y_BTD, x_BTD), statistics
 
-    rows, run = (layers, experts_LBTK, present_L), rematerialized(layer, remat)
+    rows, run = (layers, experts_LBTK, present_L), rematerialized(layer, context.remat)
     if inner is None:
         x_BTD, statistics = jax.lax.scan(run, x_BTD, rows)
         return x_BTD, statistics, None

@@ -187,8 +187,8 @@ class Transformer(nnx.Module):
           lesson: what the layers' indexers learn from; None: nothing.
           inner: the layer of the body, counted from 1, whose output is wanted too.
         """
-        context = self.context(inputs)
-        x_BTD, prefix = self.enter(inputs, context, remat, embeddings, lesson)
+        context = self.context(inputs, remat)
+        x_BTD, prefix = self.enter(inputs, context, embeddings, lesson)
         body = getattr(self, self.body)
         own = ahead = None
         if experts_LBTK is not None:
@@ -196,13 +196,11 @@ class Transformer(nnx.Module):
         if isinstance(body, MixedLayers):
             assert experts_LBTK is None and balance is None and lesson is None and inner is None
             x_BTD = body(x_BTD, inputs.tokens, inputs.segment_ids)
-            return self.leave(x_BTD, inputs, context, balance=balance, remat=remat)
+            return self.leave(x_BTD, inputs, context, balance=balance)
         x_BTD, found, inner_BTD = run_layers(
-            body, x_BTD, context, balance, remat, own, lesson=lesson, inner=inner
+            body, x_BTD, context, balance, own, lesson=lesson, inner=inner
         )
-        hidden = self.leave(
-            x_BTD, inputs, context, balance=balance, remat=remat, experts=ahead, lesson=lesson
-        )
+        hidden = self.leave(x_BTD, inputs, context, balance=balance, experts=ahead, lesson=lesson)
         losses = [x for x in (prefix, found.index_loss, hidden.index_loss) if x is not None]
         return hidden._replace(
             routing=_joined(found.routing, hidden.routing),
@@ -251,7 +249,6 @@ class Transformer(nnx.Module):
         self,
         inputs: Inputs,
         context: Context,
-        remat: str,
         embeddings: Embeddings | None = None,
         lesson: Lesson | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
@@ -263,9 +260,7 @@ class Transformer(nnx.Module):
         x_BTD = self._embed(inputs.tokens, embeddings)
         if not (self.config.n_moe_layers and self.config.n_dense_layers):
             return x_BTD, None
-        x_BTD, statistics, _ = run_layers(
-            self.dense_layers, x_BTD, context, None, remat, lesson=lesson
-        )
+        x_BTD, statistics, _ = run_layers(self.dense_layers, x_BTD, context, None, lesson=lesson)
         return x_BTD, statistics.index_loss
 
     def _embed(self, tokens_BT: jax.Array, embeddings: Embeddings | None) -> jax.Array:
@@ -282,7 +277,6 @@ class Transformer(nnx.Module):
         context: Context,
         *,
         balance: BalanceWeights | None,
-        remat: str,
         experts: jax.Array | None = None,
         lesson: Lesson | None = None,
     ) -> Hidden:
@@ -307,7 +301,7 @@ class Transformer(nnx.Module):
             hidden_BTD, statistics = module(
                 embedding_BTD,
                 hidden_BTD,
-                context._replace(documents_BT=ahead.documents, recomputed=remat == "full"),
+                context._replace(documents_BT=ahead.documents),
                 balance,
                 experts_BTK,
                 lesson,
@@ -319,7 +313,7 @@ class Transformer(nnx.Module):
             return Hidden(main_BTD, None, None)
         first = main_BTD if self.config.mtp_after_final_norm else x_BTD
         _, (mtp_DBTD, statistics) = jax.lax.scan(
-            rematerialized(mtp_module, remat), first, (self.mtp, inputs.ahead, experts)
+            rematerialized(mtp_module, context.remat), first, (self.mtp, inputs.ahead, experts)
         )
         # Here, or the backward pass would compute the modules' outputs again, for the norms alone.
         mtp_DBTD = jax.vmap(RMSNorm.__call__)(self.mtp.norm, mtp_DBTD)
@@ -405,10 +399,10 @@ class Transformer(nnx.Module):
         turned_BT = positions_BT if skipped_B is None else positions_BT + skipped_B[:, None]
         return Extension(positions_BT, rope.angles(turned_BT, self.config))
 
-    def context(self, inputs: Inputs) -> Context:
-        """Prepares what all layers need to know of the tokens."""
+    def context(self, inputs: Inputs, remat: str = "none") -> Context:
+        """Prepares what all layers need besides the hidden states."""
         angles = rope.angles(inputs.positions, self.config)
-        return Context(angles, inputs.segment_ids, inputs.documents)
+        return Context(angles, inputs.segment_ids, inputs.documents, remat)
 
 
 def _joined(body: Any, modules: Any) -> Any:

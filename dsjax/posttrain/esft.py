@@ -63,7 +63,7 @@ def usage(model: Transformer, batch: Mapping[str, jax.Array]) -> Usage:
         sums = (jnp.einsum("MK,MKE->E", gates_MK, chosen_MKE), chosen_MKE.sum(axis=(0, 1)))
         return block(x_BTD, context, None)[0], sums
 
-    x_BTD, _ = model.enter(inputs, context, "none")
+    x_BTD, _ = model.enter(inputs, context)
     _, (gates_LE, selections_LE) = jax.lax.scan(layer, x_BTD, model.moe_layers)
     return Usage(gates_LE, selections_LE, counted_M.sum())
 

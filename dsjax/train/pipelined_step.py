@@ -140,7 +140,7 @@ def _pieces(declared: Transformer, objective: Objective, knobs: Knobs) -> pipeli
     structure, *whole = nnx.split(declared, nnx.Param, RouterState)
     placeholders = [_cut(state, declared.body)[0] for state in whole]
     forward = objective.forward
-    balance, remat = forward.balance, forward.remat
+    balance, lesson = forward.balance, forward.lesson
 
     def ends(outer: Tree) -> Transformer:
         """The model without values in its body."""
@@ -148,8 +148,8 @@ def _pieces(declared: Transformer, objective: Objective, knobs: Knobs) -> pipeli
 
     def enter(outer: Tree, batch: Prepared) -> tuple[jax.Array, jax.Array]:
         model = ends(outer)
-        context = model.context(batch.inputs)
-        x_BTD, index_loss_L = model.enter(batch.inputs, context, remat, lesson=forward.lesson)
+        context = model.context(batch.inputs, forward.remat)
+        x_BTD, index_loss_L = model.enter(batch.inputs, context, lesson=lesson)
         if index_loss_L is None:
             return x_BTD, jnp.float32(0)
         return x_BTD, index_loss_L.sum() * batch.weights.balance
@@ -159,9 +159,9 @@ def _pieces(declared: Transformer, objective: Objective, knobs: Knobs) -> pipeli
     ) -> tuple[jax.Array, jax.Array, Tree]:
         model = _merge(structure, body, [_cut(state, declared.body)[1] for state in whole])
         layers = getattr(model, declared.body)
-        context = model.context(batch.inputs)
+        context = model.context(batch.inputs, forward.remat)
         x_BTD, (routing, index_loss_L), _ = run_layers(
-            layers, x_BTD, context, balance, remat, present_L=present_L, lesson=forward.lesson
+            layers, x_BTD, context, balance, present_L=present_L, lesson=lesson
         )
         weighted, report = jnp.float32(0), {}
         if routing is not None:
@@ -175,10 +175,8 @@ def _pieces(declared: Transformer, objective: Objective, knobs: Knobs) -> pipeli
 
     def leave(outer: Tree, x_BTD: jax.Array, batch: Prepared) -> tuple[jax.Array, Totals]:
         model = ends(outer)
-        context = model.context(batch.inputs)
-        hidden = model.leave(
-            x_BTD, batch.inputs, context, balance=balance, remat=remat, lesson=forward.lesson
-        )
+        context = model.context(batch.inputs, forward.remat)
+        hidden = model.leave(x_BTD, batch.inputs, context, balance=balance, lesson=lesson)
         return weigh(objective, model, hidden, batch, knobs)
 
     return pipeline.Pieces(enter, stage, leave)

@@ -29,7 +29,7 @@ def test_stack_runs_its_layers_in_order():
     def both(model):
         context = model.context(read_tokens(row, None, isolate=False, n_mtp=0))
         start_BTD = model.embed(row)
-        stacked = block.run_layers(model.moe_layers, start_BTD, context, None, "none", inner=1)
+        stacked = block.run_layers(model.moe_layers, start_BTD, context, None, inner=1)
         x_BTD, outputs, counts = start_BTD, [], []
         for layer in one_by_one(model.moe_layers):
             x_BTD, statistics = layer(x_BTD, context, None)
@@ -51,7 +51,7 @@ def test_layer_that_is_not_present_changes_and_counts_nothing():
         context = model.context(read_tokens(row, None, isolate=False, n_mtp=0))
         start_BTD = model.embed(row)
         run = lambda layers: block.run_layers(  # noqa: E731
-            layers, start_BTD, context, None, "none", present_L=present_L
+            layers, start_BTD, context, None, present_L=present_L
         )
         loss = lambda layers: jnp.square(run(layers)[0]).sum()  # noqa: E731
         first = one_by_one(model.moe_layers)[0](start_BTD, context, None)[0]

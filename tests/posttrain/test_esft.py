@@ -39,7 +39,7 @@ def _routings(model, batch):
 
     inputs = read_tokens(batch["tokens"], batch["segment_ids"], isolate=True, n_mtp=0)
     context = model.context(inputs)
-    x_BTD, _ = model.enter(inputs, context, "none")
+    x_BTD, _ = model.enter(inputs, context)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MoE, "__call__", spy)
         for layer in range(MODEL.n_moe_layers):
