@@ -79,10 +79,6 @@ class LockStep(NamedTuple):
     activation_slots: int
     gradient_slots: int
 
-    @property
-    def n_ticks(self) -> int:
-        return len(self.leaves)
-
 
 def lock_step(schedule: Schedule) -> LockStep:
     """Lays a schedule out in ticks.

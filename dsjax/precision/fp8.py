@@ -151,40 +151,6 @@ def quantize_block(
     return BlockScaled(values, scales, block)
 
 
-def from_published(
-    values: ArrayLike, scale_inv: ArrayLike, block: Sequence[int], name: str = "weight"
-) -> BlockScaled:
-    """Wraps a published FP8 tensor and its `weight_scale_inv`, which multiplies despite its name.
-
-    `block` is the checkpoint's `weight_block_size`; it does not follow from the shapes.
-
-    Raises:
-      ValueError: values are not float8_e4m3fn, the scales' shape is not that of the blocks, or a
-        scale is not positive and finite.
-    """
-    block = _two_sizes(block)
-    shape, dtype = np.shape(values), jnp.result_type(values)
-    if dtype != E4M3 or len(shape) < 2:
-        raise ValueError(
-            f"{name} is {dtype} of shape {shape}; block scales need a float8_e4m3fn matrix"
-        )
-    want = (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
-    host_scales = np.asarray(scale_inv, np.float32)
-    if host_scales.shape != want:
-        raise ValueError(
-            f"{name} of shape {shape} in blocks of {block[0]} x {block[1]} has scales of shape "
-            f"{want}, but its scales have shape {host_scales.shape}; check weight_block_size"
-        )
-    wrong = np.argwhere(~((host_scales > 0) & np.isfinite(host_scales)))
-    if len(wrong):
-        at = tuple(map(int, wrong[0]))
-        raise ValueError(
-            f"{name} has {len(wrong)} scales that are not positive and finite; the first is "
-            f"{host_scales[at]} at {at}: the file is damaged, fetch it again"
-        )
-    return BlockScaled(jnp.asarray(values), jnp.asarray(host_scales), block)
-
-
 def _two_sizes(block: Sequence[int]) -> tuple[int, int]:
     if len(block) != 2 or min(block) < 1:
         raise ValueError(f"block={block} is not two positive sizes; the report's is (128, 128)")

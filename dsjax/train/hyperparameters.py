@@ -13,7 +13,7 @@ import bisect
 import math
 from typing import Protocol
 
-from dsjax.config import Config, OptimConfig, TrainConfig
+from dsjax.config import OptimConfig, TrainConfig
 
 RAMP_STAGES = 4  # batch sizes below the final one; few, since each is one more compilation
 
@@ -56,11 +56,6 @@ def sequences_before(train: TrainConfig, step: int) -> int:
         max(0, min(end, step) - first_step) * sequences
         for (first_step, sequences), end in zip(stages, ends, strict=True)
     )
-
-
-def tokens_before(config: Config, step: int) -> int:
-    """Returns the number of tokens that steps 0 to `step` - 1 train on."""
-    return sequences_before(config.train, step) * config.data.sequence_length
 
 
 def progress(train: TrainConfig, step: int) -> float:

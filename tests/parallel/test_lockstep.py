@@ -106,7 +106,7 @@ class Replay:
 
 def replay(schedule, table):
     machine = Replay(table, schedule.n_stages)
-    for tick in range(table.n_ticks):
+    for tick in range(len(table.leaves)):
         machine.tick(tick)
     assert {mark for mark, _ in machine.inputs.values()} == {"dx"}
     return machine.done

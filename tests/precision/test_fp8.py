@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from dsjax.checkpoint import store
 from dsjax.precision import fp8
-from dsjax.precision.fp8 import BlockScaled, from_published, quantize_block, round_trip
+from dsjax.precision.fp8 import BlockScaled, quantize_block, round_trip
 from tests.closeness import EXACT, assert_close
 from tests.oracles import fp8 as oracle
 
@@ -210,30 +210,11 @@ def test_sharded_array_quantises_as_a_whole_one_does_and_is_stored_so(tmp_path):
         assert_close(got, want, EXACT, "what came back")
 
 
-def test_published_weight_multiplies_by_its_scale():
+def test_dequantized_weight_is_rounded_once():
     quantized = quantize_block(_random((576, 300)))
-    published = from_published(quantized.values, quantized.scales, (128, 128))
     want = oracle.dequantize(_codes(quantized), np.asarray(quantized.scales), (128, 128))
-    assert_close(published.dequantize(), want, EXACT, "weight")
-    rounded = published.dequantize(jnp.bfloat16)
+    rounded = quantized.dequantize(jnp.bfloat16)
     assert_close(rounded, want.astype(jnp.bfloat16), EXACT, "bfloat16 weight")
-
-
-@pytest.mark.parametrize("scale", [0.0, -1.0, np.nan, np.inf])
-def test_published_scale_must_be_positive_and_finite(scale):
-    quantized = quantize_block(_random((256, 256)))
-    scales = np.array(quantized.scales)
-    scales[1, 0] = scale
-    with pytest.raises(ValueError, match=r"wq has 1 scales .* positive.* at \(1, 0\).* damaged"):
-        from_published(quantized.values, scales, (128, 128), "wq")
-
-
-def test_published_shapes_and_types_are_checked():
-    quantized = quantize_block(_random((200, 256)))
-    with pytest.raises(ValueError, match=r"scales of shape \(4, 4\).*have shape \(2, 2\)"):
-        from_published(quantized.values, quantized.scales, (64, 64))
-    with pytest.raises(ValueError, match=r"weight is float32.*need a float8_e4m3fn matrix"):
-        from_published(np.zeros((4, 4), np.float32), np.ones((1, 1), np.float32), (128, 128))
 
 
 def test_quantize_rejects_what_it_cannot_tile():

@@ -106,14 +106,14 @@ def test_batch_ramp_without_room_has_one_stage():
     assert hyperparameters.batch_stages(TrainConfig(batch_size=8)) == [(0, 8)]
 
 
-def test_tokens_before_equals_sum_of_batches():
+def test_sequences_before_equals_sum_of_batches():
     run = config(
         steps=50, batch_size=28, batch_size_start=4, micro_batch_size=4, batch_ramp_fraction=0.5
     )
     sizes = [hyperparameters.batch_size(run.train, step) for step in range(50)]
     assert sizes[0] == 4 and sizes[-1] == 28 and sorted(sizes) == sizes
     for step in range(51):
-        assert hyperparameters.tokens_before(run, step) == 8 * sum(sizes[:step])
+        assert hyperparameters.sequences_before(run.train, step) == sum(sizes[:step])
     assert (hyperparameters.progress(run.train, 0), hyperparameters.progress(run.train, 50)) == (
         0.0,
         1.0,
@@ -135,8 +135,10 @@ def test_knobs_follow_tokens_and_not_steps():
         bias_update_until=0.5,
     )
     late = [step for step in range(100) if hyperparameters.knobs(run, step)["mtp_weight"] == 0.1]
-    tokens = [hyperparameters.tokens_before(run, step) for step in (late[0] - 1, late[0], 100)]
-    assert late[0] > 60 and tokens[0] < tokens[2] / 2 <= tokens[1]
+    before, then, whole = (
+        hyperparameters.sequences_before(run.train, step) for step in (late[0] - 1, late[0], 100)
+    )
+    assert late[0] > 60 and before < whole / 2 <= then
     assert hyperparameters.knobs(run, late[0] - 1) == {
         "learning_rate": 2.2e-4,
         "mtp_weight": 0.3,

@@ -217,7 +217,8 @@ def test_logged_knobs_are_those_of_the_schedule(small, finished):
         assert (
             line["learning_rate"] == hyperparameters.knobs(small, line["step"] - 1)["learning_rate"]
         )
-        assert line["tokens"] == hyperparameters.tokens_before(small, line["step"])
+        sequences = hyperparameters.sequences_before(small.train, line["step"])
+        assert line["tokens"] == sequences * small.data.sequence_length
 
 
 def test_same_command_on_a_finished_run_does_nothing(small, finished):
