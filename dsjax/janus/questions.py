@@ -17,6 +17,7 @@ and articles.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import json
 import re
@@ -125,6 +126,8 @@ def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         content = [content]
     if isinstance(content, Mapping):
         named = [(f"{path}:{key}", value) for key, value in content.items()]
+    elif not isinstance(content, list):
+        raise ValueError(f"{path} is {content!r:.40}; give an object or a list of questions")
     else:
         named = [(f"{path}:{number}", value) for number, value in enumerate(content, 1)]
     for place, record in named:
@@ -138,11 +141,12 @@ def _question(record: Mapping[str, Any], place: str, folder: Path) -> Question:
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{place} has no question; its fields are {', '.join(record)}")
     if isinstance(options, str):  # as MMMU's tables have it
-        try:
+        with contextlib.suppress(ValueError, SyntaxError):
             options = ast.literal_eval(options)
-        except (ValueError, SyntaxError) as error:
-            raise ValueError(f"{place}: options={options!r} is not a list") from error
-    options = tuple(map(str, options or ()))
+    options = options or ()
+    if not isinstance(options, list | tuple) or len(options) > len(LETTERS):
+        raise ValueError(f"{place}: options={options!r} is not a list of at most {len(LETTERS)}")
+    options = tuple(map(str, options))
     answers = tuple(map(str, answer)) if isinstance(answer, list | tuple) else (str(answer),)
     if (
         answer is None

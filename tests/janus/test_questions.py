@@ -120,6 +120,14 @@ def test_short_answer_is_one_of_the_right_ones_whatever_its_case_and_articles(re
             {"image": "0.png", "question": "?", "answer": "A", "options": "[x"},
             r"options='\[x' is not a list",
         ),
+        (
+            {"image": "0.png", "question": "?", "answer": "A", "options": "5"},
+            r"options=5 is not a l",
+        ),
+        (
+            {"image": "0.png", "question": "?", "answer": "A", "options": ["x"] * 27},
+            r"is not a list of at most 26",
+        ),
     ],
 )
 def test_incomplete_question_is_named(record, message, tmp_path):
@@ -127,3 +135,9 @@ def test_incomplete_question_is_named(record, message, tmp_path):
     (tmp_path / "asked.jsonl").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=message):
         read_questions(str(tmp_path / "asked.jsonl"))
+
+
+def test_file_of_no_questions_is_named(tmp_path):
+    (tmp_path / "asked.json").write_text("5")
+    with pytest.raises(ValueError, match=r"asked.json is 5; give an object or a list of questions"):
+        read_questions(str(tmp_path / "asked.json"))
