@@ -17,21 +17,29 @@ from hypothesis import strategies as st
 
 from dsjax import files
 from dsjax import settings as configs
-from dsjax.checkpoint import manifest
+from dsjax.checkpoint import manifest, vae
+from dsjax.checkpoint.hf_config import to_hf
 from dsjax.checkpoint.inspection import summarize
 from dsjax.checkpoint.load import open_checkpoint
 from dsjax.checkpoint.tensor_files import open_folder
 from dsjax.infer.answers import default_sampling
 from dsjax.infer.token_files import read_tokens
+from dsjax.janus.pairs import read_pairs
+from dsjax.janus.questions import read_questions
+from dsjax.vision.pictures import read_rules
 from tests.checkpoint.conversions import seal
+from tests.golden import janusflow, vl2
 from tests.golden.cases import CASES
+from tests.vision import toy
 
 FEW, MANY = 15, 10_000
 
 WORDS = st.sampled_from(
     ["__metadata__", "dtype", "shape", "data_offsets", "weight_map", "model_type", "auto_map"]
 )
-NUMBERS = st.integers(-(2**65), 2**65) | st.floats() | st.sampled_from([0, -1, 2**31, 2**63, 1e308])
+NUMBERS = (
+    st.integers(-(2**65), 2**65) | st.floats() | st.sampled_from([0, -1, 2**31 - 1, 2**63, 1e308])
+)
 LEAVES = st.none() | st.booleans() | NUMBERS | st.text(max_size=8) | WORDS | st.just("../../x")
 VALUES = st.recursive(
     LEAVES,
@@ -115,11 +123,34 @@ def implied(folder):
     summarize(folder / "config.json", expect=True)
 
 
+def asked(folder):
+    (folder / "0.png").touch()
+    read_questions(str(folder / "asked.json"))
+
+
+def paired(folder):
+    (folder / "0.png").touch()
+    list(read_pairs(str(folder / "pairs.json"), folder, key="janus.see"))
+
+
 MANIFEST = sealed(Path(tempfile.mkdtemp()))
 V3 = CASES["v3"].config
 RUN = configs.to_dict(configs.load_config(Path(__file__).parents[1] / "configs" / "tiny.py"))
 GENERATION = {"temperature": 0.6, "top_p": 0.95, "eos_token_id": [1, 2], "do_sample": True}
 INDEX = {"metadata": {"total_size": 24}, "weight_map": {"a": "model-1.safetensors"}}
+JANUS = to_hf(toy.LANGUAGE, "janus", dtype="float32", vision=toy.VISION)
+RULES = {
+    "image_size": 9, "size": {"height": 9, "width": 9}, "min_size": 2, "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3, "resample": 3, "do_normalize": True, "high_res_size": None,
+}  # fmt: skip
+ASKED = [
+    {"image": "0.png", "question": "?", "answer": ["x", "y"]},
+    {"image": "0.png", "question": "?", "answer": "A", "options": "['x', 'y']"},
+]
+PAIRS = [
+    {"image": "0.png", "caption": "x"},
+    {"image": "0.png", "question": "?", "answer": "x"},
+]
 CONVERTED = {"dsjax": "0", "family": "deepseek_v3", "model": RUN["model"]}
 
 # What is read, from a file of which name, by whom, and what is drawn for it.
@@ -128,6 +159,21 @@ PARSERS = {
     "safetensors": ("model.safetensors", open_folder, damaged(safetensors())),
     "index": ("model.safetensors.index.json", index, either(INDEX)),
     "hf_config": ("config.json", implied, either(V3)),
+    "janus": ("config.json", implied, changed(JANUS)),
+    "vl2": ("config.json", implied, changed(vl2.CASES["latent"])),
+    "vae": (
+        "config.json",
+        lambda folder: vae.read(files.read_json(folder / "config.json")),
+        either(janusflow.VAE_CONFIG),
+    ),
+    "rules": ("preprocessor_config.json", read_rules, either(RULES)),
+    "tiles": (
+        "processor_config.json",
+        lambda folder: read_rules(folder, tiles=True),
+        either(vl2.PROCESSOR),
+    ),
+    "questions": ("asked.json", asked, either(ASKED)),
+    "pairs": ("pairs.json", paired, either(PAIRS)),
     "run_config": ("config.json", configs.load_config, either(RUN)),
     "converted": ("config.json", converted, either(CONVERTED)),
     "manifest": ("manifest.json", manifest.verify, damaged(MANIFEST)),
@@ -157,7 +203,7 @@ def survive(name, count):
             (folder / file).write_bytes(data)
             with contextlib.suppress(ValueError):
                 read(folder)
-            made = {file, "weights", "manifest.json", "model-1.safetensors"}
+            made = {file, "weights", "manifest.json", "model-1.safetensors", "0.png"}
             assert set(os.listdir(folder)) <= made
 
     parse()

@@ -95,8 +95,9 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
             f"config.json describes more than {_MAX_TENSORS:,} tensors, beyond any published model"
         )
     if problems:
+        named = "; ".join(dict.fromkeys(problems))  # what tower and language model read is twice
         raise ValueError(
-            f"config.json describes a model that dsjax cannot compute: {'; '.join(problems)}. If "
+            f"config.json describes a model that dsjax cannot compute: {named}. If "
             "you know that a field should have another value: --override FIELD=VALUE uses it and "
             "leaves the file as it is (null: absent)"
         )

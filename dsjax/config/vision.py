@@ -5,7 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
-from dsjax.config.rules import require, require_at_most, require_not_negative, require_positive
+from dsjax.config.rules import (
+    require,
+    require_at_most,
+    require_few,
+    require_not_negative,
+    require_positive,
+)
 
 GROUPS = 32  # of a group norm in a published autoencoder
 PATCH = 2  # latents per position of the language model, along each side, in JanusFlow
@@ -34,6 +40,7 @@ class SiglipConfig:
             "tower", self, "image_size", "patch_size", "dim", "n_layers", "n_heads", "inter_dim",
             "norm_eps",
         )  # fmt: skip
+        require_few("tower", self, "n_layers")
         require_at_most("tower", self, "patch_size", "image_size")
         require(
             self.dim % self.n_heads == 0,
@@ -70,6 +77,7 @@ class SamConfig:
             "sam", self, "image_size", "patch_size", "dim", "n_layers", "n_heads", "inter_dim",
             "norm_eps", "window", "out_channels",
         )  # fmt: skip
+        require_few("sam", self, "n_layers")
         require(
             self.dim % self.n_heads == 0,
             f"sam.dim={self.dim} does not divide by sam.n_heads={self.n_heads}",
@@ -109,6 +117,7 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         group = self.group
         require_positive(group, self, "latent_channels", "channels", "n_blocks", "n_groups")
+        require_few(group, self, "n_blocks")
         require(
             bool(self.multipliers) and min(self.multipliers) > 0,
             f"{group}.multipliers={self.multipliers} must be numbers above 0, one per level",
@@ -183,6 +192,7 @@ class FlowConfig:
             "flow", self, "latent_channels", "channels", "encoder_blocks", "decoder_blocks",
             "norm_eps", "head_eps",
         )  # fmt: skip
+        require_few("flow", self, "encoder_blocks", "decoder_blocks")
         require(
             self.channels % 2 == 0,
             f"flow.channels={self.channels} is odd, and half of them are the cosines of a time",
@@ -243,6 +253,7 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         require_positive("vision", self, "dim", "aligner_depth", "drawing_depth")
+        require_few("vision", self, "aligner_depth", "drawing_depth")
         require(
             self.high is None or self.dim % 2 == 0,
             f"vision.dim={self.dim} is odd, and each of two towers gives half of it",

@@ -6,7 +6,7 @@ import pytest
 
 from dsjax.config import rules
 
-VALUES = types.SimpleNamespace(zero=0, negative=-1, half=0.5, one=1, large=1.5)
+VALUES = types.SimpleNamespace(zero=0, negative=-1, half=0.5, one=1, large=1.5, many=10_001)
 
 
 def test_require_raises_its_message_only_when_the_condition_fails():
@@ -20,6 +20,7 @@ def test_require_raises_its_message_only_when_the_condition_fails():
     [
         (rules.require_positive, "half", "zero", r"^group\.zero=0 must be greater than 0$"),
         (rules.require_not_negative, "zero", "negative", r"negative=-1 must not be negative"),
+        (rules.require_few, "one", "many", r"^group\.many=10001 exceeds 10,000, more layers"),
         (rules.require_fraction, "one", "large", r"large=1\.5 must lie between 0 and 1"),
         (rules.require_fraction, "zero", "negative", r"negative=-1 must lie between 0 and 1"),
     ],

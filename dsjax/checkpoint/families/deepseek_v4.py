@@ -99,8 +99,9 @@ def _write_hashed(model: ModelConfig) -> dict[str, Any]:
 def _read_rope_dim(fields: Fields, values: Values) -> None:
     width = values["head_dim"]
     share = fields.read("partial_rotary_factor", "float", 0.0)
-    given = fields.read("qk_rope_head_dim", "int", int(width * share) if share else width // 8)
-    if share and int(width * share) != given:
+    turned = fields.times("partial_rotary_factor", width, 0.0)
+    given = fields.read("qk_rope_head_dim", "int", turned if share else width // 8)
+    if share and turned != given:
         fields.problems.append(
             f"{fields.place}.partial_rotary_factor={share} of {width} channels is not "
             f"qk_rope_head_dim={given}"
@@ -143,7 +144,8 @@ def _read_rope(fields: Fields, values: Values) -> None:
 
 def _fix_share(inner: Fields, values: Values) -> None:
     share = inner.read("partial_rotary_factor", "float", 0.0)
-    if share and int(values["head_dim"] * share) != values["qk_rope_head_dim"]:
+    turned = inner.times("partial_rotary_factor", values["head_dim"], 0.0)
+    if share and turned != values["qk_rope_head_dim"]:
         inner.problems.append(
             f"{inner.place}.partial_rotary_factor={share} of {values['head_dim']} channels is not "
             f"{values['qk_rope_head_dim']}, as elsewhere in the file"

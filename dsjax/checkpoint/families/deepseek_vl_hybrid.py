@@ -24,7 +24,7 @@ def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
     for name in ("qkv_bias", "use_abs_pos", "use_rel_pos"):
         high.fixed(name, True)
     width = high.read("hidden_size", "int", SamConfig.dim)
-    ratio = high.read("mlp_ratio", "float", 4.0)
+    inter_dim = high.times("mlp_ratio", width, 4.0)
     layers = high.values.get("global_attn_indexes", list(SamConfig.global_layers))
     high.seen.add("global_attn_indexes")
     if not isinstance(layers, list) or not all(type(each) is int for each in layers):
@@ -35,7 +35,7 @@ def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
         "dim": width,
         "n_layers": high.read("num_hidden_layers", "int", SamConfig.n_layers),
         "n_heads": high.read("num_attention_heads", "int", SamConfig.n_heads),
-        "inter_dim": high.read("mlp_dim", "int", int(width * ratio)),
+        "inter_dim": high.read("mlp_dim", "int", inter_dim),
         "norm_eps": high.read("layer_norm_eps", "float", 1e-6),
         "window": high.read("window_size", "int", SamConfig.window),
         "out_channels": high.read("output_channels", "int", SamConfig.out_channels),

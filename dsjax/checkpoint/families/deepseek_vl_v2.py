@@ -134,14 +134,13 @@ def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
     tower.fixed("ignore_head", True)
     tower.fixed("class_token", False)
     width = tower.read("width", "int", 1024)
-    ratio = tower.read("mlp_ratio", "float", 4.0)
     shape = {
         "image_size": tower.read("image_size", "int", 384),
         "patch_size": tower.read("patch_size", "int", 16),
         "dim": width,
         "n_layers": tower.read("layers", "int", 24),
         "n_heads": tower.read("heads", "int", 16),
-        "inter_dim": int(width * ratio),
+        "inter_dim": tower.times("mlp_ratio", width, 4.0),
     }
     tower.refuse_rest(_BOOKKEEPING)
     dim = text(config)["hidden_size"]

@@ -63,7 +63,7 @@ def section(config: Mapping[str, Any], name: str, problems: list[str]) -> Fields
 def activation(section: Fields, default: str) -> Any:
     """Reads which GELU a section asks for."""
     section.fixed("hidden_act", *_ACTIVATIONS)
-    return _ACTIVATIONS.get(section.values.get("hidden_act") or default, "gelu")
+    return _ACTIVATIONS.get(str(section.values.get("hidden_act") or default), "gelu")
 
 
 def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
@@ -77,7 +77,7 @@ def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
         "dim": width,
         "n_layers": vision.read("num_hidden_layers", "int", 24),
         "n_heads": vision.read("num_attention_heads", "int", 16),
-        "inter_dim": int(width * vision.read("mlp_ratio", "float", 4.0)),
+        "inter_dim": vision.times("mlp_ratio", width, 4.0),
         "norm_eps": vision.read("layer_norm_eps", "float", 1e-6),
         "activation": activation(vision, "gelu"),
     }

@@ -42,15 +42,13 @@ def draws_by_flow(config: Mapping[str, Any]) -> bool:
     return any(name in config for name in SECTIONS)
 
 
-def read(
-    config: Mapping[str, Any], text: Mapping[str, Any], problems: list[str]
-) -> VisionConfig | None:
+def read(config: Mapping[str, Any], language: Fields, problems: list[str]) -> VisionConfig | None:
     """Reads the sections of the tower and of both U-ViTs; None if there were problems.
 
     Args:
-      text: the language model's section, defaults filled in.
+      language: the language model's section, defaults filled in.
     """
-    dim = text["hidden_size"]
+    dim = language.read("hidden_size", "int")
     tower = read_tower(config, SECTIONS[0], problems)
     encoder = _uvit(config, SECTIONS[1], _ENCODER, _OF_ENCODER, dim, problems)
     decoder = _uvit(config, SECTIONS[2], _DECODER, _OF_DECODER, dim, problems)
@@ -63,7 +61,7 @@ def read(
     decoder.fixed("upsamples", 1)
     latent_channels = encoder.read("input_channels", "int")
     decoder.fixed("out_channels", latent_channels)
-    eps = encoder.read("norm_eps", "float")
+    eps, head_eps = encoder.read("norm_eps", "float"), language.read("rms_norm_eps", "float")
     decoder.fixed("norm_eps", eps)
     blocks = [each.read("layers_in_middle", "int") for each in (encoder, decoder)]
     for each in (encoder, decoder):
@@ -80,7 +78,7 @@ def read(
             encoder_blocks=blocks[0],
             decoder_blocks=blocks[1],
             norm_eps=eps,
-            head_eps=text["rms_norm_eps"],
+            head_eps=head_eps,
         ),
     )
 

@@ -21,6 +21,7 @@ from dsjax.checkpoint.families.deepseek_tower import (
 )
 from dsjax.checkpoint.families.llama import LLAMA
 from dsjax.checkpoint.families.sight import LeafPath, Part, Sight, VqNames, linear, vq_parts
+from dsjax.checkpoint.families.table import Fields
 from dsjax.config.vision import VisionConfig, VqConfig
 
 _NAMES = VqNames("conv_blocks.{level}", "conv_blocks.{level}", "res", ("0", "1", "2"))
@@ -69,11 +70,12 @@ def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
     """Reads the sections of tower, aligners, head and VQ tokenizer, or of JanusFlow's parts, or of
     two towers; None if there were problems.
     """
+    language = Fields(text(config), "config.json.language_config", problems)
     if janusflow.draws_by_flow(config):
         if others := [name for name in _SECTIONS if name in config]:
             problems.append(f"config.json has {', '.join(others)} beside sections of JanusFlow")
-        return janusflow.read(config, text(config), problems)
-    dim = text(config)["hidden_size"]
+        return janusflow.read(config, language, problems)
+    dim = language.read("hidden_size", "int")
     if deepseek_towers.sees_with_two(config):
         if others := [name for name in _DRAWING if name in config]:
             problems.append(f"config.json has {', '.join(others)} beside two towers")

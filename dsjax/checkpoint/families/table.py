@@ -58,6 +58,14 @@ class Fields:
             return blank
         return float(value) if kind == "float" else value
 
+    def times(self, name: str, size: int, default: float) -> int:
+        """Reads a factor, and returns it times a size, rounded down."""
+        found = size * self.read(name, "float", default)
+        if not abs(found) <= MAX_INTEGER:
+            self.problems.append(f"{self.place}.{name} times {size} exceeds {MAX_INTEGER:,}")
+            return 0
+        return int(found)
+
     def fixed(self, name: str, *supported: Any) -> None:
         """Accepts a field only if it is absent, null or one of `supported`."""
         self.seen.add(name)

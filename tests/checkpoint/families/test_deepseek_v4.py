@@ -121,6 +121,7 @@ def test_yarn_scales_scores_only_if_the_file_says_so():
         ({"scoring_func": "softmax"}, r"scoring_func='softmax' is not supported, only 'sqrtsoft"),
         ({"num_key_value_heads": 4}, r"num_key_value_heads=4 is not supported, only 1"),
         ({"partial_rotary_factor": 0.25}, r"partial_rotary_factor=0\.25 of 16 channels is not qk"),
+        ({"partial_rotary_factor": 1e308}, r"partial_rotary_factor times 16 exceeds 2,147"),
         ({"index_topk": 0}, r"sparse layers, whose entries an indexer chooses: set model\.index_n"),
         ({"o_groups": 3}, r"n_heads=4 does not divide into model\.o_groups=3"),
         ({"sliding_window": 0}, r"window_size=0 must be greater than 0"),

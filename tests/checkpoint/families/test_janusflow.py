@@ -120,3 +120,21 @@ def test_a_section_that_is_missing_is_named():
     del config["vision_gen_dec_config"]
     with pytest.raises(ValueError, match="vision_gen_dec_config=None is not an object"):
         from_hf(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("rms_norm_eps", {}, r"language_config.rms_norm_eps=\{\} is not a number"),
+        ("rms_norm_eps", "x", r"language_config.rms_norm_eps='x' is not a number"),
+        ("hidden_size", [], r"language_config.hidden_size=\[\] is not an integer"),
+    ],
+)
+def test_what_is_also_the_language_models_is_refused_by_name_and_once(name, value, said):
+    config = copy.deepcopy(RELEASED)
+    config["language_config"][name] = value
+    for section in ("vision_gen_enc_config", "vision_gen_dec_config"):
+        config[section]["params"].pop("hidden_size", None)
+    with pytest.raises(ValueError, match=said) as caught:
+        from_hf(config)
+    assert str(caught.value).count(f"language_config.{name}=") == 1

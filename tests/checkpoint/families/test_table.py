@@ -28,6 +28,15 @@ def test_field_is_read_and_written_in_its_type():
     assert "is not finite" in read(field("eps", "norm_eps"), {"eps": 10**400})[1][0]
 
 
+def test_factor_is_read_times_a_size_and_rounded_down():
+    problems = []
+    fields = Fields({"ratio": 3.7362, "wild": -1e308}, "config.json", problems)
+    assert (fields.times("ratio", 1152, 4.0), fields.times("absent", 6, 0.25)) == (4304, 1)
+    assert not problems and fields.seen == {"ratio", "absent"}
+    assert fields.times("wild", 1152, 4.0) == 0
+    assert problems == ["config.json.wild times 1152 exceeds 2,147,483,647"]
+
+
 def test_default_may_be_made_of_what_was_read_before():
     row = field("kv", "n_kv_heads", lambda values: values["n_heads"], value=lambda m: m.kv_heads)
     assert read(row, {}, n_heads=6)[0]["n_kv_heads"] == 6
