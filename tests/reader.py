@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import random
 import shutil
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,10 @@ from dsjax.checkpoint.hf_config import from_hf
 from dsjax.text.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE
 from tests.checkpoint import hf_files
 from tests.checkpoint.gguf.files import write_tokenizer
+from tests.golden import vl2
 from tests.golden.cases import QWEN3, V3, Case
 from tests.golden.checkpoint import normal_like
+from tests.janus.toy import write_pairs
 from tests.posttrain import toy
 from tests.text import released
 from tests.vision import toy as janus
@@ -166,6 +170,65 @@ CHECKPOINTS: dict[str, Callable[[Path], object]] = {
     "DeepSeek-R1-0528-Qwen3-8B": _qwen3,
     "Janus-Pro-1B": janus.write,
     "checkpoints/v4": _v4,
+    "deepseek-vl2-tiny": lambda folder: vl2.write(folder, vl2.CASES["heads"]),
+}
+
+
+def _pairs(folder: Path) -> None:
+    """Writes pictures with texts, in place of pairs of answers."""
+    shutil.rmtree(folder / "pairs")
+    write_pairs(folder / "pairs")
+
+
+def _text(folder: Path) -> None:
+    toy.write_lines(folder / "text/b.jsonl", [{"text": prose(random.Random(1))}] * 40)
+
+
+def _asked(folder: Path) -> None:
+    asked = {"image": "a.png", "question": "What is this?", "answer": "red"}
+    toy.write_lines(folder / "asked.jsonl", [asked | {"answer": f"red {n}"} for n in range(40)])
+
+
+def _shards(folder: Path) -> None:
+    (folder / "shards").mkdir()
+    with tarfile.open(folder / "shards/a.tar", "w") as tar:
+        for n in range(40):
+            for ending, data in (
+                ("png", (folder / "a.png").read_bytes()),
+                ("txt", f"red {n}".encode()),
+            ):
+                member = tarfile.TarInfo(f"{n}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def _mmmu(folder: Path) -> None:
+    image = {"bytes": (folder / "a.png").read_bytes(), "path": None}
+    row = {
+        "question": "What is <image 1>?",
+        "image_1": image,
+        "options": "['a', 'b']",
+        "answer": "A",
+    }
+    (folder / "MMMU/Art").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist([row]), folder / "MMMU/Art/validation-0.parquet")
+
+
+def _gqa(folder: Path) -> None:
+    (folder / "images").mkdir()
+    PIL.Image.open(folder / "a.png").save(folder / "images/7.jpg")
+    asked = {"1": {"imageId": "7", "question": "What colour?", "answer": "red"}}
+    (folder / "testdev_balanced_questions.json").write_text(json.dumps(asked))
+
+
+# What is written when a command first reads it, by the name that it is read by.
+FILES: dict[str, Callable[[Path], object]] = {
+    "pairs/": _pairs,
+    "text/*.jsonl": _text,
+    "asked.jsonl": _asked,
+    "shards/*.tar": _shards,
+    "MMMU/*/validation*.parquet": _mmmu,
+    "testdev_balanced_questions.json": _gqa,
 }
 
 
@@ -181,5 +244,7 @@ def provide(folder: Path, words: Sequence[str], run: Path) -> None:
         if word in CHECKPOINTS and not path.exists():
             path.parent.mkdir(exist_ok=True)
             CHECKPOINTS[word](path)
+        elif word in FILES and (word == "pairs/" or not any(folder.glob(word))):
+            FILES[word](folder)
         elif word in {f"runs/{name}" for name in RUNS} and not path.exists():
             shutil.copytree(run, path)
