@@ -18,6 +18,7 @@ scales are kept to the bit.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ from dsjax.checkpoint.streaming import stream
 from dsjax.model.layers import stays_float32
 from dsjax.parallel.sharding import split_over
 from dsjax.precision.fp8 import WEIGHT_BLOCK, BlockScaled
+from dsjax.precision.nibbles import Nibbles, packed
 from dsjax.precision.small_weights import (
     bits_per_weight,
     block_size,
@@ -137,7 +139,11 @@ def load_small(
         return _kept(stored, box, block) if stored else _quantized(read, shape, box, dtype, block)
 
     if sharding is None:
-        return jax.tree.map(jax.device_put, part_of([(0, size) for size in shape]))
+        whole = part_of([(0, size) for size in shape])
+        if dtype == INT4 and jax.default_backend() == "cpu":
+            codes: Any = packed(np.asarray(whole.values))
+            whole = dataclasses.replace(whole, values=Nibbles(codes))  # pyright: ignore[reportArgumentType]
+        return jax.tree.map(jax.device_put, whole)
     boxes = {
         device: tuple(bounds(index or (), shape))
         for device, index in sharding.addressable_devices_indices_map(shape).items()

@@ -40,7 +40,7 @@ def chosen_experts(
     experts_MK: jax.Array,
     weights_MK: jax.Array,
     target: Target,
-    at_use: Callable[[Stack, DTypeLike], jax.Array],
+    at_use: Callable[[Stack, DTypeLike], Any],
     swiglu: Callable[[jax.Array, jax.Array], jax.Array],
     *,
     n_experts: int,
@@ -54,7 +54,8 @@ def chosen_experts(
       experts_MK: int32, the experts of each token.
       weights_MK: float32.
       target: not a TPU.
-      at_use: makes an array of the tokens' dtype of what was read from a stack.
+      at_use: makes an array of the tokens' dtype of what was read from a stack; on a CPU, what can
+        stand on the right of a product.
       swiglu: of the two products of a token.
       n_experts: how many a token chooses from; the stacks may hold those of other layers too.
 

@@ -194,7 +194,9 @@ class Embedding(nnx.Module):
         """Looks up int32 [B, T] as [B, T, D] in the compute type; NaN for ids outside the
         vocabulary.
         """
-        return lookup(self.weight[...], tokens_BT).astype(self.policy.compute)
+        # The bits of an id outside the vocabulary are all ones, which is NaN too.
+        rows = jax.tree.map(lambda leaf: lookup(leaf, tokens_BT), self.weight[...])
+        return rows.astype(self.policy.compute)
 
 
 class Head(nnx.Module):

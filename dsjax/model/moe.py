@@ -33,6 +33,7 @@ from dsjax.parallel.routing_plan import count
 from dsjax.parallel.sharding import partition_spec, parts_here, split_axes
 from dsjax.parallel.shards import Specs, on_shards
 from dsjax.precision.activations import limited, swiglu, swiglu_grouped_linear, weighted_swiglu
+from dsjax.precision.bands import as_factor
 from dsjax.precision.matmul import grouped_linear
 from dsjax.precision.policy import Policy
 from dsjax.precision.small_weights import Weight, at_use
@@ -161,7 +162,7 @@ class Experts(nnx.Module):
             routing.experts_MK + layer * E,
             routing.weights_MK,
             self.policy.target,
-            at_use,
+            as_factor if self.policy.target.kind == "cpu" else at_use,
             lambda gate, up: swiglu(*limited(gate, up, self.limit)),
             n_experts=E,
         )

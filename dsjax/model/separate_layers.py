@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dsjax.precision.float_bits import FloatBits, integers_of
+
 AnyModule = TypeVar("AnyModule", bound=nnx.Module)
 
 
@@ -49,7 +51,20 @@ def _bits(leaf: jax.Array) -> int:
     return kind(leaf.dtype).bits
 
 
-def _views(stack: jax.Array) -> list[jax.Array]:
-    """Returns the arrays along the leading dimension, which share the stack's memory."""
+def in_bits(matrix: jax.Array) -> jax.Array | FloatBits:
+    """Returns a matrix as what separate layers hold of one, in the same memory."""
+    if (integers := integers_of(matrix.dtype)) is None:
+        return matrix
+    codes = jax.device_put(np.asarray(matrix).view(integers), matrix.sharding)
+    return FloatBits(codes, matrix.dtype)
+
+
+def _views(stack: jax.Array) -> list[jax.Array | FloatBits]:
+    """Returns the arrays along the leading dimension, which share the stack's memory; matrices of
+    narrow floats in bits.
+    """
     # NumPy's views are of the same memory, and JAX takes them as they are.
-    return jax.device_put(list(np.asarray(stack)), stack.sharding)
+    if stack.ndim < 3 or (integers := integers_of(stack.dtype)) is None:
+        return jax.device_put(list(np.asarray(stack)), stack.sharding)
+    codes = jax.device_put(list(np.asarray(stack).view(integers)), stack.sharding)
+    return [FloatBits(layer, stack.dtype) for layer in codes]

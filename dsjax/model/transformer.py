@@ -29,7 +29,7 @@ from dsjax.model.mixed_layers import MixedLayers
 from dsjax.model.moe import RoutingStatistics
 from dsjax.model.mtp import MTP
 from dsjax.model.parameters import pinned
-from dsjax.model.separate_layers import SeparateLayers, separable
+from dsjax.model.separate_layers import SeparateLayers, in_bits, separable
 from dsjax.parallel.context import restore
 from dsjax.parallel.sharding import constrain
 from dsjax.precision.matmul import vocabulary_logits
@@ -233,6 +233,8 @@ class Transformer(nnx.Module):
             for block in layers.layers:
                 block.attn.lay_out_for_decoding()
             setattr(model, name, layers)
+        for outer in (model.embed, *([] if self.config.tie_embed else [model.head])):
+            outer.weight = outer.weight.copy(jax.tree.map(in_bits, outer.weight[...]))
         return model
 
     @property

@@ -44,6 +44,8 @@ from dsjax.kernels.fp8_gemm import (
 from dsjax.kernels.grouped_matmul import align_groups, grouped_matmul, grouped_outer
 from dsjax.kernels.varying import by_hand
 from dsjax.precision import small_weights
+from dsjax.precision.bands import matmul_in_bands
+from dsjax.precision.float_bits import FloatBits
 from dsjax.precision.fp8 import (
     CHANNEL_TILE,
     TOKEN_TILE,
@@ -111,6 +113,10 @@ def linear_forward(x: jax.Array, w_DF: Weight, policy: Policy) -> jax.Array:
     """
     if isinstance(w_DF, BlockScaled):
         return small_weights.matmul(x, w_DF, policy, policy.compute)
+    if isinstance(w_DF, FloatBits):
+        if policy.fp8 is None:
+            return matmul_in_bands(x, w_DF, policy.compute).astype(policy.compute)
+        w_DF = w_DF.astype(jnp.float32)
     if policy.target.is_hopper and not policy.fp8 and x.size == x.shape[-1] and by_hand():
         return _one_row(x, w_DF, policy).astype(policy.compute)
     weight = _operand(w_DF, WEIGHT_BLOCK, policy)
@@ -137,6 +143,7 @@ def grouped_forward(
     """Does what `linear` does for rows sorted by expert: [A, D], weights [E, D, F] -> [A, F]."""
     if isinstance(w_EDF, BlockScaled):
         return small_weights.grouped_matmul(x_AD, w_EDF, sizes_E, policy)
+    w_EDF = w_EDF.astype(jnp.float32) if isinstance(w_EDF, FloatBits) else w_EDF
     x, w = _operand(x_AD, CHANNEL_TILE, policy), _operand(w_EDF, WEIGHT_BLOCK, policy)
     return _grouped_matmul(x, w, sizes_E, policy)
 
@@ -191,5 +198,7 @@ def vocabulary_logits(x: jax.Array, w_DV: Weight, policy: Policy) -> jax.Array:
     """Returns the head's logits, float32 [..., V], from operands in the compute type."""
     if isinstance(w_DV, BlockScaled):
         return small_weights.matmul(x, w_DV, policy, jnp.float32)
+    if isinstance(w_DV, FloatBits):
+        return matmul_in_bands(x, w_DV, policy.compute)
     compute = policy.compute
     return jnp.matmul(x.astype(compute), w_DV.astype(compute), preferred_element_type=jnp.float32)

@@ -43,7 +43,9 @@ from jax.typing import DTypeLike
 
 from dsjax.kernels import grouped_matmul as kernels
 from dsjax.kernels import small_matmul
-from dsjax.kernels.varying import vary_as
+from dsjax.kernels.varying import by_hand, vary_as
+from dsjax.precision.bands import matmul_in_bands
+from dsjax.precision.float_bits import FloatBits, bits_of
 from dsjax.precision.fp8 import AMAX_FLOOR, E4M3, E4M3_MAX, WEIGHT_BLOCK, BlockScaled
 from dsjax.precision.policy import Policy
 
@@ -54,7 +56,7 @@ _SMALLEST_BLOCK = 8
 _SCALE = np.dtype(ml_dtypes.bfloat16)
 _FEW_ROWS = 4  # on a GPU; each row reads the matrix anew, from the cache as far as it goes
 
-Weight = jax.Array | BlockScaled
+Weight = jax.Array | FloatBits | BlockScaled
 
 
 def _per_column(w: BlockScaled) -> jax.Array:
@@ -158,6 +160,8 @@ def matmul(x: jax.Array, w_DF: BlockScaled, policy: Policy, dtype: DTypeLike) ->
         w = w_DF.dequantize(policy.compute).astype(jnp.float32)
         out = (x.astype(jnp.float32)[..., None] * w.reshape((1,) * (x.ndim - 1) + w.shape)).sum(-2)
         return out.astype(dtype)
+    if policy.target.kind == "cpu" and by_hand():
+        return matmul_in_bands(x, w_DF, policy.compute).astype(dtype)
     wide = jnp.float32 if policy.compute == jnp.float32 else dtype
     w = w_DF.dequantize(policy.compute)
     return jnp.matmul(x.astype(policy.compute), w, preferred_element_type=wide).astype(dtype)
@@ -184,13 +188,14 @@ def grouped_matmul(
     tile = small_matmul.tile_rows(x_AD.shape[0], E)
     (rows,), aligned_E = kernels.align_groups((x_AD,), sizes_E, tile)
     group_T = kernels.group_of_row(rows.shape[0] // tile, aligned_E // tile)
+    w_EDF = jax.tree.map(bits_of, w_EDF)
 
     def multiply(index: jax.Array, out: jax.Array) -> jax.Array:
         w_DF = jax.tree.map(
             lambda leaf: lax.dynamic_index_in_dim(leaf, group_T[index], keepdims=False), w_EDF
         )
         tile_TD = lax.dynamic_slice_in_dim(rows, index * tile, tile)
-        y = jnp.matmul(tile_TD, w_DF.dequantize(policy.compute), preferred_element_type=jnp.float32)
+        y = matmul_in_bands(tile_TD, w_DF, policy.compute)
         return lax.dynamic_update_slice_in_dim(out, y.astype(out.dtype), index * tile, 0)
 
     out = jnp.zeros((rows.shape[0], F), policy.compute)

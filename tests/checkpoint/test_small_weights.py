@@ -160,6 +160,7 @@ def test_bytes_are_counted_before_anything_is_loaded(folder, dtype):
         each = bits_per_weight(value.dtype, value.block) if small else 8 * value.dtype.itemsize
         bits += np.prod(value.shape) * each
     assert stored_bytes(declared, dtype, FLOAT32) == int(bits / 8)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(model)) == int(bits / 8)
     whole = 4 * sum(parameter.count for parameter in declarations(declared))
     assert bits / 8 < 0.7 * whole  # the embedding alone is a fifth of this model
 

@@ -17,7 +17,7 @@ from dsjax.model.transformer import Transformer
 from dsjax.parallel.mesh import make_mesh
 from dsjax.precision.policy import Policy
 from dsjax.precision.small_weights import quantize
-from tests.closeness import F32, assert_close
+from tests.closeness import BF16, F32, assert_close
 from tests.golden.ours import QUICK
 from tests.model.tiny import TINY, tiny_model, tokens
 
@@ -83,6 +83,58 @@ def test_separate_layers_share_the_memory_of_the_stack():
         own, whole = layer.attn.wq[...], stack.attn.wq[...]
         before = number * own.nbytes
         assert own.unsafe_buffer_pointer() == whole.unsafe_buffer_pointer() + before
+
+
+def in_bfloat16(config: ModelConfig) -> Transformer:
+    """A model whose parameters and activations are bfloat16."""
+    model = tiny_model(config, compute=jnp.bfloat16)
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
+
+
+def test_narrow_floats_are_bits_in_the_memory_of_the_stack():
+    stacked = in_bfloat16(GROUPED)
+    separate = stacked.for_decoding()
+    for number, layer in enumerate(separate.dense_layers.layers):
+        own, whole = layer.attn.wq[...], stacked.dense_layers.attn.wq[...]
+        before = number * own.codes.nbytes
+        assert own.codes.unsafe_buffer_pointer() == whole.unsafe_buffer_pointer() + before
+        np.testing.assert_array_equal(own.astype(jnp.bfloat16), whole[number])
+        assert layer.attn_norm.weight[...].dtype == jnp.bfloat16
+    for outer in ("embed", "head"):
+        own, whole = (getattr(each, outer).weight[...] for each in (separate, stacked))
+        assert own.codes.unsafe_buffer_pointer() == whole.unsafe_buffer_pointer()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["v3", "native"])
+def test_separate_layers_of_bfloat16_are_the_same_model(kind, tied):
+    stacked = in_bfloat16(dataclasses.replace(KINDS[kind], tie_embed=tied))
+    rows = tokens(2, 13)
+    (got, *_), (want, *_) = (continued(each, rows) for each in (stacked.for_decoding(), stacked))
+    assert_close(got, want, BF16, kind)
+
+
+def test_a_step_in_bfloat16_keeps_no_widened_copy_of_the_weights():
+    config = ModelConfig(
+        vocab_size=64, dim=512, n_layers=2, n_dense_layers=1, n_heads=4, n_kv_heads=4, head_dim=32,
+        inter_dim=1024, attention="gqa", max_seq_len=64, n_routed_experts=16,
+        n_activated_experts=1, moe_inter_dim=128, n_shared_experts=0,
+    )  # fmt: skip
+    model = in_bfloat16(config).for_decoding()
+
+    def steps(model, cache):
+        def step(carry, _):
+            cache, position = carry
+            extended = model.extend(jnp.zeros((1, 1), jnp.int32), position, cache)
+            return (extended.cache, position + 1), None
+
+        return jax.lax.scan(step, (cache, jnp.zeros(1, jnp.int32)), length=4)[0]
+
+    cache = empty_cache(config, 1, 64, jnp.bfloat16, separate=True)
+    analysis = jax.jit(steps, donate_argnums=1).lower(model, cache).compile().memory_analysis()
+    assert analysis is not None
+    experts, dense = 3 * 16 * 512 * 128, 3 * 512 * 1024  # numbers of either layer
+    assert analysis.temp_size_in_bytes < 4 * min(experts, dense) / 2
 
 
 def test_a_stack_is_donated_once_its_layers_are_gone():
