@@ -39,8 +39,7 @@ def choose_dtype(checkpoint: Checkpoint, asked: str | None) -> str | None:
     """Chooses the element type of weights and computation; None keeps the checkpoint's.
 
     `asked` is obeyed; fp8, int8 and int4 are of the weights alone. Otherwise a CPU gets float32 if
-    that fits in memory, because XLA multiplies bfloat16 matrices about 25 times slower than float32
-    ones on a CPU. Choices that cost memory or time are announced on standard error, in one line.
+    that fits in memory: XLA computes in no other type there, and converts what it is given. Choices that cost memory or time are announced on standard error, in one line.
     `dsjax.load` makes no such choice: without a dtype it keeps the checkpoint's.
     """
     if jax.default_backend() != "cpu":
@@ -51,7 +50,7 @@ def choose_dtype(checkpoint: Checkpoint, asked: str | None) -> str | None:
         small = stored_bytes(model, SMALL[asked], np.dtype(np.float32))
         _say(
             f"{asked} weights take {small / 1e9:.1f} GB, where float32 takes {needed / 1e9:.1f}, "
-            "but a CPU multiplies them more slowly: here they save memory, not time. For speed run "
+            "but a CPU widens them to multiply: here they save memory, not time. For speed run "
             f"llama.cpp: tools/convert.py export {checkpoint.path} out.gguf --type "
             f"{_GGUF_TYPES[asked]}"
         )
@@ -60,10 +59,10 @@ def choose_dtype(checkpoint: Checkpoint, asked: str | None) -> str | None:
         return asked
     figures = f"{needed / 1e9:.1f} GB as float32, with {there / 1e9:.1f} GB of memory free"
     if asked == "bfloat16":
-        _say(f"bfloat16 is slow on a CPU; --dtype float32 is not (weights: {figures})")
+        _say(f"bfloat16 is slower on a CPU than --dtype float32 (weights: {figures})")
         return asked
     if needed > there:
-        _say(f"weights stay bfloat16, which is slow on a CPU: they would take {figures}")
+        _say(f"weights stay bfloat16, which is slower on a CPU: they would take {figures}")
         return asked
     _say(f"weights become float32, which is fast on a CPU: {figures}; --dtype bfloat16 keeps them")
     return "float32"

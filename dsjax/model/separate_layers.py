@@ -5,7 +5,8 @@ decoding, whose few tokens use each weight once, then takes longer over the copi
 products. Matrices that are arguments of a program are read where they lie.
 
 On a CPU the arrays are views of the stack, which share its memory: they cost nothing to make, and
-the stack stays as it is for all else. A program's size and compile time grow with the layers.
+the stack stays as it is for all else. Matrices of bfloat16 and E4M3 are views of their bits
+(`dsjax.precision.float_bits`). A program's size and compile time grow with the layers.
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ there; either is rounded once in bfloat16.
   tpu7x write the widened matrix to memory first; the experts have the kernel there too.
 * GPU: for a few rows, products are multiplied and summed, which XLA can fuse with the widening; for
   many, where arithmetic takes the time, the matrix is widened first.
-* CPU: XLA widens a matrix into memory before it multiplies. This saves memory and costs time.
-  Its experts are widened one at a time.
+* CPU: a band of columns at a time is widened in a core's cache (`dsjax.precision.bands`), and an
+  expert when its turn comes. int4 lies two to a byte (`dsjax.precision.nibbles`). Where a mesh
+  splits the product, XLA widens the matrix into memory before it multiplies.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def continued(model: Transformer, rows, chunks=(12, 1)):
 
     def run(model, rows):
         cache = empty_cache(
-            model.config, len(rows), rows.shape[1], jnp.float32, separate=model.separate
+            model.config, len(rows), rows.shape[1], model.policy.compute, separate=model.separate
         )
         start, states, chosen = 0, [], []
         for size in chunks:
