@@ -39,8 +39,9 @@ def choose_dtype(checkpoint: Checkpoint, asked: str | None) -> str | None:
     """Chooses the element type of weights and computation; None keeps the checkpoint's.
 
     `asked` is obeyed; fp8, int8 and int4 are of the weights alone. Otherwise a CPU gets float32 if
-    that fits in memory: XLA computes in no other type there, and converts what it is given. Choices that cost memory or time are announced on standard error, in one line.
-    `dsjax.load` makes no such choice: without a dtype it keeps the checkpoint's.
+    that fits in memory: XLA computes in no other type there, and converts what it is given. Choices
+    that cost memory or time are announced on standard error, in one line. `dsjax.load`
+    makes no such choice: without a dtype it keeps the checkpoint's.
     """
     if jax.default_backend() != "cpu":
         return asked

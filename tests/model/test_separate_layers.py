@@ -11,6 +11,7 @@ from flax import nnx
 
 from dsjax.config import ModelConfig
 from dsjax.model.cache import empty_cache
+from dsjax.model.layers import stays_float32
 from dsjax.model.parameters import shardings
 from dsjax.model.separate_layers import SeparateLayers, separable
 from dsjax.model.transformer import Transformer
@@ -87,8 +88,13 @@ def test_separate_layers_share_the_memory_of_the_stack():
 
 def in_bfloat16(config: ModelConfig) -> Transformer:
     """A model whose parameters and activations are bfloat16."""
+
+    def narrowed(variable):
+        value = variable.get_value()
+        return variable.copy(value if stays_float32(variable) else value.astype(jnp.bfloat16))
+
     model = tiny_model(config, compute=jnp.bfloat16)
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
+    return jax.tree.map(narrowed, model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def test_narrow_floats_are_bits_in_the_memory_of_the_stack():
