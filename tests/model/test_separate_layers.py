@@ -18,7 +18,7 @@ from dsjax.model.transformer import Transformer
 from dsjax.parallel.mesh import make_mesh
 from dsjax.precision.policy import Policy
 from dsjax.precision.small_weights import quantize
-from tests.closeness import BF16, F32, assert_close
+from tests.closeness import F32, assert_close
 from tests.golden.ours import QUICK
 from tests.model.tiny import TINY, tiny_model, tokens
 
@@ -86,14 +86,14 @@ def test_separate_layers_share_the_memory_of_the_stack():
         assert own.unsafe_buffer_pointer() == whole.unsafe_buffer_pointer() + before
 
 
-def in_bfloat16(config: ModelConfig) -> Transformer:
-    """A model whose parameters and activations are bfloat16."""
+def in_bfloat16(config: ModelConfig, compute=jnp.bfloat16) -> Transformer:
+    """A model whose parameters are bfloat16."""
 
     def narrowed(variable):
         value = variable.get_value()
         return variable.copy(value if stays_float32(variable) else value.astype(jnp.bfloat16))
 
-    model = tiny_model(config, compute=jnp.bfloat16)
+    model = tiny_model(config, compute=compute)
     return jax.tree.map(narrowed, model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
@@ -114,10 +114,11 @@ def test_narrow_floats_are_bits_in_the_memory_of_the_stack():
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["v3", "native"])
 def test_separate_layers_of_bfloat16_are_the_same_model(kind, tied):
-    stacked = in_bfloat16(dataclasses.replace(KINDS[kind], tie_embed=tied))
+    # Activations that were rounded to bfloat16 too could choose other experts.
+    stacked = in_bfloat16(dataclasses.replace(KINDS[kind], tie_embed=tied), jnp.float32)
     rows = tokens(2, 13)
     (got, *_), (want, *_) = (continued(each, rows) for each in (stacked.for_decoding(), stacked))
-    assert_close(got, want, BF16, kind)
+    assert_close(got, want, F32, kind)
 
 
 def test_a_step_in_bfloat16_keeps_no_widened_copy_of_the_weights():

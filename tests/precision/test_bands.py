@@ -10,9 +10,11 @@ from dsjax.precision import bands
 from dsjax.precision.bands import as_factor, band_width, matmul_in_bands
 from dsjax.precision.float_bits import FloatBits
 from dsjax.precision.fp8 import BlockScaled
+from dsjax.precision.matmul import linear, vocabulary_logits
 from dsjax.precision.nibbles import Nibbles, packed
+from dsjax.precision.policy import Policy
 from dsjax.precision.small_weights import quantize, quantize_e4m3
-from tests.closeness import F32, assert_close
+from tests.closeness import BF16, F32, assert_close
 
 KINDS = ["bfloat16", "fp8", "int8", "int4", "nibbles"]
 
@@ -52,6 +54,17 @@ def test_bands_are_the_whole_product(kind, shape, width, monkeypatch):
     got = jax.jit(matmul_in_bands, static_argnums=2)(x, kept, jnp.float32)
     assert got.dtype == jnp.float32
     assert_close(got, x.astype(np.float64) @ numbers, F32, kind)
+
+
+@pytest.mark.parametrize("compute", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_layers_multiply_by_bits_as_by_the_array(compute):
+    rng, policy = np.random.default_rng(0), Policy(compute)
+    w, x = (rng.normal(size=size).astype(np.float32) for size in ((64, 40), (3, 64)))
+    bits, _ = stored(w, "bfloat16")
+    for layer, dtype in ((linear, compute), (vocabulary_logits, jnp.float32)):
+        got, want = (layer(jnp.asarray(x), each, policy) for each in (bits, jnp.asarray(bits)))
+        assert got.dtype == want.dtype == dtype
+        assert_close(got, want, F32 if dtype == jnp.float32 else BF16, layer.__name__)
 
 
 @pytest.mark.parametrize("columns, block, want", [
