@@ -1,6 +1,7 @@
 """Layers as arrays of their own: the same model, in the same memory, without copies."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,7 @@ def in_bfloat16(config: ModelConfig, compute=jnp.bfloat16) -> Transformer:
 
 
 def test_narrow_floats_are_bits_in_the_memory_of_the_stack():
-    stacked = in_bfloat16(GROUPED)
+    stacked: Any = in_bfloat16(GROUPED)
     separate = stacked.for_decoding()
     for number, layer in enumerate(separate.dense_layers.layers):
         own, whole = layer.attn.wq[...], stacked.dense_layers.attn.wq[...]

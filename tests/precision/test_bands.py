@@ -64,7 +64,7 @@ def test_layers_multiply_by_bits_as_by_the_array(compute):
     for layer, dtype in ((linear, compute), (vocabulary_logits, jnp.float32)):
         got, want = (layer(jnp.asarray(x), each, policy) for each in (bits, jnp.asarray(bits)))
         assert got.dtype == want.dtype == dtype
-        assert_close(got, want, F32 if dtype == jnp.float32 else BF16, layer.__name__)
+        assert_close(got, want, F32 if dtype == jnp.float32 else BF16, str(layer))
 
 
 @pytest.mark.parametrize("columns, block, want", [
