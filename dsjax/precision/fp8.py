@@ -87,7 +87,8 @@ WEIGHT_BLOCK = (128, 128)
 class BlockScaled:
     """A quantised array; a pytree of two leaves, so jit, scan, sharding and checkpoints take it.
 
-    values: float8_e4m3fn [..., rows, columns]; int8 or int4 in `dsjax.precision.small_weights`.
+    values: float8_e4m3fn [..., rows, columns]; int8 or int4 in `dsjax.precision.small_weights`. For
+      a CPU that decodes, E4M3 may be `FloatBits` and int4 `Nibbles`, which index and widen alike.
     scales: float32, for integers bfloat16, [..., ceil(rows / block[0]), ceil(columns / block[1])],
       multipliers.
     block: rows and columns that share a scale; static. Leading dimensions never do.
