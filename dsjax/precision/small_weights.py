@@ -189,14 +189,21 @@ def grouped_matmul(
     tile = small_matmul.tile_rows(x_AD.shape[0], E)
     (rows,), aligned_E = kernels.align_groups((x_AD,), sizes_E, tile)
     group_T = kernels.group_of_row(rows.shape[0] // tile, aligned_E // tile)
-    w_EDF = jax.tree.map(bits_of, w_EDF)
+    on_cpu = policy.target.kind == "cpu"
+    w_EDF = jax.tree.map(bits_of, w_EDF) if on_cpu else w_EDF
+
+    def product(tile_TD: jax.Array, w_DF: BlockScaled) -> jax.Array:
+        if on_cpu:
+            return matmul_in_bands(tile_TD, w_DF, policy.compute)
+        w = w_DF.dequantize(policy.compute)
+        return jnp.matmul(tile_TD, w, preferred_element_type=jnp.float32)
 
     def multiply(index: jax.Array, out: jax.Array) -> jax.Array:
         w_DF = jax.tree.map(
             lambda leaf: lax.dynamic_index_in_dim(leaf, group_T[index], keepdims=False), w_EDF
         )
         tile_TD = lax.dynamic_slice_in_dim(rows, index * tile, tile)
-        y = matmul_in_bands(tile_TD, w_DF, policy.compute)
+        y = product(tile_TD, w_DF)
         return lax.dynamic_update_slice_in_dim(out, y.astype(out.dtype), index * tile, 0)
 
     out = jnp.zeros((rows.shape[0], F), policy.compute)
