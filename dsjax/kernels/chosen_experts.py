@@ -5,7 +5,7 @@ to a cache. Where many tokens keep a GPU or TPU busy, `grouped_matmul` is faster
   stack once, and multiplies its own tokens in small blocks, which stay in a core's cache with it.
 * On a CPU, in float32, where tokens choose no more matrices than there are, the choices of all
   tokens are the rows of a sparse matrix, which multiplies the stack where it lies: copies would
-  take longer than the products.
+  take longer than the products. Two such products at a time run on two cores.
 * On a GPU all choices of all tokens are computed at once, each reading its own matrices, by one
   kernel per product: there, launching kernels takes the time.
 * On a Hopper GPU, where tokens choose more matrices than there are, their rows are sorted, and the
@@ -30,6 +30,10 @@ from dsjax.kernels.target import Target
 Stack = Any
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 4, 256  # rows of an expert on a CPU
+# More multiplications than this jaxlib's sparse product hands to other threads, and goes on with
+# what does not wait for it. It counts the places for values, whether or not a row has them.
+_MOST_AT_ONCE = 1_600_000
+_WORTH_HANDING_OVER = 2**18  # multiplications, of 1 MB of weights, which take 30 us to read
 
 
 def chosen_experts(
@@ -144,28 +148,59 @@ def _grouped(
 
 
 def _as_sparse_rows(x_MD, w_gate_EDF, w_up_EDF, w_down_EFD, experts_MK, weights_MK, at_use, swiglu):
+    del at_use  # all is float32
+    M, K = experts_MK.shape
+    A = experts_MK.size
+    if M == 1:  # a token's experts differ
+        experts_A, x_AD = experts_MK[0], jnp.broadcast_to(x_MD, (K, x_MD.shape[1]))
+        places_A = jnp.arange(K, dtype=jnp.int32)
+    else:
+        # Rows of one expert follow each other, so all but the first find it in a core's cache.
+        order_A = jnp.argsort(experts_MK.reshape(-1), stable=True)
+        experts_A, x_AD = experts_MK.reshape(-1)[order_A], x_MD[order_A // K]
+        places_A = jnp.argsort(order_A).astype(jnp.int32)
+
+    def products(
+        x_AX: jax.Array, stacks: Sequence[jax.Array], parts: Sequence[tuple[int, int]]
+    ) -> list[jax.Array]:
+        """Multiplies parts of the rows, each from its first row's beginning to its last one's end,
+        by the matrices of their experts in each stack.
+        """
+        X, Y = stacks[0].shape[1:]
+        # Row a has its values in the columns of its expert's rows in the stack.
+        columns_AX = experts_A[:, None] * X + jnp.arange(X, dtype=jnp.int32)[None]
+        beside = A * X * Y >= _WORTH_HANDING_OVER
+        unused = max(_MOST_AT_ONCE // Y + 1 - A * X, 0) if beside else 0
+        values, columns = (jnp.pad(each.reshape(-1), (0, unused)) for each in (x_AX, columns_AX))
+        # Products that ran one after the other would share memory, and then have to: one's result
+        # would lie where the other's values were. So all read the same values.
+        return [
+            _sparse_product(values, columns, jnp.arange(*part, dtype=jnp.int32) * X, stack)
+            for stack in stacks
+            for part in parts
+        ]
+
+    gate, up = products(x_AD, (w_gate_EDF, w_up_EDF), [(0, A + 1)])
+    halves = [(0, A // 2 + 1), (A // 2, A + 1)] if A > 1 else [(0, 2)]
+    out_AD = jnp.concatenate(products(swiglu(gate, up), (w_down_EFD,), halves))
+    begins = jnp.arange(0, A + 1, K, dtype=jnp.int32)
+    return _sparse_product(weights_MK.reshape(-1), places_A, begins, out_AD[:, None])
+
+
+def _sparse_product(
+    values: jax.Array, columns: jax.Array, begins: jax.Array, stack_EXY: jax.Array
+) -> jax.Array:
+    """Multiplies a matrix in compressed sparse rows by the stack's matrices, one below the other.
+
+    Args:
+      begins: int32, where each row's values begin, and where the last one's end.
+    """
     # Here, for it imports SciPy, which nothing else in a program needs.
     from jax.experimental import sparse
 
-    del at_use  # all is float32
-    M, K = experts_MK.shape
-    # Rows of one expert follow each other, so that all but the first find it in a core's cache.
-    order_A = jnp.argsort(experts_MK.reshape(-1), stable=True)
-    experts_A1 = experts_MK.reshape(-1)[order_A][:, None]
-
-    def product(x_AX: jax.Array, stack_EXY: jax.Array) -> jax.Array:
-        (A, X), (E, _, Y) = x_AX.shape, stack_EXY.shape
-        # Row a has its values in the columns of its expert's rows in the stack.
-        columns_AX = experts_A1 * X + jnp.arange(X, dtype=jnp.int32)[None]
-        begins = jnp.arange(A + 1, dtype=jnp.int32) * X
-        rows = x_AX.reshape(-1), columns_AX.reshape(-1), begins
-        return sparse.BCSR(rows, shape=(A, E * X)) @ stack_EXY.reshape(E * X, Y)
-
-    x_AD = x_MD[order_A // K]
-    gate, up = (product(x_AD, w) for w in (w_gate_EDF, w_up_EDF))
-    out_AD = product(swiglu(gate, up), w_down_EFD)
-    out_MKD = out_AD[jnp.argsort(order_A)].reshape(M, K, -1)
-    return (out_MKD * weights_MK[..., None]).sum(axis=1)
+    E, X, Y = stack_EXY.shape
+    rows = sparse.BCSR((values, columns, begins), shape=(begins.size - 1, E * X))
+    return rows @ stack_EXY.reshape(E * X, Y)
 
 
 def _one_by_one(

@@ -56,6 +56,13 @@ def test_greedy_takes_the_likeliest_and_the_first_of_several():
     assert probabilities(logits, knobs).tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
+@pytest.mark.parametrize(("platform", "reductions"), [("cpu", 2), ("cuda", 1), ("tpu", 1)])
+def test_a_cpu_finds_the_likeliest_in_two_reductions(platform, reductions):
+    traced = jax.jit(sampling.greedy).trace(LOGITS)
+    program = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert program.count("stablehlo.reduce(") == reductions
+
+
 @pytest.mark.parametrize(
     ("options", "ids"),
     [

@@ -1,6 +1,7 @@
 """The experts that tokens chose against one token and one expert after another."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -104,11 +105,45 @@ def test_few_tokens_choose_the_same_experts_of_a_later_layer():
     assert_close(got, _definition(*operands), F32, "experts")
 
 
+def _large(tokens):
+    """Operands whose products a CPU runs beside each other."""
+    rng = np.random.default_rng(tokens)
+    stacks = [rng.normal(size=shape) for shape in ((5, 512, 256), (5, 512, 256), (5, 256, 512))]
+    experts = np.stack([rng.permutation(5)[:K] for _ in range(tokens)])
+    x, *stacks = (
+        jnp.asarray(array, jnp.float32) for array in (rng.normal(size=(tokens, 512)), *stacks)
+    )
+    weights = jnp.asarray(rng.uniform(size=(tokens, K)), jnp.float32)
+    return x, *stacks, jnp.asarray(experts, jnp.int32), weights
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_products_beside_each_other_equal_the_definition(tokens):
+    operands = _large(tokens)
+    got = compute(*operands, target=Target("cpu"))
+    assert_close(got, _definition(*operands), F32, "experts")
+
+
+def test_products_beside_each_other_read_the_same_values():
+    """One that had values of its own could not begin before another had read its own."""
+    program = compute.lower(*_large(1), target=Target("cpu")).compile().as_text()
+    calls = re.findall(r"custom-call\((.*?)\).*csr_sparse", str(program))
+    read = [(values, columns) for values, _, columns, _ in (call.split(", ") for call in calls)]
+    assert len(read) == 5  # two of the tokens, two halves of the outputs, and their sum
+    assert len(set(read)) == 3
+
+
 @pytest.mark.parametrize("target", [Target("cpu"), Target("gpu")], ids=str)
 def test_limit_clamps_gates_from_above_and_the_other_on_both_sides(target):
     operands = _operands(2)
     got = compute(*operands, target=target, limit=0.7)
     assert_close(got, _definition(*operands, limit=0.7), F32, "experts")
+
+
+def test_one_choice_of_one_token():
+    x, *stacks, experts, weights = _operands(1)
+    operands = x, *stacks, experts[:, :1], weights[:, :1]
+    assert_close(compute(*operands, target=Target("cpu")), _definition(*operands), F32, "expert")
 
 
 @pytest.mark.parametrize("target", [Target("cpu"), Target("gpu")], ids=str)
