@@ -16,10 +16,11 @@ Paper: DeepSeek-V2 (arXiv:2405.04434) section 2.1, equations 9 to 19; V3 (arXiv:
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dsjax.config import ModelConfig
@@ -38,8 +39,24 @@ from dsjax.precision.policy import Policy
 LATENT_NORM_EPS = 1e-6
 
 
+class PerHead(NamedTuple):
+    """`wkv_b` as absorbed attention multiplies by it: the halves apart, of which it needs one at a
+    time, and each head's in the order in which it is read.
+    """
+
+    keys_NHC: jax.Array
+    values_NCW: jax.Array
+
+
 class MLA(Attention):
-    """Caches the normed latent and the rotated key that all heads share."""
+    """Caches the normed latent and the rotated key that all heads share.
+
+    Attributes:
+      w_keys, w_values: `wkv_b` again, as `PerHead`, once it is laid out for decoding.
+    """
+
+    w_keys: nnx.Variable | None = None
+    w_values: nnx.Variable | None = None
 
     def __init__(self, config: ModelConfig, policy: Policy):
         init = Normal(config.init_std)
@@ -112,13 +129,18 @@ class MLA(Attention):
         k_rope_BTR = rope.rotate_pairs(k_rope_BTR[:, :, None], *angles)[:, :, 0]
         return {"latent": self.kv_norm(c_BTC), "rope_key": k_rope_BTR}
 
-    def expansion(self) -> jax.Array:
-        return self.wkv_b[...]
+    def expansion(self) -> jax.Array | PerHead:
+        if self.w_keys is None or self.w_values is None:
+            return self.wkv_b[...]
+        return PerHead(self.w_keys[...], self.w_values[...])
 
     def lay_out_for_decoding(self) -> None:
         # Absorbed attention would copy it to this order in every step.
         wkv_b = self.wkv_b[...]
-        self.wkv_b = self.wkv_b.copy(self._per_head_weights(wkv_b, wkv_b))
+        w_NCX = self._per_head_weights(wkv_b, wkv_b)
+        keys_NCH, values_NCW = jnp.split(w_NCX, [self.config.qk_nope_head_dim], axis=-1)
+        self.w_keys = self.wkv_b.copy(keys_NCH.swapaxes(1, 2))
+        self.w_values = self.wkv_b.copy(values_NCW)
 
     def steps(self, x_BTD: jax.Array, cache: LayerCache) -> bool:
         """Tells whether `step` takes these tokens, here.
@@ -215,8 +237,9 @@ class MLA(Attention):
     def _up(self, c_BSC: jax.Array, wkv_b: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Projects latents up to keys without position, [B, S, N, H], and values [B, S, N, W]."""
         H, W = self.config.qk_nope_head_dim, self.config.v_head_dim
-        if wkv_b.ndim == 3:  # laid out for decoding
-            wkv_b = wkv_b.swapaxes(0, 1).reshape(self.config.kv_lora_rank, -1)
+        if isinstance(wkv_b, PerHead):
+            w_NCX = jnp.concatenate([wkv_b.keys_NHC.swapaxes(1, 2), wkv_b.values_NCW], axis=-1)
+            wkv_b = w_NCX.swapaxes(0, 1).reshape(self.config.kv_lora_rank, -1)
         expanded = linear(c_BSC, wkv_b, self.policy).reshape(*c_BSC.shape[:2], -1, H + W)
         return expanded[..., :H], expanded[..., H:]
 
@@ -265,19 +288,21 @@ class MLA(Attention):
         """Returns queries of latents, [B, T, N, C], for queries without position, [B, T, N, H] of
         keys that are projected from latents.
         """
+        if isinstance(weights, PerHead):
+            return _per_head(q_BTNH, weights.keys_NHC.astype(q_BTNH.dtype), 1)
         # Zeros where the weight holds values: taking it apart would cost more than they do.
         q_BTNX = jnp.pad(q_BTNH, ((0, 0), (0, 0), (0, 0), (0, self.config.v_head_dim)))
         return _per_head(q_BTNX, self._per_head_weights(weights, q_BTNH), 2)
 
     def projected(self, out_BTNC: jax.Array, weights: Any) -> jax.Array:
         """Projects latents that were summed by weight to values, [B, T, N, W]."""
+        if isinstance(weights, PerHead):
+            return _per_head(out_BTNC, weights.values_NCW.astype(out_BTNC.dtype), 1)
         out_BTNX = _per_head(out_BTNC, self._per_head_weights(weights, out_BTNC), 1)
         return out_BTNX[..., self.config.qk_nope_head_dim :]
 
     def _per_head_weights(self, wkv_b: Any, like: jax.Array) -> jax.Array:
         """Returns `wkv_b` as a matrix per head, [N, C, H + W]."""
-        if wkv_b.ndim == 3:  # laid out so already
-            return wkv_b.astype(like.dtype)
         config = self.config
         # Whole heads on each device first. If `tensor` gives a device several heads, of which other
         # axes hold parts, XLA (jax 0.10.2) returns zeros as the gradient of all but the first.
