@@ -15,6 +15,7 @@ width, J keys that a query attends to.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import TypeVar
 
 import jax
@@ -102,14 +103,34 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (normed * weight).astype(x.dtype)
 
 
+def _rms_norm_backward(
+    eps: float, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return jax.vjp(partial(rms_norm, eps=eps), *residuals)[1](dy)
+
+
+# Of the same values and gradients. Its backward pass keeps x alone and computes the rest again,
+# where autodiff keeps four float32 arrays of x's shape.
+rms_norm_of_kept_input = jax.custom_vjp(rms_norm, nondiff_argnums=(2,))
+rms_norm_of_kept_input.defvjp(
+    lambda x, weight, eps: (rms_norm(x, weight, eps), (x, weight)), _rms_norm_backward
+)
+
+
 class RMSNorm(nnx.Module):
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float, policy: Policy | None = None):
+        """
+        Args:
+          policy: of the model; for a GPU the backward pass keeps the input alone.
+        """
         self.weight = declare((dim,), ("norm",), Constant(1.0))
         self.eps = eps
+        self.keeps_input = policy is not None and policy.target.kind == "gpu"
 
     @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.weight[...], self.eps)
+        norm = rms_norm_of_kept_input if self.keeps_input else rms_norm
+        return norm(x, self.weight[...], self.eps)
 
 
 class LayerNorm(nnx.Module):

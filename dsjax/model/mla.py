@@ -64,12 +64,12 @@ class MLA(Attention):
         query_width = N * config.qk_head_dim
         if config.q_lora_rank:
             self.wq_a = declare((D, config.q_lora_rank), ("embed", "latent"), init)
-            self.q_norm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_norm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, policy)
             self.wq_b = declare((config.q_lora_rank, query_width), ("latent", "latent_heads"), init)
         else:
             self.wq = declare((D, query_width), ("embed", "heads"), init)
         self.wkv_a = declare((D, C + config.qk_rope_head_dim), ("embed", "latent"), init)
-        self.kv_norm = RMSNorm(C, LATENT_NORM_EPS)
+        self.kv_norm = RMSNorm(C, LATENT_NORM_EPS, policy)
         kv_width = N * (config.qk_nope_head_dim + config.v_head_dim)
         self.wkv_b = declare((C, kv_width), ("latent", "latent_heads"), init)
         self.wo = declare((N * config.v_head_dim, D), ("heads", "embed"), init)

@@ -13,6 +13,7 @@ from dsjax.model.layers import (
     RouterState,
     declare,
     rms_norm,
+    rms_norm_of_kept_input,
     stack,
 )
 from dsjax.model.parameters import declarations, initialize
@@ -52,6 +53,23 @@ def test_rms_norm_multiplies_by_bfloat16_weights_in_float32():
     weight = jnp.asarray(rng.uniform(0.5, 1.5, 64), jnp.bfloat16)
     got, want = rms_norm(x, weight, 1e-6), rms_norm(x, weight.astype(jnp.float32), 1e-6)
     assert_close(got, want, EXACT, "norm")
+
+
+def test_rms_norm_of_kept_input_keeps_it_alone_and_has_the_gradients_of_its_definition():
+    def definition(x, weight):
+        x32 = x.astype(jnp.float32)
+        root = jnp.sqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + 1e-6)
+        return (x32 / root * weight[None, None]).astype(x.dtype)
+
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.normal(size=(2, 5, 64)) * 1e-3, jnp.bfloat16) for _ in range(2))
+    weight = jnp.asarray(rng.uniform(0.5, 1.5, 64), jnp.float32)
+    _, backward = jax.vjp(lambda x, weight: rms_norm_of_kept_input(x, weight, 1e-6), x, weight)
+    kept = sorted((leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(backward))
+    assert kept == [((2, 5, 64), "bfloat16"), ((64,), "float32")]
+    wide = jax.vjp(definition, x.astype(jnp.float32), weight)[1](dy.astype(jnp.float32))
+    for name, got, want in zip(("x", "weight"), backward(dy), wide, strict=True):
+        assert_close(got, want, BF16, name)
 
 
 def test_feed_forward_equals_oracle():
