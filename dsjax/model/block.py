@@ -8,6 +8,7 @@ of their own run one after the other (`dsjax.model.separate_layers`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +41,7 @@ _REMAT_POLICIES = {
     ),
     "full": jax.checkpoint_policies.save_only_these_names("index"),
 }
+_MOST_WITHOUT_LOOP = 32  # layers
 
 
 class Context(NamedTuple):
@@ -48,7 +50,8 @@ class Context(NamedTuple):
     angles: tuple[jax.Array, jax.Array]  # rope cosine and sine, float32 [B, T, R/2]
     segment_ids_BT: jax.Array | None  # attention stays within a segment; None: within the row
     documents_BT: jax.Array  # int32, sequences of the balance losses; 0 is padding
-    remat: str = "none"  # what a layer's backward pass recomputes: "none", "selective" or "full"
+    # What a layer's backward pass recomputes: "none", "selective" or "full"; None: there is none.
+    remat: str | None = None
 
 
 class Statistics(NamedTuple):
@@ -79,9 +82,9 @@ class Block(nnx.Module):
     """One pre-norm transformer layer."""
 
     def __init__(self, config: ModelConfig, policy: Policy, *, moe: bool):
-        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attn_norm = RMSNorm(config.dim, config.norm_eps, policy)
         self.attn = attention_class(config)(config, policy)  # type: ignore
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, policy)
         self.ffn = (
             MoE(config, policy)
             if moe
@@ -203,8 +206,9 @@ def run_layers(
         return jnp.where(present, y_BTD, x_BTD), statistics
 
     rows, run = (layers, experts_LBTK, present_L), rematerialized(layer, context.remat)
+    scan = partial(jax.lax.scan, unroll=context.remat == "none" and _runs_without_loop(layers))
     if inner is None:
-        x_BTD, statistics = jax.lax.scan(run, x_BTD, rows)
+        x_BTD, statistics = scan(run, x_BTD, rows)
         return x_BTD, statistics, None
 
     # Carried, since outputs of a scan would be kept of every layer.
@@ -214,13 +218,29 @@ def run_layers(
         return (x_BTD, jnp.where(number == inner, x_BTD, noted_BTD), number + 1), statistics
 
     start = (x_BTD, jnp.zeros_like(x_BTD), jnp.int32(1))
-    (x_BTD, noted_BTD, _), statistics = jax.lax.scan(noting, start, rows)
+    (x_BTD, noted_BTD, _), statistics = scan(noting, start, rows)
     return x_BTD, statistics, noted_BTD
 
 
-def rematerialized(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
+def _runs_without_loop(layers: Block) -> bool:
+    """Tells whether training that keeps everything for the backward pass runs layers one after the
+    other instead of in a loop: on one GPU, up to so many layers that this still compiles soon, and
+    not in FP8, of which each layer is a longer program.
+
+    In a loop, all that is kept is copied into stacks that were filled with zeros, and out of them;
+    so are gradients; and weights are cast once per pass. That is a third of a step's bytes.
+    """
+    policy, n_layers = layers.attn.policy, len(layers.attn_norm.weight[...])
+    on_one_gpu = (
+        policy.target.kind == "gpu"
+        and jax.sharding.get_abstract_mesh().size <= 1  # 0: there is no mesh
+    )
+    return on_one_gpu and policy.fp8 is None and n_layers <= _MOST_WITHOUT_LOOP
+
+
+def rematerialized(function: Callable[..., Any], remat: str | None) -> Callable[..., Any]:
     """Returns the function with a backward pass that recomputes what `remat` does not keep."""
-    if remat == "none":
+    if remat in (None, "none"):
         return function
     return jax.checkpoint(function, policy=_REMAT_POLICIES[remat])
 

@@ -80,7 +80,7 @@ class Transformer(nnx.Module):
             self.moe_layers = MixedLayers(config, policy)
         elif config.n_moe_layers:
             self.moe_layers = stack(Block(config, policy, moe=True), config.n_moe_layers)
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config.dim, config.norm_eps, policy)
         if not config.tie_embed:
             self.head = Head(config.dim, config.vocab_size, config.init_std)
         if config.n_mtp:
@@ -143,7 +143,7 @@ class Transformer(nnx.Module):
         isolate: bool = True,
         mtp: bool = True,
         balance: BalanceWeights | None = None,
-        remat: str = "none",
+        remat: str | None = None,
         embeddings: Embeddings | None = None,
         experts_LBTK: jax.Array | None = None,
     ) -> Hidden:
@@ -169,7 +169,7 @@ class Transformer(nnx.Module):
         inputs: Inputs,
         *,
         balance: BalanceWeights | None = None,
-        remat: str = "none",
+        remat: str | None = None,
         embeddings: Embeddings | None = None,
         experts_LBTK: jax.Array | None = None,
         lesson: Lesson | None = None,
@@ -179,7 +179,8 @@ class Transformer(nnx.Module):
 
         Args:
           balance: weights of the balance losses; None omits them.
-          remat: what a layer's backward pass recomputes: "none", "selective" or "full".
+          remat: what a layer's backward pass recomputes: "none", "selective" or "full"; None: there
+            is no backward pass.
           embeddings: replace the main model's embeddings of some tokens.
           experts_LBTK: int32, expert choices to replay: those of the MoE layers, optionally
             followed by those of the MTP modules. Weights still come from the routers, with
@@ -401,7 +402,7 @@ class Transformer(nnx.Module):
         turned_BT = positions_BT if skipped_B is None else positions_BT + skipped_B[:, None]
         return Extension(positions_BT, rope.angles(turned_BT, self.config))
 
-    def context(self, inputs: Inputs, remat: str = "none") -> Context:
+    def context(self, inputs: Inputs, remat: str | None = None) -> Context:
         """Prepares what all layers need besides the hidden states."""
         angles = rope.angles(inputs.positions, self.config)
         return Context(angles, inputs.segment_ids, inputs.documents, remat)

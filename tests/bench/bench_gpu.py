@@ -78,13 +78,13 @@ def parts(dry_run: bool, flags: Sequence[str]) -> dict[str, Part]:
         return Part(title, limit * patience(dry_run), command, (("XLA_FLAGS", xla),))
 
     listed = {
-        "kernels": part("Tests of the kernels that decode", 90, "decoding_kernels"),
-        "decode": part("Decoding, 3B", 150, "decode"),
-        "train-3B": part("Training step, 3B", 100, "train", "3B"),
-        "plain": part("Decoding, 3B, without kernels of ours", 130, "decode", "plain"),
-        "train-small": part("Training step, `small`", 80, "train", "small"),
+        "kernels": part("Tests of the kernels that decode", 80, "decoding_kernels"),
+        "decode": part("Decoding, 3B", 130, "decode"),
+        "train-3B": part("Training step, 3B", 170, "train", "3B"),
+        "plain": part("Decoding, 3B, without kernels of ours", 100, "decode", "plain"),
+        "train-small": part("Training step, `small`", 110, "train", "small"),
         "buffers": part(
-            "Decoding, 3B, with command buffers around loops", 120, "decode", flags=flags
+            "Decoding, 3B, with command buffers around loops", 110, "decode", flags=flags
         ),
         "fp8": part("FP8 products in training, `small`, loss beside bfloat16", 120, "fp8"),
         "products": part("Grouped and FP8 products at DeepGEMM's shapes", 80, "products"),

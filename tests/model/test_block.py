@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsjax.kernels.target import Target
 from dsjax.model import block, rope
 from dsjax.model.cache import empty_cache
 from dsjax.model.inputs import read_tokens
@@ -104,4 +105,44 @@ def test_rematerialised_gradients_are_the_same(remat):
     for declared, g, w in zip(
         declarations(model), jax.tree.leaves(got), jax.tree.leaves(want), strict=True
     ):
+        assert_close(g, w, F32, declared.path)
+
+
+GPU = Target("gpu")
+
+
+@pytest.mark.parametrize(
+    ("target", "remat", "most", "loops"),
+    [
+        (GPU, "none", 32, []),
+        (GPU, "none", 1, [2]),  # too many layers
+        (GPU, "selective", 32, [2]),
+        (GPU, None, 32, [2]),  # nothing is kept
+        (Target("cpu"), "none", 32, [2]),
+    ],
+)
+def test_layers_run_without_a_loop_on_one_gpu_where_all_is_kept(
+    monkeypatch, target, remat, most, loops
+):
+    monkeypatch.setattr(block, "_MOST_WITHOUT_LOOP", most)
+    config = dataclasses.replace(TINY, n_dense_layers=0, n_layers=2, n_mtp=0)
+    model = tiny_model(config, target=target)
+    traced = jax.make_jaxpr(lambda: model.hidden(tokens(2, 24), remat=remat).main_BTD)()
+    scans = [each for each in traced.eqns if each.primitive.name == "scan"]
+    over_layers = [scan for scan in scans if scan.params["length"] == 2]
+    assert [2 for scan in over_layers if scan.params["unroll"] == 1] == loops
+    assert len(over_layers) == 1
+
+
+@pytest.mark.heavy
+def test_gradients_without_a_loop_are_those_of_the_loop(monkeypatch):
+    config = dataclasses.replace(TINY, n_dense_layers=0, n_layers=2, n_mtp=0)
+    model, row = tiny_model(config, target=GPU), tokens(2, 24)
+
+    def gradients(most):
+        monkeypatch.setattr(block, "_MOST_WITHOUT_LOOP", most)
+        loss = lambda model: jnp.square(model.hidden(row, remat="none").main_BTD).sum()  # noqa: E731
+        return jax.tree.leaves(jax.jit(jax.grad(loss))(model))
+
+    for declared, g, w in zip(declarations(model), gradients(32), gradients(0), strict=True):
         assert_close(g, w, F32, declared.path)

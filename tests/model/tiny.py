@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from dsjax.config import ModelConfig
+from dsjax.kernels.target import Target
 from dsjax.model.layers import Constant
 from dsjax.model.transformer import Transformer
 from dsjax.precision.policy import Policy
@@ -39,11 +40,13 @@ TINY = ModelConfig(
 
 
 @functools.cache
-def tiny_model(config: ModelConfig = TINY, seed: int = 0, compute=jnp.float32) -> Transformer:
+def tiny_model(
+    config: ModelConfig = TINY, seed: int = 0, compute=jnp.float32, target: Target | None = None
+) -> Transformer:
     """A model with values from NumPy, which need no compilation; norms are away from 1, biases from
     0.
     """
-    return _fill(Transformer(config, Policy(compute)), seed)
+    return _fill(Transformer(config, Policy(compute, target or Target.here())), seed)
 
 
 def filled(kind: type[nnx.Module], config: ModelConfig = TINY, compute=jnp.float32, seed: int = 0):
