@@ -1,4 +1,4 @@
-"""Compiles a program for an H100 that need not be here.
+"""Compiles a program for an H100 or H200 that need not be here.
 
 The GPU compiler of `jax[cuda]` needs no GPU, only a description of one. What it would decide by
 running candidates on the GPU it then decides by its own tables: which kernel multiplies, and in
@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from string import Template
 from typing import Any, NamedTuple
 
 import jax
@@ -21,19 +22,23 @@ import jax
 from dsjax.parallel.mesh import make_mesh
 from dsjax.plan.programs import Program
 
-# Of an H100 SXM, from NVIDIA's data sheet and CUDA's table of compute capabilities; an H200 differs
-# in its memory. Versions are those that kernels are chosen for.
-_H100 = """
+# Of memory: bytes and bytes per second, from NVIDIA's data sheets of the SXM modules. The compiler
+# computes results again where memory would not suffice.
+_MEMORY = {"H100": (84942979072, 3352320000000), "H200": (150754820096, 4800000000000)}
+
+# Of both, from CUDA's table of compute capabilities. Versions are those that kernels are chosen
+# for.
+_DESCRIPTION = Template("""
 platform_name: "CUDA"
-device_description_str: "NVIDIA H100"
+device_description_str: "NVIDIA $gpu"
 dnn_version_info { major: 9 minor: 10 }
 gpu_device_info {
   cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
   core_count: 132
   fpus_per_core: 128
   clock_rate_ghz: 1.98
-  memory_bandwidth: 3352320000000
-  device_memory_size: 84942979072
+  memory_bandwidth: $bandwidth
+  device_memory_size: $size
   l2_cache_size: 52428800
   threads_per_warp: 32
   threads_per_block_limit: 1024
@@ -51,7 +56,7 @@ gpu_device_info {
   compile_time_toolkit_version: "12.9.0"
   dnn_version: "9.10.0"
 }
-"""
+""")
 
 
 def is_installed() -> bool:
@@ -62,8 +67,11 @@ def is_installed() -> bool:
     )
 
 
-def mesh() -> Any:
+def mesh(gpu: str = "H100") -> Any:
     """Returns a mesh of the one GPU, as the compiler describes it.
+
+    Args:
+      gpu: "H100" or "H200".
 
     Raises:
       ValueError: the compiler is not installed.
@@ -75,7 +83,11 @@ def mesh() -> Any:
         )
     from jax.experimental import topologies
 
-    described = topologies.get_topology_desc(platform="cuda", target_config=_H100, topology="1x1x1")
+    size, bandwidth = _MEMORY[gpu]
+    description = _DESCRIPTION.substitute(gpu=gpu, size=size, bandwidth=bandwidth)
+    described = topologies.get_topology_desc(
+        platform="cuda", target_config=description, topology="1x1x1"
+    )
     return make_mesh({"data": 1}, devices=list(described.devices))
 
 

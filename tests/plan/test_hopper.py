@@ -1,4 +1,5 @@
-"""Programs compiled for an H100 that is not here, and what decoding starts on it (slow).
+"""Programs compiled for an H100 that is not here, and what decoding and training start on it
+(slow).
 
 The slow tests need the extra `plan_gpu`, 130 MB; without it they are skipped.
 """
@@ -26,9 +27,9 @@ def test_mesh_without_the_compiler_names_the_extra(monkeypatch):
         hopper.mesh()
 
 
-def counted(batch):
+def counted(bench, case):
     """In a process of its own, without the flags that the tests set for a CPU."""
-    command = [sys.executable, "-m", "tests.bench.bench_kernels", "--json", str(batch)]
+    command = [sys.executable, "-m", f"tests.bench.{bench}", "--json", str(case)]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment["JAX_PLATFORMS"] = "cpu"
     done = subprocess.run(
@@ -48,7 +49,7 @@ def test_token_of_the_3b_shape_starts_and_moves_no_more_than_it_did(
     batch, kernels, per_layer, moved
 ):
     """The goal is 12 kernels per layer; these are the bounds that have been reached."""
-    found = counted(batch)
+    found = counted("bench_kernels", batch)
     assert found["kernels"] <= kernels and found["per_layer"] <= per_layer
     assert found["waits"] == 0  # for the host
     assert found["needed"] < found["moved"] <= moved * found["needed"]
@@ -56,3 +57,16 @@ def test_token_of_the_3b_shape_starts_and_moves_no_more_than_it_did(
     # one of each, and one after them. With loops in command buffers all 16 steps are one graph.
     assert found["launches"] <= 3 + 16 * 17
     assert found["captured"] == 1
+
+
+@compiles
+@pytest.mark.slow
+def test_training_step_moves_little_more_than_it_needs():
+    found = counted("bench_step_kernels", "small")
+    _, products, others = found["total"]
+    needed = found["needed_state"] + found["needed_activations"]
+    assert found["waits"] == 0  # for the host
+    assert needed < products + others <= 2.2 * needed
+    # No layer's values are copied into stacks and out of them.
+    _, products, others = found["parts"]["stacks of layers"]
+    assert products + others < 0.02 * needed
