@@ -129,7 +129,7 @@ class MLA(Attention):
         k_rope_BTR = rope.rotate_pairs(k_rope_BTR[:, :, None], *angles)[:, :, 0]
         return {"latent": self.kv_norm(c_BTC), "rope_key": k_rope_BTR}
 
-    def expansion(self) -> jax.Array | PerHead:
+    def expansion(self) -> Any:
         if self.w_keys is None or self.w_values is None:
             return self.wkv_b[...]
         return PerHead(self.w_keys[...], self.w_values[...])
