@@ -248,8 +248,9 @@ def open_regular(path: Path) -> int:
                 return descriptor
             os.close(descriptor)
     except FileNotFoundError:
-        what = "is a link to nothing" if path.is_symlink() else "does not exist"
-        raise ValueError(f"{path} {what}; download it again") from None
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link to nothing; download it again") from None
+        raise ValueError(f"{path} does not exist; check its name, or download it again") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ValueError(f"{path} cannot be read: {reason}") from error

@@ -393,7 +393,12 @@ def _nearest_keys(key: str, keys: Sequence[str]) -> str:
 
     best = max(likeness(known) for known in keys)
     near = [known for known in keys if likeness(known) >= max(best - 0.02, 0.7)]
-    return f"; did you mean {' or '.join(near)}?" if near else "; tools/show.py prints all keys"
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    group = key.partition(".")[0]
+    found = [known for known in keys if known.startswith(f"{group}.")]
+    names = found or dict.fromkeys(known.partition(".")[0] for known in keys)
+    return f"; {'keys of this group' if found else 'keys and groups'} are {', '.join(names)}"
 
 
 def _likeness(left: str, right: str) -> float:

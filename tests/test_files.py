@@ -177,7 +177,7 @@ def test_large_file_is_refused_unread(tmp_path):
 
 
 def test_missing_file_and_dangling_link_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"config\.json does not exist; download"):
+    with pytest.raises(ValueError, match=r"config\.json does not exist; check its name"):
         read_json(tmp_path / "config.json")
     (tmp_path / "link.json").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"link\.json is a link to nothing"):
