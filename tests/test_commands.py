@@ -59,9 +59,8 @@ SMALL = {
     "generate": "--max-new-tokens 8",
     "evaluate": "--max-new-tokens 8 --n 2",
     "sample": "--max-new-tokens 8 --n 2",
-    # float32: XLA's CPU compiler lacks the bfloat16 products of the towers' attention.
     "paint": f"--set {SHORT} train.batch_size=20 train.micro_batch_size=20 train.eval_sequences=20 "
-    "janus.sequence_length=256 precision.compute=float32",
+    "janus.sequence_length=256",
     "examine": "--max-new-tokens 8",
     "recall": "--lengths 600,1000 --depths 2 --n 1",
     "draw": "--n 1",

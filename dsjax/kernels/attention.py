@@ -1,4 +1,5 @@
-"""Causal attention over whole sequences; query heads may share a key head.
+"""Attention over whole sequences: causal, where query heads may share a key head, and of all places
+of a picture to all (`full_attention`).
 
 `causal_attention` picks the kernel for the target. None of them holds a whole score matrix:
 
@@ -15,6 +16,7 @@ with the whole score matrix and autodiff.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -29,6 +31,8 @@ from dsjax.kernels.varying import shipped_promotion
 # Sides of a tile of the TPU's kernel: multiples of its 128 lanes. The backward pass writes one
 # partial gradient of the queries per `_KEYS_AT_ONCE` keys.
 _MIN_TILE, _MAX_TILE, _KEYS_AT_ONCE = 128, 512, 2048
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def causal_attention(
@@ -55,6 +59,42 @@ def causal_attention(
     if target.kind == "gpu" and tokamax():
         return tokamax_attention(q_BTNH, k_BTPH, v_BTPW, scale, segment_ids_BT)
     return chunked_attention(q_BTNH, k_BTPH, v_BTPW, scale, segment_ids_BT)
+
+
+@jax.custom_vjp
+def full_attention(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array) -> jax.Array:
+    """Attends from every query to every key; scores are divided by the root of H.
+
+    Scores and softmax are float32. The backward pass is written down so that its products, too,
+    have operands of the inputs' type: autodiff would multiply float32 by bfloat16.
+
+    Returns:
+      [B, T, N, H] in q's dtype.
+    """
+    return _full_forward(q_BTNH, k_BSNH, v_BSNH)[0]
+
+
+def _full_forward(q_BTNH, k_BSNH, v_BSNH):
+    scores_BNTS = _product("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) * q_BTNH.shape[-1] ** -0.5
+    weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1)
+    out = _product("BNTS,BSNH->BTNH", weights_BNTS.astype(v_BSNH.dtype), v_BSNH)
+    return out.astype(q_BTNH.dtype), (q_BTNH, k_BSNH, v_BSNH, weights_BNTS)
+
+
+def _full_backward(residuals, dout_BTNH):
+    q_BTNH, k_BSNH, v_BSNH, weights = residuals
+    dweights = _product("BTNH,BSNH->BNTS", dout_BTNH, v_BSNH)
+    mean = (weights * dweights).sum(axis=-1, keepdims=True)
+    dscores = (weights * (dweights - mean) * q_BTNH.shape[-1] ** -0.5).astype(q_BTNH.dtype)
+    gradients = (
+        _product("BNTS,BSNH->BTNH", dscores, k_BSNH),
+        _product("BNTS,BTNH->BSNH", dscores, q_BTNH),
+        _product("BNTS,BTNH->BSNH", weights.astype(v_BSNH.dtype), dout_BTNH),
+    )
+    return tuple(dx.astype(q_BTNH.dtype) for dx in gradients)
+
+
+full_attention.defvjp(_full_forward, _full_backward)
 
 
 def tokamax_attention(

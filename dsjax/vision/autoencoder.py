@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.config.vision import AutoencoderConfig
+from dsjax.kernels.attention import full_attention
 from dsjax.model.layers import Constant, declare
 from dsjax.precision.policy import Policy
 from dsjax.vision.convolution import Conv
@@ -71,7 +72,7 @@ class Attention(nnx.Module):
         B, Y, X, C = x_BYXC.shape
         normed = self.norm(x_BYXC)
         q, k, v = (conv(normed).reshape(B, Y * X, 1, C) for conv in (self.q, self.k, self.v))
-        attended = jax.nn.dot_product_attention(q, k, v)
+        attended = full_attention(q, k, v)
         return x_BYXC + self.proj_out(attended.reshape(x_BYXC.shape))
 
 

@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from dsjax.config.vision import SiglipConfig
+from dsjax.kernels.attention import full_attention
 from dsjax.model.layers import Constant, LayerNorm, Normal, declare, stack
 from dsjax.parallel.sharding import constrain
 from dsjax.precision.matmul import linear
@@ -38,8 +39,7 @@ class Attention(nnx.Module):
             return y_BTD.reshape(B, T, self.n_heads, -1)
 
         q_BTNH, k_BTNH, v_BTNH = map(project, self.wqkv[...], self.bqkv[...])
-        # Softmax and the scores are float32 inside.
-        y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BTNH, v_BTNH)
+        y_BTNH = full_attention(q_BTNH, k_BTNH, v_BTNH)
         return self.proj(y_BTNH.reshape(B, T, D))
 
 

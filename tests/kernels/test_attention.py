@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from dsjax.kernels import attention as module
-from dsjax.kernels.attention import splash_attention
+from dsjax.kernels.attention import full_attention, splash_attention
 from dsjax.kernels.target import Target
-from tests.closeness import F32, assert_close
+from tests.closeness import BF16, F32, assert_close
 from tests.oracles.kernels import reference_attention
 
 causal_attention = functools.partial(module.causal_attention, target=Target("cpu"))
@@ -54,6 +54,43 @@ def test_attention_equals_reference_in_value_and_gradient(isolated, target):
         strict=True,
     ):
         assert_close(got, want, F32, name)
+
+
+@pytest.mark.parametrize("length", [100, 300])  # one chunk of queries, and two
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_bfloat16_runs_on_a_cpu(length, key_heads):
+    inputs = [x.astype(jnp.bfloat16) for x in _inputs(length, key_heads=key_heads)]
+
+    def total(attention, *inputs):
+        out = attention(*inputs, scale=0.3).astype(jnp.float32)
+        return (out * jnp.cos(jnp.arange(out.size, dtype=out.dtype).reshape(out.shape))).sum()
+
+    def run(attention, *inputs):
+        return jax.jit(jax.grad(functools.partial(total, attention), (0, 1, 2)))(*inputs)
+
+    want = run(reference_attention, *(x.astype(jnp.float32) for x in inputs))
+    for name, one, other in zip("qkv", run(causal_attention, *inputs), want, strict=True):
+        assert one.dtype == jnp.bfloat16
+        assert_close(one, other, BF16, f"d{name}")
+
+
+@pytest.mark.parametrize("dtype, level", [(jnp.float32, F32), (jnp.bfloat16, BF16)])
+def test_attention_to_all_equals_jaxs_in_value_and_gradient(dtype, level):
+    inputs = [x.astype(dtype) for x in _inputs(10, key_heads=4, value_width=16)]
+
+    def total(attention, *inputs):
+        out = attention(*inputs).astype(jnp.float32)
+        return (out * jnp.cos(jnp.arange(out.size, dtype=out.dtype).reshape(out.shape))).sum(), out
+
+    def run(attention, *inputs):
+        run = jax.grad(functools.partial(total, attention), (0, 1, 2), has_aux=True)
+        return jax.tree.leaves(jax.jit(run)(*inputs))
+
+    want = run(jax.nn.dot_product_attention, *(x.astype(jnp.float32) for x in inputs))
+    for name, one, other in zip(
+        ("dq", "dk", "dv", "out"), run(full_attention, *inputs), want, strict=True
+    ):
+        assert_close(one, other, level, name)
 
 
 def test_attention_sees_no_later_token_and_no_other_document():
