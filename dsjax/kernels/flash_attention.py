@@ -187,8 +187,8 @@ def _chunked_backward(scale, residuals, dout_BPGTW):
         dk_BPHT = dk_BPHT.at[..., : chunk.stop].add(dk_chunk)
         dv_chunk = _product("BPGWT,BPGTS->BPWS", dout_BPGWT[..., chunk], probabilities)
         dv_BPWT = dv_BPWT.at[..., : chunk.stop].add(dv_chunk)
-    # Without the barrier XLA turns the product of a single chunk, by swapping its operands, into one
-    # that its CPU runtime (of jax 0.10) lacks in bfloat16.
+    # Without the barrier XLA turns the products of a single chunk, by swapping their operands, into
+    # ones that its CPU runtime (of jax 0.10) lacks in bfloat16.
     dk_BPHT, dv_BPWT = jax.lax.optimization_barrier((dk_BPHT, dv_BPWT))
     dk, dv = (x.swapaxes(2, 3).astype(k_BPTH.dtype) for x in (dk_BPHT, dv_BPWT))
     return jnp.concatenate(dq, axis=3), dk, dv, None
