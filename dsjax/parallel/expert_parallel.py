@@ -53,8 +53,9 @@ from dsjax.parallel.routing_plan import (
 from dsjax.precision.fp8 import CHANNEL_TILE, BlockScaled, quantize_block
 
 Transport = Literal["local", "all_gather", "all_to_all", "ragged"]
-# What a rank receives in a round: tokens [R, D], their experts [R, K] (this rank's from 0 on, e for
-# other ranks'), weights [R, K], and a function that returns the sums [R, D] -> float32 [m, D].
+# What a rank has in a round: tokens [R, D], their experts [R, K] (from 0 on for this rank's, e for
+# others), weights [R, K], and a function that turns the sums [R, D] into the round's part of what
+# all rounds add up.
 Sent = tuple[jax.Array, jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]
 
 _AXIS = "expert"
@@ -121,15 +122,15 @@ def mixture(
         exchange = _ExchangeAll.of(x_mD, experts_mK, per_rank, n_ranks, fp8)
     else:
         exchange = _ExchangeSome.of(transport, x_mD, experts_mK, per_rank, n_ranks, max_ranks, fp8)
-    given = experts, x_mD, weights_mK
+    given = experts, *exchange.before(x_mD, weights_mK)
     if recomputed and exchange.most_rounds > 1:
         summed: Any = _rounds_from(0, given, exchange)
-        return summed[0].astype(x_mD.dtype), summed[1]
-    y_mD, computed = _round(0, *given, exchange)
-    if exchange.most_rounds > 1:
-        later: Any = _rounds_from(1, given, exchange)
-        y_mD, computed = y_mD + later[0], computed + later[1]
-    return y_mD.astype(x_mD.dtype), computed
+    else:
+        summed = _round(0, *given, exchange)
+        if exchange.most_rounds > 1:
+            summed = jax.tree.map(jnp.add, summed, _rounds_from(1, given, exchange))
+    y, computed = summed
+    return exchange.after(y).astype(x_mD.dtype), computed
 
 
 def _compute(experts: Partial, x_RD: jax.Array, weights_RK: jax.Array, here: Plan) -> jax.Array:
@@ -140,12 +141,12 @@ def _compute(experts: Partial, x_RD: jax.Array, weights_RK: jax.Array, here: Pla
 def _round(
     index: jax.Array | int,
     experts: Partial,
-    x_mD: jax.Array,
-    weights_mK: jax.Array,
+    x: jax.Array,
+    weights: jax.Array,
     exchange: _ExchangeAll | _ExchangeSome,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns a round's part of what `mixture` does, the sums as float32."""
-    x_RD, experts_RK, weights_RK, return_sums = exchange.send_tokens(index, x_mD, weights_mK)
+    """Returns a round's part of what the rounds add up, from what `before` gave."""
+    x_RD, experts_RK, weights_RK, return_sums = exchange.send_tokens(index, x, weights)
     here = sort_by_expert(experts_RK, exchange.per_rank, min(exchange.rows, experts_RK.size))
     return return_sums(_compute(experts, x_RD, weights_RK, here)), here.sizes_E.sum()
 
@@ -157,21 +158,21 @@ def _rounds_from(
     exchange: _ExchangeAll | _ExchangeSome,
 ) -> tuple[jax.Array, jax.Array]:
     """Adds up the rounds that the batch needs, from `first` on."""
-    _, x_mD, _ = given
-    zeros_mD = vary_as(jnp.zeros(x_mD.shape, jnp.float32), *jax.tree.leaves(given))
-    start = zeros_mD, vary_as(jnp.int32(0), x_mD)
+    _, x, _ = given
+    zeros = vary_as(jnp.zeros(x.shape, exchange.sums_dtype(x)), *jax.tree.leaves(given))
+    start = zeros, vary_as(jnp.int32(0), x)
     return _add_up(lambda index: _round(index, *given, exchange), start, first, exchange.n_rounds)
 
 
 def _rounds_backward(first: int, residuals: Any, cotangents: Any) -> tuple[Any, None]:
     given, exchange = residuals
-    dy_mD, _ = cotangents
+    dy, _ = cotangents
 
     def gradients(index: jax.Array) -> Any:
-        def sums(experts: Partial, x_mD: jax.Array, weights_mK: jax.Array) -> jax.Array:
-            return _round(index, experts, x_mD, weights_mK, exchange)[0]
+        def sums(experts: Partial, x: jax.Array, weights: jax.Array) -> jax.Array:
+            return _round(index, experts, x, weights, exchange)[0]
 
-        return jax.vjp(sums, *given)[1](dy_mD)
+        return jax.vjp(sums, *given)[1](dy)
 
     start = jax.tree.map(lambda x: vary_as(jnp.zeros_like(x), x), given)
     return _add_up(gradients, start, first, exchange.n_rounds), None
@@ -207,7 +208,12 @@ def _add_up(
 )
 @dataclasses.dataclass(frozen=True)
 class _ExchangeAll:
-    """In each round every rank sees all tokens and computes those whose turn it is there."""
+    """Every rank sees all tokens and in each round computes those whose turn it is there.
+
+    They are gathered before the rounds, and their sums are scattered after them: nothing is sent in
+    a round, however many there are. (Nor does the TPU's compiler accept a reduce-scatter whose
+    result a loop adds up in another type.)
+    """
 
     experts_RK: jax.Array  # int32, this rank's from 0 on, `per_rank` for other ranks'
     turn_R: jax.Array  # int32, the round of each token here
@@ -235,17 +241,21 @@ class _ExchangeAll:
         rows = at_once + most_each - 1
         return cls(experts_RK, turn_R, n_rounds, most_rounds, rows, per_rank, fp8)
 
-    def send_tokens(self, index: jax.Array | int, x_mD: jax.Array, weights_mK: jax.Array) -> Sent:
+    def before(self, x_mD: jax.Array, weights_mK: jax.Array) -> tuple[jax.Array, jax.Array]:
         # x[m, D] -> all_gather(expert) -> x[R, D]
         x_RD = send("all_gather", True, self.fp8, x_mD, None)
-        weights_RK = send("all_gather", True, False, weights_mK, None)
+        return x_RD, send("all_gather", True, False, weights_mK, None)
+
+    def after(self, y_RD: jax.Array) -> jax.Array:
+        # y[R, D] -> psum_scatter(expert) -> y[m, D]
+        return send("all_gather", False, self.fp8, y_RD, None)
+
+    def sums_dtype(self, x_RD: jax.Array) -> DTypeLike:
+        return x_RD.dtype  # a token has one turn here: to its sum the other rounds add 0
+
+    def send_tokens(self, index: jax.Array | int, x_RD: jax.Array, weights_RK: jax.Array) -> Sent:
         due_RK = jnp.where((self.turn_R == index)[:, None], self.experts_RK, self.per_rank)
-
-        def return_sums(y_RD: jax.Array) -> jax.Array:
-            # y[R, D] -> psum_scatter(expert) -> y[m, D]
-            return send("all_gather", False, self.fp8, y_RD, None).astype(jnp.float32)
-
-        return x_RD, due_RK, weights_RK, return_sums
+        return x_RD, due_RK, weights_RK, lambda y_RD: y_RD
 
 
 @partial(
@@ -301,6 +311,15 @@ class _ExchangeSome:
         rows = buckets * (at_once + most_each - 1)
         arrays = experts_mK, all_ranks_mN, turn_mN, n_rounds
         return cls(*arrays, transport, most_rounds, at_once, rows, per_rank, n_ranks, fp8)
+
+    def before(self, x_mD: jax.Array, weights_mK: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return x_mD, weights_mK
+
+    def after(self, y_mD: jax.Array) -> jax.Array:
+        return y_mD
+
+    def sums_dtype(self, x_mD: jax.Array) -> DTypeLike:
+        return jnp.float32  # a token's sums come from several ranks
 
     def send_tokens(self, index: jax.Array | int, x_mD: jax.Array, weights_mK: jax.Array) -> Sent:
         transport, fp8 = self.transport, self.fp8

@@ -4,12 +4,14 @@ Tokens, weights and experts are whole numbers, so that all sums are exact in any
 """
 
 import functools
+from collections import Counter
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec
 from jax.tree_util import Partial
 
@@ -124,6 +126,23 @@ def test_every_transport_equals_local_to_the_bit(transport, recomputed, monkeypa
         assert int(computed) == TOKENS * K
         for name, g, w in zip(("y", "dx", "dweights", "dgains"), got, want, strict=True):
             np.testing.assert_array_equal(g, w, f"{kind}: {name}")
+
+
+def _sent(jaxpr, in_loop=False):
+    """Lists the gathers and scatters between devices, and whether each is in a loop."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name in ("all_gather", "reduce_scatter"):
+            yield name, in_loop
+        for inner in jaxprs_in_params(equation.params):
+            yield from _sent(inner, in_loop or name == "while")
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_rounds_send_nothing_where_all_tokens_are_gathered(recomputed):
+    program = _program("all_gather", False, recomputed).trace(*_inputs("crowd")).jaxpr
+    once = {"all_gather": 4, "reduce_scatter": 3}  # choices, x, weights, dy; y, dx, dweights
+    assert Counter(_sent(program.jaxpr)) == {(name, False): n for name, n in once.items()}
 
 
 def test_fp8_rounds_what_is_sent_and_not_what_comes_back():

@@ -75,6 +75,32 @@ def test_shipped_config_compiles_and_fits(case, tpu_compiler):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("mesh", [{"expert": 4}, {"expert": 2, "fsdp": 2}])
+def test_step_compiles_where_every_rank_gathers_all_tokens(mesh, remat, tpu_compiler):
+    """In bfloat16, whose sums over the rounds of experts the compiler must not find in float32."""
+    config = settings.override(
+        settings.load_config(ROOT / "configs/tiny.py"),
+        [
+            "model.n_layers=3",
+            "model.n_mtp=0",
+            "model.n_activated_experts=4",
+            "model.n_limited_groups=4",
+            "precision.compute=bfloat16",
+            "mesh.data=1",
+            *(f"mesh.{axis}={size}" for axis, size in {"fsdp": 1, **mesh}.items()),
+            "train.batch_size_start=0",
+            "train.batch_ramp_fraction=0",
+            "train.micro_batch_size=8",
+            f"train.remat={remat}",
+        ],
+    )
+    plan = aot.compile_step(config, topology.parse("v5e:2x2"), "train")
+    kinds = {collective.kind for collective in plan.collectives or ()}
+    assert {"all-gather", "reduce-scatter"} <= kinds and "ragged-all-to-all" not in kinds
+
+
+@pytest.mark.slow
 def test_slow_code_takes_the_same_memory_and_sends_the_same(tpu_compiler, monkeypatch):
     config = settings.override(
         settings.load_config(ROOT / "configs/r1_distill_qwen_1p5b.py"),
