@@ -334,7 +334,14 @@ def _grouped(q_BTNH: jax.Array, heads: int) -> jax.Array:
 
 def _mix(weights_BTPGS: jax.Array, v_BPSW: jax.Array) -> jax.Array:
     """Sums values by weight: float32 [B, T, N, W]."""
-    out = _product("BTPGS,BPSW->BTPGW", weights_BTPGS.astype(v_BPSW.dtype), v_BPSW)
+    mix = functools.partial(_product, "BTPGS,BPSW->BTPGW")
+    out = lax.platform_dependent(
+        weights_BTPGS.astype(v_BPSW.dtype),
+        v_BPSW,
+        # Its runtime (of jax 0.10) lacks this product in bfloat16; that of float32 is the same.
+        cpu=lambda *operands: mix(*(x.astype(jnp.float32) for x in operands)),
+        default=mix,
+    )
     return out.reshape(*out.shape[:2], -1, out.shape[-1])
 
 

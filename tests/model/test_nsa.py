@@ -68,6 +68,23 @@ def test_nsa_equals_oracle(changes, way, segments, monkeypatch):
     assert_close(got[0], oracle(x[0], _tree(attention), config, segments), F32, "attention")
 
 
+@pytest.mark.parametrize("size", [16, 1])
+def test_bfloat16_runs_on_a_cpu(size):
+    """Its runtime, in jax 0.10, lacks some products of bfloat16."""
+    attention = initialize(NSA(CONFIG, Policy(jnp.bfloat16)), jax.random.key(0))
+    x = jnp.asarray(hidden(2, size), jnp.bfloat16)
+    entries = empty_cache(CONFIG, 2, LENGTH, jnp.bfloat16).dense
+    positions = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (2, size))
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def extend(attention, x, positions, entries):
+        angles = rope.angles(positions, CONFIG)
+        return attention.extend(x, angles, LayerCache(entries, jnp.int32(0)), positions)[0]
+
+    out = extend(attention, x, positions, entries)
+    assert out.dtype == jnp.bfloat16 and jnp.isfinite(out.astype(jnp.float32)).all()
+
+
 def test_packed_document_is_what_it_is_alone():
     """Nothing crosses a border, and blocks are counted from the document's own beginning."""
     x = jnp.asarray(hidden(), jnp.float32)
