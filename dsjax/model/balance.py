@@ -66,10 +66,13 @@ def update_bias(bias_LE: jax.Array, counts_LE: jax.Array, speed: jax.Array | flo
 
 
 def max_violation(counts_LE: jax.Array) -> jax.Array:
-    """Returns (highest load - mean load) / mean load, float32 [L]; arXiv:2408.15664 section 4.1."""
+    """Returns (highest load - mean load) / mean load, float32 [L]; arXiv:2408.15664 section 4.1. A
+    layer without any load has 0.
+    """
     counts_LE = counts_LE.astype(jnp.float32)
-    mean_L = jnp.maximum(counts_LE.mean(axis=-1), 1.0)
-    return counts_LE.max(axis=-1) / mean_L - 1.0
+    mean_L, highest_L = counts_LE.mean(axis=-1), counts_LE.max(axis=-1)
+    loaded_L = mean_L > 0
+    return jnp.where(loaded_L, highest_L / jnp.where(loaded_L, mean_L, 1.0) - 1.0, 0.0)
 
 
 def _chosen(experts_MK: jax.Array, n_experts: int) -> jax.Array:

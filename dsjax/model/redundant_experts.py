@@ -49,12 +49,12 @@ def check(config: ModelConfig, n_redundant: int, n_ranks: int) -> None:
         )
     n_experts = config.n_routed_experts
     if n_redundant < 0 or (n_experts + n_redundant) % n_ranks:
-        more = -n_experts % n_ranks
-        fitting = max(n_redundant, 0) + -(n_experts + max(n_redundant, 0)) % n_ranks
+        least = max(n_redundant, 0)
+        fitting = least + -(n_experts + least) % n_ranks
         raise ValueError(
             f"{n_experts} experts and {n_redundant} redundant ones do not divide over the "
             f"{n_ranks} devices along the mesh axis expert, each of which has equally many; give "
-            f"--redundant-experts {fitting or more}, or another that divides"
+            f"--redundant-experts {fitting}, or another that divides"
         )
 
 

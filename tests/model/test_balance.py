@@ -127,6 +127,12 @@ def test_max_violation_is_relative_to_the_mean():
     )
 
 
+def test_max_violation_of_fewer_assignments_than_experts():
+    """The mean load is below 1 then, and 0 where nothing is counted."""
+    counts_LE = jnp.asarray([[2, 0, 0, 0, 0, 0, 0, 0], [0] * 8])
+    np.testing.assert_allclose(max_violation(counts_LE), [7.0, 0.0], atol=1e-6)
+
+
 def test_weights_come_from_the_config():
     train = TrainConfig(sequence_balance=0.25, device_balance=0.5)
     for isolated in (True, False):
