@@ -337,16 +337,14 @@ def _open_converted(path: Path) -> Checkpoint:
 def _open_run(workdir: Path, kind: type[Transformer], step: int | None = None) -> Checkpoint:
     """Opens the checkpoint of a step, or the newest intact one."""
     directory = workdir / "checkpoints"
-    if step is None:
-        step = store.newest_whole(directory, say=_logger.warning)
-    if step is None:
+    if step is not None:
+        manifest.verify(directory / str(step))
+    elif (step := store.newest_whole(directory, say=_logger.warning)) is None:
         there = sorted(entry.name for entry in directory.iterdir())
         raise ValueError(
             f"{directory} has no checkpoint; it contains {', '.join(there) or 'nothing'}. A run "
             "writes one every train.checkpoint_every steps and when it is stopped"
         )
-    else:
-        manifest.verify(directory / str(step))
     model = _model_of_run(workdir / "config.json")
     weights = Weights(directory / str(step) / "state")
     # A run that began with a published checkpoint keeps what was beside the weights there.

@@ -189,10 +189,12 @@ def newest_whole(
             )
         return None
     for bad, trouble in passed:
-        name = _set_aside(bad).name if set_aside and jax.process_index() == 0 else bad.name
+        aside = ""
+        if set_aside and jax.process_index() == 0:
+            aside = f" (it is now {_set_aside(bad).name})"
         say(
-            f"{trouble}. The checkpoint of step {bad.name} is not used (it is now {name}); using "
-            f"step {folder.name}"
+            f"{trouble}. The checkpoint of step {bad.name} is not used{aside}; using step "
+            f"{folder.name}"
         )
     return int(folder.name)
 

@@ -7,7 +7,8 @@
   train.py        TrainConfig, OptimConfig, PrecisionConfig: run, optimizer, element types
   mesh.py         MeshConfig: devices along each mesh axis, and the pipeline schedule;
                   RolloutMeshConfig: the same devices for generation
-  microbatches.py how a batch divides into forward passes
+  microbatches.py how a batch divides into forward passes; balance.py: experts into the groups of
+                  the balance losses
   pretraining.py  Config: one pre-training experiment, the root that holds all groups
   posttraining.py PostTraining: what the roots of post-training share
   finetuning.py   FineTuning: supervised fine-tuning, the root of tools/sft.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from dsjax.config.balance import check_balance_devices
 from dsjax.config.mesh import MeshConfig
 from dsjax.config.microbatches import check_microbatches, micro_batch_size
 from dsjax.config.model import ModelConfig
@@ -39,6 +40,7 @@ class PostTraining:
     def __post_init__(self) -> None:
         if self.model is not None:
             self.model.check_trains()
+            check_balance_devices(self.train, self.model)
         check_microbatches(self.train, self.mesh)
         require(
             self.train.indexer == "sparse",

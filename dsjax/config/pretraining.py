@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from dsjax.config.balance import check_balance_devices
 from dsjax.config.data import DataConfig
 from dsjax.config.mesh import MeshConfig
 from dsjax.config.microbatches import check_microbatches, micro_batch_size
@@ -44,12 +45,7 @@ class Config:
             "model.index_n_heads, model.index_head_dim and model.index_topk",
         )
         check_microbatches(self.train, self.mesh)
-        groups = self.train.n_balance_devices or self.model.n_expert_groups
-        require(
-            not self.model.n_routed_experts or self.model.n_routed_experts % groups == 0,
-            f"model.n_routed_experts={self.model.n_routed_experts} does not divide over "
-            f"train.n_balance_devices={groups}",
-        )
+        check_balance_devices(self.train, self.model)
 
     @property
     def shape(self) -> ModelConfig:

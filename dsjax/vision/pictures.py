@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 64 << 20  # of a file
 MAX_PIXELS = 64_000_000  # a camera's largest pictures have 61 million; 4 bytes each while decoded
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_MOST_OBLONG = 32  # times the shorter side: what is enlarged of a thin picture that is cut anyway
 RULES_FILE, TILES_FILE = "preprocessor_config.json", "processor_config.json"
 _SCALE = 1 / 255
 # Mean and deviation per channel by which DeepSeek-VL 7B's towers normalize, in their own code.
@@ -191,10 +192,22 @@ def cropped(picture: Image, size: int) -> np.ndarray:
     import PIL.Image
 
     shortest = min(picture.size)
+    picture = _middle(picture, _MOST_OBLONG * shortest)
     width, height = (max(round(side * size / shortest), size) for side in picture.size)
     resized = picture.resize((width, height), PIL.Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(resized.crop((left, top, left + size, top + size)))
+
+
+def _middle(picture: Image, most: int) -> Image:
+    """Returns the middle of a picture of which a side is longer than `most`, else the picture."""
+    width, height = (min(side, most) for side in picture.size)
+    if (width, height) == picture.size:
+        return picture
+    left, top = (
+        (side - kept) // 2 for side, kept in zip(picture.size, (width, height), strict=True)
+    )
+    return picture.crop((left, top, left + width, top + height))
 
 
 def normalized(squares: np.ndarray, rules: Rules) -> np.ndarray:

@@ -19,7 +19,7 @@ from flax import nnx
 from rich.console import Console
 
 import dsjax
-from dsjax.checkpoint import load, names
+from dsjax.checkpoint import load, manifest, names
 from dsjax.checkpoint.hf_folder import scale_name
 from dsjax.checkpoint.importing import import_checkpoint
 from dsjax.checkpoint.inspection import summarize
@@ -260,6 +260,20 @@ def test_checkpoint_of_a_run_is_the_newest_whole_one_or_the_one_named(tmp_path, 
         ValueError, match=r"every checkpoint in .* is damaged, and training does not start over"
     ):
         open_checkpoint(tmp_path)
+
+
+def test_a_run_is_hashed_once(tmp_path, monkeypatch):
+    write_run(tmp_path, MTP, 2)
+    hashed: list[Path] = []
+    own = manifest._hash
+    monkeypatch.setattr(
+        manifest, "_hash", lambda path, **options: hashed.append(path) or own(path, **options)
+    )
+    for path in (tmp_path, tmp_path / "checkpoints" / "2"):
+        hashed.clear()
+        open_checkpoint(path)
+        files = manifest.read(tmp_path / "checkpoints" / "2").files
+        assert sorted(hashed) == sorted(tmp_path / "checkpoints" / "2" / name for name in files)
 
 
 def test_of_a_run_that_averages_its_weights_the_averages_are_read(tmp_path, model):

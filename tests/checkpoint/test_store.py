@@ -130,6 +130,7 @@ def test_store_passes_over_what_is_damaged_and_keeps_it_aside(saved, tmp_path):
     said: list[str] = []
     assert store.newest_whole(tmp_path, say=said.append) == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "4", "8", "9"]
+    assert "The checkpoint of step 8 is not used; using step 4" in said[2]
     said.clear()
     assert store.newest_whole(tmp_path, set_aside=True, say=said.append) == 4
     assert [line.partition(" ")[0].removeprefix(f"{tmp_path}/") for line in said] == [

@@ -330,6 +330,28 @@ def test_rules_for_tiles_that_are_not_followed_are_refused(changes, said):
     assert str(caught.value).startswith("x: ") and said in str(caught.value)
 
 
+def test_of_a_thin_picture_the_middle_alone_is_enlarged(monkeypatch):
+    """Whole, a file of a few kilobytes would be enlarged to gigabytes."""
+    asked, own = [], PIL.Image.Image.resize
+
+    def resize(picture, size, kernel):
+        asked.append(size)
+        return own(picture, size, kernel)
+
+    monkeypatch.setattr(PIL.Image.Image, "resize", resize)
+    picture = PIL.Image.new("RGB", (1, 1000))
+    picture.paste("red", (0, 400, 1, 600))
+    found = pictures.cropped(picture, 8)
+    assert found.shape == (8, 8, 3) and (found == [255, 0, 0]).all()
+    assert asked == [(8, 8 * 32)]
+
+
+def test_a_picture_is_cropped_to_its_middle_square():
+    picture = noise(20, 12)
+    resized = picture.resize((10, 6), PIL.Image.Resampling.BICUBIC)
+    assert (pictures.cropped(picture, 6) == np.asarray(resized)[:, 2:8]).all()
+
+
 def test_size_is_known_without_decoding():
     data = io.BytesIO()
     PIL.Image.new("RGB", (300, 7)).save(data, "PNG")
