@@ -39,7 +39,7 @@ def draw_loss(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> Non
       lines: the objects of metrics.jsonl.
     """
     curves = {"loss": ("training", "-"), "mtp_loss": ("MTP", "--"), "eval_loss": ("held-out", "o-")}
-    if not any(line.get("mtp_loss") for line in lines):  # 0 without MTP modules
+    if not any(line.get("mtp_loss") for line in lines):  # it is 0 where no MTP module trains
         del curves["mtp_loss"]
     _draw(path, lines, curves, ("tokens", "loss, nats per token"), title)
 
@@ -61,7 +61,7 @@ def _draw(
     figure, over = new_figure(8, 4.5), labels[0]
     axes = figure.add_subplot()
     for key, (name, style) in curves.items():
-        points = [(line[over], line[key]) for line in lines if key in line]
+        points = [(line[over], line[key]) for line in lines if line.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
     axes.set(xlabel=labels[0], ylabel=labels[1], title=title)

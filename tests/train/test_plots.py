@@ -20,37 +20,39 @@ def test_plots_are_png(tmp_path, lines):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def drawn_curves(monkeypatch, draw, path, lines):
-    """Draws, and returns the points of each curve by its name."""
+@pytest.fixture
+def curves(monkeypatch):
+    """A function that returns the curves of the figure that was drawn last, by their names."""
     figures = []
     make = plots.new_figure
     monkeypatch.setattr(
-        plots, "new_figure", lambda *size: figures.append(make(*size)) or figures[0]
+        plots, "new_figure", lambda *size: figures.append(make(*size)) or figures[-1]
     )
-    draw(path, lines, "tiny")
-    return {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].get_lines()}
+    return lambda: {
+        line.get_label(): line.get_xydata().tolist() for line in figures[-1].axes[0].get_lines()
+    }
 
 
-def test_loss_plot_shows_every_curve(monkeypatch, tmp_path):
-    curves = drawn_curves(monkeypatch, plots.draw_loss, tmp_path / "loss.png", LINES)
-    assert curves == {
+def test_loss_plot_shows_every_curve(curves, tmp_path):
+    plots.draw_loss(tmp_path / "loss.png", LINES, "tiny")
+    assert curves() == {
         "training": [[10, 3.0], [20, 2.5]],
         "MTP": [[10, 3.1], [20, 2.8]],
         "held-out": [[20, 2.6]],
     }
 
 
-def test_loss_plot_has_no_mtp_curve_without_mtp_modules(monkeypatch, tmp_path):
-    lines = [line | {"mtp_loss": 0.0} for line in LINES[:2]]
-    curves = drawn_curves(monkeypatch, plots.draw_loss, tmp_path / "loss.png", lines)
-    assert curves == {"training": [[10, 3.0], [20, 2.5]]}
+def test_loss_plot_has_no_mtp_where_none_trains(curves, tmp_path):
+    lines = [line | {"mtp_loss": 0.0} for line in LINES]
+    plots.draw_loss(tmp_path / "loss.png", lines, "tiny")
+    assert curves().keys() == {"training", "held-out"}
 
 
-def test_rewards_of_zero_are_drawn_as_zero(monkeypatch, tmp_path):
-    rewards = [{"step": 1, "reward": 0.0}, {"step": 2, "reward": 0.5}, {"step": 2, "tokens": 9}]
-    rewards.append({"step": 2, "eval_reward": 0.0})
-    curves = drawn_curves(monkeypatch, plots.draw_reward, tmp_path / "reward.png", rewards)
-    assert curves == {"training": [[1, 0.0], [2, 0.5]], "held-out": [[2, 0.0]]}
+def test_rewards_of_nothing_are_drawn(curves, tmp_path):
+    """A step of which no answer is right is worth 0; a step that nothing could judge has no worth."""
+    lines = [{"step": step, "reward": worth} for step, worth in enumerate([0.0, 0.5, None, 0.0])]
+    plots.draw_reward(tmp_path / "reward.png", lines, "tiny")
+    assert curves() == {"training": [[0, 0.0], [1, 0.5], [3, 0.0]]}
 
 
 def test_loss_by_position_has_a_curve_for_each_evaluation(tmp_path):
