@@ -2,7 +2,7 @@
 needed, only its compiler (the extra `plan_gpu`).
 
 The steps of bench_train_step on an H200: `small` and the 3B shape, in bfloat16, nothing computed
-again in the backward pass. Printed for each part of the model: kernels, the bytes that kernels
+again in the backward pass; and `small` with isolated documents and in FP8. Printed for each part of the model: kernels, the bytes that kernels
 which multiply read and write, and those of all others. Below them the bytes that are needed, and an
 estimate: the model's FLOPs at the rate of products and the others' bytes at the rate of a copy,
 both as measured on an H200 (docs/records/h200_202611.md).
@@ -40,10 +40,15 @@ SCOPES = "optimizer", "head", "router", "attention", "feed-forward", "experts", 
 
 
 def cases() -> dict[str, Config]:
-    small = dataclasses.replace(SMALL.model, n_mtp=0)
+    small_model = dataclasses.replace(SMALL.model, n_mtp=0)
+    small = case("small", small_model, 16, 2048, "bfloat16", "none")
+    isolated = dataclasses.replace(small.data, isolate_documents=True)
+    fp8 = dataclasses.replace(small.precision, fp8="on")
     return {
-        "small": case("small", small, 16, 2048, "bfloat16", "none"),
+        "small": small,
         "3B": case("3B", MODEL_3B, 4, 4096, "bfloat16", "none"),
+        "small_isolated": dataclasses.replace(small, data=isolated),
+        "small_fp8": dataclasses.replace(small, precision=fp8),
     }
 
 
