@@ -2,10 +2,11 @@
 needed, only its compiler (the extra `plan_gpu`).
 
 The steps of bench_train_step on an H200: `small` and the 3B shape, in bfloat16, nothing computed
-again in the backward pass; and `small` with isolated documents and in FP8. Printed for each part of the model: kernels, the bytes that kernels
-which multiply read and write, and those of all others. Below them the bytes that are needed, and an
-estimate: the model's FLOPs at the rate of products and the others' bytes at the rate of a copy,
-both as measured on an H200 (docs/records/h200_202611.md).
+again in the backward pass; and `small` with isolated documents, and in FP8. Printed for each part
+of the model: kernels, the bytes that kernels which multiply read and write, and those of all
+others. Below them the bytes that are needed, and an estimate: the model's FLOPs at the rate of
+products and the others' bytes at the rate of a copy, both as measured on an H200
+(docs/records/h200_202611.md).
 
 Run: JAX_PLATFORMS=cpu python -m tests.bench.bench_step_kernels [--json] [names]
 """

@@ -49,7 +49,7 @@ def test_loss_plot_has_no_mtp_where_none_trains(curves, tmp_path):
 
 
 def test_rewards_of_nothing_are_drawn(curves, tmp_path):
-    """A step of which no answer is right is worth 0; a step that nothing could judge has no worth."""
+    """Where no answer is right the reward is 0; where none could be judged there is none."""
     lines = [{"step": step, "reward": worth} for step, worth in enumerate([0.0, 0.5, None, 0.0])]
     plots.draw_reward(tmp_path / "reward.png", lines, "tiny")
     assert curves() == {"training": [[0, 0.0], [1, 0.5], [3, 0.0]]}
