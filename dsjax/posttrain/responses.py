@@ -106,7 +106,9 @@ class Respondent:
             such problems are named.
         """
         self._initial, self._wanted, self._dtype = initial, wanted, dtype
-        self.prompting = Prompting(initial.vocabulary, initial.chat, wanted.system, wanted.template)
+        self.prompting = Prompting(
+            initial.vocabulary, initial.chat, wanted.system, wanted.template, wanted.raw
+        )
         self._mesh = submesh(mesh or {})
         self._engine: Engine | None = None
         self.prompts: list[tuple[int, ...]] = []

@@ -72,6 +72,13 @@ def test_prompt_of_a_base_model_is_its_text(base):
     assert respond(base, max_new_tokens=8).facts[0]["opened"] is False
 
 
+def test_raw_prompt_has_no_turns_though_the_model_chats(folder):
+    respondent = respond(folder, max_new_tokens=8, raw=True)
+    initial = open_initial(folder)
+    assert respondent.prompts[0] == tuple(initial.vocabulary.plain_prompt("one"))
+    assert toy.USER not in respondent.prompts[0] and respondent.facts[0]["opened"] is False
+
+
 @pytest.mark.parametrize(
     ("problem", "options", "message"),
     [
