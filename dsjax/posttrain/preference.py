@@ -30,7 +30,6 @@ from dsjax.config import ModelConfig
 from dsjax.config.preference import Preference
 from dsjax.model.balance import BalanceWeights
 from dsjax.model.head import token_nll
-from dsjax.model.inputs import shift_left
 from dsjax.model.transformer import Hidden, Transformer
 from dsjax.posttrain.reward_model import RewardModel
 from dsjax.train.objective import (
@@ -117,7 +116,8 @@ def answer_logp(config: Preference) -> Objective:
 
 def _answers(batch: Batch, known: str | None) -> Answers:
     counted = batch["counted"]
-    last = (counted > 0) & (shift_left(counted, 1) == 0)
+    # An answer of several turns counts in stretches; its end is that of the last.
+    last = (counted > 0) & (jnp.cumsum(counted, axis=-1) == counted.sum(axis=-1, keepdims=True))
     present = (counted.max(axis=-1) > 0).astype(jnp.float32)
     return Answers(
         batch["tokens"][..., 1:],

@@ -174,6 +174,16 @@ def test_reward_models_score_the_last_token(reward_model):
     assert float(sums["examples"]) == 2 * PAIRS
 
 
+def test_answer_of_several_turns_is_scored_at_its_end_alone(reward_model):
+    rows = batch()
+    want, _ = sums_of(preference(config("bradley_terry")), reward_model, on_device(rows))
+    begins = rows["counted"].argmax(axis=-1)
+    rows["counted"][np.arange(2 * PAIRS), begins + 1] = 0  # a turn of the user's in between
+    assert (np.diff(rows["counted"], axis=-1) == 1).sum() > 2 * PAIRS
+    got, _ = sums_of(preference(config("bradley_terry")), reward_model, on_device(rows))
+    assert_close(got["loss"], want["loss"], F32, "loss")
+
+
 @pytest.mark.parametrize("kind", ["dpo", "bradley_terry", "pointwise"])
 def test_rows_that_fill_a_batch_count_nothing(kind, reward_model):
     model, rows = tiny_model(MODEL) if kind == "dpo" else reward_model, batch()
