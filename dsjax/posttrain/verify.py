@@ -35,6 +35,9 @@ MEMORY = 4 << 30  # bytes of address space
 STARTING = 60.0  # wall-clock seconds that starting a child and its imports may add to a call
 MOST_WORKERS = 16
 QUICK, MOST_TOGETHER = 30.0, 16  # calls of at most so many seconds are sent so many at a time
+# Bytes of calls that are sent together: a pipe holds them all, so that whoever sends them can watch
+# the child instead of waiting until it reads on. A call that is longer is sent alone.
+MOST_SENT = 1 << 14
 MOST_ANSWER = 1 << 20  # bytes of a child's answer
 _ROOT = str(Path(__file__).parents[2])
 
@@ -160,23 +163,29 @@ class _Child:
         return outcomes
 
     def _send(self, calls: Sequence[Call]) -> list[Outcome]:
-        """Makes calls until one ends the child; the outcomes so far, with that of this one. None at
-        all if the child ended in peace before the first.
+        """Makes the first calls, at most MOST_SENT bytes of them, until one ends the child; the
+        outcomes so far, with that of this one. None at all if the child ended in peace before the
+        first.
         """
         if self.closed:
             return [Outcome(error="the pool is closed", limit=True)] * len(calls)
         if self.process is None or self.process.poll() is not None:
             self._start()
         assert self.process is not None and self.process.stdin is not None
-        lines = [json.dumps([call.target, call.arguments, call.seconds]) for call in calls]
+        lines: list[bytes] = []
+        for call in calls:
+            line = json.dumps([call.target, call.arguments, call.seconds]).encode() + b"\n"
+            if lines and sum(map(len, lines)) + len(line) > MOST_SENT:
+                break
+            lines.append(line)
         try:
-            self.process.stdin.write("\n".join([*lines, ""]).encode())
+            self.process.stdin.write(b"".join(lines))
             self.process.stdin.flush()
         except BrokenPipeError:
             self.end()
             return []
         outcomes: list[Outcome] = []
-        for call in calls:
+        for call in calls[: len(lines)]:
             answer = self._read(call.wall_seconds + STARTING)
             if answer is None:
                 self.end()

@@ -74,6 +74,15 @@ def test_calls_that_are_sent_together_fail_alone(pool):
             assert outcome.value is None and outcome.limit == (name != "fail"), (name, outcome)
 
 
+def test_call_after_a_long_one_ends_its_process_alone(bad):
+    """Calls that fill the pipe: nobody is still writing to a child when a call ends it."""
+    long = Call("bad_calls:add", ("a" * 200_000, "b"), 1.0, 2.0)
+    with Pool(1) as pool:
+        outcomes = pool.run([long, Call("bad_calls:kill", (), 1.0, 2.0), *[long] * 6])
+    assert [len(outcome.value or "") for outcome in outcomes] == [200_001, 0, *[200_001] * 6]
+    assert [outcome.limit for outcome in outcomes] == [False, True, *[False] * 6]
+
+
 def test_calls_run_elsewhere(pool, bad):
     ids = {outcome.value for outcome in pool.run([bad("own_id")] * 8)}
     assert 1 <= len(ids) <= 2 and os.getpid() not in ids
