@@ -78,8 +78,8 @@ def returned(
         output, _ = _converse(process, line, limits.wall_seconds, lines=1)
     try:
         return (confined.decode(json.loads(output.partition(b"\n")[0])["value"]),)
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return None  # the program can write to the pipe itself, and anything
 
 
 def passes(answer: str, tests: str, names: Sequence[str], limits: Limits) -> bool:
@@ -208,8 +208,12 @@ def _converse(
                 return output, True  # what it started may hold its output open
             for key, _ in events:
                 if key.fileobj is process.stdin:
-                    with contextlib.suppress(BrokenPipeError, BlockingIOError):
+                    try:
                         left = left[os.write(key.fd, left[:_PIECE]) :] if left else left
+                    except BrokenPipeError:  # the process reads no more
+                        left = left[:0]
+                    except BlockingIOError:
+                        pass
                     if not left or process.poll() is not None:
                         selector.unregister(process.stdin)
                         process.stdin.close()

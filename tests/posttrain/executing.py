@@ -24,6 +24,22 @@ def passes(answer, tests, names):
     return execution.passes(answer, tests, names, QUICK)
 
 
+def writes(answer, given):
+    """Returns what a program prints, and how often its input was written to."""
+    count, write = 0, os.write
+
+    def counted(*arguments):
+        nonlocal count
+        count += 1
+        return write(*arguments)
+
+    os.write = counted
+    try:
+        return execution.printed(answer, given, QUICK), count
+    finally:
+        os.write = write
+
+
 def exists(path):
     return Path(path).exists()
 

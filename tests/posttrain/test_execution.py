@@ -23,6 +23,26 @@ def test_program_prints_and_function_returns(run):
     assert run("passes", "def f(x): return 2", "assert f(3) == 3", ["f"]).value is False
 
 
+def test_what_is_written_in_place_of_a_result_is_none(run):
+    """The program reaches the pipe of its results, but not the judge."""
+    forged = '{"value": {"float": 1' + "0" * 400 + "}}"
+    program = (
+        "import contextlib, os\n"
+        "for place in range(3, 20):\n"
+        "    with contextlib.suppress(OSError):\n"
+        f"        os.write(place, b'{forged}\\n')\n"
+        "def f(): return 1\n"
+    )
+    outcome = run("returned", program, "f", [])
+    assert (outcome.value, outcome.error) == ("None", None)
+
+
+def test_program_that_closes_its_input_is_not_written_to_again(run):
+    program = "import os, time; os.close(0); time.sleep(0.5); print('done')"
+    output, writes = run("writes", program, "x" * (1 << 20)).value
+    assert output == "done\n" and writes < 20
+
+
 def test_limits_hold(run):
     assert run("printed", "while True: pass", "").value is None
     assert run("printed", "x = bytearray(2 << 30); print(1)", "").value is None
