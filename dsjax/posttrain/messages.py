@@ -195,7 +195,8 @@ def _turns(value: Any, where: str) -> Iterator[Turn]:
 def _turn(message: dict[str, Any], at: str) -> Turn:
     if "role" not in message and "from" in message:
         role = message.pop("from")
-        message |= {"role": _SHAREGPT.get(role, role), "content": message.pop("value", None)}
+        named = _SHAREGPT.get(role, role) if isinstance(role, str) else role
+        message |= {"role": named, "content": message.pop("value", None)}
     role = message.get("role")
     if role not in ROLES:
         near = difflib.get_close_matches(str(role), ROLES, n=1)

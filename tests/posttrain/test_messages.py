@@ -106,6 +106,7 @@ def test_tools_and_calls_are_kept_as_they_are():
         ({"messages": []}, "x:1: 'messages' is empty; leave the line out"),
         ({"messages": ["hi"]}, "x:1: 'messages': message 1 is str, not an object"),
         ({"messages": [ASK, {"content": "b"}]}, "message 2 has no role, none of system, user"),
+        ({"conversations": [{"from": ["human"], "value": "a"}]}, "message 1 has the role .*human"),
         (
             {"messages": [ASK, {"role": "asistant", "content": "b"}]},
             "message 2 has the role 'asistant', none of .*; did you mean 'assistant'?",
