@@ -14,6 +14,8 @@ from dsjax.text.tokenizer import Coder
 
 _REPLACEMENT = "\ufffd"  # decodes from bytes that are not (yet) a character
 _LONGEST_HALF = 3  # bytes of an incomplete UTF-8 character, at most
+# Tokens without the end of a character, of which only the last few are decoded again.
+_MOST_OPEN, _KEPT_OPEN = 64, 16
 
 
 class Piece(NamedTuple):
@@ -47,7 +49,18 @@ class Detokenizer:
             self._ids = self._ids[self._context :]
             self._context = len(self._ids)
             self._shown = len(self._coder.decode(self._ids))
+        elif len(self._ids) > _MOST_OPEN:
+            self._forget(text, len(text) - stable)
         return new
+
+    def _forget(self, text: str, held: int) -> None:
+        """Forgets the beginning of bytes that are no characters, which a reply may have without
+        end, unless what is held back of their text would be decoded otherwise without it.
+        """
+        rest = self._coder.decode(self._ids[-_KEPT_OPEN:])
+        if len(rest) > _LONGEST_HALF and text.endswith(rest[-_LONGEST_HALF - 1 :]):
+            self._ids = self._ids[-_KEPT_OPEN:]
+            self._context, self._shown = 0, len(rest) - held
 
     def flush(self) -> str:
         """Returns the rest, with U+FFFD for an incomplete character, and resets."""

@@ -40,6 +40,25 @@ def test_pieces_add_up_to_the_text_of_any_bytes(data, sizes):
     assert text + detokenizer.flush() == data.decode(errors="replace")
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from([b"\xff", b"\xe4", b"\xb8", b"\xad", b"a"]), min_size=150), SIZES)
+def test_pieces_add_up_where_most_bytes_are_no_characters(parts, sizes):
+    data = bytes(100 * [255]) + b"".join(parts)
+    detokenizer = Detokenizer(CODER)
+    text = "".join(detokenizer.push([i]) for i in ids_of(data[:120]))
+    text += "".join(detokenizer.push(part) for part in chunks(ids_of(data[120:]), sizes))
+    assert text + detokenizer.flush() == data.decode(errors="replace")
+
+
+def test_bytes_that_are_no_characters_cost_the_same_each(monkeypatch):
+    detokenizer, decoded = Detokenizer(CODER), []
+    decode = CODER.decode
+    monkeypatch.setattr(CODER, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
+    text = "".join(detokenizer.push(ids_of(b"\xff")) for _ in range(1000))
+    assert text + detokenizer.flush() == 1000 * "\ufffd"
+    assert max(decoded) < 100
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=15), SIZES)
 def test_pieces_hold_whole_characters(text, sizes):
