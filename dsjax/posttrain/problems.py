@@ -22,7 +22,6 @@ sets capitalise theirs.
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 import json
 import zlib
@@ -213,7 +212,13 @@ def _tests(fields: dict[str, Any], prompt: Any, place: str) -> Any:
         return {"asserts": fields.pop("test") + f"\n\ncheck({fields['entry']})\n"}
     if isinstance(fields.get("test_list"), list):
         setup = [*fields.pop("test_imports", []), fields.pop("test_setup_code", "")]
-        return {"asserts": "\n".join([*setup, *fields.pop("test_list")]) + "\n"}
+        lines = [*setup, *fields.pop("test_list")]
+        if not all(isinstance(line, str) for line in lines):
+            raise ValueError(
+                f"{place}: 'test_list', 'test_imports' and 'test_setup_code' are texts and lists "
+                "of texts, Python each; write what is no text as one"
+            )
+        return {"asserts": "\n".join(lines) + "\n"}
     if "public_test_cases" in fields or "private_test_cases" in fields:
         return list(_live_code_bench(fields, place))
     if isinstance(fields.get("inputs"), list) and isinstance(fields.get("outputs"), list):
@@ -265,7 +270,7 @@ def _inflated(text: str, key: str, place: str) -> str:
     try:
         engine = zlib.decompressobj()
         data = engine.decompress(base64.b64decode(text, validate=True), _MOST_TEST_BYTES)
-    except (binascii.Error, zlib.error) as error:
+    except (ValueError, zlib.error) as error:
         raise ValueError(
             f"{place}: {key!r} is neither JSON nor compressed JSON ({error})"
         ) from None

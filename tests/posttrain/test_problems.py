@@ -111,6 +111,8 @@ def test_facts_hold_the_prompt_and_how_the_thought_begins():
         ({"prompt": "q", "public_test_cases": "[1"}, "'public_test_cases' is not JSON"),
         ({"prompt": "q", "public_test_cases": [3]}, "'public_test_cases' holds no list of tests"),
         ({"prompt": "q", "private_test_cases": "A"}, "'private_test_cases' is neither JSON nor"),
+        ({"prompt": "q", "private_test_cases": "\u00e9"}, "'private_test_cases' is neither JSON"),
+        ({"prompt": "q", "test_list": [1]}, "'test_list', 'test_imports' .* are texts"),
         ({"prompt": "q", "inputs": [1], "outputs": []}, "1 'inputs' and 0 'outputs'"),
     ],
 )
