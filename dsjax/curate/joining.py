@@ -20,7 +20,7 @@ from dsjax.curate.deciding import PASSED, SCHEMA
 from dsjax.curate.shingles import shingles, signatures
 from dsjax.data import splitting
 
-VERSION = 2
+VERSION = 3
 _TAGS = ("id", "source", "bytes", "digest", "signature")  # what stage `buckets` reads
 TAGS = pa.schema([tagging.SCHEMA.field(name) for name in _TAGS])
 
@@ -54,7 +54,7 @@ def join(job: Job, folder: Path, number: int) -> dict[str, Any]:
             for path, schema in zip(paths, schemas, strict=True)
         )
         for name, rows in itertools.groupby(_rows(job, findings), key=_repository):
-            members = {row["path"].partition("/")[2] or name: row for row in rows}
+            members = {_inside(row): row for row in rows}
             files += len(members)
             for row in _documents(name, members, job):
                 size = len(row["text"].encode())
@@ -73,6 +73,14 @@ def join(job: Job, folder: Path, number: int) -> dict[str, Any]:
 
 def _repository(row: shards.Row) -> str:
     return row["path"].partition("/")[0]
+
+
+def _inside(row: shards.Row) -> str:
+    """Returns where a document is in its repository: a path, with a number where a file has
+    several documents.
+    """
+    place = row["id"].partition("/")[2]  # behind the source
+    return place.partition("/")[2] or place
 
 
 def _rows(job: Job, findings: sampling.Findings) -> Iterator[shards.Row]:

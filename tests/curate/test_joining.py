@@ -14,15 +14,16 @@ FILES = [
 ]
 
 
-def join(tmp_path, order):
+def join(tmp_path, order, files=FILES):
     paths = {"documents": [], "verdicts": []}
-    for number, part in enumerate((FILES[:2], FILES[2:])):  # a repository in two shards
+    for number, part in enumerate((files[:2], files[2:])):  # a repository in two shards
         for key, schema in (("documents", reading.SCHEMA), ("verdicts", deciding.SCHEMA)):
             path = tmp_path / f"{key}{number}.parquet"
             paths[key].append(path)
             with shards.Writer(path, schema) as writer:
                 for name, text, verdict in part:
-                    row = {"id": f"s/{name}", "source": "s", "path": name, "text": text}
+                    path = name.partition(":")[0]
+                    row = {"id": f"s/{name}", "source": "s", "path": path, "text": text}
                     writer.add(row if key == "documents" else {"verdict": verdict})
     folder = tmp_path / "out"
     folder.mkdir()
@@ -54,3 +55,13 @@ def test_random_order_takes_all_files(tmp_path):
     _, texts = join(tmp_path, "random")
     assert list(texts) == ["s/one", "s/single.py", "s/two"]
     assert all(part in texts["s/one"] for part in ("# a.py\n", "# b.py\n", "# sub/notes.txt\n"))
+
+
+def test_documents_of_one_file_are_all_there(tmp_path):
+    files = [("one/x.jsonl:1", "p\n", ""), ("one/x.jsonl:2", "q\n", ""), ("y.jsonl:1", "r\n", ""),
+             ("y.jsonl:2", "s\n", "")]  # fmt: skip
+    for order in ("imports", "random"):
+        (tmp_path / order).mkdir()
+        found, texts = join(tmp_path / order, order, files)
+        whole = "".join(texts.values())
+        assert found["files"] == 4 and all(text in whole for _, text, _ in files)
