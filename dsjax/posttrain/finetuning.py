@@ -198,7 +198,7 @@ class FineTuningRun:
         optimizer = adamw(config.optim, self._trains(mesh))
         abstract = abstract_state(self.declared, optimizer, mesh)
         learned = lessons(config, initial, data.training, mesh, run)
-        flops = train_flops_per_token(config.shape, length)
+        flops = train_flops_per_token(config.shape, length, mtp=config.sft.mtp == "on")
         run.display.console.print(
             header.table(
                 config, self.declared, abstract, mesh, folder=run.folder,

@@ -109,7 +109,7 @@ class Learning:
             config, questions, self.grader, self.rollouts, initial.vocabulary, declared, mesh,
             run.folder, run.display.say,
         )  # fmt: skip
-        flops = train_flops_per_token(config.shape, length)
+        flops = train_flops_per_token(config.shape, length, mtp=False)
         run.display.console.print(
             header.table(
                 config, declared, abstract, mesh, folder=run.folder, flops_per_token=flops,

@@ -219,6 +219,15 @@ def test_only_a_tasks_experts_train(small, tmp_path):
     assert moved.any() and len(chosen["1"]) < 8
 
 
+def test_resting_mtp_modules_count_no_operations(small, tmp_path, monkeypatch):
+    def counted(model, length, **options):
+        raise ZeroDivisionError(str(options))
+
+    monkeypatch.setattr(finetuning, "train_flops_per_token", counted)
+    with pytest.raises(ZeroDivisionError, match="'mtp': False"):
+        run(small, tmp_path / "run")
+
+
 def test_steps_follow_from_epochs(small):
     config = finetuning.with_steps(change(small, sft={"epochs": 2.5}), rows=9)
     assert config.train.steps == 6  # 22.5 rows in batches of 4

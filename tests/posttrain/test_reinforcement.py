@@ -152,6 +152,15 @@ def test_policy_learns_from_the_rewards_of_steps(place, tmp_path, monkeypatch):
     assert all(line["steps"] for line in lines(tmp_path / "run/samples.jsonl") if line["text"])
 
 
+def test_resting_mtp_modules_count_no_operations(place, tmp_path, monkeypatch):
+    def counted(model, length, **options):
+        raise ZeroDivisionError(str(options))
+
+    monkeypatch.setattr(reinforcement, "train_flops_per_token", counted)
+    with pytest.raises(ZeroDivisionError, match="'mtp': False"):
+        learn(config_of(place), tmp_path / "run", monkeypatch)
+
+
 def digest(folder, steps):
     newest = manifest.verify(folder / "checkpoints" / str(steps))
     logged = [
