@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-LIKE, OTHER = "__label__like", "__label__other"
+_LABEL = "__label__"  # begins what fastText takes for a label, wherever it is in a line
+LIKE, OTHER = f"{_LABEL}like", f"{_LABEL}other"
 _CHARACTERS = 20_000  # of a text that are looked at
 # fastText cuts words at spaces, which Chinese and Japanese do not write.
 _UNSPACED = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff])")
@@ -86,8 +87,11 @@ def scores(path: Path, texts: Iterable[str]) -> Iterator[float]:
 
 
 def line(text: str) -> str:
-    """Returns the beginning of a text on one line, in lower case, with spaces between words."""
-    return " ".join(_UNSPACED.sub(r" \1 ", text[:_CHARACTERS].lower()).split())
+    """Returns the beginning of a text on one line, in lower case, with spaces between words, and
+    without what would be a label.
+    """
+    lower = text[:_CHARACTERS].lower().replace(_LABEL, "")
+    return " ".join(_UNSPACED.sub(r" \1 ", lower).split())
 
 
 def library() -> str:

@@ -37,7 +37,7 @@ from dsjax.data import documents
 from dsjax.display import Display, size
 from dsjax.files import replacing, write_json
 
-VERSION = 2
+VERSION = 3
 LISTED = pa.schema([("position", pa.uint64()), ("bytes", pa.int64()), ("domain", pa.string())])
 MINED = pa.schema([("id", pa.string()), ("text", pa.string()), ("score", pa.float64())])
 DOMAIN_SHARE = 0.1  # of a domain's pages that are kept, above which all of them join the seed

@@ -26,7 +26,12 @@ def test_texts_are_told_apart(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("A\nb\t C  d\n", "a b c d"), ("\u4f60\u597dx", "\u4f60 \u597d x"), ("", "")],
+    [
+        ("A\nb\t C  d\n", "a b c d"),
+        ("\u4f60\u597dx", "\u4f60 \u597d x"),
+        ("Write __label__Like before", "write like before"),
+        ("", ""),
+    ],
 )
 def test_line(text, expected):
     assert classifier.line(text) == expected
