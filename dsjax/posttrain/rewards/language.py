@@ -43,6 +43,7 @@ _SCRIPTS = {
     code: {script for script, codes in _CODES.items() if code in codes.split()}
     for code in sorted({code for codes in _CODES.values() for code in codes.split()})
 }
+_KIN = {"IDEOGRAPHIC": "CJK"}  # the sign that repeats a character is one
 _EACH_A_WORD = {"CJK", "HIRAGANA", "KATAKANA"}
 _VARIABLES = {"LATIN", "GREEK"}
 _LEFT_OUT = re.compile(
@@ -95,4 +96,5 @@ def _script(character: str) -> str:
         return "mark"
     if not kind.startswith("L"):
         return ""
-    return unicodedata.name(character, "").partition(" ")[0].partition("-")[0]
+    script = unicodedata.name(character, "").partition(" ")[0].partition("-")[0]
+    return _KIN.get(script, script)

@@ -23,6 +23,7 @@ def share(thought, language="en"):
         ("na\u00efve cafe\u0301 stra\u00dfe", "fr", 1),
         ("\u0441\u043b\u043e\u0432\u043e word", "ru", 0.5),
         ("\u3053\u308c\u306f\u6f22\u5b57", "ja", 1),
+        ("\u4eba\u3005", "ja", 1),  # with the sign that repeats a character
         ("\ud55c\uad6d\uc5b4 word", "ko", 0.5),
         ("\u0939\u093f\u0928\u094d\u0926\u0940 word", "hi", 0.5),
         ("\uff21\uff22\uff23 word", "en", 1),  # full-width Latin
