@@ -62,9 +62,7 @@ def read_array(path: Path, what: str, form: str) -> np.ndarray:
         try:
             # Read whole rather than memory-mapped: a truncated file must fail now.
             return np.lib.format.read_array(file, allow_pickle=False)
-        except (
-            Exception
-        ) as error:  # the header is Python text, and NumPy evaluates and tokenizes it
+        except Exception as error:  # NumPy evaluates the header, which is Python text
             raise ValueError(
                 f"{path} is not a .npy file of {what} ({error}); write it with "
                 f"numpy.save(path, array), array {form}"

@@ -57,8 +57,7 @@ def read_text(files: TextFiles, folder: Path, vocab_size: int) -> Text:
 
     Raises:
       ValueError: the files cannot be read or hold no text, or the tokenizer does not suit a model
-      of
-        this vocabulary size.
+        of this vocabulary size.
     """
     vocabulary = open_vocabulary(folder, vocab_size)
     if not files.bos:
