@@ -122,11 +122,11 @@ def summarise(
     judged = [[each for each in one if each.worth is not None] for one in samples]
     counts = [(len(one), sum(each.right for each in one)) for one in judged if one]
     found = {}
-    for k in sorted({1, *ks}):
-        if counts and all(n >= k for n, _ in counts):
-            found[f"pass@{k}"] = measure([pass_at_k(n, c, k) for n, c in counts])
-    for k in sorted(set(ks) - {1}):
-        votes = [majority(one[:k]) for one in samples]
+    enough = [k for k in sorted({1, *ks}) if counts and all(n >= k for n, _ in counts)]
+    for k in enough:
+        found[f"pass@{k}"] = measure([pass_at_k(n, c, k) for n, c in counts])
+    for k in enough[1:]:
+        votes = [majority(one[:k]) for one in judged if one]
         if any(vote is not None for vote in votes):
             found[f"maj@{k}"] = measure([float(vote or False) for vote in votes])
     if greedy:
