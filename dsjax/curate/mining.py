@@ -222,7 +222,7 @@ def train(job: Training, folder: Path, number: int) -> dict[str, Any]:
     joins = [np.isin(part["domain"].astype("U"), sorted(job.domains)) for part in columns]
     others = [~part for part in joins]
     seed = [
-        sampling.position(document.name, job.mining.random)
+        sampling.position(_written(document.name), job.mining.random)
         for document in documents.read_documents(job.seed, text_field=job.mining.text_field)
     ]
     like_places = np.concatenate([np.array(seed, np.uint64), _places(columns, joins)])

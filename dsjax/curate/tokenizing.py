@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from dsjax.text import tokenizer
 
 def patterns(out: Path) -> tuple[str, str]:
     """Returns the globs of the train and held-out files, for data.files and data.heldout_files."""
-    folder = os.path.join(out, "text")
+    folder = glob.escape(os.path.join(out, "text"))
     return f"{folder}/train-*.parquet", f"{folder}/heldout-*.parquet"
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import sys
 
 import pytest
 
@@ -95,3 +97,11 @@ def test_wrong_options_are_told(asked):
     same = dataclasses.replace(asked, seed=asked.pool)
     with pytest.raises(ValueError, match="is of --seed and of --pool"):
         mining.mine(same, None)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="names of files are UTF-8 there")
+def test_names_of_files_may_be_no_text(asked, tmp_path):
+    (tmp_path / "seed.jsonl").rename(tmp_path / os.fsdecode(b"seed-\xff.jsonl"))
+    seed, pool = f"{tmp_path}/seed-*.jsonl", f"{tmp_path}/pool-a.jsonl"
+    odd = dataclasses.replace(asked, seed=seed, pool=pool, url_field="")
+    assert mining.mine_into(odd, tmp_path / "out", 1)["rounds"][0]["examples"] == 12

@@ -36,6 +36,13 @@ def test_training_finds_the_tokens(folder):
     assert found["heldout"]["tokens"] == corpus.heldout.total_tokens and len(corpus.train) == 2
 
 
+def test_folder_may_have_the_signs_of_globs_in_its_name(folder):
+    odd = folder / "out[1]*"
+    (folder / "out").rename(odd)
+    path, cache = str(folder / "tokenizer.json"), str(folder / "cache")
+    assert tokenizing.tokenize(odd, path, cache, lambda *done: None)["train"]["tokens"]
+
+
 def test_side_without_text_is_named(folder):
     next((folder / "out" / "text").glob("heldout-*")).unlink()
     with pytest.raises(ValueError, match=r"data.heldout_files=.*matches no file"):
