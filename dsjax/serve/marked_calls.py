@@ -30,7 +30,8 @@ def call_grammar(functions: Sequence[Mapping[str, Any]]) -> str:
     its schema; in llguidance's Lark notation.
 
     Raises:
-      ApiError: 422, a schema does not list properties.
+      ApiError: 422, a schema does not list properties, or names those required otherwise than in a
+        list.
     """
     rules: list[str] = []
     for number, function in enumerate(functions):
@@ -49,6 +50,12 @@ def _call(number: int, function: Mapping[str, Any]) -> list[str]:
             "the model's format has an element for each; or leave tool_choice at auto",
         )
     needed = schema.get("required", [])
+    if not isinstance(needed, list) or not all(isinstance(each, str) for each in needed):
+        raise invalid(
+            "tools",
+            f"cannot bind a call of {name}: `required` of its parameters must be a list of names; "
+            "leave it out if there are none",
+        )
     shared = {key: schema[key] for key in _DEFINITIONS if key in schema}
     rules, lines = [], []
     for place, (key, inner) in enumerate(properties.items()):

@@ -95,3 +95,11 @@ def test_what_the_model_would_write_is_admitted(vocabulary):
 def test_schema_without_properties_is_refused(parameters):
     with pytest.raises(ApiError, match="a call of f: its parameters must be an object"):
         call_grammar([{"name": "f", "parameters": parameters}])
+
+
+@pytest.mark.parametrize("needed", [5, None, "city", [5]])
+def test_names_that_are_no_list_are_refused(needed):
+    parameters = {"properties": {"city": {"type": "string"}}, "required": needed}
+    with pytest.raises(ApiError, match="`required` of its parameters must be a list") as caught:
+        call_grammar([{"name": "f", "parameters": parameters}])
+    assert caught.value.status == 422
