@@ -67,7 +67,7 @@ class Worker:
         max_waiting: int,
         observe: Callable[[Worker], None] = lambda worker: None,
     ) -> None:
-        self._max_batch = max_batch
+        self._max_batch, self._max_waiting = max_batch, max_waiting
         self._waiting: FairQueue[Ticket] = FairQueue(max_waiting)
         self._running: dict[int, Ticket] = {}
         self._cancelled: list[Ticket] = []
@@ -109,8 +109,17 @@ class Worker:
         """Queues requests, all or none.
 
         Raises:
-          ApiError: 429, there is no room; 503, the worker is stopping.
+          ApiError: 422, there would be no room for them even if nobody else asked; 429, there is
+            none now; 503, the worker is stopping.
         """
+        most = self._max_batch + self._max_waiting
+        if len(tickets) > most:
+            raise ApiError(
+                422,
+                f"n times the number of prompts is {len(tickets)}; this server takes at most "
+                f"{most} replies at once (--max-batch and --max-waiting); ask for fewer",
+                param="n",
+            )
         with self._wake:
             if self._stopping:
                 raise ApiError(503, "the server is shutting down; try again", retry_after=1)

@@ -73,6 +73,16 @@ def test_full_queue_takes_all_of_a_request_or_nothing(start):
     assert len(gather(events, 15)) == 15
 
 
+def test_request_that_no_empty_queue_has_room_for_is_not_asked_to_come_again(start):
+    worker, _ = start(max_batch=2, max_waiting=3)
+    events = queue.SimpleQueue()
+    with pytest.raises(ApiError, match="is 6; this server takes at most 5 replies") as caught:
+        worker.submit([ticket(events, most=1) for _ in range(6)])
+    assert caught.value.status == 422 and caught.value.retry_after is None
+    worker.submit([ticket(events, most=1) for _ in range(5)])
+    assert len(gather(events, 5)) == 5
+
+
 def test_users_take_turns(start):
     worker, engine = start(closed=True, max_batch=1, max_waiting=9)
     events = queue.SimpleQueue()
