@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -195,13 +196,18 @@ class _Text:
         self.text = ""
         self._reports: list[TokenReport] = []
         self._sent_text, self._sent_reports, self._offset = 0, 0, 0
+        # A character may span several tokens; all of these lie where it begins.
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self._begins = False  # whether the prompt has a begin token, which the text leaves out
         self._finish: str | None = None
         self._first: TokenReport | None = None
 
     def echo(self, prompt: Sequence[int], scored: Scored | None) -> None:
         vocabulary = self._service.vocabulary
-        begins = vocabulary.bos and prompt[:1] == [vocabulary.coder.control[vocabulary.bos]]
-        self.text = vocabulary.coder.decode(prompt[1:] if begins else prompt, skip_special=False)
+        bos = vocabulary.bos
+        self._begins = bos is not None and prompt[:1] == [vocabulary.coder.control[bos]]
+        shown = prompt[1:] if self._begins else prompt
+        self.text = vocabulary.coder.decode(shown, skip_special=False)
         if scored is None or self._top is None:
             return
         self._first = TokenReport(prompt[0], 0.0, [], False)
@@ -241,6 +247,7 @@ class _Text:
             values.append(None)
             top.append(None)
             self._first = None
+            self._offset = 0 if self._begins else self._offset
         for report in reports:
             tokens.append(self._spell(report.token, offsets))
             values.append(report.logprob)
@@ -259,7 +266,7 @@ class _Text:
         }
 
     def _spell(self, token: int, offsets: list[int]) -> str:
-        text = self._service.spelled(token)[0]
+        text, data = self._service.spelled(token)
         offsets.append(self._offset)
-        self._offset += len(text)
+        self._offset += len(self._characters.decode(data))
         return text

@@ -77,10 +77,23 @@ def test_prompt_is_echoed_with_its_log_probabilities(start):
     assert "".join(logprobs["tokens"]) == f"{BOS}Some text more"
     assert logprobs["token_logprobs"] == [None, *range(-1, -len(ids) - 1, -1), *[-0.5] * len(new)]
     assert logprobs["top_logprobs"][0] is None and len(logprobs["top_logprobs"][1]) == 2
-    assert logprobs["text_offset"][:2] == [0, len(BOS)]
+    assert logprobs["text_offset"][:2] == [0, 0]  # the text leaves the begin token out
+    for token, place in zip(logprobs["tokens"][1:], logprobs["text_offset"][1:], strict=True):
+        assert choice["text"].startswith(token, place)
     assert len(set(map(len, logprobs.values()))) == 1
     body = post(site, PATH, prompt="Some text", echo=True, max_tokens=1)
     assert body["choices"][0]["text"].startswith("Some text") and not body["choices"][0]["logprobs"]
+
+
+def test_tokens_of_one_character_lie_where_it_begins(start):
+    site, _, coder = start("x")
+    ids = [*coder.encode("a\U0001f600b"), *coder.encode("c")]
+    body = post(site, PATH, prompt=ids, echo=True, logprobs=1, max_tokens=1)
+    (choice,) = body["choices"]
+    tokens, places = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    assert tokens.count("\ufffd") > 1  # the tokenizer cuts the character
+    assert places == [0, *[1] * (len(ids) - 3), 2, 3, 4]
+    assert choice["text"] == "a\U0001f600bcx"
 
 
 def test_hole_is_filled(start):
