@@ -37,7 +37,6 @@ KINDS = {
     "show": ROOTS,
     "plan": PLANNED,
 }
-EXAMPLE = {"grpo": "configs/grpo_countdown.py"}
 TOOLS = {*program.TOOLS, "NAME"}
 # What commands may need that no test has (`documented`).
 NEEDS = {
@@ -119,7 +118,7 @@ def check_tool(tool, argv, folder):
     elif getattr(given, "config", None):
         config = given.config
         if config == "CONFIG" or config.startswith("runs/"):  # the reader's own
-            config = parser(tool).get_default("config") or EXAMPLE.get(tool, "configs/tiny.py")
+            config = parser(tool).get_default("config") or "configs/tiny.py"
         settings.override(settings.load_any(config, KINDS[tool]), given.set)
 
 

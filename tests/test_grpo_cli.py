@@ -47,9 +47,10 @@ CONFIG = "configs/grpo_countdown.py"
         ),
         (("configs/tiny.py", "--init", "x"), 1, "ends with `config = Reinforcement(...)`"),
         ((CONFIG, "--init", "nowhere"), 1, "nowhere"),
-        ((), 2, "the following arguments are required: CONFIG"),
+        ((), 1, "grpo_countdown begins with a checkpoint; name it: --init CKPT"),
+        ((CONFIG, "more"), 2, "unrecognized arguments: more"),
     ],
-    ids=["no init", "k1", "key", "group", "another root", "no checkpoint", "usage"],
+    ids=["no init", "k1", "key", "group", "another root", "no checkpoint", "no config", "usage"],
 )
 def test_wrong_use_ends_with_one_message(arguments, code, message):
     returned, said = grpo(*arguments)

@@ -1,4 +1,4 @@
-"""Trains a model by reinforcement: it answers questions, answers are judged, better ones get
+r"""Trains a model by reinforcement: it answers questions, answers are judged, better ones get
 likelier. GRPO as DeepSeekMath and R1 print it, and its relatives by options (rl.*).
 
   # the countdown game, from a fine-tuned toy
@@ -42,7 +42,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     result = command.make_parser(__doc__)
-    command.add_config(result, kinds=(Reinforcement,))
+    command.add_config(result, default="configs/grpo_countdown.py", kinds=(Reinforcement,))
     command.add_initial(result)
     command.add_processes(result)
     return result
