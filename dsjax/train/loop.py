@@ -61,7 +61,7 @@ def run_steps(
       knobs: step (counted from 0) -> what else the step is given: floats, and arrays that it does
         not train; the float `learning_rate` is among them.
       evaluate: returns the held-out numbers of `session.state`; called every train.eval_every steps
-        but the last, after which the recipe evaluates in full.
+        but the last, after which the recipe evaluates in full; empty if nothing is held out.
       ahead: how many steps may be under way when the next is taken; 0 where the source needs what
         the last one learned.
       on_step: called with the metrics of each step, in order.
@@ -105,8 +105,8 @@ def run_steps(
             settle(leave=0)
         if saves or stops or _due(train.compare_every, done):
             session.compare_replicas()
-        if evaluates and done < train.steps:
-            session.log_evaluation(evaluate())
+        if evaluates and done < train.steps and (found := evaluate()):
+            session.log_evaluation(found)
         # The state of a step that was skipped is that of an earlier one, and may be why.
         if stops or (saves and not session.faults.in_a_row):
             on_save(metrics)

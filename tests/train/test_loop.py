@@ -84,7 +84,7 @@ def step(state, batch, knobs):
     return {"w": state["w"] + knobs["learning_rate"] * gap.mean()}, metrics
 
 
-def train(folder, config=CONFIG):
+def train(folder, config=CONFIG, *, measured=("eval_reward",)):
     """Returns the exit code, what the console showed, and what the hooks were called with."""
     output, seen = io.StringIO(), {"step": [], "save": [], "eval": [], "w": None}
 
@@ -98,7 +98,7 @@ def train(folder, config=CONFIG):
 
         def evaluate():
             seen["eval"].append(run.step)
-            return {"eval_reward": float(run.state["w"])}
+            return dict.fromkeys(measured, float(run.state["w"]))
 
         loop.run_steps(
             run,
@@ -174,6 +174,12 @@ def test_finished_run_does_nothing_and_other_data_is_refused(finished, tmp_path)
     assert code == 0 and "is finished" in output and seen["w"] is None
     with pytest.raises(ValueError, match=r"rl\.prompts was 4 and is now 8"):
         train(finished[0], dataclasses.replace(CONFIG, rl=Group(8)))
+
+
+def test_nothing_is_written_of_an_evaluation_without_numbers(tmp_path):
+    code, output, seen = train(tmp_path, measured=())
+    assert code == 0 and seen["eval"] == [2, 4]
+    assert "held-out" not in output and all("loss" in line for line in lines(tmp_path))
 
 
 def test_source_is_closed_when_a_step_fails(tmp_path, monkeypatch):
