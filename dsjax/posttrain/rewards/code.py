@@ -50,6 +50,8 @@ def score(completion: str, problem: Mapping[str, Any]) -> float:
     if isinstance(tests, Mapping):
         names = _functions(tests["asserts"])
         return float(execution.passes(program, tests["asserts"], names, limits))
+    if not tests:
+        raise ValueError("'tests' is empty, so no program can be judged by it")
     for test in tests:
         if time.monotonic() > deadline or not _passes(program, test, problem, limits):
             return 0.0

@@ -116,6 +116,11 @@ def test_assertions_hold_or_not(judge, program, worth):
     assert judge(program, ASSERTS) == worth
 
 
+def test_no_tests_prove_nothing(judge, caplog):
+    assert judge("def add(a, b): return a + b", {"entry": "add", "tests": []}) is None
+    assert "'tests' is empty" in caplog.text
+
+
 def test_published_forms_of_benchmarks_are_judged(judge):
     begun = "from typing import List\n\ndef twice(x):\n    return 2 * x\n\ndef four(x: List):\n"
     test = "def check(candidate):\n    assert candidate([1]) == twice(twice(1))\n"
