@@ -21,6 +21,7 @@ from rich.console import Console
 from dsjax.checkpoint import store
 from dsjax.checkpoint.load import load
 from dsjax.config.finetuning import FineTuning
+from dsjax.config.posttraining import TuningConfig
 from dsjax.generate.engine import Engine, Request
 from dsjax.generate.sampling import Sampling
 from dsjax.kernels.target import Target
@@ -73,7 +74,7 @@ def train(config: FineTuning, folder: Path, *, command: str, console: Console | 
     config = initial.fill(config)
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     data = read_data(config, initial, say)
-    config = with_steps(config, len(data.training))
+    config = with_steps(config, len(data.training), say)
 
     def recipe(under_way: Session) -> None:
         run = FineTuningRun(config, initial, data, under_way)
@@ -166,12 +167,22 @@ def _described(found: TokenizedConversations, key: str, length: int) -> str:
     return text
 
 
-def with_steps(config: FineTuning, rows: int) -> FineTuning:
-    """Returns the config with the steps that `sft.epochs` over so many rows take."""
-    if not config.sft.epochs:
+def with_steps(
+    config: FineTuning, rows: int, say: Callable[[str], None] = lambda text: None
+) -> FineTuning:
+    """Returns the config with the steps that `sft.epochs` over so many rows take; says so
+    where they replace steps that somebody asked for.
+    """
+    epochs, train = config.sft.epochs, config.train
+    if not epochs:
         return config
-    steps = max(math.ceil(config.sft.epochs * rows / config.train.batch_size), 1)
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+    steps = max(math.ceil(epochs * rows / train.batch_size), 1)
+    if train.steps not in (steps, TuningConfig.steps):
+        say(
+            f"sft.epochs={epochs:g} makes {steps:,} steps, and train.steps={train.steps} is not "
+            "read; sft.epochs=0 leaves the length to it"
+        )
+    return dataclasses.replace(config, train=dataclasses.replace(train, steps=steps))
 
 
 class FineTuningRun:

@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from dsjax import tables
+from dsjax.config.posttraining import TuningConfig
 from dsjax.config.preference import Preference
 from dsjax.display import duration
 from dsjax.kernels.target import Target
@@ -64,8 +65,9 @@ def train(config: Preference, folder: Path, *, command: str, console: Console | 
     console = console or Console(quiet=not processes.is_first())
     initial = open_initial(config.init)
     config = initial.fill(config)
-    data = read_data(config, initial, functools.partial(console.print, highlight=False))
-    config = with_steps(config, data.training.examples)
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    data = read_data(config, initial, say)
+    config = with_steps(config, data.training.examples, say)
 
     def recipe(under_way: Session) -> None:
         run = PreferenceRun(config, initial, data, under_way)
@@ -132,12 +134,22 @@ def read_data(config: Preference, initial: Initial, say: Callable[[str], None]) 
     return Data(cut(own, training), cut(apart, held) if len(held) else None)
 
 
-def with_steps(config: Preference, examples: int) -> Preference:
-    """Returns the config with the steps that `preference.epochs` over so many examples take."""
-    if not config.preference.epochs:
+def with_steps(
+    config: Preference, examples: int, say: Callable[[str], None] = lambda text: None
+) -> Preference:
+    """Returns the config with the steps that `preference.epochs` over so many examples take;
+    says so where they replace steps that somebody asked for.
+    """
+    epochs, train = config.preference.epochs, config.train
+    if not epochs:
         return config
-    steps = max(math.ceil(config.preference.epochs * examples / config.train.batch_size), 1)
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+    steps = max(math.ceil(epochs * examples / train.batch_size), 1)
+    if train.steps not in (steps, TuningConfig.steps):
+        say(
+            f"preference.epochs={epochs:g} makes {steps:,} steps, and train.steps={train.steps} is "
+            "not read; preference.epochs=0 leaves the length to it"
+        )
+    return dataclasses.replace(config, train=dataclasses.replace(train, steps=steps))
 
 
 class PreferenceRun:

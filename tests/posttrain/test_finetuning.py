@@ -232,6 +232,10 @@ def test_steps_follow_from_epochs(small):
     config = finetuning.with_steps(change(small, sft={"epochs": 2.5}), rows=9)
     assert config.train.steps == 6  # 22.5 rows in batches of 4
     assert finetuning.with_steps(small, rows=9) == small
+    said, both = [], change(small, sft={"epochs": 2.5}, train={"steps": 77})
+    assert finetuning.with_steps(both, 9, said.append) == config
+    assert "train.steps=77 is not read; sft.epochs=0 leaves" in said[0]
+    assert finetuning.with_steps(config, 9, said.append) == config and len(said) == 1
 
 
 def test_tokenizer_of_another_release_changes_the_format(small, tmp_path):

@@ -230,6 +230,15 @@ def test_epochs_decide_the_steps():
     )
     assert preferring.with_steps(wanted, 10).train.steps == 4
     assert preferring.with_steps(wanted, 1).train.steps == 1
+    said = []
+    preferring.with_steps(wanted, 10, said.append)
+    assert not said  # nobody asked for other steps
+    asked = dataclasses.replace(wanted, train=TuningConfig(batch_size=4, steps=9))
+    assert preferring.with_steps(asked, 10, said.append).train.steps == 4
+    assert said == [
+        "preference.epochs=1.5 makes 4 steps, and train.steps=9 is not read; "
+        "preference.epochs=0 leaves the length to it"
+    ]
 
 
 def test_batches_are_filled_with_rows_that_count_nothing():
