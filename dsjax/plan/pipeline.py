@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dsjax import tables
-from dsjax.files import writing
+from dsjax.files import check_writable, writing
 from dsjax.parallel import lockstep, schedules
 from dsjax.parallel.schedules import expected
 from dsjax.parallel.timetable import Costs, Schedule, simulate
@@ -20,10 +20,12 @@ def plan(name: str, stages: int, microbatches: int, out: Path | None = None) -> 
     """Returns the figures of a schedule, and draws it into the file `out`.
 
     Raises:
-      ValueError: there is no such schedule, or it cannot be built for these numbers.
+      ValueError: there is no such schedule, or it cannot be built for these numbers; or the file
+        cannot be written.
     """
     schedule = schedules.build(name, stages, microbatches)
     if out:
+        check_writable(out)
         with writing(out):
             drawing.draw(schedule, out)
     return summarize(schedule)

@@ -60,3 +60,10 @@ def test_formula_that_does_not_hold_is_not_printed():
     text = printed(pipeline.summarize(schedules.build("zb1p", 4, 2)))
     (line,) = (line for line in text.splitlines() if "bubble of a rank" in line)
     assert line.split()[-2:] == ["5", "-"]
+
+
+def test_picture_that_cannot_be_written_is_answered_with_a_remedy(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no folder .*; make it"):
+        pipeline.plan("1f1b", 2, 4, tmp_path / "absent" / "f.png")
+    with pytest.raises(ValueError, match="is a folder; name a file to write"):
+        pipeline.plan("1f1b", 2, 4, tmp_path)
