@@ -84,6 +84,7 @@ def test_score_of_a_text_is_that_of_its_tokens(checkpoint, tmp_path):
         ([], "one of the arguments --text --tokens is required"),
         (["--text", "a.txt", "--logits", "L.npy"], "--mtp-logits go with --tokens"),
         (["--text", "a.txt", "--image", "a.png"], "--high-pixels go with --tokens"),
+        (["--tokens", "T.npy", "--sequence-length", "5"], "and --no-bos go with --text"),
         (["--tokens", "T.npy", "--image", "a.png", "--pixels", "P.npy"], "not allowed with"),
         (["--tokens", "T.npy", "--high-pixels", "H.npy"], "--high-pixels goes with --pixels"),
     ],

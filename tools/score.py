@@ -54,8 +54,8 @@ def execute(arguments: argparse.Namespace) -> None:
         parser().error("--image, --pixels and --high-pixels go with --tokens")
     if arguments.high_pixels and not arguments.pixels:
         parser().error("--high-pixels goes with --pixels")
-    if arguments.tokens and (arguments.text_field or arguments.no_bos):
-        parser().error("--text-field and --no-bos go with --text")
+    if arguments.tokens and (arguments.sequence_length or arguments.text_field or arguments.no_bos):
+        parser().error("--sequence-length, --text-field and --no-bos go with --text")
     # --help and wrong usage need not wait for jax.
     from dsjax.infer import score
     from dsjax.parallel import compilation
