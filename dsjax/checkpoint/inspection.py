@@ -96,6 +96,8 @@ def summarize(
     if expect:
         implied = implied_by(path, overrides)
         return _described(path, implied, list(published(implied)), None)
+    if path.name == "config.json" and path.is_file():
+        raise ValueError(f"{path} has no weights to count; add --expect, or name its folder")
     check_kind(path)
     return _inspect_hf(path, overrides) if is_hf(path) else _inspect_ours(path, overrides)
 

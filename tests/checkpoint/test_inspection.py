@@ -164,6 +164,12 @@ def test_absent_mtp_is_told(tmp_path):
     assert summary["expected"]["tensor_count"] == len(tensors)
 
 
+def test_config_alone_points_to_expect(tmp_path):
+    write_json(tmp_path / "config.json", V3.config)
+    with pytest.raises(ValueError, match=r"config.json has no weights to count; add --expect"):
+        summarize(tmp_path / "config.json", expect=False)
+
+
 def test_folder_without_weights_points_to_expect(tmp_path):
     write_json(tmp_path / "config.json", V3.config)
     with pytest.raises(
