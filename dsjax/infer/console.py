@@ -23,6 +23,7 @@ from dsjax.checkpoint import load
 from dsjax.generate.engine import Engine, Statistics
 from dsjax.generate.request import Given
 from dsjax.generate.sampling import Sampling
+from dsjax.generate.speculative import check as check_drafting
 from dsjax.infer import places, token_files
 from dsjax.infer.answers import (
     MOST_NEW_TOKENS,
@@ -55,8 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     Raises:
       ValueError: the checkpoint, its tokenizer or the tokens cannot be used, the prompt is too
-        long, a base model should chat, or the mesh would split a cache that stays whole. All of
-        this is checked before the weights are read.
+        long, a base model should chat, the mesh would split a cache that stays whole, or the model
+        has nothing to draft with. All of this is checked before the weights are read.
     """
     checkpoint = load.open_checkpoint(arguments.checkpoint, dict(arguments.override))
     named = {key: getattr(arguments, key) for key in ("temperature", "top_k", "top_p", "min_p")}
@@ -65,6 +66,8 @@ def run(arguments: argparse.Namespace) -> None:
     sampling = dataclasses.replace(defaults, seed=arguments.seed, **given)
     mesh = submesh(arguments.mesh)
     check_split(checkpoint.model, mesh)
+    if arguments.speculative:
+        check_drafting(checkpoint.model)
 
     def open_engine() -> Engine:
         model = load_weights(checkpoint, mesh, arguments.dtype)
@@ -87,8 +90,15 @@ def _run_tokens(
         arguments.tokens, config.vocab_size, max_length=config.max_seq_len
     )
     token_files.check_outputs([arguments.out], arguments.tokens)
-    room = max(config.max_seq_len - prompts_BT.shape[1], 1)
-    n_tokens = arguments.max_new_tokens or min(MOST_NEW_TOKENS, room)
+    length = prompts_BT.shape[1]
+    room = config.max_seq_len - length
+    n_tokens = arguments.max_new_tokens or min(MOST_NEW_TOKENS, max(room, 1))
+    if n_tokens > room:
+        raise ValueError(
+            f"{arguments.tokens}: rows of {length} tokens and --max-new-tokens {n_tokens} exceed "
+            f"the model's context of {config.max_seq_len} (model.max_seq_len); shorten the rows or "
+            "ask for fewer tokens"
+        )
     engine = open_engine()
     new_BT = continue_tokens(engine, prompts_BT, max_new_tokens=n_tokens, sampling=sampling)
     with token_files.ArrayWriter(arguments.out, new_BT.shape, new_BT.dtype) as writer:

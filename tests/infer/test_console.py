@@ -151,7 +151,7 @@ def checkpoint(tmp_path, monkeypatch):
         opened = types.SimpleNamespace(
             tokenizer_folder=tmp_path,
             hf=None,
-            model=types.SimpleNamespace(vocab_size=VOCAB_SIZE, max_seq_len=500),
+            model=types.SimpleNamespace(vocab_size=VOCAB_SIZE, max_seq_len=500, n_mtp=0),
         )
         engine = ScriptedEngine(*replies)
         monkeypatch.setattr(console.load, "open_checkpoint", lambda path, overrides: opened)
@@ -234,11 +234,12 @@ def test_tokens_fill_the_context_without_a_number(checkpoint, tmp_path):
         ({"prompt": "a", "thinking": True}, "--thinking needs a chat format"),
         ({"prompt": "", "no_bos": True}, "there is no begin token to start from; give some text"),
         ({"prompt": "a", "top_p": 7.0}, r"top_p=7.0 must lie in \(0, 1\]"),
+        ({"prompt": "a", "speculative": True}, "this model has none"),
         ({"prompt": "a", "stop": ["x", ""]}, "a stop string is empty"),
         ({"prompt": "a" * 500}, "the prompt has 501 tokens, which fill the model's context of 500"),
         ({"tokens": Path("none.npy"), "out": Path("o.npy")}, "No such file or directory"),
     ],
-    ids=["chat", "thinking", "no bos", "top_p", "stop", "long", "tokens"],
+    ids=["chat", "thinking", "no bos", "top_p", "drafts", "stop", "long", "tokens"],
 )
 def test_run_refuses_before_it_reads_weights(checkpoint, monkeypatch, options, message):
     checkpoint(control={key: i for key, i in R1.items() if i < 3})
@@ -249,6 +250,20 @@ def test_run_refuses_before_it_reads_weights(checkpoint, monkeypatch, options, m
     monkeypatch.setattr(console, "load_weights", load_weights)
     with pytest.raises((ValueError, OSError), match=message):
         run(**options)
+
+
+def test_rows_without_room_are_one_message_before_weights_are_read(
+    checkpoint, monkeypatch, tmp_path
+):
+    checkpoint()
+    monkeypatch.setattr(console, "load_weights", lambda *_: pytest.fail("weights were read"))
+    rows, out = tmp_path / "p.npy", tmp_path / "o.npy"
+    for length, asked, said in ((498, 3, 3), (500, None, 1)):
+        np.save(rows, np.full((2, length), 5))
+        message = f"rows of {length} tokens and --max-new-tokens {said} exceed .* of 500"
+        with pytest.raises(ValueError, match=message) as refused:
+            run(tokens=rows, out=out, max_new_tokens=asked)
+        assert "\n" not in str(refused.value)
 
 
 def test_config_of_a_mesh_reaches_the_weights(checkpoint, monkeypatch):
