@@ -133,9 +133,8 @@ def export_checkpoint(source: Path, target: Path, *, dtype: str, progress: Trans
             raise ValueError(f"--dtype {dtype}: the other layout of {source} keeps its dtype")
         return relayout(checkpoint, target, progress)
     if weights is None:
-        raise ValueError(
-            f"{source} is a Hugging Face folder already; import it, then export the result"
-        )
+        kind = "GGUF file" if source.is_file() else "Hugging Face folder already"
+        raise ValueError(f"{source} is a {kind}; import it, then export the result")
     parts = _plan(checkpoint, weights, dtype)
     block, scale = weights.block or BLOCK, families.find(checkpoint.family).scale
     config = _config(checkpoint, parts, block)

@@ -148,3 +148,12 @@ def test_choices_for_the_other_kind_of_target_are_refused(tmp_path):
         export(folder, tmp_path / "x", dtype="keep", choice="Q8_0", progress=quiet())
     with pytest.raises(ValueError, match="--dtype bfloat16 is for folders"):
         export(folder, tmp_path / "x.gguf", dtype="bfloat16", choice=None, progress=quiet())
+
+
+def test_export_of_a_file_to_a_folder_names_the_way_through_import(tmp_path):
+    exported(checkpoint(tmp_path / "hf", "llama"), tmp_path / "m.gguf")
+    with pytest.raises(ValueError, match=r"m.gguf is a GGUF file; import it, then export"):
+        send_out(tmp_path / "m.gguf", tmp_path / "out")
+    bring_in(tmp_path / "m.gguf", tmp_path / "ours")
+    send_out(tmp_path / "ours", tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
