@@ -56,6 +56,7 @@ Departures from the report, and what it leaves open:
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
@@ -153,9 +154,13 @@ def quantize_block(
 
 
 def _two_sizes(block: Sequence[int]) -> tuple[int, int]:
-    if len(block) != 2 or min(block) < 1:
+    try:
+        rows, columns = map(operator.index, block)
+    except (TypeError, ValueError):  # one number alone, a fraction, or more or fewer than two
+        rows = columns = 0
+    if min(rows, columns) < 1:
         raise ValueError(f"block={block} is not two positive sizes; the report's is (128, 128)")
-    return int(block[0]), int(block[1])
+    return rows, columns
 
 
 def round_trip(

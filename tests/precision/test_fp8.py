@@ -222,6 +222,11 @@ def test_quantize_rejects_what_it_cannot_tile():
         quantize_block(np.zeros(128, np.float32))
     with pytest.raises(ValueError, match=r"floating arrays.*not int32"):
         quantize_block(np.zeros((2, 2), np.int32))
+    for block in (128, (128,), (1, 2, 3), (1.5, 2)):
+        with pytest.raises(ValueError, match=r"is not two positive sizes; the report's is"):
+            quantize_block(np.zeros((2, 2), np.float32), block)  # pyright: ignore
+    sizes = np.array([1, 2]).tolist()
+    assert quantize_block(np.zeros((2, 2), np.float32), sizes).block == (1, 2)
     with pytest.raises(ValueError, match=r"block=\(0, 128\) is not two positive sizes"):
         quantize_block(np.zeros((2, 2), np.float32), (0, 128))
     with pytest.raises(ValueError, match="scale='e8m0' is not a kind of scale; use 'fp32' or"):
