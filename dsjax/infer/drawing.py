@@ -124,6 +124,8 @@ def run(arguments: argparse.Namespace) -> None:
     check_split(checkpoint.model, mesh)
     prompt = encode(checkpoint, form, order.prompt)
     out, name = arguments.out, checkpoint.path.resolve().name
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is not a folder, which --out names for the pictures of --prompt")
     paths = {seed: out / f"{seed}.png" for seed in order.seeds}
     left = [seed for seed in paths if not _is_drawn(paths[seed], order.settings(seed, name))]
     out.mkdir(parents=True, exist_ok=True)
@@ -235,7 +237,7 @@ def blanked(form: PicturedFormat, prompt: Sequence[int]) -> list[int]:
             f"the tokenizer has no {PAD!a}, which stands for a prompt's text in guidance; copy it "
             "again from the release"
         )
-    return [prompt[0], *[pad] * (len(prompt) - 2), prompt[-1]]
+    return [*prompt[:1], *[pad] * (len(prompt) - 2), *prompt[1:][-1:]]
 
 
 def _open_artist(

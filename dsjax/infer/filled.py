@@ -29,6 +29,11 @@ class PictureFiles(NamedTuple):
     pixels: Path | None = None
     high_pixels: Path | None = None  # the same, larger, for a model's second tower
 
+    @property
+    def paths(self) -> list[Path]:
+        """All files, to read."""
+        return [*self.images, *filter(None, (self.pixels, self.high_pixels))]
+
 
 NO_PICTURES = PictureFiles()
 

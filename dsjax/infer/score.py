@@ -257,7 +257,7 @@ def score_files(
         return score_text(scorer, given, length=length, progress=progress)
     assert tokens is not None
     ids = token_files.read_tokens(tokens, model.vocab_size, max_length=model.max_seq_len)
-    token_files.check_outputs(outputs, tokens)
+    token_files.check_outputs(outputs, tokens, *pictures.paths)
     if outputs.mtp_logits:
         check_mtp(model.n_mtp, ids.shape[1])
     given = fill(checkpoint, ids, pictures, mesh, dtype) if any(pictures) else ()

@@ -109,15 +109,15 @@ class ArrayWriter:
         assert kind is not None or self._left == 0, f"{self.path} lacks {self._left} elements"
 
 
-def check_outputs(outputs: Iterable[Path | None], source: Path) -> None:
+def check_outputs(outputs: Iterable[Path | None], *sources: Path) -> None:
     """Raises ValueError if a file cannot be written (see files.check_writable), or if one name is
-    meant for two.
+    meant for two, of which the sources are read.
     """
-    taken = {source.resolve()}
+    taken = {source.resolve() for source in sources}
     for path in filter(None, outputs):
         files.check_writable(path)
         if path.resolve() in taken:
             raise ValueError(
-                f"{path} is named twice, among {source} and the files to write; name each once"
+                f"{path} is named twice, among the files to read and to write; name each once"
             )
         taken.add(path.resolve())

@@ -187,3 +187,9 @@ def test_a_vae_of_other_latents_is_refused(flowing, tmp_path):
     other = write_vae(tmp_path / "vae", ones, config)
     with pytest.raises(ValueError, match="has 16 numbers per latent, and the model draws 4"):
         run(flowing, tmp_path, vae=other)
+
+
+def test_pictures_go_into_a_folder(folder, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="a.png is not a folder, which --out names"):
+        run(folder, tmp_path / "a.png")

@@ -81,3 +81,15 @@ def test_ids_leave_room_for_a_picture(tmp_path):
     np.save(tmp_path / "T.npy", np.ones((1, 509), int))
     with pytest.raises(ValueError, match="a prompt of 509 tokens and a picture of 4 exceed"):
         drawn_tokens.run(options(folder, tokens=tmp_path / "T.npy", out=tmp_path / "O.npy"))
+
+
+def test_a_prompt_of_one_token_has_no_text_to_blank_out(tmp_path):
+    folder = toy.write(tmp_path / "janus")
+    np.save(tmp_path / "T.npy", [[toy.CONTROL["<begin_of_image>"]]])
+    given = {"tokens": tmp_path / "T.npy", "temperature": 0.0}
+    drawn = []
+    for guidance in (1.0, 5.0):  # both rows are the same, so guidance changes nothing
+        out = tmp_path / f"{guidance}.npy"
+        drawn_tokens.run(options(folder, out=out, guidance=guidance, **given))
+        drawn.append(np.load(out))
+    np.testing.assert_allclose(*drawn, atol=1e-5)

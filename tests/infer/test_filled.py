@@ -177,3 +177,19 @@ def test_a_second_tower_has_pixels_of_its_own(tmp_path, monkeypatch):
     assert_close(given.values, looking.given(turn, ids).values, LOGITS)
     with pytest.raises(ValueError, match=r"has a second tower: give --high-pixels H\.npy"):
         fill(checkpoint, np.array([ids]), PictureFiles(pixels=files.pixels))
+
+
+@pytest.mark.parametrize("name", ["images", "pixels"])
+def test_logits_do_not_replace_the_pictures(checkpoint, shown, tmp_path, name):
+    np.save(tmp_path / "T.npy", IDS[:1])
+    path = tmp_path / "picture"
+    path.write_bytes(shown[0][0].read_bytes())
+    given = PictureFiles(**{name: [path] if name == "images" else path})
+    with pytest.raises(ValueError, match="picture is named twice"):
+        score.score_files(
+            checkpoint,
+            tokens=tmp_path / "T.npy",
+            pictures=given,
+            outputs=score.Outputs(logits=path),
+        )
+    assert path.read_bytes() == shown[0][0].read_bytes()
