@@ -44,10 +44,15 @@ def run(
     Args:
       table: the rules, with the recipe's changes.
       jobs: of stage `read`.
+
+    Raises:
+      ValueError: the files hold no document; or see `prepare.prepare`.
     """
     key = fingerprint(reading.VERSION, reading.identity(jobs))
     read = pool.run(Stage("work/read", reading.read, jobs, key))
     names = [f"{name}.parquet" for found in read.found for name in found["shards"]]
+    if not names:
+        raise ValueError(_nothing_read(jobs, read))
     kinds = {source.name: source.kind for source in recipe.sources}
     tagged = pool.run(_tagging(recipe, kinds, names, read))
     wanted = recipe.languages, recipe.language_score
@@ -82,6 +87,14 @@ def run(
             : reading.PROBLEMS
         ],
     }
+
+
+def _nothing_read(jobs: Sequence[reading.Job], read: Result) -> str:
+    problems = [text for found in read.found for text in found["problems"]]
+    skipped = sum(found["rejected"] for found in read.found)
+    why = f"what they hold was skipped ({skipped:,}), first: {problems[0]}" if problems else "empty"
+    globs = ", ".join(dict.fromkeys(job.source.files for job in jobs))
+    return f"the files of {globs} have no document: {why}; name files that hold text"
 
 
 def _tagging(recipe: Recipe, kinds: Mapping[str, str], names: Sequence[str], read: Result) -> Stage:

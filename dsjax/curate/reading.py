@@ -177,8 +177,9 @@ def _documents(job: Job, rejected: documents.Rejected) -> Iterator[documents.Doc
             job.files, text_field=job.source.text_field, rejected=note
         )
     except ValueError as error:
+        advice = str(error).replace("data.text_field", "text_field of its Source in a recipe")
         raise ValueError(
-            f"source {job.source.name}: {error}; or go on without: --set on_bad=skip"
+            f"source {job.source.name}: {advice}; or go on without: --set on_bad=skip"
         ) from error
 
 

@@ -60,3 +60,17 @@ def test_evaluation_files_and_no_deduplication(folder):
     found, texts = run(folder, duplicates="off", decontaminate=f"{folder}/test.txt")
     assert set(texts) == {"code/one", "code/two", "code/three", "text/a.txt"}
     assert found["sources"]["text"]["removed"] == {"contaminated": [1, 66]}
+
+
+@pytest.mark.parametrize(
+    "data, why",
+    [
+        (b"", "empty; name files"),
+        (b"\xff", r"what they hold was skipped \(1\), first: .*not UTF-8"),
+    ],
+)
+def test_files_without_a_document_are_named(folder, data, why):
+    (folder / "none.txt").write_bytes(data)
+    source = Source(name="none", files=f"{folder}/none.txt")
+    with pytest.raises(ValueError, match=rf"none\.txt have no document: {why}"):
+        prepare.prepare(Recipe(sources=(source,), on_bad="skip"), folder / "out", 1)

@@ -249,3 +249,10 @@ def test_file_that_vanished_or_cannot_be_opened_is_told(tmp_path, texts):
     assert [row["id"] for row in shards.rows(tmp_path / "00000-0000.parquet")] == ["s/2.txt"]
     assert "0.txt: No such file" in found["problems"][0]
     assert "1.txt: Is a directory" in found["problems"][1]
+
+
+def test_missing_field_is_set_where_a_recipe_has_it(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
+    (job,) = reading.plan(Recipe(sources=(Source(name="s", files=f"{tmp_path}/a.jsonl"),)))
+    with pytest.raises(ValueError, match="set text_field of its Source in a recipe; or go on"):
+        reading.read(job, tmp_path, 0)
