@@ -129,6 +129,7 @@ class _Rejected:
 
     def __call__(self, file: documents.Source, problem: str) -> None:
         self.count += 1
+        problem = _told(problem)
         if len(self.problems) < PROBLEMS:
             self.problems.append(problem)
         line = json.dumps({"file": file.path, "problem": problem})
@@ -177,10 +178,14 @@ def _documents(job: Job, rejected: documents.Rejected) -> Iterator[documents.Doc
             job.files, text_field=job.source.text_field, rejected=note
         )
     except ValueError as error:
-        advice = str(error).replace("data.text_field", "text_field of its Source in a recipe")
         raise ValueError(
-            f"source {job.source.name}: {advice}; or go on without: --set on_bad=skip"
+            f"source {job.source.name}: {_told(str(error))}; or go on without: --set on_bad=skip"
         ) from error
+
+
+def _told(problem: str) -> str:
+    """Names the option of a recipe in place of the trainer's key."""
+    return problem.replace("data.text_field", "text_field of its Source in a recipe")
 
 
 def _write_shard(path: Path, found: Iterator[documents.Document], job: Job) -> tuple[int, int]:

@@ -146,3 +146,12 @@ def test_near_duplicates_and_quotes_of_evaluation_files_are_removed(texts, tmp_p
     paths = (tmp_path / "out/text").glob("*.parquet")
     kept = "".join(row["text"] for path in paths for row in shards.rows(path))
     assert "the river" in kept and "river south" not in kept
+
+
+def test_result_is_not_its_own_input(texts, tmp_path, no_page):
+    chosen = Recipe(sources=(Source(name="s", files=f"{texts}/**/*.parquet,{texts}/*.txt"),))
+    out = texts / "out"
+    (out / "text").mkdir(parents=True)
+    (out / "text/train-s-00000.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"00000\.parquet is in --out .* choose a folder"):
+        prepare.prepare(chosen, out, 1)

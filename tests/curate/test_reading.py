@@ -1,6 +1,7 @@
 """Reading: every document once, in shards that depend on the files alone."""
 
 import bz2
+import dataclasses
 import gzip
 import io
 import json
@@ -256,3 +257,5 @@ def test_missing_field_is_set_where_a_recipe_has_it(tmp_path):
     (job,) = reading.plan(Recipe(sources=(Source(name="s", files=f"{tmp_path}/a.jsonl"),)))
     with pytest.raises(ValueError, match="set text_field of its Source in a recipe; or go on"):
         reading.read(job, tmp_path, 0)
+    found = reading.read(dataclasses.replace(job, skip=True), tmp_path, 0)
+    assert found["problems"][0].endswith("set text_field of its Source in a recipe")
