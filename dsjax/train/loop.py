@@ -15,6 +15,8 @@ import jax
 import numpy as np
 
 from dsjax.parallel import processes
+from dsjax.train import plots
+from dsjax.train.expert_load import ExpertLoad
 from dsjax.train.report import described
 from dsjax.train.session import Session
 from dsjax.train.source import Taken
@@ -49,14 +51,13 @@ def run_steps(
     knobs: Callable[[int], Mapping[str, Any]],
     evaluate: Callable[[], Mapping[str, float]],
     ahead: int = 1,
-    on_step: Callable[[Metrics], None] = lambda metrics: None,
-    on_save: Callable[[Metrics], None] = lambda metrics: None,
 ) -> None:
     """Takes steps until the run ends or a signal comes; the last step is saved either way.
 
     Args:
       train_step: (state, batch, knobs) -> (state, metrics). Metrics are scalars, which are logged,
-        with at least `loss`, `grad_norm` and `skipped`, true if the step left the state as it was.
+        with at least `loss`, `grad_norm` and `skipped`, true if the step left the state as it was;
+        besides, with experts, `expert_load`, which is written at each checkpoint.
       batch_size: step (counted from 0) -> what to take from the source.
       knobs: step (counted from 0) -> what else the step is given: floats, and arrays that it does
         not train; the float `learning_rate` is among them.
@@ -64,17 +65,16 @@ def run_steps(
         but the last, after which the recipe evaluates in full; empty if nothing is held out.
       ahead: how many steps may be under way when the next is taken; 0 where the source needs what
         the last one learned.
-      on_step: called with the metrics of each step, in order.
-      on_save: called with the metrics of the newest step before each checkpoint.
     """
-    train = session.config.train
+    train, load = session.config.train, ExpertLoad()
     under_way: collections.deque[_Dispatched] = collections.deque()
 
     def settle(*, leave: int) -> None:
         while len(under_way) > leave:
             dispatched = under_way.popleft()
             _settle(session, dispatched)
-            on_step(dispatched.metrics)
+            if "expert_load" in dispatched.metrics:
+                load.add(np.asarray(dispatched.metrics["expert_load"]))
 
     session.meter.start()
     for index in range(session.step, train.steps):
@@ -109,7 +109,8 @@ def run_steps(
             session.log_evaluation(found)
         # The state of a step that was skipped is that of an earlier one, and may be why.
         if stops or (saves and not session.faults.in_a_row):
-            on_save(metrics)
+            if "expert_load" in metrics:
+                _write_load(session, load, np.asarray(metrics["expert_load"]))
             session.save()
         if stops:
             return
@@ -120,6 +121,21 @@ def run_steps(
 
 def _due(every: int, done: int) -> bool:
     return every > 0 and done % every == 0
+
+
+def _write_load(session: Session, load: ExpertLoad, last_LE: np.ndarray) -> None:
+    """Writes the experts' load since the last checkpoint and, after the last step, draws it."""
+    if session.metrics is None:
+        return
+    load.write(session.folder, session.step)
+    # Drawn here and not when the run is finished, which another session, without a step, may do.
+    if session.step == session.config.train.steps:
+        plots.draw_expert_load(
+            session.folder / "expert_load.png",
+            session.metrics.lines(),
+            last_LE,
+            session.config.name,
+        )
 
 
 def _settle(session: Session, dispatched: _Dispatched) -> None:

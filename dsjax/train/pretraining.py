@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
@@ -27,10 +26,9 @@ from dsjax.parallel.compilation import Compiled
 from dsjax.parallel.context import check_length
 from dsjax.parallel.mesh import make_mesh
 from dsjax.precision.policy import advice
-from dsjax.train import header, hyperparameters, loop, pipelined_step, plots, session, text
+from dsjax.train import header, hyperparameters, loop, pipelined_step, session, text
 from dsjax.train.batches import batch_sharding, place_all
 from dsjax.train.evaluate import Evaluation, evaluate, scorer
-from dsjax.train.expert_load import ExpertLoad
 from dsjax.train.initial import open_initial, state_of
 from dsjax.train.loss import pretraining
 from dsjax.train.optimizer import Optimizer, Trains, adamw
@@ -63,8 +61,6 @@ def train(config: Config, folder: Path, *, command: str, console: Console | None
             batch_size=lambda step: hyperparameters.batch_size(config.train, step),
             knobs=lambda step: hyperparameters.knobs(config, step),
             evaluate=run.evaluate_sample,
-            on_step=run.add_expert_load,
-            on_save=run.write_expert_load,
         )
         if not under_way.exit_code:
             run.finish()
@@ -73,7 +69,7 @@ def train(config: Config, folder: Path, *, command: str, console: Console | None
 
 
 class Pretraining:
-    """What pre-training adds to a session: text, programs, and the experts' load."""
+    """What pre-training adds to a session: text and programs."""
 
     def __init__(self, config: Config, run: Session, checkpoint: Checkpoint | None = None) -> None:
         """Prepares data and programs, and begins the session.
@@ -85,7 +81,7 @@ class Pretraining:
           ValueError: config, data, mesh, workdir or checkpoint do not fit; says what to do.
           OSError: a file cannot be read or written.
         """
-        self.config, self.session, self.expert_load = config, run, ExpertLoad()
+        self.config, self.session = config, run
         mesh, length = make_mesh(config.mesh.sizes), config.data.sequence_length
         # Fail early: these checks allocate nothing.
         batch_sharding((config.micro_batch_size, length + 1), mesh)
@@ -145,24 +141,6 @@ class Pretraining:
             batch_size=self.config.micro_batch_size,
             interrupted=interrupted,
         )
-
-    def add_expert_load(self, metrics: loop.Metrics) -> None:
-        if "expert_load" in metrics:
-            self.expert_load.add(np.asarray(metrics["expert_load"]))
-
-    def write_expert_load(self, metrics: loop.Metrics) -> None:
-        """Writes the experts' load since the last checkpoint and, after the last step, draws it."""
-        if self.session.metrics is None:
-            return
-        self.expert_load.write(self.session.folder, self.session.step)
-        # Drawn here and not in `finish`, which another session, without a last step, may run.
-        if "expert_load" in metrics and self.session.step == self.config.train.steps:
-            plots.draw_expert_load(
-                self.session.folder / "expert_load.png",
-                self.session.metrics.lines(),
-                np.asarray(metrics["expert_load"]),
-                self.config.name,
-            )
 
     def finish(self) -> None:
         """Scores all held-out text, writes a sample, and writes and shows summary.json.

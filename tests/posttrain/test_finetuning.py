@@ -123,7 +123,7 @@ def test_run_writes_its_files(finished):
     names = {path.name for path in folder.iterdir()}
     assert names >= {
         "config.json", "versions.json", "metrics.jsonl", "summary.json", "loss.png", "checkpoints",
-        "hf",
+        "hf", "expert_load.npz", "expert_load.png",
     }  # fmt: skip
     assert {path.name for path in (folder / "hf").iterdir()} == {"config.json", "tokenizer.json"}
     assert store.steps(folder / "checkpoints") == [3, 6]
