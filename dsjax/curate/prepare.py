@@ -80,8 +80,9 @@ def prepare(
 
 def _check_apart(jobs: Sequence[reading.Job], out: Path) -> None:
     """Raises ValueError if a glob takes what an earlier call wrote for text to prepare."""
+    own = out.resolve()
     for file in (file for job in jobs for file in job.files):
-        if Path(file.path).resolve().is_relative_to(out.resolve()):
+        if Path(file.path).resolve().is_relative_to(own):
             raise ValueError(
                 f"{file.path} is in --out {out}, and the result is not its own input; choose a "
                 "folder that the globs do not reach"
