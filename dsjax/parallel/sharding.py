@@ -204,10 +204,16 @@ def gather_for_use(w: jax.Array, axes: Sequence[str], dtype: DTypeLike) -> jax.A
     expert splits a dimension that fsdp or context splits too, gathered along expert. The compiler
     gathers the rest.
 
+    What does not divide stays as it lies. That is never a parameter, which would not have been
+    placed, but may be the scales of a small weight: where `generation_spec` leaves a matrix whole,
+    it can have fewer blocks than there are devices.
+
     Args:
       axes: logical axes of w's dimensions.
       dtype: the type in which w is sent where it is gathered; the result has w's own type.
     """
+    if not _divides(axes, w):
+        return w
     # Two steps, because the TPU's compiler gathers what all three dimensions of a torus split by
     # all-reduce, as a sum of arrays that are zero outside one shard: twice the bytes.
     if len(_steps(axes, w)) == 1:
@@ -236,6 +242,15 @@ def reduce_to_shards(dw: jax.Array, *axes: str) -> jax.Array:
     for spec in _steps(axes, dw)[:0:-1]:
         dw = jax.lax.with_sharding_constraint(dw, spec)
     return constrain(dw, *axes)
+
+
+def _divides(axes: Sequence[str], w: jax.Array) -> bool:
+    """Tells whether the current mesh can lay out an array as declared."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or all(
+        size % math.prod(_size(mesh, name) for name in AXIS_TABLE[axis]) == 0
+        for axis, size in zip(axes, w.shape, strict=True)
+    )
 
 
 def _steps(axes: Sequence[str], w: jax.Array) -> list[PartitionSpec]:

@@ -11,7 +11,7 @@ from flax import nnx
 
 import dsjax
 from dsjax.checkpoint import small_weights
-from dsjax.checkpoint.load import Checkpoint, open_checkpoint
+from dsjax.checkpoint.load import Checkpoint, load, open_checkpoint
 from dsjax.checkpoint.small_weights import FP8, INT4, INT8, format_of, stored_bytes
 from dsjax.generate.engine import Engine, Request
 from dsjax.generate.sampling import Sampling
@@ -19,6 +19,7 @@ from dsjax.model.layers import Constant, Float32, declare
 from dsjax.model.parameters import declarations
 from dsjax.model.transformer import Transformer
 from dsjax.parallel.mesh import make_mesh
+from dsjax.parallel.sharding import generation_spec
 from dsjax.precision.fp8 import BlockScaled, quantize_block
 from dsjax.precision.policy import Policy
 from dsjax.precision.small_weights import bits_per_weight
@@ -113,6 +114,19 @@ def test_a_mesh_gives_the_same_logits(folder, dtype, sizes):
     for name, value in parameters(model).items():
         if isinstance(value, BlockScaled):
             assert value.values.sharding.spec == value.scales.sharding.spec, name
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("dtype", ["int4", "fp8"])
+def test_a_model_that_generates_scores_with_fewer_blocks_than_devices(folder, dtype):
+    """As a server does for `echo`: what generation leaves whole has blocks of the whole."""
+    mesh = make_mesh({"expert": 8})
+    model = load(open_checkpoint(folder), mesh=mesh, dtype=dtype, look_up=generation_spec)
+    small = [value for value in parameters(model).values() if isinstance(value, BlockScaled)]
+    assert any(value.scales.shape[-2] < 8 for value in small)
+    with jax.set_mesh(mesh):
+        got = forward()(model, tokens())
+    assert_close(got, forward()(jax.device_get(widened(model)), tokens()), LOGITS, "logits")
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,19 @@
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.model.layers import Embedding, RouterState
+from dsjax.model.layers import Embedding, FeedForward, RouterState
 from dsjax.model.moe import MoE
 from dsjax.model.parameters import declarations, initialize, pinned, shardings
 from dsjax.model.transformer import Transformer
 from dsjax.parallel.mesh import make_mesh
 from dsjax.precision.policy import Policy
-from tests.closeness import EXACT, assert_close
+from dsjax.precision.small_weights import quantize
+from tests.closeness import EXACT, F32, assert_close
 from tests.model.tiny import TINY
 
 POLICY = Policy(jnp.float32)
@@ -60,6 +62,26 @@ def test_weights_travel_in_the_compute_type_and_the_router_in_float32():
         want = value.astype(jnp.bfloat16).astype(jnp.float32) if rounded else value
         assert not rounded or not np.array_equal(value, want)
         np.testing.assert_array_equal(used[path], want, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "scales"),
+    [({"expert": 8}, (2, 16)), ({"fsdp": 2, "expert": 4}, (2, 16)), ({"fsdp": 2}, (1, 16))],
+    ids=str,
+)
+def test_a_small_weight_may_have_fewer_blocks_than_devices(sizes, scales):
+    """Its numbers are split like any weight's; its scales too, where they divide."""
+    wide = initialize(FeedForward(32, 16, 0.5, POLICY), jax.random.key(0))
+    layer = jax.tree.map(lambda w: quantize(np.asarray(w), np.dtype(np.int8), 16), wide)
+    x = jax.random.normal(jax.random.key(1), (8, 32))
+    n_devices = math.prod(sizes.values())
+    with jax.set_mesh(make_mesh(sizes, n_devices=n_devices)):
+        up = jax.jit(lambda layer: pinned(layer, POLICY))(layer).w_up.get_value()
+        got = jax.jit(lambda layer, x: pinned(layer, POLICY)(x))(layer, x)
+    assert up.scales.sharding.shard_shape(up.scales.shape) == scales
+    parts = sizes.get("fsdp", n_devices)  # where two axes split the numbers, one is gathered
+    assert up.values.sharding.shard_shape(up.shape) == (32 // parts, 16)
+    assert_close(got, layer(x), F32)
 
 
 def test_router_bias_is_declared_apart_from_the_parameters():
