@@ -74,7 +74,7 @@ def test_command_plans_each_program_of_reinforcement_learning():
     [
         (schedule("dualpipe", 4, 6), 1, "at least 2 x stages"),
         (schedule("zigzag", 4, 8), 1, "there is no schedule 'zigzag'"),
-        ((*schedule("1f1b", 2, 2), "--out", "none/F.png"), 1, "No such file or directory: none/F"),
+        ((*schedule("1f1b", 2, 2), "--out", "none/F.png"), 1, "there is no folder none; make it"),
         (schedule("1f1b", "two", 8), 2, "--stages: invalid int value"),
         (("--schedule", "1f1b"), 2, "--stages, --microbatches"),
         ((), 2, "required: CONFIG, --topology"),
