@@ -26,6 +26,7 @@ configs, models or meshes; `Target` says which machine a program is compiled for
   grouped_mixture.py    the same where tokens choose more matrices than there are
   small_matmul.py       grouped products with weights of eight or four bits, for TPUs
   fp8_gemm.py           block-scaled FP8 products, slice by slice
+  hopper_scaled.py      the same with each slice's sums in registers, for Hopper GPUs
   varying.py            types of values that differ between devices inside `shard_map`
 
 What each is tested against stands in `tests/oracles/kernels.py`.

@@ -5,7 +5,9 @@ converted to float32, scaled, and added to the total.
 
 * `e4m3_product` is the machine's own E4M3 product. Training uses it where matrix units multiply
   E4M3 (`Target.multiplies_e4m3`), along with `scaled_grouped_matmul` and `scaled_grouped_outer`
-  for the experts. Elsewhere training emulates it (`dsjax.precision.matmul`).
+  for the experts; not on a Hopper whose program is not split by the compiler, which has kernels of
+  its own (`dsjax.kernels.hopper_scaled`). Elsewhere training emulates it
+  (`dsjax.precision.matmul`).
 * `float32_product` is the reference.
 
 Accuracy: products of E4M3 numbers are exact in float32, so only sums round. Where sums are float32,
@@ -14,8 +16,8 @@ off by about 0.1 % of the product's root mean square in a slice of 128 (`docs/fp
 the rounding of the operands is 3.7 %.
 
 Cost: each slice's sums leave the matrix unit through memory, at least 12 bytes of traffic per
-element of the result and 256 FLOPs. Only a kernel that keeps them in registers would reach the
-unit's peak rate; there is none here.
+element of the result and 256 FLOPs. Only a kernel that keeps them in registers could reach the
+unit's peak rate. Those for Hopper do, but multiply in float16.
 
 Paper: DeepSeek-V3 (arXiv:2412.19437) sections 3.3.2 and 3.5.2.
 """

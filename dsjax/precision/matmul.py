@@ -19,7 +19,9 @@ There are two ways to multiply them:
 * Native, where matrix units take E4M3 (`policy.native_fp8`): `dsjax.kernels.fp8_gemm` multiplies
   the E4M3 numbers themselves, one product per 128 elements of K, whose sums are converted to
   float32 and scaled. Within 1e-5 of the definition (`scaled_matmul` with float32 sums) where the
-  unit adds in float32; the 14 bits of a Hopper unit should cost 0.1 %, by our model of it.
+  unit adds in float32; the 14 bits of a Hopper unit should cost 0.1 %, by our model of it. On a
+  Hopper, where no mesh axis is left to the compiler, `dsjax.kernels.hopper_scaled` does the same
+  with float32 sums that stay in registers.
 * Emulated, elsewhere: the numbers times their scales, in a type that the machine multiplies anyway,
   accumulated in float32. With power-of-two scales bfloat16 and float32 both hold such an operand
   exactly (4 significant bits), the product of two is exact in float32, and only the order of
@@ -29,12 +31,14 @@ There are two ways to multiply them:
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from dsjax.kernels import hopper_scaled
 from dsjax.kernels.fp8_gemm import (
     e4m3_product,
     scaled_grouped_matmul,
@@ -42,7 +46,7 @@ from dsjax.kernels.fp8_gemm import (
     scaled_matmul,
 )
 from dsjax.kernels.grouped_matmul import align_groups, grouped_matmul, grouped_outer
-from dsjax.kernels.varying import by_hand
+from dsjax.kernels.varying import by_hand, call_shipped
 from dsjax.precision import small_weights
 from dsjax.precision.bands import matmul_in_bands
 from dsjax.precision.float_bits import FloatBits
@@ -74,19 +78,35 @@ def _operand(x: jax.Array, block: tuple[int, int], policy: Policy) -> jax.Array 
     return round_trip(x, block, policy.fp8, exact)
 
 
-def _matmul(x, y, dtype: DTypeLike) -> jax.Array:
+def _matmul(x, y, dtype: DTypeLike, policy: Policy) -> jax.Array:
     """Multiplies operands x[..., K] and y[K, N], accumulating in float32; returns `dtype`."""
     if isinstance(x, BlockScaled):
-        return _native_matmul(x, y).astype(dtype)
+        return _native_matmul(x, y, dtype, policy)
     wide = jnp.float32 if x.dtype == jnp.float32 else dtype
     return jnp.matmul(x, y, preferred_element_type=wide).astype(dtype)
 
 
-def _native_matmul(x: BlockScaled, y: BlockScaled) -> jax.Array:
-    scales_XN = jnp.repeat(y.scales, y.block[1], axis=1)[:, : y.values.shape[1]]
+def _native_matmul(x: BlockScaled, y: BlockScaled, dtype: DTypeLike, policy: Policy) -> jax.Array:
     rows, row_scales = (a.reshape(-1, a.shape[-1]) for a in (x.values, x.scales))
-    out_MN = scaled_matmul(rows, row_scales, y.values, scales_XN, product=e4m3_product)
-    return out_MN.reshape(*x.values.shape[:-1], -1)
+    scales_XN = _column_scales(y)
+    if _in_registers(policy, x, y):
+        multiply = functools.partial(hopper_scaled.matmul, dtype=dtype)
+        out_MN = call_shipped(multiply, rows, row_scales, y.values.mT, scales_XN.mT)
+    else:
+        out_MN = scaled_matmul(rows, row_scales, y.values, scales_XN, product=e4m3_product)
+    return out_MN.reshape(*x.values.shape[:-1], -1).astype(dtype)
+
+
+def _column_scales(y: BlockScaled) -> jax.Array:
+    """Returns the scales of y[..., K, N] for each column: [..., ceil(K / 128), N]."""
+    return jnp.repeat(y.scales, y.block[1], axis=-1)[..., : y.shape[-1]]
+
+
+def _in_registers(policy: Policy, *operands: BlockScaled) -> bool:
+    """Whether there is a kernel here that keeps a slice's sums in registers."""
+    # Pallas counts an array's elements in 32 bits up to 2^32 bytes.
+    small = all(x.values.size < 2**31 for x in operands)
+    return policy.target.is_hopper and by_hand() and small
 
 
 def _one_row(x: jax.Array, w_DF: jax.Array, policy: Policy) -> jax.Array:
@@ -120,16 +140,16 @@ def linear_forward(x: jax.Array, w_DF: Weight, policy: Policy) -> jax.Array:
     if policy.target.is_hopper and not policy.fp8 and x.size == x.shape[-1] and by_hand():
         return _one_row(x, w_DF, policy).astype(policy.compute)
     weight = _operand(w_DF, WEIGHT_BLOCK, policy)
-    return _matmul(_operand(x, CHANNEL_TILE, policy), weight, policy.compute)
+    return _matmul(_operand(x, CHANNEL_TILE, policy), weight, policy.compute, policy)
 
 
 def linear_backward(policy: Policy, residuals, dy):
     x, w_DF = residuals
     weight = _operand(w_DF, WEIGHT_BLOCK, policy)
-    dx = _matmul(_operand(dy, GRADIENT_TILE, policy), weight.mT, policy.compute)
+    dx = _matmul(_operand(dy, GRADIENT_TILE, policy), weight.mT, policy.compute, policy)
     x_MD, dy_MF = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     x_MD, dy_MF = _operand(x_MD, TOKEN_TILE, policy), _operand(dy_MF, TOKEN_TILE, policy)
-    dw_DF = _matmul(x_MD.mT, dy_MF, jnp.float32)
+    dw_DF = _matmul(x_MD.mT, dy_MF, jnp.float32, policy)
     return dx.astype(x.dtype), dw_DF.astype(w_DF.dtype)
 
 
@@ -165,6 +185,10 @@ def _grouped_matmul(x, w, sizes_E: jax.Array, policy: Policy, transpose_w: bool 
     """Multiplies [A, D] by [E, D, F] ([E, F, D] with `transpose_w`): [A, F], compute type."""
     if isinstance(x, BlockScaled):
         w = w.mT if transpose_w else w
+        if _in_registers(policy, x, w):
+            multiply = functools.partial(hopper_scaled.grouped_matmul, dtype=policy.compute)
+            columns = w.values.mT, _column_scales(w).mT
+            return call_shipped(multiply, x.values, x.scales, *columns, sizes_E)
         out_AF = scaled_grouped_matmul(x.values, x.scales, w.values, w.scales, sizes_E)
         return out_AF.astype(policy.compute)
     return grouped_matmul(
@@ -174,6 +198,9 @@ def _grouped_matmul(x, w, sizes_E: jax.Array, policy: Policy, transpose_w: bool 
 
 def _grouped_outer(x, dy, sizes_E: jax.Array, policy: Policy) -> jax.Array:
     if isinstance(x, BlockScaled):
+        if _in_registers(policy, x, dy):
+            operands = (a.mT for a in (x.values, x.scales, dy.values, dy.scales))
+            return call_shipped(hopper_scaled.grouped_outer, *operands, sizes_E)
         return scaled_grouped_outer(x.values, x.scales, dy.values, dy.scales, sizes_E)
     return grouped_outer(x, dy, sizes_E, policy.target)
 

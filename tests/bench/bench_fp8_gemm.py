@@ -2,9 +2,10 @@
 
 Operands are quantised beforehand, as for a figure of the product alone. Three ways, in turns:
 bfloat16 operands; `scaled_matmul` with the machine's own E4M3 product, which training runs where
-the device has units for it; and one E4M3 product without scales, which is no answer but the limit
-of any with them. The chip's limits are the rates of square products of both types in the same run.
-Each scaled product is compared with the float32 reference before it is timed.
+the device has units for it and no kernel of its own (`dsjax.kernels.hopper_scaled`); and one E4M3
+product without scales, which is no answer but the limit of any with them. The chip's limits are the
+rates of square products of both types in the same run. Each scaled product is compared with the
+float32 reference before it is timed.
 
 On a machine without E4M3 units the shapes are small ones, to show that the benchmark works.
 

@@ -92,7 +92,9 @@ def part_of(kernel: Kernel) -> str:
 
 def multiplies(kernel: Kernel) -> bool:
     libraries = "cublas", "cudnn", "mosaic_gpu"
-    return "gemm" in kernel.name or any(name in kernel.operation for name in libraries)
+    if "gemm" in kernel.name or any(name in kernel.operation for name in libraries):
+        return True
+    return "scaled_grouped" in kernel.scope  # the Triton kernels of FP8
 
 
 def products(model: ModelConfig, tokens: int) -> list[tuple[int, int, int]]:

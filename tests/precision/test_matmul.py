@@ -1,11 +1,14 @@
 """The three products of a linear layer: values, gradients and types."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from dsjax.kernels import hopper_scaled
 from dsjax.kernels.target import HOPPER, Target
 from dsjax.precision.matmul import float32_matmul, grouped_linear, linear, vocabulary_logits
 from dsjax.precision.policy import Policy
@@ -188,7 +191,7 @@ def test_fp8_tiles_every_dimension(native):
 
 
 @pytest.mark.parametrize(
-    ("target", "lowered_for"), [(HOPPER, "cuda"), (Target("tpu", (7,)), "tpu")]
+    ("target", "lowered_for"), [(Target("gpu", (10, 0)), "cuda"), (Target("tpu", (7,)), "tpu")]
 )
 def test_native_products_multiply_e4m3_and_nothing_else(target, lowered_for):
     """Read from the program for another machine, which need not be here."""
@@ -209,10 +212,63 @@ def test_native_products_multiply_e4m3_and_nothing_else(target, lowered_for):
         assert dot.count("f8E4M3FN>") == 2 and dot.endswith("xf32>"), dot
 
 
-def test_native_products_run_inside_shard_map():
+@pytest.fixture
+def kernels_run(monkeypatch):
+    """The names of the Hopper kernels that ran, here interpreted."""
+    names = []
+
+    def interpreted(name, kernel, *operands, **options):
+        names.append(name)
+        return kernel(*operands, **options | {"interpret": True})
+
+    for name in ("matmul", "grouped_matmul", "grouped_outer"):
+        kernel = getattr(hopper_scaled, name)
+        monkeypatch.setattr(hopper_scaled, name, functools.partial(interpreted, name, kernel))
+    return names
+
+
+@pytest.mark.parametrize(("kind", "compute"), [("fp32", jnp.float32), ("pow2", jnp.bfloat16)])
+def test_fp8_linear_products_by_hopper_kernels_equal_their_definition(kind, compute, kernels_run):
+    x, w, dy = _fp8_operands(160)
+    policy, shape = Policy(compute, HOPPER, fp8=kind), (4, 40, -1)
+    if compute == jnp.bfloat16:
+        x, dy = (np.asarray(jnp.asarray(a, compute), np.float32) for a in (x, dy))
+    got = _products(lambda x, w: linear(x, w, policy), x.reshape(shape), w[0], dy.reshape(shape))
+    # Each product is one of a single group.
+    assert kernels_run == ["matmul", "grouped_matmul"] * 3
+    assert got[0].dtype == compute and got[1].dtype == got[2].dtype == jnp.float32
+    levels = (F32, F32, F32) if compute == jnp.float32 else (BF16, BF16, F32)
+    for g, want, level in zip(got, _fp8_products(x, w[0], dy, kind), levels, strict=True):
+        assert_close(g.reshape(want.shape), want, level, "product")
+
+
+def test_fp8_grouped_linear_products_by_hopper_kernels_equal_their_definition(kernels_run):
+    sizes = [130, 0, 11]
+    x, w, dy = _fp8_operands(sum(sizes), groups=len(sizes))
+    policy, sizes_E = Policy(jnp.float32, HOPPER, fp8="fp32"), jnp.asarray(sizes, jnp.int32)
+    y, dx, dw = _products(lambda x, w: grouped_linear(x, w, sizes_E, policy), x, w, dy)
+    assert kernels_run == ["grouped_matmul", "grouped_matmul", "grouped_outer"]
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    for e in range(len(sizes)):
+        mine = groups == e
+        want = _fp8_products(x[mine], w[e], dy[mine], "fp32")
+        for got, wanted in zip((y[mine], dx[mine], dw[e]), want, strict=True):
+            assert_close(got, wanted, F32, f"product of expert {e}")
+
+
+def test_hopper_kernels_are_not_for_meshes_that_the_compiler_splits(kernels_run):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, w, _ = map(jnp.asarray, _fp8_operands(2, dim=8, width=8))
+    with jax.set_mesh(mesh):
+        jax.make_jaxpr(lambda x, w: linear(x, w, Policy(target=HOPPER, fp8="fp32")))(x, w[0])
+    assert not kernels_run
+
+
+@pytest.mark.parametrize("target", [Target("cpu"), HOPPER], ids=lambda target: target.kind)
+def test_native_products_run_inside_shard_map(target):
     """As the experts of several devices do: the loops' sums differ from device to device."""
     mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
-    policy = Policy(jnp.float32, fp8="fp32", native_fp8=True)
+    policy = Policy(jnp.float32, target, fp8="fp32", native_fp8=True)
     x, w, dy = map(jnp.asarray, _fp8_operands(400, groups=2))
 
     def products(x, w, dy):
