@@ -1,11 +1,11 @@
 """Block-scaled FP8 products at DeepGEMM's published shapes against bfloat16, on this machine.
 
 Operands are quantised beforehand, as for a figure of the product alone. Three ways, in turns:
-bfloat16 operands; `scaled_matmul` with the machine's own E4M3 product, which training runs where
-the device has units for it and no kernel of its own (`dsjax.kernels.hopper_scaled`); and one E4M3
-product without scales, which is no answer but the limit of any with them. The chip's limits are the
-rates of square products of both types in the same run. Each scaled product is compared with the
-float32 reference before it is timed.
+bfloat16 operands; the scaled product that training runs where the device has units for E4M3, on a
+Hopper a kernel, elsewhere `scaled_matmul` with the machine's own E4M3 product; and one E4M3 product
+without scales, which is no answer but the limit of any with them. The chip's limits are the rates
+of square products of both types in the same run. Each scaled product is compared with the float32
+reference before it is timed.
 
 On a machine without E4M3 units the shapes are small ones, to show that the benchmark works.
 
@@ -14,6 +14,7 @@ Run: python -m tests.bench.bench_fp8_gemm
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from dsjax.kernels import hopper_scaled
 from dsjax.kernels.fp8_gemm import e4m3_product, scaled_matmul
 from dsjax.kernels.target import Target
 from dsjax.precision.fp8 import CHANNEL_TILE, E4M3, WEIGHT_BLOCK, quantize_block
@@ -42,12 +44,16 @@ def products(m: int, k: int, n: int) -> dict[str, Product]:
     x, w = quantize_block(x_MK, CHANNEL_TILE), quantize_block(w_KN, WEIGHT_BLOCK)
     scales_XN = jnp.repeat(w.scales, w.block[1], axis=1)[:, :n]
 
-    def scaled(x, scales_MX, w, scales_XN):
+    def by_slices(x, scales_MX, w, scales_XN):
         out_MN = scaled_matmul(x, scales_MX, w, scales_XN, product=e4m3_product)
         return out_MN.astype(jnp.bfloat16)
 
-    operands = x.values, x.scales, w.values, scales_XN
-    error = relative_l2(jax.jit(scaled)(*operands), jax.jit(scaled_matmul)(*operands))
+    given = x.values, x.scales, w.values, scales_XN
+    scaled, operands = by_slices, given
+    if Target.here().is_hopper:
+        scaled = functools.partial(hopper_scaled.matmul, dtype=jnp.bfloat16)
+        operands = x.values, x.scales, w.values.mT, scales_XN.mT
+    error = relative_l2(jax.jit(scaled)(*operands), jax.jit(scaled_matmul)(*given))
     if error > 5e-3:  # the result's own rounding and a 14-bit accumulator's
         raise SystemExit(f"{m} x {k} x {n}: {error:.2e} from the reference")
     ways = {

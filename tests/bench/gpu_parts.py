@@ -28,7 +28,7 @@ import numpy as np
 
 from configs.small import config as SMALL
 from dsjax.config import Config, ModelConfig, PrecisionConfig
-from dsjax.kernels import hopper_grouped
+from dsjax.kernels import hopper_grouped, hopper_scaled
 from dsjax.kernels.fp8_gemm import scaled_grouped_matmul
 from dsjax.kernels.grouped_matmul import grouped_matmul
 from dsjax.kernels.target import Target
@@ -297,17 +297,18 @@ def _grouped(groups: int, rows: int, k: int, n: int) -> dict[str, bench_fp8_gemm
     sizes_E = jnp.full(groups, rows, jnp.int32)
     x, w = quantize_block(x_AK, CHANNEL_TILE), quantize_block(w_EKN, WEIGHT_BLOCK)
 
-    def scaled(x, x_scales, w, w_scales, sizes_E):
+    def by_slices(x, x_scales, w, w_scales, sizes_E):
         return scaled_grouped_matmul(x, x_scales, w, w_scales, sizes_E).astype(jnp.bfloat16)
 
     bf16 = functools.partial(grouped_matmul, target=target, dtype=jnp.bfloat16)
+    scaled, columns = by_slices, (w.values, w.scales)
     if target.is_hopper:
         assert hopper_grouped.fits(x_AK, w_EKN)
+        scaled = functools.partial(hopper_scaled.grouped_matmul, dtype=jnp.bfloat16)
+        columns = w.values.mT, jnp.repeat(w.scales, WEIGHT_BLOCK[1], axis=2)[:, :, :n].mT
     return {
         "bf16": bench_fp8_gemm.bind(bf16, (x_AK, w_EKN, sizes_E)),
-        "scaled e4m3": bench_fp8_gemm.bind(
-            scaled, (x.values, x.scales, w.values, w.scales, sizes_E)
-        ),
+        "scaled e4m3": bench_fp8_gemm.bind(scaled, (x.values, x.scales, *columns, sizes_E)),
     }
 
 
@@ -331,7 +332,7 @@ def tests(dry_run: bool) -> None:
     """Tests that need a GPU; of a dry run, one that needs none."""
     on_gpu = (
         ["-m", "gpu or not gpu", "tests/kernels/test_cudnn_attention.py",
-         "tests/kernels/test_hopper_grouped.py"],
+         "tests/kernels/test_hopper_grouped.py", "tests/kernels/test_hopper_scaled.py"],
         ["-m", "gpu", "tests/precision/test_matmul.py"],
     )  # fmt: skip
     environment = {"JAX_PLATFORMS": "cpu" if dry_run else "cuda,cpu"}
