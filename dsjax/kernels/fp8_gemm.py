@@ -70,7 +70,7 @@ def scaled_matmul(
     Returns:
       [M, N] float32.
     """
-    a_MK, b_KN = _fill_up(a_MK, 1, promote_every), _fill_up(b_KN, 0, promote_every)
+    a_MK, b_KN = fill_up(a_MK, 1, promote_every), fill_up(b_KN, 0, promote_every)
 
     def promote(total_MN, inputs):
         start, a_scale_M, b_scale_N = inputs
@@ -107,8 +107,8 @@ def scaled_grouped_matmul(
     """
     (a, a_scales), aligned_E = align_groups((a_AK, a_scales_AX), sizes_E, SLICE)
     group_T = _group_of_tile(a.shape[0], aligned_E)
-    a_TRK = _fill_up(a, 1, SLICE).reshape(group_T.size, SLICE, -1)
-    b_EKN = _fill_up(b_EKN, 1, SLICE)
+    a_TRK = fill_up(a, 1, SLICE).reshape(group_T.size, SLICE, -1)
+    b_EKN = fill_up(b_EKN, 1, SLICE)
     width = b_EKN.shape[2]
 
     def promote(total_TRN, inputs):
@@ -166,7 +166,7 @@ def _group_of_tile(rows: int, sizes_E: jax.Array) -> jax.Array:
     return jnp.minimum(tiles, sizes_E.shape[0] - 1)
 
 
-def _fill_up(x: jax.Array, axis: int, size: int) -> jax.Array:
+def fill_up(x: jax.Array, axis: int, size: int) -> jax.Array:
     """Pads a dimension with zeros to a multiple of `size`."""
     padding = [(0, 0)] * x.ndim
     padding[axis] = (0, -x.shape[axis] % size)

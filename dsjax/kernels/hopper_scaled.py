@@ -27,9 +27,9 @@ from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 
 from dsjax.kernels.few_rows import whole
+from dsjax.kernels.fp8_gemm import SLICE, fill_up
 from dsjax.kernels.grouped_matmul import group_of_row
 
-SLICE = 128  # elements of K that share a scale
 _ROWS, _COLUMNS = 128, 128  # of a tile
 _PARAMETERS = triton.CompilerParams(num_warps=8, num_stages=4)
 
@@ -78,7 +78,7 @@ def grouped_matmul(
       [A, N], summed in float32.
     """
     A, (E, N) = len(a_AK), b_ENK.shape[:2]
-    a_AK, b_ENK = (_whole_slices(x, x.ndim - 1) for x in (a_AK, b_ENK))
+    a_AK, b_ENK = (fill_up(x, x.ndim - 1, SLICE) for x in (a_AK, b_ENK))
     operands = (
         *_tiles(sizes_E, A), a_AK, a_scales_AX.T,
         b_ENK.reshape(E * N, -1), b_scales_ENX.reshape(E * N, -1).T,
@@ -198,9 +198,3 @@ def _write(out, matrix, row_R, column_C, height, width, sums_RC) -> None:
     row, column = (lax.broadcast_in_dim(x, shape, (i,)) for i, x in enumerate((row_R, column_C)))
     own = out.at[(*matrix, row, column)]
     triton.store(own, sums_RC.astype(out.dtype), mask=(row < height) & (column < width))
-
-
-def _whole_slices(x: jax.Array, axis: int) -> jax.Array:
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, -x.shape[axis] % SLICE)
-    return jnp.pad(x, padding)

@@ -6,6 +6,7 @@ generates and exports.
   initial.py      the checkpoint that a run begins with: shape, tokenizer, chat format, weights
   messages.py     conversations in everybody's forms, as tokens with what is trained
   rows.py         conversations packed into rows
+  epochs.py       a run's length that is given in epochs
   supervised.py   the objective of fine-tuning
   esft.py         the choice of a task's experts, the only ones to train
   finetuning.py   a fine-tuning run: tools/sft.py

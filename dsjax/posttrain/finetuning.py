@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,6 @@ from rich.console import Console
 from dsjax.checkpoint import store
 from dsjax.checkpoint.load import load
 from dsjax.config.finetuning import FineTuning
-from dsjax.config.posttraining import TuningConfig
 from dsjax.generate.engine import Engine, Request
 from dsjax.generate.sampling import Sampling
 from dsjax.kernels.target import Target
@@ -32,6 +30,7 @@ from dsjax.parallel.compilation import Compiled
 from dsjax.parallel.context import check_length
 from dsjax.parallel.mesh import make_mesh
 from dsjax.posttrain import esft
+from dsjax.posttrain.epochs import over_epochs
 from dsjax.posttrain.initial import Initial, all_but_mtp, open_initial
 from dsjax.posttrain.messages import TokenizedConversations, read_conversations
 from dsjax.posttrain.rows import ConversationRows, HeldoutRows, hold_out
@@ -170,19 +169,11 @@ def _described(found: TokenizedConversations, key: str, length: int) -> str:
 def with_steps(
     config: FineTuning, rows: int, say: Callable[[str], None] = lambda text: None
 ) -> FineTuning:
-    """Returns the config with the steps that `sft.epochs` over so many rows take; says so
-    where they replace steps that somebody asked for.
-    """
-    epochs, train = config.sft.epochs, config.train
-    if not epochs:
+    """Returns the config with the steps that `sft.epochs` over so many rows take."""
+    if not (epochs := config.sft.epochs):
         return config
-    steps = max(math.ceil(epochs * rows / train.batch_size), 1)
-    if train.steps not in (steps, TuningConfig.steps):
-        say(
-            f"sft.epochs={epochs:g} makes {steps:,} steps, and train.steps={train.steps} is not "
-            "read; sft.epochs=0 leaves the length to it"
-        )
-    return dataclasses.replace(config, train=dataclasses.replace(train, steps=steps))
+    train = over_epochs(config.train, "sft", epochs, rows, say)
+    return dataclasses.replace(config, train=train)
 
 
 class FineTuningRun:

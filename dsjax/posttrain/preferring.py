@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from dsjax import tables
-from dsjax.config.posttraining import TuningConfig
 from dsjax.config.preference import Preference
 from dsjax.display import duration
 from dsjax.kernels.target import Target
@@ -31,6 +29,7 @@ from dsjax.parallel import processes
 from dsjax.parallel.compilation import Compiled
 from dsjax.parallel.context import check_length
 from dsjax.parallel.mesh import make_mesh
+from dsjax.posttrain.epochs import over_epochs
 from dsjax.posttrain.initial import Initial, all_but_mtp, open_initial
 from dsjax.posttrain.pairs import ExampleRows, Examples, read_examples
 from dsjax.posttrain.preference import answer_logp, preference
@@ -137,19 +136,11 @@ def read_data(config: Preference, initial: Initial, say: Callable[[str], None]) 
 def with_steps(
     config: Preference, examples: int, say: Callable[[str], None] = lambda text: None
 ) -> Preference:
-    """Returns the config with the steps that `preference.epochs` over so many examples take;
-    says so where they replace steps that somebody asked for.
-    """
-    epochs, train = config.preference.epochs, config.train
-    if not epochs:
+    """Returns the config with the steps that `preference.epochs` over so many examples take."""
+    if not (epochs := config.preference.epochs):
         return config
-    steps = max(math.ceil(epochs * examples / train.batch_size), 1)
-    if train.steps not in (steps, TuningConfig.steps):
-        say(
-            f"preference.epochs={epochs:g} makes {steps:,} steps, and train.steps={train.steps} is "
-            "not read; preference.epochs=0 leaves the length to it"
-        )
-    return dataclasses.replace(config, train=dataclasses.replace(train, steps=steps))
+    train = over_epochs(config.train, "preference", epochs, examples, say)
+    return dataclasses.replace(config, train=train)
 
 
 class PreferenceRun:
