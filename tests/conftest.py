@@ -3,7 +3,9 @@
 import gc
 import os
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 # jax reads these when it starts, so they come before its import.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -28,6 +30,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -35,3 +38,15 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 # Thousands of traced programs stay alive, and walking over them all is a twentieth of the time.
 gc.set_threshold(50_000, 20, 100)
+
+# Linux lets a process map 65,530 regions of memory (vm.max_map_count) and aborts it beyond; each
+# compiled program takes several.
+REGIONS, MOST_REGIONS = Path("/proc/self/maps"), 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_compiled_programs() -> Iterator[None]:
+    """After a module, forgets what is compiled if that has come to many regions of memory."""
+    yield
+    if REGIONS.exists() and REGIONS.read_bytes().count(b"\n") > MOST_REGIONS:
+        jax.clear_caches()
