@@ -36,8 +36,9 @@ async def complete_chat(
     asked = read_chat(values, service, user=user)
     requests, choices = await asyncio.to_thread(_prepare, asked, service)
     replies = Replies(
-        service.worker, service.metrics, service.limits, requests, choices, user=asked.options.user
-    )
+        service.worker, service.metrics, service.limits, requests, choices,
+        n=asked.options.n, user=asked.options.user,
+    )  # fmt: skip
     entry.begin(replies, asked.messages)
     kind = "chat.completion.chunk" if asked.options.stream else "chat.completion"
     answer = Answer("chatcmpl", kind, asked.model)

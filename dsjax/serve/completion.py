@@ -123,8 +123,9 @@ async def complete_text(
         for request in requests
     ]
     replies = Replies(
-        service.worker, service.metrics, service.limits, requests, choices, user=asked.options.user
-    )
+        service.worker, service.metrics, service.limits, requests, choices,
+        n=asked.options.n, user=asked.options.user,
+    )  # fmt: skip
     entry.begin(replies, asked.prompts)
     if asked.echo:
         await _echo(service, asked, prompts, texts)

@@ -30,6 +30,7 @@ class Replies:
     Args:
       requests: one per choice, for the engine.
       choices: what reads each one's tokens.
+      n: how many choices each prompt has, one after the other.
       user: whose turn it is, for the fair order.
     """
 
@@ -41,12 +42,14 @@ class Replies:
         requests: Sequence[Request],
         choices: Sequence[Choice],
         *,
+        n: int,
         user: str,
     ) -> None:
         self._worker, self._metrics = worker, metrics
         self.choices = list(choices)
-        self.prompts = [request.prompt for request in requests]
-        self._cached: dict[tuple[int, ...], int] = {}  # tokens of each prompt that were known
+        self._n = n
+        self._n_prompt = sum(len(request.prompt) for request in requests[::n])
+        self._cached = [0] * len(requests[::n])  # tokens of each prompt that were known
         self.first_seconds: float | None = None  # until the first token
         self._began = time.monotonic()
         self._loop = asyncio.get_running_loop()
@@ -113,10 +116,9 @@ class Replies:
 
     def usage(self) -> dict[str, Any]:
         """Returns the tokens so far, as DeepSeek's API counts them."""
-        # The choices of a request share their prompt; the prompts of a request are different ones.
-        prompt = sum(map(len, dict.fromkeys(self.prompts)))
+        prompt = self._n_prompt  # each once, however many choices it has
         completion = sum(choice.n_tokens for choice in self.choices)
-        cached = sum(self._cached.values())
+        cached = sum(self._cached)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -130,8 +132,8 @@ class Replies:
         }
 
     def _note(self, index: int, output: Output) -> None:
-        prompt = self.prompts[index]
-        self._cached[prompt] = max(self._cached.get(prompt, 0), output.cached_tokens)
+        prompt = index // self._n
+        self._cached[prompt] = max(self._cached[prompt], output.cached_tokens)
         seconds = time.monotonic() - self._began
         if self.first_seconds is None:
             self.first_seconds = seconds

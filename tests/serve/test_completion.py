@@ -35,6 +35,13 @@ def start(folders):
         yield start
 
 
+def test_usage_counts_equal_prompts_each_and_a_prompt_once(start):
+    site, _, coder = start("x")
+    body = post(site, PATH, prompt=["Some", "Some"], n=2, max_tokens=1)
+    assert body["usage"]["prompt_tokens"] == 2 * (len(coder.encode("Some")) + 1)
+    assert body["usage"]["completion_tokens"] == 4
+
+
 def test_text_is_continued(start):
     site, engine, coder = start([" and more text", STOP])
     body = post(site, PATH, model="tiny", prompt="Some text")

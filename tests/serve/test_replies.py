@@ -33,7 +33,7 @@ def metrics():
     metrics.close()
 
 
-def run(vocabulary, metrics, script, *, count=2, stops=(), every=None):
+def run(vocabulary, metrics, script, *, count=2, n=0, stops=(), every=None):
     """Runs a script of events; returns the deltas, the worker and the replies."""
     worker = Worker()
 
@@ -43,7 +43,7 @@ def run(vocabulary, metrics, script, *, count=2, stops=(), every=None):
             for _ in range(count)
         ]
         requests = [Request((1, 2, 3), 9) for _ in range(count)]
-        replies = Replies(worker, metrics, Limits(), requests, choices, user="me")
+        replies = Replies(worker, metrics, Limits(), requests, choices, n=n or count, user="me")
         found = []
         with replies:
             for index, event in script:
@@ -73,6 +73,15 @@ def test_deltas_come_with_their_choice_and_are_counted(vocabulary, metrics):
     assert replies.first_seconds >= 0
 
 
+def test_equal_prompts_are_counted_each_and_choices_of_one_are_not(vocabulary, metrics):
+    (a,) = vocabulary.coder.encode("a")
+    known = [0, 0, 1, 2]
+    script = [(at, Output([a], "length", cached_tokens=n)) for at, n in enumerate(known)]
+    usage = run(vocabulary, metrics, script, count=4, n=2)[1].usage()
+    assert usage["prompt_tokens"] == 2 * 3 and usage["completion_tokens"] == 4
+    assert usage["prompt_cache_hit_tokens"] == 2 and usage["prompt_cache_miss_tokens"] == 4
+
+
 def test_choice_that_ends_itself_is_dropped_at_the_engine(vocabulary, metrics):
     text = vocabulary.coder.encode("axb")
     script = [(0, Output(text)), (0, Output(text))]
@@ -94,7 +103,9 @@ def test_failure_drops_the_other_choices(vocabulary, metrics):
 
     async def talk():
         choices = [Choice(vocabulary.coder, prompt=(1,), stop_ids=frozenset()) for _ in range(2)]
-        replies = Replies(worker, metrics, Limits(), [Request((1,), 9)] * 2, choices, user="me")
+        replies = Replies(
+            worker, metrics, Limits(), [Request((1,), 9)] * 2, choices, n=2, user="me"
+        )
         with replies:
             worker.deliver(1, ApiError(500, "broken"))
             async for _ in replies.deltas():
