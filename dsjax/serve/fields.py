@@ -99,6 +99,10 @@ class Fields:
         unknown = sorted(self._values.keys() - self._taken - set(harmless))
         if unknown:
             name = unknown[0][:_LONGEST_SHOWN]
+            if not name.isidentifier():  # "" or "a b" would not be seen in a path
+                place = self._place.removesuffix(".") or "body"
+                what = f"has the key {files.shown(name)}, which this server does not know"
+                raise invalid(place, f"{what}; leave it out", "unknown")
             raise invalid(
                 self.path(name), "is not a field that this server knows; leave it out", "unknown"
             )

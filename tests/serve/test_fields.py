@@ -38,6 +38,19 @@ def test_field_is_refused_by_name(take, values, message):
     assert caught.value.status == 422 and caught.value.param in ("a", "zeta")
 
 
+@pytest.mark.parametrize(
+    ("name", "spelled"),
+    [("", "''"), (" ", "' '"), ("a.b", "'a.b'"), ("a\nb", r"'a\nb'"), ("0", "'0'")],
+)
+def test_keys_that_are_no_names_are_spelled(name, spelled):
+    """In a path they would not be seen, or look like one."""
+    for place, where in (("", "body"), ("messages[0]", "messages[0]")):
+        with pytest.raises(ApiError) as caught:
+            Fields({name: 1}, place).finish()
+        assert caught.value.message.startswith(f"{where} has the key {spelled}, which")
+        assert caught.value.param == where and caught.value.code == "unknown"
+
+
 def test_fields_are_taken_with_their_defaults():
     fields = Fields({"a": 2.0, "b": None, "c": "x", "d": 1, "e": False, "m": 0}, "messages[0]")
     assert fields.integer("a", 1, 0, 5) == 2 and type(fields.integer("a", 1, 0, 5)) is int
