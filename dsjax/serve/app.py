@@ -102,7 +102,7 @@ class Site:
                 routes.append(Route(f"{base}/{path}", handle, methods=["POST"]))
             models = self._guarded(self._models)
             routes.append(Route(f"{base}/models", models, methods=["GET"]))
-            routes.append(Route(f"{base}/models/{{name}}", models, methods=["GET"]))
+            routes.append(Route(f"{base}/models/{{name:path}}", models, methods=["GET"]))
         self._routes = Starlette(
             routes=routes, exception_handlers={HTTPException: _refused, ApiError: _failed}
         )

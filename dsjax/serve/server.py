@@ -12,10 +12,12 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import ipaddress
 import logging
 import os
 import signal
+import socket
 import sys
 import webbrowser
 from collections.abc import Callable, Coroutine, Iterator
@@ -51,6 +53,7 @@ from dsjax.text.vocabulary import open_vocabulary
 
 LONGEST_CONTEXT = 8192  # unless the user sets one
 KEY_VARIABLE = "DSJAX_API_KEY"
+_HOSTS = "give 127.0.0.1 for this machine alone, or 0.0.0.0 for all addresses that it has"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,6 +65,13 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.context_cache and not arguments.prefix_tokens:
         raise ValueError("--context-cache keeps what --prefix-tokens does; give more than 0 tokens")
+    name = arguments.model_name
+    if name is not None and not (name.strip() and name.isprintable()):
+        raise ValueError(
+            f"--model-name {name!r} is no name that clients could give; without it they give the "
+            "folder's name"
+        )
+    _check_host(arguments.host)
     access = _access(arguments)
     checkpoint = _shortened(load.open_checkpoint(arguments.checkpoint, dict(arguments.override)),
                             arguments.context)  # fmt: skip
@@ -92,6 +102,14 @@ def run(arguments: argparse.Namespace) -> int:
         return asyncio.run(server.serve())
     finally:
         metrics.close()
+
+
+def _check_host(host: str) -> None:
+    """Raises ValueError if a host is neither an address nor a name that has one."""
+    try:
+        socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:  # the latter of a name that no host can have
+        raise ValueError(f"--host {host!r} is no address, nor the name of one; {_HOSTS}") from error
 
 
 def _access(arguments: argparse.Namespace) -> Access:
@@ -134,6 +152,16 @@ def _shortened(checkpoint: Checkpoint, context: int | None) -> Checkpoint:
     served = min(longest, LONGEST_CONTEXT) if context is None else context
     model = dataclasses.replace(checkpoint.model, max_seq_len=served)
     return dataclasses.replace(checkpoint, model=model)
+
+
+def _remedy(refused: BaseException | None) -> str:
+    """Returns what helps where the system has refused to listen at an address."""
+    number = getattr(refused, "errno", None)
+    if number == errno.EADDRINUSE:
+        return "another program uses the port: give another --port"
+    if number == errno.EACCES:
+        return "this port is for the administrator: give a --port from 1024 on"
+    return f"--host is no address of this machine: {_HOSTS}"
 
 
 class _Http(uvicorn.Server):
@@ -210,11 +238,10 @@ class _Server:
     async def _listen(self, http: _Http) -> None:
         try:
             await http.serve()
-        except SystemExit as error:  # uvicorn's way to say that the port is taken; it has logged it
+        except SystemExit as error:  # uvicorn's way to pass on what the system said
             host, port = self._arguments.host, self._arguments.port
             raise OSError(
-                f"cannot listen at {host}:{port}; another program may use the port: give another "
-                "--port"
+                f"cannot listen at {host}:{port}; {_remedy(error.__context__)}"
             ) from error
 
     def _address(self, http: _Http) -> tuple[str, int]:

@@ -68,7 +68,7 @@ class Service:
     @property
     def names(self) -> list[str]:
         """Returns what clients may call the model."""
-        return [self.name, *(ALIASES if self.form else ())]
+        return list(dict.fromkeys([self.name, *(ALIASES if self.form else ())]))
 
     def models(self) -> dict[str, Any]:
         """Returns the answer of /v1/models."""

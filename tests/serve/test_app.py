@@ -42,6 +42,14 @@ def test_keys_let_in(start):
     assert ask(site, "GET", "/").status_code == 200
 
 
+def test_names_of_models_may_have_slashes(start):
+    site = start()
+    site._service.name = "deepseek-ai/tiny"
+    for name in ("deepseek-ai/tiny", "deepseek-ai%2Ftiny"):
+        assert ask(site, "GET", f"/v1/models/{name}").json()["id"] == "deepseek-ai/tiny"
+    assert ask(site, "GET", "/v1/models/deepseek-ai/other").status_code == 404
+
+
 def test_routes_are_the_same_below_each_base(start):
     site = start()
     for base in ("", "/v1", "/beta"):

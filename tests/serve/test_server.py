@@ -1,13 +1,16 @@
 """tools/serve.py as a user runs it, and the clients that people have."""
 
+import argparse
 import asyncio
 import concurrent.futures
+import errno
 import json
 import os
 import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +18,7 @@ import time
 import httpx
 import openai
 import pytest
+import uvicorn
 
 from dsjax.serve import server
 from tests import soak_serve
@@ -376,6 +380,33 @@ def test_what_cannot_be_served_is_told_before_the_weights_are_read(checkpoint, t
     done = run(checkpoint, "--mesh", "tensor=2", "--prefill-mesh", "data=999", "--port", "0")
     assert done.returncode == 1 and "need 1001 devices that they do not share" in done.stderr
     assert run(checkpoint, "--max-batch", "0").returncode == 2
+    for name in ("", " ", "a\nb"):
+        done = run(checkpoint, "--model-name", name)
+        assert done.returncode == 1 and f"--model-name {name!r} is no name" in done.stderr
+    done = run(checkpoint, "--host", "no host", "--api-key", "k")
+    assert done.returncode == 1 and "--host 'no host' is no address" in done.stderr
+
+
+@pytest.mark.parametrize("host", ["", "a..b", "no host", "::1::"])
+def test_host_is_an_address_or_has_one(host):
+    with pytest.raises(ValueError, match=r"is no address, .*give 127\.0\.0\.1 for this machine"):
+        server._check_host(host)
+    for good in ("127.0.0.1", "::1", "0.0.0.0", "localhost"):
+        server._check_host(good)
+
+
+async def listen(host, port):
+    its = server._Server(None, None, None, argparse.Namespace(host=host, port=port))  # pyright: ignore
+    await its._listen(server._Http(uvicorn.Config(its, host=host, port=port, lifespan="off")))  # pyright: ignore
+
+
+def test_what_keeps_a_server_from_listening_decides_the_remedy():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        with pytest.raises(OSError, match="another program uses the port: give another --port"):
+            asyncio.run(listen("127.0.0.1", other.getsockname()[1]))
+    with pytest.raises(OSError, match="--host is no address of this machine: give 127"):
+        asyncio.run(listen("192.0.2.1", 0))  # an address that nobody has, for documentation
+    assert "from 1024 on" in server._remedy(PermissionError(errno.EACCES, "denied"))
 
 
 @pytest.mark.parametrize(
@@ -384,8 +415,6 @@ def test_what_cannot_be_served_is_told_before_the_weights_are_read(checkpoint, t
      ("0.0.0.0", False), ("::", False), ("my.example", False)],
 )  # fmt: skip
 def test_only_this_machine_is_let_in_without_a_key(host, loopback, monkeypatch):
-    import argparse
-
     monkeypatch.delenv(server.KEY_VARIABLE, raising=False)
     arguments = argparse.Namespace(host=host, api_key=None, max_body=1, log_texts=False)
     if loopback:
