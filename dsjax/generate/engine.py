@@ -240,6 +240,15 @@ class Engine:
                     batch.release(place)
         self._drop_empty()
 
+    def abandon(self) -> None:
+        """Drops all requests after a step has failed. Nothing of past prompts is known any more:
+        what the step was writing, known prefixes among it, may be anything.
+        """
+        self._waiting.clear()
+        self._incoming = self._running = None
+        if self._prompting.prefixes:
+            self._prompting.prefixes.forget()
+
     @property
     def shapes(self) -> Shapes | None:
         """The sizes that occur, with `examples`."""

@@ -166,9 +166,7 @@ class Prefixes:
         n_pages -= n_pages % programs.batch_parts  # each part of the devices holds as many
         self._programs, self._n_drafts, self._smallest = programs, n_drafts, smallest
         self._tree = Tree(n_pages, page)
-        self._pool = programs.compiled(
-            pages.empty_pool, n_pages=n_pages, page=page, n_drafts=n_drafts
-        )()
+        self._pool = self._empty_pool()
         self._files = files
         # A page's tokens lie in the order of the cache's parts (`dsjax.parallel.split_cache`).
         self._n_parts = parts("length", programs.mesh) if programs.mesh else 1
@@ -308,6 +306,20 @@ class Prefixes:
         """Compiles the program that copies parts of a carry of this size into pages."""
         nowhere_2X = np.zeros((2, AT_A_TIME), np.int32)
         self._programs.compiled(pages.save, self._pool, carry, np.int32(0), *nowhere_2X)
+
+    def _empty_pool(self) -> Any:
+        return self._programs.compiled(
+            pages.empty_pool,
+            n_pages=self._tree.n_pages,
+            page=self._tree.page,
+            n_drafts=self._n_drafts,
+        )()
+
+    def forget(self) -> None:
+        """Forgets what memory holds, as after a failure that has left anything there."""
+        self._tree.clear()
+        self._pool = None  # gone before there is another
+        self._pool = self._empty_pool()
 
     def clear(self) -> None:
         """Forgets everything, as for new weights; the files are those of the old ones."""

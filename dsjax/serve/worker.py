@@ -2,7 +2,8 @@
 
 Requests wait here and not in the engine, in fair order and bounded; the engine gets one more than
 it can run, so that it knows that somebody waits. Whatever a step raises ends the requests that were
-running with an error, and the thread goes on: their caches are gone, the weights are not.
+running with an error, and the thread goes on: caches and known prefixes are gone, the weights are
+not.
 """
 
 from __future__ import annotations
@@ -208,8 +209,10 @@ class Worker:
             outputs = engine.step()
         except Exception:
             _logger.exception("a step failed")
-            for ticket in list(self._running.values()):
-                self._drop(engine, ticket)
+            engine.abandon()
+            failed = list(self._running.values())
+            self._running.clear()
+            for ticket in failed:
                 ticket.deliver(ticket, ApiError(500, "the model failed; the server's log says how"))
             return
         for id, output in outputs.items():

@@ -11,6 +11,7 @@ import pytest
 from dsjax.generate.engine import Engine, Request
 from dsjax.generate.page_files import PageFiles
 from dsjax.generate.prefixes import Tree
+from dsjax.generate.programs import Programs
 from dsjax.generate.sampling import Sampling
 from dsjax.model.parameters import shardings
 from dsjax.parallel.mesh import make_mesh
@@ -141,6 +142,39 @@ def test_new_weights_know_nothing():
     assert ask(own, TURNS[0]).cached_tokens
     own.load(tiny_model())
     assert ask(own, TURNS[0]).cached_tokens == 0
+
+
+@pytest.mark.parametrize("failing", ["decode", "prefill", "save"])
+def test_a_step_that_fails_leaves_nothing_behind(failing, monkeypatch):
+    """Neither caches that are half written nor pages that a text was to have."""
+    own = keeping(True)
+    own.load(tiny_model())
+    ask(own, TURNS[0])
+    compiled = Programs.compiled
+
+    def fails(programs, function, *arguments, **static):
+        run = compiled(programs, function, *arguments, **static)
+        if function.__name__ != failing:
+            return run
+
+        def broken():
+            run()  # so that what it was given is gone
+            raise RuntimeError("no memory")
+
+        return broken
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Programs, "compiled", fails)
+        own.add(Request(LONG[::-1], 12, GREEDY))
+        with pytest.raises(RuntimeError, match="no memory"):
+            while own.busy:
+                own.step()
+        own.abandon()
+    assert not own.busy
+    for request in (TURNS[0], Request(LONG[::-1], 12, GREEDY, logprobs=True)):
+        found = ask(own, request)
+        assert found.cached_tokens == 0
+        assert_same(found, ask(engine(True), request))
 
 
 def test_few_pages_change_no_token():

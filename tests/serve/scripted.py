@@ -53,6 +53,9 @@ class ScriptedEngine:
         self.cancelled.append(id)
         self.open.pop(id, None)
 
+    def abandon(self):
+        self.open.clear()
+
     def step(self):
         new = {}
         if not self.gate.wait(0.01):
