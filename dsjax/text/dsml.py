@@ -21,6 +21,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from dsjax import files
 from dsjax.text.reply import StopStrings
 from dsjax.text.tokenizer import Coder
 from dsjax.text.tool_calls import CallPiece, Control
@@ -80,15 +81,12 @@ def write_calls(calls: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns the calls of a reply, given in OpenAI's form, as texts and control tokens.
 
     Raises:
-      ValueError: the arguments of a call are not a JSON object.
+      ValueError: the arguments of a call are not a JSON object, see `files.parse`.
     """
     parts = _marked(f"\n\n{_BEGIN}\n")
     for call in calls:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
-        try:
-            values = json.loads(arguments)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"the arguments of the call of {name} are not JSON: {error}") from None
+        values = files.parse(arguments.encode(), f"the text of the arguments of {name}")
         if not isinstance(values, dict):
             raise ValueError(f"the arguments of the call of {name} are not a JSON object")
         parts += _marked(f'<{DSML}invoke name="{name}">\n')

@@ -189,7 +189,7 @@ def _parsed(value: Any) -> Any:
     result = {key: _parsed(inner) for key, inner in value.items()}
     if isinstance(result.get("arguments"), str):
         with contextlib.suppress(ValueError):  # a call that the model got wrong is text
-            result["arguments"] = json.loads(result["arguments"])
+            result["arguments"] = files.parse(result["arguments"].encode(), "arguments")
     return result
 
 

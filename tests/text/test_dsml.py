@@ -109,10 +109,16 @@ def test_any_arguments_survive_their_markup(arguments, size):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [("{", "are not JSON"), ("[1]", "are not a JSON object")]
+    ("arguments", "message"),
+    [
+        ("{", "the text of the arguments of f is not JSON"),
+        ("[1]", "the arguments of the call of f are not a JSON object"),
+        ("[" * 99_999, "the text of the arguments of f nests deeper than"),
+        ('{"a": NaN}', "the text of the arguments of f has the number NaN"),
+    ],
 )
 def test_arguments_that_cannot_be_written_are_named(arguments, message):
-    with pytest.raises(ValueError, match=f"the arguments of the call of f {message}"):
+    with pytest.raises(ValueError, match=message):
         write_calls([{"function": {"name": "f", "arguments": arguments}}])
 
 

@@ -158,6 +158,13 @@ def test_tools_and_calls_are_rendered(vocabulary, how):
     assert text.endswith('user:hi;assistant:{"a": 1};') and THINK not in ids
 
 
+@pytest.mark.parametrize("wrong", ["{", "[" * 99_999, '{"a": NaN}'])
+def test_arguments_that_are_no_json_stay_text(vocabulary, wrong):
+    call = {"type": "function", "function": {"name": "get", "arguments": wrong}}
+    found = Template(TOOLS.replace("ARGUMENTS", "| tojson"), "here").as_read({"tool_calls": [call]})
+    assert found == {"tool_calls": [call]}
+
+
 def test_tools_that_a_template_does_not_read_are_refused(vocabulary):
     template = Template(TEMPLATE, "here")
     turns = [Message("user", "hi"), Message("assistant", "", {"tool_calls": [CALL]})]
