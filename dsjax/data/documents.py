@@ -105,7 +105,8 @@ def find_sources(files: str | Sequence[str], *, key: str = "data.files") -> list
       key: the setting that messages name.
 
     Raises:
-      ValueError: a glob matches no file, or a file is inaccessible or of no kind that is read.
+      ValueError: a glob matches no file, or a file is inaccessible, a pipe or of no kind that is
+        read.
     """
     found: dict[str, Source] = {}
     for _, sources in find_parts(files, key=key):
@@ -140,6 +141,11 @@ def _matching(pattern: str, key: str) -> list[Source]:
     expanded = os.path.expanduser(pattern)
     matched = sorted({os.path.abspath(path) for path in files_of(pattern)})
     if not matched:
+        if os.path.exists(expanded) and not os.path.isdir(expanded):
+            raise ValueError(
+                f"{key}={pattern!r} is a pipe or a device, which cannot be read twice; save what "
+                "it gives to a file, and name that"
+            )
         hint = "the folder is empty" if os.path.isdir(expanded) else "check the path"
         raise ValueError(f"{key}={pattern!r} matches no file (from {os.getcwd()}); {hint}")
     is_folder = os.path.isdir(expanded)

@@ -73,7 +73,7 @@ def open_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     if path is None:
         raise ValueError(
             f"{folder} has neither {' nor '.join(tokenizer.FILE_NAMES)}, so text cannot become "
-            "tokens; copy the one that the release has, or give token ids with --tokens"
+            "tokens; copy the one that the release has"
         )
     config = _read(folder / "tokenizer_config.json")
     data = files.read_regular(path, MAX_TOKENIZER)

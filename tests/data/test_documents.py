@@ -194,6 +194,10 @@ def test_sources_reject_globs_without_files(tmp_path):
     for pattern, message in cases.items():
         with pytest.raises(ValueError, match=message):
             find_sources(pattern)
+    os.mkfifo(tmp_path / "pipe")
+    for name in (str(tmp_path / "pipe"), "/dev/null"):
+        with pytest.raises(ValueError, match=rf"{name}' is a pipe or a device, .*; save what"):
+            find_sources(name)
     with pytest.raises(ValueError, match=r"^data\.heldout_files="):
         find_sources("nowhere/*", key="data.heldout_files")
 

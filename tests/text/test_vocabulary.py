@@ -79,7 +79,8 @@ def test_ids_beyond_the_model_are_refused(tmp_path):
     [
         (
             {},
-            "has neither tokenizer.json nor tiktoken.model, so text cannot become tokens; copy the",
+            "has neither tokenizer.json nor tiktoken.model, so text cannot become tokens; copy "
+            "the one that the release has$",
         ),
         (
             {"tokenizer": "version https://git-lfs.github.com/spec/v1"},

@@ -191,7 +191,7 @@ def read(keys: Mapping[str, Any], place: str) -> dict[str, str]:
     if model != "gpt2":
         raise ValueError(
             f"{place}: tokenizer.ggml.model={str(model)[:40]!r}; only gpt2, byte-level BPE, can be "
-            "read. Its weights can be used with token ids (--tokens)"
+            "read; use the Hugging Face folder that the file was made from"
         )
     tokens, kinds, merges = (keys.get(_PREFIX + key) for key in ("tokens", "token_type", "merges"))
     if not isinstance(tokens, list) or not isinstance(merges, list):

@@ -105,7 +105,7 @@ def test_other_kinds_of_tokenizer_are_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
     with pytest.raises(ValueError, match="is a WordLevel; only byte-level BPE"):
         vocabulary.write(tmp_path, 310)
-    with pytest.raises(ValueError, match="'llama'; only gpt2"):
+    with pytest.raises(ValueError, match=r"'llama'; only gpt2.* use the Hugging Face folder"):
         vocabulary.read({"tokenizer.ggml.model": "llama"}, "m.gguf")
 
 
