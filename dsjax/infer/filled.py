@@ -15,6 +15,7 @@ from dsjax.checkpoint.load import Checkpoint
 from dsjax.generate.request import Given
 from dsjax.infer.looking import Looking, look_by, open_format
 from dsjax.infer.pictured import PICTURES, PicturedFormat
+from dsjax.infer.tiled import TiledFormat
 from dsjax.infer.token_files import read_array
 from dsjax.text.chat import Message
 from dsjax.vision.pictures import Picture
@@ -26,7 +27,7 @@ class PictureFiles(NamedTuple):
     """
 
     images: Sequence[Path] = ()
-    pixels: Path | None = None
+    pixels: Path | None = None  # of tiles: each picture's whole, then its tiles row by row
     high_pixels: Path | None = None  # the same, larger, for a model's second tower
 
     @property
@@ -105,10 +106,6 @@ def _with_pixels(
     form: PicturedFormat, looking: Looking, tokens_BT: np.ndarray, files: PictureFiles
 ) -> list[Given | None]:
     vision = form.vision
-    if vision.tiles:
-        raise ValueError(
-            "--pixels does not say how the tiles of a picture lie; give the pictures: --image FILE"
-        )
     if bool(files.high_pixels) != bool(vision.high):
         needed = "has a second tower: give" if vision.high else "has one tower alone: leave out"
         raise ValueError(f"the model {needed} --high-pixels H.npy")
@@ -121,6 +118,8 @@ def _with_pixels(
             f"{files.pixels} has {len(pixels[0])} pictures, and {files.high_pixels} "
             f"{len(pixels[1])}; both show the same"
         )
+    if isinstance(form, TiledFormat):
+        return _with_tiles(form, looking, tokens_BT, pixels[0])
     places = [form.places(ids) for ids in tokens_BT]
     n_tokens, n_places = vision.tower.n_tokens + bool(vision.flow), sum(map(len, places))
     if n_places != len(pixels[0]) * n_tokens:
@@ -133,6 +132,23 @@ def _with_pixels(
     return [
         Given(where, what) if len(where) else None
         for where, what in zip(places, values, strict=True)
+    ]
+
+
+def _with_tiles(
+    form: TiledFormat, looking: Looking, tokens_BT: np.ndarray, pixels: np.ndarray
+) -> list[Given | None]:
+    grids = [form.grids(ids) for ids in tokens_BT]
+    n_squares = sum(1 + wide * high for some in grids for wide, high in some)
+    if n_squares != len(pixels):
+        raise ValueError(
+            f"the tokens have placeholders for {n_squares} squares, a whole and its tiles for each "
+            f"picture, and there are pixels of {len(pixels)}"
+        )
+    seen = iter(looking.see_tiles(pixels, [grid for some in grids for grid in some]))
+    return [
+        Given(form.places(ids), np.concatenate([next(seen) for _ in some])) if some else None
+        for ids, some in zip(tokens_BT, grids, strict=True)
     ]
 
 

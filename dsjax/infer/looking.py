@@ -27,6 +27,8 @@ from dsjax.text.chat import Message
 from dsjax.text.vocabulary import open_vocabulary
 from dsjax.vision import pictures
 from dsjax.vision.eyes import Eyes
+from dsjax.vision.pictures import Picture
+from dsjax.vision.tiles import Grid
 
 _BATCH = 16  # squares that the tower looks at together, at most
 _MOST_KEPT = 256 << 20  # bytes of embeddings: some 25 to 60 pictures, or 130 to 260 tiles
@@ -155,6 +157,22 @@ class Looking:
             seen.append(self._features(*(each[first : first + size] for each in pixels)))
             first += size
         return np.concatenate(seen)
+
+    def see_tiles(self, pixels: np.ndarray, grids: Sequence[Grid]) -> list[np.ndarray]:
+        """Looks at pictures as pre-processing leaves them, of each its whole and then its tiles:
+        float32 [placeholders, D] of each.
+
+        Args:
+          pixels: float32 [n, size, size, 3], of all of them.
+          grids: how the tiles of each lie.
+        """
+        seen, found = self.see(pixels), []
+        for wide, high in grids:
+            n = 1 + wide * high
+            picture = Picture(pixels[:n], (0, 0), (wide, high))
+            found.append(self._form.arranged(picture, list(seen[:n]), self._eyes))
+            pixels, seen = pixels[n:], seen[n:]
+        return found
 
     def _run(self, squares: np.ndarray) -> np.ndarray:
         """Looks at squares, uint8 [n, size, size, 3]: float32 [n, tokens, D]."""

@@ -13,6 +13,7 @@ stays text, where DeepSeek's processor would take it for the token.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -55,6 +56,29 @@ class TiledFormat(PicturedFormat):
             np.asarray(each[...], np.float32) for each in (eyes.newline, eyes.separator)
         )
         return tiles.arranged(features, picture.grid, newline_D, separator_D)
+
+    def grids(self, prompt: Sequence[int]) -> list[tiles.Grid]:
+        """Returns how the tiles of each picture of an encoded conversation lie: the number of its
+        placeholders, which follow each other, tells.
+
+        Raises:
+          ValueError: no picture has as many, or pictures of several grids have.
+        """
+        sizes = [(wide // self.rules.size, high // self.rules.size)
+                 for wide, high in self.rules.resolutions]  # fmt: skip
+        found = []
+        for is_picture, run in itertools.groupby(prompt, lambda id_: id_ == self.image_token):
+            n = len(list(run))
+            if not is_picture:
+                continue
+            fit = [grid for grid in sizes if tiles.n_embeddings(grid, self.vision.view_side) == n]
+            if len(fit) != 1:
+                raise ValueError(
+                    f"{n} placeholders stand beside each other, which does not tell one picture's "
+                    "tiles; put text between two pictures, or give the pictures: --image FILE"
+                )
+            found += fit
+        return found
 
     def numbered(self, picture: Picture, first: int, most: int) -> np.ndarray:
         n = self.vision.view_side**2

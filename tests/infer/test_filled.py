@@ -11,7 +11,7 @@ from dsjax.checkpoint import load
 from dsjax.checkpoint.eyes import load_eyes
 from dsjax.infer import score
 from dsjax.infer.filled import PictureFiles, fill
-from dsjax.infer.looking import open_looking
+from dsjax.infer.looking import open_format, open_looking
 from dsjax.infer.pictured import PICTURES
 from dsjax.model.transformer import Embeddings
 from dsjax.parallel.mesh import make_mesh
@@ -143,6 +143,7 @@ def test_pictures_of_tiles_are_told_apart_by_their_number(tmp_path):
     """Two pictures are cut into tiles, three are not."""
     checkpoint = load.open_checkpoint(vl2.write(tmp_path / "vl2", vl2.CASES["heads"]))
     looking, paths, turns = open_looking(checkpoint, None, "float32"), [], []
+    form = open_format(checkpoint)
     for name, sizes in {"b": [(44, 20), (67, 66)], "c": [(30, 75), (90, 20), (22, 22)]}.items():
         own = [tmp_path / f"{name}{place}.png" for place in range(len(sizes))]
         for path, size in zip(own, sizes, strict=True):
@@ -156,8 +157,20 @@ def test_pictures_of_tiles_are_told_apart_by_their_number(tmp_path):
         wanted = looking.given(turn, row)
         np.testing.assert_array_equal(given.places, wanted.places)
         assert_close(given.values, wanted.values, LOGITS)
-    with pytest.raises(ValueError, match="how the tiles of a picture lie"):
-        fill(checkpoint, ids, PictureFiles(pixels=paths[0]))
+    # As the model's own pre-processing gives them: of a single tile the whole comes twice.
+    shown = [each for turn in turns for each in form.shown(turn)]
+    squares = [[*each.squares, *each.squares[: each.grid == (1, 1)]] for each in shown]
+    assert [len(some) for some in squares] == [3, 10, 2, 2, 2]
+    pixels = saved(tmp_path / "P.npy", np.concatenate(squares), form.rules)
+    again = fill(checkpoint, ids, PictureFiles(pixels=pixels), None, "float32")
+    for given, wanted in zip(again, found, strict=True):
+        np.testing.assert_array_equal(given.places, wanted.places)
+        assert_close(given.values, wanted.values, LOGITS)
+    pixels = saved(tmp_path / "P.npy", np.concatenate(squares[1:]), form.rules)
+    with pytest.raises(ValueError, match=r"placeholders for 19 squares, .* pixels of 16"):
+        fill(checkpoint, ids, PictureFiles(pixels=pixels))
+    with pytest.raises(ValueError, match="50 placeholders stand beside each other"):
+        fill(checkpoint, np.full((1, 50), form.image_token), PictureFiles(pixels=pixels))
 
 
 def test_a_second_tower_has_pixels_of_its_own(tmp_path, monkeypatch):
