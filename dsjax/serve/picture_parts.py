@@ -7,7 +7,6 @@ request would let anyone who asks reach what only the server can reach.
 from __future__ import annotations
 
 import base64
-import binascii
 import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -46,7 +45,7 @@ def read_picture(fields: Fields) -> Sent:
         raise invalid(path, "must be in base64: data:image/png;base64,...")
     try:
         return Sent(base64.b64decode(body, validate=True), path)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error, or of characters that are not ASCII
         raise invalid(path, f"is not base64: {error}") from error
 
 

@@ -102,6 +102,7 @@ def test_a_beginning_of_a_reply_follows_a_space(served):
         ([part("file:///etc/passwd")], "url must be the picture itself"),
         ([part("data:image/png,xyz")], "url must be in base64"),
         ([part("data:image/png;base64,@@@@")], "url is not base64"),
+        ([part("data:image/png;base64,\u00e9A==")], "url is not base64"),
         ([part(b"GIF87a")], r"content\[0\].image_url.url is "),
         ([part(png(0)[:60])], "is damaged or not supported"),
         ([part(png(0), detail="huge")], "detail must be one of auto, low, high"),
