@@ -326,6 +326,6 @@ def disguise(data: bytes) -> str | None:
             return what
     if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return _PICKLE
-    if start[:9].lower() in (b"<!doctype", b"<html") or start[:5].lower() in (b"<html", b"<?xml"):
-        return _PAGE
+    if start[:9].lower() == b"<!doctype" or start[:5].lower() in (b"<html", b"<?xml"):
+        return None if b"<svg" in start.lower() else _PAGE
     return None

@@ -140,8 +140,15 @@ def _opened(data: bytes, place: str) -> Iterator[Image]:
         try:
             picture = PIL.Image.open(io.BytesIO(data), formats=FORMATS)
         except PIL.UnidentifiedImageError:
-            what = disguise(data[:512]) or f"not a picture in {', '.join(FORMATS)}"
+            what = disguise(data[:512]) or (
+                f"not a picture in {', '.join(FORMATS)}; save it as one of these"
+            )
             raise ValueError(f"{place} is {what}") from None
+        except PIL.Image.DecompressionBombError:  # Pillow's own limit is higher
+            raise ValueError(
+                f"{place} has far more than the {MAX_PIXELS:,} pixels that are decoded; make it "
+                "smaller"
+            ) from None
         except Exception as error:  # decoders raise whatever a damaged header makes them do
             raise ValueError(_damaged(place, error)) from error
         _check_size(picture.size, place)

@@ -156,6 +156,7 @@ def bomb(width, height):
         (b"", "is not a picture in PNG, JPEG"),
         (b"hello", "is not a picture in PNG, JPEG"),
         (b"<!DOCTYPE html><html>", "a web page"),
+        (b"<?xml version='1.0'?><svg/>", "is not a picture in PNG, JPEG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "is not a picture in PNG, JPEG"),
     ],
 )
@@ -165,6 +166,11 @@ def test_files_that_cannot_be_read_are_refused(data, said, monkeypatch):
     with pytest.raises(ValueError, match=r"^x\.png ") as caught:
         decode(data, "x.png")
     assert said in str(caught.value)
+
+
+def test_what_pillow_does_not_open_for_its_size_is_too_large_too():
+    with pytest.raises(ValueError, match=r"^x\.png .*more than the 64,000,000 .*smaller$"):
+        decode(bomb(20_000, 20_000), "x.png")
 
 
 def test_a_picture_of_one_pixel_is_read():
