@@ -92,6 +92,7 @@ def read_pairs(globs: str, cache: Path, *, key: str) -> Iterator[Pair]:
     if not found:
         raise ValueError(f"{key}={globs!r} matches no file; name a folder or a glob of pairs")
     has_records = any(_ending(path) in (*RECORDS, ".tar") for path in found)
+    shown = {os.path.splitext(path)[0] for path in found if _ending(path) in PICTURES}
     for path in found:
         ending = _ending(path)
         if ending == ".tar":
@@ -105,7 +106,13 @@ def read_pairs(globs: str, cache: Path, *, key: str) -> Iterator[Pair]:
                 yield Pair(path, Picture(path), text, None)
             elif not has_records:  # else it is most likely a picture that a record names
                 raise ValueError(f"{path} has no text beside it; write {beside}, or remove it")
-        elif not path.endswith(".txt"):
+        elif path.endswith(".txt"):
+            if os.path.splitext(path)[0] not in shown and not has_records:
+                raise ValueError(
+                    f"{path} has no picture of its name among the files of {key}; name their "
+                    "folder, and add the picture, or remove the text"
+                )
+        else:
             raise ValueError(
                 f"{path} is no picture, text, {', '.join(RECORDS)} or .tar; name the other files "
                 f"with a glob in {key}"
@@ -129,26 +136,25 @@ def _decoded(data: bytes, place: str) -> str:
 
 def _of_records(path: str, cache: Path, key: str) -> Iterator[Pair]:
     (source,) = find_sources([path], key=key)
-    store = _Embedded(source, cache)
-    for place, record in read_records([source]):
-        image = _first(record, _IMAGE)
-        if isinstance(image, Mapping):  # as the library datasets writes pictures
-            image = image.get("bytes") or image.get("path")
-        if isinstance(image, bytes):
-            picture = store.keep(image, place)
-        elif isinstance(image, str) and image:
-            named = Path(path).parent / image
-            if not named.is_file():
-                raise ValueError(f"{place}: there is no picture {named}; correct the path")
-            picture = Picture(str(named))
-        else:
-            raise ValueError(
-                f"{place} has no picture: {', '.join(_IMAGE)} is a path, or in a table bytes; its "
-                f"fields are {', '.join(record)}"
-            )
-        question, text = _said(record, place)
-        yield Pair(place, picture, text, question)
-    store.finish()
+    with _Embedded(source, cache) as store:
+        for place, record in read_records([source]):
+            image = _first(record, _IMAGE)
+            if isinstance(image, Mapping):  # as the library datasets writes pictures
+                image = image.get("bytes") or image.get("path")
+            if isinstance(image, bytes):
+                picture = store.keep(image, place)
+            elif isinstance(image, str) and image:
+                named = Path(path).parent / image
+                if not named.is_file():
+                    raise ValueError(f"{place}: there is no picture {named}; correct the path")
+                picture = Picture(str(named))
+            else:
+                raise ValueError(
+                    f"{place} has no picture: {', '.join(_IMAGE)} is a path, or in a table bytes; "
+                    f"its fields are {', '.join(record)}"
+                )
+            question, text = _said(record, place)
+            yield Pair(place, picture, text, question)
 
 
 def _said(record: Mapping[str, Any], place: str) -> tuple[str | None, str]:
@@ -172,7 +178,8 @@ def _first(record: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 class _Embedded:
     """The pictures inside a table, one after the other in a file of the cache.
 
-    The file is named after the table, its size and its time, and written once.
+    The file is named after the table, its size and its time, and written once. Of a table that was
+    not read to its end nothing is left.
     """
 
     def __init__(self, source: Source, cache: Path) -> None:
@@ -193,10 +200,17 @@ class _Embedded:
         self._offset += len(data)
         return picture
 
-    def finish(self) -> None:
-        if self._file is not None:
-            self._file.close()
+    def __enter__(self) -> _Embedded:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._file is None:
+            return
+        self._file.close()
+        if kind is None:
             self._partial.replace(self._path)
+        else:
+            self._partial.unlink()
 
 
 def _members(path: str) -> Iterator[Pair]:

@@ -99,6 +99,13 @@ def test_pictures_of_a_table_are_copied_once(tmp_path):
     assert kept.read_bytes() == b"".join(map(png, range(3)))
 
 
+def test_of_a_table_with_a_broken_record_no_copy_is_left(tmp_path):
+    table = in_parquet(tmp_path, lambda number: png(number) if number < 2 else None)
+    with pytest.raises(ValueError, match=r"pairs.parquet:3 has no picture"):
+        read(table, tmp_path)
+    assert not [*(tmp_path / "cache").iterdir()]
+
+
 def test_questions_have_answers(tmp_path):
     (tmp_path / "0.png").write_bytes(png(0))
     line = {"image": "0.png", "question": "What colour?", "answer": " red ", "caption": "no"}
@@ -127,6 +134,7 @@ def test_record_that_is_no_pair_is_named(record, message, tmp_path):
     ("name", "data", "message"),
     [
         ("lonely.png", png(0), r"lonely.png has no text beside it; write .*lonely.txt"),
+        ("lonely.txt", b"a cat", r"lonely.txt has no picture of its name among .* janus.see"),
         ("notes.pdf", b"%PDF", r"notes.pdf is no picture, text"),
         ("pairs.tar", b"no tar at all", r"pairs.tar is damaged, cut short or not a plain .tar"),
     ],
