@@ -187,6 +187,9 @@ def _packed(
         kept.append(number)
         ids.append(np.asarray(each.ids, np.int32))
         trained.append(np.arange(len(each.ids)) >= each.n_read)
+    if not kept and not dropped:
+        files = getattr(config.janus, kind)
+        raise ValueError(f"janus.{kind}={files!r} holds no example; name files that are not empty")
     if not kept:
         raise ValueError(
             f"none of the {dropped:,} examples of janus.{kind} has room in a row of "

@@ -65,6 +65,15 @@ def test_example_without_room_is_dropped_and_counted(opened, tmp_path):
     assert data.training is not None and 0 < room < 9
 
 
+@pytest.mark.parametrize("kind", ["see", "text", "draw"])
+def test_files_without_an_example_are_named(kind, opened, tmp_path):
+    checkpoint, form = training.open_initial(opened)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    janus = dataclasses.replace(opened.janus, **{kind: str(tmp_path / "empty.jsonl")})
+    with pytest.raises(ValueError, match=rf"^janus\.{kind}=.*empty\.jsonl' holds no example"):
+        training.read_data(dataclasses.replace(opened, janus=janus), checkpoint, form, print)
+
+
 def test_same_words_about_another_picture_are_another_example(opened):
     checkpoint, form = training.open_initial(opened)
     found = examples.read_examples(
