@@ -2,7 +2,7 @@
 
   MMMU      parquet or JSON lines: `question` with <image 1> in it, `image_1` to `image_7`,
             `options` as a list or as Python prints one, `answer` a letter, or without options a
-            text
+            text or a list of right ones, also as Python prints one
   GQA       JSON, an object of questions by their ids: `imageId`, `question`, `answer`; or a list
   plain     `image`, `question`, `answer` (a text or a list of right ones), and perhaps `options`
 
@@ -11,7 +11,7 @@ has .jpg added.
 
 Marking is by rule. A chosen option is the first letter of an option that stands alone, or else an
 option's own text; a short answer must be one of the right ones, without regard to case, punctuation
-and articles.
+and articles. What belongs to a number is no punctuation: 3.5, -5, 24/7, 9:30.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsjax.data.documents import find_sources, read_records
 from dsjax.files import read_regular
-from dsjax.vision.pictures import MAX_BYTES
+from dsjax.vision.pictures import MAX_BYTES, size_of
 
 CHOOSE = "Answer with the option's letter from the given choices directly."
 SHORT = "Answer the question using a single word or phrase."
@@ -37,6 +38,8 @@ _IMAGE = ("image", "imageId", "image_path", "file_name")
 _MMMU = tuple(f"image_{number}" for number in range(1, 8))
 _MARK = re.compile(r"<image \d+>")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_IN_NUMBERS = r"\.(?=\d)|(?<=\d)[:/](?=\d)|(?<!\w)-(?=\.?\d)"
+_PUNCTUATION = re.compile(rf"(?!{_IN_NUMBERS})[{re.escape(string.punctuation)}]")
 _MAX_FILE = 1 << 30  # bytes of a JSON file, which is read whole
 
 
@@ -73,19 +76,22 @@ class Question:
 
 
 def plain(text: str) -> str:
-    """Returns a text without case, punctuation, articles and superfluous space."""
-    kept = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(_ARTICLES.sub(" ", kept).split())
+    """Returns a text without case, punctuation, superfluous space and, unless it has nothing else,
+    articles.
+    """
+    kept = _PUNCTUATION.sub("", text.lower())
+    return " ".join((_ARTICLES.sub(" ", kept).strip() or kept).split())
 
 
 def chosen(reply: str, options: tuple[str, ...]) -> str | None:
     """Returns the letter of the option that a reply chooses; None: it chooses none."""
     letters = LETTERS[: len(options)]
     text = reply.strip()
-    # A lone A may be an article; at the beginning or in brackets it is a letter.
+    # A lone A may be an article, I the speaker; at the beginning or in brackets it is a letter.
+    alone = "".join(letter for letter in letters if letter not in "AI")
     found = re.match(rf"\(?([{letters}])(?:[).:,]|\s*$)", text)
     found = found or re.search(
-        rf"\(([{letters}])\)|\b([{letters.replace('A', '') or '-'}])\b", text
+        rf"\(([{letters}])\)" + (rf"|\b([{alone}])\b" if alone else ""), text
     )
     if found:
         return next(group for group in found.groups() if group)
@@ -100,13 +106,16 @@ def read_questions(files: str, folder: Path | None = None) -> list[Question]:
       folder: of pictures; None: that of each file.
 
     Raises:
-      ValueError: there are none, or one of them is incomplete; names it.
+      ValueError: there are none, or one of them is incomplete or has a picture that is none;
+        names it.
     """
     found = []
+    # GQA asks some thirty questions about a picture, which is in memory once.
+    read = functools.cache(functools.partial(read_regular, max_bytes=MAX_BYTES))
     for source in find_sources(files, key="--questions"):
         path = Path(source.path)
         for place, record in _records(path):
-            found.append(_question(record, place, folder or path.parent))
+            found.append(_question(record, place, folder or path.parent, read))
     if not found:
         raise ValueError(f"--questions {files} holds no question")
     return found
@@ -136,7 +145,9 @@ def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield place, record
 
 
-def _question(record: Mapping[str, Any], place: str, folder: Path) -> Question:
+def _question(
+    record: Mapping[str, Any], place: str, folder: Path, read: Callable[[Path], bytes]
+) -> Question:
     text, answer, options = record.get("question"), record.get("answer"), record.get("options")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{place} has no question; its fields are {', '.join(record)}")
@@ -147,20 +158,36 @@ def _question(record: Mapping[str, Any], place: str, folder: Path) -> Question:
     if not isinstance(options, list | tuple) or len(options) > len(LETTERS):
         raise ValueError(f"{place}: options={options!r} is not a list of at most {len(LETTERS)}")
     options = tuple(map(str, options))
-    answers = tuple(map(str, answer)) if isinstance(answer, list | tuple) else (str(answer),)
+    answers = _answers(answer)
     if (
-        answer is None
-        or not answers
+        not answers
+        or not all(each.strip() for each in answers)
         or (options and not set(answers) <= {*LETTERS[: len(options)]})
     ):
         wanted = (
             f"a letter of its {len(options)} options" if options else "a text or a list of them"
         )
         raise ValueError(f"{place}: answer={answer!r} is not {wanted}")
-    shown = tuple(_bytes(value, place, folder) for value in _pictures(record))
+    shown = tuple(_bytes(value, place, folder, read) for value in _pictures(record))
     if not shown:
         raise ValueError(f"{place} has no picture; its fields are {', '.join(record)}")
+    for data in shown:
+        size_of(data, place)  # what is no picture at all is named before anything is answered
     return Question(place, shown, _MARK.sub("", text).strip(), options, answers)
+
+
+def _answers(answer: Any) -> tuple[str, ...]:
+    """Returns the right answers: a text, a list, or a list of texts as Python prints it, which
+    MMMU's tables have. A printed list of numbers is a text, such as an interval.
+    """
+    if isinstance(answer, str):
+        with contextlib.suppress(ValueError, SyntaxError):
+            printed = ast.literal_eval(answer)
+            if isinstance(printed, list) and all(isinstance(each, str) for each in printed):
+                answer = printed
+    if answer is None:
+        return ()
+    return tuple(map(str, answer)) if isinstance(answer, list | tuple) else (str(answer),)
 
 
 def _pictures(record: Mapping[str, Any]) -> Iterator[Any]:
@@ -171,11 +198,11 @@ def _pictures(record: Mapping[str, Any]) -> Iterator[Any]:
             yield f"{value}.jpg" if name == "imageId" else value
 
 
-def _bytes(value: Any, place: str, folder: Path) -> bytes:
+def _bytes(value: Any, place: str, folder: Path, read: Callable[[Path], bytes]) -> bytes:
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str) or not (folder / value).is_file():
         raise ValueError(f"{place}: there is no picture {folder / str(value)}; name --images DIR")
-    return read_regular(folder / value, MAX_BYTES)
+    return read(folder / value)

@@ -34,7 +34,7 @@ def test_mmmu_has_pictures_in_the_table_and_options_as_python_prints_them(tmp_pa
             "id": "validation_2",
             "question": "How many? <image 1>",
             "options": "[]",
-            "answer": "3",
+            "answer": "['24/7', '3.429']",
             "image_1": {"bytes": png("green"), "path": None},
             "image_2": None,
             "image_3": None,
@@ -45,6 +45,7 @@ def test_mmmu_has_pictures_in_the_table_and_options_as_python_prints_them(tmp_pa
     assert one.pictures == (png("red"), png("blue")) and one.answers == ("B",)
     assert one.asked.text == f"Which is it in ?\n(A) a cat\n(B) it's a dog\n{CHOOSE}"
     assert two.options == () and two.asked.text == f"How many?\n{SHORT}"
+    assert two.answers == ("24/7", "3.429") and two.is_right("3.429.") and two.is_right("24/7")
 
 
 def test_gqa_has_questions_by_their_ids_and_pictures_in_a_folder(tmp_path):
@@ -106,12 +107,59 @@ def test_short_answer_is_one_of_the_right_ones_whatever_its_case_and_articles(re
 
 
 @pytest.mark.parametrize(
+    ("reply", "answer", "right"),
+    [
+        ("3.5", "3.5", True),
+        ("It is 3.5.", "it is 3.5", True),
+        ("35", "3.5", False),
+        (".5", "5", False),
+        ("-5", "5", False),
+        ("-5.", "-5", True),
+        ("247", "24/7", False),
+        ("930", "9:30", False),
+        ("1,000", "1000", True),
+        ("black-and-white", "blackandwhite", True),
+        ("[0, 5]", "[0, 5]", True),
+        ("0", "[0, 5]", False),
+        ("A", "A", True),
+        ("", "A", False),
+        ("the", "A", False),
+    ],
+)
+def test_what_belongs_to_a_number_is_no_punctuation(reply, answer, right, tmp_path):
+    (tmp_path / "0.png").write_bytes(png())
+    record = {"image": "0.png", "question": "?", "answer": answer}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(record))
+    (asked,) = read_questions(str(tmp_path / "asked.jsonl"))
+    assert asked.is_right(reply) == right
+
+
+@pytest.mark.parametrize(
+    ("reply", "options", "letter"),
+    [
+        ("I think it is (C)", ("0",) * 9, "C"),
+        ("I think so", ("0",) * 9, None),
+        ("I", ("0",) * 9, "I"),
+        ("-5", ("5", "-5"), "B"),
+        ("well-known", ("well-known",), "A"),
+    ],
+)
+def test_letters_of_many_options_and_of_one(reply, options, letter):
+    assert questions.chosen(reply, options) == letter
+
+
+@pytest.mark.parametrize(
     ("record", "message"),
     [
         ({"image": "0.png", "answer": "x"}, r"asked.jsonl:1 has no question"),
         ({"image": "0.png", "question": "?"}, r"asked.jsonl:1: answer=None is not a text"),
+        ({"image": "0.png", "question": "?", "answer": ""}, r"asked.jsonl:1: answer='' is not a"),
         ({"question": "?", "answer": "x"}, r"asked.jsonl:1 has no picture"),
         ({"image": "1.png", "question": "?", "answer": "x"}, r"there is no picture .*1.png"),
+        (
+            {"image": "asked.jsonl", "question": "?", "answer": "x"},
+            r"asked.jsonl:1 is not a picture in PNG",
+        ),
         (
             {"image": "0.png", "question": "?", "answer": "C", "options": ["x", "y"]},
             r"answer='C' is not a letter of its 2 options",
