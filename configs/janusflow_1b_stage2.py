@@ -21,7 +21,7 @@ from dsjax.config.posttraining import TuningConfig
 config = Janus(
     name="janusflow_1b_stage2",
     janus=JanusConfig(ratio=(7, 3, 40), trains=("language", "aligner", "drawing"), align=1.0),
-    train=TuningConfig(steps=380000, batch_size=500, micro_batch_size=50),
+    train=TuningConfig(steps=380000, batch_size=500, micro_batch_size=100),
     optim=OptimConfig(
         learning_rate=1e-4, schedule="constant", warmup_steps=2000, weight_decay=0.0, ema=0.99
     ),

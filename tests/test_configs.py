@@ -47,6 +47,12 @@ def test_config_resolves_under_its_own_name(path):
     assert settings.from_dict(settings.to_dict(config), kind=root(path)) == config
 
 
+@pytest.mark.parametrize("path", [path for path in PATHS if root(path) is Janus])
+def test_rows_that_see_and_draw_divide_over_a_slice_of_four(path):
+    config = settings.load_config(path, Janus)
+    assert config.micro_batch_size % 4 == 0
+
+
 @pytest.mark.parametrize("path", PATHS, ids=NAMES)
 def test_config_docstring_has_command_hardware_cost_expected(path):
     text = docstring(path)

@@ -118,7 +118,7 @@ def test_alignment_and_average_of_a_flow_are_planned(tmp_path):
 
     whole, bare = built(), built("janus.align=0")
     state, batch, _ = whole.arguments
-    assert batch["drawn"].shape == (10, 50, 7, 384, 384, 3)
+    assert batch["drawn"].shape == (5, 100, 7, 384, 384, 3)
     assert "drawn" not in bare.arguments[1] and "alignment" not in bare.arguments[0].params
     average, projects = state.optimizer["ema"], state.params["alignment"]
     assert sum(leaf.size for leaf in jax.tree.leaves(projects)) == (
