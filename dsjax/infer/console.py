@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ from dsjax.vision.grounding import Box
 from dsjax.vision.pictures import Picture
 
 _HELP = "/reset forgets the conversation; /exit or Ctrl-D ends it; Ctrl-C stops a reply"
-_IMAGE = "/image "
+_IMAGE = "/image"
 _HELP_PICTURES = "/image PATH shows a picture with your next message; " + _HELP
 AnyFormat = ChatFormat | Looking
 # Control characters in a reply could move the cursor, rename the window, or worse.
@@ -284,8 +285,9 @@ def chat(
         turn = [*messages, _turn(line, pending)]
         said: list[str] = []
         try:
-            if line.startswith(_IMAGE):
-                pending += _read_pictures([Path(line.removeprefix(_IMAGE).strip())], form)
+            command, _, path = line.partition(" ")
+            if command == _IMAGE:
+                pending += _read_pictures([_named(path)], form)
                 continue
             prompt = form.encode(turn, thinking=thinking)
             given = form.given(turn, prompt) if isinstance(form, Looking) else None
@@ -305,6 +307,17 @@ def chat(
         _show_places(turn, "".join(said))
         if said:
             messages, pending = [*turn, Message("assistant", "".join(said))], []
+
+
+def _named(path: str) -> Path:
+    """Returns the file that `/image PATH` names, where no shell expands `~`.
+
+    Raises:
+      ValueError: it names none.
+    """
+    if not path.strip():
+        raise ValueError(f"{_IMAGE} names no picture; write {_IMAGE} PATH")
+    return Path(os.path.expanduser(path.strip()))
 
 
 def describe(statistics: Statistics) -> str:

@@ -316,6 +316,20 @@ def test_places_in_a_reply_are_shown_and_drawn(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err.count("a cat") == 2
 
 
+def test_a_picture_in_a_chat_is_named_as_in_a_shell(monkeypatch, tmp_path):
+    folder = vl2.write(tmp_path / "vl2", vl2.CASES["heads"])
+    engine = ScriptedEngine([65])
+    monkeypatch.setattr(console, "load_weights", lambda *arguments: arguments)
+    monkeypatch.setattr(console, "Engine", lambda model, **options: engine)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    PIL.Image.new("RGB", (22, 22)).save(tmp_path / "a cat.png")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/image ~/a cat.png\nwhat?\n/image\nwhat?\n"))
+    with pytest.raises(ValueError, match=r"^/image names no picture; write /image PATH$"):
+        run(checkpoint=folder, dtype="float32")
+    (request,) = engine.requests
+    assert request.given is not None
+
+
 def test_a_reply_without_places_leaves_no_drawing(monkeypatch, tmp_path):
     folder = vl2.write(tmp_path / "vl2", vl2.CASES["heads"])
     monkeypatch.setattr(console, "load_weights", lambda *arguments: arguments)
