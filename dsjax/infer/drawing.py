@@ -37,6 +37,7 @@ SHEET = "sheet.png"
 CODES: dict[str, Any] = {"guidance": 5.0, "temperature": 1.0}
 FLOW: dict[str, Any] = {"guidance": 2.0, "steps": 30, "vae": None}
 DEFAULT_N = 4  # pictures
+_MOST_GUIDANCE = 1000  # far below what float32 overflows with
 _GAP = 8  # pixels between the pictures of a sheet
 
 
@@ -73,10 +74,10 @@ class Order:
             raise ValueError("the prompt is empty; say what to draw: --prompt 'a red circle'")
         if self.n < 1 or self.at_once < 1:
             raise ValueError(f"n={self.n} and max_batch={self.at_once} must be at least 1")
-        if not 1 <= self.guidance < math.inf:
+        if not 1 <= self.guidance <= _MOST_GUIDANCE:
             raise ValueError(
-                f"guidance={self.guidance} must be finite and at least 1, which follows the prompt "
-                "without exaggeration; 5 is Janus' own, 2 JanusFlow's"
+                f"guidance={self.guidance} must lie in [1, {_MOST_GUIDANCE}]; 1 follows the prompt "
+                "without exaggeration, 5 is Janus' own, 2 JanusFlow's"
             )
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1; 30 is JanusFlow's own")

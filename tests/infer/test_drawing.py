@@ -118,7 +118,8 @@ def test_a_long_prompt_leaves_no_room(folder):
     [
         ({"prompt": " "}, "the prompt is empty"),
         ({"n": 0}, "n=0"),
-        ({"guidance": 0.5}, "guidance=0.5 must be finite and at least 1"),
+        ({"guidance": 0.5}, "guidance=0.5 must lie in [1, 1000]"),
+        ({"guidance": 1e39}, "guidance=1e+39"),
         ({"guidance": float("nan")}, "guidance=nan"),
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"temperature": -1.0}, "temperature=-1.0"),
