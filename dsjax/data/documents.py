@@ -121,7 +121,7 @@ def find_parts(
     given = patterns(files) if isinstance(files, str) else [part.strip() for part in files]
     parts = [(pattern, _matching(pattern, key)) for pattern in given if pattern]
     if not parts:
-        raise ValueError(f"{key}={files!r} names no file; give a glob, or leave it empty")
+        raise ValueError(f"{key}={files!r} names no file; give a glob")
     return parts
 
 

@@ -49,6 +49,7 @@ class Examinee:
                 "checkpoint of Janus, Janus-Pro, JanusFlow, DeepSeek-VL or VL2"
             )
         self._form, self._vocabulary = form, form.vocabulary
+        self._context = checkpoint.model.max_seq_len
         self._looking = look_by(form, checkpoint, mesh, dtype)
         self._engine = Engine(
             load_weights(checkpoint, mesh, dtype), max_batch=max_batch, streaming=False
@@ -72,7 +73,7 @@ class Examinee:
             for each in asked[first : first + _AT_ONCE]:
                 shown = [self._form.decode(data, each.place) for data in each.pictures]
                 message = Message("user", each.text, {PICTURES: shown})
-                prompt = self._form.encode([message])
+                prompt = self._encoded(message, each.place, max_new_tokens)
                 requests.append(
                     Request(
                         tuple(prompt),
@@ -87,6 +88,19 @@ class Examinee:
                 found.append(self._vocabulary.coder.decode(kept).strip())
         progress(len(asked), len(asked))
         return found
+
+    def _encoded(self, message: Message, place: str, max_new_tokens: int) -> list[int]:
+        try:
+            prompt = self._form.encode([message])
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        if len(prompt) + max_new_tokens > self._context:
+            raise ValueError(
+                f"{place} takes {len(prompt):,} tokens with its pictures, and a reply of "
+                f"{max_new_tokens:,} more exceeds model.max_seq_len={self._context:,}; lower "
+                "--max-new-tokens, or shorten the question or leave it out"
+            )
+        return prompt
 
 
 def run(arguments: argparse.Namespace) -> None:

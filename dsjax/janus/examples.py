@@ -85,6 +85,13 @@ def see_example(
     return Encoded([*prompt, *said, *_end(form)], len(prompt))
 
 
+def _seen(form: PicturedFormat, pair: Pair, question: str, outline: pictures.Picture) -> Encoded:
+    try:
+        return see_example(form, question, pair.text, outline)
+    except ValueError as error:
+        raise ValueError(f"{pair.place}: {error}") from error
+
+
 def draw_example(form: PicturedFormat, text: str) -> Encoded:
     """Encodes what to draw; a placeholder stands for each code or position of latents."""
     prompt = prompt_of(form, text)
@@ -131,7 +138,7 @@ def read_examples(
         pairs = _pairs(config, "see", cache)
         outlines = [form.outline(pair.picture.read, str(pair.picture)) for pair in pairs]
         encoded = [
-            see_example(form, pair.question or own.question, pair.text, outline)
+            _seen(form, pair, pair.question or own.question, outline)
             for pair, outline in zip(pairs, outlines, strict=True)
         ]
         tokens, kept = _packed(encoded, "see", config, longest, say)

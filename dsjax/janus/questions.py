@@ -123,7 +123,7 @@ def read_questions(files: str, folder: Path | None = None) -> list[Question]:
 
 def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yields the objects of a file, each with its place."""
-    if path.suffix != ".json":
+    if path.suffix.lower() != ".json":
         yield from read_records(find_sources([str(path)], key="--questions"))
         return
     try:
@@ -185,9 +185,8 @@ def _answers(answer: Any) -> tuple[str, ...]:
             printed = ast.literal_eval(answer)
             if isinstance(printed, list) and all(isinstance(each, str) for each in printed):
                 answer = printed
-    if answer is None:
-        return ()
-    return tuple(map(str, answer)) if isinstance(answer, list | tuple) else (str(answer),)
+    found = answer if isinstance(answer, list | tuple) else [answer]
+    return tuple(str(each) if isinstance(each, str | int | float) else "" for each in found)
 
 
 def _pictures(record: Mapping[str, Any]) -> Iterator[Any]:

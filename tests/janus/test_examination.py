@@ -10,6 +10,7 @@ import pytest
 from dsjax.checkpoint.load import open_checkpoint
 from dsjax.janus.examination import Examinee, marked
 from dsjax.janus.questions import Asked, Question
+from tests.golden import vl2
 from tests.vision import toy
 
 
@@ -39,6 +40,23 @@ def test_bad_picture_is_named(folder):
     examinee = Examinee(open_checkpoint(folder), None, "float32", 4)
     with pytest.raises(ValueError, match=r"asked.jsonl:7 is not a picture"):
         examinee.answers([Asked("asked.jsonl:7", (b"none",), "?")], 2)
+
+
+def test_question_without_room_is_named(folder):
+    examinee = Examinee(open_checkpoint(folder), None, "float32", 4)
+    asked = [Asked("asked.jsonl:8", (png(0),), "?" * 300)]
+    with pytest.raises(
+        ValueError, match=r"asked.jsonl:8 takes .* exceeds model.max_seq_len=512; lower"
+    ):
+        examinee.answers(asked, 300)
+
+
+def test_question_that_spells_other_pictures_is_named(tmp_path):
+    examinee = Examinee(
+        open_checkpoint(vl2.write(tmp_path, vl2.CASES["heads"])), None, "float32", 4
+    )
+    with pytest.raises(ValueError, match=r"asked.jsonl:9: the message spells <image> 2 times"):
+        examinee.answers([Asked("asked.jsonl:9", (png(0),), "<image> or <image>?")], 2)
 
 
 def test_accuracy_has_its_interval_and_every_reply():

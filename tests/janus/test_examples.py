@@ -1,6 +1,7 @@
 """Examples begin as inference asks, end as a reply ends, and are counted if they have no room."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from dsjax.infer.pictured import PICTURES
 from dsjax.janus import examples, training
 from dsjax.text.chat import Message
 from dsjax.vision.pictures import Picture
+from tests.golden import vl2
 from tests.janus import toy
 
 
@@ -72,6 +74,21 @@ def test_files_without_an_example_are_named(kind, opened, tmp_path):
     janus = dataclasses.replace(opened.janus, **{kind: str(tmp_path / "empty.jsonl")})
     with pytest.raises(ValueError, match=rf"^janus\.{kind}=.*empty\.jsonl' holds no example"):
         training.read_data(dataclasses.replace(opened, janus=janus), checkpoint, form, print)
+
+
+def test_question_that_spells_other_pictures_is_named(opened, tmp_path):
+    """Of DeepSeek-VL2, whose pictures stand where a message spells `<image>`."""
+    vl2.picture((22, 22)).save(tmp_path / "0.png")
+    line = {"image": "0.png", "question": "<image> or <image>?", "answer": "b"}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(line))
+    janus = dataclasses.replace(
+        opened.janus, see=str(tmp_path / "asked.jsonl"), ratio=(1, 0, 0), trains=("language",)
+    )
+    base = vl2.write(tmp_path / "vl2", vl2.CASES["heads"])
+    config = dataclasses.replace(opened, init=str(base), janus=janus)
+    checkpoint, form = training.open_initial(config)
+    with pytest.raises(ValueError, match=r"asked.jsonl:1: the message spells <image> 2 times"):
+        training.read_data(config, checkpoint, form, print)
 
 
 def test_same_words_about_another_picture_are_another_example(opened):

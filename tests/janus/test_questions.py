@@ -154,6 +154,7 @@ def test_letters_of_many_options_and_of_one(reply, options, letter):
         ({"image": "0.png", "answer": "x"}, r"asked.jsonl:1 has no question"),
         ({"image": "0.png", "question": "?"}, r"asked.jsonl:1: answer=None is not a text"),
         ({"image": "0.png", "question": "?", "answer": ""}, r"asked.jsonl:1: answer='' is not a"),
+        ({"image": "0.png", "question": "?", "answer": {"x": 1}}, r"answer={'x': 1} is not a text"),
         ({"question": "?", "answer": "x"}, r"asked.jsonl:1 has no picture"),
         ({"image": "1.png", "question": "?", "answer": "x"}, r"there is no picture .*1.png"),
         (
