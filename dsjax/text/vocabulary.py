@@ -102,10 +102,15 @@ def open_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
             f"(0 to {vocab_size - 1}); use the tokenizer that the checkpoint was trained with"
         )
     wanted = config.get("add_bos_token")
+    if wanted is not None and not isinstance(wanted, bool):
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: add_bos_token={wanted!r} is not true or false; "
+            "correct it, or remove it: texts then start with the begin token, if there is one"
+        )
     stop_ids = set(_eos_ids(folder))
     if eos is not None:
         stop_ids.add(coder.control[eos])
-    begins = bos is not None if wanted is None else bool(wanted)
+    begins = bos is not None if wanted is None else wanted
     return Vocabulary(coder, bos, eos, begins, frozenset(stop_ids), config)
 
 

@@ -97,6 +97,11 @@ def test_ids_beyond_the_model_are_refused(tmp_path):
         ),
         ({"tokenizer_config": '{"eos_token": 1}'}, "eos_token is 1, which tokenizer.json"),
         (
+            {"tokenizer_config": '{"add_bos_token": "no"}'},
+            "tokenizer_config.json: add_bos_token='no' is not true or false; correct it, or remove",
+        ),
+        ({"tokenizer_config": '{"add_bos_token": 0}'}, "add_bos_token=0 is not true or false"),
+        (
             {"generation_config": '{"eos_token_id": "1"}'},
             "generation_config.json: eos_token_id='1' is neither an id nor a list of ids",
         ),
