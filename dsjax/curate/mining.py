@@ -131,8 +131,8 @@ def mine(mining: Mining, pool: Workers) -> dict[str, Any]:
     Raises:
       ValueError: a file cannot be read, or floret is not installed.
     """
-    seed = tuple(documents.find_sources(mining.seed, key="--seed"))
-    files = tuple(documents.find_sources(mining.pool, key="--pool"))
+    seed = tuple(documents.find_sources(mining.seed, key="--seed", outside=pool.out))
+    files = tuple(documents.find_sources(mining.pool, key="--pool", outside=pool.out))
     both = {file.path for file in seed} & {file.path for file in files}
     require(not both, f"{min(both, default='')} is of --seed and of --pool; leave it out of one")
     known = [[file.name, file.size, file.mtime_ns] for file in (*seed, *files)]

@@ -166,7 +166,7 @@ def _decontaminated(
     """Finds what quotes the evaluation files, in two stages; returns the shards with the verdicts
     after that, and their key.
     """
-    files = documents.find_sources(recipe.decontaminate, key="decontaminate")
+    files = documents.find_sources(recipe.decontaminate, key="decontaminate", outside=pool.out)
     own = fingerprint(decontaminating.VERSION, decontaminating.identity(files))
     index = pool.run(Stage("work/evaluation", decontaminating.index, [files], own)).folder
     jobs = [decontaminating.Job(shard.documents, shard.verdicts, index) for shard in shards]

@@ -55,13 +55,12 @@ def prepare(
       the report, as report.json has it.
 
     Raises:
-      ValueError: the recipe does not fit the files, a file cannot be read or is in `out`, or `out`
-        holds something else.
+      ValueError: the recipe does not fit the files, a file cannot be read, or `out` holds something
+        else. (What earlier calls left in `out` is no input, wherever the globs reach.)
       OSError: a file cannot be written, or a worker was killed.
     """
     table = rules.table(recipe.rules)
-    jobs = reading.plan(recipe)
-    _check_apart(jobs, out)
+    jobs = reading.plan(recipe, out)
     with owned(out, process), Display(Console(stderr=True)) as display:
         with Workers(workers, out, display, process=process, processes=processes) as pool:
             result = pipeline.run(recipe, table, jobs, pool)
@@ -76,17 +75,6 @@ def prepare(
         report.save(result, table, out)
         display.say(f"wrote {out / 'text'} and {out / 'report.html'}")
     return result
-
-
-def _check_apart(jobs: Sequence[reading.Job], out: Path) -> None:
-    """Raises ValueError if a glob takes what an earlier call wrote for text to prepare."""
-    own = out.resolve()
-    for file in (file for job in jobs for file in job.files):
-        if Path(file.path).resolve().is_relative_to(own):
-            raise ValueError(
-                f"{file.path} is in --out {out}, and the result is not its own input; choose a "
-                "folder that the globs do not reach"
-            )
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:

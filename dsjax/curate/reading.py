@@ -39,8 +39,11 @@ class Job:
     skip: bool  # records and files that cannot be read
 
 
-def plan(recipe: Recipe) -> list[Job]:
+def plan(recipe: Recipe, out: Path | None = None) -> list[Job]:
     """Finds the files of all sources and divides them into jobs.
+
+    Args:
+      out: the folder of the result, whose files are no input, whatever an earlier call left there.
 
     Raises:
       ValueError: a glob matches no file; a file is in two sources.
@@ -48,7 +51,8 @@ def plan(recipe: Recipe) -> list[Job]:
     jobs: list[Job] = []
     owners: dict[str, str] = {}
     for source in recipe.sources:
-        found = documents.find_sources(source.files, key=f"source {source.name}: files")
+        key = f"source {source.name}: files"
+        found = documents.find_sources(source.files, key=key, outside=out)
         found = _told_apart(found)
         for file in found:
             other = owners.setdefault(file.path, source.name)

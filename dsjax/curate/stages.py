@@ -90,7 +90,7 @@ class Workers:
           processes: how many these are.
         """
         self._count = count
-        self._out = out
+        self.out = out
         self._process, self._processes = process, processes
         self._lock = out / f".workers-{process}"
         self._display = display
@@ -113,7 +113,7 @@ class Workers:
           ValueError: a job failed on its input; or the folder of the stage holds other files.
           OSError: a file cannot be written, or a worker was killed.
         """
-        folder = self._out / stage.place
+        folder = self.out / stage.place
         if self._process == 0:
             _open(folder, stage.key)
         else:

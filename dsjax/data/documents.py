@@ -30,6 +30,7 @@ import os
 import sysconfig
 import tokenize
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dsjax.data import decompression, folders, records
@@ -94,7 +95,9 @@ class Document(NamedTuple):
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
-def find_sources(files: str | Sequence[str], *, key: str = "data.files") -> list[Source]:
+def find_sources(
+    files: str | Sequence[str], *, key: str = "data.files", outside: Path | None = None
+) -> list[Source]:
     """Finds the files that match globs, each once and sorted by path.
 
     Args:
@@ -103,23 +106,24 @@ def find_sources(files: str | Sequence[str], *, key: str = "data.files") -> list
         Links are followed, but not in circles.
         The name of an existing file matches it, even if it contains glob characters or commas.
       key: the setting that messages name.
+      outside: a folder whose files are passed over: where the result is written.
 
     Raises:
       ValueError: a glob matches no file, or a file is inaccessible, a pipe or of no kind that is
         read.
     """
     found: dict[str, Source] = {}
-    for _, sources in find_parts(files, key=key):
+    for _, sources in find_parts(files, key=key, outside=outside):
         found = {source.path: source for source in sources} | found
     return [found[path] for path in sorted(found)]
 
 
 def find_parts(
-    files: str | Sequence[str], *, key: str = "data.files"
+    files: str | Sequence[str], *, key: str = "data.files", outside: Path | None = None
 ) -> list[tuple[str, list[Source]]]:
     """Finds the files of each glob or folder, as `find_sources` does of all, in the order given."""
     given = patterns(files) if isinstance(files, str) else [part.strip() for part in files]
-    parts = [(pattern, _matching(pattern, key)) for pattern in given if pattern]
+    parts = [(pattern, _matching(pattern, key, outside)) for pattern in given if pattern]
     if not parts:
         raise ValueError(f"{key}={files!r} names no file; give a glob")
     return parts
@@ -137,7 +141,7 @@ def patterns(files: str) -> list[str]:
     return found
 
 
-def _matching(pattern: str, key: str) -> list[Source]:
+def _matching(pattern: str, key: str, outside: Path | None) -> list[Source]:
     expanded = os.path.expanduser(pattern)
     matched = sorted({os.path.abspath(path) for path in files_of(pattern)})
     if not matched:
@@ -148,6 +152,14 @@ def _matching(pattern: str, key: str) -> list[Source]:
             )
         hint = "the folder is empty" if os.path.isdir(expanded) else "check the path"
         raise ValueError(f"{key}={pattern!r} matches no file (from {os.getcwd()}); {hint}")
+    if outside is not None:
+        own = outside.resolve()
+        matched = [path for path in matched if not Path(path).resolve().is_relative_to(own)]
+        if not matched:
+            raise ValueError(
+                f"{key}={pattern!r} matches only files in {outside}, where the result is written, "
+                "and that is not its own input; choose another folder for one of them"
+            )
     is_folder = os.path.isdir(expanded)
     root = os.path.abspath(expanded) if is_folder else _constant_folder(expanded)
     return [_source(path, os.path.relpath(path, root), _kind(path)) for path in matched]

@@ -78,6 +78,12 @@ def test_texts_without_domains_are_mined_in_one_round(asked, tmp_path):
     assert {row["id"].partition(":")[0] for row in mined(tmp_path / "out")} == {"pool-b.jsonl"}
 
 
+def test_result_among_the_pool_is_not_its_own_input(asked, tmp_path):
+    around = dataclasses.replace(asked, pool=f"{tmp_path}/**/[!s]*", url_field="")
+    first = mining.mine_into(around, tmp_path / "out", 1)
+    assert first["pool"][0] == 95 and mining.mine_into(around, tmp_path / "out", 1) == first
+
+
 @pytest.mark.parametrize(
     ("url", "host"),
     [
@@ -89,14 +95,14 @@ def test_domain(url, host):
     assert mining.domain(url) == host
 
 
-def test_wrong_options_are_told(asked):
+def test_wrong_options_are_told(asked, tmp_path):
     with pytest.raises(ValueError, match=r"--keep 1\.5 must lie between 0 and 1"):
         dataclasses.replace(asked, keep=1.5)
     with pytest.raises(ValueError, match="--rounds 0 must be at least 1"):
         dataclasses.replace(asked, rounds=0)
     same = dataclasses.replace(asked, seed=asked.pool)
     with pytest.raises(ValueError, match="is of --seed and of --pool"):
-        mining.mine(same, None)
+        mining.mine_into(same, tmp_path / "out", 1)
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="names of files are UTF-8 there")

@@ -43,8 +43,10 @@ def no_page(monkeypatch):
 
 def recipe(folder, **options):
     source = Source(name="s", files=f"{folder}/*.txt", kind="web")
-    options = {"shard_bytes": 8192, "heldout_fraction": 0.2, "duplicates": "exact"} | options
-    return Recipe(sources=(source,), **options)
+    options = {
+        "sources": (source,), "shard_bytes": 8192, "heldout_fraction": 0.2, "duplicates": "exact"
+    } | options  # fmt: skip
+    return Recipe(**options)
 
 
 def content(out):
@@ -148,10 +150,18 @@ def test_near_duplicates_and_quotes_of_evaluation_files_are_removed(texts, tmp_p
     assert "the river" in kept and "river south" not in kept
 
 
-def test_result_is_not_its_own_input(texts, tmp_path, no_page):
-    chosen = Recipe(sources=(Source(name="s", files=f"{texts}/**/*.parquet,{texts}/*.txt"),))
+@pytest.mark.parametrize("glob", ["", "/**/*"])
+def test_result_among_its_globs_is_not_its_own_input(texts, tmp_path, no_page, glob):
+    """A second call reads what the first did: no text of its own, and no .npy file of work/."""
+    question = {"question": "Water of the river south has risen since, and the road?"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(question))
+    source = Source(name="s", files=f"{texts}{glob}", kind="web")
+    chosen = recipe(texts, decontaminate=f"{tmp_path}/**/*.json*", sources=(source,))
     out = texts / "out"
-    (out / "text").mkdir(parents=True)
-    (out / "text/train-s-00000.parquet").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"00000\.parquet is in --out .* choose a folder"):
-        prepare.prepare(chosen, out, 1)
+    found = prepare.prepare(chosen, out, 1)
+    before = content(out)
+    assert found["sources"]["s"]["read"][0] == 36 and "work/duplicates/verdicts.npy" in before
+    assert prepare.prepare(chosen, out, 1) == found and content(out) == before
+    source = Source(name="s", files=f"{out}/text/*.parquet")
+    with pytest.raises(ValueError, match=r"only files in .*/out, where the result is written"):
+        prepare.prepare(recipe(texts, sources=(source,)), out, 1)
