@@ -27,7 +27,7 @@ import numpy as np
 
 from dsjax import __version__
 from dsjax.checkpoint import families, hub, manifest
-from dsjax.checkpoint.gguf import is_gguf, require_package
+from dsjax.checkpoint.gguf import is_gguf, refuse_overrides, require_package
 from dsjax.checkpoint.hf_folder import FLOAT32, FP8, HfFolder, Row, check_kind, open_hf, scale_shape
 from dsjax.checkpoint.manifest import File, Manifest
 from dsjax.checkpoint.recode import (
@@ -149,11 +149,10 @@ def _open(source: Path, overrides: Mapping[str, Any] | None) -> HfFolder:
                 "folder. (export writes it in the other layout, DeepSeek's or transformers')"
             )
         return folder
+    refuse_overrides(source, overrides)
     require_package()
     from dsjax.checkpoint.gguf.reading import open_gguf
 
-    if overrides:
-        raise ValueError(f"--override {', '.join(overrides)}: {source} has no config.json")
     return open_gguf(source)
 
 

@@ -28,7 +28,7 @@ from jax.typing import DTypeLike
 from dsjax import settings
 from dsjax.checkpoint import families, hub, manifest, store
 from dsjax.checkpoint.families import family_for
-from dsjax.checkpoint.gguf import is_gguf, require_package
+from dsjax.checkpoint.gguf import is_gguf, refuse_overrides, require_package
 from dsjax.checkpoint.hf_folder import HfFolder, Row, check_kind, is_hf, open_hf
 from dsjax.checkpoint.names import Tensor
 from dsjax.checkpoint.slices import Dequantized, Index, Leaf, Tensors, bounds, read_slice
@@ -237,11 +237,10 @@ def open_checkpoint(
 
 
 def _open_gguf(path: Path, overrides: Mapping[str, Any] | None) -> Checkpoint:
+    refuse_overrides(path, overrides)
     require_package()
     from dsjax.checkpoint.gguf.reading import open_gguf
 
-    if overrides:
-        raise ValueError(f"--override {', '.join(overrides)}: {path} has no config.json")
     folder = open_gguf(path)
     # Readers of tokenizers want a folder; these files are made again whenever they are missing.
     content = "".join(f"{name}\0{text}\0" for name, text in sorted(folder.texts.items()))

@@ -15,7 +15,9 @@ file as a Hugging Face folder that can be loaded and imported, summary.py descri
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 ENDING = ".gguf"
 
@@ -26,6 +28,15 @@ def is_gguf(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return path.suffix == ENDING or file.read(4) == b"GGUF"
+
+
+def refuse_overrides(path: Path, overrides: Mapping[str, Any] | None) -> None:
+    """Raises ValueError if fields of a config.json are to be read in another way."""
+    if overrides:
+        raise ValueError(
+            f"--override {', '.join(overrides)}: {path} is a GGUF file, whose keys describe the "
+            "model, and has no config.json; leave it out"
+        )
 
 
 def require_package() -> None:

@@ -10,6 +10,8 @@ import pytest
 from dsjax.checkpoint import load as loading
 from dsjax.checkpoint.exporting import export
 from dsjax.checkpoint.gguf.reading import open_gguf
+from dsjax.checkpoint.importing import import_checkpoint
+from dsjax.checkpoint.inspection import summarize
 from dsjax.checkpoint.tensor_files import open_folder
 from dsjax.parallel.mesh import make_mesh
 from dsjax.text.vocabulary import open_vocabulary
@@ -39,6 +41,26 @@ def test_float32_comes_back_bit_for_bit(tmp_path, name):
     assert files.tensors.keys() == wanted.keys()
     for key, value in wanted.items():
         np.testing.assert_array_equal(files.read(key), value, key)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda path, given: import_checkpoint(
+            path, path.with_suffix(""), dtype="keep", progress=quiet(), overrides=given
+        ),
+        lambda path, given: summarize(path, False, given),
+        lambda path, given: summarize(path, True, given),
+        loading.open_checkpoint,
+    ],
+    ids=["import", "inspect", "inspect_expect", "load"],
+)
+def test_fields_of_a_config_it_does_not_have_are_refused(tmp_path, command):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"--override rope_theta, x: .*m\.gguf is a GGUF file"):
+        command(path, {"rope_theta": 5e4, "x": None})
+    assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
 
 
 def test_tokenizer_and_template_come_back(tmp_path):
