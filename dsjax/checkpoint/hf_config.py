@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dsjax.checkpoint import families
-from dsjax.checkpoint.families.table import Fields
+from dsjax.checkpoint.families.table import Fields, Values
 from dsjax.config import ModelConfig
 from dsjax.config.vision import VisionConfig
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dsjax.precision.fp8 import Scale  # what reads config.json alone needs no jax
 
 _MAX_TENSORS = 1_000_000  # of a checkpoint; V3 has 92,000
+_DTYPES = ("float32", "bfloat16", "float16")
 
 # Fields that do not change what the model computes: bookkeeping, text generation, training-only
 # losses, storage, and implementation choices of a framework.
@@ -77,15 +78,20 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         if family.sight is not None and isinstance(inner, Mapping):
             inner = family.sight.text(config)
             outer.seen |= family.sight.sections
-            family.sight.read(config, problems)
+            try:
+                family.sight.read(config, problems)
+            except ValueError as error:  # a rule is broken
+                problems.append(str(error))
         outer.refuse_rest(_NEUTRAL | family.neutral)
+        _named_dtype(outer)
         if not isinstance(inner, Mapping):
             problems.append(f"config.json.{family.section}={inner!r} is not an object")
             inner = {}
         fields = Fields(inner, f"config.json.{family.section}", problems)
-    values: dict[str, Any] = dict(family.constants)
+    values = Values(family.constants)
     for row in family.rows:
         row.read(fields, values)
+    _named_dtype(fields)
     layers = values["n_layers"]
     values["n_dense_layers"] = min(values.get("n_dense_layers", layers), layers)
     fields.refuse_rest(_NEUTRAL | family.neutral)
@@ -94,14 +100,35 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         problems.append(
             f"config.json describes more than {_MAX_TENSORS:,} tensors, beyond any published model"
         )
-    if problems:
-        named = "; ".join(dict.fromkeys(problems))  # what tower and language model read is twice
-        raise ValueError(
-            f"config.json describes a model that dsjax cannot compute: {named}. If "
-            "you know that a field should have another value: --override FIELD=VALUE uses it and "
-            "leaves the file as it is (null: absent)"
-        )
-    return ModelConfig(**values)
+    if not problems:
+        try:
+            return values.build(ModelConfig, "model")
+        except ValueError as error:
+            problems.append(str(error))
+    named = "; ".join(dict.fromkeys(problems))  # what tower and language model read is twice
+    raise ValueError(
+        f"config.json describes a model that dsjax cannot compute: {named}. If "
+        "you know that a field should have another value: --override FIELD=VALUE uses it and "
+        "leaves the file as it is (null: absent)"
+    )
+
+
+def named_dtype(config: Mapping[str, Any]) -> str:
+    """Returns the dtype that a config.json which `from_hf` reads names, or bfloat16, DeepSeek's
+    choice, if it names none. The files may have another, which counts.
+    """
+    return _named_dtype(Fields(config, "config.json", []))
+
+
+def _named_dtype(fields: Fields) -> str:
+    found = [name for name in ("torch_dtype", "dtype") if fields.values.get(name) is not None]
+    names = [str(fields.values[name]).removeprefix("torch.") for name in found]
+    fields.problems.extend(
+        f"{fields.place}.{name}={repr(fields.values[name])[:80]} is not one of {', '.join(_DTYPES)}"
+        for name, dtype in zip(found, names, strict=True)
+        if dtype not in _DTYPES
+    )
+    return next(iter(names), "bfloat16")
 
 
 def vision_of(config: Mapping[str, Any]) -> VisionConfig | None:

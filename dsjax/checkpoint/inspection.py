@@ -27,8 +27,8 @@ from dsjax.checkpoint import families, hub, names
 from dsjax.checkpoint.beside import beside
 from dsjax.checkpoint.families import family_for
 from dsjax.checkpoint.families.sight import Part
-from dsjax.checkpoint.gguf import is_gguf, require_package
-from dsjax.checkpoint.hf_config import vision_of
+from dsjax.checkpoint.gguf import is_gguf, refuse_overrides, require_package
+from dsjax.checkpoint.hf_config import named_dtype, vision_of
 from dsjax.checkpoint.hf_folder import (
     FLOAT32,
     FP8,
@@ -89,6 +89,7 @@ def summarize(
     """
     path = hub.located(path, weights=not expect)
     if is_gguf(path):
+        refuse_overrides(path, overrides)
         require_package()
         from dsjax.checkpoint.gguf import summary
 
@@ -121,7 +122,7 @@ def implied_by(path: Path, overrides: Mapping[str, Any] | None = None) -> Implie
     config, family, model, block = read_config(path, overrides)
     vision, sight = vision_of(config), families.find(family).sight
     parts = list(sight.parts(vision)) if sight and vision else []
-    return Implied(family, model, _stored_dtype(config, path), block, parts)
+    return Implied(family, model, _STORED[named_dtype(config)], block, parts)
 
 
 def published(implied: Implied, *, copies: bool = True) -> Iterator[Entry]:
@@ -140,15 +141,6 @@ def published(implied: Implied, *, copies: bool = True) -> Iterator[Entry]:
             plain = FLOAT32 if tensor.keep_float32 else dtype
             yield Entry(tensor.name, INT64 if tensor.integer else plain, tensor.shape)
     yield from (Entry(part.name, dtype, part.shape) for part in parts)
-
-
-def _stored_dtype(config: Mapping[str, Any], path: Path) -> np.dtype:
-    """Returns the dtype in a config.json, or bfloat16, DeepSeek's choice, if it names none."""
-    field = "dtype" if config.get("torch_dtype") is None else "torch_dtype"
-    name = config.get(field) or "bfloat16"
-    if str(name).removeprefix("torch.") not in _STORED:
-        raise ValueError(f"{path}: {field}={name!r} is not one of {', '.join(_STORED)}")
-    return _STORED[name.removeprefix("torch.")]
 
 
 def _inspect_hf(path: Path, overrides: Mapping[str, Any] | None) -> dict[str, Any]:

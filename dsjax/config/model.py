@@ -141,9 +141,11 @@ class ModelConfig:
             self.n_heads % self.kv_heads == 0,
             f"model.n_heads={self.n_heads} does not divide by model.n_kv_heads={self.n_kv_heads}",
         )
+        apart = self.attention in ("mla", "compressed")
+        own = "model.qk_rope_head_dim" if apart else "a head's width (model.head_dim)"
         require(
             self.rope_dim % 2 == 0,
-            f"rope rotates pairs of channels, so its head dim must be even, not {self.rope_dim}",
+            f"rope rotates pairs of channels, so {own} must be even, not {self.rope_dim}",
         )
         # Equal is legal: Kimi-K2 has 1 and 1, which leaves a ramp of one channel.
         require_at_most("model", self, "beta_slow", "beta_fast")
@@ -256,6 +258,7 @@ class ModelConfig:
         )
         require_at_most("model", self, "n_limited_groups", "n_expert_groups")
         experts_per_group = self.n_routed_experts // self.n_expert_groups
+        require_at_most("model", self, "n_activated_experts", "n_routed_experts")
         selectable = self.n_limited_groups * experts_per_group
         require(
             self.n_activated_experts <= selectable,

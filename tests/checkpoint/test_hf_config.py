@@ -9,8 +9,10 @@ from dsjax.checkpoint.families import family_for
 from dsjax.checkpoint.hf_config import family_of, from_hf, to_hf, weight_block
 from dsjax.config import ModelConfig
 from dsjax.settings import load_config
+from tests.checkpoint.broken_rules import changed, refused
 from tests.golden.cases import CASES, DEEPSEEK_MOE, LLAMA, ORACLE_CASES, QWEN2, V2, V2_LITE, V3
 from tests.model.tiny import TINY
+from tests.vision import toy
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 YARN = V3["rope_scaling"] | {"original_max_position_embeddings": 4096}
@@ -227,6 +229,63 @@ def test_mtp_layers_have_two_spellings():
 def test_field_that_changes_the_mathematics_is_refused_by_name(config, change, message):
     with pytest.raises(ValueError, match=message):
         from_hf(config | change)
+
+
+@pytest.mark.parametrize("case", [*CASES, *ORACLE_CASES])
+def test_broken_rules_name_the_fields_of_the_file(case):
+    config = (CASES | ORACLE_CASES)[case].config
+    assert {"hidden_size", "num_attention_heads", "vocab_size"} <= refused(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message", "remedy"),
+    [
+        (
+            V3, {"n_routed_experts": 0},
+            r"experts=0, so all layers are dense: set config\.json\.first_k_dense_replace=3",
+            {"first_k_dense_replace": 3},
+        ),
+        (
+            V3, {"num_experts_per_tok": 7, "topk_group": 1},
+            r"json\.num_experts_per_tok=7 exceeds .* raise config\.json\.topk_group",
+            {"topk_group": 4},
+        ),
+        (
+            V3 | rope_parameters(V3) | {"rope_scaling": None}, {"rope_parameters.beta_slow": 40.0},
+            r"json\.rope_parameters\.beta_slow=40\.0 exceeds config\.json\.rope_parameters\.beta_f",
+            {"rope_parameters.beta_fast": 50.0},
+        ),
+        (
+            DEEPSEEK_MOE, {"num_attention_heads": 3, "num_key_value_heads": 3},
+            r"json\.hidden_size=64 does not divide by config\.json\.num_attention_heads=3",
+            {"hidden_size": 96},
+        ),
+    ],
+)  # fmt: skip
+def test_broken_rule_has_a_remedy(config, change, message, remedy):
+    for key, value in change.items():
+        config = changed(config, key, value)
+    with pytest.raises(ValueError, match=f"{message}.*--override FIELD=VALUE"):
+        from_hf(config)
+    for key, value in remedy.items():
+        config = changed(config, key, value)
+    from_hf(config)
+
+
+JANUS = to_hf(toy.LANGUAGE, "janus", vision=toy.VISION)
+
+
+@pytest.mark.parametrize("name", ["torch_dtype", "dtype"])
+@pytest.mark.parametrize("value", ["int8", "auto", 16, ["bfloat16"], {"text": "bfloat16"}])
+def test_dtype_that_no_weights_have_is_refused(name, value):
+    message = rf"config\.json\.{name}=.* is not one of float32, bfloat16, float16.*--override"
+    with pytest.raises(ValueError, match=message):
+        from_hf(V3 | {name: value})
+    section = JANUS["text_config"] | {name: value}
+    with pytest.raises(ValueError, match=rf"text_config\.{name}=.* is not one of float32"):
+        from_hf(JANUS | {"text_config": section})
+    for usual in ("float32", "torch.bfloat16", None):
+        assert from_hf(V3 | {name: usual}) == from_hf(V3)
 
 
 def test_all_problems_are_named_together():

@@ -72,11 +72,8 @@ def sparse(**changes):
         (dense, {"attention": "mla"}, r"model\.kv_lora_rank=0 must be greater than 0"),
         (dense, {"n_heads": 3}, r"model\.dim=16 does not divide by model\.n_heads=3; set model\.h"),
         (dense, {"n_heads": 4, "n_kv_heads": 3}, r"n_heads=4 does not divide by model\.n_kv_heads"),
-        (
-            dense,
-            {"head_dim": 3},
-            r"rope rotates pairs of channels, so its head dim .* even, not 3",
-        ),
+        (dense, {"head_dim": 3}, r"so a head's width \(model\.head_dim\) must be even, not 3"),
+        (sparse, {"qk_rope_head_dim": 3}, r"so model\.qk_rope_head_dim must be even, not 3"),
         (
             dense,
             {"beta_slow": 40.0},
@@ -92,6 +89,7 @@ def sparse(**changes):
         (moe, {"moe_inter_dim": 0}, r"model\.moe_inter_dim=0 must be greater than 0"),
         (moe, {"n_expert_groups": 3}, r"n_routed_experts=8 does not divide into .*groups=3 equal"),
         (moe, {"n_limited_groups": 5}, r"n_limited_groups=5 exceeds model\.n_expert_groups=4"),
+        (moe, {"n_activated_experts": 9}, r"activated_experts=9 exceeds model\.n_routed_experts=8"),
         (
             moe,
             {"n_activated_experts": 5},

@@ -6,12 +6,11 @@ name of that shape, and which layer is the last.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dsjax.checkpoint.families.sight import Part, linear, norm, tower_ends
-from dsjax.checkpoint.families.table import Fields
+from dsjax.checkpoint.families.table import Fields, Values
 from dsjax.config.vision import SiglipConfig
 
 TOWER = SiglipConfig(pool=True)
@@ -42,21 +41,22 @@ def read_tower(config: Mapping[str, Any], name: str, problems: list[str]) -> Sig
 
 def siglip(vision: Fields) -> SiglipConfig:
     """Reads the fields of a SigLIP."""
-    image_size = vision.read("image_size", "int", TOWER.image_size)
+    tower = Values(vars(TOWER))
+    tower.take("image_size", vision, "image_size", "int", TOWER.image_size)
     vision.fixed("model_name", _NAME)
     vision.fixed("select_feature", "same")
     chosen = vision.values.get("select_layer", -1)
     vision.seen |= {"select_layer"}
-    most, n_layers = TOWER.n_layers, TOWER.n_layers
+    most = TOWER.n_layers
     if type(chosen) is int and chosen and -most <= chosen <= most:
-        n_layers = chosen if chosen > 0 else most + chosen + 1
+        tower["n_layers"] = chosen if chosen > 0 else most + chosen + 1
     else:
         vision.problems.append(
             f"{vision.place}.select_layer={chosen!r} names none of {most} layers"
         )
     if vision.problems:
         return TOWER
-    return dataclasses.replace(TOWER, image_size=image_size, n_layers=n_layers)
+    return tower.build(SiglipConfig, "tower")
 
 
 def written_tower(tower: SiglipConfig, kind: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ config.json gives the name of that shape.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from dsjax.checkpoint.families.deepseek_tower import (
 )
 from dsjax.checkpoint.families.deepseek_vl_hybrid import sam_parts
 from dsjax.checkpoint.families.sight import LeafPath, Part, conv, linear, norm
-from dsjax.checkpoint.families.table import Fields
+from dsjax.checkpoint.families.table import Fields, Values
 from dsjax.config.vision import SamConfig, VisionConfig
 from dsjax.vision.pictures import SAM_NORM, SIGLIP_NORM
 
@@ -39,17 +38,20 @@ def sees_with_two(config: Mapping[str, Any]) -> bool:
     return isinstance(vision, Mapping) and vision.get("cls") == CLASS
 
 
-def read(config: Mapping[str, Any], dim: int, problems: list[str]) -> VisionConfig | None:
+def read(config: Mapping[str, Any], language: Fields, problems: list[str]) -> VisionConfig | None:
     """Reads the sections of towers and aligner; None if there were problems.
 
     Args:
-      dim: width of the language model.
+      language: the language model's section, defaults filled in.
     """
+    whole = Values({"idle_norms": True})
+    whole.take("dim", language, "hidden_size", "int")
     both = section(config, "vision_config", problems, CLASS)
     both.fixed("concat_type", "tuple")
     low, high = (_inner(both, f"{name}_res_cfg") for name in ("low", "high"))
     tower = siglip(low)
-    image_size = high.read("image_size", "int", SAM.image_size)
+    shape = Values(vars(SAM))
+    shape.take("image_size", high, "image_size", "int", SAM.image_size)
     high.fixed("model_name", _NAME)
     high.fixed("select_feature", "same")
     high.fixed("select_layer", -1)
@@ -63,7 +65,7 @@ def read(config: Mapping[str, Any], dim: int, problems: list[str]) -> VisionConf
     aligner = section(config, "aligner_config", problems, "MlpProjector")
     aligner.fixed("projector_type", PROJECTOR)
     aligner.fixed("input_dim", tower.dim)
-    aligner.fixed("n_embed", dim)
+    aligner.fixed("n_embed", whole["dim"])
     aligner.fixed("depth", 2)
     aligner.refuse_rest()
     # DeepSeek's code brings SAM's features to this grid, whatever the other tower's is.
@@ -74,8 +76,8 @@ def read(config: Mapping[str, Any], dim: int, problems: list[str]) -> VisionConf
         )
     if problems:
         return None
-    sam = dataclasses.replace(SAM, image_size=image_size)
-    return VisionConfig(dim=dim, tower=tower, high=sam, idle_norms=True)
+    whole |= {"tower": tower, "high": shape.build(SamConfig, "sam")}
+    return whole.build(VisionConfig, "vision")
 
 
 def _inner(both: Fields, name: str) -> Fields:

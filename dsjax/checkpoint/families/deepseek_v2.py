@@ -27,8 +27,8 @@ def _read_groups(fields: Fields, values: Values) -> None:
         fields.seen |= {"n_group", "topk_group"}  # without effect for this method
         return
     fields.fixed("topk_method", "greedy", "group_limited_greedy")
-    values["n_expert_groups"] = fields.read("n_group", "int")
-    values["n_limited_groups"] = fields.read("topk_group", "int")
+    values.take("n_expert_groups", fields, "n_group", "int")
+    values.take("n_limited_groups", fields, "topk_group", "int")
 
 
 def _write_groups(model: ModelConfig) -> dict[str, Any]:

@@ -58,6 +58,7 @@ def _read_kinds(fields: Fields, values: Values) -> None:
     by_ratio = _listed(fields, "compress_ratios", _BY_RATIO, count)
     usual = ["sparse" if layer > 1 and layer % 2 else "heavy" for layer in range(count)]
     values["layer_types"] = tuple(layers or by_ratio or usual)
+    values.places["layer_types"] = f"{fields.place}.layer_types"
     rates = fields.values.get("compress_rates")
     fields.seen.add("compress_rates")
     if rates is not None and not isinstance(rates, Mapping):
@@ -68,7 +69,10 @@ def _read_kinds(fields: Fields, values: Values) -> None:
         ("sparse_ratio", "compressed_sparse_attention", "compress_rate_csa", 4),
         ("heavy_ratio", "heavily_compressed_attention", "compress_rate_hca", 128),
     ):
-        values[ours] = fields.read(older, "int", inner.read(kind, "int", usual_ratio))
+        values.take(ours, inner, kind, "int", usual_ratio)
+        fields.seen.add(older)
+        if fields.values.get(older) is not None:
+            values.take(ours, fields, older, "int")
     inner.refuse_rest()
 
 
@@ -100,13 +104,14 @@ def _read_rope_dim(fields: Fields, values: Values) -> None:
     width = values["head_dim"]
     share = fields.read("partial_rotary_factor", "float", 0.0)
     turned = fields.times("partial_rotary_factor", width, 0.0)
-    given = fields.read("qk_rope_head_dim", "int", turned if share else width // 8)
+    usual = turned if share else width // 8
+    values.take("qk_rope_head_dim", fields, "qk_rope_head_dim", "int", usual)
+    given = values["qk_rope_head_dim"]
     if share and turned != given:
         fields.problems.append(
             f"{fields.place}.partial_rotary_factor={share} of {width} channels is not "
             f"qk_rope_head_dim={given}"
         )
-    values["qk_rope_head_dim"] = given
 
 
 def _read_rope(fields: Fields, values: Values) -> None:
@@ -119,11 +124,13 @@ def _read_rope(fields: Fields, values: Values) -> None:
         fields.problems.append(f"{fields.place} has rope settings that are no object: {settings!r}")
         return
     main, scaling = settings.get("main"), settings.get("compress")
-    if not (isinstance(main, Mapping) and isinstance(scaling, Mapping)):
+    nested = isinstance(main, Mapping) and isinstance(scaling, Mapping)
+    if not nested:
         main, scaling = {"rope_theta": theta}, dict(settings) | {"rope_theta": compressed}
-    place = f"{fields.place}.rope_parameters"
-    plain = Fields(main, f"{place}.main", fields.problems)
-    values["rope_theta"] = plain.read("rope_theta", "float", theta)
+    name = "rope_parameters" if fields.values.get("rope_parameters") else "rope_scaling"
+    place = f"{fields.place}.{name}"
+    plain = Fields(main, f"{place}.main" if nested else fields.place, fields.problems)
+    values.take("rope_theta", plain, "rope_theta", "float", theta)
     plain.fixed("rope_type", "default")
     _fix_share(plain, values)
     plain.refuse_rest()
@@ -135,8 +142,10 @@ def _read_rope(fields: Fields, values: Values) -> None:
     own.pop("type", None)
     if own["rope_type"] != "yarn":
         own.pop("attention_factor")
-    inner = Fields(own, f"{place}.compress", fields.problems)
-    values["compress_rope_theta"] = inner.read("rope_theta", "float", compressed)
+    inner = Fields(own, f"{place}.compress" if nested else place, fields.problems)
+    values.take("compress_rope_theta", inner, "rope_theta", "float", compressed)
+    if not nested:
+        values.places["compress_rope_theta"] = f"{fields.place}.compress_rope_theta"
     _fix_share(inner, values)
     own.pop("partial_rotary_factor", None)
     read_scaling(inner, values)
@@ -158,12 +167,13 @@ def _write_rope(model: ModelConfig) -> dict[str, Any]:
 
 def _read_width(fields: Fields, values: Values) -> None:
     # No layer has a dense feed-forward, so the field that is required has no effect.
-    values["moe_inter_dim"] = values["inter_dim"] = fields.read("moe_intermediate_size", "int")
+    for ours in ("moe_inter_dim", "inter_dim"):
+        values.take(ours, fields, "moe_intermediate_size", "int")
 
 
 def _read_score(fields: Fields, values: Values) -> None:
     fields.fixed("scoring_func", "sqrtsoftplus", "sigmoid")
-    values["score_func"] = fields.read("scoring_func", "str", "sqrtsoftplus")
+    values.take("score_func", fields, "scoring_func", "str", "sqrtsoftplus")
 
 
 _ROWS = (

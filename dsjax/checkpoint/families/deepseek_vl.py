@@ -15,32 +15,39 @@ from dsjax.checkpoint.families import janus
 from dsjax.checkpoint.families.family import TopNames
 from dsjax.checkpoint.families.llama import LLAMA
 from dsjax.checkpoint.families.sight import Part, Sight, linear
+from dsjax.checkpoint.families.table import Values
 from dsjax.config.vision import SiglipConfig, VisionConfig
 
 _TOWER = "model.vision_model."
 IMAGE_TOKEN = 100015  # of the releases, and the default of transformers
+WIDTH = "config.json.text_config.hidden_size"
+# Fields of ours, theirs, kinds and defaults.
+_TOWER_FIELDS = (
+    ("image_size", "image_size", "int", 224),
+    ("patch_size", "patch_size", "int", 16),
+    ("dim", "hidden_size", "int", 768),
+    ("n_layers", "num_hidden_layers", "int", 12),
+    ("n_heads", "num_attention_heads", "int", 12),
+    ("inter_dim", "intermediate_size", "int", 3072),
+    ("norm_eps", "layer_norm_eps", "float", 1e-6),
+)
 
 
 def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
     """Reads vision_config; None if there were problems."""
     vision = janus.section(config, "vision_config", problems)
     vision.fixed("model_type", "siglip_vision_model")
-    tower = {
-        "image_size": vision.read("image_size", "int", 224),
-        "patch_size": vision.read("patch_size", "int", 16),
-        "dim": vision.read("hidden_size", "int", 768),
-        "n_layers": vision.read("num_hidden_layers", "int", 12),
-        "n_heads": vision.read("num_attention_heads", "int", 12),
-        "inter_dim": vision.read("intermediate_size", "int", 3072),
-        "norm_eps": vision.read("layer_norm_eps", "float", 1e-6),
-        "activation": janus.activation(vision, "gelu_pytorch_tanh"),
-    }
+    tower = Values({"activation": janus.activation(vision, "gelu_pytorch_tanh")})
+    tower.take_all(vision, _TOWER_FIELDS)
     vision.refuse_rest(janus.BOOKKEEPING | {"vision_use_head"})
     language = janus.text(config).get("hidden_size")
     token = janus.fields(config, problems).read("image_token_id", "int", IMAGE_TOKEN)
     if problems or not isinstance(language, int):
         return None
-    return VisionConfig(dim=language, tower=SiglipConfig(**tower), image_token=token)
+    seen = tower.build(SiglipConfig, "tower")
+    whole = Values({"dim": language, "tower": seen, "image_token": token})
+    whole.places["dim"] = WIDTH
+    return whole.build(VisionConfig, "vision")
 
 
 def write(vision: VisionConfig, text: Mapping[str, Any]) -> dict[str, Any]:

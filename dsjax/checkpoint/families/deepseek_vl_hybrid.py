@@ -9,10 +9,22 @@ from typing import Any
 from dsjax.checkpoint.families import deepseek_vl, janus
 from dsjax.checkpoint.families.deepseek_vl import DEEPSEEK_VL
 from dsjax.checkpoint.families.sight import LeafPath, Part, Sight, conv, linear, norm
+from dsjax.checkpoint.families.table import Values
 from dsjax.config.vision import SamConfig, VisionConfig
 
 _SAM, _SECTION = "model.high_res_vision_model.vision_encoder.", "high_res_vision_config"
 _DERIVED = frozenset({"num_pos_feats", "scale"})  # of SAM's prompts, which are not here
+# Fields of ours, theirs, kinds and defaults.
+_SAM_FIELDS = (
+    ("image_size", "image_size", "int", SamConfig.image_size),
+    ("patch_size", "patch_size", "int", SamConfig.patch_size),
+    ("dim", "hidden_size", "int", SamConfig.dim),
+    ("n_layers", "num_hidden_layers", "int", SamConfig.n_layers),
+    ("n_heads", "num_attention_heads", "int", SamConfig.n_heads),
+    ("norm_eps", "layer_norm_eps", "float", SamConfig.norm_eps),
+    ("window", "window_size", "int", SamConfig.window),
+    ("out_channels", "output_channels", "int", SamConfig.out_channels),
+)
 
 
 def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
@@ -23,27 +35,21 @@ def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
     high.fixed("hidden_act", "gelu")
     for name in ("qkv_bias", "use_abs_pos", "use_rel_pos"):
         high.fixed(name, True)
-    width = high.read("hidden_size", "int", SamConfig.dim)
-    inter_dim = high.times("mlp_ratio", width, 4.0)
+    shape = Values({})
+    shape.take_all(high, _SAM_FIELDS)
+    shape.take("inter_dim", high, "mlp_dim", "int", high.times("mlp_ratio", shape["dim"], 4.0))
     layers = high.values.get("global_attn_indexes", list(SamConfig.global_layers))
     high.seen.add("global_attn_indexes")
     if not isinstance(layers, list) or not all(type(each) is int for each in layers):
         problems.append(f"{high.place}.global_attn_indexes={layers!r} is not a list of integers")
-    shape = {
-        "image_size": high.read("image_size", "int", SamConfig.image_size),
-        "patch_size": high.read("patch_size", "int", SamConfig.patch_size),
-        "dim": width,
-        "n_layers": high.read("num_hidden_layers", "int", SamConfig.n_layers),
-        "n_heads": high.read("num_attention_heads", "int", SamConfig.n_heads),
-        "inter_dim": high.read("mlp_dim", "int", inter_dim),
-        "norm_eps": high.read("layer_norm_eps", "float", 1e-6),
-        "window": high.read("window_size", "int", SamConfig.window),
-        "out_channels": high.read("output_channels", "int", SamConfig.out_channels),
-    }
     high.refuse_rest(janus.BOOKKEEPING | _DERIVED)
     if problems or low is None:
         return None
-    return dataclasses.replace(low, high=SamConfig(**shape, global_layers=tuple(layers)))
+    shape["global_layers"] = tuple(layers)
+    shape.places["global_layers"] = f"{high.place}.global_attn_indexes"
+    whole = Values(vars(low) | {"high": shape.build(SamConfig, "sam")})
+    whole.places["dim"] = deepseek_vl.WIDTH
+    return whole.build(VisionConfig, "vision")
 
 
 def write(vision: VisionConfig, text: Mapping[str, Any]) -> dict[str, Any]:

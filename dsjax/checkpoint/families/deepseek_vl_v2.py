@@ -60,6 +60,14 @@ _LANGUAGE = {
     "rope_theta": 10000.0,
 }
 _HEADS = (*GQA, EQUAL_HEADS, fixed("attention_bias", False))
+# Fields of ours, theirs, kinds and defaults.
+_TOWER = (
+    ("image_size", "image_size", "int", 384),
+    ("patch_size", "patch_size", "int", 16),
+    ("dim", "width", "int", 1024),
+    ("n_layers", "layers", "int", 24),
+    ("n_heads", "heads", "int", 16),
+)
 _LATENT = frozenset(
     "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim".split()
 )  # without effect on plain heads; null or 0 in Tiny's
@@ -108,8 +116,8 @@ def _read_router(fields: Fields, values: Values) -> None:
     if method == "greedy":
         fields.seen |= {"n_group", "topk_group"}  # without effect for this method
         return
-    values["n_expert_groups"] = fields.read("n_group", "int")
-    values["n_limited_groups"] = fields.read("topk_group", "int")
+    values.take("n_expert_groups", fields, "n_group", "int")
+    values.take("n_limited_groups", fields, "topk_group", "int")
 
 
 def _write_router(model: ModelConfig) -> dict[str, Any]:
@@ -133,15 +141,11 @@ def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
     tower.fixed("global_pool", "map")
     tower.fixed("ignore_head", True)
     tower.fixed("class_token", False)
-    width = tower.read("width", "int", 1024)
-    shape = {
-        "image_size": tower.read("image_size", "int", 384),
-        "patch_size": tower.read("patch_size", "int", 16),
-        "dim": width,
-        "n_layers": tower.read("layers", "int", 24),
-        "n_heads": tower.read("heads", "int", 16),
-        "inter_dim": tower.times("mlp_ratio", width, 4.0),
-    }
+    shape = Values({"activation": "gelu_tanh", "pool": True})
+    shape.take_all(tower, _TOWER)
+    width = shape["dim"]
+    shape["inter_dim"] = tower.times("mlp_ratio", width, 4.0)
+    shape.places["inter_dim"] = f"{tower.place}.mlp_ratio"
     tower.refuse_rest(_BOOKKEEPING)
     dim = text(config)["hidden_size"]
     projector = _section(config, "projector_config", problems)
@@ -156,7 +160,8 @@ def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
     depth = projector.read("depth", "int", 2)
     if depth < 2:
         problems.append(f"{projector.place}.depth={depth} is not at least 2")
-    downsample = projector.read("downsample_ratio", "int", 2)
+    cut = Values({})
+    cut.take("downsample", projector, "downsample_ratio", "int", 2)
     projector.refuse_rest(_BOOKKEEPING)
     if outer.read("tile_tag", "str") != "2D":
         problems.append(f"config.json.tile_tag={config.get('tile_tag')!r} is not '2D'")
@@ -169,12 +174,15 @@ def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
         )
     if problems or sizes is None:
         return None
-    return VisionConfig(
-        dim=dim,
-        tower=SiglipConfig(**shape, activation="gelu_tanh", pool=True),
-        aligner_depth=depth,
-        tiles=TilesConfig(resolutions=sizes, downsample=downsample),
-    )
+    cut["resolutions"] = sizes
+    seen, tiles = shape.build(SiglipConfig, "tower"), cut.build(TilesConfig, "tiles")
+    whole = Values({"dim": dim, "tower": seen, "aligner_depth": depth, "tiles": tiles})
+    whole.places |= {
+        "dim": "config.json.language_config.hidden_size",
+        "resolutions": "config.json.candidate_resolutions",
+        "image_size": shape.places["image_size"],
+    }
+    return whole.build(VisionConfig, "vision", "tiles", "tower")
 
 
 def _section(config: Mapping[str, Any], name: str, problems: list[str]) -> Fields:

@@ -199,6 +199,11 @@ def _full_attention(values: Mapping[str, Any]) -> list[str]:
 def _read_equal_heads(fields: Fields, values: Values) -> None:
     values["head_dim"] = _equal_heads(values)
     fields.fixed("head_dim", values["head_dim"])
+    if values["dim"] % max(values["n_heads"], 1):
+        fields.problems.append(
+            f"{values.places['dim']}={values['dim']} does not divide by "
+            f"{values.places['n_heads']}={values['n_heads']}"
+        )
 
 
 # Grouped-query attention. HEAD_DIM and EQUAL_HEADS are for families whose head width is free or
@@ -210,9 +215,7 @@ GQA = (
 # Without effect unless `use_sliding_window` is true, which is refused.
 GQA_NEUTRAL = frozenset({"sliding_window"})
 HEAD_DIM = Row(
-    lambda fields, values: values.update(
-        head_dim=fields.read("head_dim", "int", _equal_heads(values))
-    ),
+    lambda fields, values: values.take("head_dim", fields, "head_dim", "int", _equal_heads(values)),
     lambda model: (
         {} if model.qk_head_dim * model.n_heads == model.dim else {"head_dim": model.head_dim}
     ),

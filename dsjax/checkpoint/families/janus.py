@@ -18,7 +18,7 @@ from dsjax.checkpoint.families.sight import (
     tower_ends,
     vq_parts,
 )
-from dsjax.checkpoint.families.table import Fields
+from dsjax.checkpoint.families.table import Fields, Values
 from dsjax.config.vision import GROUPS, SiglipConfig, VisionConfig, VqConfig
 
 _NAMES = VqNames("down.{level}", "up.{level}", "block", ("block_1", "attn_1", "block_2"))
@@ -34,6 +34,23 @@ BOOKKEEPING = frozenset(
 _ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 NAMES_OF_ACTIVATIONS = {ours: name for name, ours in _ACTIVATIONS.items()}
 IMAGE_TOKEN = 100581  # of every release, and the default of transformers
+# Fields of ours, theirs, kinds and defaults.
+_TOWER = (
+    ("image_size", "image_size", "int", 384),
+    ("patch_size", "patch_size", "int", 16),
+    ("dim", "hidden_size", "int", 1024),
+    ("n_layers", "num_hidden_layers", "int", 24),
+    ("n_heads", "num_attention_heads", "int", 16),
+    ("norm_eps", "layer_norm_eps", "float", 1e-6),
+)
+_CODES = (
+    ("n_codes", "num_embeddings", "int", 16384),
+    ("code_dim", "embed_dim", "int", 8),
+    ("latent_channels", "latent_channels", "int", 256),
+    ("channels", "base_channels", "int", 128),
+    ("n_blocks", "num_res_blocks", "int", 2),
+    ("n_groups", "norm_num_groups", "int", GROUPS),
+)
 
 
 def text(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -69,21 +86,15 @@ def activation(section: Fields, default: str) -> Any:
 def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
     """Reads vision_config and vq_config; None if there were problems."""
     vision, vq = (section(config, name, problems) for name in ("vision_config", "vq_config"))
-    dim = vision.read("projection_dim", "int", 2048)
-    width = vision.read("hidden_size", "int", 1024)
-    values = {
-        "image_size": vision.read("image_size", "int", 384),
-        "patch_size": vision.read("patch_size", "int", 16),
-        "dim": width,
-        "n_layers": vision.read("num_hidden_layers", "int", 24),
-        "n_heads": vision.read("num_attention_heads", "int", 16),
-        "inter_dim": vision.times("mlp_ratio", width, 4.0),
-        "norm_eps": vision.read("layer_norm_eps", "float", 1e-6),
-        "activation": activation(vision, "gelu"),
-    }
+    whole, tower = Values({}), Values({"activation": activation(vision, "gelu")})
+    whole.take("dim", vision, "projection_dim", "int", 2048)
+    dim = whole["dim"]
+    tower.take_all(vision, _TOWER)
+    tower["inter_dim"] = vision.times("mlp_ratio", tower["dim"], 4.0)
+    tower.places["inter_dim"] = f"{vision.place}.mlp_ratio"
     vision.fixed("attention_bias", True)
     vision.fixed("use_qk_norm", False)
-    aligner_depth = vision.read("depth", "int", 2)
+    whole.take("aligner_depth", vision, "depth", "int", 2)
     vq.fixed("hidden_act", "gelu")
     vq.fixed("double_latent", False)
     vq.fixed("projection_dim", dim)
@@ -93,34 +104,26 @@ def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
     if not isinstance(multipliers, list) or not all(type(each) is int for each in multipliers):
         problems.append(f"{vq.place}.channel_multiplier={multipliers!r} is not a list of integers")
         multipliers = [1]
-    codes = {
-        "n_codes": vq.read("num_embeddings", "int", 16384),
-        "code_dim": vq.read("embed_dim", "int", 8),
-        "latent_channels": vq.read("latent_channels", "int", 256),
-        "channels": vq.read("base_channels", "int", 128),
-        "multipliers": tuple(multipliers),
-        "n_blocks": vq.read("num_res_blocks", "int", 2),
-        "n_groups": vq.read("norm_num_groups", "int", GROUPS),
-    }
+    codes = Values({"multipliers": tuple(multipliers)})
+    codes.places["multipliers"] = f"{vq.place}.channel_multiplier"
+    codes.take_all(vq, _CODES)
     drawn = vq.read("num_patches", "int", 0)
-    drawing_depth = vq.read("num_hidden_layers", "int", 2)
+    whole.take("drawing_depth", vq, "num_hidden_layers", "int", 2)
     token = fields(config, problems).read("image_token_id", "int", IMAGE_TOKEN)
     for each in (vision, vq):
         each.refuse_rest(BOOKKEEPING)
     if problems:
         return None
-    tower = SiglipConfig(**values)
-    return VisionConfig(
-        dim=dim,
-        tower=tower,
-        aligner_depth=aligner_depth,
-        aligner_activation=values["activation"],
-        vq=VqConfig(**codes),
-        drawn=None if drawn in (0, tower.grid) else drawn,
-        drawing_depth=drawing_depth,
-        head_dim=dim,
-        image_token=token,
-    )
+    seen = tower.build(SiglipConfig, "tower")
+    whole |= {
+        "tower": seen,
+        "aligner_activation": tower["activation"],
+        "vq": codes.build(VqConfig, "vq"),
+        "drawn": None if drawn in (0, seen.grid) else drawn,
+        "head_dim": dim,
+        "image_token": token,
+    }
+    return whole.build(VisionConfig, "vision")
 
 
 def write(vision: VisionConfig, text: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dsjax.checkpoint.families.deepseek_tower import (
     written_tower,
 )
 from dsjax.checkpoint.families.sight import LeafPath, Part, conv, linear
-from dsjax.checkpoint.families.table import Fields
+from dsjax.checkpoint.families.table import Fields, Values
 from dsjax.config.vision import PATCH, FlowConfig, VisionConfig
 
 SECTIONS = ("vision_und_enc_config", "vision_gen_enc_config", "vision_gen_dec_config")
@@ -48,39 +48,35 @@ def read(config: Mapping[str, Any], language: Fields, problems: list[str]) -> Vi
     Args:
       language: the language model's section, defaults filled in.
     """
-    dim = language.read("hidden_size", "int")
+    whole = Values({"aligner_depth": 1})
+    whole.take("dim", language, "hidden_size", "int")
+    dim = whole["dim"]
     tower = read_tower(config, SECTIONS[0], problems)
     encoder = _uvit(config, SECTIONS[1], _ENCODER, _OF_ENCODER, dim, problems)
     decoder = _uvit(config, SECTIONS[2], _DECODER, _OF_DECODER, dim, problems)
     for name in ("kernel_size", "stride"):
         encoder.fixed(name, PATCH)
     encoder.fixed("padding", 0)
+    shape = Values({})
     channels = _width(encoder)
     decoder.fixed("block_out_channels", [channels])
     decoder.fixed("in_channels", channels)
     decoder.fixed("upsamples", 1)
-    latent_channels = encoder.read("input_channels", "int")
-    decoder.fixed("out_channels", latent_channels)
-    eps, head_eps = encoder.read("norm_eps", "float"), language.read("rms_norm_eps", "float")
-    decoder.fixed("norm_eps", eps)
-    blocks = [each.read("layers_in_middle", "int") for each in (encoder, decoder)]
+    shape["channels"] = channels
+    shape.places["channels"] = f"{encoder.place}.block_out_channels"
+    shape.take("latent_channels", encoder, "input_channels", "int")
+    decoder.fixed("out_channels", shape["latent_channels"])
+    shape.take("norm_eps", encoder, "norm_eps", "float")
+    shape.take("head_eps", language, "rms_norm_eps", "float")
+    decoder.fixed("norm_eps", shape["norm_eps"])
+    shape.take("encoder_blocks", encoder, "layers_in_middle", "int")
+    shape.take("decoder_blocks", decoder, "layers_in_middle", "int")
     for each in (encoder, decoder):
         each.refuse_rest(_UNREAD)
     if problems:
         return None
-    return VisionConfig(
-        dim=dim,
-        tower=tower,
-        aligner_depth=1,
-        flow=FlowConfig(
-            latent_channels=latent_channels,
-            channels=channels,
-            encoder_blocks=blocks[0],
-            decoder_blocks=blocks[1],
-            norm_eps=eps,
-            head_eps=head_eps,
-        ),
-    )
+    whole |= {"tower": tower, "flow": shape.build(FlowConfig, "flow")}
+    return whole.build(VisionConfig, "vision")
 
 
 def _uvit(

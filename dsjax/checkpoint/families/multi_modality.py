@@ -21,7 +21,7 @@ from dsjax.checkpoint.families.deepseek_tower import (
 )
 from dsjax.checkpoint.families.llama import LLAMA
 from dsjax.checkpoint.families.sight import LeafPath, Part, Sight, VqNames, linear, vq_parts
-from dsjax.checkpoint.families.table import Fields
+from dsjax.checkpoint.families.table import Fields, Values
 from dsjax.config.vision import VisionConfig, VqConfig
 
 _NAMES = VqNames("conv_blocks.{level}", "conv_blocks.{level}", "res", ("0", "1", "2"))
@@ -79,34 +79,33 @@ def read(config: Mapping[str, Any], problems: list[str]) -> VisionConfig | None:
     if deepseek_towers.sees_with_two(config):
         if others := [name for name in _DRAWING if name in config]:
             problems.append(f"config.json has {', '.join(others)} beside two towers")
-        return deepseek_towers.read(config, dim, problems)
+        return deepseek_towers.read(config, language, problems)
     tower = read_tower(config, "vision_config", problems)
     depth = _aligner(config, "aligner_config", tower.dim, dim, problems)
-    vq, head_dim, drawing_depth = None, 0, 2
+    whole = Values({"dim": dim, "tower": tower, "aligner_depth": depth})
+    whole.places |= {
+        "dim": f"{language.place}.hidden_size",
+        "aligner_depth": "config.json.aligner_config.params.depth",
+    }
+    shape = Values(vars(VQ))
     if any(name in config for name in _DRAWING):
         codes = section(config, "gen_vision_config", problems, "VQ-16")
-        vq = dataclasses.replace(
-            VQ,
-            n_codes=codes.read("image_token_size", "int", VQ.n_codes),
-            code_dim=codes.read("n_embed", "int", VQ.code_dim),
-        )
+        shape.take("n_codes", codes, "image_token_size", "int", VQ.n_codes)
+        shape.take("code_dim", codes, "n_embed", "int", VQ.code_dim)
         head = section(config, "gen_head_config", problems, "vision_head")
-        head_dim = head.read("image_token_embed", "int")
-        head.fixed("image_token_size", vq.n_codes)
+        whole.take("head_dim", head, "image_token_embed", "int")
+        head.fixed("image_token_size", shape["n_codes"])
         head.fixed("n_embed", dim)
-        drawing_depth = _aligner(config, "gen_aligner_config", vq.code_dim, dim, problems)
+        depth = _aligner(config, "gen_aligner_config", shape["code_dim"], dim, problems)
+        whole["drawing_depth"] = depth
+        whole.places["drawing_depth"] = "config.json.gen_aligner_config.params.depth"
         for fields in (codes, head):
             fields.refuse_rest()
     if problems:
         return None
-    return VisionConfig(
-        dim=dim,
-        tower=tower,
-        aligner_depth=depth,
-        vq=vq,
-        drawing_depth=drawing_depth,
-        head_dim=head_dim,
-    )
+    if "head_dim" in whole:  # it draws
+        whole["vq"] = shape.build(VqConfig, "vq")
+    return whole.build(VisionConfig, "vision")
 
 
 def write(vision: VisionConfig, text: Mapping[str, Any]) -> dict[str, Any]:

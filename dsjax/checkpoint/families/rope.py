@@ -49,6 +49,8 @@ def _read(fields: Fields, values: Values) -> None:
             f"{fields.place} gives its rope settings more than once, with different values"
         )
     values["rope_theta"] = max(thetas, default=10000.0)
+    given = next((one for one in inner.values() if one.values.get("rope_theta")), fields)
+    values.places["rope_theta"] = f"{given.place}.rope_theta"
     if inner:
         read_scaling(next(iter(inner.values())), values)
 
@@ -64,18 +66,20 @@ def read_scaling(inner: Fields, values: Values) -> None:
     inner.fixed("partial_rotary_factor", 1)
     values["rope_scaling"] = "none" if kind == "default" else kind
     if kind in ("yarn", "llama3"):
-        values["original_seq_len"] = inner.read("original_max_position_embeddings", "int")
+        values.take("original_seq_len", inner, "original_max_position_embeddings", "int")
     if kind != "default":
         # Where YaRN's factor is null, transformers uses the ratio of the lengths.
         ratio = values["max_seq_len"] / max(values.get("original_seq_len", 0), 1)
-        values["rope_factor"] = inner.read("factor", "float", ratio if kind == "yarn" else REQUIRED)
+        usual = ratio if kind == "yarn" else REQUIRED
+        values.take("rope_factor", inner, "factor", "float", usual)
     if kind == "llama3":
-        values["low_freq_factor"] = inner.read("low_freq_factor", "float")
-        values["high_freq_factor"] = inner.read("high_freq_factor", "float")
+        for name in ("low_freq_factor", "high_freq_factor"):
+            values.take(name, inner, name, "float")
     if kind == "yarn":
-        # transformers treats 0 as absent; the formula would divide by it.
-        values["beta_fast"] = inner.read("beta_fast", "float", 32.0) or 32.0
-        values["beta_slow"] = inner.read("beta_slow", "float", 1.0) or 1.0
+        for name, usual in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+            values.take(name, inner, name, "float", usual)
+            # transformers treats 0 as absent; the formula would divide by it.
+            values[name] = values[name] or usual
         values |= _temperature(inner, values)
         inner.fixed("truncate", True)
         inner.read("attn_factor", "float", 1.0)

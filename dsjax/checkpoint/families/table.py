@@ -6,16 +6,17 @@ ModelConfig, so that the two directions cannot diverge.
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from dsjax.config import ModelConfig
 
+Config = TypeVar("Config")
 REQUIRED = object()
 MAX_INTEGER = 2**31 - 1  # integers become shapes
 MAX_LISTED = 10_000  # entries of what a list of layers must be: their number may be nonsense
-Values = dict[str, Any]  # fields of a ModelConfig read so far
 
 # For each type of field: the JSON types it accepts, their description, and the value used in place
 # of an invalid one, so that reading can go on to find all problems.
@@ -98,6 +99,46 @@ class Fields:
             )
 
 
+class Values(dict[str, Any]):
+    """Fields of a config of ours that have been read, and where each was.
+
+    Attributes:
+      places: what the file calls a field: `config.json.hidden_size` for `dim`.
+    """
+
+    def __init__(self, constants: Mapping[str, Any]):
+        super().__init__(constants)
+        self.places: dict[str, str] = {}
+
+    def take(
+        self, ours: str, fields: Fields, name: str, kind: str, default: Any = REQUIRED
+    ) -> None:
+        """Reads a field as `Fields.read` does."""
+        self[ours] = fields.read(name, kind, default)
+        self.places[ours] = f"{fields.place}.{name}"
+
+    def take_all(self, fields: Fields, rows: Iterable[tuple[str, str, str, Any]]) -> None:
+        """Reads fields, each given by our name, the file's, its kind and its default."""
+        for ours, *theirs in rows:
+            self.take(ours, fields, *theirs)
+
+    def build(self, kind: type[Config], *groups: str) -> Config:
+        """Returns the config.
+
+        Args:
+          groups: what the rules of the config call it, and others that they compare with it.
+
+        Raises:
+          ValueError: a rule is broken; fields have their names in the file.
+        """
+        try:
+            return kind(**self)
+        except ValueError as error:
+            ours = rf"\b(?:{'|'.join(groups)})\.(\w+)"
+            text = re.sub(ours, lambda found: self.places.get(found[1], found[0]), str(error))
+            raise ValueError(text) from None
+
+
 class Row(NamedTuple):
     """A two-way relation between fields of config.json and of ModelConfig."""
 
@@ -128,7 +169,7 @@ def field(
             fields.fixed(key, fields.values[alias])
             name = alias
         wanted = default(values) if callable(default) else default
-        values[ours] = fields.read(name, kind, wanted)
+        values.take(ours, fields, name, kind, wanted)
 
     return Row(read, lambda model: {key: value(model) if value else getattr(model, ours)})
 

@@ -63,7 +63,7 @@ def test_every_layer_has_an_indexer_of_the_published_tensors():
         ({"index_topk": 0}, r"index_topk above 0, not 16, 48, 0"),
         ({"index_topk": None}, r"config\.json lacks index_topk"),
         ({"index_n_heads": "many"}, r"config\.json\.index_n_heads='many' is not an integer"),
-        ({"index_head_dim": 16}, r"model\.index_head_dim=16 has no room for"),
+        ({"index_head_dim": 16}, r"json\.index_head_dim=16 has no room for"),
         (
             {"layer_types": ["indexed_attention", "full_attention", "indexed_attention"]},
             r"config\.json\.layer_types=.*full_attention.* is not supported, only \['indexed",
@@ -72,7 +72,7 @@ def test_every_layer_has_an_indexer_of_the_published_tensors():
             {"mlp_layer_types": ["sparse"] * 3},
             r"mlp_layer_types=.* is not supported, only \['dense",
         ),
-        ({"q_lora_rank": None}, r"model\.q_lora_rank above 0"),
+        ({"q_lora_rank": None}, r"config\.json\.q_lora_rank above 0"),
     ],
 )
 def test_config_that_cannot_be_computed_is_refused(changes, message):

@@ -3,6 +3,7 @@ round trip through files.
 """
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from dsjax.checkpoint.hf_config import from_hf, to_hf
 from dsjax.checkpoint.hf_folder import open_hf
 from dsjax.checkpoint.load import load, open_checkpoint
 from tests.checkpoint import conversions
+from tests.checkpoint.broken_rules import changed, refused
 from tests.checkpoint.hf_files import write
 from tests.golden.checkpoint import normal_like
 
@@ -122,9 +124,12 @@ def test_yarn_scales_scores_only_if_the_file_says_so():
         ({"num_key_value_heads": 4}, r"num_key_value_heads=4 is not supported, only 1"),
         ({"partial_rotary_factor": 0.25}, r"partial_rotary_factor=0\.25 of 16 channels is not qk"),
         ({"partial_rotary_factor": 1e308}, r"partial_rotary_factor times 16 exceeds 2,147"),
-        ({"index_topk": 0}, r"sparse layers, whose entries an indexer chooses: set model\.index_n"),
-        ({"o_groups": 3}, r"n_heads=4 does not divide into model\.o_groups=3"),
-        ({"sliding_window": 0}, r"window_size=0 must be greater than 0"),
+        (
+            {"index_topk": 0},
+            r"sparse layers, whose entries an indexer chooses: set config\.json\.in",
+        ),
+        ({"o_groups": 3}, r"num_attention_heads=4 does not divide into config\.json\.o_groups=3"),
+        ({"sliding_window": 0}, r"json\.sliding_window=0 must be greater than 0"),
         ({"norm_topk_prob": False}, r"norm_topk_prob=False is not supported"),
         ({"attn_res_block_size": 2}, r"attn_res_block_size, unknown here"),
         ({"rope_scaling": "yarn"}, r"rope settings that are no object: 'yarn'"),
@@ -133,6 +138,28 @@ def test_yarn_scales_scores_only_if_the_file_says_so():
 def test_config_that_cannot_be_computed_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         from_hf(CONFIG | changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "value"),
+    [
+        (CONFIG, "rope_theta", -2.0), (CONFIG, "compress_rope_theta", -2.0),
+        (CONFIG, "rope_scaling.beta_slow", 99.0),
+        (SAVED, "rope_parameters.main.rope_theta", -2.0),
+        (SAVED, "rope_parameters.compress.rope_theta", -2.0),
+        (SAVED, "rope_parameters.compress.beta_slow", 99.0),
+        (CONFIG, f"compress_rates.{KINDS[2]}", 0), (CONFIG, "sliding_window", 0),
+        (CONFIG | {"compress_rate_hca": 8}, "compress_rate_hca", 0),
+    ],
+)  # fmt: skip
+def test_broken_rules_name_the_fields_of_the_file(config, key, value):
+    with pytest.raises(ValueError, match=rf"config\.json\.{re.escape(key)}={value}[ ,;]"):
+        from_hf(changed(config, key, value))
+
+
+@pytest.mark.parametrize("config", [CONFIG, SAVED])
+def test_broken_rules_name_no_field_of_ours(config):
+    assert {"hidden_size", "o_groups", "sliding_window", "index_head_dim"} <= refused(config)
 
 
 def test_every_kind_of_layer_has_the_published_tensors():

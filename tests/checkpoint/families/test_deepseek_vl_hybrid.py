@@ -14,6 +14,7 @@ from dsjax.model.parameters import declarations
 from dsjax.precision.policy import Policy
 from dsjax.vision.eyes import Eyes
 from tests.checkpoint import hf_files
+from tests.checkpoint.broken_rules import refused
 from tests.vision import toy
 from tests.vision.test_sam import CONFIG as HIGH
 
@@ -23,6 +24,13 @@ CONFIG = to_hf(toy.LANGUAGE, "deepseek_vl_hybrid", dtype="float32", vision=VISIO
 
 def test_config_is_written_and_read_again():
     assert from_hf(CONFIG) == toy.LANGUAGE and vision_of(CONFIG) == VISION
+
+
+def test_broken_rules_name_the_fields_of_the_file():
+    wanted = {"hidden_size", "num_attention_heads", "mlp_dim", "window_size", "image_size"}
+    found = refused(CONFIG)
+    assert {f"high_res_vision_config.{name}" for name in wanted} <= found
+    assert {"text_config.hidden_size", "vision_config.intermediate_size"} <= found
 
 
 def test_totals_of_the_release_are_exact():

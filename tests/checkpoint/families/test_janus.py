@@ -5,6 +5,7 @@ import pytest
 
 from dsjax.checkpoint.families.janus import parts
 from dsjax.checkpoint.hf_config import from_hf, to_hf, vision_of
+from tests.checkpoint.broken_rules import refused
 from tests.vision import toy
 
 CONFIG = to_hf(toy.LANGUAGE, "janus", dtype="float32", vision=toy.VISION)
@@ -34,6 +35,14 @@ def test_absent_fields_have_transformers_defaults():
     assert len(shapes) == 882 - 219 - 13 - 1 + 4 * 24  # no pooling head; q, k, v apart
 
 
+def test_broken_rules_name_the_fields_of_the_file():
+    wanted = {
+        f"vision_config.{name}" for name in ("hidden_size", "patch_size", "mlp_ratio", "depth")
+    }
+    wanted |= {f"vq_config.{name}" for name in ("base_channels", "num_res_blocks", "embed_dim")}
+    assert wanted | {"text_config.num_attention_heads"} <= refused(CONFIG)
+
+
 def test_a_model_is_tied_unless_the_config_says_otherwise():
     config = copy.deepcopy(CONFIG)
     assert not from_hf(config).tie_embed
@@ -50,7 +59,12 @@ def test_a_model_is_tied_unless_the_config_says_otherwise():
         ("vision_config", "hidden_act", {"x": 1}, "hidden_act={'x': 1} is not supported"),
         ("vision_config", "windows", 4, "has windows"),
         ("vision_config", "mlp_ratio", 1e308, "mlp_ratio times 16 exceeds 2,147,483,647"),
-        ("vision_config", "num_hidden_layers", 2**31 - 1, "tower.n_layers=2147483647 exceeds"),
+        (
+            "vision_config",
+            "num_hidden_layers",
+            2**31 - 1,
+            "vision_config.num_hidden_layers=2147483647 exceeds",
+        ),
         ("vq_config", "double_latent", True, "double_latent=True is not supported"),
         ("vq_config", "projection_dim", 7, "projection_dim=7 is not supported, only 32"),
         ("vq_config", "channel_multiplier", "x", "is not a list of integers"),

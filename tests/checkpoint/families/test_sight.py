@@ -2,6 +2,14 @@ import numpy as np
 import pytest
 
 from dsjax.checkpoint.families.sight import Part
+from tests.checkpoint.broken_rules import refused
+from tests.checkpoint.families import (
+    test_deepseek_towers,
+    test_deepseek_vl,
+    test_deepseek_vl_v2,
+    test_janusflow,
+    test_multi_modality,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -39,3 +47,20 @@ def test_a_kernel_is_turned_to_rows_columns_in_out():
 def test_a_record_of_training_is_no_parameter():
     assert not Part("x", ("vq", "usage"), (), (4,)).counts
     assert Part("x", ("vq", "codebook"), (), (4, 2)).counts
+
+
+@pytest.mark.parametrize(
+    ("config", "some"),
+    [
+        (test_multi_modality.JANUS_1B, "gen_vision_config.params.n_embed"),
+        (test_multi_modality.VL_1B, "vision_config.params.image_size"),
+        (test_janusflow.RELEASED, "vision_gen_dec_config.params.norm_eps"),
+        (test_deepseek_towers.RELEASED, "vision_config.params.high_res_cfg.image_size"),
+        (test_deepseek_vl.CONFIG, "vision_config.intermediate_size"),
+        (test_deepseek_vl_v2.TINY, "vision_config.width"),
+        (test_deepseek_vl_v2.BASE, "language_config.n_group"),
+    ],
+)
+def test_broken_rules_name_the_fields_of_the_file(config, some):
+    found = refused(config)
+    assert some in found and len(found) > 8

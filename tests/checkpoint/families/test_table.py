@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsjax.checkpoint.families.table import Fields, field, fixed
+from dsjax.checkpoint.families.table import Fields, Values, field, fixed
 from dsjax.config import ModelConfig
 
 MODEL = ModelConfig(
@@ -11,7 +11,7 @@ MODEL = ModelConfig(
 
 
 def read(row, config, **before):
-    values, problems = dict(before), []
+    values, problems = Values(before), []
     fields = Fields(config, "config.json", problems)
     row.read(fields, values)
     return values, problems, fields.seen
