@@ -159,18 +159,17 @@ def _attend_shard(
     scale: float,
 ) -> jax.Array:
     """Attends from a device's own queries to the whole sequence."""
-    n_parts = parts_here("length")
-    length = q_btNH.shape[1] * n_parts
     # Devices with the same tokens have different heads, so gradients of what they share are summed.
     kept, weights = jax.tree.map(lambda x: vary_as(x, q_btNH), (kept, weights))
-    k_bTPH, v_bTPW = expand(*map(gather, kept), weights)
     segments = None
     if segment_ids_bt is not None:
         segments = Segments(segment_ids_bt, gather(segment_ids_bt))
-    here = lax.axis_index(AXIS)
-    tiles = Tiles(*(jnp.asarray(table)[here] for table in tile_tables(length, n_parts)))
-    out_btNW, _ = tiled_attention(q_btNH, k_bTPH, v_bTPW, tiles, scale=scale, segments=segments)
-    return out_btNW
+
+    def dense(q_btNH: Any, keys_values: Any, tiles: Tiles, segments: Segments | None) -> jax.Array:
+        k_bTPH, v_bTPW = keys_values
+        return tiled_attention(q_btNH, k_bTPH, v_bTPW, tiles, scale=scale, segments=segments)[0]
+
+    return in_tiles(dense, q_btNH, expand(*map(gather, kept), weights), segments)
 
 
 def gather(x_btX: jax.Array) -> jax.Array:
@@ -184,11 +183,62 @@ def gather(x_btX: jax.Array) -> jax.Array:
     return x_bTX[:, np.argsort(order(x_bTX.shape[1], n_parts))]
 
 
+def in_tiles(
+    attend: Callable[[Any, Any, Tiles, Segments | None], Any],
+    of_queries: Any,
+    of_keys: Any,
+    segments: Segments | None,
+) -> Any:
+    """Calls attend(queries, keys, tiles, segments), inside `shard_map`.
+
+    Chunks that do not divide into tiles of one size are filled up with tokens of a document of
+    their own, and what comes of these is dropped.
+
+    Args:
+      attend: returns a tree of arrays [B, T, ...].
+      of_queries: a tree of arrays [B, T, ...], of this device's tokens.
+      of_keys: a tree of arrays [B, S, ...], of the whole sequence in its order.
+    """
+    n_parts = parts_here("length")
+    queries, keys = (jax.tree.leaves(tree)[0] for tree in (of_queries, of_keys))
+    chunk = keys.shape[1] // (2 * n_parts)
+    n_tiles, size = _tiles_of(chunk)
+    fill = n_tiles * size - chunk
+    here = lax.axis_index(AXIS)
+    tiles = Tiles(*(jnp.asarray(table)[here] for table in tile_tables(keys.shape[1], n_parts)))
+    if not fill:
+        return attend(of_queries, of_keys, tiles, segments)
+
+    def filled(x_BTX: jax.Array, value: int = 0) -> jax.Array:
+        B, T, *rest = x_BTX.shape
+        widths = [(0, 0), (0, 0), (0, fill), *[(0, 0)] * len(rest)]
+        chunks = jnp.pad(x_BTX.reshape(B, T // chunk, chunk, *rest), widths, constant_values=value)
+        return chunks.reshape(B, -1, *rest)
+
+    def cut(x_BTX: jax.Array) -> jax.Array:
+        B, _, *rest = x_BTX.shape
+        return x_BTX.reshape(B, -1, chunk + fill, *rest)[:, :, :chunk].reshape(B, -1, *rest)
+
+    if segments is None:
+        segments = Segments(*(jnp.zeros(x.shape[:2], jnp.int32) for x in (queries, keys)))
+    # Documents are numbered from 0.
+    segments = Segments(*(filled(x, -1) for x in segments))
+    of_queries, of_keys = jax.tree.map(filled, (of_queries, of_keys))
+    return jax.tree.map(cut, attend(of_queries, of_keys, tiles, segments))
+
+
+def _tiles_of(chunk: int) -> tuple[int, int]:
+    """Returns how many tiles hold a chunk's tokens, and the places of each."""
+    n_tiles = -(-chunk // _MOST_BLOCK)
+    return n_tiles, -(-chunk // n_tiles)
+
+
 def tile_tables(length: int, n_parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns `Tiles` of each device, int32 [devices, ...], with equally many pairs each."""
-    chunk = length // (2 * n_parts)
-    size = next(size for size in range(min(chunk, _MOST_BLOCK), 0, -1) if chunk % size == 0)
-    blocks_RI = order(length, n_parts).reshape(n_parts, -1, size)[:, :, 0] // size
+    """Returns `Tiles` of each device, int32 [devices, ...], with equally many pairs each; tiles are
+    numbered through all chunks.
+    """
+    n_tiles, _ = _tiles_of(length // (2 * n_parts))
+    blocks_RI = order(2 * n_parts * n_tiles, n_parts).reshape(n_parts, -1)
     pairs_RX2 = [
         [(place, number) for place, block in enumerate(blocks_I) for number in range(block + 1)]
         for blocks_I in blocks_RI

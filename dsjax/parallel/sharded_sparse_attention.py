@@ -95,16 +95,19 @@ def expanded(
                 q, k, v, index, segments=segments, shard=shard, lesson=lesson, count=count,
                 scale=scale,
             )  # fmt: skip
-        here = lax.axis_index(context.AXIS)
-        tables = context.tile_tables(k.shape[1], n_parts)
-        tiles = Tiles(*(jnp.asarray(table)[here] for table in tables))
-        common: Any = {"scale": scale, "segments": segments}
-        out, log_sum = tiled_attention(q, k, v, tiles, **common)
-        divergence = tiled_divergence(
-            q, k, checkpoint_name(log_sum, "index"), index, tiles, head_axes=shard.head_axes,
-            **common,
-        )  # fmt: skip
-        return out, divergence
+
+        def dense(queries: Any, keys: Any, tiles: Tiles, segments: Segments | None) -> Attended:
+            (q, index_q, index_w), (k, v, index_k) = queries, keys
+            common: Any = {"scale": scale, "segments": segments}
+            out, log_sum = tiled_attention(q, k, v, tiles, **common)
+            divergence = tiled_divergence(
+                q, k, checkpoint_name(log_sum, "index"), Index(index_q, index_w, index_k),
+                tiles, head_axes=shard.head_axes, **common,
+            )  # fmt: skip
+            return out, divergence
+
+        queries, keys = (q, index.q_BTIY, index.w_BTI), (k, v, index.k_BSY)
+        return context.in_tiles(dense, queries, keys, segments)
 
     if n_parts == 1:
         kept, weights = expand(*kept, weights), None

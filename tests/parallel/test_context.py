@@ -43,6 +43,15 @@ def test_every_device_lists_equally_many_tiles_and_all_that_its_queries_see(n_pa
         assert listed == {(block, key) for block in blocks_I for key in range(block + 1)}
 
 
+def test_chunks_of_a_prime_length_have_tiles_as_large_as_others():
+    """521 tokens are two tiles of 261 places, as 522 are; by divisors they would be 521 tiles."""
+    blocks_RI, pairs_RX2 = context.tile_tables(2 * 2 * 521, 2)
+    assert blocks_RI.tolist() == [[0, 1, 6, 7], [2, 3, 4, 5]]
+    assert pairs_RX2.shape == (2, 18, 2)
+    for length, n_tiles in [(512, 1), (513, 2), (16381, 32)]:
+        assert context.tile_tables(2 * 2 * length, 2)[0].shape == (2, 2 * n_tiles)
+
+
 def test_length_that_does_not_divide_is_refused():
     mesh = make_mesh({"data": 2, "context": 4})
     context.check_length(24, mesh)
@@ -53,11 +62,12 @@ def test_length_that_does_not_divide_is_refused():
         context.check_length(28, mesh)
 
 
-def _qkv():
+def _qkv(length, packed):
     rng = np.random.default_rng(0)
-    shapes = [(2, LENGTH, 4, 8), (2, LENGTH, 6), (6, 4 * 14)]
-    segments = np.array([[1] * 10 + [2] * 22, [1] * 17 + [2] * 15], np.int32)
-    return [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes], jnp.asarray(segments)
+    shapes = [(2, length, 4, 8), (2, length, 6), (6, 4 * 14)]
+    segments = np.array([[1] * 10 + [2] * 22, [1] * 17 + [2] * 15], np.int32)[:, :length]
+    arrays = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
+    return arrays, jnp.asarray(segments) if packed else None
 
 
 def _expand(c_BSC, weight):
@@ -66,12 +76,12 @@ def _expand(c_BSC, weight):
 
 
 def _arranged(x, n_parts):
-    return x[:, context.order(LENGTH, n_parts)]
+    return None if x is None else x[:, context.order(x.shape[1], n_parts)]
 
 
-def _on_mesh(sizes):
+def _on_mesh(sizes, length=LENGTH, packed=True):
     """Output and gradients of attention on a mesh, back in the sequence's order."""
-    (q, c, weight), segments = _qkv()
+    (q, c, weight), segments = _qkv(length, packed)
     n_parts = sizes["context"]
 
     def total(q, c, weight):
@@ -90,8 +100,8 @@ def _on_mesh(sizes):
         return jax.tree.leaves(jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(q, c, weight))
 
 
-def _whole():
-    (q, c, weight), segments = _qkv()
+def _whole(length=LENGTH, packed=True):
+    (q, c, weight), segments = _qkv(length, packed)
 
     def total(q, c, weight):
         k, v = _expand(c, weight)
@@ -112,6 +122,14 @@ def _assert_same(got, want):
 
 def test_split_attention_equals_whole_attention():
     _assert_same(_on_mesh({"data": 2, "context": 2, "tensor": 2}), _whole())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_chunks_that_are_filled_up_change_nothing(packed, monkeypatch):
+    """Chunks of 7 tokens in tiles of 3."""
+    monkeypatch.setattr(context, "_MOST_BLOCK", 3)
+    given = 28, packed
+    _assert_same(_on_mesh({"data": 2, "context": 2, "tensor": 2}, *given), _whole(*given))
 
 
 @pytest.mark.slow
