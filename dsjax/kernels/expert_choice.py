@@ -3,7 +3,8 @@
 What `dsjax.model.router` defines in plain operations takes XLA eight kernels: best two experts of
 each group, best groups, best experts, their weights. Decoding has one token per row, so starting
 kernels takes the time. Here a token is a program whose scores stay in registers, and each best is
-found by one maximum after another. Of equal ones the lower number is chosen, as by `lax.top_k`.
+found by one maximum after another. Of equal ones the lower number is chosen, as by `lax.top_k`. A
+score that is not a number counts as the greatest, so that an expert's number comes out in any case.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ def _kernel(logits, bias, layer, experts_out, weights_out, *, rule: Rule) -> Non
     scores_GX = jnp.where(is_one_GX, jax.nn.sigmoid(parts_PGX.sum(axis=0)), 0.0)
     of_layer_GX = bias.at[layer[0], expert_GX]
     biased_GX = scores_GX + triton.load(of_layer_GX, mask=is_one_GX, other=0.0)
+    biased_GX = jnp.where(jnp.isnan(biased_GX), jnp.inf, biased_GX)
     biased_GX = jnp.where(is_one_GX, biased_GX, -jnp.inf)
     if rule.n_limited_groups < rule.n_groups:
         worth_G = _worth(biased_GX, place_GX, by_best_two=rule.by_best_two)

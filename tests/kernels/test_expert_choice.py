@@ -90,6 +90,16 @@ def test_of_equal_scores_the_lower_numbers_are_chosen():
     assert (experts == wanted).all()
 
 
+def test_scores_that_are_not_numbers_choose_experts_and_weigh_them_with_none():
+    """What reads the chosen experts' matrices must find them in the layer's stack."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 56)), jnp.float32)
+    logits = logits.at[0].set(jnp.nan).at[1, 20].set(jnp.nan)
+    experts, weights = chosen(logits, None, config_of(SIZES[0], group_score="top2"))
+    assert all(len(set(row)) == 6 and 0 <= min(row) and max(row) < 56 for row in experts.tolist())
+    assert np.isnan(weights[0]).all() and np.isnan(weights[1][experts[1] == 20]).all()
+    assert 20 in experts[1] and np.isfinite(weights[2]).all()
+
+
 def test_kernel_is_for_hopper_and_for_scores_that_registers_hold():
     assert fits(256, HOPPER)
     assert not fits(2048, HOPPER)
