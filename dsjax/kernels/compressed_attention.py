@@ -186,8 +186,11 @@ def _softmax(scores: list[jax.Array], sink_N: jax.Array) -> list[jax.Array]:
     always sees its own token.
     """
     sink_BTN1 = jnp.broadcast_to(sink_N[None, None, :, None], (*scores[0].shape[:3], 1))
-    highest = functools.reduce(
-        jnp.maximum, (each.max(axis=-1, keepdims=True) for each in scores), sink_BTN1
+    # The softmax does not depend on it.
+    highest = lax.stop_gradient(
+        functools.reduce(
+            jnp.maximum, (each.max(axis=-1, keepdims=True) for each in scores), sink_BTN1
+        )
     )
     weights = [jnp.exp(each - highest) for each in scores]
     total = sum(

@@ -1,5 +1,6 @@
 """Attention to recent tokens and to entries, against loops over queries and heads."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -75,6 +76,45 @@ def wanted(*, indexed=True, entries=True):
 )
 def test_attention_equals_loops_over_packed_documents(given):
     assert_close(run(**given), wanted(**given), F32)
+
+
+@pytest.mark.parametrize("dense", [1, 8], ids=["gathered", "masked"])
+def test_gradients_are_those_of_one_softmax_over_all_that_is_seen(dense, monkeypatch):
+    """Of queries, tokens, entries and the sink; the choice has none."""
+    monkeypatch.setattr(compressed_attention, "_DENSE", dense)
+    weights = jnp.asarray(rng.normal(size=(B, T, N, H)), jnp.float32)
+    own = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    places = Places(own, jnp.asarray(FIRST))
+    index = IndexQueries(jnp.asarray(INDEX_Q), jnp.asarray(W))
+    held = Entries(stack(ENTRY), jnp.asarray(BEGINS), RATIO, stack(INDEX_KEY), COUNT)
+
+    def total(q, keys, entry, sink):
+        out = attend(
+            q, places, stack(keys), held._replace(stack=stack(entry)), index, sink,
+            window=WINDOW, scale=SCALE,
+        )  # fmt: skip
+        return (out * weights).sum()
+
+    visible = compressed_attention.visible(places, held)
+    scores = jnp.einsum("btiy,bzy->btiz", INDEX_Q, INDEX_KEY)
+    scores = jnp.einsum("bti,btiz->btz", W, jax.nn.relu(scores))
+    ranks = jnp.argsort(jnp.argsort(-jnp.where(visible, scores, -jnp.inf)))
+    age = own[:, :, None] - own[:, None]
+    near = (age >= 0) & (age < WINDOW) & (own[:, None] >= FIRST[:, :, None])
+    seen = jnp.concatenate([near, visible & (ranks < COUNT)], axis=-1)[:, :, None]
+
+    def defined(q, keys, entry, sink):
+        both = jnp.concatenate([keys, entry], axis=1)
+        logits = jnp.einsum("btnh,bsh->btns", q, both) * SCALE
+        logits = jnp.where(seen, logits, -jnp.inf)
+        sinks = jnp.broadcast_to(sink[None, None, :, None], (B, T, N, 1))
+        shares = jax.nn.softmax(jnp.concatenate([logits, sinks], axis=-1))[..., :-1]
+        return (jnp.einsum("btns,bsh->btnh", shares, both) * weights).sum()
+
+    inputs = [jnp.asarray(x) for x in (Q, KEYS, ENTRY, SINK)]
+    got, want = (jax.jit(jax.grad(f, (0, 1, 2, 3)))(*inputs) for f in (total, defined))
+    for name, *pair in zip(("queries", "tokens", "entries", "sink"), got, want, strict=True):
+        assert_close(*pair, F32, name)
 
 
 def test_gathered_entries_equal_masked_ones(monkeypatch):
