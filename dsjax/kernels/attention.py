@@ -10,8 +10,8 @@ of a picture to all (`full_attention`).
 * otherwise, and for lengths that a TPU's tiles do not divide: plain XLA
   (`dsjax.kernels.flash_attention`).
 
-Keys may be wider than values in all of them, as MLA's are. `reference_attention` is the definition,
-with the whole score matrix and autodiff.
+Keys may be wider than values in all of them, as MLA's are. The definition, with the whole score
+matrix and autodiff, is `reference_attention` in `tests/oracles/kernels.py`.
 """
 
 from __future__ import annotations

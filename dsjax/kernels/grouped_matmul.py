@@ -76,7 +76,7 @@ def grouped_outer(
 ) -> jax.Array:
     """Sums x^T y over each group's rows: [A, D], [A, F] -> [E, D, F] float32.
 
-    Rows after the last group's are left out.
+    Rows after the last group's are left out; they must be finite.
     """
     gpu = functools.partial(_gpu_outer, target)
     outer = {"cpu": _blocked_outer, "gpu": gpu, "tpu": _megablox_outer}[target.kind]

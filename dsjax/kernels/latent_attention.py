@@ -36,8 +36,9 @@ def fits(
     key_LB1SR: jax.Array,
     target: Target,
 ) -> bool:
-    """Returns whether the kernel takes these operands here: one token per row, two-byte types,
-    widths that are powers of two, and no mesh axis left to the compiler.
+    """Returns whether the kernel takes these operands here: one token per row, multiples of 16
+    heads and of 64 cached positions, two-byte types, widths that are powers of two, and no mesh
+    axis left to the compiler.
     """
     widths = latent_LB1SC.shape[-1], key_LB1SR.shape[-1]
     return (

@@ -84,8 +84,8 @@ def _one_after_another(stack_LEXY: jax.Array) -> jax.Array:
 def fits(
     x_MD: jax.Array | jax.ShapeDtypeStruct, router: Any, matrices: Sequence[Any], target: Target
 ) -> bool:
-    """Returns whether the kernels take these operands here: two-byte types, widths in multiples of
-    64, and no mesh axis left to the compiler.
+    """Returns whether the kernels take these operands here: few rows, at most 256 experts, two-byte
+    types, widths in multiples of 64, and no mesh axis left to the compiler.
 
     Args:
       router: the stack of the router's matrices.
