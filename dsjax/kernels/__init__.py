@@ -5,6 +5,7 @@ configs, models or meshes; `Target` says which machine a program is compiled for
   attention.py          causal attention over whole sequences: picks a kernel for the target
   flash_attention.py    the same in plain XLA, chunk by chunk or by a list of tiles
   cudnn_attention.py    the same through cuDNN, for Hopper GPUs
+  hopper_attention.py   the same within documents, for Hopper GPUs
   cached_attention.py   attention of new tokens to a decoding cache
   latent_attention.py   the same to a cache of latents, one token per row, for Hopper GPUs
   latent_queries.py     what a decoding step does around that: queries, entries, heads' values

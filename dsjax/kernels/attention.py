@@ -7,7 +7,8 @@ of a picture to all (`full_attention`).
   tiles on the chip;
 * Hopper GPUs: cuDNN's, for operands of two bytes without segments;
 * other GPUs, and Hopper with segments or float32: the kernel that tokamax chooses, if installed;
-* otherwise, and for lengths that a TPU's tiles do not divide: plain XLA
+* Hopper GPUs with segments, without tokamax: Triton kernels (`dsjax.kernels.hopper_attention`);
+* otherwise, and for lengths that a TPU's or Triton's tiles do not divide: plain XLA
   (`dsjax.kernels.flash_attention`).
 
 Keys may be wider than values in all of them, as MLA's are. The definition, with the whole score
@@ -23,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsjax.kernels import cudnn_attention
+from dsjax.kernels import cudnn_attention, hopper_attention
 from dsjax.kernels.flash_attention import chunked_attention
 from dsjax.kernels.target import Target, tokamax
 from dsjax.kernels.varying import shipped_promotion
@@ -58,6 +59,8 @@ def causal_attention(
         return cudnn_attention.cudnn_attention(q_BTNH, k_BTPH, v_BTPW, scale)
     if target.kind == "gpu" and tokamax():
         return tokamax_attention(q_BTNH, k_BTPH, v_BTPW, scale, segment_ids_BT)
+    if segment_ids_BT is not None and hopper_attention.fits(q_BTNH, v_BTPW, target):
+        return hopper_attention.document_attention(q_BTNH, k_BTPH, v_BTPW, segment_ids_BT, scale)
     return chunked_attention(q_BTNH, k_BTPH, v_BTPW, scale, segment_ids_BT)
 
 

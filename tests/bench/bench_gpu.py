@@ -88,6 +88,7 @@ def parts(dry_run: bool, flags: Sequence[str]) -> dict[str, Part]:
         ),
         "fp8": part("FP8 products in training, `small`, loss beside bfloat16", 120, "fp8"),
         "products": part("Grouped and FP8 products at DeepGEMM's shapes", 80, "products"),
+        "attention": part("Attention within documents", 60, "attention"),
         "documents": part("Isolated documents, `small`", 80, "documents"),
         "tests": part("Tests that need a GPU", 90, "tests"),
         "command": part("tools/train.py from start to end", 100, "command"),

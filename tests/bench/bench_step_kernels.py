@@ -94,7 +94,8 @@ def multiplies(kernel: Kernel) -> bool:
     libraries = "cublas", "cudnn", "mosaic_gpu"
     if "gemm" in kernel.name or any(name in kernel.operation for name in libraries):
         return True
-    return "scaled_grouped" in kernel.scope  # the Triton kernels of FP8
+    # Triton kernels: of FP8, and of attention within documents.
+    return any(name in kernel.scope for name in ("scaled_grouped", "document_attention"))
 
 
 def products(model: ModelConfig, tokens: int) -> list[tuple[int, int, int]]:

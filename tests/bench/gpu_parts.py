@@ -2,7 +2,8 @@
 object on a line of its own, printed as soon as it is known.
 
 Run: python -m tests.bench.gpu_parts NAME [--dry-run], where NAME is machine,
-decoding_kernels, train CASE, decode, decode plain, fp8, products, documents, tests or command
+decoding_kernels, train CASE, decode, decode plain, fp8, products, attention, documents, tests or
+command
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,13 @@ import numpy as np
 
 from configs.small import config as SMALL
 from dsjax.config import Config, ModelConfig, PrecisionConfig
-from dsjax.kernels import hopper_grouped, hopper_scaled
+from dsjax.kernels import attention as whole_sequences
+from dsjax.kernels import hopper_attention, hopper_grouped, hopper_scaled
+from dsjax.kernels.cudnn_attention import cudnn_attention
+from dsjax.kernels.flash_attention import chunked_attention
 from dsjax.kernels.fp8_gemm import scaled_grouped_matmul
 from dsjax.kernels.grouped_matmul import grouped_matmul
-from dsjax.kernels.target import Target
+from dsjax.kernels.target import Target, tokamax
 from dsjax.model.flops import train_flops_per_token
 from dsjax.plan import kernels
 from dsjax.precision.fp8 import CHANNEL_TILE, WEIGHT_BLOCK, quantize_block
@@ -312,6 +316,64 @@ def _grouped(groups: int, rows: int, k: int, n: int) -> dict[str, bench_fp8_gemm
     }
 
 
+def attention(dry_run: bool) -> None:
+    """Attention at the shapes of both training steps: within documents by each kernel that there
+    is, and where each row is a document.
+    """
+    shapes = (16, 2048, 12, 96, 64), (4, 4096, 16, 192, 128)
+    for B, T, N, H, W in ((1, 128, 2, 32, 16),) if dry_run else shapes:
+        keys = jax.random.split(jax.random.key(0), 4)
+        *operands, dout = (
+            jax.random.normal(key, (B, T, N, width), jnp.bfloat16)
+            for key, width in zip(keys, (H, H, W, W), strict=True)
+        )
+        for kind, attend in _attentions(B, T, H).items():
+
+            def step(dout, *operands, attend=attend):
+                return jax.vjp(attend, *operands)[1](dout)
+
+            say(**{"batch x length x heads": f"{B} x {T} x {N}", "widths": f"{H} and {W}",
+                   "attention": kind, "forward, ms": _milliseconds(attend, operands),
+                   "forward and backward, ms": _milliseconds(step, [dout, *operands])})  # fmt: skip
+
+
+def _milliseconds(function: Callable[..., Any], operands: Sequence[jax.Array]) -> float:
+    compiled = jax.jit(function).lower(*operands).compile()
+
+    def run() -> jax.Array:
+        return jax.tree.leaves(compiled(*operands))[0]
+
+    return 1e3 / bench_fp8_gemm.rates({"": run}, 1.0)[""]
+
+
+def _attentions(rows: int, length: int, width: int) -> dict[str, Callable[..., jax.Array]]:
+    """Functions of queries, keys and values; on a CPU the Triton kernels are interpreted."""
+    is_hopper = Target.here().is_hopper
+    one_BT = jnp.ones((rows, length), jnp.int32)
+    ids_BT = one_BT + jnp.arange(length, dtype=jnp.int32)[None] // DOCUMENT
+    scale = width**-0.5
+    within, in_rows = (
+        functools.partial(
+            hopper_attention.document_attention,
+            segment_ids_BT=segments_BT, scale=scale, interpret=not is_hopper,
+        )
+        for segments_BT in (ids_BT, one_BT)
+    )  # fmt: skip
+    plain = functools.partial(chunked_attention, scale=scale, segment_ids_BT=ids_BT)
+    found = {
+        f"Triton, documents of {DOCUMENT}": within,
+        f"XLA, documents of {DOCUMENT}": plain,
+        "Triton, rows are documents": in_rows,
+    }
+    if is_hopper:
+        found["cuDNN, rows are documents"] = functools.partial(cudnn_attention, scale=scale)
+    if is_hopper and tokamax():
+        found[f"tokamax, documents of {DOCUMENT}"] = functools.partial(
+            whole_sequences.tokamax_attention, scale=scale, segment_ids_BT=ids_BT
+        )
+    return found
+
+
 def documents(dry_run: bool) -> None:
     """A step whose attention stays within documents, beside one whose rows are documents."""
     whole = config_of("small", dry_run)
@@ -333,6 +395,7 @@ def tests(dry_run: bool) -> None:
     on_gpu = (
         ["-m", "gpu or not gpu", "tests/kernels/test_cudnn_attention.py",
          "tests/kernels/test_hopper_grouped.py", "tests/kernels/test_hopper_scaled.py"],
+        ["tests/kernels/test_hopper_attention.py"],
         ["-m", "gpu", "tests/precision/test_matmul.py"],
     )  # fmt: skip
     environment = {"JAX_PLATFORMS": "cpu" if dry_run else "cuda,cpu"}
@@ -367,7 +430,8 @@ def command(dry_run: bool) -> None:
 PARTS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
-        machine, decoding_kernels, train, decode, fp8, products, documents, tests, command,
+        machine, decoding_kernels, train, decode, fp8, products, attention, documents, tests,
+        command,
     )
 }  # fmt: skip
 
