@@ -61,8 +61,9 @@ def test_token_of_the_3b_shape_starts_and_moves_no_more_than_it_did(
 
 @compiles
 @pytest.mark.slow
-def test_training_step_moves_little_more_than_it_needs():
-    found = counted("bench_step_kernels", "small")
+@pytest.mark.parametrize("case", ["small", "small_isolated"])
+def test_training_step_moves_little_more_than_it_needs(case):
+    found = counted("bench_step_kernels", case)
     _, products, others = found["total"]
     needed = found["needed_state"] + found["needed_activations"]
     assert found["waits"] == 0  # for the host
