@@ -219,9 +219,9 @@ def _attend(table, segments, q, k, v, out, log_sums, *, scale: float) -> None:
 
 
 def _query_gradient(
-    table, segments, q, k, v, out, log_sums, dout, dq, means, *, scale: float
+    table, segments, q, k, v, out, log_sums, dout, *results, scale: float
 ) -> None:  # fmt: skip
-    block = pl.program_id(0)
+    (dq, means), block = results, pl.program_id(0)
     own = _Tokens.of(segments, block, _OWN)
     q_QH, dout_QW, log_sum_Q = _read(q, own), _read(dout, own), log_sums[0, own.span]
     mean_Q = jnp.zeros((_OWN,), jnp.float32)
@@ -244,10 +244,10 @@ def _query_gradient(
 
 
 def _key_gradients(
-    table, segments, q, k, v, log_sums, dout, means, dk, dv, *, scale: float
+    table, segments, q, k, v, log_sums, dout, means, *results, scale: float
 ) -> None:  # fmt: skip
     """Tiles are turned, keys by queries: so weights are what their products take."""
-    block = pl.program_id(0)
+    (dk, dv), block = results, pl.program_id(0)
     own = _Tokens.of(segments, block, _OWN)
     k_KH, v_KW = _read(k, own), _read(v, own)
 
