@@ -55,13 +55,14 @@ def usage(model: Transformer, batch: Mapping[str, jax.Array]) -> Usage:
 
     def layer(x_BTD: jax.Array, block: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         attended = block.attn(block.attn_norm(x_BTD), context.angles, context.segment_ids_BT)
-        normed_BTD = block.ffn_norm(x_BTD + attended)
+        x_BTD = x_BTD + attended
+        normed_BTD = block.ffn_norm(x_BTD)
         routing = block.ffn.gate(normed_BTD.reshape(-1, normed_BTD.shape[-1]))
         chosen_MKE = jax.nn.one_hot(routing.experts_MK, config.n_routed_experts)
         chosen_MKE = chosen_MKE * counted_M[:, None, None]
         gates_MK = routing.weights_MK / config.route_scale
         sums = (jnp.einsum("MK,MKE->E", gates_MK, chosen_MKE), chosen_MKE.sum(axis=(0, 1)))
-        return block(x_BTD, context, None)[0], sums
+        return x_BTD + block.ffn(normed_BTD, context.documents_BT, None)[0], sums
 
     x_BTD, _ = model.enter(inputs, context)
     _, (gates_LE, selections_LE) = jax.lax.scan(layer, x_BTD, model.moe_layers)

@@ -11,6 +11,7 @@ import pytest
 from dsjax.config import OptimConfig
 from dsjax.config.finetuning import EsftConfig
 from dsjax.model.inputs import read_tokens
+from dsjax.model.mla import MLA
 from dsjax.model.moe import MoE
 from dsjax.posttrain import esft
 from dsjax.train.optimizer import adamw
@@ -63,6 +64,21 @@ def test_scores_are_those_of_a_loop_over_tokens(found):
     np.testing.assert_allclose(esft.scores(usage, "token", MODEL), token, rtol=1e-6)
     # weights of the chosen experts are normalised, so both kinds of scores sum to 1
     np.testing.assert_allclose(gate.sum(axis=1), 1, rtol=1e-5)
+
+
+def test_each_layer_attends_once():
+    shape = (1, 9)  # which no other test has traced
+    batch = {name: jnp.ones(shape, jnp.int32) for name in ("tokens", "segment_ids")}
+    model, calls, inner = tiny_model(MODEL), [], MLA.__call__
+
+    def spy(self, *arguments):
+        calls.append(self)
+        return inner(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MLA, "__call__", spy)
+        jax.eval_shape(esft.usage, model, batch)
+    assert len(calls) == MODEL.n_dense_layers + 1  # the scan over MoE layers is traced once
 
 
 def test_batches_add_up(found):
