@@ -99,7 +99,10 @@ def measure(values: Sequence[float], seed: int = 0) -> Measured:
         center = (mean + square / (2 * count)) / (1 + square / count)
         half = math.sqrt(mean * (1 - mean) / count + square / (4 * count**2))
         half *= _NORMAL / (1 + square / count)
-        return Measured(mean, max(center - half, 0.0), min(center + half, 1.0), "wilson")
+        # Where none or all are right, an end is exact, and only rounding moves it.
+        low = 0.0 if mean == 0 else center - half
+        high = 1.0 if mean == 1 else center + half
+        return Measured(mean, low, high, "wilson")
     generator = np.random.default_rng(seed)
     means = [
         generator.multinomial(count, np.full(count, 1 / count), _CHUNK) @ values_P / count
