@@ -25,7 +25,7 @@ _NOT_APPLIED = (
     "penalty_alpha min_length min_new_tokens bad_words_ids suppress_tokens begin_suppress_tokens "
     "forced_bos_token_id forced_eos_token_id sequence_bias guidance_scale"
 ).split()
-_NEUTRAL = (None, 0, 1)
+_NEUTRAL = (None, 0, 1, [], {})
 _SAMPLING_FIELDS = {"temperature": float, "top_k": int, "top_p": float, "min_p": float}
 
 

@@ -120,5 +120,6 @@ def test_settings_that_would_change_the_text_are_named(tmp_path, caplog):
     assert message.endswith(f"generation_config.json: dsjax does not apply {settings}")
     caplog.clear()
     neutral = {"repetition_penalty": 1.0, "num_beams": 1, "typical_p": None, "max_length": 20}
+    neutral |= {"suppress_tokens": [], "bad_words_ids": [], "sequence_bias": {}}
     default_sampling(write_checkpoint(tmp_path, generation_config=neutral))
     assert not caplog.messages
