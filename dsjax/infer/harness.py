@@ -212,12 +212,13 @@ class DsjaxLM(LM):
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Encodes both texts together and splits the ids, so that tokens are those of running text.
-        Trailing spaces of the context go to the continuation."""
-        if not context:
-            ids = self.vocabulary.coder.encode_control(continuation)
+        White space at the end of the context goes to the continuation; if nothing is left, the
+        begin token is the context."""
+        kept = context.rstrip()
+        if not kept:
+            ids = self.vocabulary.coder.encode_control(context + continuation)
             begin = [windows.first_token(self.vocabulary)]
             return (ids[:1], ids[1:]) if ids[:1] == begin else (begin, ids)
-        kept = context.rstrip()
         ids, n_context = self.encode(context + continuation), len(self.encode(kept))
         return ids[:n_context], ids[n_context:]
 

@@ -3,6 +3,7 @@ model's logits say."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -311,6 +312,25 @@ def test_empty_context_and_continuation(harness, tokenizer, log_probabilities):
     found = log_probabilities(ids[:-1])
     assert_close(value, np.take_along_axis(found, np.array(ids[1:])[:, None], axis=1).sum(), F32)
     assert nothing == (0.0, True)
+
+
+def test_white_space_alone_is_scored_after_the_first_token(
+    harness, tokenizer, log_probabilities, monkeypatch
+):
+    """As an empty context is, whether or not the tokenizer asks for a begin token. (Without one
+    the harness's own model has nothing to predict from, and fails.)
+    """
+    from lm_eval.api.instance import Instance
+
+    for begins, first in ((True, tokenizer.special.bos), (False, tokenizer.special.eos)):
+        vocabulary = dataclasses.replace(harness.vocabulary, begins=begins)
+        monkeypatch.setattr(harness, "vocabulary", vocabulary)
+        request = Instance("loglikelihood", {}, (" \n", "some text"), 0)
+        ((value, _),) = harness.loglikelihood([request], disable_tqdm=True)
+        ids = [first, *tokenizer.encode(" \nsome text")]
+        found = log_probabilities(ids[:-1])
+        want = np.take_along_axis(found, np.array(ids[1:])[:, None], axis=1).sum()
+        assert_close(value, want, F32, f"begins: {begins}")
 
 
 def test_command_line_finds_the_model(folder, environment):
