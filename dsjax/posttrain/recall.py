@@ -97,6 +97,7 @@ def run(asked: Search) -> None:
     tables.check(asked.json)
     if asked.png:
         check_writable(asked.png)
+        picture_format(asked.png)  # fails where it cannot be drawn
     checkpoint = open_checkpoint(asked.checkpoint, dict(asked.override))
     vocabulary = _vocabulary(checkpoint, asked)
     check(asked, checkpoint.model.max_seq_len)
@@ -220,6 +221,19 @@ def _lines(asked: Search) -> list[str]:
     return lines
 
 
+def picture_format(path: Path) -> str:
+    """Returns the format that a file's suffix names, PNG without one.
+
+    Raises:
+      ValueError: matplotlib cannot write it.
+    """
+    known = new_figure(1, 1).canvas.get_supported_filetypes()
+    picture = path.suffix[1:].lower() or "png"
+    if picture not in known:
+        raise ValueError(f"{path}: cannot draw a .{picture}; use one of {', '.join(known)}")
+    return picture
+
+
 def draw(path: Path, found: Found, title: str) -> None:
     """Draws recall over length and depth."""
     figure = new_figure(2.5 + 0.9 * len(found.lengths), 1.8 + 0.4 * len(found.depths))
@@ -231,7 +245,7 @@ def draw(path: Path, found: Found, title: str) -> None:
     for (place, depth), share in np.ndenumerate(found.recall):
         axes.text(place, depth, f"{share:.0%}", ha="center", va="center", fontsize=8)
     figure.colorbar(image, ax=axes, label="recall")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format=picture_format(path))
 
 
 def _summary(asked: Search, found: Found) -> dict[str, Any]:

@@ -81,7 +81,15 @@ def test_what_cannot_be_asked_is_named(change, message):
         recall.check(asked(**change), 256)
 
 
+def test_heat_map_that_cannot_be_drawn_is_refused_before_the_search(tmp_path):
+    with pytest.raises(ValueError, match=r"map\.txt: cannot draw a \.txt; use one of .*png"):
+        recall.run(asked(png=tmp_path / "map.txt"))
+    with pytest.raises(ValueError, match=r"there is no folder .*absent; make it"):
+        recall.run(asked(png=tmp_path / "absent" / "map.png"))
+
+
 def test_heat_map_is_a_picture(tmp_path):
     found = Found([64, 256], [0.0, 0.5, 1.0], np.ones((2, 3, 4), bool))
-    recall.draw(tmp_path / "map.png", found, "tokens")
-    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("map.png", "map"):
+        recall.draw(tmp_path / name, found, "tokens")
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
