@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsjax.files import read_json
 from dsjax.posttrain.answer import split
 from dsjax.posttrain.verify import Outcome
 
@@ -24,15 +25,24 @@ _TOGETHER = 16  # answers that are scored at the same time
 
 
 def require(argument: str) -> None:
-    """Checks that the run is there.
+    """Checks that the run is there and trained a reward model, as its config.json says. Its
+    weights are read when there are answers to judge.
 
     Raises:
-      ValueError: it is not.
+      ValueError: it is not, or did not.
     """
-    if not Path(argument).is_dir():
+    folder = Path(argument)
+    if not folder.is_dir():
         raise ValueError(
             f"reward 'model:{argument}': there is no folder {argument} (from {Path.cwd()}); train "
             "a reward model with tools/prefer.py"
+        )
+    run = folder.parent.parent if folder.name.isdecimal() else folder  # checkpoints/STEP
+    config = read_json(run / "config.json") if (run / "config.json").is_file() else {}
+    if config.get("preference", {}).get("kind") not in ("bradley_terry", "pointwise"):
+        raise ValueError(
+            f"reward 'model:{argument}': {argument} is not the run of a reward model; train one "
+            "from it with tools/prefer.py --set preference.kind=bradley_terry"
         )
 
 

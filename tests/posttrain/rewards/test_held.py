@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 
+from dsjax.files import write_json
 from dsjax.posttrain.rewards import Grader, held, judge, model
 from dsjax.posttrain.verify import Outcome
 
@@ -27,6 +28,7 @@ def test_held_judge_is_opened_once_and_sees_all_completions_together(tmp_path, m
         calls.append((argument, mesh))
         return Keeper()
 
+    write_json(tmp_path / "config.json", {"preference": {"kind": "pointwise"}})
     monkeypatch.setattr(model, "hold", hold)
     name = f"model:{tmp_path}"
     with Grader([name, "format"], workers=1, mesh="the mesh") as grader:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dsjax.files import write_json
 from dsjax.posttrain.initial import open_initial
 from dsjax.posttrain.rewards import Grader
 from dsjax.posttrain.rewards.model import ModelJudge
@@ -56,3 +57,18 @@ def test_answer_too_long_for_the_model_is_not_judged(scorer):
 def test_run_that_is_not_there_is_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match=r"there is no folder .*gone .*tools/prefer\.py"):
         Grader([f"model:{tmp_path}/gone"])
+
+
+def test_run_of_something_else_is_refused_at_once(tmp_path):
+    """Not after the answers that it should judge have been drawn."""
+    language = toy.write_hf(tmp_path / "hf", "Qwen2")
+    policy = tmp_path / "policy"
+    policy.mkdir()
+    write_json(policy / "config.json", {"preference": {"kind": "dpo"}})
+    for folder in (language, policy, tmp_path):
+        with pytest.raises(ValueError, match=r"is not the run of a reward model.*tools/prefer\.py"):
+            Grader([f"model:{folder}"])
+    write_json(policy / "config.json", {"preference": {"kind": "pointwise"}})
+    (policy / "checkpoints" / "8").mkdir(parents=True)
+    for folder in (policy, policy / "checkpoints" / "8"):
+        Grader([f"model:{folder}"]).close()
