@@ -194,6 +194,7 @@ def open_checkpoint(
     overrides: Mapping[str, Any] | None = None,
     *,
     kind: type[Transformer] = Transformer,
+    together: bool = True,
 ) -> Checkpoint:
     """Opens a checkpoint of any kind, a GGUF file, or a repository of the Hugging Face Hub, which
     is downloaded.
@@ -205,6 +206,7 @@ def open_checkpoint(
       overrides: values of fields of a Hugging Face config.json, used instead of those in the file;
         see `hf_folder.read_config`.
       kind: the module that a run is of. Other folders hold a Transformer.
+      together: whether all processes open it, each of which then hashes a share of a run's files.
 
     Raises:
       ValueError: there is no checkpoint, it is not as it was written, its config and its arrays
@@ -225,7 +227,7 @@ def open_checkpoint(
     if (path / "weights").is_dir():
         return _open_converted(path)
     if (path / "checkpoints").is_dir():
-        return _open_run(path, kind)
+        return _open_run(path, kind, together=together)
     if path.name.isdecimal() and path.absolute().parent.name == "checkpoints":
         return _open_run(path.absolute().parent.parent, kind, int(path.name))
     if is_hf(path):
@@ -333,12 +335,14 @@ def _open_converted(path: Path) -> Checkpoint:
     return _with_weights(path, Weights(path / "weights", guard), model, family, path / "hf")
 
 
-def _open_run(workdir: Path, kind: type[Transformer], step: int | None = None) -> Checkpoint:
+def _open_run(
+    workdir: Path, kind: type[Transformer], step: int | None = None, *, together: bool = True
+) -> Checkpoint:
     """Opens the checkpoint of a step, or the newest intact one."""
     directory = workdir / "checkpoints"
     if step is not None:
         manifest.verify(directory / str(step))
-    elif (step := store.newest_whole(directory, say=_logger.warning)) is None:
+    elif (step := store.newest_whole(directory, together=together, say=_logger.warning)) is None:
         there = sorted(entry.name for entry in directory.iterdir())
         raise ValueError(
             f"{directory} has no checkpoint; it contains {', '.join(there) or 'nothing'}. A run "

@@ -159,12 +159,17 @@ def latest(directory: Path) -> int | None:
 
 
 def newest_whole(
-    directory: Path, *, set_aside: bool = False, say: Callable[[str], None]
+    directory: Path,
+    *,
+    set_aside: bool = False,
+    together: bool = True,
+    say: Callable[[str], None],
 ) -> int | None:
     """Returns the newest step whose checkpoint is as it was written, every byte of it.
 
     Args:
       set_aside: rename the damaged checkpoints that are newer.
+      together: whether all processes call this, and share out the files; else this one checks all.
       say: is told which checkpoints are skipped, and why.
 
     Returns:
@@ -176,7 +181,7 @@ def newest_whole(
     numbered = sorted(_numbered(directory), key=lambda folder: int(folder.name), reverse=True)
     passed: list[tuple[Path, str]] = []
     for folder in numbered:
-        trouble = _trouble(folder)
+        trouble = _trouble(folder, together)
         if trouble is None:
             break
         passed.append((folder, trouble))
@@ -344,9 +349,9 @@ def _numbered(directory: Path) -> list[Path]:
     return [folder for folder in directory.iterdir() if folder.name.isdecimal()]
 
 
-def _trouble(folder: Path) -> str | None:
+def _trouble(folder: Path, together: bool) -> str | None:
     """Says what is wrong with a checkpoint, or None; each process checks a share of the files."""
-    index, count = jax.process_index(), jax.process_count()
+    index, count = (jax.process_index(), jax.process_count()) if together else (0, 1)
     found: str | None = None
     try:
         whole = manifest.read(folder)

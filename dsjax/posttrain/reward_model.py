@@ -146,12 +146,13 @@ def load_reward_model(
     """Loads the run of a reward model, as `tools/prefer.py` makes it; it takes the ids of a prompt
     with its answer, and returns a score.
 
-    The arguments are those of `dsjax.load`.
+    The arguments are those of `dsjax.load`. Without a mesh this process loads it alone, whatever
+    other processes there are.
 
     Raises:
       ValueError: the folder is no run of a reward model, or is damaged.
     """
-    checkpoint = open_checkpoint(path, kind=RewardModel)
+    checkpoint = open_checkpoint(path, kind=RewardModel, together=mesh is not None)
     if checkpoint.kind is not RewardModel:
         raise ValueError(
             f"{path} is not the run of a reward model; train one from it with tools/prefer.py "
