@@ -7,12 +7,14 @@ and a thread that reads the pipe does what is urgent.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import os
 import select
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -62,6 +64,23 @@ class StopRequest:
         if not self._deferred and self.exit_code is not None:
             raise SystemExit(self.exit_code)
         self._deferred = True
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Context in which signals wait before `defer` is called, for work that reads `exit_code`
+        itself and keeps what it has finished.
+
+        Raises:
+          SystemExit: a signal came before, or came too late for that work to read it.
+        """
+        before = self._deferred
+        self.defer()
+        try:
+            yield
+        finally:
+            self._deferred = before
+        if not before and self.exit_code is not None:
+            raise SystemExit(self.exit_code)
 
     def __enter__(self) -> StopRequest:
         self._installed = threading.current_thread() is threading.main_thread()

@@ -36,6 +36,33 @@ def test_signal_before_there_is_anything_to_save_leaves():
     assert leaving.value.code == 143
 
 
+def test_work_that_reads_signals_itself_is_not_interrupted():
+    with StopRequest() as request:
+        with pytest.raises(LookupError), request.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert wait_for(request) == 143
+            raise LookupError  # what it raises in answer
+        with pytest.raises(SystemExit) as leaving, request.deferred():
+            raise AssertionError("a signal came before")
+    assert leaving.value.code == 143
+
+
+def test_signal_that_deferring_work_did_not_read_leaves():
+    with StopRequest() as request, pytest.raises(SystemExit) as leaving, request.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(request)
+    assert leaving.value.code == 130
+
+
+def test_deferred_work_leaves_signals_as_they_were():
+    with StopRequest() as request:
+        with request.deferred():
+            pass
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+
 def test_handlers_are_put_back():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     threads = threading.active_count()

@@ -42,7 +42,7 @@ from dsjax.train.batches import batch_sharding, place_all
 from dsjax.train.evaluate import batch_sums
 from dsjax.train.objective import Objective
 from dsjax.train.optimizer import adamw
-from dsjax.train.session import Session
+from dsjax.train.session import Interrupted, Session
 from dsjax.train.source import RowSource
 from dsjax.train.step import TrainState, abstract_state, compile_step, declared_model, train_step
 
@@ -152,6 +152,7 @@ class PreferenceRun:
         Raises:
           ValueError: config, checkpoint, mesh or workdir do not fit; says what to do.
           OSError: a file cannot be read or written.
+          Interrupted: a signal came while the reference was asked.
         """
         self.config, self.data, self.session = config, data, run
         mesh, length = make_mesh(config.mesh.sizes), config.preference.sequence_length
@@ -243,18 +244,27 @@ class PreferenceRun:
         logp = self._compiled_sums(answer_logp(self.config))
         show = run.display.counting("the reference's log-probabilities")
         waiting: list[np.ndarray] = []
-        written = time.monotonic()
         numbers = [(part, row) for part in self.data if part for row in range(len(part))]
-        for first in range(done, len(numbers), size):
-            show(first, len(numbers))
+
+        def placed(first: int) -> tuple[dict[str, jax.Array], int]:
             batch = [part[row] for part, row in numbers[first : first + size]]
             rows = {name: np.stack([row[name] for row in batch]) for name in batch[0]}
-            found = logp(state, place_all(_filled(rows, size), run.mesh), {})["logp"]
-            waiting.append(np.asarray(found)[: len(batch)])
-            last = first + size >= len(numbers)
-            if processes.is_first() and (last or time.monotonic() - written > _FLUSH_SECONDS):
-                kept.append({"logp": np.concatenate(waiting)})
-                waiting, written = [], time.monotonic()
+            return place_all(_filled(rows, size), run.mesh), len(batch)
+
+        logp.compile(state, placed(done)[0], {})
+        written = time.monotonic()
+        with run.stop.deferred():
+            for first in range(done, len(numbers), size):
+                show(first, len(numbers))
+                batch, count = placed(first)
+                waiting.append(np.asarray(logp(state, batch, {})["logp"])[:count])
+                stops = run.interrupted()
+                last = stops or first + size >= len(numbers)
+                if processes.is_first() and (last or time.monotonic() - written > _FLUSH_SECONDS):
+                    kept.append({"logp": np.concatenate(waiting)})
+                    waiting, written = [], time.monotonic()
+                if stops:
+                    raise Interrupted
         show(len(numbers), len(numbers))
 
     def evaluate_sample(self) -> dict[str, float]:

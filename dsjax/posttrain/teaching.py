@@ -33,7 +33,7 @@ from dsjax.posttrain.rows import ConversationRows, FiniteRows, ShuffledRows
 from dsjax.posttrain.supervised import supervised
 from dsjax.train.batches import place_all
 from dsjax.train.objective import Objective
-from dsjax.train.session import Session
+from dsjax.train.session import Interrupted, Session
 from dsjax.train.source import RowSource, Source
 from dsjax.train.step import declared_model
 
@@ -56,6 +56,7 @@ def lessons(
     Raises:
       ValueError: the teacher does not suit the student, the rows or the mesh; says what to do.
       OSError: what it says cannot be written.
+      Interrupted: a signal came while the teacher was asked.
     """
     objective = supervised(config)
     if config.distill.kind == "samples":
@@ -131,24 +132,34 @@ def _ask(
     run: Session,
     mesh: Mesh,
 ) -> None:
-    """Writes what a teacher says of the rows from `done` on."""
+    """Writes what a teacher says of the rows from `done` on.
+
+    Raises:
+      Interrupted: a signal came; what the teacher has said is written.
+    """
     show, size = run.display.counting("asking the teacher"), config.micro_batch_size
     waiting: dict[str, list[np.ndarray]] = {name: [] for name in kept.fields}
+    # The last batch is filled, so that one compiled program serves all.
+    empty = np.zeros((size, rows.sequence_length + 1), np.int32)
+    likeliest.compile(values, place_all({"tokens": empty, "segment_ids": empty}, mesh))
     written = time.monotonic()
-    for first in range(done, kept.rows, size):
-        show(first, kept.rows)
-        batch = rows.batch(range(first, min(first + size, kept.rows)))
-        count = len(batch["tokens"])
-        # The last batch is filled, so that one compiled program serves all.
-        filled = {
-            name: np.pad(batch[name], ((0, size - count), (0, 0)))
-            for name in ("tokens", "segment_ids")
-        }
-        said = likeliest(values, place_all(filled, mesh))
-        for name, array in said._asdict().items():
-            waiting[name].append(np.asarray(array)[:count])
-        last = first + size >= kept.rows
-        if processes.is_first() and (last or time.monotonic() - written > _FLUSH_SECONDS):
-            kept.append({name: np.concatenate(arrays) for name, arrays in waiting.items()})
-            waiting, written = {name: [] for name in waiting}, time.monotonic()
+    with run.stop.deferred():
+        for first in range(done, kept.rows, size):
+            show(first, kept.rows)
+            batch = rows.batch(range(first, min(first + size, kept.rows)))
+            count = len(batch["tokens"])
+            filled = {
+                name: np.pad(batch[name], ((0, size - count), (0, 0)))
+                for name in ("tokens", "segment_ids")
+            }
+            said = likeliest(values, place_all(filled, mesh))
+            for name, array in said._asdict().items():
+                waiting[name].append(np.asarray(array)[:count])
+            stops = run.interrupted()
+            last = stops or first + size >= kept.rows
+            if processes.is_first() and (last or time.monotonic() - written > _FLUSH_SECONDS):
+                kept.append({name: np.concatenate(arrays) for name, arrays in waiting.items()})
+                waiting, written = {name: [] for name in waiting}, time.monotonic()
+            if stops:
+                raise Interrupted
     show(kept.rows, kept.rows)

@@ -38,6 +38,12 @@ from dsjax.train.throughput import Meter, Peak, peak_bytes, peak_flops
 from dsjax.train.workdir import RunConfig
 
 
+class Interrupted(Exception):
+    """A signal came before the first step, to work that all processes have stopped together and
+    that goes on where it was when the run is started again.
+    """
+
+
 def run(
     config: RunConfig,
     folder: Path,
@@ -50,7 +56,7 @@ def run(
 
     Args:
       recipe: begins the session, takes its steps and, unless the session then has an exit code,
-        finishes it.
+        finishes it; raises Interrupted where a signal stops what comes before the steps.
       command: the command line that does this, shown to the user as the way to resume.
 
     With several processes each calls this, with a `folder` that all of them see. Only the first
@@ -78,7 +84,12 @@ def run(
         if processes.is_first():
             (folder / "summary.json").unlink(missing_ok=True)
         with contextlib.closing(Session(config, folder, display, stop)) as session:
-            recipe(session)
+            try:
+                recipe(session)
+            except Interrupted:
+                display.stop()
+                display.say(f"stopped before the first step; to go on: {command}")
+                return session.exit_code
         if session.exit_code:
             session.illustrate()
             display.stop()

@@ -19,6 +19,7 @@ from dsjax.parallel.mesh import make_mesh
 from dsjax.posttrain import preferring
 from dsjax.posttrain.reward_model import load_reward_model
 from dsjax.train.throughput import TIMED
+from tests.posttrain.signalling import signalled
 from tests.posttrain.toy import write_hf, write_lines
 
 # One dense and one MoE layer: every mechanism, few seconds to compile.
@@ -160,6 +161,20 @@ def test_a_resumed_run_is_the_same_to_the_bit(preferred, base, files, tmp_path):
     assert leaves(folder, 24) == leaves(whole, 24)
     got = {line["step"]: line for line in lines(folder) if "loss" in line}
     assert got == {line["step"]: line for line in lines(whole) if "loss" in line}
+
+
+@pytest.mark.heavy
+def test_a_signal_stops_the_references_pass_and_keeps_what_it_said(
+    preferred, base, files, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(preferring, "place_all", signalled(preferring.place_all, 4, monkeypatch))
+    code, printed = run(config(base, files), tmp_path / "run")
+    assert code == 143 and "stopped before the first step; to go on: python tools/pre" in printed
+    kept, whole = (
+        (folder / "reference/logp.npy").read_bytes() for folder in (tmp_path / "run", preferred[0])
+    )
+    assert whole.startswith(kept)
+    assert len(kept) == 128 + 3 * 8 * 4  # a header, and three batches of eight rows
 
 
 @pytest.mark.heavy

@@ -15,6 +15,7 @@ from dsjax.config.finetuning import FineTuning, SftConfig
 from dsjax.config.posttraining import TuningConfig
 from dsjax.parallel.mesh import make_mesh
 from dsjax.posttrain import finetuning, teaching
+from tests.posttrain.signalling import signalled
 from tests.posttrain.toy import write_hf, write_lines
 
 pytestmark = pytest.mark.heavy
@@ -129,6 +130,18 @@ def test_a_run_killed_while_its_teacher_is_asked_ends_the_same_to_the_bit(
     assert kept.stat().st_mtime_ns == at  # the teacher was not asked again
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert fingerprints(tmp_path / "run", 16) == fingerprints(tmp_path / "whole", 16)
+
+
+def test_a_signal_stops_a_teacher_and_keeps_what_it_said(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(teaching, "place_all", signalled(teaching.place_all, 4, monkeypatch))
+    output = io.StringIO()
+    code = finetuning.train(
+        change(small, distill={"top_k": 8}), tmp_path / "run", command="again",
+        console=Console(file=output, width=150),
+    )  # fmt: skip
+    assert code == 143 and "stopped before the first step; to go on: again" in output.getvalue()
+    size = (tmp_path / "run/teacher/ids.npy").stat().st_size
+    assert size == 128 + 3 * 2 * 64 * 8 * 4  # a header, and three batches of two rows
 
 
 def test_a_student_learns_on_its_own_answers_and_resumes_to_the_bit(small, tmp_path):
