@@ -24,6 +24,7 @@ from typing import IO, Any
 from rich.console import Console
 
 from dsjax import display, files, tables
+from dsjax.parallel import processes
 from dsjax.posttrain.filters import REASONS, Judged, Keep, sift
 from dsjax.posttrain.problems import Problem, read_problems
 from dsjax.posttrain.responses import Answering, Respondent, Response
@@ -169,27 +170,43 @@ class Order(Answering):
 def run(asked: Order) -> None:
     """Draws, judges, filters and writes; shows what was dropped.
 
+    Several processes open the checkpoint together; the first one then does the rest.
+
     Raises:
       ValueError: the checkpoint, the prompts, the reward or the output cannot be used; all of this
         is checked before the weights are read.
     """
     problems = read_problems(asked.prompts, key="--prompts")
-    screen = display.Display(Console(stderr=True))
+    screen, report = display.Display(Console(stderr=True)), None
     with Grader([asked.reward]) as grader, screen:
         grader.check(problems)
         respondent = asked.respondent(problems)
-        settings = _settings(asked, respondent)
-        report = _report_path(asked.out)
-        if (found := _finished(asked.out, settings)) is None:
-            files.check_writable(asked.out)
-            parts_path = asked.out.with_name(asked.out.name + ".parts")
-            with contextlib.closing(Parts(parts_path, settings)) as parts:
-                collect(respondent, grader, parts, asked.n, screen)
-                found = _write(asked, respondent, problems, parts, settings)
-                parts_path.unlink()
-        else:
-            screen.say(f"{asked.out} is complete, see {report}")
-    tables.show(found, _print, None)
+        if processes.is_first():
+            report = _collect_and_write(asked, respondent, grader, problems, screen)
+    if report is not None:
+        tables.show(report, _print, None)
+    processes.wait("the samples are written")
+
+
+def _collect_and_write(
+    asked: Order,
+    respondent: Respondent,
+    grader: Grader,
+    problems: Sequence[Problem],
+    screen: display.Display,
+) -> dict[str, Any]:
+    """Does what is not yet done, and returns the report."""
+    settings = _settings(asked, respondent)
+    if (found := _finished(asked.out, settings)) is not None:
+        screen.say(f"{asked.out} is complete, see {_report_path(asked.out)}")
+        return found
+    files.check_writable(asked.out)
+    parts_path = asked.out.with_name(asked.out.name + ".parts")
+    with contextlib.closing(Parts(parts_path, settings)) as parts:
+        collect(respondent, grader, parts, asked.n, screen)
+        report = _write(asked, respondent, problems, parts, settings)
+        parts_path.unlink()
+    return report
 
 
 def _judge(respondent: Respondent, grader: Grader, batch: Sequence[Response]) -> list[Judged]:

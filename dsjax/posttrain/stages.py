@@ -27,8 +27,8 @@ from dsjax.generate.sampling import Sampling
 from dsjax.parallel import processes
 from dsjax.posttrain import finetuning, game, reinforcement, rejection, stage_report
 from dsjax.posttrain.evaluation import RIGHT, measure, pass_at_k
-from dsjax.posttrain.problems import read_problems
-from dsjax.posttrain.responses import Response, Wanted, open_respondent
+from dsjax.posttrain.problems import Problem, read_problems
+from dsjax.posttrain.responses import Respondent, Response, Wanted, open_respondent
 from dsjax.posttrain.rewards import Grader
 from dsjax.train import pretraining, workdir
 
@@ -172,15 +172,33 @@ def _checkpoint(init: str, folder: Path) -> Path:
 
 
 def _judge(config: R1, stage: Stage, folder: Path, console: Console) -> dict[str, Any]:
-    """Answers the held-out problems with a stage's model, unless that was done before."""
+    """Answers the held-out problems with a stage's model, unless that was done before. Several
+    processes open its checkpoint together; the first one then does the rest.
+    """
     kept = folder / stage.name / "judged.json"
-    if kept.is_file():
+    if processes.from_first(kept.is_file()):
         return read_json(kept)
     problems = read_problems(config.problems.replace(_RUN, str(folder)), key="problems")
     wanted = Wanted(
         Sampling(temperature=config.temperature), config.max_new_tokens, max_batch=config.max_batch
     )
     respondent = open_respondent(folder / stage.name, problems, wanted, {})
+    report = None
+    if processes.is_first():
+        report = _judged(config, stage, problems, respondent, console)
+        report["seconds"] = read_json(folder / stage.name / "summary.json")["wall_seconds"]
+        write_json(kept, report)
+    return processes.json_from_first(report)
+
+
+def _judged(
+    config: R1,
+    stage: Stage,
+    problems: Sequence[Problem],
+    respondent: Respondent,
+    console: Console,
+) -> dict[str, Any]:
+    """Returns what r1.json says of a stage, but for its time."""
     keys = [(number, sample) for number in range(len(problems)) for sample in range(config.n)]
     with Grader(config.rewards) as grader, Display(console) as display:
         grader.check(problems)
@@ -197,10 +215,6 @@ def _judge(config: R1, stage: Stage, folder: Path, console: Console) -> dict[str
         | rewards[number * config.n]
         for number in range(min(config.examples, len(problems)))
     ]
-    summary = read_json(folder / stage.name / "summary.json")
-    report["seconds"] = summary["wall_seconds"]
-    if processes.is_first():
-        write_json(kept, report)
     return report
 
 

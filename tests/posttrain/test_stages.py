@@ -4,27 +4,41 @@ skipped. `configs/pipelines/r1_tiny.py` is the pipeline, made smaller.
 
 import dataclasses
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from dsjax import settings
+from dsjax.config.r1 import Samples
 from dsjax.posttrain import stages
 
-CONFIG = Path(__file__).parents[2] / "configs" / "pipelines" / "r1_tiny.py"
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "pipelines" / "r1_tiny.py"
+
+
+ANSWERS = Samples(stage="base", problems="{run}/game/held_out.jsonl", n=4, keep="all")
 
 
 def smaller(stage):
-    """Two steps of the stage."""
+    """Two steps of the stage; it learns from answers of the base model."""
     changes = ["train.steps=2", "train.batch_size=8", "train.tensorboard=off"]
-    return dataclasses.replace(stage, config=settings.override(stage.config, changes))
+    own = settings.override(stage.config, changes)
+    return dataclasses.replace(stage, config=own, samples=stage.samples and ANSWERS)
 
 
 @pytest.fixture(scope="module")
 def config():
+    return short(("base", "cold_start"))
+
+
+def short(few):
+    """The pipeline of these stages, each of two steps."""
     whole = stages.load(CONFIG)
-    few = ("base", "cold_start")
     return dataclasses.replace(
         whole,
         stages=tuple(smaller(stage) for stage in whole.stages if stage.name in few),
@@ -33,6 +47,47 @@ def config():
         max_new_tokens=16,
         examples=2,
     )
+
+
+PIPELINE = """
+from tests.posttrain import test_stages
+
+config = test_stages.short(("base", "rejection"))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_run_stages_that_learn_from_answers(tmp_path):
+    """One of them draws, judges and writes; a second call finds everything done."""
+    (tmp_path / "pipeline.py").write_text(PIPELINE)
+    for said in ("samples of 20 prompts", "is finished"):
+        outputs = run_two(tmp_path, str(tmp_path / "pipeline.py"), "--workdir", str(tmp_path / "r"))
+        assert said in outputs[0] and "samples of 20 prompts" not in outputs[1]
+    reports = json.loads((tmp_path / "r/r1.json").read_text())
+    assert [report["name"] for report in reports] == ["base", "rejection"]
+    report = json.loads((tmp_path / "r/rejection/samples.jsonl.report.json").read_text())
+    assert report["samples"] == 80 and report["kept"] > 0
+    assert not (tmp_path / "r/rejection/samples.jsonl.parts").exists()
+
+
+def run_two(folder, *arguments):
+    """Returns what two processes of tools/r1.py print, once both have ended well."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    given = ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id"]
+    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    both = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "tools/r1.py"), *arguments, *given, str(index)],
+            env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=600)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], "\n\n".join(outputs)
+    return outputs
 
 
 def quiet():
