@@ -76,7 +76,8 @@ class FineTuning(PostTraining):
         require(
             self.distill.kind != "on_policy" or not self.sft.epochs,
             f"sft.epochs={self.sft.epochs} counts passes over what files hold, and "
-            "distill.kind=on_policy trains on the student's answers; set train.steps instead",
+            "distill.kind=on_policy trains on the student's answers; set sft.epochs=0, and the "
+            "number of steps with train.steps",
         )
         if self.model is None:
             return

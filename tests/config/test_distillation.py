@@ -30,5 +30,5 @@ def test_a_teacher_says_nothing_to_mtp_modules():
 
 def test_answers_of_the_student_make_no_epochs():
     distill = DistillConfig(kind="on_policy", teacher="t")
-    with pytest.raises(ValueError, match=r"sft\.epochs=2\.0 counts passes.*set train\.steps"):
+    with pytest.raises(ValueError, match=r"sft\.epochs=2\.0 counts passes.*set sft\.epochs=0"):
         FineTuning(name="f", sft=SftConfig(epochs=2.0), distill=distill)
