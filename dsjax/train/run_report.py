@@ -54,7 +54,7 @@ def write_report(folder: Path) -> None:
         _section("Curves", _pictures(folder)),
         _section("Evaluations", _evaluations(lines)),
         _section("Speed", _table(("", ""), _speed(lines, summary))),
-        _section("Sample", _sample(folder, summary)),
+        _section("Sample", _sample(folder, config, summary)),
         _section("Environment", _sessions(read_lines(folder / SESSIONS))),
         _section("Config", _fenced(json.dumps(config, indent=2), "json")),
     ]
@@ -128,11 +128,12 @@ def _known(form: Any, value: float | None) -> str | None:
     return None if value is None else form(value)
 
 
-def _sample(folder: Path, summary: Mapping[str, Any]) -> str:
+def _sample(folder: Path, config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     """Returns the summary's sample or, of rewards, the newest answer with its reward."""
     if sample := summary.get("sample"):
         return _fenced(f"{sample['prompt']}[...]{sample['completion']}")
-    answers = read_lines(folder / "samples.jsonl")
+    # Where nothing is rewarded, a file of this name is what the run learns from (tools/r1.py).
+    answers = read_lines(folder / "samples.jsonl") if "rl" in config else []
     if not answers:
         return ""
     newest = answers[-1]

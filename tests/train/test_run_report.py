@@ -61,7 +61,15 @@ def test_report_of_a_finished_run_has_its_summary(folder):
 def test_report_of_rewards_shows_the_newest_answer(folder):
     answers = [{"step": 2, "prompt": "p", "text": f"t{n}", "reward": n / 2} for n in range(2)]
     (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"rl": {}}))
     assert "Step 2, reward 0.5:\n\n```\np[...]t1\n```" in written(folder)
+
+
+def test_report_of_a_run_that_learns_from_samples_is_not_about_them(folder):
+    """A stage of tools/r1.py has a file of that name, in a form of its own."""
+    line = {"prompt": "p", "completion": "c", "reward": 1.0, "source": "f:1"}
+    (folder / "samples.jsonl").write_text(json.dumps(line) + "\n")
+    assert "## Sample" not in written(folder)
 
 
 def test_sessions_are_listed_with_what_changed_between_them(folder):
