@@ -48,7 +48,7 @@ def locked(workdir: Path) -> Iterator[None]:
 
     Raises:
       ValueError: another process holds the lock; names process and host. Or the folder is that of a
-        checkpoint, as published or converted, whose files a run would replace.
+        checkpoint, as published or converted, whose files a run would replace; or it is a file.
       OSError: the folder cannot be created or written.
     """
     if (workdir / "config.json").is_file() and _is_of_checkpoint(workdir / "config.json"):
@@ -56,6 +56,8 @@ def locked(workdir: Path) -> Iterator[None]:
             f"{workdir} holds a checkpoint, whose config.json and tokenizer a run would replace; "
             "use another --workdir"
         )
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"{workdir} is no folder; name another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / "lock").open("a+", encoding="utf-8") as file:
         try:

@@ -179,6 +179,14 @@ def test_folder_of_a_checkpoint_is_left_alone(text, message, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_file_is_no_folder_of_a_run(tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ValueError, match=r"run is no folder; name another --workdir"):
+        with workdir.locked(tmp_path / "run"):
+            pass
+    assert (tmp_path / "run").read_text() == "mine"
+
+
 def test_lock_ends_with_a_process_that_is_killed(tmp_path):
     code = "import sys, time, pathlib; from dsjax.train import workdir\n"
     code += "with workdir.locked(pathlib.Path(sys.argv[1])): print(flush=True); time.sleep(60)"
