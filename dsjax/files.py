@@ -129,12 +129,15 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write(path, text.encode("utf-8", "backslashreplace"))
 
 
-def finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `values` with each number that is not finite as text ("nan", "inf")."""
-    return {
-        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in values.items()
-    }
+def finite(values: Any) -> Any:
+    """Returns JSON values with null for each number that is not finite, however deep it lies:
+    Python would write NaN and Infinity, which are no JSON.
+    """
+    if isinstance(values, Mapping):
+        return {key: finite(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def publish(folder: Path, target: Path) -> None:

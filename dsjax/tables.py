@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dsjax.files import check_writable, write_json
+from dsjax.files import check_writable, finite, write_json
 
 _PIPE_WIDTH = 180  # columns; a file or a pipe has no width of its own, and rich would take 80
 
@@ -33,13 +33,13 @@ def show(
 
     Args:
       destination: None prints it for people; "-" prints one JSON object instead; anything else is
-        a file that gets the object, besides the print.
+        a file that gets the object, besides the print. A number that is not finite is null there.
     """
     if destination == "-":
-        print(json.dumps(summary, indent=2))
+        print(json.dumps(finite(summary), indent=2))
         return
     if destination:
-        write_json(Path(destination), summary)
+        write_json(Path(destination), finite(summary))
     console = Console()
     print_summary(summary, console if console.is_terminal else Console(width=_PIPE_WIDTH))
 

@@ -101,9 +101,11 @@ def test_name_that_is_not_utf_8_is_written_and_read(tmp_path):
     assert read_json(tmp_path / "config.json") == values
 
 
-def test_numbers_that_are_not_finite_become_text():
-    values = {"loss": float("nan"), "worst": -float("inf"), "step": 3, "name": "x"}
-    assert files.finite(values) == {"loss": "nan", "worst": "-inf", "step": 3, "name": "x"}
+def test_numbers_that_are_not_finite_become_null_at_any_depth():
+    nan, inf = float("nan"), float("inf")
+    values = {"loss": nan, "step": 3, "inner": {"worst": -inf, "each": [1.5, (inf, "nan")]}}
+    wanted = {"loss": None, "step": 3, "inner": {"worst": None, "each": [1.5, [None, "nan"]]}}
+    assert files.finite(values) == wanted
 
 
 def test_published_folder_has_its_name_and_its_folders_synced(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 
 import pytest
 from rich.console import Console
@@ -65,6 +66,10 @@ def test_summary_goes_where_its_flag_says(tmp_path, capsys):
     tables.show({"a": 1}, print_summary, str(tmp_path / "F"))
     assert capsys.readouterr().out == lines
     assert json.loads((tmp_path / "F").read_text()) == {"a": 1}
+    for destination in ("-", str(tmp_path / "F")):  # JSON has no NaN
+        tables.show({"a": [math.nan]}, lambda summary, console: None, destination)
+        text = capsys.readouterr().out if destination == "-" else (tmp_path / "F").read_text()
+        assert json.loads(text, parse_constant=pytest.fail) == {"a": [None]}
     with pytest.raises(FileNotFoundError):
         tables.show({}, print_summary, str(tmp_path / "none/F"))
 

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from dsjax.checkpoint.load import Checkpoint, open_checkpoint
 from dsjax.display import Display
+from dsjax.files import finite
 from dsjax.generate.request import Given
 from dsjax.infer import token_files, windows
 from dsjax.infer.filled import NO_PICTURES, PictureFiles, fill
@@ -217,7 +218,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     figures = result.figures()
     if arguments.json:
-        print(json.dumps(figures, indent=2))
+        print(json.dumps(finite(figures), indent=2))
         return
     for name, value in figures.items():
         print(f"{name.replace('_', ' '):<14}{value:{',' if isinstance(value, int) else ',.4f'}}")

@@ -172,12 +172,14 @@ class Choice:
         likely = zip(report.top_ids[place][:top], report.top_logprobs[place][:top], strict=True)
         return TokenReport(
             token,
-            _finite(report.logprobs[place]),
-            [Likely(int(each), _finite(logprob)) for each, logprob in likely],
+            finite_logprob(report.logprobs[place]),
+            [Likely(int(each), finite_logprob(logprob)) for each, logprob in likely],
             self._thinking,
         )
 
 
-def _finite(logprob: float) -> float:
-    """Returns a number that JSON can hold, as OpenAI's API does for what is impossible."""
-    return float(np.maximum(logprob, -9999.0))
+def finite_logprob(logprob: float) -> float:
+    """Returns a number that JSON can hold, as OpenAI's API does for what is impossible; the same
+    for NaN.
+    """
+    return float(np.fmax(logprob, -9999.0))

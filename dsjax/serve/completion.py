@@ -12,7 +12,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from dsjax.serve.answering import Answer, respond
-from dsjax.serve.choice import Choice, Delta, Likely, TokenReport
+from dsjax.serve.choice import Choice, Delta, Likely, TokenReport, finite_logprob
 from dsjax.serve.errors import ApiError
 from dsjax.serve.fields import Fields, invalid
 from dsjax.serve.options import HARMLESS, MOST_TOP, Options, read_options
@@ -214,8 +214,12 @@ class _Text:
         self._first = TokenReport(prompt[0], 0.0, [], False)
         for place, token in enumerate(prompt[1:]):
             likely = zip(scored.top_ids[place], scored.top_logprobs[place], strict=True)
-            top = [Likely(int(each), float(logprob)) for each, logprob in likely][: self._top]
-            self._reports.append(TokenReport(token, float(scored.logprobs[place]), top, False))
+            top = [Likely(int(each), finite_logprob(logprob)) for each, logprob in likely][
+                : self._top
+            ]
+            self._reports.append(
+                TokenReport(token, finite_logprob(scored.logprobs[place]), top, False)
+            )
 
     def add(self, delta: Delta) -> None:
         self.text += delta.content + delta.thought

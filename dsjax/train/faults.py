@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import statistics
 from pathlib import Path
 
-from dsjax.files import finite
+from dsjax.train.report import drop_later
 
 MAX_SKIPPED = 5
 WINDOW, FEWEST, SIGMAS = 128, 32, 6.0
@@ -31,10 +32,20 @@ class Faults:
       in_a_row: how many of the most recent steps were skipped.
     """
 
-    def __init__(self, folder: Path, *, skipped: int, silent: bool = False):
-        """`silent`: write no file, as in every process but the first."""
+    def __init__(self, folder: Path, *, step: int, skipped: int, silent: bool = False):
+        """
+        Args:
+          step, skipped: steps done so far, and those of them without an update. What the file has
+            of later steps is dropped: they will be taken again.
+          silent: neither read nor write the file, as in every process but the first.
+
+        Raises:
+          OSError: the file cannot be written.
+        """
         self.path, self.skipped, self.in_a_row = folder / "faults.jsonl", skipped, 0
         self._silent = silent
+        if not silent:
+            drop_later(self.path, step)
         self._losses: collections.deque[float] = collections.deque(maxlen=WINDOW)
 
     def check(
@@ -86,7 +97,19 @@ class Faults:
     def _write(self, kind: str, step: int, loss: float, grad_norm: float, rows: range) -> None:
         if self._silent:
             return
-        line = {"step": step, "kind": kind, **finite({"loss": loss, "grad_norm": grad_norm})}
-        line["rows"] = [rows.start, rows.stop]
+        line = {
+            "step": step,
+            "kind": kind,
+            "loss": _spelled(loss),
+            "grad_norm": _spelled(grad_norm),
+            "rows": [rows.start, rows.stop],
+        }
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _spelled(number: float) -> float | str:
+    """Returns a number that JSON can hold, or the name of one that it cannot: which one it was is
+    what a fault's line is there to tell.
+    """
+    return number if math.isfinite(number) else str(number)

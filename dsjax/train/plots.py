@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 
 from dsjax.train.positions import is_by_position, position_of
+from dsjax.train.report import thinned
+
+_CURVES = 40  # of one picture: more are not told apart, and each is drawn anew at every evaluation
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -74,17 +77,24 @@ def _draw(
 def draw_loss_by_position(
     folder: Path, lines: Sequence[Mapping[str, Any]], title: str
 ) -> Path | None:
-    """Draws the held-out loss over the position, one curve for each evaluation, in
-    loss_by_position.png.
+    """Draws the held-out loss over the position, one curve for each evaluation or, where they are
+    many, for some of them, in loss_by_position.png.
 
     Returns:
       the picture; None, and none is drawn, where no line has losses by position.
     """
     curves = [
-        (line["step"], [(position_of(name), line[name]) for name in filter(is_by_position, line)])
+        (
+            line["step"],
+            [
+                (position_of(name), loss)
+                for name, loss in line.items()
+                if is_by_position(name) and loss is not None  # null: it was not finite
+            ],
+        )
         for line in lines
     ]
-    curves = [(step, points) for step, points in curves if points]
+    curves = thinned([(step, points) for step, points in curves if points], _CURVES)
     if not curves:
         return None
     figure, last = new_figure(8, 4.5), max(curves[-1][0], 1)

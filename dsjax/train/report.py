@@ -6,12 +6,12 @@ import contextlib
 import importlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsjax import settings
-from dsjax.files import write, writing
+from dsjax.files import finite, write, writing
 from dsjax.train.throughput import TIMED
 from dsjax.train.workdir import RunConfig
 
@@ -35,6 +35,7 @@ _SHOWN = {  # on the console, of a step's numbers, in this order
     "mfu": "mfu {:.1%}",
 }
 _IN_SHORT = ("reward", "right", "loss", "tokens_per_second")  # beside a progress bar
+_TAIL = 1 << 16  # bytes, more than most lines have
 # Rewards tell how a run fares that has them; its loss is near 0 by construction.
 _HIDDEN_BY_REWARDS = ("loss", "max_violation", "mfu")
 
@@ -61,9 +62,11 @@ class Metrics:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Appends a line: `step`, and numbers by name."""
+        """Appends a line: `step`, and numbers by name. One that is not finite, such as the held-out
+        loss of a run gone wrong, is null in the file.
+        """
         with writing(self.path):
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(json.dumps(finite(line)) + "\n")
             self._file.flush()
         values = {key: value for key, value in line.items() if key != "step"}
         if self._tensorboard is not None:
@@ -98,10 +101,36 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def newest_line(path: Path) -> dict[str, Any] | None:
+    """Returns the last line of a file like metrics.jsonl that no crash cut short, None if there is
+    none. However large the file is, only its end is read.
+    """
+    size, read = path.stat().st_size if path.is_file() else 0, _TAIL
+    while size:
+        with path.open("rb") as file:
+            file.seek(max(size - read, 0))
+            lines = file.read().split(b"\n")
+        # The first may have begun before what was read.
+        for text in reversed(lines if read >= size else lines[1:]):
+            with contextlib.suppress(ValueError):
+                return json.loads(text)
+        if read >= size:
+            break
+        read *= 8
+    return None
+
+
 def drop_later(path: Path, step: int) -> None:
-    """Drops the lines of steps after `step` from a file like metrics.jsonl."""
-    kept = [line for line in read_lines(path) if line["step"] <= step]
-    write(path, "".join(json.dumps(line) + "\n" for line in kept))
+    """Drops the lines of steps after `step` from a file like metrics.jsonl, if there is one."""
+    if path.is_file():
+        kept = [line for line in read_lines(path) if line["step"] <= step]
+        write(path, "".join(json.dumps(finite(line)) + "\n" for line in kept))
+
+
+def thinned(items: Sequence[Any], most: int) -> list[Any]:
+    """Returns at most so many items, evenly spaced, the newest among them."""
+    count = min(len(items), most)
+    return [items[-1 - index * len(items) // count] for index in reversed(range(count))]
 
 
 def _group(key: str) -> str:

@@ -16,7 +16,7 @@ from dsjax.display import duration, size
 from dsjax.files import read_json, write, writing
 from dsjax.train import workdir
 from dsjax.train.positions import is_by_position
-from dsjax.train.report import read_lines
+from dsjax.train.report import newest_line, read_lines, thinned
 from dsjax.train.throughput import TIMED
 
 SESSIONS = "sessions.jsonl"
@@ -101,8 +101,7 @@ def _evaluations(lines: Sequence[Mapping[str, Any]]) -> str:
     if not made:
         return ""
     names = [name for name in made[-1] if not is_by_position(name)]
-    count = min(len(made), _EVALUATIONS)
-    kept = [made[-1 - index * len(made) // count] for index in reversed(range(count))]
+    kept = thinned(made, _EVALUATIONS)
     return _table(names, ([line.get(name) for name in names] for line in kept))
 
 
@@ -133,10 +132,9 @@ def _sample(folder: Path, config: Mapping[str, Any], summary: Mapping[str, Any])
     if sample := summary.get("sample"):
         return _fenced(f"{sample['prompt']}[...]{sample['completion']}")
     # Where nothing is rewarded, a file of this name is what the run learns from (tools/r1.py).
-    answers = read_lines(folder / "samples.jsonl") if "rl" in config else []
-    if not answers:
+    newest = newest_line(folder / "samples.jsonl") if "rl" in config else None
+    if newest is None:
         return ""
-    newest = answers[-1]
     said = f"Step {newest['step']}, reward {_cell(newest['reward'])}:"
     return f"{said}\n\n{_fenced(newest['prompt'] + '[...]' + newest['text'])}"
 

@@ -8,7 +8,7 @@ How a run resumes:
 1. workdir.claim: the folder must hold this config's run, up to keys that do not matter.
 2. Session.begin: the newest checkpoint whose bytes are all as they were written gives the state,
    the source's position and the number of steps done.
-3. Metrics: lines of later steps are dropped, since those steps will be done again.
+3. Metrics and faults: lines of later steps are dropped, since those steps will be done again.
 4. The schedule is a function of the step alone, so nothing else needs to be saved. On a CPU with
    the same versions and cores the resumed run gives the same bits as one never interrupted.
 """
@@ -165,7 +165,7 @@ class Session:
         if self.metrics is not None:
             self._open.callback(self.metrics.close)
         skipped = record.get("skipped_steps", 0)
-        self.faults = Faults(self.folder, skipped=skipped, silent=not first)
+        self.faults = Faults(self.folder, step=self.step, skipped=skipped, silent=not first)
         self.peak = peak_flops(list(mesh.devices.flat))
         self.meter = Meter(
             flops_per_token=flops_per_token, peak=self.peak, before=record.get("meter")

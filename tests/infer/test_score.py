@@ -1,6 +1,8 @@
 """Scores equal those computed from the model's own logits, however the text is cut and packed."""
 
+import argparse
 import dataclasses
+import json
 import math
 
 import jax
@@ -98,6 +100,17 @@ def test_figures_are_those_of_their_definitions():
     assert Score(4.0, 2).figures() == {"loss": 2.0, "perplexity": math.exp(2), "tokens": 2}
     assert Score(0.0, 0).figures() == {"tokens": 0}
     assert Score(2000.0, 2).figures()["perplexity"] == math.inf
+
+
+def test_perplexity_beyond_all_numbers_is_null_in_json(monkeypatch, capsys):
+    monkeypatch.setattr(score, "open_checkpoint", lambda path, overrides: None)
+    monkeypatch.setattr(score, "score_files", lambda checkpoint, **_: Score(2000.0, 2))
+    given = dict.fromkeys(
+        "checkpoint text tokens image pixels high_pixels logits mtp_logits dtype".split()
+    )
+    score.run(argparse.Namespace(**given, override=[], mesh={}, sequence_length=0, json=True))
+    figures = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert figures == {"loss": 1000.0, "perplexity": None, "tokens": 2}
 
 
 def test_tokens_are_scored_and_their_logits_written(logits, tmp_path, monkeypatch):

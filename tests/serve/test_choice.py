@@ -5,7 +5,7 @@ import pytest
 
 from dsjax.generate.record import Record
 from dsjax.generate.request import Output
-from dsjax.serve.choice import CUT, Choice
+from dsjax.serve.choice import CUT, Choice, finite_logprob
 from dsjax.text import tool_calls
 from tests.serve.formats import TOOL_TOKENS
 
@@ -118,3 +118,9 @@ def test_cut_reply_keeps_its_text(make, coder):
     delta = choice.cut()
     assert delta.content.endswith("more te") and delta.finish == choice.finish == CUT
     assert choice.push(Output([5], "length")).content == ""
+
+
+@pytest.mark.parametrize("impossible", [-np.inf, np.nan])
+def test_log_probability_is_a_number_that_json_can_hold(impossible):
+    assert finite_logprob(np.float32(impossible)) == -9999.0
+    assert finite_logprob(np.float32(-0.5)) == -0.5

@@ -92,6 +92,23 @@ def test_prompt_is_echoed_with_its_log_probabilities(start):
     assert body["choices"][0]["text"].startswith("Some text") and not body["choices"][0]["logprobs"]
 
 
+def test_impossible_tokens_of_a_prompt_have_log_probabilities_that_json_can_hold(
+    start, monkeypatch
+):
+    def score(scorer, ids):
+        n = len(ids) - 1
+        tops = np.tile(np.arange(20, dtype=np.int32) + 30, (n, 1))
+        never = np.full((n, 20), -np.inf, np.float32)
+        return Scored(np.full(n, np.nan, np.float32), tops, never)
+
+    monkeypatch.setattr(Scorer, "score", score)
+    site, _, coder = start("x")
+    body = post(site, PATH, prompt="Some text", echo=True, logprobs=1, max_tokens=0)
+    logprobs = body["choices"][0]["logprobs"]
+    assert logprobs["token_logprobs"] == [None] + [-9999.0] * len(coder.encode("Some text"))
+    assert list(logprobs["top_logprobs"][1].values()) == [-9999.0]
+
+
 def test_tokens_of_one_character_lie_where_it_begins(start):
     site, _, coder = start("x")
     ids = [*coder.encode("a\U0001f600b"), *coder.encode("c")]

@@ -147,7 +147,7 @@ def test_any_objective_and_source_can_use_the_loop(finished):
     assert "held-out after step 2: eval_reward" in output and "reward 2.500" in output
     summary = json.loads((folder / "summary.json").read_text())
     np.testing.assert_allclose(summary["reward"], weight, rtol=1e-6)
-    assert summary["worst"] == "nan"  # JSON has no such number
+    assert summary["worst"] is None  # it was NaN, which JSON has not
     with np.load(folder / "expert_load.npz") as load:  # of the steps after the checkpoint of step 3
         np.testing.assert_allclose(load["load_LE"], [np.mean(loads[3:], axis=0)], rtol=1e-6)
         assert (load["steps"], load["last_step"]) == (3, 6)

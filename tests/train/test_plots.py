@@ -55,6 +55,18 @@ def test_rewards_of_nothing_are_drawn(curves, tmp_path):
     assert curves() == {"training": [[0, 0.0], [1, 0.5], [3, 0.0]]}
 
 
+def test_losses_that_were_not_finite_are_left_out(curves, tmp_path):
+    lines = [
+        {"step": 1, "tokens": 10, "loss": 3.0},
+        {"step": 1, "tokens": 10, "eval_loss": 3.5, "eval_loss_0_31": 4.0, "eval_loss_32_63": None},
+        {"step": 2, "tokens": 20, "eval_loss": None, "eval_loss_0_31": None},
+    ]
+    plots.draw_loss(tmp_path / "loss.png", lines, "tiny")
+    assert curves() == {"training": [[10, 3.0]], "held-out": [[10, 3.5]]}
+    plots.draw_loss_by_position(tmp_path, lines, "tiny")
+    assert curves() == {"after step 1": [[32, 4.0]]}
+
+
 def test_loss_by_position_has_a_curve_for_each_evaluation(tmp_path):
     assert plots.draw_loss_by_position(tmp_path, LINES, "tiny") is None
     lines = [
@@ -64,6 +76,13 @@ def test_loss_by_position_has_a_curve_for_each_evaluation(tmp_path):
     path = plots.draw_loss_by_position(tmp_path, [*LINES, *lines], "tiny")
     assert path is not None and path.name == "loss_by_position.png"
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_of_many_evaluations_some_are_drawn_and_the_newest(curves, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "_CURVES", 3)
+    lines = [{"step": step, "eval_loss_0_31": 9.0 - step} for step in range(1, 9)]
+    plots.draw_loss_by_position(tmp_path, lines, "tiny")
+    assert [points for points in curves().values()] == [[[32, 6.0]], [[32, 3.0]], [[32, 1.0]]]
 
 
 def test_curves_are_those_that_the_lines_have(tmp_path):

@@ -57,6 +57,33 @@ def test_metrics_drops_lines_after_the_resumed_step_and_half_lines(tmp_path):
     metrics.close()
 
 
+def test_number_that_is_not_finite_is_null_and_the_lines_of_older_versions_are_mended(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "eval_loss": NaN}\n')
+    metrics = report.Metrics(tmp_path, CONFIG, first_step=2)
+    metrics.write({"step": 4, "eval_loss": float("inf"), "bits_per_byte": 2.0})
+    metrics.close()
+    lines = metrics.path.read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == [
+        {"step": 2, "eval_loss": None},
+        {"step": 4, "eval_loss": None, "bits_per_byte": 2.0},
+    ]
+
+
+@pytest.mark.parametrize("end", ["", "\n", '\n{"step": 9, "te'])
+def test_newest_line_is_found_at_the_end_of_a_file(tmp_path, monkeypatch, end):
+    """Also where it is longer than what is read at first."""
+    monkeypatch.setattr(report, "_TAIL", 16)
+    path = tmp_path / "samples.jsonl"
+    assert report.newest_line(path) is None
+    path.write_text("")
+    assert report.newest_line(path) is None
+    lines = [{"step": step, "text": "x" * 50 * step} for step in (1, 2, 3)]
+    path.write_text("\n".join(map(json.dumps, lines)) + end)
+    assert report.newest_line(path) == lines[-1]
+    path.write_text('{"step": 9, "te')
+    assert report.newest_line(path) is None
+
+
 def test_metrics_writes_tensorboard(tmp_path):
     config = dataclasses.replace(CONFIG, train=TrainConfig(steps=8))
     metrics = report.Metrics(tmp_path, config, first_step=0)

@@ -50,6 +50,15 @@ def test_evaluations_are_thinned_out_and_the_newest_stays(folder):
     assert len(set(table)) == 22
 
 
+def test_report_bears_numbers_that_were_not_finite(folder):
+    line = {"step": 31, "tokens": 310, "eval_loss": None, "eval_loss_0_31": None}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    (folder / "summary.json").write_text(json.dumps(SUMMARY | {"eval_loss": None, "mfu": None}))
+    text = written(folder)
+    assert "| 31 | 310 |  |" in text and "| eval_loss |  |" in text and "| MFU |" not in text
+
+
 def test_report_of_a_finished_run_has_its_summary(folder):
     (folder / "summary.json").write_text(json.dumps(SUMMARY))
     text = written(folder)
