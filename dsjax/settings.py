@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dsjax.config import Config
+from dsjax.config.roots import PLANNED
 from dsjax.files import read_json
 
 Root = TypeVar("Root")
@@ -58,7 +59,7 @@ def load_config(path: str | Path, kind: type[Root] = Config) -> Root:
     Raises:
       FileNotFoundError: the file does not exist; suggests the most similar one.
       ValueError: the file does not hold a valid config; names the file and the line, if there is
-        one.
+        one, or the tool that takes it.
     """
     return load_any(path, (kind,))
 
@@ -106,8 +107,11 @@ def load_any(path: str | Path, kinds: Sequence[type[Root]]) -> Root:
                 "and the checkpoint as --init CKPT, where the config begins with one "
                 "(tools/convert.py inspect CKPT says what it is)"
             )
-        fitting = (kind for kind in kinds if set(values) <= set(typing.get_type_hints(kind)))
-        return from_dict(values, str(path), next(fitting, kinds[0]))
+        fitting = next((kind for kind in kinds if set(values) <= set(_hints(kind))), None)
+        other = next((kind for kind in PLANNED if set(values) <= set(_hints(kind))), None)
+        if fitting is None and other is not None:
+            raise ValueError(_of_another_tool(path, other, kinds))
+        return from_dict(values, str(path), fitting or kinds[0])
     raise ValueError(
         f"{path} is not a config: name a .py file, a config.json or the folder of a run"
     )
@@ -310,6 +314,8 @@ def read_python(path: Path, *kinds: type[Root]) -> Root:
         raise ValueError(f"{path}{at}: {reason}") from error
     config = getattr(module, "config", None)
     if not isinstance(config, kinds):
+        if hasattr(config, "tool"):
+            raise ValueError(_of_another_tool(path, type(config), kinds))
         found = "nothing" if config is None else f"an object of type {type(config).__name__}"
         endings = " or ".join(f"`config = {kind.__name__}(...)`" for kind in kinds)
         raise ValueError(
@@ -317,6 +323,14 @@ def read_python(path: Path, *kinds: type[Root]) -> Root:
             f"{endings}"
         )
     return config
+
+
+def _of_another_tool(path: Path, found: Any, kinds: Sequence[Any]) -> str:
+    names = " or ".join(kind.__name__ for kind in kinds)
+    return (
+        f"{path} is a config ({found.__name__}) that {found.tool} takes, and this command takes "
+        f"another kind ({names}); run {found.tool} with it"
+    )
 
 
 def checked(config: Root, place: str) -> Root:

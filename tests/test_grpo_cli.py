@@ -45,7 +45,7 @@ CONFIG = "configs/grpo_countdown.py"
             2,
             "rl.group_size=1 must be at least 2",
         ),
-        (("configs/tiny.py", "--init", "x"), 1, "ends with `config = Reinforcement(...)`"),
+        (("configs/tiny.py", "--init", "x"), 1, "run tools/train.py with it"),
         ((CONFIG, "--init", "nowhere"), 1, "nowhere"),
         ((), 1, "grpo_countdown begins with a checkpoint; name it: --init CKPT"),
         ((CONFIG, "more"), 2, "unrecognized arguments: more"),

@@ -9,6 +9,7 @@ import pytest
 from dsjax import settings
 from dsjax.config import Config, DataConfig, ModelConfig, TrainConfig
 from dsjax.config.finetuning import FineTuning
+from dsjax.config.preference import Preference
 
 DENSE = ModelConfig(
     vocab_size=64, dim=16, n_layers=2, n_dense_layers=2, n_heads=2, inter_dim=32, attention="gqa"
@@ -56,6 +57,37 @@ def test_any_of_several_roots_is_told_by_its_groups(tmp_path):
     (tmp_path / "config.json").write_text('{"name": "x", "sfd": {}}')
     with pytest.raises(ValueError, match="sfd is not a config key"):
         settings.load_any(tmp_path, (Config, FineTuning))
+
+
+@pytest.mark.parametrize(
+    ("name", "tool"),
+    [
+        ("sft_tiny", "sft"),
+        ("dpo_tiny", "prefer"),
+        ("grpo_countdown", "grpo"),
+        ("janus_pro_1b_stage1", "paint"),
+        ("pipelines/r1_tiny", "r1"),
+        ("pipelines/shapes_tiny", "shapes"),
+    ],
+)
+def test_config_of_another_tool_is_told_which_one_takes_it(name, tool):
+    path = settings.find(f"configs/{name}.py")
+    with pytest.raises(ValueError, match=rf"{name}\.py is a config .* run tools/{tool}\.py with"):
+        settings.load_config(path)
+    assert settings.packaged(Path("tools", f"{tool}.py"))
+    with pytest.raises(
+        ValueError, match=r"tiny\.py .* \(FineTuning or Preference\); run tools/tra"
+    ):
+        settings.load_any("tiny", (FineTuning, Preference))
+
+
+def test_run_of_another_tool_is_told_which_one_takes_it(tmp_path):
+    for config, wanted in ((CONFIG, FineTuning), (FineTuning(name="tuned"), Config)):
+        (tmp_path / "config.json").write_text(json.dumps(settings.to_dict(config)))
+        with pytest.raises(
+            ValueError, match=rf"config\.json is a config .* run {config.tool} with"
+        ):
+            settings.load_config(tmp_path, wanted)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +335,7 @@ def test_a_group_alone_is_read():
 
 def test_config_file_of_another_root_is_refused(tmp_path):
     text = SOURCE.format(n_layers=2, attention="'gqa'")
-    with pytest.raises(ValueError, match=r"of type Config to `config`; .* `config = Tuning\("):
+    with pytest.raises(ValueError, match=r"tools/train.py takes.* another kind \(Tuning\)"):
         settings.load_config(write(tmp_path, text), Tuning)
     made = f"import sys\nconfig = sys.modules[{__name__!r}].TUNING\n"
     assert settings.load_config(write(tmp_path, made), Tuning) == TUNING

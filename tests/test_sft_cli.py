@@ -30,7 +30,7 @@ def sft(*arguments):
             "sft.file is not a config key; did you mean sft",
         ),
         (("--init", "x", "--set", "model.dim=8"), 2, "model.dim cannot be set: model comes whole"),
-        (("configs/tiny.py", "--init", "x"), 1, "ends with `config = FineTuning(...)`"),
+        (("configs/tiny.py", "--init", "x"), 1, "run tools/train.py with it"),
         (("--init", "nowhere"), 1, "nowhere"),
         (("--frobnicate",), 2, "unrecognized arguments: --frobnicate"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from dsjax.config.janus import Janus, TowerTraining, VqTraining
 from dsjax.config.model import ModelConfig
@@ -22,7 +23,9 @@ class PaintStage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ColouredShapes:
-    """The root that `tools/shapes.py` reads: data, tokenizer, tower, model and stages."""
+    """A toy: its data, tokenizer, tower, model and stages."""
+
+    tool: ClassVar[str] = "tools/shapes.py"
 
     name: str
     model: ModelConfig

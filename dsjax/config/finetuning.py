@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dsjax.config.distillation import DistillConfig
 from dsjax.config.posttraining import PostTraining
@@ -60,7 +60,9 @@ class EsftConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FineTuning(PostTraining):
-    """A fine-tuning experiment, the root that `tools/sft.py` reads."""
+    """A fine-tuning experiment."""
+
+    tool: ClassVar[str] = "tools/sft.py"
 
     sft: SftConfig = dataclasses.field(default_factory=SftConfig)
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)

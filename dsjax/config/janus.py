@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dsjax.config.posttraining import PostTraining, TuningConfig
 from dsjax.config.rules import (
@@ -91,7 +91,9 @@ class JanusConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Janus(PostTraining):
-    """A stage of training, the root that `tools/paint.py` reads."""
+    """A stage of training."""
+
+    tool: ClassVar[str] = "tools/paint.py"
 
     janus: JanusConfig = dataclasses.field(default_factory=JanusConfig)
     # What the checkpoint sees and draws with, for a plan; a run looks at the checkpoint itself.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dsjax.config.posttraining import PostTraining
 from dsjax.config.rules import require, require_not_negative, require_positive
@@ -46,9 +46,11 @@ class PreferenceConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preference(PostTraining):
-    """A preference experiment, the root that `tools/prefer.py` reads. A batch counts examples:
-    `train.batch_size` pairs or labelled answers.
+    """A preference experiment. A batch counts examples: `train.batch_size` pairs or labelled
+    answers.
     """
+
+    tool: ClassVar[str] = "tools/prefer.py"
 
     preference: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from dsjax.config.balance import check_balance_devices
 from dsjax.config.data import DataConfig
@@ -15,7 +16,13 @@ from dsjax.config.train import OptimConfig, PrecisionConfig, TrainConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A pre-training experiment, the root that `dsjax.settings` reads by default."""
+    """A pre-training experiment, the root that `dsjax.settings` reads by default.
+
+    Attributes:
+      tool: the command that takes it; every root names its own.
+    """
+
+    tool: ClassVar[str] = "tools/train.py"
 
     name: str
     init: str = ""  # path of a checkpoint of this shape to begin with; empty: random weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dsjax.config.finetuning import FineTuning
 from dsjax.config.pretraining import Config
@@ -63,7 +63,9 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class R1:
-    """The root that `tools/r1.py` reads: stages in order, and how each is judged."""
+    """A pipeline: stages in order, and how each is judged."""
+
+    tool: ClassVar[str] = "tools/r1.py"
 
     name: str
     stages: tuple[Stage, ...]

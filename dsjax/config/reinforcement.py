@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dsjax.config.mesh import RolloutMeshConfig
 from dsjax.config.posttraining import PostTraining
@@ -129,11 +129,13 @@ class RewardConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reinforcement(PostTraining):
-    """A reinforcement-learning experiment, the root that `tools/grpo.py` reads.
+    """A reinforcement-learning experiment.
 
     `train.steps` counts rollouts. `train.batch_size` is the number of packed rows that a minibatch
     is a multiple of, `train.micro_batch_size` that of a forward pass.
     """
+
+    tool: ClassVar[str] = "tools/grpo.py"
 
     rl: RlConfig = dataclasses.field(default_factory=RlConfig)
     reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)

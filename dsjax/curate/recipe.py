@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dsjax.config.rules import require, require_fraction, require_not_negative
 
@@ -43,6 +43,8 @@ class Source:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One preparation."""
+
+    tool: ClassVar[str] = "tools/prepare.py"
 
     sources: tuple[Source, ...]
     # Of web, plain and math; documents in other languages are removed.

@@ -18,6 +18,7 @@ from dsjax.config.roots import Experiment
 from dsjax.display import size
 from dsjax.model.flops import count_parameters
 from dsjax.model.parameters import declarations
+from dsjax.train.optimizer import Optimizer
 
 
 def table(
@@ -26,6 +27,7 @@ def table(
     abstract: Any,
     mesh: Mesh,
     *,
+    optimizer: Optimizer,
     folder: Path,
     takes: str,
     flops_per_token: float,
@@ -36,6 +38,7 @@ def table(
     Args:
       declared: the model without values.
       abstract: the state's shapes and shardings.
+      optimizer: of the run, which knows what trains.
       folder: of the run.
       takes: what a step takes of the data.
       flops_per_token: that training needs.
@@ -55,7 +58,7 @@ def table(
         ("a step", takes),
         ("the run", steps),
         ("training", cost),
-        ("memory per device", _memory(abstract)),
+        ("memory per device", _memory(abstract, optimizer)),
         ("files", str(folder)),
     ]
     return tables.figures(config.name, rows)
@@ -70,20 +73,22 @@ def sequences(config: Experiment | Janus, length: int) -> str:
 
 def bytes_per_device(abstract: Any) -> dict[str, int]:
     """Returns what one device holds of each part of a state, in bytes."""
-    found = {}
-    for field in dataclasses.fields(abstract):
-        leaves = jax.tree.leaves(getattr(abstract, field.name))
-        found[field.name] = sum(
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf in leaves
-        )
-    return found
+    return {
+        field.name: _bytes(getattr(abstract, field.name)) for field in dataclasses.fields(abstract)
+    }
 
 
-def _memory(abstract: Any) -> str:
-    held = bytes_per_device(abstract)
-    # A gradient is float32, as its parameter, and split the same way.
-    parts = {**held, "gradients": held["params"]}
+def _bytes(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _memory(abstract: Any, optimizer: Optimizer) -> str:
+    trained, _ = optimizer.split(abstract.params)
+    # A gradient is float32, as its parameter, and split the same way; what is frozen has none.
+    parts = {**bytes_per_device(abstract), "gradients": _bytes(trained)}
     listed = ", ".join(f"{name} {size(number)}" for name, number in parts.items() if number)
     return f"at least {size(sum(parts.values()))}: {listed}"
 

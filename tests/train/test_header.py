@@ -1,6 +1,7 @@
 """What a run says of itself before it compiles."""
 
 import io
+import math
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from rich.console import Console
 
 from dsjax import settings
 from dsjax.config import Config
+from dsjax.display import size
 from dsjax.parallel.mesh import make_mesh
 from dsjax.train import header
 from dsjax.train.optimizer import adamw
@@ -23,13 +25,13 @@ def prepared(*assignments, sizes):
     return config, declared, abstract_state(declared, adamw(config.optim), mesh), mesh
 
 
-def shown(config, declared, abstract, mesh, **options):
+def shown(config, declared, abstract, mesh, *, trains=lambda path: True, **options):
     output = io.StringIO()
     takes = header.sequences(config, 256)
     Console(file=output, width=160).print(
         header.table(
-            config, declared, abstract, mesh, folder=Path("runs/x"), takes=takes,
-            flops_per_token=2e7, **options,
+            config, declared, abstract, mesh, optimizer=adamw(config.optim, trains),
+            folder=Path("runs/x"), takes=takes, flops_per_token=2e7, **options,
         )
     )  # fmt: skip
     rows = [line.strip().split("  ", 1) for line in output.getvalue().splitlines()]
@@ -60,6 +62,15 @@ def test_memory_is_what_one_device_holds():
     said = shown(config, declared, split, mesh)
     assert said["devices"] == "8 x cpu, as mesh data=2 x fsdp=4"
     assert said["the run"] == "360 steps" and "in the run" not in said["training"]
+
+
+def test_what_is_frozen_has_no_gradients():
+    one = prepared(sizes={})
+    params = header.bytes_per_device(one[2])["params"]
+    assert f"gradients {size(params)}" in shown(*one)["memory per device"]
+    head = 4 * math.prod(one[2].params["head"]["weight"].shape)
+    said = shown(*one, trains=lambda path: path[0] == "head")["memory per device"]
+    assert f"gradients {size(head)}" in said and f"params {size(params)}" in said
 
 
 @pytest.mark.parametrize(
