@@ -46,7 +46,7 @@ def execute(arguments: argparse.Namespace) -> int:
     from dsjax.train import host_memory
 
     host_memory.keep_freed()
-    compilation.use_persistent_cache("")
+    compilation.use_persistent_cache(config.janus.cache_dir)
     with processes.joined(arguments.coordinator, arguments.num_processes, arguments.process_id):
         return training.train(config, folder, command=command.line())
 

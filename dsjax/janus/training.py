@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
-from dsjax.checkpoint import alignment
+from dsjax.checkpoint import alignment, store
 from dsjax.checkpoint.eyes import load_eyes
 from dsjax.checkpoint.importing import copy_side_files, side_files
 from dsjax.checkpoint.load import Checkpoint, open_checkpoint
@@ -84,7 +84,7 @@ def train(config: Janus, folder: Path, *, command: str, console: Console | None 
     `session.run`.
     """
     console = console or Console(quiet=not processes.is_first())
-    checkpoint, form = open_initial(config)
+    checkpoint, form = _opened(config, folder)
     config = _filled(config, checkpoint)
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     data = read_data(config, checkpoint, form, say)
@@ -102,6 +102,20 @@ def train(config: Janus, folder: Path, *, command: str, console: Console | None 
             run.finish()
 
     return session.run(config, folder, recipe, command=command, console=console)
+
+
+def _opened(config: Janus, folder: Path) -> tuple[Checkpoint, PicturedFormat]:
+    """Returns what `open_initial` does; an error says why a run that resumes needs it too."""
+    try:
+        return open_initial(config)
+    except ValueError as error:
+        if store.latest(folder / "checkpoints") is None:
+            raise
+        raise ValueError(
+            f"{error}. To go on with its own weights, {folder} still reads how pictures are "
+            f"prepared, the tokenizers and the layout of {MODEL}/ from what it began with, "
+            f"{config.init}; put that folder, or a link to it, back in its place"
+        ) from error
 
 
 def open_initial(config: Janus) -> tuple[Checkpoint, PicturedFormat]:
@@ -280,8 +294,8 @@ class JanusRun:
         flops = train_flops_per_token(config.shape, length)
         run.display.console.print(
             header.table(
-                config, self.declared, abstract, mesh, folder=run.folder,
-                tokens=length * config.train.batch_size * config.train.steps,
+                config, self.declared, abstract, mesh, optimizer=optimizer, folder=run.folder,
+                tokens=length * hyperparameters.sequences_before(config.train, config.train.steps),
                 takes=header.sequences(config, length), flops_per_token=flops,
             )
         )  # fmt: skip
@@ -326,7 +340,7 @@ class JanusRun:
         self._write_model(run.folder / MODEL)
         if run.metrics is None:
             return
-        if found and run.metrics.lines()[-1].get("eval_loss") is None:
+        if found and "eval_loss" not in run.metrics.lines()[-1]:
             run.log_evaluation(found)
         last = [line for line in run.metrics.lines() if "loss" in line][-1]
         losses = {name: value for name, value in last.items() if name.endswith("loss")}

@@ -69,7 +69,7 @@ def train(config: FineTuning, folder: Path, *, command: str, console: Console | 
     of `session.run`.
     """
     console = console or Console(quiet=not processes.is_first())
-    initial = open_initial(config.init, tokenizer=config.sft.tokenizer)
+    initial = open_initial(config.init, tokenizer=config.sft.tokenizer, run=folder)
     config = initial.fill(config)
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     data = read_data(config, initial, say)
@@ -203,8 +203,8 @@ class FineTuningRun:
         flops = train_flops_per_token(config.shape, length, mtp=config.sft.mtp == "on")
         run.display.console.print(
             header.table(
-                config, self.declared, abstract, mesh, folder=run.folder,
-                tokens=length * config.train.batch_size * config.train.steps,
+                config, self.declared, abstract, mesh, optimizer=optimizer, folder=run.folder,
+                tokens=length * hyperparameters.sequences_before(config.train, config.train.steps),
                 takes=header.sequences(config, length), flops_per_token=flops,
             )
         )  # fmt: skip
@@ -303,7 +303,7 @@ class FineTuningRun:
         sample = self._sample()  # all processes generate it together
         if run.metrics is None:
             return
-        if result is not None and run.metrics.lines()[-1].get("eval_loss") is None:
+        if result is not None and "eval_loss" not in run.metrics.lines()[-1]:
             run.log_evaluation(result.numbers(self.config.sft.sequence_length))
         lines = run.metrics.lines()
         found = self._found(result, [line for line in lines if "loss" in line], sample)
@@ -319,7 +319,7 @@ class FineTuningRun:
         run, rows = self.session, self.data.training
         return {
             "init": self.config.init,
-            "epochs": run.step * self.config.train.batch_size / len(rows),
+            "epochs": hyperparameters.sequences_before(self.config.train, run.step) / len(rows),
             "rows": len(rows),
             "trained_share": rows.trained / rows.tokens,
             "loss": logged[-1]["loss"],

@@ -6,6 +6,9 @@
     state = initial.state(declared, optimizer, mesh)     # a new state with its weights
     initial.keep_files(run.folder)                       # so that the run can be used alone
 
+A run that resumes when this checkpoint is gone makes do with what it has kept of it: its weights
+are needed no more.
+
 MTP modules come along and rest, if the objective's forward pass has `mtp=False` and the optimizer
 leaves them out. Speculation with them stays correct, though fewer drafts are accepted.
 """
@@ -22,10 +25,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from dsjax import settings
+from dsjax.checkpoint import store
 from dsjax.checkpoint.importing import copy_side_files, side_files
 from dsjax.checkpoint.load import Checkpoint, load, open_checkpoint
 from dsjax.config import ModelConfig
 from dsjax.config.posttraining import PostTraining
+from dsjax.files import read_json
 from dsjax.model.transformer import Transformer
 from dsjax.text import tokenizer
 from dsjax.text.chat import ChatFormat, find_format
@@ -41,21 +47,33 @@ _OF_A_RUN = (*tokenizer.FILE_NAMES, "tokenizer_config.json", "generation_config.
 
 @dataclasses.dataclass(frozen=True)
 class Initial:
-    """A checkpoint, open for reading.
+    """A checkpoint, open for reading, or what a run has kept of one that is gone.
 
     Attributes:
       text_folder: where the tokenizer and the chat template come from.
       chat: None for a base model, whose tokenizer has no tokens for turns.
     """
 
-    checkpoint: Checkpoint
+    path: Path
+    model: ModelConfig
     text_folder: Path
     vocabulary: Vocabulary
     chat: ChatFormat | None
+    _opened: Checkpoint | None  # None: it is gone
 
     @property
-    def model(self) -> ModelConfig:
-        return self.checkpoint.model
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint itself.
+
+        Raises:
+          ValueError: it is gone.
+        """
+        if self._opened is None:
+            raise ValueError(
+                f"{self.path}, which the run began with, is gone, and its weights are needed once "
+                "more; put it back, or begin anew in another --workdir"
+            )
+        return self._opened
 
     def fill(self, config: AnyPostTraining) -> AnyPostTraining:
         """Returns the config with this checkpoint's path and shape.
@@ -63,7 +81,7 @@ class Initial:
         Raises:
           ValueError: they break a rule of the config.
         """
-        return dataclasses.replace(config, init=str(self.checkpoint.path), model=self.model)
+        return dataclasses.replace(config, init=str(self.path), model=self.model)
 
     def state(
         self,
@@ -97,12 +115,14 @@ class Initial:
         What Hugging Face published goes to `hf/`, as in a converted folder, from where it is
         exported unchanged; a pre-training run's tokenizer goes to the top, as that run has it.
         """
+        if self._opened is None:
+            return  # it has them
         if _is_run(self.text_folder):
             found = [self.text_folder / name for name in _OF_A_RUN]
             copy_side_files([file for file in found if file.is_file()], folder)
             return
         files = [file for file in side_files(self.text_folder) if file.name != "config.json"]
-        published = self.checkpoint.tokenizer_folder / "config.json"
+        published = self._opened.tokenizer_folder / "config.json"
         if published.is_file() and not _is_run(published.parent):
             files.append(published)
         (folder / "hf").mkdir(exist_ok=True)
@@ -121,7 +141,11 @@ def all_but_mtp(path: tuple[Any, ...]) -> bool:
 
 
 def open_initial(
-    path: str | Path, overrides: Mapping[str, Any] | None = None, *, tokenizer: str = ""
+    path: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    tokenizer: str = "",
+    run: Path | None = None,
 ) -> Initial:
     """Opens a Hugging Face folder, a converted folder, or a run of any kind.
 
@@ -129,11 +153,29 @@ def open_initial(
       overrides: fields of a Hugging Face config.json, see `dsjax.load`.
       tokenizer: folder of a tokenizer and a chat template to use instead of the checkpoint's; ids
         must be within its vocabulary.
+      run: folder of the run that begins with it. If that has a checkpoint of its own, this one may
+        be gone.
 
     Raises:
       ValueError: there is no whole checkpoint with a tokenizer; says what is missing.
     """
-    checkpoint = open_checkpoint(path, overrides)
-    folder = Path(tokenizer) if tokenizer else checkpoint.tokenizer_folder
-    vocabulary = open_vocabulary(folder, checkpoint.model.vocab_size)
-    return Initial(checkpoint, folder, vocabulary, find_format(folder, vocabulary))
+    checkpoint = None
+    if run is not None and (model := _kept_model(path, run)) is not None:
+        path, kept = Path(path), run / "hf" if (run / "hf").is_dir() else run
+    else:
+        checkpoint = open_checkpoint(path, overrides)
+        path, model, kept = checkpoint.path, checkpoint.model, checkpoint.tokenizer_folder
+    folder = Path(tokenizer) if tokenizer else kept
+    vocabulary = open_vocabulary(folder, model.vocab_size)
+    return Initial(path, model, folder, vocabulary, find_format(folder, vocabulary), checkpoint)
+
+
+def _kept_model(path: str | Path, run: Path) -> ModelConfig | None:
+    """Returns the model of a run that has a checkpoint of its own and began with `path`, which is
+    gone; None for any other.
+    """
+    config = run / "config.json"
+    begun = store.latest(run / "checkpoints") is not None and config.is_file()
+    if Path(path).exists() or not begun or (values := read_json(config)).get("init") != str(path):
+        return None
+    return settings.from_dict(values["model"], f"{config}: model", ModelConfig)

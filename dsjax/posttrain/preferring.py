@@ -62,7 +62,7 @@ def train(config: Preference, folder: Path, *, command: str, console: Console | 
     result and errors are those of `session.run`.
     """
     console = console or Console(quiet=not processes.is_first())
-    initial = open_initial(config.init)
+    initial = open_initial(config.init, run=folder)
     config = initial.fill(config)
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     data = read_data(config, initial, say)
@@ -176,8 +176,8 @@ class PreferenceRun:
         rows = config.preference.rows_per_example * config.train.batch_size
         run.display.console.print(
             header.table(
-                config, declared, abstract, mesh, folder=run.folder, flops_per_token=flops,
-                tokens=rows * length * config.train.steps,
+                config, declared, abstract, mesh, optimizer=optimizer, folder=run.folder,
+                flops_per_token=flops, tokens=rows * length * config.train.steps,
                 takes=f"{config.train.batch_size} examples, {rows} sequences of {length:,}",
             )
         )  # fmt: skip
@@ -308,7 +308,7 @@ class PreferenceRun:
                 return
         if run.metrics is None:
             return
-        if result is not None and run.metrics.lines()[-1].get("eval_loss") is None:
+        if result is not None and "eval_loss" not in run.metrics.lines()[-1]:
             run.log_evaluation(result)
         lines = run.metrics.lines()
         found = self._found(result or {}, [line for line in lines if "loss" in line][-1])

@@ -39,7 +39,7 @@ def learn(
     config: Reinforcement, folder: Path, *, command: str, console: Console | None = None
 ) -> int:
     """Learns from rewards in `folder`; arguments, result and errors are those of `session.run`."""
-    initial = open_initial(config.init)
+    initial = open_initial(config.init, run=folder)
     config = initial.fill(config)
 
     def recipe(under_way: Session) -> None:
@@ -112,7 +112,8 @@ class Learning:
         flops = train_flops_per_token(config.shape, length, mtp=False)
         run.display.console.print(
             header.table(
-                config, declared, abstract, mesh, folder=run.folder, flops_per_token=flops,
+                config, declared, abstract, mesh, optimizer=optimizer, folder=run.folder,
+                flops_per_token=flops,
                 takes=f"{rl.prompts} questions, {rl.prompts * rl.group_size} answers of at most "
                 f"{rl.max_new_tokens:,} tokens, {rl.minibatches} updates",
             )
@@ -225,7 +226,7 @@ class Learning:
             found = self.evaluate(len(self.heldout))
         if run.interrupted() or run.metrics is None:
             return
-        if found and run.metrics.lines()[-1].get("eval_reward") is None:
+        if found and "eval_reward" not in run.metrics.lines()[-1]:
             run.log_evaluation(found)
         logged = [line for line in run.metrics.lines() if "reward" in line]
         kept = ("reward", "right", "format", "length", "entropy", "engine_gap")

@@ -27,13 +27,14 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from dsjax.files import disguise
+from dsjax.files import disguise, write
 from dsjax.text import tiktoken_file
 
 FILE_NAMES = ("tokenizer.json", tiktoken_file.FILE_NAME)
@@ -158,13 +159,11 @@ class Tokenizer(Coder):
     def save(self, folder: str) -> None:
         """Writes tokenizer.json and tokenizer_config.json, which `load_tokenizer` reads."""
         # The library's own save raises bare Exceptions; a full disk should be an OSError.
-        with open(os.path.join(folder, "tokenizer.json"), "w", encoding="utf-8") as stream:
-            stream.write(self.inner.to_str(pretty=True))
+        write(Path(folder, "tokenizer.json"), self.inner.to_str(pretty=True))
         special = self.special
         ids = {"bos_token": special.bos, "eos_token": special.eos, "pad_token": special.pad}
         config = {key: self.inner.id_to_token(i) for key, i in ids.items()}
-        with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as stream:
-            json.dump(config, stream, indent=2)
+        write(Path(folder, "tokenizer_config.json"), json.dumps(config, indent=2))
 
 
 def load_tokenizer(path: str) -> Tokenizer:

@@ -1,8 +1,11 @@
 """The checkpoint that a pre-training run may begin with, in place of random weights: to extend the
 context, or to train an indexer for a dense model and then the whole.
 
-    config, checkpoint = open_initial(config)              # None without `init`
+    config, checkpoint = open_initial(config, folder)      # None without `init`
     state = state_of(checkpoint, declared, optimizer, mesh, seed)
+
+A run that has a checkpoint of its own goes on with that, and needs nothing of the one that it began
+with, which may be gone by then.
 
 The model is the config's. Its parameters have the shapes of the checkpoint's, except for an indexer
 that the checkpoint lacks, which begins with random values. What has no shape (rope, the number of
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,30 +24,34 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from dsjax import settings
+from dsjax.checkpoint import store
 from dsjax.checkpoint.load import Checkpoint, load, open_checkpoint
 from dsjax.config import Config
 from dsjax.files import listed
 from dsjax.model.parameters import declarations, initialize
 from dsjax.model.transformer import Transformer
 from dsjax.precision.policy import Policy
+from dsjax.text.tokenizer import FILE_NAMES
 from dsjax.train.optimizer import Optimizer
 from dsjax.train.step import TrainState, abstract_state, split
 
-_TOKENIZER = "tokenizer.json"
 
-
-def open_initial(config: Config) -> tuple[Config, Checkpoint | None]:
-    """Opens the checkpoint that a config begins with, if any, and checks that its parameters are
-    the model's.
+def open_initial(config: Config, folder: Path) -> tuple[Config, Checkpoint | None]:
+    """Opens the checkpoint that a run in `folder` begins with, if any, and checks that its
+    parameters are the model's.
 
     Returns:
-      the config with the checkpoint's tokenizer, unless it names one; and the checkpoint.
+      the config with the checkpoint's tokenizer, unless it names one; and the checkpoint, None
+      where the run goes on with its own.
 
     Raises:
       ValueError: there is no whole checkpoint, or its parameters are others; names them.
     """
     if not config.init:
         return config, None
+    if _has_own(folder):
+        return _resumed(config, folder), None
     checkpoint = open_checkpoint(config.init)
     wanted, there = _shapes(config.model), _shapes(checkpoint.model)
     wrong = [
@@ -57,11 +65,38 @@ def open_initial(config: Config) -> tuple[Config, Checkpoint | None]:
             f"init={config.init}: its parameters are not those of {config.name}: {listed(wrong)}. "
             "Begin with a checkpoint of the config's shape, or change the model.* keys"
         )
-    tokenizer = checkpoint.tokenizer_folder / _TOKENIZER
-    if not config.data.tokenizer and tokenizer.is_file():
-        data = dataclasses.replace(config.data, tokenizer=str(tokenizer))
-        config = dataclasses.replace(config, data=data)
+    there = (checkpoint.tokenizer_folder / name for name in FILE_NAMES)
+    found = next(filter(Path.is_file, there), None)
+    if found and not config.data.tokenizer:
+        config = _with_tokenizer(config, str(found))
     return config, checkpoint
+
+
+def _resumed(config: Config, folder: Path) -> Config:
+    """Returns the config with the tokenizer that the run's own config names, unless it names one
+    itself.
+    """
+    path = folder / "config.json"
+    if config.data.tokenizer or not path.is_file():  # `workdir.claim` says what is missing
+        return config
+    return _with_tokenizer(config, settings.load_config(path).data.tokenizer)
+
+
+def with_kept_tokenizer(config: Config, folder: Path) -> Config:
+    """Returns the config that names the tokenizer which a run in `folder` has kept, if the run has
+    begun and the one that its config names is gone.
+    """
+    named, kept = config.data.tokenizer, folder / FILE_NAMES[0]
+    gone = bool(named) and not Path(named).expanduser().exists()
+    return _with_tokenizer(config, str(kept)) if gone and _has_own(folder) else config
+
+
+def _has_own(folder: Path) -> bool:
+    return store.latest(folder / "checkpoints") is not None
+
+
+def _with_tokenizer(config: Config, path: str) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=path))
 
 
 def state_of(

@@ -29,7 +29,7 @@ from dsjax.precision.policy import advice
 from dsjax.train import header, hyperparameters, loop, pipelined_step, session, text
 from dsjax.train.batches import batch_sharding, place_all
 from dsjax.train.evaluate import Evaluation, evaluate, scorer
-from dsjax.train.initial import open_initial, state_of
+from dsjax.train.initial import open_initial, state_of, with_kept_tokenizer
 from dsjax.train.loss import pretraining
 from dsjax.train.optimizer import Optimizer, Trains, adamw
 from dsjax.train.session import Session
@@ -51,7 +51,7 @@ _PROMPT_TOKENS = 32  # of a held-out document, for the sample at the end
 def train(config: Config, folder: Path, *, command: str, console: Console | None = None) -> int:
     """Pre-trains in `folder`; arguments, result and errors are those of `session.run`."""
 
-    config, checkpoint = open_initial(config)
+    config, checkpoint = open_initial(config, folder)
 
     def recipe(under_way: Session) -> None:
         run = Pretraining(config, under_way, checkpoint)
@@ -75,7 +75,7 @@ class Pretraining:
         """Prepares data and programs, and begins the session.
 
         Args:
-          checkpoint: what the run begins with; None: random weights.
+          checkpoint: what the run begins with; None: random weights, or the run's own checkpoint.
 
         Raises:
           ValueError: config, data, mesh, workdir or checkpoint do not fit; says what to do.
@@ -92,7 +92,9 @@ class Pretraining:
         abstract = abstract_state(declared, optimizer, mesh)
         if slow := advice(config.precision.compute, Target.here()):
             run.display.say(slow)
-        corpus = text.corpus_of(config, run.display.counting("preparing the text"))
+        corpus = text.corpus_of(
+            with_kept_tokenizer(config, run.folder), run.display.counting("preparing the text")
+        )
         rows, special = text.training_rows(config, corpus), corpus.tokenizer.special
         sequences = hyperparameters.sequences_before(config.train, config.train.steps)
         text.show(run.display.console, config, corpus, rows, sequences)
@@ -103,14 +105,15 @@ class Pretraining:
         flops = train_flops_per_token(config.model, length)
         run.display.console.print(
             header.table(
-                config, declared, abstract, mesh, folder=run.folder, tokens=length * sequences,
-                takes=header.sequences(config, length), flops_per_token=flops,
+                config, declared, abstract, mesh, optimizer=optimizer, folder=run.folder,
+                tokens=length * sequences, takes=header.sequences(config, length),
+                flops_per_token=flops,
             )
         )  # fmt: skip
         run.begin(
             RowSource(rows, mesh, micro_batch_size=config.micro_batch_size, length=length + 1),
             abstract,
-            lambda: _begin(declared, optimizer, mesh, config.train.seed, checkpoint),
+            lambda: _begin(config, declared, optimizer, mesh, checkpoint),
             mesh=mesh,
             flops_per_token=flops,
         )
@@ -156,7 +159,7 @@ class Pretraining:
         sample = self._sample()  # all processes generate it together
         if run.metrics is None:
             return
-        if run.metrics.lines()[-1].get("eval_loss") is None:
+        if "eval_loss" not in run.metrics.lines()[-1]:
             run.log_evaluation(result.numbers(self.config.data.sequence_length))
         lines = run.metrics.lines()
         found = self._found(result, [line for line in lines if "loss" in line], sample)
@@ -197,13 +200,15 @@ class Pretraining:
 
 
 def _begin(
+    config: Config,
     declared: Transformer,
     optimizer: Optimizer,
     mesh: Mesh,
-    seed: int,
     checkpoint: Checkpoint | None,
 ) -> TrainState:
+    seed = config.train.seed
     if checkpoint is None:
+        assert not config.init, "a run that began with a checkpoint has one of its own by now"
         return initial_state(declared, optimizer, mesh, seed)
     return state_of(checkpoint, declared, optimizer, mesh, seed)
 

@@ -26,7 +26,8 @@ _FREE = (
     "data.cache_dir", "train.remat", "train.loss_chunk", "train.log_every", "train.eval_every",
     "train.eval_sequences", "train.checkpoint_every", "train.keep", "train.compare_every",
     "train.sample_tokens", "sft.epochs", "preference.epochs",
-    "train.tensorboard", "train.wandb_project", "mesh.", "rollout_mesh.",
+    "train.tensorboard", "train.wandb_project", "mesh.", "rollout_mesh.", "janus.cache_dir",
+    "rl.log_samples", "rl.flat_after",
 )  # fmt: skip
 _PACKAGES = ("dsjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 

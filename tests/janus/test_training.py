@@ -130,6 +130,16 @@ def test_resumed_run_is_the_same_to_the_bit(whole, tmp_path):
 
 
 @pytest.mark.heavy
+def test_resumed_run_says_what_it_needs_of_the_folder_that_it_began_with(whole, tmp_path):
+    config, folder = whole
+    gone = dataclasses.replace(config, init=str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match=r"gone does not exist.* the layout of model/ from"):
+        run(gone, folder)
+    with pytest.raises(ValueError, match=r"gone does not exist; name the folder of a checkpoint$"):
+        run(gone, tmp_path / "new")
+
+
+@pytest.mark.heavy
 def test_run_says_what_each_kind_costs_and_its_model_is_a_folder_to_draw_with(whole):
     config, folder = whole
     summary = json.loads((folder / "summary.json").read_text())
@@ -157,6 +167,17 @@ def test_wrong_data_is_refused_before_the_folder_is_touched(small, keys, message
     with pytest.raises(ValueError, match=message):
         run(change(small, janus=keys), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_tokens_of_a_run_are_those_of_its_batch_ramp(small, tmp_path, monkeypatch):
+    """Two steps of 4 rows of 500 tokens, and two of 8."""
+    out = io.StringIO()
+    console = Console(file=out, width=200)
+    monkeypatch.setattr(training.loop, "run_steps", lambda *_, **__: 1 / 0)
+    ramped = change(small, train={"batch_size_start": 4, "batch_ramp_fraction": 0.5})
+    with pytest.raises(ZeroDivisionError):
+        training.train(ramped, tmp_path / "run", command="again", console=console)
+    assert "4 steps, 12,000 tokens" in out.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -168,6 +169,10 @@ def test_result_is_a_checkpoint_like_any_other(finished, tmp_path):
 
 
 def test_interrupted_run_resumes_to_the_bit(small, finished, tmp_path, monkeypatch):
+    """Also where the checkpoint that it began with is gone by then."""
+    base, folder = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(small.init, base)
+    config = dataclasses.replace(small, init=str(base))
     taken, take = [], Loader.take
 
     def interrupted(self, n):
@@ -178,15 +183,16 @@ def test_interrupted_run_resumes_to_the_bit(small, finished, tmp_path, monkeypat
         return take(self, n)
 
     monkeypatch.setattr(Loader, "take", interrupted)
-    code, output = run(small, tmp_path)
+    code, output = run(config, folder)
     assert code == 143 and "saved after step 5; to resume: python tools/sft.py" in output
     monkeypatch.setattr(Loader, "take", take)
-    code, output = run(small, tmp_path)
-    assert code == 0 and f"resuming {tmp_path} after step 5 of 6" in output
-    assert arrays(small, tmp_path, 6) == arrays(small, finished[0], 6)
-    assert [line for line in lines(tmp_path) if "loss" in line][-1] == lines(finished[0])[-2]
-    assert lines(tmp_path)[-1] == lines(finished[0])[-1]
-    code, output = run(small, tmp_path)
+    shutil.rmtree(base)
+    code, output = run(config, folder)
+    assert code == 0 and f"resuming {folder} after step 5 of 6" in output
+    assert arrays(small, folder, 6) == arrays(small, finished[0], 6)
+    assert [line for line in lines(folder) if "loss" in line][-1] == lines(finished[0])[-2]
+    assert lines(folder)[-1] == lines(finished[0])[-1]
+    code, output = run(config, folder)
     assert code == 0 and "is finished" in output
 
 

@@ -1,6 +1,7 @@
 """A run of post-training begins with the weights, the shape and the text files of a checkpoint."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -76,6 +77,26 @@ def _write_run(folder, initial, state):
     checkpoints.save(3, state, {"step": 3})
     checkpoints.close()
     return folder
+
+
+def test_run_keeps_what_it_needs_of_a_checkpoint_that_goes(base, state, tmp_path):
+    gone = tmp_path / "gone"
+    shutil.copytree(base, gone)
+    before = open_initial(gone, run=tmp_path / "run")
+    run = _write_run(tmp_path / "run", before, state)
+    kept = sorted(path.name for path in (run / "hf").iterdir())
+    shutil.rmtree(gone)
+    again = open_initial(gone, run=run)
+    assert again.model == before.model and again.chat.name == before.chat.name
+    assert again.vocabulary.coder.control == before.vocabulary.coder.control
+    assert again.fill(PostTraining(name="tuned")).init == str(gone)
+    again.keep_files(run)
+    assert sorted(path.name for path in (run / "hf").iterdir()) == kept
+    with pytest.raises(ValueError, match=r"gone, which the run began with, is gone, and its weig"):
+        again.checkpoint.read(("head", "weight"), ())
+    for path, folder in ((tmp_path / "other", run), (gone, tmp_path / "new"), (gone, None)):
+        with pytest.raises(ValueError, match=r"(other|gone) does not exist; name the folder"):
+            open_initial(path, run=folder)
 
 
 def test_run_is_a_checkpoint_that_the_next_one_begins_with(base, state, tmp_path):

@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,9 +12,11 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
+from dsjax import settings
 from dsjax.checkpoint.load import load
 from dsjax.config import Config, DataConfig, ModelConfig, OptimConfig, PrecisionConfig, TrainConfig
 from dsjax.parallel.mesh import make_mesh
+from dsjax.text.tokenizer import FILE_NAMES, train_tokenizer
 from dsjax.train import pretraining
 from dsjax.train.initial import open_initial, state_of
 from dsjax.train.optimizer import adamw
@@ -21,6 +25,7 @@ from tests.checkpoint.hf_files import plain, write
 from tests.golden.cases import V3, V32, Case
 
 CASE = Case(V3 | {"num_hidden_layers": 2}, seed=31)
+NOWHERE = Path("no folder of a run")
 INDEXER = {key: value for key, value in V32.items() if key.startswith("index_")}
 
 
@@ -41,7 +46,7 @@ def config_of(folder, **changes):
 
 
 def state(config):
-    config, checkpoint = open_initial(config)
+    config, checkpoint = open_initial(config, NOWHERE)
     assert checkpoint is not None
     optimizer = adamw(config.optim, pretraining.trained_by(config))
     declared = declared_model(config.model, config.precision)
@@ -68,7 +73,7 @@ def test_state_has_the_checkpoints_weights_and_a_new_indexer(folder):
 def test_what_has_no_shape_may_differ(folder):
     """Rope, for a longer context."""
     config = config_of(folder, rope_factor=80.0, max_seq_len=9999)
-    assert open_initial(config)[0].model.rope_factor == 80.0
+    assert open_initial(config, NOWHERE)[0].model.rope_factor == 80.0
 
 
 @pytest.mark.parametrize(
@@ -81,12 +86,21 @@ def test_what_has_no_shape_may_differ(folder):
 )
 def test_other_shapes_are_refused(folder, changes, message):
     with pytest.raises(ValueError, match=message):
-        open_initial(config_of(folder, **changes))
+        open_initial(config_of(folder, **changes), NOWHERE)
+
+
+@pytest.mark.parametrize("name", FILE_NAMES)
+def test_tokenizer_is_the_checkpoints_in_either_form(folder, tmp_path, name):
+    base = tmp_path / "base"
+    shutil.copytree(folder, base)
+    (base / name).write_text("")
+    config, _ = open_initial(config_of(base), NOWHERE)
+    assert config.data.tokenizer == str(base / name)
 
 
 def test_without_checkpoint_nothing_is_opened(folder):
     config = dataclasses.replace(config_of(folder), init="")
-    assert open_initial(config) == (config, None)
+    assert open_initial(config, NOWHERE) == (config, None)
 
 
 def run(config, where):
@@ -95,6 +109,39 @@ def run(config, where):
     assert code == 0, output.getvalue()
     lines = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]
+
+
+@pytest.mark.heavy
+def test_run_goes_on_when_the_checkpoint_that_it_began_with_is_gone(folder, tmp_path):
+    """With its own checkpoint and its own copy of the tokenizer, whether the config is given again
+    or read from its folder.
+    """
+    base, where, words = tmp_path / "base", tmp_path / "run", "the latent attention of experts "
+    shutil.copytree(folder, base)
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(words * (number + 5))
+    train_tokenizer([words], vocab_size=300).save(str(base))
+    config = dataclasses.replace(
+        config_of(base),
+        data=DataConfig(
+            files=f"{tmp_path}/*.txt", heldout_fraction=0.2, sequence_length=32,
+            cache_dir=str(tmp_path / "cache"),
+        ),
+        train=TrainConfig(
+            steps=2, batch_size=8, log_every=1, eval_every=0, checkpoint_every=1, sample_tokens=0,
+            tensorboard=False,
+        ),
+    )  # fmt: skip
+    before = [line["loss"] for line in run(config, where)]
+    base.rename(tmp_path / "moved")
+    shutil.rmtree(where / "checkpoints" / "2")
+    (where / "summary.json").unlink()
+    kept = settings.load_config(where)
+    assert kept.data.tokenizer == str(base / "tokenizer.json")
+    assert open_initial(kept, where) == open_initial(config, where) == (kept, None)
+    assert [line["loss"] for line in run(config, where)] == before
+    with pytest.raises(ValueError, match=r"base does not exist; name the folder"):
+        open_initial(config, NOWHERE)
 
 
 @pytest.mark.heavy

@@ -20,8 +20,10 @@ from rich.console import Console
 from dsjax.checkpoint import store
 from dsjax.config import Config, DataConfig, ModelConfig, OptimConfig, PrecisionConfig, TrainConfig
 from dsjax.data.loader import Loader
+from dsjax.files import read_json
 from dsjax.parallel.mesh import make_mesh
 from dsjax.train import hyperparameters, pretraining
+from dsjax.train.evaluate import Evaluation
 from dsjax.train.optimizer import adamw
 from dsjax.train.step import abstract_state, declared_model
 from dsjax.train.throughput import TIMED
@@ -299,6 +301,26 @@ def test_run_whose_last_evaluation_was_cut_short_gets_it(small, finished, tmp_pa
     ):  # of the steps before
         summaries = [json.loads((run / "summary.json").read_text()) for run in (cut, folder)]
         assert summaries[0][key] == summaries[1][key] > 0
+
+
+def test_last_evaluation_that_is_not_finite_is_null_and_made_once(
+    small, finished, tmp_path, monkeypatch
+):
+    """Twice the run is finished again, as after a crash before summary.json was written."""
+    folder, _ = finished
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    kept = lines(broken)[:-1]
+    (broken / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    nowhere = Evaluation(math.nan, math.inf, (math.nan,))
+    monkeypatch.setattr(pretraining, "evaluate", lambda *_, **__: nowhere)
+    for _ in range(2):
+        (broken / "summary.json").unlink()
+        code, output = run(small, broken)
+        assert code == 0 and "nan nats per token" in output
+        *before, last = lines(broken)
+        assert before == kept and last["eval_loss"] is last["bits_per_byte"] is None
+        assert read_json(broken / "summary.json")["eval_loss"] is None
 
 
 @pytest.mark.heavy

@@ -11,6 +11,7 @@ import pytest
 from dsjax import settings
 from dsjax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from dsjax.config.finetuning import FineTuning
+from dsjax.config.janus import Janus
 from dsjax.config.preference import Preference
 from dsjax.config.reinforcement import Reinforcement
 from dsjax.train import workdir
@@ -141,6 +142,7 @@ def test_optim_keys_are_not_free():
     """The list of free keys is of prefixes: none may swallow a key that changes the training."""
     keys = settings.flatten(CONFIG) | settings.flatten(FineTuning(name="x"))
     keys |= settings.flatten(Preference(name="x")) | settings.flatten(Reinforcement(name="x"))
+    keys |= settings.flatten(Janus(name="x"))
     free = {key for key in keys if key.startswith(workdir._FREE)}
     meshes = "mesh.", "rollout_mesh."
     assert free == {*workdir._FREE}.difference(meshes) | {k for k in keys if k.startswith(meshes)}
