@@ -94,7 +94,9 @@ def test_run_keeps_what_it_needs_of_a_checkpoint_that_goes(base, state, tmp_path
     assert sorted(path.name for path in (run / "hf").iterdir()) == kept
     with pytest.raises(ValueError, match=r"gone, which the run began with, is gone, and its weig"):
         again.checkpoint.read(("head", "weight"), ())
-    for path, folder in ((tmp_path / "other", run), (gone, tmp_path / "new"), (gone, None)):
+    unfinished = tmp_path / "unfinished"  # without a checkpoint of its own
+    shutil.copytree(run, unfinished, ignore=shutil.ignore_patterns("checkpoints"))
+    for path, folder in ((tmp_path / "other", run), (gone, unfinished), (gone, None)):
         with pytest.raises(ValueError, match=r"(other|gone) does not exist; name the folder"):
             open_initial(path, run=folder)
 

@@ -12,11 +12,10 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from dsjax import settings
 from dsjax.checkpoint.load import load
 from dsjax.config import Config, DataConfig, ModelConfig, OptimConfig, PrecisionConfig, TrainConfig
 from dsjax.parallel.mesh import make_mesh
-from dsjax.text.tokenizer import FILE_NAMES, train_tokenizer
+from dsjax.text.tokenizer import FILE_NAMES
 from dsjax.train import pretraining
 from dsjax.train.initial import open_initial, state_of
 from dsjax.train.optimizer import adamw
@@ -109,39 +108,6 @@ def run(config, where):
     assert code == 0, output.getvalue()
     lines = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]
-
-
-@pytest.mark.heavy
-def test_run_goes_on_when_the_checkpoint_that_it_began_with_is_gone(folder, tmp_path):
-    """With its own checkpoint and its own copy of the tokenizer, whether the config is given again
-    or read from its folder.
-    """
-    base, where, words = tmp_path / "base", tmp_path / "run", "the latent attention of experts "
-    shutil.copytree(folder, base)
-    for number in range(20):
-        (tmp_path / f"{number}.txt").write_text(words * (number + 5))
-    train_tokenizer([words], vocab_size=300).save(str(base))
-    config = dataclasses.replace(
-        config_of(base),
-        data=DataConfig(
-            files=f"{tmp_path}/*.txt", heldout_fraction=0.2, sequence_length=32,
-            cache_dir=str(tmp_path / "cache"),
-        ),
-        train=TrainConfig(
-            steps=2, batch_size=8, log_every=1, eval_every=0, checkpoint_every=1, sample_tokens=0,
-            tensorboard=False,
-        ),
-    )  # fmt: skip
-    before = [line["loss"] for line in run(config, where)]
-    base.rename(tmp_path / "moved")
-    shutil.rmtree(where / "checkpoints" / "2")
-    (where / "summary.json").unlink()
-    kept = settings.load_config(where)
-    assert kept.data.tokenizer == str(base / "tokenizer.json")
-    assert open_initial(kept, where) == open_initial(config, where) == (kept, None)
-    assert [line["loss"] for line in run(config, where)] == before
-    with pytest.raises(ValueError, match=r"base does not exist; name the folder"):
-        open_initial(config, NOWHERE)
 
 
 @pytest.mark.heavy

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from dsjax import settings
 from dsjax.checkpoint import store
 from dsjax.config import Config, DataConfig, ModelConfig, OptimConfig, PrecisionConfig, TrainConfig
 from dsjax.data.loader import Loader
@@ -24,6 +25,7 @@ from dsjax.files import read_json
 from dsjax.parallel.mesh import make_mesh
 from dsjax.train import hyperparameters, pretraining
 from dsjax.train.evaluate import Evaluation
+from dsjax.train.initial import open_initial
 from dsjax.train.optimizer import adamw
 from dsjax.train.step import abstract_state, declared_model
 from dsjax.train.throughput import TIMED
@@ -303,6 +305,29 @@ def test_run_whose_last_evaluation_was_cut_short_gets_it(small, finished, tmp_pa
         assert summaries[0][key] == summaries[1][key] > 0
 
 
+@pytest.mark.heavy
+def test_run_goes_on_when_the_checkpoint_that_it_began_with_is_gone(small, finished, tmp_path):
+    """With its own checkpoint and its own copy of the tokenizer, whether the config is given again
+    or read from its folder.
+    """
+    base, folder = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(finished[0], base)
+    config = dataclasses.replace(small, init=str(base))
+    assert run(config, folder)[0] == 0
+    before = untimed(folder)
+    base.rename(tmp_path / "moved")
+    shutil.rmtree(folder / "checkpoints" / "6")
+    (folder / "summary.json").unlink()
+    kept = settings.load_config(folder)
+    assert kept.data.tokenizer == str(base / "tokenizer.json")
+    assert open_initial(kept, folder) == open_initial(config, folder) == (kept, None)
+    code, output = run(config, folder)
+    assert code == 0 and "after step 3 of 6" in output and untimed(folder) == before
+    with pytest.raises(ValueError, match=r"base does not exist; name the folder"):
+        run(config, tmp_path / "new")
+
+
+@pytest.mark.heavy
 def test_last_evaluation_that_is_not_finite_is_null_and_made_once(
     small, finished, tmp_path, monkeypatch
 ):
