@@ -224,8 +224,8 @@ def run_layers(
 
 def _runs_without_loop(layers: Block) -> bool:
     """Tells whether training that keeps everything for the backward pass runs layers one after the
-    other instead of in a loop: on one GPU, up to so many layers that this still compiles soon, and
-    not in FP8, of which each layer is a longer program.
+    other instead of in a loop: on one GPU, up to so many layers that this still compiles soon. In
+    FP8 only on a Hopper, whose kernels keep a layer's program short.
 
     In a loop, all that is kept is copied into stacks that were filled with zeros, and out of them;
     so are gradients; and weights are cast once per pass. That is a third of a step's bytes.
@@ -235,7 +235,8 @@ def _runs_without_loop(layers: Block) -> bool:
         policy.target.kind == "gpu"
         and jax.sharding.get_abstract_mesh().size <= 1  # 0: there is no mesh
     )
-    return on_one_gpu and policy.fp8 is None and n_layers <= _MOST_WITHOUT_LOOP
+    short = policy.fp8 is None or policy.target.is_hopper
+    return on_one_gpu and short and n_layers <= _MOST_WITHOUT_LOOP
 
 
 def rematerialized(function: Callable[..., Any], remat: str | None) -> Callable[..., Any]:

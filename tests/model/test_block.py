@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.kernels.target import Target
+from dsjax.kernels.target import HOPPER, Target
 from dsjax.model import block, rope
 from dsjax.model.cache import empty_cache
 from dsjax.model.inputs import read_tokens
@@ -112,21 +112,23 @@ GPU = Target("gpu")
 
 
 @pytest.mark.parametrize(
-    ("target", "remat", "most", "loops"),
+    ("target", "fp8", "remat", "most", "loops"),
     [
-        (GPU, "none", 32, []),
-        (GPU, "none", 1, [2]),  # too many layers
-        (GPU, "selective", 32, [2]),
-        (GPU, None, 32, [2]),  # nothing is kept
-        (Target("cpu"), "none", 32, [2]),
+        (GPU, None, "none", 32, []),
+        (GPU, None, "none", 1, [2]),  # too many layers
+        (GPU, None, "selective", 32, [2]),
+        (GPU, None, None, 32, [2]),  # nothing is kept
+        (Target("cpu"), None, "none", 32, [2]),
+        (GPU, "fp32", "none", 32, [2]),  # each layer is a long program
+        (HOPPER, "fp32", "none", 32, []),
     ],
 )
 def test_layers_run_without_a_loop_on_one_gpu_where_all_is_kept(
-    monkeypatch, target, remat, most, loops
+    monkeypatch, target, fp8, remat, most, loops
 ):
     monkeypatch.setattr(block, "_MOST_WITHOUT_LOOP", most)
     config = dataclasses.replace(TINY, n_dense_layers=0, n_layers=2, n_mtp=0)
-    model = tiny_model(config, target=target)
+    model = tiny_model(config, target=target, fp8=fp8)
     traced = jax.make_jaxpr(lambda: model.hidden(tokens(2, 24), remat=remat).main_BTD)()
     scans = [each for each in traced.eqns if each.primitive.name == "scan"]
     over_layers = [scan for scan in scans if scan.params["length"] == 2]

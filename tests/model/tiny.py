@@ -11,6 +11,7 @@ from dsjax.config import ModelConfig
 from dsjax.kernels.target import Target
 from dsjax.model.layers import Constant
 from dsjax.model.transformer import Transformer
+from dsjax.precision.fp8 import Scale
 from dsjax.precision.policy import Policy
 
 TINY = ModelConfig(
@@ -41,12 +42,16 @@ TINY = ModelConfig(
 
 @functools.cache
 def tiny_model(
-    config: ModelConfig = TINY, seed: int = 0, compute=jnp.float32, target: Target | None = None
+    config: ModelConfig = TINY,
+    seed: int = 0,
+    compute=jnp.float32,
+    target: Target | None = None,
+    fp8: Scale | None = None,
 ) -> Transformer:
     """A model with values from NumPy, which need no compilation; norms are away from 1, biases from
     0.
     """
-    return _fill(Transformer(config, Policy(compute, target or Target.here())), seed)
+    return _fill(Transformer(config, Policy(compute, target or Target.here(), fp8)), seed)
 
 
 def filled(kind: type[nnx.Module], config: ModelConfig = TINY, compute=jnp.float32, seed: int = 0):
