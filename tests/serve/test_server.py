@@ -396,8 +396,8 @@ def test_host_is_an_address_or_has_one(host):
 
 
 async def listen(host, port):
-    its = server._Server(None, None, None, argparse.Namespace(host=host, port=port))  # pyright: ignore
-    await its._listen(server._Http(uvicorn.Config(its, host=host, port=port, lifespan="off")))  # pyright: ignore
+    its = server._Server(None, None, None, argparse.Namespace(host=host, port=port))
+    await its._listen(server._Http(uvicorn.Config(its, host=host, port=port, lifespan="off")))
 
 
 def test_what_keeps_a_server_from_listening_decides_the_remedy():
