@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -60,8 +61,10 @@ def read_array(path: Path, what: str, form: str) -> np.ndarray:
     """
     with open(path, "rb") as file:
         try:
+            # NumPy asks a file where it is, which a pipe cannot tell.
+            source = file if file.seekable() else io.BytesIO(file.read())
             # Read whole rather than memory-mapped: a truncated file must fail now.
-            return np.lib.format.read_array(file, allow_pickle=False)
+            return np.lib.format.read_array(source, allow_pickle=False)
         except Exception as error:  # NumPy evaluates the header, which is Python text
             raise ValueError(
                 f"{path} is not a .npy file of {what} ({error}); write it with "

@@ -1,6 +1,7 @@
 """Arrays in and out: what is no array of ids is refused by name, and nothing half-written stays."""
 
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -92,3 +93,15 @@ def test_outputs_reject_a_read_only_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(ValueError, match="is read-only; choose another folder"):
         token_files.check_outputs([tmp_path / "L.npy"], tmp_path / "T.npy")
+
+
+def test_an_array_may_come_through_a_pipe(tmp_path):
+    tokens = np.arange(6).reshape(2, 3)
+    np.save(tmp_path / "T.npy", tokens)
+    os.mkfifo(tmp_path / "pipe")
+    data = (tmp_path / "T.npy").read_bytes()
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[data])
+    writer.start()
+    found = token_files.read_tokens(tmp_path / "pipe", 9, max_length=3)
+    writer.join()
+    np.testing.assert_array_equal(found, tokens)
