@@ -209,7 +209,9 @@ class PageFiles:
     def _fail(self, error: OSError) -> None:
         self._failed = True
         _logger.warning(
-            "the context cache on disk takes no more: %s; prompts are answered without it", error
+            "the context cache in %s takes no more: %s; prompts are answered without it",
+            self._folder.parent,
+            error,
         )
 
 

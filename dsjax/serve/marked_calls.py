@@ -30,8 +30,8 @@ def call_grammar(functions: Sequence[Mapping[str, Any]]) -> str:
     its schema; in llguidance's Lark notation.
 
     Raises:
-      ApiError: 422, a schema does not list properties, or names those required otherwise than in a
-        list.
+      ApiError: 422, a schema does not list properties, names one with a quote, or names those
+        required otherwise than in a list.
     """
     rules: list[str] = []
     for number, function in enumerate(functions):
@@ -59,6 +59,12 @@ def _call(number: int, function: Mapping[str, Any]) -> list[str]:
     shared = {key: schema[key] for key in _DEFINITIONS if key in schema}
     rules, lines = [], []
     for place, (key, inner) in enumerate(properties.items()):
+        if '"' in key:
+            raise invalid(
+                "tools",
+                f"cannot bind a call of {name}: the model's format has no way to spell a quote in "
+                f"the name of an argument, as in {key!r}; rename it",
+            )
         rule = f"argument{number}_{place}"
         rules += _argument(rule, key, inner, shared)
         lines.append(rule if key in needed else f"{rule}?")

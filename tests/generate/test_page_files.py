@@ -141,7 +141,8 @@ def test_full_disk_is_told_once_and_what_is_there_stays(kept, monkeypatch, caplo
         files.write([name], lambda: [b"x"])
     assert files.read(names[:1]).result(10) == [b"a" * 100]
     files.close()
-    assert caplog.text.count("No space left on device") == 1
+    told = f"context cache in {folder} takes no more: [Errno 28] No space left on device"
+    assert caplog.text.count(told) == 1
     assert files.missing(more) == [] and files.known(names) == 3
 
 

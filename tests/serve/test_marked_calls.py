@@ -103,3 +103,9 @@ def test_names_that_are_no_list_are_refused(needed):
     with pytest.raises(ApiError, match="`required` of its parameters must be a list") as caught:
         call_grammar([{"name": "f", "parameters": parameters}])
     assert caught.value.status == 422
+
+
+def test_names_of_arguments_that_the_markup_cannot_spell_are_refused():
+    parameters = {"properties": {'a"b': {"type": "string"}}}
+    with pytest.raises(ApiError, match="has no way to spell a quote in the name of an argument"):
+        call_grammar([{"name": "f", "parameters": parameters}])
