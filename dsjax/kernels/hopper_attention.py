@@ -7,8 +7,7 @@ results are the same in every run. A query keeps one number for the backward pas
 
 Where a program starts or ends is read from a table: the first block of keys, or the last of
 queries, that may share a document with its own. Blocks may if the ranges of their ids meet, which
-is true of every two that do share one, whatever the ids are; of rows of consecutive documents only
-the first and the last block of a walk may hold other documents, and masks hide those.
+is true of any two that do share one, whatever the ids are. Masks hide the other documents in them.
 
 Sides of Triton's arrays are powers of two. So a width such as MLA's 192 is taken in two pieces of
 128 and 64, whose products are added up, and nothing is filled up.
