@@ -114,7 +114,10 @@ def _other(family: str, vision: VisionConfig) -> str:
       ValueError: dsjax has but this one of the model.
     """
     if vision.flow or vision.tiles:
-        raise ValueError(f"family {family} is the only layout that dsjax has of this model")
+        raise ValueError(
+            f"family {family} is the only layout that dsjax has of this model; name the folder as "
+            "it is"
+        )
     if family != DEEPSEEKS:
         return DEEPSEEKS
     if vision.high:
@@ -168,6 +171,11 @@ def _rules(checkpoint: Checkpoint, family: str) -> dict[str, Any]:
     vision = checkpoint.hf.beside.vision
     low = vision.tower.image_size if vision.high else None
     rules = pictures.read_rules(checkpoint.path, low=low)
+    if vision.high and not rules.high:
+        raise ValueError(
+            f"{checkpoint.path / pictures.RULES_FILE} has no high_res_size, the size of what the "
+            "larger of two towers sees; copy the file again from the release"
+        )
     if family == DEEPSEEKS:
         return _deepseeks_rules(rules)
     name = {

@@ -118,6 +118,10 @@ def test_rules_that_the_other_layout_cannot_say_are_refused(two_towers, tmp_path
     write_json(theirs / RULES_FILE, read_json(theirs / RULES_FILE) | {"image_mean": [0.25] * 3})
     with pytest.raises(ValueError, match="the only ones that its layout says"):
         export(theirs, tmp_path / "again")
+    said = read_json(theirs / RULES_FILE)
+    write_json(theirs / RULES_FILE, {k: v for k, v in said.items() if k != "high_res_size"})
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json has no high_res_size, the"):
+        export(theirs, tmp_path / "again")
 
 
 def test_a_shape_that_deepseeks_code_has_not_is_refused(tmp_path):

@@ -123,10 +123,10 @@ def _read_rope(fields: Fields, values: Values) -> None:
     if not isinstance(settings, Mapping):
         fields.problems.append(f"{fields.place} has rope settings that are no object: {settings!r}")
         return
-    main, scaling = settings.get("main"), settings.get("compress")
-    nested = isinstance(main, Mapping) and isinstance(scaling, Mapping)
-    if not nested:
-        main, scaling = {"rope_theta": theta}, dict(settings) | {"rope_theta": compressed}
+    nested = all(isinstance(settings.get(name), Mapping) for name in ("main", "compress"))
+    main, scaling = {"rope_theta": theta}, dict(settings) | {"rope_theta": compressed}
+    if nested:
+        main, scaling = settings["main"], settings["compress"]
     name = "rope_parameters" if fields.values.get("rope_parameters") else "rope_scaling"
     place = f"{fields.place}.{name}"
     plain = Fields(main, f"{place}.main" if nested else fields.place, fields.problems)
