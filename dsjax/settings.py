@@ -347,7 +347,10 @@ def _parse(text: str, kind: Any) -> Any:
     """Parses a command-line value; the ValueError completes the sentence `key='text' ...`."""
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
-        return tuple(_parse(part.strip(), item) for part in text.split(",") if part.strip())
+        try:
+            return tuple(_parse(part.strip(), item) for part in text.split(",") if part.strip())
+        except ValueError as error:
+            raise ValueError(f"{error}, or several separated by commas") from error
     value: Any = text
     if kind is bool:
         value = _SWITCH.get(text.lower())

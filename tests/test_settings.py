@@ -202,7 +202,10 @@ def test_override_reads_value_of_the_keys_type(assignment, value):
         ("train.steps=on", r"train\.steps='on' must be a whole number"),
         ("train.steps=1e400", r"must be a whole number"),
         ("optim.learning_rate=nan", r"optim\.learning_rate='nan' must be a finite number"),
-        ("optim.decay_points=0.1,x", r"optim\.decay_points='0\.1,x' must be a finite number"),
+        (
+            "optim.decay_points=0.1:x",
+            r"optim\.decay_points='0\.1:x' must be a finite number, or several separated by commas",
+        ),
         ("model.tie_embed=2", r"model\.tie_embed='2' must be on or off"),
         ("model.rope_scaling=yarm", r"must be one of none, linear, yarn, llama3"),
         ("train.steps=0", r"train\.steps=0 must be greater than 0"),
