@@ -78,8 +78,8 @@ VARIANTS = {
 }
 
 
-def _of_the_forward_pass(x, block, policy, operand=matmul._operand):
-    return x.astype(policy.compute) if block == TOKEN_TILE else operand(x, block, policy)
+def _of_the_forward_pass(x, block, policy, turned=False, operand=matmul._operand):
+    return x.astype(policy.compute) if block == TOKEN_TILE else operand(x, block, policy, turned)
 
 
 CHANGES = {  # of `dsjax.precision.matmul`

@@ -97,7 +97,7 @@ def align_groups(
       int32 [E]; rows after the last group are zeros.
     """
     count = (rows[0].shape[0] // tile + sizes_E.shape[0]) * tile
-    aligned_E = -(-sizes_E // tile) * tile
+    aligned_E = aligned_sizes(sizes_E, tile)
     starts_E, aligned_starts_E = jnp.cumsum(sizes_E) - sizes_E, jnp.cumsum(aligned_E) - aligned_E
     row = jnp.arange(count, dtype=sizes_E.dtype)
     group = jnp.minimum(group_of_row(count, aligned_E), sizes_E.shape[0] - 1)
@@ -107,9 +107,14 @@ def align_groups(
     return tuple(gather(array) for array in rows), aligned_E
 
 
+def aligned_sizes(sizes_E: jax.Array, tile: int) -> jax.Array:
+    """Returns the groups' sizes including the gaps that `align_groups` leaves: int32 [E]."""
+    return -(-sizes_E // tile) * tile
+
+
 def aligned_rows(rows: int, sizes_E: jax.Array, tile: int) -> jax.Array:
     """Returns the row that `align_groups` moves each row to: int32 [rows]."""
-    aligned_E = -(-sizes_E // tile) * tile
+    aligned_E = aligned_sizes(sizes_E, tile)
     shifts_E = (jnp.cumsum(aligned_E) - aligned_E) - (jnp.cumsum(sizes_E) - sizes_E)
     row = jnp.arange(rows, dtype=sizes_E.dtype)
     return row + shifts_E[group_of_row(rows, sizes_E)]

@@ -28,7 +28,6 @@ from jax.typing import DTypeLike
 
 from dsjax.kernels.few_rows import whole
 from dsjax.kernels.fp8_gemm import SLICE, fill_up
-from dsjax.kernels.grouped_matmul import group_of_row
 
 _ROWS, _COLUMNS = 128, 128  # of a tile
 _PARAMETERS = triton.CompilerParams(num_warps=8, num_stages=4)
@@ -52,8 +51,7 @@ def matmul(
     Returns:
       [M, N], summed in float32.
     """
-    sizes = jnp.full(1, len(a_MK), jnp.int32)
-    operands = a_MK, a_scales_MX, b_NK[None], b_scales_NX[None], sizes
+    operands = a_MK, a_scales_MX, b_NK[None], b_scales_NX[None], None
     return grouped_matmul(*operands, dtype, interpret=interpret)
 
 
@@ -62,7 +60,7 @@ def grouped_matmul(
     a_scales_AX: jax.Array,
     b_ENK: jax.Array,
     b_scales_ENX: jax.Array,
-    sizes_E: jax.Array,
+    sizes_E: jax.Array | None,
     dtype: DTypeLike,
     *,
     interpret: bool = False,
@@ -72,7 +70,7 @@ def grouped_matmul(
     Args:
       a_AK, b_ENK: float8_e4m3fn; the former's rows are sorted by group.
       a_scales_AX, b_scales_ENX: float32, of each row's slices of 128; X is ceil(K / 128).
-      sizes_E: int32, the number of rows in each group; they sum to A.
+      sizes_E: int32, the number of rows in each group; they sum to A. None: all are of one.
 
     Returns:
       [A, N], summed in float32.
@@ -80,7 +78,7 @@ def grouped_matmul(
     A, (E, N) = len(a_AK), b_ENK.shape[:2]
     a_AK, b_ENK = (fill_up(x, x.ndim - 1, SLICE) for x in (a_AK, b_ENK))
     operands = (
-        *_tiles(sizes_E, A), a_AK, a_scales_AX.T,
+        *tiles_of_groups(sizes_E, A), a_AK, a_scales_AX.T,
         b_ENK.reshape(E * N, -1), b_scales_ENX.reshape(E * N, -1).T,
     )  # fmt: skip
     return pl.pallas_call(
@@ -130,18 +128,28 @@ def grouped_outer(
     )(*operands)
 
 
-def _tiles(sizes_E: jax.Array, n_rows: int) -> tuple[jax.Array, ...]:
-    """Returns each tile's group, first row, and one past the last row that it may write: int32
-    [tiles]. Rows after the last group count as part of it.
+def tiles_of_groups(sizes_E: jax.Array | None, n_rows: int) -> tuple[jax.Array, ...]:
+    """Returns of each tile of 128 rows its group, its first row, and one past the last row that
+    belongs to it: int32 [tiles]. A group's first tile starts with it; rows after the last group
+    count as part of it. Tiles that are not needed start at their end or behind it.
+
+    Args:
+      sizes_E: int32, the number of rows in each group. None: one group.
     """
+    if sizes_E is None:
+        start_T = jnp.arange(0, n_rows, _ROWS, dtype=jnp.int32)
+        return jnp.zeros_like(start_T), start_T, jnp.full_like(start_T, n_rows)
     ends_E = jnp.cumsum(sizes_E).at[-1].set(n_rows)
     starts_E = jnp.append(0, ends_E[:-1])
     tiles_E = pl.cdiv(ends_E - starts_E, _ROWS)
+    last_tiles_E = jnp.cumsum(tiles_E)
     most = n_rows // _ROWS + len(sizes_E)  # at most one tile of each group is not full
-    group = jnp.minimum(group_of_row(most, tiles_E), len(sizes_E) - 1)
-    number = jnp.arange(most, dtype=sizes_E.dtype) - (jnp.cumsum(tiles_E) - tiles_E)[group]
-    found = group, starts_E[group] + number * _ROWS, ends_E[group]
-    return tuple(x.astype(jnp.int32) for x in found)  # an unused tile starts behind its group
+    tile_T = jnp.arange(most, dtype=sizes_E.dtype)
+    # A search would be a loop of kernels; these comparisons are one.
+    group_T = jnp.sum(tile_T[:, None] >= last_tiles_E[None, :-1], axis=1, dtype=jnp.int32)
+    number_T = tile_T - (last_tiles_E - tiles_E)[group_T]
+    found = group_T, starts_E[group_T] + number_T * _ROWS, ends_E[group_T]
+    return tuple(x.astype(jnp.int32) for x in found)
 
 
 def _matmul(groups, starts, ends, a, a_scales, b, b_scales, out, *, width: int) -> None:

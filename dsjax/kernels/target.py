@@ -6,8 +6,9 @@ are not here. A model's `dsjax.precision.policy.Policy` carries it down to the k
 On an NVIDIA GPU, besides what XLA makes of plain programs, there are:
 
 * on Hopper (H100, H200): the grouped products of `dsjax.kernels.hopper_grouped`, the FP8 products
-  of `dsjax.kernels.hopper_scaled`, cuDNN's attention, and within documents that of
-  `dsjax.kernels.hopper_attention`, with what `jax[cuda]` installs;
+  of `dsjax.kernels.hopper_scaled`, whose operands `dsjax.precision.hopper_quantize` makes, cuDNN's
+  attention, and within documents that of `dsjax.kernels.hopper_attention`, with what `jax[cuda]`
+  installs;
 * on others: tokamax, the kernels of JAX's authors, where it is installed. It needs Python 3.12 and
   a later JAX than Python 3.11 has, so it is an extra, `[kernels]`. Without it the experts run as
   `lax.ragged_dot`, which XLA turns into a dense product on a GPU.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
+
+Result = TypeVar("Result")
 
 
 def varies_over(*arrays: jax.Array) -> frozenset[str]:
@@ -44,8 +47,8 @@ def by_hand() -> bool:
     return all(mesh.shape[name] == 1 for name in mesh.axis_names if name not in mesh.manual_axes)
 
 
-def call_shipped(kernel: Callable[..., jax.Array], *inputs: jax.Array) -> jax.Array:
-    """Runs a kernel that ships with JAX or tokamax, inside `shard_map` too.
+def call_shipped(kernel: Callable[..., Result], *inputs: jax.Array) -> Result:
+    """Runs a kernel that ships with JAX or tokamax, inside `shard_map` too. It may return a tree.
 
     The kernel does not declare which mesh axes its output varies over, so the check is disabled for
     this call.
@@ -61,7 +64,7 @@ def call_shipped(kernel: Callable[..., jax.Array], *inputs: jax.Array) -> jax.Ar
             axis_names=set(mesh.manual_axes),
             check_vma=False,
         )
-        return vary_as(unchecked(*inputs), *inputs)
+        return jax.tree.map(lambda out: vary_as(out, *inputs), unchecked(*inputs))
 
 
 @contextlib.contextmanager

@@ -21,12 +21,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dsjax.precision import e5m6
-from dsjax.precision.fp8 import CHANNEL_TILE, quantize_block
+from dsjax.precision.fp8 import CHANNEL_TILE
 from dsjax.precision.matmul import (
     grouped_backward,
     grouped_forward,
     linear_backward,
     linear_forward,
+    quantized,
 )
 from dsjax.precision.policy import Policy
 
@@ -128,7 +129,7 @@ def _named(tree, name: str):
 def _keep_fp8(arrays: tuple[jax.Array, ...], policy: Policy):
     if policy.fp8 is None:
         return _named(arrays, "swiglu_input")
-    tiles = tuple(quantize_block(x, CHANNEL_TILE, policy.fp8) for x in arrays)
+    tiles = tuple(quantized(x, CHANNEL_TILE, policy) for x in arrays)
     return _named(tiles, "swiglu_input")
 
 

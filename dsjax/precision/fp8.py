@@ -172,7 +172,7 @@ def round_trip(
     one fast.
     """
     blocks = split_blocks(x.astype(jnp.float32), block)
-    scales = _block_scales(blocks, scale)
+    scales = _scales_of_blocks(blocks, scale)
     # Rounding turns an infinity into a NaN; finite numbers cannot exceed 448 after their scale.
     values = _round_to_e4m3(_divide(blocks, scales, scale))
     return join_blocks(values * scales, x.shape).astype(dtype)
@@ -181,22 +181,36 @@ def round_trip(
 @partial(jax.jit, static_argnums=(1, 2), inline=True)
 def _quantize(x: jax.Array, block: tuple[int, int], scale: Scale) -> tuple[jax.Array, jax.Array]:
     blocks = split_blocks(x.astype(jnp.float32), block)
-    scales = _block_scales(blocks, scale)
-    values = jnp.where(jnp.isfinite(blocks), _divide(blocks, scales, scale), jnp.nan)
-    # JAX casts values above 464 to NaN where torch saturates. Amax / scale is at most 448, but a
-    # machine with a less accurate division may exceed it.
-    values = jnp.clip(values, -E4M3_MAX, E4M3_MAX).astype(E4M3)
-    return join_blocks(values, x.shape), scales[..., 0, :, 0]
+    scales = _scales_of_blocks(blocks, scale)
+    return join_blocks(values_of(blocks, scales, scale), x.shape), scales[..., 0, :, 0]
 
 
-def _block_scales(blocks: jax.Array, scale: Scale) -> jax.Array:
-    magnitudes = jnp.where(jnp.isfinite(blocks), jnp.abs(blocks), 0.0)
-    amax = jnp.max(magnitudes, axis=(-3, -1), keepdims=True, initial=AMAX_FLOOR)
+def _scales_of_blocks(blocks: jax.Array, scale: Scale) -> jax.Array:
+    return scales_of(jnp.max(magnitudes(blocks), axis=(-3, -1), keepdims=True), scale)
+
+
+def magnitudes(x: jax.Array) -> jax.Array:
+    """Returns what enters amax: |x|, and 0 where x is not finite."""
+    return jnp.where(jnp.isfinite(x), jnp.abs(x), 0.0)
+
+
+def scales_of(amax: jax.Array, scale: Scale) -> jax.Array:
+    """Returns the scales of blocks with these amax, float32 of any shape."""
+    amax = jnp.maximum(amax, AMAX_FLOOR)
     if scale == "pow2":
         return power_of_two_scale(amax, E4M3_MAX)
     # XLA turns a division by a constant into a product with its reciprocal, whose last bit differs;
     # at a tie that changes the code. A divisor that depends on the data prevents it.
-    return amax / jnp.where(amax > 0, E4M3_MAX, jnp.nan)
+    # Both of a fixed type: Pallas takes a scalar's type from the condition otherwise.
+    return amax / jnp.where(amax > 0, np.float32(E4M3_MAX), np.float32(np.nan))
+
+
+def values_of(x: jax.Array, scales: jax.Array, scale: Scale) -> jax.Array:
+    """Returns the E4M3 numbers of float32 x for scales that broadcast to it."""
+    values = jnp.where(jnp.isfinite(x), _divide(x, scales, scale), jnp.nan)
+    # JAX casts values above 464 to NaN where torch saturates. Amax / scale is at most 448, but a
+    # machine with a less accurate division may exceed it.
+    return jnp.clip(values, -E4M3_MAX, E4M3_MAX).astype(E4M3)
 
 
 def _divide(blocks: jax.Array, scales: jax.Array, scale: Scale) -> jax.Array:

@@ -21,7 +21,7 @@ There are two ways to multiply them:
   float32 and scaled. Within 1e-5 of the definition (`scaled_matmul` with float32 sums) where the
   unit adds in float32; the 14 bits of a Hopper unit should cost 0.1 %, by our model of it. On a
   Hopper, where no mesh axis is left to the compiler, `dsjax.kernels.hopper_scaled` does the same
-  with float32 sums that stay in registers.
+  with float32 sums that stay in registers, and `dsjax.precision.hopper_quantize` quantises.
 * Emulated, elsewhere: the numbers times their scales, in a type that the machine multiplies anyway,
   accumulated in float32. With power-of-two scales bfloat16 and float32 both hold such an operand
   exactly (4 significant bits), the product of two is exact in float32, and only the order of
@@ -45,9 +45,14 @@ from dsjax.kernels.fp8_gemm import (
     scaled_grouped_outer,
     scaled_matmul,
 )
-from dsjax.kernels.grouped_matmul import align_groups, grouped_matmul, grouped_outer
+from dsjax.kernels.grouped_matmul import (
+    align_groups,
+    aligned_sizes,
+    grouped_matmul,
+    grouped_outer,
+)
 from dsjax.kernels.varying import by_hand, call_shipped
-from dsjax.precision import small_weights
+from dsjax.precision import hopper_quantize, small_weights
 from dsjax.precision.bands import matmul_in_bands
 from dsjax.precision.float_bits import FloatBits
 from dsjax.precision.fp8 import (
@@ -67,15 +72,53 @@ GRADIENT_TILE = CHANNEL_TILE
 _PARTS = 16  # of a sum, where a GPU multiplies a single row
 
 
-def _operand(x: jax.Array, block: tuple[int, int], policy: Policy) -> jax.Array | BlockScaled:
-    """Casts or quantises an operand as the policy says."""
+def _operand(
+    x: jax.Array, block: tuple[int, int], policy: Policy, turned: bool = False
+) -> jax.Array | BlockScaled:
+    """Casts or quantises an operand as the policy says.
+
+    Args:
+      turned: whether a product will read this weight along its rows.
+    """
     if policy.fp8 is None:
         return x.astype(policy.compute)
     if policy.native_fp8:
-        return quantize_block(x, block, policy.fp8)
+        return quantized(x, block, policy, turned)
     # A CPU without bfloat16 instructions multiplies float32 two to three times faster.
     exact = jnp.bfloat16 if policy.fp8 == "pow2" and policy.target.kind != "cpu" else jnp.float32
     return round_trip(x, block, policy.fp8, exact)
+
+
+def quantized(
+    x: jax.Array, block: tuple[int, int], policy: Policy, turned: bool = False
+) -> BlockScaled:
+    """Returns `quantize_block(x, block, policy.fp8)`, on a Hopper by its own kernels.
+
+    Args:
+      turned: whether a weight's numbers shall lie in memory with columns as rows.
+    """
+    assert policy.fp8
+    by_kernels = block in (CHANNEL_TILE, WEIGHT_BLOCK) or (block == TOKEN_TILE and x.ndim == 2)
+    if not (by_kernels and _has_kernels(policy, x)):
+        return quantize_block(x, block, policy.fp8)
+    if block == WEIGHT_BLOCK:
+        quantize = functools.partial(
+            hopper_quantize.quantize_weights, turned=turned, scale=policy.fp8
+        )
+        found, own = call_shipped(quantize, x.reshape(-1, *x.shape[-2:])), 2
+    else:
+        (found,) = _quantized_rows(policy, (block,), x.reshape(-1, x.shape[-1]))
+        own = 1 if block == CHANNEL_TILE else 2
+    leading = x.shape[:-own]
+    return jax.tree.map(lambda leaf: leaf.reshape(*leading, *leaf.shape[-own:]), found)
+
+
+def _quantized_rows(
+    policy: Policy, blocks: tuple[tuple[int, int], ...], x_AD: jax.Array, *sizes_E: jax.Array
+) -> tuple[BlockScaled, ...]:
+    assert policy.fp8
+    quantize = functools.partial(hopper_quantize.quantize_rows, blocks=blocks, scale=policy.fp8)
+    return call_shipped(quantize, x_AD, *sizes_E)
 
 
 def _matmul(x, y, dtype: DTypeLike, policy: Policy) -> jax.Array:
@@ -89,7 +132,7 @@ def _matmul(x, y, dtype: DTypeLike, policy: Policy) -> jax.Array:
 def _native_matmul(x: BlockScaled, y: BlockScaled, dtype: DTypeLike, policy: Policy) -> jax.Array:
     rows, row_scales = (a.reshape(-1, a.shape[-1]) for a in (x.values, x.scales))
     scales_XN = _column_scales(y)
-    if _in_registers(policy, x, y):
+    if _has_kernels(policy, x, y):
         multiply = functools.partial(hopper_scaled.matmul, dtype=dtype)
         out_MN = call_shipped(multiply, rows, row_scales, y.values.mT, scales_XN.mT)
     else:
@@ -102,10 +145,10 @@ def _column_scales(y: BlockScaled) -> jax.Array:
     return jnp.repeat(y.scales, y.block[1], axis=-1)[..., : y.shape[-1]]
 
 
-def _in_registers(policy: Policy, *operands: BlockScaled) -> bool:
-    """Whether there is a kernel here that keeps a slice's sums in registers."""
+def _has_kernels(policy: Policy, *operands: jax.Array | BlockScaled) -> bool:
+    """Whether there are kernels here that quantise, and that keep a slice's sums in registers."""
     # Pallas counts an array's elements in 32 bits up to 2^32 bytes.
-    small = all(x.values.size < 2**31 for x in operands)
+    small = all(math.prod(x.shape) < 2**31 for x in operands)
     return policy.target.is_hopper and by_hand() and small
 
 
@@ -139,18 +182,27 @@ def linear_forward(x: jax.Array, w_DF: Weight, policy: Policy) -> jax.Array:
         w_DF = w_DF.astype(jnp.float32)
     if policy.target.is_hopper and not policy.fp8 and x.size == x.shape[-1] and by_hand():
         return _one_row(x, w_DF, policy).astype(policy.compute)
-    weight = _operand(w_DF, WEIGHT_BLOCK, policy)
+    weight = _operand(w_DF, WEIGHT_BLOCK, policy, turned=True)
     return _matmul(_operand(x, CHANNEL_TILE, policy), weight, policy.compute, policy)
 
 
 def linear_backward(policy: Policy, residuals, dy):
     x, w_DF = residuals
     weight = _operand(w_DF, WEIGHT_BLOCK, policy)
-    dx = _matmul(_operand(dy, GRADIENT_TILE, policy), weight.mT, policy.compute, policy)
     x_MD, dy_MF = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    x_MD, dy_MF = _operand(x_MD, TOKEN_TILE, policy), _operand(dy_MF, TOKEN_TILE, policy)
-    dw_DF = _matmul(x_MD.mT, dy_MF, jnp.float32, policy)
+    if _quantises_gradients_at_once(policy, dy):
+        dy, dy_MF = _quantized_rows(policy, (CHANNEL_TILE, TOKEN_TILE), dy_MF)
+    else:
+        dy, dy_MF = _operand(dy, GRADIENT_TILE, policy), _operand(dy_MF, TOKEN_TILE, policy)
+    dx = _matmul(dy, weight.mT, policy.compute, policy).reshape(x.shape)
+    dw_DF = _matmul(_operand(x_MD, TOKEN_TILE, policy).mT, dy_MF, jnp.float32, policy)
     return dx.astype(x.dtype), dw_DF.astype(w_DF.dtype)
+
+
+def _quantises_gradients_at_once(policy: Policy, dy: jax.Array) -> bool:
+    """Whether a kernel here quantises a gradient for both of its products while reading it once."""
+    native = policy.fp8 is not None and bool(policy.native_fp8)
+    return native and GRADIENT_TILE == CHANNEL_TILE and _has_kernels(policy, dy)
 
 
 linear = jax.custom_vjp(linear_forward, nondiff_argnums=(2,))
@@ -164,20 +216,25 @@ def grouped_forward(
     if isinstance(w_EDF, BlockScaled):
         return small_weights.grouped_matmul(x_AD, w_EDF, sizes_E, policy)
     w_EDF = w_EDF.astype(jnp.float32) if isinstance(w_EDF, FloatBits) else w_EDF
-    x, w = _operand(x_AD, CHANNEL_TILE, policy), _operand(w_EDF, WEIGHT_BLOCK, policy)
-    return _grouped_matmul(x, w, sizes_E, policy)
+    w = _operand(w_EDF, WEIGHT_BLOCK, policy, turned=True)
+    return _grouped_matmul(_operand(x_AD, CHANNEL_TILE, policy), w, sizes_E, policy)
 
 
 def grouped_backward(policy: Policy, residuals, dy_AF):
     x_AD, w_EDF, sizes_E = residuals
-    dy, w = _operand(dy_AF, GRADIENT_TILE, policy), _operand(w_EDF, WEIGHT_BLOCK, policy)
+    w = _operand(w_EDF, WEIGHT_BLOCK, policy)
+    # The rows of a token tile share a scale, so they must belong to one expert.
+    if _quantises_gradients_at_once(policy, dy_AF):
+        dy, dy_by_tokens = _quantized_rows(policy, (CHANNEL_TILE, TOKEN_TILE), dy_AF, sizes_E)
+        (x,) = _quantized_rows(policy, (TOKEN_TILE,), x_AD, sizes_E)
+        sizes = aligned_sizes(sizes_E, TOKEN_TILE[0])
+    else:
+        dy, x, dy_by_tokens, sizes = _operand(dy_AF, GRADIENT_TILE, policy), x_AD, dy_AF, sizes_E
+        if policy.fp8:
+            (x, dy_by_tokens), sizes = align_groups((x_AD, dy_AF), sizes_E, TOKEN_TILE[0])
+        x, dy_by_tokens = (_operand(rows, TOKEN_TILE, policy) for rows in (x, dy_by_tokens))
     dx_AD = _grouped_matmul(dy, w, sizes_E, policy, transpose_w=True)
-    x, dy, sizes = x_AD, dy_AF, sizes_E
-    if policy.fp8:
-        # The rows of a tile share a scale, so they must belong to one expert.
-        (x, dy), sizes = align_groups((x_AD, dy_AF), sizes_E, TOKEN_TILE[0])
-    x, dy = _operand(x, TOKEN_TILE, policy), _operand(dy, TOKEN_TILE, policy)
-    dw_EDF = _grouped_outer(x, dy, sizes, policy)
+    dw_EDF = _grouped_outer(x, dy_by_tokens, sizes, policy)
     return dx_AD.astype(x_AD.dtype), dw_EDF.astype(w_EDF.dtype), None
 
 
@@ -185,7 +242,7 @@ def _grouped_matmul(x, w, sizes_E: jax.Array, policy: Policy, transpose_w: bool 
     """Multiplies [A, D] by [E, D, F] ([E, F, D] with `transpose_w`): [A, F], compute type."""
     if isinstance(x, BlockScaled):
         w = w.mT if transpose_w else w
-        if _in_registers(policy, x, w):
+        if _has_kernels(policy, x, w):
             multiply = functools.partial(hopper_scaled.grouped_matmul, dtype=policy.compute)
             columns = w.values.mT, _column_scales(w).mT
             return call_shipped(multiply, x.values, x.scales, *columns, sizes_E)
@@ -198,7 +255,7 @@ def _grouped_matmul(x, w, sizes_E: jax.Array, policy: Policy, transpose_w: bool 
 
 def _grouped_outer(x, dy, sizes_E: jax.Array, policy: Policy) -> jax.Array:
     if isinstance(x, BlockScaled):
-        if _in_registers(policy, x, dy):
+        if _has_kernels(policy, x, dy):
             operands = (a.mT for a in (x.values, x.scales, dy.values, dy.scales))
             return call_shipped(hopper_scaled.grouped_outer, *operands, sizes_E)
         return scaled_grouped_outer(x.values, x.scales, dy.values, dy.scales, sizes_E)

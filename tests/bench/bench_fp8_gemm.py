@@ -18,6 +18,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,8 @@ import jax.numpy as jnp
 from dsjax.kernels import hopper_scaled
 from dsjax.kernels.fp8_gemm import e4m3_product, scaled_matmul
 from dsjax.kernels.target import Target
-from dsjax.precision.fp8 import CHANNEL_TILE, E4M3, WEIGHT_BLOCK, quantize_block
+from dsjax.precision.fp8 import CHANNEL_TILE, E4M3, TOKEN_TILE, WEIGHT_BLOCK, quantize_block
+from dsjax.precision.hopper_quantize import quantize_rows
 from tests.closeness import relative_l2
 
 ROWS = (64, 128, 4096)
@@ -33,8 +35,9 @@ WEIGHTS = ((7168, 2112), (1536, 24576), (512, 32768), (16384, 7168), (7168, 4096
 LARGE = 8192
 SMALL_ROWS, SMALL_WEIGHTS, SMALL_LARGE = (64,), ((512, 200), (256, 384)), 256
 ROUNDS, CALLS = 5, 10
+BOTH = CHANNEL_TILE, TOKEN_TILE
 
-Product = Callable[[], jax.Array]
+Product = Callable[[], Any]
 
 
 def products(m: int, k: int, n: int) -> dict[str, Product]:
@@ -67,22 +70,41 @@ def products(m: int, k: int, n: int) -> dict[str, Product]:
     return {name: bind(function, arguments) for name, (function, arguments) in ways.items()}
 
 
-def bind(function: Callable[..., jax.Array], arguments: tuple[jax.Array, ...]) -> Product:
+def quantising(m: int, k: int) -> dict[str, Product]:
+    """A gradient quantised for both of its products, as those read it, by XLA and, on a Hopper, by
+    the kernel of training.
+    """
+
+    def lying(x, tokens):
+        return x.values, x.scales.T, tokens.values.mT, tokens.scales
+
+    def by_xla(x_MK):
+        return lying(*(quantize_block(x_MK, block) for block in BOTH))
+
+    def by_kernel(x_MK):
+        return lying(*quantize_rows(x_MK, blocks=BOTH, scale="fp32"))
+
+    ways = {"XLA": by_xla} | ({"kernel": by_kernel} if Target.here().is_hopper else {})
+    x_MK = jax.random.normal(jax.random.key(0), (m, k), jnp.bfloat16)
+    return {name: bind(function, (x_MK,)) for name, function in ways.items()}
+
+
+def bind(function: Callable[..., Any], arguments: tuple[jax.Array, ...]) -> Product:
     compiled = jax.jit(function).lower(*arguments).compile()
     return lambda: compiled(*arguments)
 
 
-def rates(ways: dict[str, Product], flops: float) -> dict[str, float]:
-    """FLOP/s of each, the median of rounds in turns."""
+def rates(ways: dict[str, Product], amount: float) -> dict[str, float]:
+    """The amount per second of each, FLOPs or bytes; the median of rounds in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS + 1):
         for name, product in ways.items():
             start = time.perf_counter()
             for _ in range(CALLS - 1):
                 product()
-            product().block_until_ready()
+            jax.block_until_ready(product())
             seconds[name].append((time.perf_counter() - start) / CALLS)
-    return {name: flops / statistics.median(times[1:]) for name, times in seconds.items()}
+    return {name: amount / statistics.median(times[1:]) for name, times in seconds.items()}
 
 
 def limits(size: int) -> dict[str, float]:

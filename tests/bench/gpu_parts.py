@@ -273,7 +273,9 @@ def steps_of(text: str, model: ModelConfig, batch: int) -> kernels.Loop | None:
 
 
 def products(dry_run: bool) -> None:
-    """Dense FP8 products, and products of groups in both types, at DeepGEMM's shapes."""
+    """Dense FP8 products, and products of groups in both types, at DeepGEMM's shapes; and what
+    quantising costs.
+    """
     limit = bench_fp8_gemm.limits(256 if dry_run else 8192)
     for kind, rate in limit.items():
         say(**{"square product": kind, "TFLOP/s": rate / 1e12})
@@ -285,6 +287,13 @@ def products(dry_run: bool) -> None:
             rate = bench_fp8_gemm.rates({kind: product}, flops)[kind]
             say(**{"groups": groups, "rows": rows, "K": k, "N": n, "product": kind,
                    "TFLOP/s": rate / 1e12})  # fmt: skip
+    for rows, width in ((256, 128),) if dry_run else ((131072, 768), (32768, 7168)):
+        needed = rows * width * (2 + 2 * (1 + 4 / 128))  # bfloat16 read; E4M3 and scales written
+        for kind, rate in bench_fp8_gemm.rates(
+            bench_fp8_gemm.quantising(rows, width), needed
+        ).items():
+            say(**{"rows": rows, "width": width, "quantised by": kind,
+                   "TB/s of what is needed": rate / 1e12})  # fmt: skip
     dense = ((64, 128, 256),) if dry_run else ((4096, 7168, 4096), (4096, 2048, 7168),
                                                (128, 7168, 4096), (4096, 16384, 7168))  # fmt: skip
     for m, k, n in dense:
@@ -394,7 +403,8 @@ def tests(dry_run: bool) -> None:
     """Tests that need a GPU; of a dry run, one that needs none."""
     on_gpu = (
         ["-m", "gpu or not gpu", "tests/kernels/test_cudnn_attention.py",
-         "tests/kernels/test_hopper_grouped.py", "tests/kernels/test_hopper_scaled.py"],
+         "tests/kernels/test_hopper_grouped.py", "tests/kernels/test_hopper_scaled.py",
+         "tests/precision/test_hopper_quantize.py"],
         ["tests/kernels/test_hopper_attention.py"],
         ["-m", "gpu", "tests/precision/test_matmul.py"],
     )  # fmt: skip

@@ -80,9 +80,9 @@ def test_tiles_may_run_in_any_order(monkeypatch):
     x, w = quantize_block(rows_of(1, sum(SIZES[0]), K), CHANNEL_TILE), weights_of(len(SIZES[0]))
     operands = x.values, x.scales, *columns_of(w), sizes_E, jnp.float32
     want = run(hopper.grouped_matmul, *operands)
-    tiles = hopper._tiles
+    tiles = hopper.tiles_of_groups
     monkeypatch.setattr(
-        hopper, "_tiles", lambda *sizes: tuple(each[::-1] for each in tiles(*sizes))
+        hopper, "tiles_of_groups", lambda *sizes: tuple(each[::-1] for each in tiles(*sizes))
     )
     assert (run(hopper.grouped_matmul, *operands) == want).all()
 
@@ -106,7 +106,7 @@ def test_grouped_outer_equals_definition(sizes):
 
 def test_every_row_is_written_by_one_tile():
     rng = np.random.default_rng(0)
-    tiles = jax.jit(hopper._tiles, static_argnums=1)
+    tiles = jax.jit(hopper.tiles_of_groups, static_argnums=1)
     for _ in range(50):
         ends = np.sort(rng.choice([0, 1, 5, 127, 128, 129, 300, 512, 700], 4))
         sizes = np.diff(ends, prepend=0, append=700)

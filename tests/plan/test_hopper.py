@@ -61,13 +61,15 @@ def test_token_of_the_3b_shape_starts_and_moves_no_more_than_it_did(
 
 @compiles
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["small", "small_isolated"])
-def test_training_step_moves_little_more_than_it_needs(case):
+@pytest.mark.parametrize(
+    ("case", "moved"), [("small", 2.2), ("small_isolated", 2.2), ("small_fp8", 2.5)]
+)
+def test_training_step_moves_little_more_than_it_needs(case, moved):
     found = counted("bench_step_kernels", case)
     _, products, others = found["total"]
     needed = found["needed_state"] + found["needed_activations"]
     assert found["waits"] == 0  # for the host
-    assert needed < products + others <= 2.2 * needed
+    assert needed < products + others <= moved * needed
     # No layer's values are copied into stacks and out of them.
     _, products, others = found["parts"]["stacks of layers"]
     assert products + others < 0.02 * needed

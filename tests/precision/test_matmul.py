@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from dsjax.kernels import hopper_scaled
 from dsjax.kernels.target import HOPPER, Target
+from dsjax.precision import hopper_quantize
 from dsjax.precision.matmul import float32_matmul, grouped_linear, linear, vocabulary_logits
 from dsjax.precision.policy import Policy
 from tests.closeness import BF16, F32, FP8, assert_close, relative_l2
@@ -221,9 +222,12 @@ def kernels_run(monkeypatch):
         names.append(name)
         return kernel(*operands, **options | {"interpret": True})
 
-    for name in ("matmul", "grouped_matmul", "grouped_outer"):
-        kernel = getattr(hopper_scaled, name)
-        monkeypatch.setattr(hopper_scaled, name, functools.partial(interpreted, name, kernel))
+    products = "matmul", "grouped_matmul", "grouped_outer"
+    quantising = "quantize_rows", "quantize_weights"
+    for module, kernels in ((hopper_scaled, products), (hopper_quantize, quantising)):
+        for name in kernels:
+            kernel = functools.partial(interpreted, name, getattr(module, name))
+            monkeypatch.setattr(module, name, kernel)
     return names
 
 
@@ -234,8 +238,9 @@ def test_fp8_linear_products_by_hopper_kernels_equal_their_definition(kind, comp
     if compute == jnp.bfloat16:
         x, dy = (np.asarray(jnp.asarray(a, compute), np.float32) for a in (x, dy))
     got = _products(lambda x, w: linear(x, w, policy), x.reshape(shape), w[0], dy.reshape(shape))
-    # Each product is one of a single group.
-    assert kernels_run == ["matmul", "grouped_matmul"] * 3
+    product = ["matmul", "grouped_matmul"]  # each is one of a single group
+    both = ["quantize_weights", "quantize_rows", *product]
+    assert kernels_run == [*both, *both, "quantize_rows", *product]
     assert got[0].dtype == compute and got[1].dtype == got[2].dtype == jnp.float32
     levels = (F32, F32, F32) if compute == jnp.float32 else (BF16, BF16, F32)
     for g, want, level in zip(got, _fp8_products(x, w[0], dy, kind), levels, strict=True):
@@ -247,7 +252,10 @@ def test_fp8_grouped_linear_products_by_hopper_kernels_equal_their_definition(ke
     x, w, dy = _fp8_operands(sum(sizes), groups=len(sizes))
     policy, sizes_E = Policy(jnp.float32, HOPPER, fp8="fp32"), jnp.asarray(sizes, jnp.int32)
     y, dx, dw = _products(lambda x, w: grouped_linear(x, w, sizes_E, policy), x, w, dy)
-    assert kernels_run == ["grouped_matmul", "grouped_matmul", "grouped_outer"]
+    assert kernels_run == [
+        *("quantize_weights", "quantize_rows", "grouped_matmul"),
+        *("quantize_weights", "quantize_rows", "quantize_rows", "grouped_matmul", "grouped_outer"),
+    ]
     groups = np.repeat(np.arange(len(sizes)), sizes)
     for e in range(len(sizes)):
         mine = groups == e
