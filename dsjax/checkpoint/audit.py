@@ -16,7 +16,7 @@ def locate(path: Path) -> Path:
     """Finds the folder with the manifest: `path` itself, or the newest step if `path` is a run.
 
     Raises:
-      ValueError: there is no such folder.
+      ValueError: there is no such folder, or it is a published one.
     """
     if (path / "checkpoints").is_dir():
         steps = _steps(path)
@@ -24,6 +24,11 @@ def locate(path: Path) -> Path:
             raise ValueError(f"{path / 'checkpoints'} has no checkpoint yet")
         return steps[-1]
     if path.is_dir():
+        if not (path / manifest.NAME).exists() and any(path.glob("*.safetensors")):
+            raise ValueError(
+                f"{path} is a Hugging Face folder, which has no manifest; tools/convert.py inspect "
+                "counts its tensors, and import makes a folder of it that can be verified"
+            )
         return path
     raise ValueError(f"{path} is not a folder; name a run, a step of one, or a converted folder")
 
@@ -105,7 +110,7 @@ def describe(found: Mapping[str, Any]) -> str:
 
 def _steps(run: Path) -> list[Path]:
     folders = (run / "checkpoints").iterdir()
-    numbered = [folder for folder in folders if folder.name.isdecimal()]
+    numbered = [folder for folder in folders if folder.name.isdecimal() and folder.is_dir()]
     return sorted(numbered, key=lambda folder: int(folder.name))
 
 

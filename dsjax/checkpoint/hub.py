@@ -11,6 +11,7 @@ import errno
 import importlib.util
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,7 +116,7 @@ def push(made: Path, name: str) -> str:
             raise
         raise ValueError(
             f"{made} is whole, but was not pushed: {_reason(error, Repository(name, None))}; "
-            f"later: hf upload {name} {made}"
+            f"later: hf upload {name} {shlex.quote(str(made))}"
         ) from error
     return page
 

@@ -49,6 +49,19 @@ def test_run_is_listed_with_what_was_set_aside(run):
     assert "manifest.json is missing" in lines[0] and "11.damaged  was set aside" in lines[2]
 
 
+def test_file_named_like_a_step_is_none(run):
+    (run / "checkpoints" / "11").write_text("notes")
+    assert [entry["step"] for entry in audit.survey(run)["checkpoints"]] == [2, 10]
+    assert audit.verify(run)["step"] == 10
+
+
+@pytest.mark.parametrize("report", [audit.verify, lambda path: audit.compare(path, path)])
+def test_published_folder_is_told_from_a_damaged_one(tmp_path, report):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="is a Hugging Face folder, which has no manifest; tools/"):
+        report(tmp_path)
+
+
 def test_differences_are_listed_by_array_and_record(run):
     folders = run / "checkpoints" / "2", run / "checkpoints" / "10"
     assert audit.compare(*folders) == {
