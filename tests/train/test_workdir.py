@@ -149,6 +149,20 @@ def test_optim_keys_are_not_free():
     assert not any(key.startswith("optim.") for key in free)
 
 
+@pytest.mark.parametrize(
+    ("root", "group", "key", "value"),
+    [
+        (Janus, "janus", "cache_dir", "elsewhere"),
+        (Reinforcement, "rl", "log_samples", 1),
+        (Reinforcement, "rl", "flat_after", 0),
+    ],
+)
+def test_resumed_run_may_keep_its_books_otherwise(tmp_path, root, group, key, value):
+    config = root(name="x")
+    begin(tmp_path, config)
+    workdir.claim(tmp_path, change(config, **{group: {key: value}}))
+
+
 def test_folder_is_for_one_process_at_a_time(tmp_path):
     """Through a file of its own, another process is refused, and told who is there."""
     folder = tmp_path / "run"
