@@ -357,6 +357,12 @@ def _open_run(
 
 
 def _check_kind(workdir: Path, weights: Weights, kind: type[Transformer]) -> None:
+    if any(leaf[:2] == ("params", "eyes") for leaf in weights.leaves):
+        result = workdir / "model"
+        raise ValueError(
+            f"{workdir} is the run of a model that sees, and what it trains is {result}"
+            + ("; name that" if result.is_dir() else ", once it has finished; resume it first")
+        )
     scores = ("params", "reward", "weight") in weights.leaves
     if scores and kind is Transformer:
         raise ValueError(

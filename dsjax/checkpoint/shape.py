@@ -45,9 +45,12 @@ def with_shape(config: AnyExperiment, init: str | None) -> AnyExperiment:
     if known and init == config.init:
         return config
     if not init:
+        of_text = ", or a config of the same model: --init CKPT or, for example, "
+        of_text += "--init configs/v3_671b.py"
+        sees = ", of which config.json is enough: --init Janus-Pro-1B"
         raise ValueError(
-            f"{config.name} takes its model from the checkpoint that it begins with; name that, or "
-            "a config of the same model: --init CKPT or, for example, --init configs/v3_671b.py"
+            f"{config.name} takes its model from the checkpoint that it begins with; name that"
+            + (sees if isinstance(config, Janus) else of_text)
         )
     filled = {"vision": sight_of(Path(init))} if isinstance(config, Janus) else {}
     return dataclasses.replace(config, init=init, model=model_of(Path(init)), **filled)

@@ -12,7 +12,7 @@ from rich.console import Console
 from dsjax.checkpoint.alignment import FILE
 from dsjax.checkpoint.eyes import load_eyes
 from dsjax.checkpoint.hf_folder import open_hf
-from dsjax.checkpoint.load import load
+from dsjax.checkpoint.load import load, open_checkpoint
 from dsjax.checkpoint.slices import read_slice
 from dsjax.checkpoint.vae import load_vae, open_vae
 from dsjax.checkpoint.weights import Weights
@@ -55,6 +55,14 @@ def whole(small, tmp_path_factory):
     everything = change(small, janus={"trains": ("language", "tower", "aligner", "drawing")})
     assert run(everything, folder)[0] == 0
     return everything, folder
+
+
+@pytest.mark.heavy
+def test_a_run_is_not_the_model_that_it_trains(whole):
+    _, folder = whole
+    with pytest.raises(ValueError, match=r"what it trains is .*whole/model; name that$"):
+        open_checkpoint(folder)
+    assert open_checkpoint(folder / "model").hf is not None
 
 
 OF_PART = {
