@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Callable
 
 from dsjax.config.posttraining import TuningConfig
+from dsjax.train.hyperparameters import sequences_before
 
 
 def over_epochs(
@@ -18,7 +20,15 @@ def over_epochs(
     Args:
       group: the config's group that has `epochs`, as in --set.
     """
-    steps = max(math.ceil(epochs * examples / train.batch_size), 1)
+    wanted = math.ceil(epochs * examples)
+
+    def taken(steps: int) -> int:
+        return sequences_before(dataclasses.replace(train, steps=steps), steps)
+
+    # A batch ramp grows over the whole run, so how far it has come depends on the run's length.
+    smallest = train.batch_size_start or train.batch_size
+    lengths = range(1, wanted // smallest + 2)
+    steps = lengths[bisect.bisect_left(lengths, wanted, key=taken)]
     if train.steps not in (steps, TuningConfig.steps):
         say(
             f"{group}.epochs={epochs:g} makes {steps:,} steps, and train.steps={train.steps} is "
