@@ -5,10 +5,10 @@ of a picture to all (`full_attention`).
 
 * TPU: the Mosaic kernel that ships with JAX (splash attention), which walks the causal square in
   tiles on the chip;
-* Hopper GPUs: cuDNN's, for operands of two bytes without segments;
-* other GPUs, and Hopper with segments or float32: the kernel that tokamax chooses, if installed;
-* Hopper GPUs with segments, without tokamax: Triton kernels (`dsjax.kernels.hopper_attention`);
-* otherwise, and for lengths that a TPU's or Triton's tiles do not divide: plain XLA
+* Hopper GPUs: cuDNN's, for operands of two bytes without segments; with segments Triton kernels
+  (`dsjax.kernels.hopper_attention`), for lengths that their tiles divide;
+* other GPUs, and other operands on Hopper: the kernel that tokamax chooses, if installed;
+* otherwise, and for short rows that a TPU's tiles do not divide: plain XLA
   (`dsjax.kernels.flash_attention`).
 
 Keys may be wider than values in all of them, as MLA's are. The definition, with the whole score
@@ -53,14 +53,15 @@ def causal_attention(
     Returns:
       [B, T, N, W] in q's dtype.
     """
-    if target.kind == "tpu" and q_BTNH.shape[1] % _MIN_TILE == 0:
+    T = q_BTNH.shape[1]
+    if target.kind == "tpu" and (T % _MIN_TILE == 0 or T > _MAX_TILE):
         return splash_attention(q_BTNH, k_BTPH, v_BTPW, scale, segment_ids_BT)
     if target.is_hopper and segment_ids_BT is None and cudnn_attention.takes(q_BTNH, v_BTPW):
         return cudnn_attention.cudnn_attention(q_BTNH, k_BTPH, v_BTPW, scale)
-    if target.kind == "gpu" and tokamax():
-        return tokamax_attention(q_BTNH, k_BTPH, v_BTPW, scale, segment_ids_BT)
     if segment_ids_BT is not None and hopper_attention.fits(q_BTNH, v_BTPW, target):
         return hopper_attention.document_attention(q_BTNH, k_BTPH, v_BTPW, segment_ids_BT, scale)
+    if target.kind == "gpu" and tokamax():
+        return tokamax_attention(q_BTNH, k_BTPH, v_BTPW, scale, segment_ids_BT)
     return chunked_attention(q_BTNH, k_BTPH, v_BTPW, scale, segment_ids_BT)
 
 
@@ -126,7 +127,8 @@ def splash_attention(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Runs `causal_attention` through the TPU's kernel; T must be a multiple of 128.
+    """Runs `causal_attention` through the TPU's kernel. Rows that tiles do not divide are filled up
+    with tokens at their end, which none of the others sees.
 
     Args:
       interpret: whether to interpret the kernel, on any machine.
@@ -134,8 +136,13 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     T, N = q_BTNH.shape[1:3]
-    tile = math.gcd(T, _MAX_TILE)
-    mask = splash.CausalMask((T, T))
+    filled = T + (-T % _MAX_TILE if T % _MIN_TILE else 0)
+
+    def fill(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, filled - T)] + [(0, 0)] * (x.ndim - 2))
+
+    tile = math.gcd(filled, _MAX_TILE)
+    mask = splash.CausalMask((filled, filled))
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([mask] * N),  # pyright: ignore[reportAttributeAccessIssue]
         head_shards=1,
@@ -144,7 +151,7 @@ def splash_attention(
             block_q=tile,
             block_kv=tile,
             block_q_dkv=tile,
-            block_kv_dkv=math.gcd(T, _KEYS_AT_ONCE),
+            block_kv_dkv=math.gcd(filled, _KEYS_AT_ONCE),
             block_kv_dkv_compute=tile,
             use_fused_bwd_kernel=True,
         ),
@@ -152,9 +159,9 @@ def splash_attention(
     )
     # The kernel does not scale its scores.
     q_BTNH = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
-    inputs = [x.swapaxes(1, 2) for x in (q_BTNH, k_BTPH, v_BTPW)]
+    inputs = [fill(x).swapaxes(1, 2) for x in (q_BTNH, k_BTPH, v_BTPW)]
     if segment_ids_BT is not None:
-        inputs.append(segment_ids_BT)
+        inputs.append(fill(segment_ids_BT))
 
     def of_row(q_NTH, k_PTH, v_PTW, segments_T=None):
         same = None if segments_T is None else splash.SegmentIds(segments_T, segments_T)
@@ -162,4 +169,4 @@ def splash_attention(
 
     with shipped_promotion():
         out_BNTW: Any = jax.vmap(of_row)(*inputs)
-    return out_BNTW.swapaxes(1, 2)
+    return out_BNTW[:, :, :T].swapaxes(1, 2)

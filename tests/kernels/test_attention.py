@@ -113,12 +113,12 @@ def test_query_heads_share_keys_in_consecutive_groups():
     assert_close(got, causal_attention(q, *repeated, scale=0.3), F32, "grouped heads")
 
 
-@pytest.mark.parametrize("length", [128, 100])
-def test_tpu_takes_its_kernel_where_tiles_divide_the_length(monkeypatch, length):
+@pytest.mark.parametrize("length", [128, 100, 521])
+def test_tpu_takes_its_kernel_but_for_short_rows(monkeypatch, length):
     taken = []
     monkeypatch.setattr(module, "splash_attention", lambda *inputs: taken.append(1) or inputs[0])
     module.causal_attention(*_inputs(length), scale=0.3, target=Target("tpu"))
-    assert bool(taken) == (length == 128)
+    assert bool(taken) == (length != 100)
 
 
 def test_tpu_kernel_equals_reference_with_isolated_documents():
@@ -127,3 +127,24 @@ def test_tpu_kernel_equals_reference_with_isolated_documents():
     segments = _segments(256)
     got = splash_attention(q, k, v, 0.3, segments, interpret=True)
     assert_close(got, reference_attention(q, k, v, scale=0.3, segment_ids_BT=segments), F32, "out")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_tpu_kernel_fills_rows_that_tiles_do_not_divide(monkeypatch, packed):
+    monkeypatch.setattr(module, "_MAX_TILE", 128)
+    q, k, v = _inputs(200)
+    segments = _segments(200) if packed else None
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(attend, *operands):
+        out, backward = jax.vjp(functools.partial(attend, scale=0.3), *operands)
+        return out, *backward(jnp.cos(out))
+
+    def filled(q, k, v, scale):
+        return splash_attention(q, k, v, scale, segments, interpret=True)
+
+    want = gradients(functools.partial(reference_attention, segment_ids_BT=segments), q, k, v)
+    for name, one, other in zip(
+        ("out", "dq", "dk", "dv"), gradients(filled, q, k, v), want, strict=True
+    ):
+        assert_close(one, other, F32, name)

@@ -160,7 +160,6 @@ def interpreted(monkeypatch):
         return original(q, k, v, segments, scale, True)
 
     monkeypatch.setattr(hopper_attention, "document_attention", attend)
-    monkeypatch.setattr(attention, "tokamax", lambda: None)
     return taken
 
 
@@ -177,7 +176,8 @@ def test_hopper_takes_the_kernels_on_each_devices_shard(interpreted, axes):
     assert_close(got, reference_attention(*wide, scale=0.3, segment_ids_BT=segments), BF16, "out")
 
 
-def test_hopper_leaves_other_operands_to_xla(interpreted):
+def test_hopper_leaves_other_operands_to_xla(interpreted, monkeypatch):
+    monkeypatch.setattr(attention, "tokamax", lambda: None)
     segments = ids_of([100, 156])
     q, k, v, _ = inputs(segments)
     attend = functools.partial(attention.causal_attention, scale=0.3, target=HOPPER)
