@@ -250,15 +250,18 @@ def test_config_of_another_shape_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_routed_experts": 0}, r"model\.n_routed_experts=0, so all layers are dense"),
-        ({"num_experts_per_tok": 33}, r"model\.n_activated_experts=33 exceeds"),
+        ({"n_routed_experts": 0}, r"config\.json\.n_routed_experts=0, so all layers are dense"),
+        ({"num_experts_per_tok": 33}, r"config\.json\.num_experts_per_tok=33 exceeds"),
         ({"hidden_size": -64}, r"hidden_size=-64 is not between 0 and 2,147,483,647"),
         ({"hidden_size": 2**63}, r"hidden_size=9223372036854775808 is not between"),
         ({"hidden_size": 64.0}, r"hidden_size=64\.0 is not an integer"),
         ({"num_hidden_layers": 10**9}, r"describes more than 1,000,000 tensors"),
         ({"num_nextn_predict_layers": 10**9}, r"describes more than 1,000,000 tensors"),
         ({"n_routed_experts": 2**30}, r"describes more than 1,000,000 tensors"),
-        ({"rope_scaling": V3.config["rope_scaling"] | {"factor": 0}}, r"model\.rope_factor=0\.0"),
+        (
+            {"rope_scaling": V3.config["rope_scaling"] | {"factor": 0}},
+            r"config\.json\.rope_scaling\.factor=0\.0",
+        ),
         ({"model_type": "gpt2"}, r"model_type='gpt2' is not supported, only deepseek"),
         ({"quantization_config": quantization() | {"quant_method": "awq"}}, r"quant_method='awq'"),
     ],
