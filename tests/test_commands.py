@@ -29,6 +29,7 @@ NOT_HERE = {
     "make": "installs a virtual environment from a package registry",
     "pip": "installs from a package registry",
     "source": "enters what make installed",
+    "--boxes": "a model of random weights names no place in a picture",
     "JanusFlow-1.3B": "its config.json leaves the sizes of its towers out: none of it is small",
 }
 MODEL = (
@@ -153,7 +154,7 @@ class Reader:
             self._whole = words
         words = tuple(self._expanded(word) for word in words)
         tool = tool_of(words)
-        return (*words, *(small(*tool).split() if tool else ()))
+        return with_flags(words, small(*tool).split()) if tool else words
 
     def _expanded(self, word: str) -> str:
         word = self.at_hand(word)
@@ -205,6 +206,15 @@ def small(tool: str, arguments: list[str]) -> str:
     name = Path(arguments[0]).stem
     text = "" if any("data.files=" in word for word in arguments) else "data.files=books/*"
     return f"{SMALL['train']} {OWN.get(name, MLA)} {text}"
+
+
+def with_flags(words: tuple[str, ...], added: list[str]) -> tuple[str, ...]:
+    """Returns a command with flags added, in the place of its own: a list given twice is both."""
+    replaced = {flag for flag in added if flag.startswith("--")} - {"--set"}
+    own = [
+        word for before, word in itertools.pairwise(("", *words)) if not replaced & {before, word}
+    ]
+    return (*own, *added)
 
 
 def written_by(words: tuple[str, ...]) -> set[str]:
