@@ -224,8 +224,8 @@ def run_layers(
 
 def _runs_without_loop(layers: Block) -> bool:
     """Tells whether training that keeps everything for the backward pass runs layers one after the
-    other instead of in a loop: on one GPU, up to so many layers that this still compiles soon. In
-    FP8 only on a Hopper, whose kernels keep a layer's program short.
+    other instead of in a loop: on one GPU, for up to `_MOST_WITHOUT_LOOP` layers, whose program
+    still compiles soon; in FP8 only on a Hopper, whose kernels keep a layer's program short.
 
     In a loop, all that is kept is copied into stacks that were filled with zeros, and out of them;
     so are gradients; and weights are cast once per pass. That is a third of a step's bytes.

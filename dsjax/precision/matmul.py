@@ -199,10 +199,10 @@ def linear_backward(policy: Policy, residuals, dy):
     return dx.astype(x.dtype), dw_DF.astype(w_DF.dtype)
 
 
-def _quantises_gradients_at_once(policy: Policy, dy: jax.Array) -> bool:
-    """Whether a kernel here quantises a gradient for both of its products while reading it once."""
+def _quantises_gradients_at_once(policy: Policy, *rows: jax.Array) -> bool:
+    """Whether kernels here quantise all of these, a gradient for both of its products at once."""
     native = policy.fp8 is not None and bool(policy.native_fp8)
-    return native and GRADIENT_TILE == CHANNEL_TILE and _has_kernels(policy, dy)
+    return native and GRADIENT_TILE == CHANNEL_TILE and _has_kernels(policy, *rows)
 
 
 linear = jax.custom_vjp(linear_forward, nondiff_argnums=(2,))
@@ -224,7 +224,7 @@ def grouped_backward(policy: Policy, residuals, dy_AF):
     x_AD, w_EDF, sizes_E = residuals
     w = _operand(w_EDF, WEIGHT_BLOCK, policy)
     # The rows of a token tile share a scale, so they must belong to one expert.
-    if _quantises_gradients_at_once(policy, dy_AF):
+    if _quantises_gradients_at_once(policy, dy_AF, x_AD):
         dy, dy_by_tokens = _quantized_rows(policy, (CHANNEL_TILE, TOKEN_TILE), dy_AF, sizes_E)
         (x,) = _quantized_rows(policy, (TOKEN_TILE,), x_AD, sizes_E)
         sizes = aligned_sizes(sizes_E, TOKEN_TILE[0])

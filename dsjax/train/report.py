@@ -128,7 +128,7 @@ def drop_later(path: Path, step: int) -> None:
 
 
 def thinned(items: Sequence[Any], most: int) -> list[Any]:
-    """Returns at most so many items, evenly spaced, the newest among them."""
+    """Returns at most `most` items, evenly spaced, the newest among them."""
     count = min(len(items), most)
     return [items[-1 - index * len(items) // count] for index in reversed(range(count))]
 

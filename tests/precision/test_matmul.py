@@ -11,7 +11,13 @@ from jax.sharding import PartitionSpec as P
 from dsjax.kernels import hopper_scaled
 from dsjax.kernels.target import HOPPER, Target
 from dsjax.precision import hopper_quantize
-from dsjax.precision.matmul import float32_matmul, grouped_linear, linear, vocabulary_logits
+from dsjax.precision.matmul import (
+    float32_matmul,
+    grouped_backward,
+    grouped_linear,
+    linear,
+    vocabulary_logits,
+)
 from dsjax.precision.policy import Policy
 from tests.closeness import BF16, F32, FP8, assert_close, relative_l2
 from tests.oracles import fp8 as oracle
@@ -262,6 +268,22 @@ def test_fp8_grouped_linear_products_by_hopper_kernels_equal_their_definition(ke
         want = _fp8_products(x[mine], w[e], dy[mine], "fp32")
         for got, wanted in zip((y[mine], dx[mine], dw[e]), want, strict=True):
             assert_close(got, wanted, F32, f"product of expert {e}")
+
+
+def test_rows_of_two_billion_numbers_are_left_to_the_definition(kernels_run, monkeypatch):
+    """Their places exceed the 32 bits that kernels count in; traced only."""
+    sizes, quantize = [], hopper_quantize.quantize_rows
+
+    def noting(rows, *operands, **options):
+        sizes.append(rows.size)
+        return quantize(rows, *operands, **options)
+
+    monkeypatch.setattr(hopper_quantize, "quantize_rows", noting)
+    policy, shapes = Policy(jnp.bfloat16, HOPPER, fp8="pow2"), ((2**20, 2048), (2, 2048, 128))
+    x, w, dy = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (*shapes, (2**20, 128)))
+    groups = jax.ShapeDtypeStruct((2,), jnp.int32)
+    jax.eval_shape(lambda x, w, n, dy: grouped_backward(policy, (x, w, n), dy), x, w, groups, dy)
+    assert "grouped_matmul" in kernels_run and sizes and max(sizes) < 2**31
 
 
 def test_hopper_kernels_are_not_for_meshes_that_the_compiler_splits(kernels_run):

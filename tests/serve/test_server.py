@@ -405,7 +405,7 @@ def test_what_keeps_a_server_from_listening_decides_the_remedy():
         with pytest.raises(OSError, match="another program uses the port: give another --port"):
             asyncio.run(listen("127.0.0.1", other.getsockname()[1]))
     with pytest.raises(OSError, match="--host is no address of this machine: give 127"):
-        asyncio.run(listen("192.0.2.1", 0))  # an address that nobody has, for documentation
+        asyncio.run(listen("192.0.2.1", 0))  # reserved for documentation: no machine has it
     assert "from 1024 on" in server._remedy(PermissionError(errno.EACCES, "denied"))
 
 
